@@ -1,0 +1,29 @@
+"""cbsa_torch: interpretable, linear-time attention for PyTorch.
+
+The operator and the layers need torch alone. ``cbsa_torch.models``, ``cbsa_torch.interpret`` and
+``cbsa_torch.train`` are imported on first use and say which extra they need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from cbsa_torch import nn, ops
+from cbsa_torch._version import __version__
+from cbsa_torch.nn import CBSA, ISTA
+
+_LAZY = ("interpret", "models", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"cbsa_torch.{name}")
+    raise AttributeError(f"module 'cbsa_torch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = ["CBSA", "ISTA", "__version__", "nn", "ops"]

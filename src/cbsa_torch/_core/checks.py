@@ -1,0 +1,85 @@
+"""Argument checks with one voice: which argument, what it got, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def nearest(value: object, choices: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest choice, or an empty string."""
+    matches = difflib.get_close_matches(str(value).lower(), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}{nearest(value, choices)}")
+
+
+def check_positive_int(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number above zero."""
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` unless ``tensor`` is a real floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} must have a floating-point dtype, got {tensor.dtype}; convert it with .float()"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], axes: str) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has shape ``expected`` (``None`` = any size of at least 1).
+
+    Only the first axis, the batch, may be empty.
+
+    ``axes`` names the axes for the message, e.g. ``"(B, H, N, P)"``.
+    """
+    shape = tuple(tensor.shape)
+    if len(shape) != len(expected):
+        raise ValueError(f"{name} must have shape {axes}, got {shape} with {len(shape)} axes")
+    for got, want in zip(shape, expected, strict=True):
+        if want is not None and got != want:
+            wanted = ", ".join("any" if size is None else str(int(size)) for size in expected)
+            raise ValueError(f"{name} must have shape {axes} = ({wanted}), got {shape}")
+    if 0 in shape[1:]:
+        raise ValueError(f"{name} must not be empty, got shape {shape} for {axes}")
+
+
+def check_same_kind(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Raise unless ``tensor`` shares dtype and device with ``reference``."""
+    if tensor.dtype != reference.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {reference_name} ({reference.dtype}), got {tensor.dtype}"
+        )
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{name} must be on the device of {reference_name} ({reference.device}), got {tensor.device}"
+        )
+
+
+def check_mask(name: str, mask: Tensor, shape: Sequence[int], axes: str, meaning: str) -> None:
+    """Raise unless ``mask`` is a boolean tensor of ``shape``; ``meaning`` says what True stands for."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype torch.bool (True = {meaning}), got {mask.dtype}")
+    check_shape(name, mask, shape, axes)

@@ -1,0 +1,44 @@
+"""The white-box Transformer layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_torch._core.types import GridSize
+from cbsa_torch.nn.ista import ISTA
+
+
+class WhiteBoxBlock(nn.Module):
+    """x <- x + attn(norm1(x)), compression; x <- ISTA(norm2(x)), sparsification (no residual around it).
+
+    Args:
+        dim: channels.
+        attn: a token mixer such as :class:`cbsa_torch.CBSA`, called as ``attn(x, grid_size, token_mask)``.
+        norm_layer: constructor of the two normalisation layers.
+        step_size, sparsity: of :class:`cbsa_torch.ISTA`.
+        device, dtype: of the parameters made here (not of ``attn``).
+
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        *,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        step_size: float = 0.1,
+        sparsity: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim, device=device, dtype=dtype)
+        self.attn = attn
+        self.norm2 = norm_layer(dim, device=device, dtype=dtype)
+        self.ista = ISTA(dim, step_size=step_size, sparsity=sparsity, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Tensor:
+        """Transform ``(B, N, C)`` tokens; same shape."""
+        x = x + self.attn(self.norm1(x), grid_size, token_mask)
+        return self.ista(self.norm2(x))

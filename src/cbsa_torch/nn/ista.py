@@ -1,0 +1,54 @@
+"""ISTA as a layer: the white-box feed-forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_torch import ops
+from cbsa_torch._core.checks import check_positive, check_positive_int
+
+
+class ISTA(nn.Module):
+    """One iteration of ISTA with a learned square dictionary: see :func:`cbsa_torch.ops.ista_step`.
+
+    Its output replaces the tokens: there is no residual connection around it.
+
+    Args:
+        dim: channels.
+        step_size: eta. sparsity: lambda.
+        device, dtype: of the dictionary.
+
+    Attributes:
+        weight: the dictionary D, ``(dim, dim)``, drawn as a linear layer's (Kaiming uniform).
+
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        step_size: float = 0.1,
+        sparsity: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("dim", dim)
+        check_positive("step_size", step_size)
+        self.step_size = step_size
+        self.sparsity = sparsity
+        self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the dictionary anew."""
+        nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Code ``(..., dim)`` tokens; same shape."""
+        return ops.ista_step(x, self.weight, step_size=self.step_size, sparsity=self.sparsity)
+
+    def extra_repr(self) -> str:
+        """Show the options when the module is printed."""
+        return f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.sparsity}"

@@ -1,0 +1,111 @@
+"""Tokens and feature maps: one reading of an input, shared by every token mixer.
+
+A mixer accepts ``(B, N, C)`` tokens, prefix tokens first, or a ``(B, C, *grid)`` feature map, and returns
+the layout it was given.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cbsa_torch._core.checks import check_floating, check_mask
+from cbsa_torch._core.types import GridSize
+from cbsa_torch.ops.representatives import check_grid
+
+
+class TokenInput(NamedTuple):
+    """An input read as tokens."""
+
+    tokens: Tensor
+    """``(B, N, C)``."""
+    map_grid: GridSize | None
+    """The grid of the feature map it came from, or None if the input was tokens."""
+    token_mask: Tensor | None
+    """``(B, N)`` bool, True = a real token."""
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """Give ``tokens`` the layout of the input again."""
+        if self.map_grid is None:
+            return tokens
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *self.map_grid)
+
+
+def read_tokens(x: Tensor, dim: int, channels_first: bool | None, token_mask: Tensor | None) -> TokenInput:
+    """Read ``x`` as tokens of ``dim`` channels.
+
+    ``channels_first=None`` decides by shape: with 4 or 5 axes ``x`` is a feature map; with 3 it is tokens
+    if its last axis has ``dim`` channels, else a 1-D feature map.
+    """
+    check_floating("x", x)
+    if not 3 <= x.ndim <= 5:
+        raise ValueError(
+            f"x must be (B, N, C) tokens or a (B, C, *grid) feature map with a 1-, 2- or 3-D grid, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if channels_first is None:
+        channels_first = x.ndim > 3 or (x.shape[2] != dim and x.shape[1] == dim)
+    elif not channels_first and x.ndim != 3:
+        raise ValueError(f"x must be (B, N, C) tokens with channels_first=False, got shape {tuple(x.shape)}")
+    channels = x.shape[1] if channels_first else x.shape[2]
+    if channels != dim:
+        axis = 1 if channels_first else 2
+        raise ValueError(f"x must have dim={dim} channels on axis {axis}, got {channels} in {tuple(x.shape)}")
+    if not channels_first:
+        if token_mask is not None:
+            check_mask("token_mask", token_mask, x.shape[:2], "(B, N)", "a real token")
+        return TokenInput(x, None, token_mask)
+    grid = tuple(x.shape[2:])
+    if token_mask is not None:
+        check_mask("token_mask", token_mask, (x.shape[0], *grid), "(B, *grid)", "a real token")
+        token_mask = token_mask.flatten(1)
+    return TokenInput(x.flatten(2).transpose(1, 2), grid, token_mask)
+
+
+def resolve_grid(
+    num_tokens: int, grid_size: GridSize | None, num_prefix_tokens: int | None
+) -> tuple[GridSize, int]:
+    """Find the grid of ``num_tokens`` tokens and how many prefix tokens stand before it.
+
+    Without ``grid_size`` the grid must be a square; without ``num_prefix_tokens`` they are what the grid
+    leaves, or, with neither, 0 or 1 (a class token), whichever leaves a square.
+    """
+    if grid_size is not None:
+        check_grid(grid_size)
+        prefix = num_tokens - math.prod(grid_size)
+        if prefix < 0 or num_prefix_tokens not in (None, prefix):
+            expected = "" if num_prefix_tokens is None else f" + {num_prefix_tokens} prefix tokens"
+            raise ValueError(
+                f"grid_size {tuple(grid_size)} has {math.prod(grid_size)} cells{expected}, "
+                f"but x has {num_tokens} tokens"
+            )
+        return tuple(grid_size), prefix
+    for prefix in (0, 1) if num_prefix_tokens is None else (num_prefix_tokens,):
+        cells = num_tokens - prefix
+        side = math.isqrt(max(cells, 0))
+        if side > 0 and side * side == cells:
+            return (side, side), prefix
+    less = "0 or 1" if num_prefix_tokens is None else str(num_prefix_tokens)
+    raise ValueError(
+        f"x has {num_tokens} tokens, which less {less} prefix tokens is not a square grid; pass grid_size "
+        "(to forward, to set_input_size or to the constructor) or num_prefix_tokens"
+    )
+
+
+def as_token_mask(attn_mask: Tensor | None, b: int, n: int) -> Tensor | None:
+    """Read timm's ``attn_mask`` as a token mask where it is one: bool, the same for every query.
+
+    Linear attention has no N x N matrix to mask entry by entry.
+    """
+    if attn_mask is None:
+        return None
+    key_mask_shape = attn_mask.shape in ((b, n), (b, 1, n), (b, 1, 1, n))
+    if attn_mask.dtype != torch.bool or not key_mask_shape:
+        raise ValueError(
+            "attn_mask must be a boolean key-padding mask of shape (B, N), (B, 1, N) or (B, 1, 1, N): this "
+            f"attention forms no N x N matrix; got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}"
+        )
+    return attn_mask.reshape(b, n)

@@ -1,0 +1,188 @@
+"""The public CBSA operator: semantics, argument checks, choice of implementation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cbsa_torch._core.checks import (
+    check_choice,
+    check_floating,
+    check_mask,
+    check_positive,
+    check_same_kind,
+    check_shape,
+)
+from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, IMPLS, Broadcast, CBSAStages, Contraction, Impl
+from cbsa_torch.ops.cbsa.reference import cbsa_reference
+
+DEFAULT_EPS = 0.1
+"""Quantisation precision epsilon: epsilon^2 = 0.01, the value behind the official rate measurements."""
+
+
+def cbsa(
+    tokens: Tensor,
+    representatives: Tensor,
+    *,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    step_representatives: Tensor | float = 1.0,
+    step_tokens: Tensor | float = 1.0,
+    scale: float | None = None,
+    contraction: Contraction = "softmax",
+    broadcast: Broadcast = "shared",
+    eps: float = DEFAULT_EPS,
+    token_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    representative_mask: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Contract-and-Broadcast Self-Attention (paper, section 3.2) inside each head's subspace.
+
+    Three stages, O(N) in the number of tokens: *extract* representatives by cross-attention (Eq. 5),
+    *contract* them (Eq. 7 or 8), and *broadcast* the contractions back with the same attention matrix,
+    transposed and not renormalised. The projections into and out of the subspaces are the caller's
+    (:class:`cbsa_torch.CBSA` has them).
+
+    B batch, H heads, N tokens, M representatives, P head dimension.
+
+    Args:
+        tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z.
+        representatives: ``(B, H, M, P)`` the initial guess Q_ini, e.g. pooled tokens; M may exceed N.
+        keys: ``(B, H, K, P)`` what representatives are matched against. Default: ``tokens``.
+        values: ``(B, H, K, P)`` what they collect. Default: ``keys``.
+        step_representatives: eta, the step of the residual extraction: a number or ``(H,)``.
+        step_tokens: kappa, the step of the update (6), any sign: a number or ``(H,)``.
+        scale: factor on all logits. Default: P^-1/2.
+        contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7) or ``"none"`` (agent attention).
+        broadcast: ``"shared"``, the extraction's attention matrix again, or ``"softmax"``, a fresh softmax
+            of tokens over representatives (agent attention; needed if keys are of another length).
+        eps: epsilon of the coding rate (1); used by ``contraction="exact"``.
+        token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
+            get zeros and zero gradients; so does an item without any real token.
+        key_mask: ``(B, K)`` bool for keys and values. Default: ``token_mask``; required beside it if keys
+            have another length than tokens.
+        representative_mask: ``(B, M)`` bool, True = a representative that exists for this item.
+        impl: ``"auto"`` or ``"eager"``, which computes equation by equation, in float32 or better.
+
+    Returns:
+        ``(B, H, N, P)`` in the dtype of ``tokens``; add it to (or subtract it from) the tokens after
+        projecting back. An autocast context has no effect inside.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+
+    """
+    check_choice("impl", impl, IMPLS)
+    stages = cbsa_stages(
+        tokens,
+        representatives,
+        keys=keys,
+        values=values,
+        step_representatives=step_representatives,
+        step_tokens=step_tokens,
+        scale=scale,
+        contraction=contraction,
+        broadcast=broadcast,
+        eps=eps,
+        token_mask=token_mask,
+        key_mask=key_mask,
+        representative_mask=representative_mask,
+    )
+    return stages.output.to(tokens.dtype)
+
+
+def cbsa_stages(
+    tokens: Tensor,
+    representatives: Tensor,
+    *,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    step_representatives: Tensor | float = 1.0,
+    step_tokens: Tensor | float = 1.0,
+    scale: float | None = None,
+    contraction: Contraction = "softmax",
+    broadcast: Broadcast = "shared",
+    eps: float = DEFAULT_EPS,
+    token_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    representative_mask: Tensor | None = None,
+) -> CBSAStages:
+    """Evaluate :func:`cbsa` (same arguments) and return every intermediate, computed eagerly.
+
+    Returns:
+        :class:`CBSAStages`: attention, extracted and contracted representatives, output, ... in the dtype
+        they were computed in (float32 for low-precision inputs).
+
+    """
+    check_choice("contraction", contraction, CONTRACTIONS)
+    check_choice("broadcast", broadcast, BROADCASTS)
+    check_positive("eps", eps)
+    check_floating("tokens", tokens)
+    check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
+    b, h, n, p = tokens.shape
+    check_floating("representatives", representatives)
+    check_shape("representatives", representatives, (b, h, None, p), "(B, H, M, P)")
+    check_same_kind("representatives", representatives, "tokens", tokens)
+    if keys is None:
+        keys = tokens
+    else:
+        check_floating("keys", keys)
+        check_shape("keys", keys, (b, h, None, p), "(B, H, K, P)")
+        check_same_kind("keys", keys, "tokens", tokens)
+    if values is None:
+        values = keys
+    else:
+        check_floating("values", values)
+        check_shape("values", values, (b, h, keys.shape[2], p), "(B, H, K, P)")
+        check_same_kind("values", values, "tokens", tokens)
+    if keys.shape[2] != n:
+        if broadcast == "shared":
+            raise ValueError(
+                f"keys must have as many rows as tokens ({n}) for broadcast='shared', got {keys.shape[2]}; "
+                "use broadcast='softmax' for cross-attention"
+            )
+        if token_mask is not None and key_mask is None:
+            raise ValueError(
+                f"key_mask is required beside token_mask when keys have another length ({keys.shape[2]}) "
+                f"than tokens ({n}); pass all True if every key is real"
+            )
+    if token_mask is not None:
+        check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token")
+    if key_mask is not None:
+        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
+    else:
+        key_mask = token_mask
+    if representative_mask is not None:
+        check_mask(
+            "representative_mask",
+            representative_mask,
+            (b, representatives.shape[2]),
+            "(B, M)",
+            "a real representative",
+        )
+    _check_step("step_representatives", step_representatives, h)
+    _check_step("step_tokens", step_tokens, h)
+    return cbsa_reference(
+        tokens,
+        representatives,
+        keys,
+        values,
+        step_representatives=step_representatives,
+        step_tokens=step_tokens,
+        scale=p**-0.5 if scale is None else scale,
+        contraction=contraction,
+        fresh_broadcast=broadcast == "softmax",
+        eps=eps,
+        token_mask=token_mask,
+        key_mask=key_mask,
+        representative_mask=representative_mask,
+    )
+
+
+def _check_step(name: str, step: Tensor | float, num_heads: int) -> None:
+    if isinstance(step, Tensor):
+        check_floating(name, step)
+        check_shape(name, step, (num_heads,), "(H,)")
+
+
+__all__ = ["DEFAULT_EPS", "CBSAStages", "cbsa", "cbsa_stages"]

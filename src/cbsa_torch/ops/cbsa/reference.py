@@ -1,0 +1,191 @@
+"""CBSA equation by equation: extract (5), contract (7) or (8), broadcast.
+
+This is the oracle: nothing here is clever, and every faster form is tested against it. Rows are tokens
+(the paper's are columns), so U_k^T Z of the paper is ``tokens[b, k].mT`` here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cbsa_torch._core.types import CBSAStages
+
+
+def masked_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the last axis; entries where ``mask`` is False get 0, and so does a row of them.
+
+    The dtype's lowest number stands for -inf so that a row without any entry stays finite, forward and
+    backward, before it is set to zero.
+    """
+    if mask is None:
+        return torch.softmax(logits, dim=-1)
+    lowest = torch.finfo(logits.dtype).min
+    return torch.softmax(logits.masked_fill(~mask, lowest), dim=-1).masked_fill(~mask, 0.0)
+
+
+def extract(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5: A = softmax over tokens of (U^T Z)^T (U^T Q_ini), and the weighted tokens it picks.
+
+    Args:
+        queries: ``(B, H, M, P)`` initial representatives.
+        keys: ``(B, H, N, P)``.
+        values: ``(B, H, N, P)``.
+        scale: factor on the logits, P^-1/2 in the official implementation.
+        key_mask: ``(B, N)`` bool, True = a real token.
+
+    Returns:
+        The attention ``(B, H, M, N)`` (rows sum to 1, or to 0 without any real token) and
+        attention @ values ``(B, H, M, P)``.
+
+    """
+    logits = scale * (queries @ keys.mT)  # (B, H, M, N)
+    attention = masked_softmax(logits, None if key_mask is None else key_mask[:, None, None, :])
+    return attention, attention @ values
+
+
+def contract_softmax(
+    representatives: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Eq. 8: softmax self-attention among the representatives, in place of the inverse of Eq. 7.
+
+    Args:
+        representatives: ``(B, H, M, P)``.
+        scale: factor on the logits.
+        mask: ``(B, M)`` bool, True = a real representative.
+
+    Returns:
+        The attention ``(B, H, M, M)`` and the contraction ``(B, H, M, P)``.
+
+    """
+    logits = scale * (representatives @ representatives.mT)  # (B, H, M, M)
+    attention = masked_softmax(logits, None if mask is None else mask[:, None, None, :])
+    return attention, attention @ representatives
+
+
+def contract_exact(representatives: Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
+    """Eq. 7: C = Q (I_M + alpha Q^T Q)^-1 with alpha = P / (M eps^2), for columns Q.
+
+    alpha * C is the gradient of the coding rate (1) of Q. In rows, with X = Q^T,
+    C = (I_M + alpha X X^T)^-1 X = X (I_P + alpha X^T X)^-1: the smaller of the two systems is solved, by
+    Cholesky, in float64 where the device has it (the matrix is at least the identity, but its condition
+    number grows with the energy of the tokens over eps^2).
+
+    Args:
+        representatives: ``(B, H, M, P)``; rows where ``mask`` is False must be zero.
+        eps: the quantisation precision epsilon.
+        mask: ``(B, M)`` bool; M in alpha counts the real representatives of each item.
+
+    Returns:
+        The contraction ``(B, H, M, P)``.
+
+    """
+    rep = representatives.to(solve_dtype(representatives))
+    m, p = rep.shape[-2:]
+    if mask is None:
+        rep_scaled = rep * (p / (m * eps**2))
+    else:
+        count = mask.sum(-1).clamp(min=1).to(rep.dtype)[:, None, None, None]  # (B, 1, 1, 1)
+        rep_scaled = rep * (p / (count * eps**2))
+    identity = torch.eye(min(m, p), dtype=rep.dtype, device=rep.device)
+    # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
+    if p <= m:
+        factor = torch.linalg.cholesky_ex(identity + rep.mT @ rep_scaled).L  # (B, H, P, P)
+        contracted = torch.cholesky_solve(rep.mT, factor).mT
+    else:
+        factor = torch.linalg.cholesky_ex(identity + rep @ rep_scaled.mT).L  # (B, H, M, M)
+        contracted = torch.cholesky_solve(rep, factor)
+    return contracted.to(representatives.dtype)
+
+
+def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tensor:
+    """Give each token the contractions, weighted: ``step * weights @ contracted``.
+
+    Args:
+        weights: ``(B, H, N, M)``, A with tokens as rows; not renormalised over representatives.
+        contracted: ``(B, H, M, P)``.
+        step: kappa, a number or ``(H, 1, 1)``.
+
+    Returns:
+        ``(B, H, N, P)``.
+
+    """
+    return step * (weights @ contracted)
+
+
+def solve_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype for factorisations of ``tensor``: float64, or float32 on devices without it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def cbsa_reference(
+    tokens: Tensor,
+    representatives: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    step_representatives: Tensor | float,
+    step_tokens: Tensor | float,
+    scale: float,
+    contraction: str,
+    fresh_broadcast: bool,
+    eps: float,
+    token_mask: Tensor | None,
+    key_mask: Tensor | None,
+    representative_mask: Tensor | None,
+) -> CBSAStages:
+    """Evaluate CBSA and keep every stage. Arguments are checked by the caller (``api``).
+
+    Low-precision inputs are computed in float32 (autocast is off inside), and returned in their own dtype
+    only by the caller: the stages stay in the dtype they were computed in.
+    """
+    dtype = tokens.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    with torch.autocast(device_type=tokens.device.type, enabled=False):
+        tokens, representatives, keys, values = (t.to(dtype) for t in (tokens, representatives, keys, values))
+        if isinstance(step_representatives, Tensor):
+            step_representatives = step_representatives.to(dtype)[:, None, None]  # (H, 1, 1)
+        if isinstance(step_tokens, Tensor):
+            step_tokens = step_tokens.to(dtype)[:, None, None]  # (H, 1, 1)
+        # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
+        if token_mask is not None:
+            tokens = tokens.masked_fill(~token_mask[:, None, :, None], 0.0)
+        if key_mask is not None:
+            hidden = ~key_mask[:, None, :, None]
+            keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
+        if representative_mask is not None:
+            representatives = representatives.masked_fill(~representative_mask[:, None, :, None], 0.0)
+
+        attention, picked = extract(representatives, keys, values, scale, key_mask)
+        extracted = representatives + step_representatives * picked
+        if representative_mask is not None:
+            extracted = extracted.masked_fill(~representative_mask[:, None, :, None], 0.0)
+
+        contraction_attention = None
+        if contraction == "softmax":
+            contraction_attention, contracted = contract_softmax(extracted, scale, representative_mask)
+        elif contraction == "exact":
+            contracted = contract_exact(extracted, eps, representative_mask)
+        else:
+            contracted = extracted
+        if representative_mask is not None:
+            contracted = contracted.masked_fill(~representative_mask[:, None, :, None], 0.0)
+
+        if fresh_broadcast:
+            logits = scale * (tokens @ representatives.mT)  # (B, H, N, M)
+            weights = masked_softmax(
+                logits, None if representative_mask is None else representative_mask[:, None, None, :]
+            )
+            if token_mask is not None:
+                weights = weights.masked_fill(~token_mask[:, None, :, None], 0.0)
+            if key_mask is not None:  # without any real key there is nothing to attend to
+                weights = weights.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
+        else:
+            weights = attention.mT
+        output = broadcast(weights, contracted, step_tokens)
+    return CBSAStages(
+        tokens, representatives, attention, extracted, contraction_attention, contracted, weights, output
+    )

@@ -1,0 +1,164 @@
+"""Initial representatives by average pooling over the tokens' grid (paper, section 3.2), any dimension.
+
+A grid is pooled to the representative grid closest to it in aspect. With a mask, each item is pooled over
+the bounding box of its own real tokens, so that an item in a padded batch gets exactly the representatives
+it would get alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cbsa_torch._core.checks import check_floating, check_mask, check_positive_int, check_shape
+from cbsa_torch._core.types import GridSize, Representatives
+
+_ADAPTIVE_POOL: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+
+
+def representative_grid(grid_size: GridSize, num_representatives: int) -> GridSize:
+    """The grid of at most ``num_representatives`` cells that is closest to ``grid_size`` in aspect.
+
+    Among grids no finer than ``grid_size`` along any axis, it minimises (largest / smallest ratio of sides)
+    / (number of cells)^2: use many representatives, but do not stretch them. ``(14, 14)`` with 64 gives
+    ``(8, 8)``; ``(10, 40)`` with 64 gives ``(4, 16)``; ``(5,)`` with 64 gives ``(5,)``.
+    """
+    check_grid(grid_size)
+    check_positive_int("num_representatives", num_representatives)
+    return _closest(grid_size, num_representatives)
+
+
+def pool_representatives(
+    tokens: Tensor, grid_size: GridSize, num_representatives: int, *, token_mask: Tensor | None = None
+) -> Representatives:
+    """Average-pool tokens over their grid into initial representatives Q_ini.
+
+    Args:
+        tokens: ``(B, H, N, P)`` grid tokens only (no prefix tokens), row-major, N = product of ``grid_size``.
+        grid_size: ``(L,)``, ``(height, width)`` or ``(depth, height, width)``.
+        num_representatives: the most representatives to make; never more than there are tokens.
+        token_mask: ``(B, N)`` bool, True = a real token. Cells without real tokens give no representative.
+
+    Returns:
+        :class:`Representatives`: values ``(B, H, M, P)`` and, if a mask was given, their mask ``(B, M)``.
+
+    """
+    check_floating("tokens", tokens)
+    check_grid(grid_size)
+    check_positive_int("num_representatives", num_representatives)
+    b, h, n, p = tokens.shape
+    check_shape("tokens", tokens, (b, h, math.prod(grid_size), p), f"(B, H, N, P) for grid_size {grid_size}")
+    if token_mask is not None:
+        check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token")
+        return _pool_masked(tokens, grid_size, num_representatives, token_mask)
+    cells = _closest(grid_size, num_representatives)
+    if cells == tuple(grid_size):
+        return Representatives(tokens, None)
+    channels_first = tokens.transpose(-2, -1).reshape(b, h * p, *grid_size)  # (B, H * P, *grid)
+    pooled = _ADAPTIVE_POOL[len(grid_size)](channels_first, cells)
+    return Representatives(pooled.reshape(b, h, p, math.prod(cells)).transpose(-2, -1), None)
+
+
+def check_grid(grid_size: GridSize) -> None:
+    """Raise ``ValueError`` unless ``grid_size`` is one to three positive integers."""
+    if not 1 <= len(grid_size) <= 3 or any(int(side) != side or side < 1 for side in grid_size):
+        raise ValueError(f"grid_size must be one to three positive integers, got {tuple(grid_size)}")
+
+
+def _distortion(ratios: list[float]) -> float:
+    return max(ratios) / min(ratios)
+
+
+@functools.lru_cache(maxsize=1024)
+def _closest(grid_size: GridSize, limit: int) -> GridSize:
+    def cost(cells: GridSize) -> float:
+        ratios = [c / g for c, g in zip(cells, grid_size, strict=True)]
+        return _distortion(ratios) / math.prod(cells) ** 2
+
+    return min(_candidates(grid_size, limit), key=cost)
+
+
+@functools.lru_cache(maxsize=1024)
+def _candidates(grid_size: GridSize, limit: int) -> tuple[GridSize, ...]:
+    """Every grid with at most ``limit`` cells and no side above that of ``grid_size``, in fixed order."""
+    if not grid_size:
+        return ((),)
+    return tuple(
+        (side, *rest)
+        for side in range(1, min(grid_size[0], limit) + 1)
+        for rest in _candidates(grid_size[1:], limit // side)
+    )
+
+
+def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Tensor) -> Representatives:
+    """Masked pooling, written without data-dependent shapes so that it compiles and exports."""
+    b = tokens.shape[0]
+    device = tokens.device
+    real = token_mask.view(b, *grid_size)
+    first, extent = _bounding_box(real)  # (B, D) each
+    cells = _closest_per_item(extent, grid_size, limit)  # (B, D)
+
+    most = max(math.prod(c) for c in _candidates(grid_size, limit))
+    index = torch.arange(most, device=device)  # (M,)
+    weights: Tensor = torch.ones(b, most, 1, dtype=torch.bool, device=device)
+    remaining = cells.prod(-1)  # (B,)
+    exists = index[None] < remaining[:, None]  # (B, M)
+    for axis, side in enumerate(grid_size):
+        count, size = cells[:, axis, None], extent[:, axis, None]  # (B, 1)
+        remaining = remaining // cells[:, axis]
+        cell = index[None] // remaining[:, None] % count  # (B, M): this cell's index along the axis
+        # The windows of adaptive average pooling: floor(i size / count) up to ceil((i + 1) size / count).
+        start = first[:, axis, None] + cell * size // count
+        stop = first[:, axis, None] + ((cell + 1) * size + count - 1) // count
+        position = torch.arange(side, device=device)
+        member = (position >= start[..., None]) & (position < stop[..., None])  # (B, M, side)
+        weights = (weights[..., None] & member[:, :, None]).flatten(2)
+    weights = weights & token_mask[:, None]  # (B, M, N)
+    total = weights.sum(-1, keepdim=True)
+    exists = exists & (total[..., 0] > 0)
+    average = weights.to(tokens.dtype) / total.clamp(min=1).to(tokens.dtype)
+    clean = tokens.masked_fill(~token_mask[:, None, :, None], 0.0)
+    values = average[:, None] @ clean  # (B, H, M, P)
+    return Representatives(values.masked_fill(~exists[:, None, :, None], 0.0), exists)
+
+
+def _bounding_box(real: Tensor) -> tuple[Tensor, Tensor]:
+    """First index and extent ``(B, D)`` of the real tokens of a ``(B, *grid)`` mask along each axis."""
+    firsts, extents = [], []
+    axes = range(1, real.ndim)
+    for axis in axes:
+        others = [a for a in axes if a != axis]
+        line = real.any(dim=others) if others else real  # (B, side)
+        position = torch.arange(line.shape[1], device=real.device)
+        low = torch.where(line, position, line.shape[1] - 1).amin(-1)
+        high = torch.where(line, position, 0).amax(-1)
+        firsts.append(low)
+        extents.append((high - low + 1).clamp(min=1))  # an item without real tokens: one empty cell
+    return torch.stack(firsts, -1), torch.stack(extents, -1)
+
+
+def _closest_per_item(extent: Tensor, grid_size: GridSize, limit: int) -> Tensor:
+    """:func:`representative_grid` for the extents ``(B, D)`` of every item at once.
+
+    The arithmetic is that of ``_closest`` operation by operation in float64, so both choose alike.
+    """
+    candidates = torch.tensor(_candidates(grid_size, limit), device=extent.device)  # (K, D)
+    dtype = torch.float32 if extent.device.type == "mps" else torch.float64
+    ratios = candidates.to(dtype) / extent[:, None].to(dtype)  # (B, K, D)
+    distortion = ratios.amax(-1) / ratios.amin(-1)
+    cost = distortion / (candidates.prod(-1) ** 2).to(dtype)
+    fits = (candidates <= extent[:, None]).all(-1)
+    cost = cost.masked_fill(~fits, float("inf"))  # (B, K)
+    # The first of the smallest; argmin does not promise which.
+    position = torch.arange(candidates.shape[0], device=extent.device)
+    best = torch.where(cost == cost.amin(-1, keepdim=True), position, candidates.shape[0]).amin(-1)
+    return candidates[best]
