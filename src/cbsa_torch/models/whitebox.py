@@ -1,0 +1,283 @@
+"""The one white-box Transformer: a convolutional stem, layers of (token mixer, ISTA), a linear head.
+
+The mixer is a parameter, one for all layers or one per layer; everything else is timm's model surface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import global_pool_nlc, resample_abs_pos_embed
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from cbsa_torch._core.checks import check_choice, check_positive_int
+from cbsa_torch.nn import CBSA, ConvStem, WhiteBoxBlock
+
+Mixer = Callable[..., nn.Module]
+"""Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
+
+GLOBAL_POOLS = ("token", "avg", "max", "avgmax", "")
+OUTPUT_FORMATS = ("NCHW", "NLC")
+
+
+class WhiteBoxTransformer(nn.Module):
+    """Contract-and-Broadcast Transformer and its relatives (paper, section 4; CRATE's architecture).
+
+    Args:
+        img_size: side or ``(height, width)`` in pixels of the images it is built for. Others work at run
+            time: position embeddings are interpolated.
+        patch_size: a power of two.
+        in_chans: image channels.
+        num_classes: outputs; 0 for no head.
+        global_pool: ``"token"`` (the class token), ``"avg"``, ``"max"``, ``"avgmax"`` or ``""``.
+        embed_dim, depth, num_heads, head_dim: sizes; ``head_dim`` defaults to ``embed_dim / num_heads``.
+        mixer: a constructor of token mixers, or one per layer.
+        drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
+        step_size, sparsity: of ISTA.
+        device, dtype: of the parameters.
+
+    Shape:
+        ``(B, in_chans, height, width)`` -> ``(B, num_classes)``.
+
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        head_dim: int | None = None,
+        mixer: Mixer | Sequence[Mixer] = CBSA,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        step_size: float = 0.1,
+        sparsity: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("depth", depth)
+        check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        mixers = [mixer] * depth if callable(mixer) else list(mixer)
+        if len(mixers) != depth:
+            raise ValueError(f"mixer must be one constructor or depth={depth} of them, got {len(mixers)}")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.grad_checkpointing = False
+
+        self.stem = ConvStem(in_chans, embed_dim, patch_size, device=device, dtype=dtype)
+        self.grid_size = self.stem.grid_size(_pair(img_size))
+        length = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, device=device, dtype=dtype))
+        self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim, device=device, dtype=dtype))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.blocks = nn.ModuleList(
+            WhiteBoxBlock(
+                embed_dim,
+                make(
+                    embed_dim,
+                    num_heads,
+                    head_dim=head_dim,
+                    num_prefix_tokens=self.num_prefix_tokens,
+                    device=device,
+                    dtype=dtype,
+                ),
+                step_size=step_size,
+                sparsity=sparsity,
+                device=device,
+                dtype=dtype,
+            )
+            for make in mixers
+        )
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
+        ]
+        self.norm: nn.Module = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = self._make_head(num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the class token and position embedding from a standard normal, as the official code does.
+
+        The other modules draw their own parameters when they are built.
+        """
+        nn.init.normal_(self.cls_token)
+        nn.init.normal_(self.pos_embed)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay."""
+        names = {"cls_token", "pos_embed"}
+        for prefix, module in self.named_modules():
+            listed = getattr(module, "no_weight_decay", None)
+            if prefix and listed is not None:
+                names |= {f"{prefix}.{name}" for name in listed()}
+        return names
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into stem and layers (timm: layer-wise rates, freezing)."""
+        return {
+            "stem": r"^cls_token|pos_embed|stem",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in the backward pass instead of storing their activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one for ``num_classes`` (0: none)."""
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, GLOBAL_POOLS)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head = self._make_head(num_classes)
+
+    def _make_head(self, num_classes: int) -> nn.Module:
+        if num_classes <= 0:
+            return nn.Identity()
+        like = self.cls_token
+        return nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None
+    ) -> None:
+        """Resample the position embedding for images of another size, for good.
+
+        The patch size is built into the stem and cannot change.
+        """
+        if patch_size not in (None, self.stem.patch_size):
+            raise ValueError(f"patch_size must stay {self.stem.patch_size}, the stem's; got {patch_size}")
+        if img_size is None:
+            return
+        grid_size = self.stem.grid_size(_pair(img_size))
+        self.pos_embed = nn.Parameter(self._resampled_pos_embed(grid_size).detach().clone())
+        self.grid_size = grid_size
+
+    def _resampled_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
+        if grid_size == self.grid_size:
+            return self.pos_embed
+        return resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=list(grid_size),
+            old_size=list(self.grid_size),
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``."""
+        x = self.stem(x)  # (B, D, h, w)
+        grid_size = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)  # (B, h * w, D)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return self.pos_drop(x + self._resampled_pos_embed(grid_size)), grid_size
+
+    def _run_block(self, block: nn.Module, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, x, grid_size)
+        return block(x, grid_size)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Features of chosen layers; arguments and results as in timm's VisionTransformer.
+
+        Args:
+            x: images.
+            indices: the last n layers if an int, all if None, else these.
+            return_prefix_tokens: also return the class token of each.
+            norm: apply the final norm to each.
+            stop_early: do not compute layers after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NLC"``.
+            intermediates_only: return only the list.
+            output_dict: return a dictionary.
+
+        """
+        check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        b = x.shape[0]
+        x, (height, width) = self.embed(x)
+        found = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = self._run_block(block, x, (height, width))
+            if i in take:
+                found.append(self.norm(x) if norm else x)
+        prefix = [y[:, : self.num_prefix_tokens] for y in found]
+        features = [y[:, self.num_prefix_tokens :] for y in found]
+        if output_fmt == "NCHW":
+            features = [y.reshape(b, height, width, -1).permute(0, 3, 1, 2).contiguous() for y in features]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": features}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = self.norm(x)
+            return result
+        intermediates: list[Any] = (
+            list(zip(features, prefix, strict=True)) if return_prefix_tokens else features
+        )
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen intermediates do not need; returns their indices."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``."""
+        x, grid_size = self.embed(x)
+        for block in self.blocks:
+            x = self._run_block(block, x, grid_size)
+        return self.norm(x)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens to one feature per image."""
+        pool_type = self.global_pool if pool_type is None else pool_type
+        return global_pool_nlc(x, pool_type=pool_type, num_prefix_tokens=self.num_prefix_tokens)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits (or, ``pre_logits``, to the features before the linear head)."""
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    check_positive_int("img_size", height)
+    check_positive_int("img_size", width)
+    return height, width
