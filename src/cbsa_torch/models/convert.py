@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
-from cbsa_torch.models.checkpoint import CheckpointError, load_strictly, read_tensors, unwrap
+from cbsa_torch.models.checkpoint import CheckpointError, load_strictly, read_tensors, save_checkpoint, unwrap
 from cbsa_torch.models.whitebox import WhiteBoxTransformer
-from cbsa_torch.nn import CBSA
 
 # Official key (as a regular expression) -> ours. Groups carry indices.
 _STEM_AND_HEAD = {
@@ -35,6 +34,9 @@ _CBSA = {
 }
 
 
+_NAMES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
+
+
 def load_official(source: str | Path | Mapping[str, Any]) -> WhiteBoxTransformer:
     """Convert a released CBT checkpoint of the official code.
 
@@ -53,15 +55,33 @@ def load_official(source: str | Path | Mapping[str, Any]) -> WhiteBoxTransformer
             and unexpected keys are named.
 
     """
+    return _convert(source)[0]
+
+
+def convert_official(source: str | Path, output: str | Path) -> dict[str, Any]:
+    """Write a released checkpoint as one of ours, for :func:`cbsa_torch.models.load_checkpoint`.
+
+    Returns:
+        What the file says about itself: the timm model name and its constructor arguments.
+
+    """
+    model, info = _convert(source)
+    save_checkpoint(output, model.float(), info)
+    return info
+
+
+def _convert(source: str | Path | Mapping[str, Any]) -> tuple[WhiteBoxTransformer, dict[str, Any]]:
     if isinstance(source, Mapping):
         name, official = "the state dict", unwrap(dict(source), "the state dict")
     else:
         name, official = str(source), read_tensors(source)
     converted, unknown = _rename(official, _STEM_AND_HEAD | _CBSA)
     sizes = _read_sizes(official, name, unknown)
-    model = WhiteBoxTransformer(mixer=functools.partial(CBSA, layout="official"), **sizes)
+    size = _NAMES.get((sizes["embed_dim"], sizes["depth"]), "tiny")
+    model_name, model_args = f"cbt_{size}_patch16_224", {**sizes, "layout": "official"}
+    model = timm.create_model(model_name, **model_args, dtype=official["pos_embedding"].dtype)
     load_strictly(model, {**converted, **unknown}, name)
-    return model.eval()
+    return model.eval(), {"model": model_name, "model_args": model_args}
 
 
 def _rename(official: dict[str, Tensor], table: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -115,5 +135,4 @@ def _read_sizes(official: dict[str, Tensor], name: str, unknown: dict[str, Tenso
         "depth": depth,
         "num_heads": heads,
         "head_dim": official["transformer.layers.0.0.fn.proj.weight"].shape[0] // heads,
-        "dtype": dtype,
     }

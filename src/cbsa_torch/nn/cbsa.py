@@ -301,7 +301,7 @@ class CBSA(nn.Module):
             tokens, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, P) each
             tokens, keys = self.q_norm(tokens), self.k_norm(keys)
         if self.representatives.needs_grid:
-            grid, first = self._grid(n, source, grid_size)
+            grid, first = self._resolve_grid(n, source.map_grid, grid_size)
             if self.layout == "official":
                 first = 0
             cells = slice(first, first + int(torch.Size(grid).numel()))
@@ -311,14 +311,19 @@ class CBSA(nn.Module):
             chosen = self.representatives(tokens)
         return _Projected(tokens, keys, values, chosen.values, chosen.mask)
 
-    def _grid(self, n: int, source: TokenInput, grid_size: GridSize | None) -> tuple[GridSize, int]:
-        if source.map_grid is not None:
-            if grid_size is not None and tuple(grid_size) != source.map_grid:
-                raise ValueError(
-                    f"grid_size {tuple(grid_size)} differs from the feature map's {source.map_grid}"
-                )
-            return source.map_grid, 0
-        return resolve_grid(n, grid_size or self.grid_size, self.num_prefix_tokens)
+    def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int]:
+        """The grid that :meth:`forward` would use for ``x``, and the number of prefix tokens before it."""
+        source = read_tokens(x, self.dim, self.channels_first, None)
+        return self._resolve_grid(source.tokens.shape[1], source.map_grid, grid_size)
+
+    def _resolve_grid(
+        self, n: int, map_grid: GridSize | None, grid_size: GridSize | None
+    ) -> tuple[GridSize, int]:
+        if map_grid is None:
+            return resolve_grid(n, grid_size or self.grid_size, self.num_prefix_tokens)
+        if grid_size is not None and tuple(grid_size) != map_grid:
+            raise ValueError(f"grid_size {tuple(grid_size)} differs from the feature map's {map_grid}")
+        return map_grid, 0
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

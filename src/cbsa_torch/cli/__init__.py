@@ -1,0 +1,57 @@
+"""The command ``cbsa``: dispatch here, one function per command in ``commands``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.optional import require
+
+COMMANDS = {
+    "train": "Train an image classifier (default: the embedded digits).",
+    "eval": "Evaluate a trained model.",
+    "predict": "Classify image files.",
+    "report": "Write a page about a trained model: accuracy, curves, coding rates, attention maps.",
+    "convert": "Convert a released checkpoint of the official code.",
+    "list": "List our models and recipes.",
+}
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if args[0] == "--version":
+        from cbsa_torch import __version__
+
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"cbsa: no command {args[0]!r}{nearest(args[0], COMMANDS)}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        require("tyro", extra="train")
+        from cbsa_torch.cli import commands
+    except ImportError as error:
+        print(f"cbsa: {error}", file=sys.stderr)
+        return 1
+    try:
+        getattr(commands, f"run_{args[0]}")(args[1:])
+    except KeyboardInterrupt:
+        print("cbsa: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except commands.EXPECTED_ERRORS as error:
+        print(f"cbsa: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _usage() -> str:
+    lines = ["usage: cbsa COMMAND [options]     (cbsa COMMAND --help lists them)", ""]
+    return "\n".join([*lines, *(f"  {name:<9}{summary}" for name, summary in COMMANDS.items())])

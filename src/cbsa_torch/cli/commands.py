@@ -1,0 +1,188 @@
+"""What each command does: parse its options, call the library, print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cbsa_torch.cli.report import report_run
+from cbsa_torch.models.checkpoint import CheckpointError, write_atomically
+from cbsa_torch.models.convert import convert_official
+from cbsa_torch.train import errors
+from cbsa_torch.train.config import TrainConfig, load_config, recipe_names
+from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained
+from cbsa_torch.train.predict import predict_images
+from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.trainer import train
+
+EXPECTED_ERRORS = (
+    CheckpointError,
+    errors.ConfigError,
+    errors.DataError,
+    errors.RunFolderError,
+    errors.NonFiniteLossError,
+    OSError,
+)
+"""Errors with a message meant for the user; anything else is a bug and keeps its traceback."""
+
+
+def _parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:
+    kwargs = {} if default is None else {"default": default}
+    return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
+
+
+def run_train(args: list[str]) -> None:
+    """Train an image classifier (default: the embedded digits)."""
+    rest = list(args)
+    source: str | Path | None = None
+    for i, arg in enumerate(rest):
+        if arg == "--config" or arg.startswith("--config="):
+            value = arg.partition("=")[2]
+            if not value and i + 1 >= len(rest):
+                raise errors.ConfigError("--config needs a YAML file or the name of a recipe")
+            source = value or rest[i + 1]
+            del rest[i : i + (1 if value else 2)]
+            break
+    if source is None and "--resume" in rest and "--output" in rest[:-1]:
+        # A resumed run is configured by its own folder.
+        own = RunFolder(rest[rest.index("--output") + 1]).config
+        source = own if own.exists() else None
+    default = load_config("digits" if source is None else source)
+    if {"-h", "--help"} & set(rest):
+        print("usage: cbsa train [--config RECIPE_OR_YAML] [options]; later options win.\n")
+    train(_parse(TrainConfig, rest, "train", default))
+
+
+@dataclass
+class _EvalArgs:
+    """Evaluate a trained model; writes eval_<split>.json beside the checkpoint."""
+
+    checkpoint: str
+    """A run folder or a .safetensors file of one."""
+    split: Literal["train", "val", "test"] = "test"
+    root: str | None = None
+    """Evaluate on this image folder instead of the data the model was trained on."""
+    on_bad_image: Literal["stop", "skip"] | None = None
+    """What to do about an unreadable image. Default: as in training."""
+    batch_size: int = 256
+    output: str | None = None
+    """The JSON file."""
+
+
+def run_eval(args: list[str]) -> None:
+    """Evaluate a trained model."""
+    options = _parse(_EvalArgs, args, "eval")
+    data = open_trained(options.checkpoint).config.data
+    if options.root is not None:
+        data = dataclasses.replace(data, name="folder", root=options.root)
+    if options.on_bad_image is not None:
+        data = dataclasses.replace(data, on_bad_image=options.on_bad_image)
+    result = evaluate_checkpoint(
+        options.checkpoint,
+        split=options.split,
+        data=data,
+        batch_size=options.batch_size,
+        output=options.output,
+    )
+    top5 = "" if result.top5 is None else f"  top-5: {result.top5:.4f}"
+    print(
+        f"{options.split} accuracy: {result.top1:.4f}{top5}  loss: {result.loss:.4f}  images: {result.images}"
+    )
+
+
+@dataclass
+class _PredictArgs:
+    """Classify image files."""
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    checkpoint: str = "runs/digits"
+    """A run folder or a .safetensors file of one."""
+    top: int = 5
+    """How many classes to name."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do about an unreadable image."""
+    output: str | None = None
+    """Also write the predictions to this JSON file."""
+
+
+def run_predict(args: list[str]) -> None:
+    """Classify image files."""
+    options = _parse(_PredictArgs, args, "predict")
+    predictions = predict_images(
+        options.checkpoint, options.images, top=options.top, on_bad_image=options.on_bad_image
+    )
+    table = Table("image", "class", "probability")
+    for item in predictions:
+        if item.error is not None:
+            table.add_row(item.image, item.error, "")
+        for i, (name, probability) in enumerate(zip(item.classes, item.probabilities, strict=True)):
+            table.add_row(item.image if i == 0 else "", name, f"{probability:.4f}")
+    Console().print(table)
+    if options.output is not None:
+        rows = [item._asdict() for item in predictions]
+        write_atomically(Path(options.output), json.dumps(rows, indent=2).encode())
+        print(f"predictions: {options.output}")
+
+
+@dataclass
+class _ReportArgs:
+    """Write a self-contained page about a trained model."""
+
+    checkpoint: str
+    """A run folder."""
+    images: int = 256
+    """How many test images measure the coding rates."""
+    shown: int = 6
+    """How many test images get attention maps."""
+
+
+def run_report(args: list[str]) -> None:
+    """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
+    options = _parse(_ReportArgs, args, "report")
+    accuracy, page = report_run(options.checkpoint, images=options.images, shown=options.shown)
+    print(f"test accuracy: {accuracy:.4f}")
+    print(f"report: {page}")
+
+
+@dataclass
+class _ConvertArgs:
+    """Convert a released checkpoint of the official code into one of ours."""
+
+    official: str
+    """A .pth, .pth.tar or .safetensors file."""
+    output: str
+    """The .safetensors file to write."""
+
+
+def run_convert(args: list[str]) -> None:
+    """Convert a released checkpoint of the official code."""
+    options = _parse(_ConvertArgs, args, "convert")
+    info = convert_official(options.official, options.output)
+    print(f"{options.output}: {info['model']} {info['model_args']}")
+
+
+@dataclass
+class _ListArgs:
+    """List models and recipes."""
+
+    kind: list[Literal["models", "recipes"]] = field(default_factory=lambda: ["models", "recipes"])
+
+
+def run_list(args: list[str]) -> None:
+    """List our models and recipes."""
+    kinds = _parse(_ListArgs, args, "list").kind
+    if "models" in kinds:
+        names = [
+            name for name in timm.list_models() if "cbsa_torch" in timm.models.model_entrypoint(name).__module__
+        ]
+        print("models: " + ", ".join(names))
+    if "recipes" in kinds:
+        print("recipes: " + ", ".join(recipe_names()))

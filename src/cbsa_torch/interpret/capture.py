@@ -1,0 +1,80 @@
+"""Capture: what every CBSA layer of a model computes, as typed records, without touching the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.types import CBSAStages, GridSize
+from cbsa_torch.nn import CBSA
+
+
+class LayerRecord(NamedTuple):
+    """One layer's evaluation on one batch."""
+
+    name: str
+    """The layer's name in the model, e.g. ``blocks.3.attn``."""
+    stages: CBSAStages
+    """Every intermediate, detached."""
+    grid_size: GridSize
+    num_prefix_tokens: int
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[dict[str, LayerRecord]]:
+    """Record the CBSA layers of ``model`` during forward passes inside the context.
+
+    Args:
+        model: any module tree with :class:`cbsa_torch.CBSA` layers.
+        layers: names of the layers to record. Default: all.
+
+    Yields:
+        A dictionary that each forward pass fills, in the model's order: layer name to
+        :class:`LayerRecord`. Records are recomputed eagerly from the layer's input, whatever
+        implementation the layer runs.
+
+    Raises:
+        ValueError: no such layer, or a model without any.
+
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, CBSA)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no CBSA layer to capture")
+    for name in layers or ():
+        if name not in found:
+            raise ValueError(
+                f"layers: no CBSA layer {name!r}{nearest(name, found)}; there are {', '.join(found)}"
+            )
+    records: dict[str, LayerRecord] = {}
+    handles = []
+
+    def record(name: str) -> Any:
+        @torch.no_grad()
+        def hook(module: CBSA, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x, grid_size, token_mask = _arguments(*args, **kwargs)
+            stages = module.stages(x, grid_size, token_mask)
+            grid, prefix = module.token_grid(x, grid_size)
+            records[name] = LayerRecord(name, stages, grid, prefix)
+
+        return hook
+
+    try:
+        for name, module in found.items():
+            if layers is None or name in layers:
+                handles.append(module.register_forward_hook(record(name), with_kwargs=True))
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _arguments(
+    x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None, **_: Any
+) -> tuple[Tensor, GridSize | None, Tensor | None]:
+    """The arguments of ``CBSA.forward`` by position or by name."""
+    return x, grid_size, token_mask

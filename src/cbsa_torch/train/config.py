@@ -1,0 +1,241 @@
+"""The configuration of a run: typed dataclasses that are also the command line and the YAML file.
+
+A recipe is a YAML file with the same names, for the keys it sets. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cbsa_torch._core.checks import nearest
+from cbsa_torch.train.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    """The model."""
+
+    name: str = "cbt_tiny_patch16_224"
+    """A timm model name; `cbsa list` shows ours."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to. Default: what the model was designed for."""
+    args: dict[str, str] = field(default_factory=dict)
+    """Further constructor arguments, e.g. num_representatives 49 contraction exact."""
+    init_from: str | None = None
+    """Start from the weights of this run folder or .safetensors file (fine-tuning)."""
+
+
+@dataclass
+class DataConfig:
+    """The images and their augmentation."""
+
+    name: str = "folder"
+    """"digits" (embedded), "folder", or a name for timm's dataset factory, e.g. "torch/cifar10"."""
+    root: str | None = None
+    """Folder with train/, val/ and perhaps test/, each holding one folder of images per class; or, for a
+    timm data set, where its files are."""
+    val_fraction: float = 0.1
+    """Share of the training images held out for validation if there is no val split."""
+    download: bool = False
+    """Let timm download the data set, if it can."""
+    workers: int = 4
+    """Processes that read images; 0: the training process itself."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be read: stop, or leave it out, count it and list it."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Random resized crop: smallest and largest share of the area."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Random resized crop: smallest and largest ratio of sides."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Strength of colour jitter."""
+    auto_augment: str | None = None
+    """timm's policy, e.g. "rand-m9-mstd0.5"."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser and its schedule."""
+
+    name: str = "lion"
+    """Any timm optimiser, e.g. "lion" (the paper's for ImageNet) or "adamw"."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    decay_everything: bool = False
+    """Also decay biases, norms, embeddings and step sizes, as the official code does."""
+    batch_size: int = 256
+    """Images per optimiser step, over all processes and accumulation steps."""
+    epochs: int = 150
+    warmup_epochs: float = 20
+    """Linear warm-up from warmup_lr to lr; then a cosine down to min_lr."""
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+    label_smoothing: float = 0.1
+    clip_grad: float | None = None
+    """Largest norm of the gradient."""
+    ema_decay: float | None = None
+    """Evaluate and keep an exponential moving average of the weights with this decay."""
+
+
+@dataclass
+class EngineConfig:
+    """How it is computed; Accelerate chooses devices and processes (`accelerate launch`)."""
+
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision."""
+    cpu: bool = False
+    """Use the CPU although there is a GPU."""
+    accumulate: int = 1
+    """Gradient accumulation steps."""
+    threads: int | None = None
+    """CPU threads of torch."""
+    compile: bool = False
+    """torch.compile the model."""
+
+
+@dataclass
+class TrainConfig:
+    """Train an image classifier."""
+
+    output: str = "runs/latest"
+    """The run's folder."""
+    seed: int = 0
+    resume: bool = False
+    """Continue the run in the output folder."""
+    overwrite: bool = False
+    """Replace the run in the output folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = importlib.resources.files("cbsa_torch.train") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_config(source: str | Path) -> TrainConfig:
+    """Read a configuration from a YAML file, or from a recipe by name."""
+    if str(source) in recipe_names():
+        folder = importlib.resources.files("cbsa_torch.train") / "recipes"
+        text, name = (folder / f"{source}.yaml").read_text(), f"recipe {source}"
+    elif Path(source).is_file():
+        text, name = Path(source).read_text(), str(source)
+    else:
+        raise ConfigError(
+            f"no configuration {str(source)!r}: neither a file nor a recipe "
+            f"({', '.join(recipe_names())}){nearest(source, recipe_names())}"
+        )
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    return from_dict(TrainConfig, values, name)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Everything as plain values, for YAML and JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump_yaml(config: TrainConfig) -> str:
+    """The whole configuration as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_dict(cls: type[T], values: Any, where: str) -> T:
+    """Build a dataclass from a mapping; unknown keys and values of another type raise ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of keys to values, got {type(values).__name__}")
+    hints = get_type_hints(cls)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise ConfigError(
+            f"unknown key {unknown[0]!r} in {where}{nearest(unknown[0], hints)} (allowed: {', '.join(hints)})"
+        )
+    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Check ``value`` against the annotation ``hint``, converting what YAML writes differently."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        # YAML reads an unquoted no as False
+        value = "no" if value is False and "no" in args else value
+        if value not in args:
+            choices = ", ".join(map(repr, args))
+            raise ConfigError(f"{where} must be one of {choices}, got {value!r}{nearest(value, args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(args):
+            raise ConfigError(f"{where} must be {len(args)} values, got {value!r}")
+        return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a mapping, got {value!r}")
+        return {str(k): v if isinstance(v, str) else yaml.safe_dump(v).split("\n")[0] for k, v in value.items()}
+    # YAML reads 1e-3 (no dot) as a string, and 20 as an integer
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{where} must be {hint.__name__}, got {value!r} of type {type(value).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse values that cannot work, before anything is read or written."""
+    optim, data = config.optim, config.data
+    scale, ratio = data.crop_scale, data.crop_ratio
+    rules = [
+        (optim.batch_size >= 1, "optim.batch_size must be at least 1", optim.batch_size),
+        (optim.epochs >= 1, "optim.epochs must be at least 1", optim.epochs),
+        (optim.lr > 0, "optim.lr must be positive", optim.lr),
+        (optim.weight_decay >= 0, "optim.weight_decay must not be negative", optim.weight_decay),
+        (optim.warmup_epochs >= 0, "optim.warmup_epochs must not be negative", optim.warmup_epochs),
+        (0 <= optim.label_smoothing < 1, "optim.label_smoothing must be in [0, 1)", optim.label_smoothing),
+        (
+            optim.ema_decay is None or 0 < optim.ema_decay < 1,
+            "optim.ema_decay must be in (0, 1)",
+            optim.ema_decay,
+        ),
+        (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
+        (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
+        (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),
+        (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
+        (data.workers >= 0, "data.workers must not be negative", data.workers),
+        (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
+        (not (config.resume and config.overwrite), "resume and overwrite exclude each other", "both"),
+    ]
+    for holds, rule, got in rules:
+        if not holds:
+            raise ConfigError(f"{rule}, got {got}")

@@ -1,0 +1,114 @@
+"""Evaluate a trained checkpoint on a split of its data, or of other data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from torch import nn
+
+import cbsa_torch.models  # noqa: F401  (registers our models with timm)
+from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint, write_atomically
+from cbsa_torch.train.config import DataConfig, TrainConfig, from_dict
+from cbsa_torch.train.data import InputSpec, Splits, make_loader, open_splits, read_skipped
+from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.loop import Evaluation, evaluate
+from cbsa_torch.train.progress import Reporter
+from cbsa_torch.train.run_folder import RunFolder
+
+
+class Trained(NamedTuple):
+    """A trained model with what its checkpoint says about it."""
+
+    model: nn.Module
+    spec: InputSpec
+    class_names: list[str]
+    config: TrainConfig
+    info: dict[str, Any]
+    path: Path
+    """The checkpoint file."""
+
+
+def open_trained(checkpoint: str | Path) -> Trained:
+    """Load a run folder's best weights, or a ``.safetensors`` file of a run."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = RunFolder(path).best
+        if not path.exists():
+            raise FileNotFoundError(f"{checkpoint} holds no trained model (no {path.name})")
+    model, info = load_checkpoint(path)
+    try:
+        fed = info["input"]
+        spec = InputSpec(
+            tuple(fed["input_size"]),
+            tuple(fed["mean"]),
+            tuple(fed["std"]),
+            fed["interpolation"],
+            fed["crop_pct"],
+        )
+        config = from_dict(TrainConfig, info["config"], f"{path}: config")
+        return Trained(model, spec, list(info["class_names"]), config, info, path)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
+
+
+def choose_split(splits: Splits, split: str) -> Any:
+    """The data set of a split by name."""
+    dataset = getattr(splits, split)
+    if dataset is None:
+        raise DataError(f"this data set has no {split} split; choose another")
+    return dataset
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    *,
+    split: str = "test",
+    data: DataConfig | None = None,
+    batch_size: int = 256,
+    output: str | Path | None = None,
+) -> Evaluation:
+    """Evaluate and write ``eval_<split>.json`` beside the checkpoint.
+
+    Args:
+        checkpoint: a run folder or a ``.safetensors`` file of one.
+        split: "train", "val" or "test".
+        data: where the images are. Default: what the model was trained on.
+        batch_size: images per forward pass.
+        output: the JSON file. Default: beside the checkpoint.
+
+    """
+    trained = open_trained(checkpoint)
+    data = trained.config.data if data is None else data
+    output = trained.path.parent / f"eval_{split}.json" if output is None else Path(output)
+    skipped = output.with_suffix(".skipped.txt")
+    skipped.unlink(missing_ok=True)
+    splits = open_splits(data, trained.spec.mode, skipped)
+    if splits.class_names != trained.class_names:
+        raise DataError(
+            f"the data's classes ({', '.join(splits.class_names[:5])}, ...; {len(splits.class_names)}) are not "
+            f"the model's ({', '.join(trained.class_names[:5])}, ...; {len(trained.class_names)})"
+        )
+    accelerator = Accelerator()
+    reporter = Reporter(accelerator.is_main_process)
+    loader = make_loader(choose_split(splits, split), trained.spec, data, batch_size, train=False)
+    model, loader = accelerator.prepare(trained.model, loader)
+    with reporter.bar(f"evaluating {split}", len(loader)) as advance:
+        result = evaluate(accelerator, model, loader, len(trained.class_names), advance)
+    unread = read_skipped(skipped)
+    if accelerator.is_main_process:
+        record = {
+            "checkpoint": trained.path.name,
+            "split": split,
+            **result._asdict(),
+            "skipped_images": unread,
+            "class_names": trained.class_names,
+        }
+        write_atomically(output, json.dumps(record, indent=2).encode())
+    if unread:
+        reporter.say(f"{len(unread)} unreadable image(s) were left out, listed in {skipped}")
+    if result.images == 0:
+        raise DataError(f"no image of the {split} split could be read")
+    return result
