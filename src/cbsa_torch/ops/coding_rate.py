@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive
+from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
-from cbsa_torch.ops.cbsa.reference import solve_dtype
 
 
 def coding_rate(
@@ -35,9 +35,9 @@ def coding_rate(
     check_positive("eps", eps)
     if x.ndim < 2 or 0 in x.shape:
         raise ValueError(f"x must have shape (..., N, q) with at least one vector, got {tuple(x.shape)}")
-    result_dtype = torch.promote_types(x.dtype, torch.float32)
+    result_dtype = compute_dtype(x.dtype)
     n, q = x.shape[-2:]
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with no_autocast(x):
         x = x.to(solve_dtype(x))
         count: Tensor | int = n
         if token_mask is not None:

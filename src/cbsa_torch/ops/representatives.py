@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def representative_grid(grid_size: GridSize, num_representatives: int) -> GridSi
     / (number of cells)^2: use many representatives, but do not stretch them. ``(14, 14)`` with 64 gives
     ``(8, 8)``; ``(10, 40)`` with 64 gives ``(4, 16)``; ``(5,)`` with 64 gives ``(5,)``.
     """
-    check_grid(grid_size)
+    grid_size = check_grid(grid_size)
     check_positive_int("num_representatives", num_representatives)
     return _closest(grid_size, num_representatives)
 
@@ -53,7 +54,7 @@ def pool_representatives(
 
     """
     check_floating("tokens", tokens)
-    check_grid(grid_size)
+    grid_size = check_grid(grid_size)
     check_positive_int("num_representatives", num_representatives)
     b, h, n, p = tokens.shape
     check_shape("tokens", tokens, (b, h, math.prod(grid_size), p), f"(B, H, N, P) for grid_size {grid_size}")
@@ -68,35 +69,44 @@ def pool_representatives(
     return Representatives(pooled.reshape(b, h, p, math.prod(cells)).transpose(-2, -1), None)
 
 
-def check_grid(grid_size: GridSize) -> None:
-    """Raise ``ValueError`` unless ``grid_size`` is one to three positive integers."""
+def check_grid(grid_size: GridSize) -> GridSize:
+    """Return ``grid_size`` as plain integers; raise ``ValueError`` unless it is one to three positive ones."""
     if not 1 <= len(grid_size) <= 3 or any(int(side) != side or side < 1 for side in grid_size):
         raise ValueError(f"grid_size must be one to three positive integers, got {tuple(grid_size)}")
+    # A grid decides shapes: a compiler that made it symbolic fixes it here.
+    return tuple(operator.index(side) for side in grid_size)
 
 
-def _distortion(ratios: list[float]) -> float:
-    return max(ratios) / min(ratios)
+@torch.compiler.assume_constant_result  # numbers in, numbers out: nothing for the compiler to trace
+def _closest(grid_size: GridSize, limit: int) -> GridSize:
+    return _search(grid_size, limit)[0]
+
+
+@torch.compiler.assume_constant_result
+def _candidates(grid_size: GridSize, limit: int) -> tuple[GridSize, ...]:
+    return _search(grid_size, limit)[1]
 
 
 @functools.lru_cache(maxsize=1024)
-def _closest(grid_size: GridSize, limit: int) -> GridSize:
+def _search(grid_size: GridSize, limit: int) -> tuple[GridSize, tuple[GridSize, ...]]:
+    """The closest grid, and all that were considered, in fixed order."""
+
     def cost(cells: GridSize) -> float:
         ratios = [c / g for c, g in zip(cells, grid_size, strict=True)]
-        return _distortion(ratios) / math.prod(cells) ** 2
+        return max(ratios) / min(ratios) / math.prod(cells) ** 2
 
-    return min(_candidates(grid_size, limit), key=cost)
+    considered = tuple(_grids_within(grid_size, limit))
+    return min(considered, key=cost), considered
 
 
-@functools.lru_cache(maxsize=1024)
-def _candidates(grid_size: GridSize, limit: int) -> tuple[GridSize, ...]:
-    """Every grid with at most ``limit`` cells and no side above that of ``grid_size``, in fixed order."""
+def _grids_within(grid_size: GridSize, limit: int) -> Iterator[GridSize]:
+    """Every grid with at most ``limit`` cells and no side above that of ``grid_size``."""
     if not grid_size:
-        return ((),)
-    return tuple(
-        (side, *rest)
-        for side in range(1, min(grid_size[0], limit) + 1)
-        for rest in _candidates(grid_size[1:], limit // side)
-    )
+        yield ()
+        return
+    for side in range(1, min(grid_size[0], limit) + 1):
+        for rest in _grids_within(grid_size[1:], limit // side):
+            yield (side, *rest)
 
 
 def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Tensor) -> Representatives:
@@ -149,7 +159,7 @@ def _bounding_box(real: Tensor) -> tuple[Tensor, Tensor]:
 def _closest_per_item(extent: Tensor, grid_size: GridSize, limit: int) -> Tensor:
     """:func:`representative_grid` for the extents ``(B, D)`` of every item at once.
 
-    The arithmetic is that of ``_closest`` operation by operation in float64, so both choose alike.
+    The arithmetic is that of ``_search`` operation by operation in float64, so both choose alike.
     """
     candidates = torch.tensor(_candidates(grid_size, limit), device=extent.device)  # (K, D)
     dtype = torch.float32 if extent.device.type == "mps" else torch.float64

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import CBSAStages
 
 
@@ -115,11 +116,6 @@ def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tens
     return step * (weights @ contracted)
 
 
-def solve_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype for factorisations of ``tensor``: float64, or float32 on devices without it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def cbsa_reference(
     tokens: Tensor,
     representatives: Tensor,
@@ -141,10 +137,8 @@ def cbsa_reference(
     Low-precision inputs are computed in float32 (autocast is off inside), and returned in their own dtype
     only by the caller: the stages stay in the dtype they were computed in.
     """
-    dtype = tokens.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        dtype = torch.float32
-    with torch.autocast(device_type=tokens.device.type, enabled=False):
+    dtype = compute_dtype(tokens.dtype)
+    with no_autocast(tokens):
         tokens, representatives, keys, values = (t.to(dtype) for t in (tokens, representatives, keys, values))
         if isinstance(step_representatives, Tensor):
             step_representatives = step_representatives.to(dtype)[:, None, None]  # (H, 1, 1)

@@ -1,0 +1,15 @@
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    # pytest-xdist runs several processes: one thread each
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)

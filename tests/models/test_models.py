@@ -1,0 +1,194 @@
+"""One suite over everything we register: timm's list of checks."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cbsa_torch import CBSA
+from cbsa_torch.models import WhiteBoxTransformer
+from tests.helpers import golden
+from tests.helpers.compare import assert_close
+
+NAMES = timm.list_models("cbt_*")
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+PUBLISHED = {
+    "cbt_tiny_patch16_224": (1_789_192, 1.8),
+    "cbt_small_patch16_224": (6_667_048, 6.7),
+    "cbt_base_patch16_224": (25_691_752, 25.7),
+    "cbt_large_patch16_224": (83_051_368, 83.1),
+}
+
+
+def small(name, **kwargs):
+    return timm.create_model(name, **{**SMALL, **kwargs})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_as_published(name):
+    model = timm.create_model(name, device="meta")
+    exact, millions = PUBLISHED[name]
+    count = sum(p.numel() for p in model.parameters())
+    assert count == exact
+    assert round(count / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_state_dict_has_every_official_tensor(size):
+    ours = timm.create_model(f"cbt_{size}_patch16_224", device="meta").state_dict()
+    official = golden.describe(f"keys_cbt_{size}")["state_dict"]
+    if isinstance(official, dict):
+        official = [(k, v, None) for k, v in official.items()]
+    shapes = sorted(tuple(shape[:1]) if "step" in key else tuple(shape) for key, shape, *_ in official)
+    assert sorted(tuple(t.shape) for t in ours.values()) == shapes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_backward_reaches_every_parameter(name):
+    model = small(name)
+    channels, height, width = model.pretrained_cfg["input_size"]
+    assert channels == model.in_chans
+    out = model(torch.randn(2, channels, height, width))
+    assert out.shape == (2, 5)
+    out.square().sum().backward()
+    assert torch.isfinite(out).all()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+
+
+@pytest.mark.parametrize("size", [(224, 224), (160, 320), (100, 70), (17, 16)], ids=str)
+def test_any_image_size_and_aspect(size):
+    model = small("cbt_tiny_patch16_224").eval()
+    assert model(torch.randn(1, 3, *size)).shape == (1, 5)
+    features = model.forward_intermediates(torch.randn(1, 3, *size), intermediates_only=True)
+    assert features[0].shape == (1, 32, -(-size[0] // 16), -(-size[1] // 16))
+
+
+def test_set_input_size_is_what_happens_at_run_time():
+    model = small("cbt_tiny_patch16_224").eval()
+    x = torch.randn(1, 3, 96, 160)
+    expected = model(x)
+    model.set_input_size((96, 160))
+    assert model.pos_embed.shape == (1, 1 + 6 * 10, 32)
+    assert_close(model(x), expected, 1e-5)
+    model.set_input_size()
+    with pytest.raises(ValueError, match="patch_size must stay 16"):
+        model.set_input_size(patch_size=8)
+    with pytest.raises(TypeError, match="img_size must be an int"):
+        model.set_input_size((3.5, 2))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = small("cbt_nano_patch4_32")
+    x = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert_close(checkpointed, plain, 1e-5)
+
+
+def test_classifier_and_pooling():
+    model = small("cbt_nano_patch4_32")
+    x = torch.randn(2, 3, 32, 32)
+    assert model.get_classifier().out_features == 5
+    model.reset_classifier(7, "avg")
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0, "")
+    assert model(x).shape == (2, 65, 32)
+    assert model.num_features == model.head_hidden_size == 32
+    tokens = model.forward_features(x)
+    assert model.forward_head(tokens, pre_logits=True).shape == (2, 65, 32)
+    with pytest.raises(ValueError, match="global_pool must be one of"):
+        model.reset_classifier(3, "mean")
+
+
+def test_intermediates():
+    model = small("cbt_nano_patch4_32", depth=4).eval()
+    x = torch.randn(2, 3, 32, 32)
+    final, features = model.forward_intermediates(x, norm=True)
+    assert len(features) == 4
+    assert_close(model.forward_head(final), model(x), 1e-6)
+    last = features[-1].flatten(2).transpose(1, 2)
+    assert_close(last, final[:, 1:], 1e-6)
+    early = model.forward_intermediates(x, [0, 1], stop_early=True, intermediates_only=True, output_fmt="NLC")
+    assert [f.shape for f in early] == [(2, 64, 32)] * 2
+    pairs = model.forward_intermediates(x, 1, return_prefix_tokens=True, intermediates_only=True)
+    assert pairs[0][1].shape == (2, 1, 32)
+    named = model.forward_intermediates(x, 1, return_prefix_tokens=True, output_dict=True)
+    assert set(named) == {"image_intermediates", "image_intermediates_prefix", "image_features"}
+    assert model.prune_intermediate_layers(1) == [3]
+    with pytest.raises(ValueError, match="output_fmt must be one of 'NCHW', 'NLC'"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+
+
+def test_features_only():
+    model = timm.create_model("cbt_nano_patch4_32", features_only=True, out_indices=(1, 3))
+    shapes = [f.shape for f in model(torch.randn(1, 3, 32, 48))]
+    assert shapes == [(1, 128, 8, 12)] * 2
+    assert model.feature_info.channels() == [128, 128]
+
+
+def test_weight_decay_spares_steps_and_embeddings():
+    model = small("cbt_nano_patch4_32")
+    spared = model.no_weight_decay()
+    assert {"pos_embed", "cls_token", "blocks.1.attn.step_tokens"} <= spared
+    assert spared <= {name for name, _ in model.named_parameters()}
+    matcher = model.group_matcher()
+    assert set(matcher) == {"stem", "blocks"}
+
+
+def test_options_reach_the_layers():
+    model = small(
+        "cbt_nano_patch4_32", num_representatives=9, contraction="exact", tied=True, layout="official"
+    )
+    layer = model.blocks[0].attn
+    assert (layer.representatives.num_representatives, layer.contraction, layer.tied, layer.layout) == (
+        9,
+        "exact",
+        True,
+        "official",
+    )
+
+
+def test_mixer_per_layer():
+    class Silent(nn.Module):
+        def __init__(self, dim, num_heads, **kwargs):
+            super().__init__()
+
+        def forward(self, x, grid_size=None, token_mask=None):
+            return torch.zeros_like(x)
+
+    model = WhiteBoxTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=2, mixer=[CBSA, Silent, CBSA]
+    )
+    assert [type(block.attn) for block in model.blocks] == [CBSA, Silent, CBSA]
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 2)
+    with pytest.raises(ValueError, match="mixer must be one constructor or depth=3 of them, got 2"):
+        WhiteBoxTransformer(depth=3, mixer=[CBSA, CBSA])
+
+
+def test_state_dict_round_trip_and_dtype():
+    model, twin = (small("cbt_pico_patch1_8").eval() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(1, 1, 8, 8)
+    assert torch.equal(twin(x), model(x))
+    assert small("cbt_pico_patch1_8", dtype=torch.float64)(x.double()).dtype == torch.float64
+
+
+def test_compiles_in_one_graph_and_exports():
+    model = small("cbt_pico_patch1_8").eval()
+    x = torch.randn(2, 1, 8, 8)
+    expected = model(x)
+    assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected, 1e-5)
+    exported = torch.export.export(model, (x,))
+    assert_close(exported.module()(x), expected, 1e-5)
+
+
+def test_wrong_images_are_named():
+    with pytest.raises(ValueError, match="images must have shape"):
+        small("cbt_tiny_patch16_224")(torch.zeros(1, 1, 32, 32))

@@ -1,0 +1,358 @@
+"""The layer: parity with the official one, every grid and layout, timm's arguments, bad input."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cbsa_torch import CBSA, ops
+from tests.helpers import golden
+from tests.helpers.compare import assert_close
+
+
+def official_layer(data):
+    layer = CBSA(32, 4, layout="official", dtype=torch.float64)
+    layer.load_state_dict(
+        {
+            "step_tokens": data["param.step_x"].flatten(),
+            "step_representatives": data["param.step_rep"].flatten(),
+            "qkv.weight": data["param.proj.weight"],
+            "proj.weight": data["param.to_out.weight"],
+            "proj.bias": data["param.to_out.bias"],
+        }
+    )
+    return layer
+
+
+@pytest.mark.parametrize("name", ["layer_cbsa_n145", "layer_cbsa_n65"])
+def test_parity_with_the_official_layer(name):
+    data, _ = golden.load(name)
+    layer = official_layer(data)
+    x = data["input"].requires_grad_()
+    out = layer(x)
+    out.backward(data["grad_output"])
+    assert_close(out, data["output"], 1e-10)
+    assert_close(x.grad, data["grad_input"], 1e-10)
+    assert_close(layer.step_tokens.grad, data["grad.step_x"].flatten(), 1e-10)
+    assert_close(layer.step_representatives.grad, data["grad.step_rep"].flatten(), 1e-10)
+    assert_close(layer.qkv.weight.grad, data["grad.proj.weight"], 1e-10)
+    assert_close(layer.proj.weight.grad, data["grad.to_out.weight"], 1e-10)
+    assert_close(layer.proj.bias.grad, data["grad.to_out.bias"], 1e-10)
+    if "attention_full_AtA" in data:
+        attention = layer.stages(x).attention
+        assert_close(attention.mT @ attention, data["attention_full_AtA"], 1e-10)
+
+
+def test_parity_in_float32():
+    data, _ = golden.load("layer_cbsa_n65")
+    layer = official_layer(data).float()
+    assert_close(layer(data["input"].float()).double(), data["output"], 1e-5)
+
+
+def test_standard_layout_pools_the_grid_not_the_class_token():
+    layer = CBSA(8, 2, num_representatives=4)
+    x = torch.randn(1, 17, 8)
+    q = layer.stages(x).representatives
+    expected, _ = ops.pool_representatives(layer.stages(x).tokens[:, :, 1:], (4, 4), 4)
+    assert_close(q, expected, 0)
+
+
+GRIDS = [(9,), (7, 11), (3, 4, 5), (1, 1), (2, 30), (1,)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("contraction", ["softmax", "exact", "none"])
+def test_any_grid_forward_and_backward_both_layouts(grid, contraction):
+    layer = CBSA(12, 3, num_representatives=10, contraction=contraction).double()
+    feature_map = torch.randn(2, 12, *grid).double().requires_grad_()
+    out = layer(feature_map)
+    assert out.shape == feature_map.shape
+    tokens = feature_map.flatten(2).transpose(1, 2)
+    assert_close(layer(tokens, grid_size=grid), out.flatten(2).transpose(1, 2), 1e-12)
+    out.square().sum().backward()
+    assert torch.isfinite(feature_map.grad).all()
+    assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_more_representatives_than_tokens_and_a_single_token():
+    layer = CBSA(8, 2, num_representatives=64)
+    assert layer.stages(torch.randn(1, 9, 8)).representatives.shape == (1, 2, 9, 4)
+    assert layer(torch.randn(1, 1, 8)).shape == (1, 1, 8)
+    learned = CBSA(8, 2, num_representatives=64, representatives="learned")
+    out = learned(torch.randn(1, 3, 8))
+    out.sum().backward()
+    assert learned.representatives.values.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_prefix_tokens(prefix):
+    layer = CBSA(8, 2, num_representatives=4, num_prefix_tokens=prefix)
+    x = torch.randn(2, prefix + 12, 8)
+    assert layer(x, grid_size=(3, 4)).shape == x.shape
+    layer.set_input_size((3, 4))
+    assert_close(layer(x), layer(x, grid_size=(3, 4)), 0)
+    inferred = CBSA(8, 2, num_representatives=4)
+    inferred.load_state_dict(layer.state_dict())
+    assert_close(inferred(x, grid_size=(3, 4)), layer(x), 0)
+
+
+@pytest.mark.parametrize("grid", [(10,), (6, 7), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("contraction", ["softmax", "exact"])
+@pytest.mark.parametrize("representatives", ["pool", "learned"])
+def test_a_padded_batch_is_each_item_alone(grid, contraction, representatives):
+    layer = CBSA(
+        12, 3, num_representatives=9, contraction=contraction, representatives=representatives
+    ).double()
+    extents = [grid, tuple(max(1, side // 2) for side in grid), tuple(1 for _ in grid)]
+    x = torch.randn(4, 12, *grid).double()
+    mask = torch.zeros(4, *grid, dtype=torch.bool)
+    for b, extent in enumerate(extents):
+        mask[(b, *(slice(0, e) for e in extent))] = True
+    padded = x.masked_fill(~mask[:, None], float("nan")).requires_grad_()
+    out = layer(padded, token_mask=mask)
+    out.masked_select(mask[:, None]).square().sum().backward()
+    assert torch.isfinite(padded.grad).all()
+    gradients = [p.grad.clone() for p in layer.parameters()]
+    assert all(torch.isfinite(g).all() for g in gradients)
+    layer.zero_grad()
+    for b, extent in enumerate(extents):
+        window = (slice(b, b + 1), slice(None), *(slice(0, e) for e in extent))
+        alone = x[window].clone().requires_grad_()
+        expected = layer(alone)
+        expected.square().sum().backward()
+        assert_close(out[window], expected, 1e-11)
+        assert_close(padded.grad[window], alone.grad, 1e-10)
+    for gradient, parameter in zip(gradients, layer.parameters(), strict=True):
+        assert_close(gradient, parameter.grad, 1e-10)
+    # the item without any real token: only the bias
+    assert_close(out[3], layer.proj.bias.view(-1, *(1 for _ in grid)).expand_as(out[3]), 1e-12)
+    assert padded.grad[3].abs().max() == 0
+
+
+def test_padded_sequence_with_a_class_token_is_each_item_alone():
+    layer = CBSA(8, 2, num_representatives=3, num_prefix_tokens=1).double()
+    x = torch.randn(2, 9, 8).double()
+    mask = torch.arange(9) < torch.tensor([[9], [5]])
+    out = layer(x, grid_size=(8,), token_mask=mask)
+    assert_close(out[1:, :5], layer(x[1:, :5], grid_size=(4,)), 1e-12)
+    for shaped in (mask, mask[:, None], mask[:, None, None]):
+        assert_close(layer(x, grid_size=(8,), attn_mask=shaped), out, 0)
+
+
+def test_tied_projection_is_the_transpose():
+    layer = CBSA(8, 2, tied=True)
+    assert {name for name, _ in layer.named_parameters()} == {
+        "step_tokens",
+        "step_representatives",
+        "qkv.weight",
+    }
+    x = torch.randn(1, 16, 8)
+    merged = layer.stages(x).output.transpose(1, 2).flatten(2)
+    assert_close(layer(x), merged @ layer.qkv.weight, 1e-6)
+
+
+def test_tied_exact_layer_is_a_gradient_step_of_the_compression_term():
+    """Moving the tokens against the output of the rigorous layer lowers R^c."""
+    layer = CBSA(
+        12, 3, tied=True, contraction="exact", representatives="learned", num_representatives=5, eps=0.5
+    )
+    layer = layer.double()
+    nn.init.orthogonal_(layer.qkv.weight)
+    nn.init.ones_(layer.step_tokens)
+    nn.init.ones_(layer.step_representatives)
+    x = torch.randn(2, 20, 12).double()
+    rates = [
+        ops.compression_rate(layer.stages(x).extracted, eps=0.5),
+        ops.compression_rate(layer.stages(x - 0.1 * layer(x)).extracted, eps=0.5),
+    ]
+    assert (rates[1] < rates[0]).all()
+
+
+def test_separate_projections_and_norms():
+    layer = CBSA(8, 2, qkv="separate", qk_norm=True, scale_norm=True, norm_layer=nn.LayerNorm, qkv_bias=True)
+    assert layer.qkv.weight.shape == (24, 8)
+    x = torch.randn(2, 9, 8)
+    stages = layer.stages(x)
+    assert_close(stages.tokens.mean(-1), torch.zeros(2, 2, 9), 1e-5)  # normalised queries
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_dropout_and_output_size():
+    layer = CBSA(8, 2, proj_drop=0.5, dim_out=12)
+    x = torch.randn(4, 16, 8)
+    assert layer(x).shape == (4, 16, 12)
+    assert (layer(x) == 0).any()
+    assert not (layer.eval()(x) == 0).any()
+
+
+def test_one_dimensional_maps_and_tokens_are_told_apart():
+    layer = CBSA(8, 2)
+    sequence = torch.randn(2, 8, 5)  # (B, C, L)
+    assert_close(layer(sequence), layer(sequence.mT, grid_size=(5,)).mT, 0)
+    square = torch.randn(2, 8, 8)  # either; tokens unless told otherwise
+    assert_close(layer(square, grid_size=(8,)), CBSA.forward(layer, square, (8,)), 0)
+    layer.channels_first = True
+    assert_close(layer(square), layer(square), 0)
+    expected = layer(square)
+    layer.channels_first = False
+    assert_close(layer(square.mT, grid_size=(8,)).mT, expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("representatives", ["pool", "learned"])
+def test_autocast_and_low_precision(dtype, representatives):
+    layer = CBSA(16, 4, num_representatives=9, representatives=representatives)
+    x = torch.randn(2, 64, 16)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=dtype):
+        out = layer(x)
+    assert out.dtype == dtype
+    assert_close(out.float(), expected, 0.05)
+    assert_close(layer.to(dtype)(x.to(dtype)).float(), expected, 0.05)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+def test_compile_fullgraph(masked):
+    layer = CBSA(8, 2, num_representatives=4)
+    x = torch.randn(2, 12, 8)
+    mask = torch.arange(12) < torch.tensor([[12], [5]]) if masked else None
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, (3, 4), mask), layer(x, (3, 4), mask), 1e-6)
+
+
+def test_export():
+    layer = CBSA(8, 2, num_representatives=4).eval()
+    x = torch.randn(2, 8, 5, 7)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for batch in (2, 5):
+        x = torch.randn(batch, 8, 5, 7)
+        assert_close(exported.module()(x), layer(x), 1e-6)
+
+
+def test_meta_device_and_reset():
+    layer = CBSA(8, 2, device="meta")
+    assert layer(torch.zeros(1, 16, 8, device="meta")).shape == (1, 16, 8)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert all(torch.isfinite(p).all() for p in layer.parameters())
+
+
+def test_timm_vision_transformer_takes_it_as_it_is():
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        attn_layer=CBSA,
+        qkv_bias=True,
+    )
+    assert all(isinstance(block.attn, CBSA) for block in vit.blocks)
+    out = vit(torch.randn(2, 3, 32, 32))
+    out.sum().backward()
+    assert out.shape == (2, 3)
+    assert all(p.grad is not None for p in vit.parameters())
+    mask = torch.ones(2, 1, 1, 17, dtype=torch.bool)
+    assert vit(torch.randn(2, 3, 32, 32), attn_mask=mask).shape == (2, 3)
+
+
+BAD_CONSTRUCTIONS = [
+    ({"num_heads": 5}, ValueError, r"dim \(=12\) must be divisible by num_heads \(=5\)"),
+    ({"dim": 0}, ValueError, "dim must be at least 1"),
+    ({"num_heads": 2.0}, TypeError, "num_heads must be an int"),
+    ({"num_representatives": 0}, ValueError, "num_representatives must be at least 1, got 0"),
+    ({"contraction": "exat"}, ValueError, "did you mean 'exact'"),
+    ({"representatives": "pooled"}, ValueError, "did you mean 'pool'"),
+    ({"layout": "offical"}, ValueError, "did you mean 'official'"),
+    ({"qkv": "seperate"}, ValueError, "did you mean 'separate'"),
+    ({"impl": "fast"}, ValueError, "impl must be one of"),
+    ({"eps": -1.0}, ValueError, "eps must be positive"),
+    ({"head_dim": 4, "attn_head_dim": 8}, ValueError, "must agree"),
+    ({"qk_norm": True}, ValueError, "qk_norm needs qkv='separate'"),
+    ({"scale_norm": True}, ValueError, "norm_layer is required"),
+    ({"attn_drop": 0.1}, ValueError, "attn_drop must be 0"),
+    ({"gated": True}, ValueError, "gated must be False"),
+    ({"tied": True, "qkv": "separate"}, ValueError, "tied needs qkv='shared'"),
+    ({"tied": True, "dim_out": 6}, ValueError, "tied needs"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), BAD_CONSTRUCTIONS)
+def test_bad_options_are_named(options, kind, message):
+    with pytest.raises(kind, match=message):
+        CBSA(**{"dim": 12, "num_heads": 3, **options})
+
+
+def bool_ones(*shape):
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+BAD_INPUTS = [
+    (lambda layer: layer(torch.zeros(9, 12)), ValueError, r"x must be \(B, N, C\) tokens or"),
+    (lambda layer: layer(torch.zeros(1, 12, 2, 2, 2, 2)), ValueError, "1-, 2- or 3-D grid"),
+    (lambda layer: layer(torch.zeros(1, 9, 13)), ValueError, "x must have dim=12 channels on axis 2, got 13"),
+    (lambda layer: layer(torch.zeros(1, 13, 3, 3)), ValueError, "dim=12 channels on axis 1, got 13"),
+    (lambda layer: layer(torch.zeros(1, 9, 12, dtype=torch.long)), TypeError, "x must have a floating"),
+    (lambda layer: layer("image"), TypeError, "x must be a torch.Tensor, got str"),
+    (lambda layer: layer(torch.zeros(1, 7, 12)), ValueError, "7 tokens.*not a square grid; pass grid_size"),
+    (lambda layer: layer(torch.zeros(1, 7, 12), grid_size=(3, 3)), ValueError, "9 cells, but x has 7 tokens"),
+    (lambda layer: layer(torch.zeros(1, 7, 12), grid_size=(0, 3)), ValueError, "positive integers"),
+    (
+        lambda layer: layer(torch.zeros(1, 12, 3, 3), grid_size=(1, 9)),
+        ValueError,
+        "differs from the feature map",
+    ),
+    (lambda layer: layer(torch.zeros(2, 9, 12), token_mask=bool_ones(2, 8)), ValueError, "token_mask"),
+    (lambda layer: layer(torch.zeros(2, 9, 12), token_mask=torch.ones(2, 9)), TypeError, "torch.bool"),
+    (
+        lambda layer: layer(torch.zeros(2, 12, 3, 3), token_mask=bool_ones(2, 9)),
+        ValueError,
+        r"token_mask must have shape \(B, \*grid\)",
+    ),
+    (lambda layer: layer(torch.zeros(1, 9, 12), is_causal=True), ValueError, "is_causal must be False"),
+    (
+        lambda layer: layer(torch.zeros(2, 9, 12), attn_mask=bool_ones(9, 9)),
+        ValueError,
+        "attn_mask must be a boolean key-padding mask",
+    ),
+    (
+        lambda layer: layer(torch.zeros(2, 9, 12), attn_mask=bool_ones(2, 9), token_mask=bool_ones(2, 9)),
+        ValueError,
+        "not both",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD_INPUTS)
+def test_bad_input_is_named(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(CBSA(12, 3))
+
+
+def test_fixed_prefix_tokens_must_fit():
+    layer = CBSA(12, 3, num_prefix_tokens=2)
+    with pytest.raises(ValueError, match=r"9 cells \+ 2 prefix tokens, but x has 10 tokens"):
+        layer(torch.zeros(1, 10, 12), grid_size=(3, 3))
+    with pytest.raises(ValueError, match="10 tokens, which less 2 prefix tokens is not a square"):
+        layer(torch.zeros(1, 10, 12))
+    with pytest.raises(ValueError, match="positive integers"):
+        layer.set_input_size((-1, 3))
+
+
+def test_printing_tells_the_options():
+    text = repr(CBSA(12, 3, contraction="exact"))
+    assert "contraction='exact'" in text
+    assert "num_representatives=64" in text
+
+
+def test_compute_grows_linearly():
+    """The attention matrix is M x N: its size per token does not depend on N."""
+    layer = CBSA(8, 2, num_representatives=4)
+    for side in (8, 32):
+        attention = layer.stages(torch.randn(1, side * side, 8)).attention
+        assert attention.numel() == 2 * 4 * math.prod((side, side))

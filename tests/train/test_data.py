@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbsa_torch.train import evaluate_checkpoint, train
+from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.data import IGNORE, InputSpec, make_loader, open_splits, read_skipped
+from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.loop import classification_loss
+
+SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+
+
+def truncated_png(path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, "PNG")
+    path.write_bytes(path.read_bytes()[:200])
+
+
+BROKEN = {
+    "truncated": truncated_png,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not an image\n" * 50),
+}
+
+
+def folder(root: Path, **kwargs) -> DataConfig:
+    return DataConfig(name="folder", root=str(root), **{"workers": 0, "crop_scale": (0.5, 1.0), **kwargs})
+
+
+def targets(loader) -> list[int]:
+    return [int(t) for _, batch in loader for t in batch]
+
+
+# ---- digits
+
+
+def digit_rows(part) -> list[bytes]:
+    return [p.tobytes() + bytes([t]) for p, t in zip(part.pixels, part.labels, strict=True)]
+
+
+def test_the_digits_split_is_disjoint_and_complete():
+    splits = open_splits(DataConfig(name="digits"), "L")
+    assert [len(splits.train), len(splits.val), len(splits.test)] == [1257, 180, 360]
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    everything = Counter(p.tobytes() + bytes([t]) for p, t in zip(pixels, digits.target, strict=True))
+    assert sum((Counter(digit_rows(part)) for part in splits[:3]), Counter()) == everything
+
+
+def test_the_digits_split_is_stratified():
+    splits = open_splits(DataConfig(name="digits"), "L")
+    shares = [np.bincount(part.labels, minlength=10) / len(part) for part in splits[:3]]
+    assert np.abs(np.subtract(shares[0], shares[1])).max() < 0.01
+    assert np.abs(np.subtract(shares[0], shares[2])).max() < 0.01
+
+
+def test_the_digits_split_ignores_the_random_state():
+    first = open_splits(DataConfig(name="digits"), "L")
+    np.random.seed(5)
+    torch.manual_seed(5)
+    second = open_splits(DataConfig(name="digits"), "L")
+    assert all(digit_rows(a) == digit_rows(b) for a, b in zip(first[:3], second[:3], strict=True))
+
+
+def test_digits_are_grey_or_colour_as_the_model_needs():
+    assert open_splits(DataConfig(name="digits"), "L").train[0][0].mode == "L"
+    assert open_splits(DataConfig(name="digits"), "RGB").train[0][0].mode == "RGB"
+
+
+# ---- folders
+
+
+def test_a_folder_opens_with_its_three_splits(images):
+    splits = open_splits(folder(images), "RGB")
+    assert [len(splits.train), len(splits.val), len(splits.test)] == [24, 12, 12]
+    assert splits.class_names == ["blue", "green", "red"]
+    image, label = splits.train[0]
+    assert splits.class_names[label] == "blue"
+    assert np.asarray(image).reshape(-1, 3).mean(0).argmax() == 2
+
+
+@pytest.mark.parametrize(("given", "found"), [("training", "train"), ("valid", "val"), ("validation", "val")])
+def test_splits_may_have_other_usual_names(images, given, found):
+    (images / found).rename(images / given)
+    splits = open_splits(folder(images), "RGB")
+    assert [len(splits.train), len(splits.val)] == [24, 12]
+
+
+def test_without_val_a_fixed_part_of_train_is_held_out(images):
+    shutil.rmtree(images / "val")
+    parts = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        splits = open_splits(folder(images, val_fraction=0.25), "RGB")
+        parts.append((sorted(splits.train.indices), sorted(splits.val.indices)))
+    assert parts[0] == parts[1]
+    assert len(parts[0][1]) == 6
+    assert sorted(parts[0][0] + parts[0][1]) == list(range(24))
+
+
+def test_held_out_images_are_not_augmented(images):
+    shutil.rmtree(images / "val")
+    data = folder(images, val_fraction=0.25, crop_scale=(0.1, 0.2))
+    splits = open_splits(data, "RGB")
+    train_loader = make_loader(splits.train, SPEC, data, 6, train=True)
+    val_loader = make_loader(splits.val, SPEC, data, 6, train=False)
+    plain = [np.asarray(splits.val.dataset[i][0]) for i in splits.val.indices]
+    next(iter(train_loader))
+    shown = next(iter(val_loader))[0].permute(0, 2, 3, 1).mul(0.5).add(0.5).mul(255)
+    torch.testing.assert_close(shown, torch.tensor(np.stack(plain)).float(), atol=1.0, rtol=0)
+
+
+def test_a_folder_of_classes_alone_is_a_training_set(images):
+    splits = open_splits(folder(images / "train"), "RGB")
+    assert len(splits.train) + len(splits.val) == 24
+    assert splits.test is None
+
+
+def test_hidden_folders_are_not_classes(images):
+    for split in ("train", "val"):
+        (images / split / ".cache").mkdir()
+    assert open_splits(folder(images), "RGB").class_names == ["blue", "green", "red"]
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        open_splits(folder(tmp_path / "nowhere"), "RGB")
+
+
+def test_a_folder_data_set_needs_a_root():
+    with pytest.raises(DataError, match=r"data\.root is required"):
+        open_splits(DataConfig(name="folder"), "RGB")
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="has no class folders"):
+        open_splits(folder(tmp_path), "RGB")
+
+
+def test_class_folders_without_images_are_refused(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="no images found in .*train"):
+        open_splits(folder(tmp_path), "RGB")
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_images_without_class_folders_are_refused(tmp_path, split):
+    (tmp_path / split).mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / split / "a.png")
+    with pytest.raises(DataError, match="images must lie in one folder per class"):
+        open_splits(folder(tmp_path), "RGB")
+
+
+def test_a_validation_class_unknown_to_train_is_refused(images, make_split):
+    (images / "val" / "zebra").mkdir()
+    with pytest.raises(DataError, match="val has classes that .*train has not: zebra"):
+        open_splits(folder(images), "RGB")
+
+
+def test_val_without_train_is_refused(images):
+    shutil.rmtree(images / "train")
+    with pytest.raises(DataError, match="no train folder"):
+        open_splits(folder(images), "RGB")
+
+
+def test_one_image_is_too_few_to_hold_out(tmp_path, make_split):
+    make_split(tmp_path / "train", 1, ("red",))
+    with pytest.raises(DataError, match="too few to hold out"):
+        open_splits(folder(tmp_path), "RGB")
+
+
+# ---- unreadable images
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_stops_with_its_name(images, kind, workers):
+    bad = images / "val" / "red" / "bad.png"
+    BROKEN[kind](bad)
+    data = folder(images, workers=workers)
+    loader = make_loader(open_splits(data, "RGB").val, SPEC, data, 4, train=False)
+    with pytest.raises(DataError, match="cannot read image .*val/red/bad.png") as caught:
+        targets(loader)
+    assert "on_bad_image" in str(caught.value)
+
+
+def test_the_message_about_an_unreadable_image_holds_no_traceback_of_a_worker(images):
+    BROKEN["empty"](images / "val" / "red" / "bad.png")
+    data = folder(images, workers=1)
+    loader = make_loader(open_splits(data, "RGB").val, SPEC, data, 4, train=False)
+    with pytest.raises(DataError) as caught:
+        targets(loader)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_skipped_and_listed_once(images, tmp_path, kind, workers):
+    bad = images / "val" / "red" / "bad.png"
+    BROKEN[kind](bad)
+    skipped = tmp_path / "skipped.txt"
+    data = folder(images, workers=workers, on_bad_image="skip")
+    loader = make_loader(open_splits(data, "RGB", skipped).val, SPEC, data, 4, train=False)
+    for _ in range(2):
+        assert Counter(targets(loader)) == {0: 4, 1: 4, 2: 4, IGNORE: 1}
+    assert read_skipped(skipped) == [str(bad)]
+
+
+def test_nothing_skipped_reads_as_an_empty_list(tmp_path):
+    assert read_skipped(tmp_path / "none.txt") == []
+
+
+def test_the_loss_does_not_count_skipped_images():
+    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, IGNORE, 2, 1, IGNORE])
+    kept = labels != IGNORE
+    expected = torch.nn.functional.cross_entropy(logits[kept], labels[kept], label_smoothing=0.1)
+    torch.testing.assert_close(classification_loss(logits, labels, 0.1), expected)
+
+
+def test_a_batch_of_skipped_images_has_loss_zero():
+    assert classification_loss(torch.randn(2, 3), torch.tensor([IGNORE, IGNORE])) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_does_not_count_skipped_images(finished, images, tmp_path, workers):
+    output = tmp_path / "clean.json"
+    clean = evaluate_checkpoint(finished[1].folder, data=folder(images), output=output)
+    bad = images / "test" / "blue" / "bad.png"
+    BROKEN["truncated"](bad)
+    data = folder(images, workers=workers, on_bad_image="skip")
+    output = tmp_path / "skip.json"
+    result = evaluate_checkpoint(finished[1].folder, data=data, output=output, batch_size=5)
+    assert result.images == sum(map(sum, result.confusion)) == 12
+    assert result.confusion == clean.confusion
+    assert result.top1 == clean.top1
+    assert result.loss == pytest.approx(clean.loss, rel=1e-5)
+    import json
+
+    assert json.loads(output.read_text())["skipped_images"] == [str(bad)]
+
+
+def test_evaluation_of_nothing_but_unreadable_images_is_refused(finished, images, tmp_path):
+    for image in (images / "test").rglob("*.png"):
+        image.write_bytes(b"")
+    with pytest.raises(DataError, match="no image of the test split could be read"):
+        evaluate_checkpoint(
+            finished[1].folder, data=folder(images, on_bad_image="skip"), output=tmp_path / "e.json"
+        )
+
+
+def test_training_stops_at_an_unreadable_image(config, images):
+    BROKEN["text"](images / "train" / "green" / "bad.png")
+    config.optim.batch_size = 25
+    with pytest.raises(DataError, match="cannot read image .*green/bad.png"):
+        train(config)
+
+
+def test_training_skips_unreadable_images_and_says_how_many(config, images, tmp_path, capsys):
+    bad = [images / "train" / "green" / "bad.png", images / "val" / "red" / "bad.png"]
+    BROKEN["text"](bad[0])
+    BROKEN["empty"](bad[1])
+    config.data.on_bad_image, config.optim.batch_size = "skip", 25
+    train(config)
+    assert read_skipped(tmp_path / "run" / "skipped_images.txt") == sorted(map(str, bad))
+    assert "2 unreadable image(s) were left out" in capsys.readouterr().out
+
+
+# ---- timm's factory
+
+
+def test_torchvision_image_folders_open_through_timm(images, config, tmp_path):
+    config.data.name = "torch/image_folder"
+    assert train(config).best_epoch >= 1
+    splits = open_splits(config.data, "RGB")
+    assert [len(splits.train), len(splits.val)] == [24, 12]
+    assert splits.class_names == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", ""])
+def test_a_timm_data_set_without_validation_does_not_validate_on_its_training_images(images, name):
+    try:
+        splits = open_splits(DataConfig(name=name, root=str(images / "train")), "RGB")
+    except DataError:
+        return
+    assert len(splits.train) + len(splits.val) == 24
+
+
+def test_a_timm_data_set_with_other_validation_classes_is_refused(images):
+    shutil.rmtree(images / "val" / "blue")
+    with pytest.raises(DataError, match="class"):
+        open_splits(DataConfig(name="torch/image_folder", root=str(images)), "RGB")
+
+
+def test_a_tar_file_gives_data_or_a_clear_error(images, tmp_path):
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(images / "train", arcname=".")
+    with pytest.raises(DataError, match="cannot tell the classes"):
+        open_splits(DataConfig(name="", root=str(tmp_path / "images.tar")), "RGB")
+
+
+@pytest.mark.parametrize("name", ["torch/nonsense", "torch/cifar10", "torch/image_folder"])
+def test_a_timm_data_set_that_cannot_open_is_a_data_error(tmp_path, name):
+    with pytest.raises(DataError, match=f"timm cannot open split 'train' of '{name}'"):
+        open_splits(DataConfig(name=name, root=str(tmp_path / "nowhere")), "RGB")
+
+
+def test_a_misspelt_data_set_name_does_not_open_as_a_folder(images):
+    with pytest.raises(ValueError, match="did you mean 'folder'"):
+        open_splits(DataConfig(name="foldr", root=str(images)), "RGB")
