@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ def report_run(checkpoint: str | Path, *, images: int = 256, shown: int = 6) -> 
     splits = open_splits(trained.config.data, trained.spec.mode, folder.skipped)
     split = "val" if splits.test is None else "test"
     evaluation = evaluate_checkpoint(trained.path, split=split)
-    inputs, pictures, labels = _sample(trained, choose_split(splits, split), images)
+    inputs, pictures, labels = sample_images(trained, split, images)
     with torch.inference_mode():
         predicted = trained.model(inputs[:shown]).argmax(-1).tolist()
     titles = [
@@ -56,8 +55,9 @@ def report_run(checkpoint: str | Path, *, images: int = 256, shown: int = 6) -> 
     return evaluation.top1, files.page
 
 
-def _sample(trained: Trained, dataset: Any, count: int) -> tuple[Tensor, np.ndarray, list[int]]:
-    """Inputs, pictures in [0, 1] and labels of readable images, evenly spread over a data set."""
+def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.ndarray, list[int]]:
+    """Inputs, pictures in [0, 1] and labels of readable images, evenly spread over a split."""
+    dataset = choose_split(open_splits(trained.config.data, trained.spec.mode), split)
     count = min(count, len(dataset))
     dataset.transform = eval_transform(trained.spec)
     inputs, labels = [], []

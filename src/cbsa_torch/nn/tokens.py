@@ -7,6 +7,7 @@ the layout it was given.
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def resolve_grid(
             )
         return tuple(grid_size), prefix
     for prefix in (0, 1) if num_prefix_tokens is None else (num_prefix_tokens,):
-        cells = num_tokens - prefix
+        cells = operator.index(num_tokens - prefix)  # a plain integer, under a compiler too
         side = math.isqrt(max(cells, 0))
         if side > 0 and side * side == cells:
             return (side, side), prefix

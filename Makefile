@@ -1,0 +1,61 @@
+# `make demo` and `make test` set up everything they need on a fresh machine, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-slow lint format bench gpu-check docs clean help
+
+help:
+	@echo "make demo       train on real digits (2 minutes), evaluate, write a report page"
+	@echo "make test       lint and all tests"
+	@echo "make lint       ruff and mypy         make format  let ruff format the code"
+	@echo "make test-slow  the tests that take minutes (accuracy over three seeds)"
+	@echo "make bench      time the layers       make gpu-check  tests and timings on a CUDA device"
+	@echo "make docs       build the documentation into site/"
+
+demo: $(VENV)/.installed
+	$(BIN)/cbsa train --config digits --output runs/demo --overwrite
+	$(BIN)/cbsa report --checkpoint runs/demo
+
+test: lint
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/layers.py
+
+gpu-check: $(VENV)/.installed-dev
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check: torch sees no CUDA device')"
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/layers.py --device cuda
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/pip:
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 10) else 'cbsa-torch needs Python 3.10 or newer; set PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are written last: an interrupted installation is taken up again.
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	$(PIP) install -e ".[all]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
+	$(PIP) install -e ".[dev]"
+	@touch $(VENV)/.installed $@
