@@ -75,7 +75,7 @@ def test_an_unknown_nested_key_names_the_nearest_and_its_section(tmp_path):
         ("data:\n  crop_scale: 0.5", "crop_scale must be 2 values"),
         ("data:\n  crop_scale: [0.1, 0.2, 0.3]", "crop_scale must be 2 values"),
         ("data:\n  crop_scale: [a, b]", "crop_scale must be float"),
-        ("data:\n  on_bad_image: skp", "on_bad_image must be one of 'stop', 'skip', got 'skp'; did you mean 'skip'"),
+        ("data:\n  on_bad_image: skp", "must be one of 'stop', 'skip', got 'skp'; did you mean 'skip'"),
         ("engine:\n  precision: fp8", "precision must be one of"),
         ("model:\n  args: [1]", "args must be a mapping"),
     ],
@@ -113,7 +113,7 @@ def test_model_arguments_become_strings_that_yaml_reads_back(tmp_path):
 
 
 def test_a_missing_file_names_the_recipes_and_the_nearest():
-    with pytest.raises(ConfigError, match=r"'digit'.*digits, finetune, folder, imagenet.*did you mean 'digits'"):
+    with pytest.raises(ConfigError, match=r"'digit'.*digits, finetune, folder, .*did you mean 'digits'"):
         load_config("digit")
 
 

@@ -39,22 +39,26 @@ def _parse(cls: type[Any], args: list[str], command: str, default: Any = None) -
     return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
 
 
+def _take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, and the arguments without it."""
+    for i, arg in enumerate(args):
+        if arg.startswith(f"{name}="):
+            return arg.partition("=")[2], args[:i] + args[i + 1 :]
+        if arg == name:
+            if i + 1 == len(args):
+                raise errors.ConfigError(f"{name} needs a value")
+            return args[i + 1], args[:i] + args[i + 2 :]
+    return None, args
+
+
 def run_train(args: list[str]) -> None:
     """Train an image classifier (default: the embedded digits)."""
-    rest = list(args)
-    source: str | Path | None = None
-    for i, arg in enumerate(rest):
-        if arg == "--config" or arg.startswith("--config="):
-            value = arg.partition("=")[2]
-            if not value and i + 1 >= len(rest):
-                raise errors.ConfigError("--config needs a YAML file or the name of a recipe")
-            source = value or rest[i + 1]
-            del rest[i : i + (1 if value else 2)]
-            break
-    if source is None and "--resume" in rest and "--output" in rest[:-1]:
+    source, rest = _take_option("--config", args)
+    if source is None and "--resume" in rest:
         # A resumed run is configured by its own folder.
-        own = RunFolder(rest[rest.index("--output") + 1]).config
-        source = own if own.exists() else None
+        output = _take_option("--output", rest)[0] or load_config("digits").output
+        own = RunFolder(output).config
+        source = str(own) if own.exists() else None
     default = load_config("digits" if source is None else source)
     if {"-h", "--help"} & set(rest):
         print("usage: cbsa train [--config RECIPE_OR_YAML] [options]; later options win.\n")

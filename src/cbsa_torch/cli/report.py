@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cbsa_torch import CBSA
 from cbsa_torch.interpret import report
-from cbsa_torch.train.data import open_splits
-from cbsa_torch.train.evaluate import Trained, choose_split, evaluate_checkpoint, open_trained
+from cbsa_torch.train.data import open_split, open_splits
+from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.evaluate import Trained, evaluate_checkpoint, open_trained
 from cbsa_torch.train.predict import eval_transform
 from cbsa_torch.train.run_folder import RunFolder
 
@@ -29,8 +32,10 @@ def report_run(checkpoint: str | Path, *, images: int = 256, shown: int = 6) -> 
 
     """
     trained = open_trained(checkpoint)
+    if not any(isinstance(module, CBSA) for module in trained.model.modules()):
+        raise ConfigError(f"{trained.info['model']} has no CBSA layer to report on; cbsa eval works")
     folder = RunFolder(trained.path.parent)
-    splits = open_splits(trained.config.data, trained.spec.mode, folder.skipped)
+    splits = open_splits(trained.config.data, trained.spec.mode)
     split = "val" if splits.test is None else "test"
     evaluation = evaluate_checkpoint(trained.path, split=split)
     inputs, pictures, labels = sample_images(trained, split, images)
@@ -57,14 +62,14 @@ def report_run(checkpoint: str | Path, *, images: int = 256, shown: int = 6) -> 
 
 def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.ndarray, list[int]]:
     """Inputs, pictures in [0, 1] and labels of readable images, evenly spread over a split."""
-    dataset = choose_split(open_splits(trained.config.data, trained.spec.mode), split)
+    dataset: Any = open_split(trained.config.data, trained.spec.mode, split, trained.class_names)
     count = min(count, len(dataset))
-    dataset.transform = eval_transform(trained.spec)
+    transform = eval_transform(trained.spec)
     inputs, labels = [], []
     for i in range(count):
-        pixels, label = dataset[i * len(dataset) // count]
+        image, label = dataset[i * len(dataset) // count]
         if label >= 0:
-            inputs.append(pixels)
+            inputs.append(transform(image))
             labels.append(label)
     batch = torch.stack(inputs)
     mean = torch.tensor(trained.spec.mean).view(1, -1, 1, 1)

@@ -113,25 +113,27 @@ def cbt_pico_patch1_8(pretrained: bool = False, **kwargs: Any) -> WhiteBoxTransf
     return _create_cbt("cbt_pico_patch1_8", pretrained, **{**model_args, **kwargs})
 
 
-def _nano(variant: str, pretrained: bool, img_size: int, in_chans: int, **kwargs: Any) -> WhiteBoxTransformer:
+def _nano(
+    variant: str, pretrained: bool, img_size: int, in_chans: int, args: dict[str, Any]
+) -> WhiteBoxTransformer:
     model_args = {"img_size": img_size, "patch_size": 4, "in_chans": in_chans, "num_classes": 10}
     model_args |= {"embed_dim": 128, "depth": 6, "num_heads": 4, "num_representatives": 16}
-    return _create_cbt(variant, pretrained, **{**model_args, **kwargs})
+    return _create_cbt(variant, pretrained, **{**model_args, **args})
 
 
 @register_model
 def cbt_nano_patch4_28(pretrained: bool = False, **kwargs: Any) -> WhiteBoxTransformer:
     """For 28x28 grey images: 49 tokens, 16 representatives."""
-    return _nano("cbt_nano_patch4_28", pretrained, 28, 1, **kwargs)
+    return _nano("cbt_nano_patch4_28", pretrained, 28, 1, kwargs)
 
 
 @register_model
 def cbt_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> WhiteBoxTransformer:
     """For 32x32 colour images: 64 tokens, 16 representatives."""
-    return _nano("cbt_nano_patch4_32", pretrained, 32, 3, **kwargs)
+    return _nano("cbt_nano_patch4_32", pretrained, 32, 3, kwargs)
 
 
 @register_model
 def cbt_nano_patch4_64(pretrained: bool = False, **kwargs: Any) -> WhiteBoxTransformer:
     """For 64x64 colour images: 256 tokens, 16 representatives."""
-    return _nano("cbt_nano_patch4_64", pretrained, 64, 3, **kwargs)
+    return _nano("cbt_nano_patch4_64", pretrained, 64, 3, kwargs)

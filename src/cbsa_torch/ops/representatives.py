@@ -77,14 +77,18 @@ def check_grid(grid_size: GridSize) -> GridSize:
     return tuple(operator.index(side) for side in grid_size)
 
 
-@torch.compiler.assume_constant_result  # numbers in, numbers out: nothing for the compiler to trace
 def _closest(grid_size: GridSize, limit: int) -> GridSize:
     return _search(grid_size, limit)[0]
 
 
-@torch.compiler.assume_constant_result
 def _candidates(grid_size: GridSize, limit: int) -> tuple[GridSize, ...]:
     return _search(grid_size, limit)[1]
+
+
+# Numbers in, numbers out: the compiler should call these, not trace them. This is all that
+# torch.compiler.assume_constant_result does, but that would import the compiler (a second) with the package.
+_closest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,12 @@ def load_state(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no trainer state at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises nearly anything: IndexError, OSError, struct.error, ...
         raise CheckpointError(f"{path} is broken or not a trainer state: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not a trainer state")
+    return state
 
 
 def random_states() -> dict[str, Any]:

@@ -86,6 +86,9 @@ class OptimConfig:
     """Largest norm of the gradient."""
     ema_decay: float | None = None
     """Evaluate and keep an exponential moving average of the weights with this decay."""
+    keep: Literal["best", "last"] = "best"
+    """The epoch whose weights are kept for use: the best on the validation split, or the last (where that
+    split is too small to choose by)."""
 
 
 @dataclass

@@ -10,6 +10,12 @@ class ConfigError(ValueError):
 class DataError(ValueError):
     """Data that cannot be used: missing, empty, without labels, or an unreadable image."""
 
+    def __init__(self, message: str) -> None:
+        # torch rebuilds an error of a DataLoader worker from its traceback, whose last line is the message
+        if message.startswith("Caught DataError in DataLoader worker"):
+            message = message.strip().splitlines()[-1].partition("DataError: ")[2]
+        super().__init__(message)
+
 
 class RunFolderError(ValueError):
     """An output folder that cannot be used: it holds another run, or something that is not a run."""

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
 from torch import nn
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint, write_atomically
 from cbsa_torch.train.config import DataConfig, TrainConfig, from_dict
-from cbsa_torch.train.data import InputSpec, Splits, make_loader, open_splits, read_skipped
+from cbsa_torch.train.data import InputSpec, make_loader, open_split, read_skipped
 from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.loop import Evaluation, evaluate
+from cbsa_torch.train.loop import Evaluation, evaluate, new_accelerator
 from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
 
@@ -35,7 +34,7 @@ def open_trained(checkpoint: str | Path) -> Trained:
     """Load a run folder's best weights, or a ``.safetensors`` file of a run."""
     path = Path(checkpoint)
     if path.is_dir():
-        path = RunFolder(path).best
+        path = RunFolder(path).weights
         if not path.exists():
             raise FileNotFoundError(f"{checkpoint} holds no trained model (no {path.name})")
     model, info = load_checkpoint(path)
@@ -52,14 +51,6 @@ def open_trained(checkpoint: str | Path) -> Trained:
         return Trained(model, spec, list(info["class_names"]), config, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
-
-
-def choose_split(splits: Splits, split: str) -> Any:
-    """The data set of a split by name."""
-    dataset = getattr(splits, split)
-    if dataset is None:
-        raise DataError(f"this data set has no {split} split; choose another")
-    return dataset
 
 
 def evaluate_checkpoint(
@@ -85,15 +76,10 @@ def evaluate_checkpoint(
     output = trained.path.parent / f"eval_{split}.json" if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
     skipped.unlink(missing_ok=True)
-    splits = open_splits(data, trained.spec.mode, skipped)
-    if splits.class_names != trained.class_names:
-        raise DataError(
-            f"the data's classes ({', '.join(splits.class_names[:5])}, ...; {len(splits.class_names)}) are not "
-            f"the model's ({', '.join(trained.class_names[:5])}, ...; {len(trained.class_names)})"
-        )
-    accelerator = Accelerator()
+    dataset = open_split(data, trained.spec.mode, split, trained.class_names, skipped)
+    accelerator = new_accelerator(mixed_precision="no")
     reporter = Reporter(accelerator.is_main_process)
-    loader = make_loader(choose_split(splits, split), trained.spec, data, batch_size, train=False)
+    loader = make_loader(dataset, trained.spec, data, batch_size, train=False)
     model, loader = accelerator.prepare(trained.model, loader)
     with reporter.bar(f"evaluating {split}", len(loader)) as advance:
         result = evaluate(accelerator, model, loader, len(trained.class_names), advance)

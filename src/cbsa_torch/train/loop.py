@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +42,12 @@ class Trained(NamedTuple):
     """Mean of the training loss over the images of all processes."""
     lr: float
     """Learning rate of the last step."""
+
+
+def new_accelerator(**settings: Any) -> Accelerator:
+    """An Accelerator with these settings, whatever an earlier run in this process used."""
+    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
+    return Accelerator(**settings)
 
 
 def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

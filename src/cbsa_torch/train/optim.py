@@ -32,11 +32,13 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> Any:
     """Linear warm-up, then a cosine; a function of the step number alone, hence resumable."""
+    warmup = min(config.warmup_epochs, config.epochs)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
-        num_epochs=config.epochs,
-        warmup_epochs=min(config.warmup_epochs, config.epochs),
+        num_epochs=max(config.epochs - warmup, 1),
+        warmup_epochs=warmup,
+        warmup_prefix=True,  # the cosine starts from lr, after the warm-up
         warmup_lr=min(config.warmup_lr, config.lr),
         min_lr=config.min_lr,
         step_on_epochs=False,

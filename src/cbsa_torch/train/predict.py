@@ -12,7 +12,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from cbsa_torch.train.data import READ_ERRORS, InputSpec
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.evaluate import Trained, open_trained
 
 
@@ -62,6 +62,8 @@ def predict_images(
         on_bad_image: "stop" raises DataError; "skip" reports the error in that image's prediction.
 
     """
+    if top < 1:
+        raise ConfigError(f"top must be at least 1, got {top}")
     trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint)
     device = next(trained.model.parameters()).device
     predictions = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -30,8 +31,8 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.best = self.path / "best.safetensors"
-        """Weights of the best epoch on the validation split: what eval, predict and report use."""
+        self.weights = self.path / "model.safetensors"
+        """The weights that eval, predict and report use: of the best or of the last epoch."""
         self.last = self.path / "last.pt"
         """Everything needed to go on: weights, average, optimiser, random states."""
         self.skipped = self.path / "skipped_images.txt"
@@ -39,12 +40,16 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
 
+    def holds_run(self) -> bool:
+        """Whether this folder was written by a run (others have a config.yaml, too)."""
+        return self.config.exists() and self.environment.exists()
+
     def check(self, config: TrainConfig) -> None:
         """Refuse a folder that this configuration may not use; touches nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"output {self.path} is not a folder")
         if config.resume:
-            if not self.config.exists():
+            if not self.holds_run():
                 raise RunFolderError(f"nothing to resume in {self.path}: it holds no run")
             changed = changed_keys(load_config(self.config), config)
             if changed:
@@ -52,7 +57,7 @@ class RunFolder:
                     f"cannot resume {self.path} with another configuration: {'; '.join(changed)}"
                 )
         elif self.path.exists() and any(self.path.iterdir()):
-            if not self.config.exists():
+            if not self.holds_run():
                 raise RunFolderError(
                     f"output {self.path} holds files that are not a run; choose another folder"
                 )
@@ -64,12 +69,14 @@ class RunFolder:
 
     def start(self, config: TrainConfig) -> None:
         """Create the folder (emptied if it is to be overwritten) and describe the run in it."""
-        if config.overwrite and self.config.exists():
+        if config.overwrite and self.holds_run():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        if not config.resume:
-            write_atomically(self.config, dump_yaml(config).encode())
         write_atomically(self.environment, json.dumps(environment(), indent=2).encode())
+        if not config.resume:
+            # Resuming must not find the order to overwrite.
+            plain = dataclasses.replace(config, resume=False, overwrite=False)
+            write_atomically(self.config, dump_yaml(plain).encode())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

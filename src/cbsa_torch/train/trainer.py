@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch._core.checks import nearest
@@ -21,8 +23,8 @@ from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint, load_
 from cbsa_torch.train.checkpoint import load_state, random_states, restore_random_states, save_state
 from cbsa_torch.train.config import TrainConfig, check_config, to_dict
 from cbsa_torch.train.data import InputSpec, Splits, input_spec, make_loader, open_splits, read_skipped
-from cbsa_torch.train.errors import ConfigError, NonFiniteLossError
-from cbsa_torch.train.loop import Evaluation, evaluate, train_one_epoch
+from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError
+from cbsa_torch.train.loop import Evaluation, evaluate, new_accelerator, train_one_epoch
 from cbsa_torch.train.optim import make_optimizer, make_scheduler
 from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
@@ -59,7 +61,7 @@ def train(config: TrainConfig) -> TrainResult:
         torch.set_num_threads(config.engine.threads)
     folder = RunFolder(config.output)
     folder.check(config)
-    accelerator = Accelerator(
+    accelerator = new_accelerator(
         mixed_precision=config.engine.precision,
         cpu=config.engine.cpu,
         gradient_accumulation_steps=config.engine.accumulate,
@@ -79,6 +81,8 @@ def train(config: TrainConfig) -> TrainResult:
     train_loader = make_loader(splits.train, spec, config.data, per_process, train=True)
     val_loader = make_loader(splits.val, spec, config.data, per_process, train=False)
 
+    _check_loader(train_loader, per_process, accelerator.num_processes)
+
     if accelerator.is_main_process:
         folder.start(config)
     accelerator.wait_for_everyone()
@@ -89,9 +93,9 @@ def train(config: TrainConfig) -> TrainResult:
     ema = None
     if config.optim.ema_decay is not None:
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True, device=accelerator.device)
-    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     if config.engine.compile:
-        model = cast(nn.Module, torch.compile(model))
+        model.compile()
+    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     steps_per_epoch = -(-len(train_loader) // config.engine.accumulate)
     scheduler = make_scheduler(optimizer, config.optim, steps_per_epoch)
     done = _resume(config, folder, accelerator, model, optimizer, ema) if config.resume else _Progress()
@@ -117,8 +121,10 @@ def train(config: TrainConfig) -> TrainResult:
             candidate = accelerator.unwrap_model(model) if ema is None else ema.module
             with reporter.bar("validating", len(val_loader)) as advance:
                 result = evaluate(accelerator, candidate, val_loader, len(splits.class_names), advance)
+            if not math.isfinite(result.loss):
+                raise NonFiniteLossError(f"the validation loss became {result.loss} after epoch {epoch}")
             best = result.top1 > done.best_top1
-            done = _Progress(
+            now = _Progress(
                 epoch,
                 step,
                 epoch if best else done.best_epoch,
@@ -131,16 +137,17 @@ def train(config: TrainConfig) -> TrainResult:
                 "lr": trained.lr,
                 "val_loss": result.loss,
                 "val_top1": result.top1,
-                "images_per_second": len(train_loader.dataset) / seconds,
+                "images_per_second": len(train_loader) * per_process * accelerator.num_processes / seconds,
             }
             accelerator.log({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=epoch)
             if accelerator.is_main_process:
-                if best:
-                    info = _describe(config, model_args, spec, splits, done, result)
-                    save_checkpoint(folder.best, candidate, info)
+                if best or config.optim.keep == "last":
+                    info = _describe(config, model_args, spec, splits, now, result)
+                    save_checkpoint(folder.weights, candidate, info)
                 folder.append_metrics(row)
-                save_state(folder.last, _state(done, accelerator.unwrap_model(model), optimizer, ema))
+                save_state(folder.last, _state(now, accelerator.unwrap_model(model), optimizer, ema))
             accelerator.wait_for_everyone()
+            done = now
             reporter.say(
                 f"epoch {epoch:>3}/{config.optim.epochs}  loss {trained.loss:.3f}  "
                 f"val loss {result.loss:.3f}  val accuracy {result.top1:.4f}{' *' if best else '  '} "
@@ -171,6 +178,16 @@ def per_process_batch(config: TrainConfig, processes: int) -> int:
     return config.optim.batch_size // parts
 
 
+def _check_loader(loader: DataLoader[Any], batch_size: int, processes: int) -> None:
+    if len(loader) < processes:
+        raise DataError(
+            f"{len(loader.dataset)} training images are fewer than one batch of {batch_size} for each of "  # type: ignore[arg-type]
+            f"{processes} process(es); lower optim.batch_size"
+        )
+    if isinstance(loader.dataset, IterableDataset) and processes > 1:
+        raise ConfigError("data sets that stream (wds, tfds, hfids) are trained in one process for now")
+
+
 def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """The configured model and the constructor arguments that rebuild it."""
     settings = config.model
@@ -194,7 +211,7 @@ def _build_from_checkpoint(config: TrainConfig, num_classes: int | None) -> tupl
     """A trained model, with a new head and another image size where asked for."""
     settings = config.model
     path = Path(settings.init_from or "")
-    model, info = load_checkpoint(RunFolder(path).best if path.is_dir() else path)
+    model, info = load_checkpoint(RunFolder(path).weights if path.is_dir() else path)
     if info["model"] != settings.name:
         raise ConfigError(
             f"model.init_from {path} holds {info['model']!r}, but model.name is {settings.name!r}"
@@ -254,6 +271,8 @@ def _resume(
 ) -> _Progress:
     """Load the last state, or start over if the run died before its first."""
     if not folder.last.exists():
+        if accelerator.is_main_process:
+            folder.keep_metrics_until(0)
         return _Progress()
     state = load_state(folder.last)
     try:
@@ -263,6 +282,8 @@ def _resume(
         optimizer.load_state_dict(state["optimizer"])
         done = _Progress(**state["progress"])
         restore_random_states(state["random"])
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder.last} does not fit this run: {error}") from error
     if accelerator.is_main_process:
@@ -274,6 +295,6 @@ def _what_is_kept(folder: RunFolder, done: _Progress) -> str:
     if done.epoch == 0:
         return "there is no checkpoint yet"
     return (
-        f"the last checkpoint is that of epoch {done.epoch} ({folder.last}), the best that of epoch "
-        f"{done.best_epoch} ({folder.best}); go on with --output {folder.path} --resume"
+        f"the last checkpoint is that of epoch {done.epoch}, the best epoch was {done.best_epoch}; "
+        f"go on with: cbsa train --output {folder.path} --resume"
     )

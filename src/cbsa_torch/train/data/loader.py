@@ -1,0 +1,90 @@
+"""timm's loader, and what a model is fed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.data import create_loader, resolve_model_data_config
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from cbsa_torch.train.config import DataConfig
+
+
+class InputSpec(NamedTuple):
+    """What a model is fed."""
+
+    input_size: tuple[int, int, int]
+    """(channels, height, width)."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name for the colour mode."""
+        return "L" if self.input_size[0] == 1 else "RGB"
+
+
+def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
+    """Read from a timm model what images it expects."""
+    config = resolve_model_data_config(model)
+    channels = getattr(model, "in_chans", config["input_size"][0])
+    height, width = config["input_size"][1:] if image_size is None else (image_size, image_size)
+    mean, std = config["mean"], config["std"]
+    if len(mean) != channels:
+        mean, std = (float(np.mean(mean)),) * channels, (float(np.mean(std)),) * channels
+    return InputSpec(
+        (channels, height, width), tuple(mean), tuple(std), config["interpolation"], config["crop_pct"]
+    )
+
+
+def make_loader(
+    dataset: Dataset[Any], spec: InputSpec, config: DataConfig, batch_size: int, *, train: bool
+) -> DataLoader[Any]:
+    """Timm's loader with its transforms: augmentation if ``train``, else resize and centre crop."""
+    augment: dict[str, Any] = {}
+    if train:
+        augment = {
+            "scale": config.crop_scale,
+            "ratio": config.crop_ratio,
+            "hflip": config.hflip,
+            "color_jitter": config.color_jitter,
+            "auto_augment": config.auto_augment,
+        }
+    # A held-out part of a training set needs transforms of its own: timm sets them on the data set.
+    if isinstance(dataset, Subset):
+        dataset = _TransformedSubset(dataset)
+    return create_loader(
+        dataset,
+        input_size=spec.input_size,
+        batch_size=batch_size,
+        is_training=train,
+        use_prefetcher=False,
+        mean=spec.mean,
+        std=spec.std,
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_pct,
+        num_workers=config.workers,
+        persistent_workers=False,  # fresh workers draw from the saved random state: resuming is exact
+        pin_memory=torch.cuda.is_available(),
+        **augment,
+    )
+
+
+class _TransformedSubset(Dataset[tuple[Any, int]]):
+    """A subset with a transform of its own."""
+
+    def __init__(self, subset: Subset[Any]) -> None:
+        self.source, self.indices = subset.dataset, subset.indices
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.source[self.indices[index]]
+        return self.transform(image), target

@@ -1,0 +1,143 @@
+"""Data sets by name, as training, validation and test splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import Dataset, Subset
+
+from cbsa_torch._core.checks import nearest
+from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.data.digits import open_digits
+from cbsa_torch.train.data.folder import class_folders, find_split, find_splits, open_folder
+from cbsa_torch.train.data.images import CheckedImages
+from cbsa_torch.train.errors import ConfigError, DataError
+
+
+class Splits(NamedTuple):
+    """Data sets of (image, label)."""
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    test: Dataset[Any] | None
+    class_names: list[str]
+
+
+def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> Splits:
+    """Open the data set for training.
+
+    Args:
+        config: which and where.
+        mode: colour mode of the images, "L" or "RGB".
+        skipped: file that collects the names of unreadable images, with ``on_bad_image="skip"``.
+
+    """
+    if config.name == "digits":
+        parts, class_names = open_digits(mode)
+        return Splits(parts["train"], parts["val"], parts["test"], class_names)
+    # timm opens a folder under any name without a slash
+    if "/" not in config.name and config.name not in ("folder", ""):
+        raise ConfigError(
+            f"data.name must be 'digits', 'folder' or a timm name such as 'torch/cifar10', got {config.name!r}"
+            f"{nearest(config.name, ('digits', 'folder'))}"
+        )
+    if config.root is None:
+        raise DataError(f"data.root is required for data.name={config.name!r}: where are the images?")
+    return _from_folder(config, mode, skipped) if config.name == "folder" else _from_timm(config, mode, skipped)
+
+
+def open_split(
+    config: DataConfig, mode: str, split: str, class_names: list[str], skipped: Path | None = None
+) -> Dataset[Any]:
+    """One split for a model trained on ``class_names``; of a folder, no other split need exist."""
+    if config.name == "folder" and config.root is not None:
+        folder = find_split(Path(config.root), split)
+        if folder is not None:
+            return open_folder(folder, class_names, config, mode, skipped)
+    splits = open_splits(config, mode, skipped)
+    if splits.class_names != class_names:
+        raise DataError(
+            f"the data's {len(splits.class_names)} classes ({', '.join(splits.class_names[:5])}, ...) are not "
+            f"the model's {len(class_names)} ({', '.join(class_names[:5])}, ...)"
+        )
+    dataset = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
+    if dataset is None:
+        raise DataError(f"this data set has no {split} split; choose another")
+    return dataset
+
+
+def _from_folder(config: DataConfig, mode: str, skipped: Path | None) -> Splits:
+    found = find_splits(Path(config.root or ""))
+    class_names = class_folders(found["train"])
+    opened = {name: open_folder(folder, class_names, config, mode, skipped) for name, folder in found.items()}
+    empty = set(range(len(class_names))) - set((opened["train"].relabel or {}).values())
+    if empty:
+        raise DataError(f"{found['train'] / class_names[min(empty)]} holds no images")
+    train: Dataset[Any] = opened["train"]
+    val: Dataset[Any] | None = opened.get("val")
+    if val is None:
+        train, val = _hold_out(train, config.val_fraction)
+    return Splits(train, val, opened.get("test"), class_names)
+
+
+def _hold_out(train: Dataset[Any], fraction: float) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Split a training set in two, the same way for every seed."""
+    count = len(train)  # type: ignore[arg-type]
+    held = max(1, round(count * fraction))
+    if held >= count:
+        raise DataError(f"{count} training image(s) are too few to hold out {held} for validation")
+    order: Sequence[int] = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return Subset(train, order[held:]), Subset(train, order[:held])
+
+
+def _from_timm(config: DataConfig, mode: str, skipped: Path | None) -> Splits:
+    def open_split(split: str, is_training: bool = False) -> Dataset[Any]:
+        try:
+            dataset = create_dataset(
+                config.name,
+                root=config.root,
+                split=split,
+                is_training=is_training,
+                download=config.download,
+                input_img_mode=mode,
+            )
+        except (AssertionError, RuntimeError, OSError, ValueError, ImportError) as error:
+            raise DataError(f"timm cannot open split {split!r} of {config.name!r}: {error}") from error
+        if isinstance(dataset, ImageDataset):
+            return CheckedImages(dataset, mode, config.on_bad_image, skipped)
+        return dataset
+
+    train = open_split("train", is_training=True)
+    val = open_split("validation")
+    class_names = _class_names(train)
+    if _listing(train, "class_to_idx") != _listing(val, "class_to_idx"):
+        raise DataError(f"training and validation split of {config.name!r} have different classes")
+    # without a folder for validation, timm opens the training images again
+    samples = _listing(train, "samples")
+    if samples is not None and samples == _listing(val, "samples"):
+        train, val = _hold_out(train, config.val_fraction)
+    return Splits(train, val, None, class_names)
+
+
+def _listing(dataset: Dataset[Any], name: str) -> Any:
+    """What a folder-like data set says about its files: ``samples`` or ``class_to_idx``."""
+    source = dataset.images if isinstance(dataset, CheckedImages) else dataset
+    return getattr(getattr(source, "reader", source), name, None)
+
+
+def _class_names(dataset: Dataset[Any]) -> list[str]:
+    source = dataset.images if isinstance(dataset, CheckedImages) else dataset
+    names = getattr(source, "classes", None)
+    if names:
+        return [str(name) for name in names]
+    mapping = getattr(getattr(source, "reader", None), "class_to_idx", None)
+    if mapping:
+        return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+    targets = getattr(source, "targets", None)
+    if targets is not None:
+        return [str(i) for i in range(int(max(targets)) + 1)]
+    raise DataError("cannot tell the classes of this data set; it has neither classes nor targets")
