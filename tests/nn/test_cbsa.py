@@ -356,3 +356,15 @@ def test_compute_grows_linearly():
     for side in (8, 32):
         attention = layer.stages(torch.randn(1, side * side, 8)).attention
         assert attention.numel() == 2 * 4 * math.prod((side, side))
+
+
+def test_onnx(tmp_path):
+    import onnxruntime
+
+    layer = CBSA(16, 4, num_representatives=9).eval()
+    x = torch.randn(1, 16, 12, 20)
+    path = tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (x,), dynamo=True, verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path)
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(out), layer(x), 1e-5)
