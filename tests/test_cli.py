@@ -370,7 +370,7 @@ def test_a_real_ctrl_c_during_training_exits_130_and_resumes(tmp_path):
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.search(r"interrupted in epoch \d+; the last checkpoint is that of epoch \d+", out)
+    assert re.search(r"interrupted; the last checkpoint is that of epoch \d+", out)
     assert f"--output {run} --resume" in out
     assert err.strip().splitlines()[-1] == "cbsa: interrupted"
     assert "Traceback" not in out + err

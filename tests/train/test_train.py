@@ -324,7 +324,7 @@ def test_a_resumed_run_says_where_it_goes_on(config, monkeypatch, capsys):
         during_training_step(patch, STEPS + 1, interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    assert "interrupted in epoch 2; the last checkpoint is that of epoch 1" in capsys.readouterr().out
+    assert "interrupted; the last checkpoint is that of epoch 1" in capsys.readouterr().out
     train(dataclasses.replace(config, resume=True))
     assert "resuming after epoch 1 of 2" in capsys.readouterr().out
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +28,6 @@ from cbsa_torch._core.types import (
 from cbsa_torch.nn.representatives import LearnedRepresentatives, PooledRepresentatives
 from cbsa_torch.nn.tokens import TokenInput, as_token_mask, read_tokens, resolve_grid
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
-
-
-class _Projected(NamedTuple):
-    """The operator's inputs, per head; keys and values are None in the white-box form."""
-
-    tokens: Tensor
-    keys: Tensor | None
-    values: Tensor | None
-    representatives: Tensor
-    representative_mask: Tensor | None
 
 
 class CBSA(nn.Module):
@@ -240,20 +231,7 @@ class CBSA(nn.Module):
         if is_causal:
             raise ValueError("is_causal must be False: representatives summarise all tokens")
         source, token_mask = self._read(x, token_mask, attn_mask)
-        inputs = self._project(source, grid_size, token_mask)
-        heads = ops.cbsa(
-            inputs.tokens,
-            inputs.representatives,
-            keys=inputs.keys,
-            values=inputs.values,
-            step_representatives=self.step_representatives,
-            step_tokens=self.step_tokens,
-            contraction=self.contraction,
-            eps=self.eps,
-            token_mask=token_mask,
-            representative_mask=inputs.representative_mask,
-            impl=self.impl,
-        )
+        heads = ops.cbsa(**self._operands(source, grid_size, token_mask), impl=self.impl)  # (B, H, N, P)
         out = self.norm(heads.transpose(1, 2).flatten(2))  # (B, N, H * P)
         out = F.linear(out, self.qkv.weight.t()) if self.proj is None else self.proj(out)
         return source.restore(self.proj_drop(out))
@@ -263,19 +241,7 @@ class CBSA(nn.Module):
     ) -> CBSAStages:
         """Every intermediate of :meth:`forward` for the same arguments, computed eagerly, per head."""
         source, token_mask = self._read(x, token_mask, None)
-        inputs = self._project(source, grid_size, token_mask)
-        return ops.cbsa_stages(
-            inputs.tokens,
-            inputs.representatives,
-            keys=inputs.keys,
-            values=inputs.values,
-            step_representatives=self.step_representatives,
-            step_tokens=self.step_tokens,
-            contraction=self.contraction,
-            eps=self.eps,
-            token_mask=token_mask,
-            representative_mask=inputs.representative_mask,
-        )
+        return ops.cbsa_stages(**self._operands(source, grid_size, token_mask))
 
     def _read(
         self, x: Tensor, token_mask: Tensor | None, attn_mask: Tensor | None
@@ -287,7 +253,10 @@ class CBSA(nn.Module):
             raise ValueError("pass token_mask or attn_mask, not both")
         return source, as_token_mask(attn_mask, *source.tokens.shape[:2])
 
-    def _project(self, source: TokenInput, grid_size: GridSize | None, token_mask: Tensor | None) -> _Projected:
+    def _operands(
+        self, source: TokenInput, grid_size: GridSize | None, token_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """The operator's arguments: tokens projected into the heads, representatives, options."""
         x = source.tokens
         b, n, _ = x.shape
         if token_mask is not None:
@@ -304,12 +273,23 @@ class CBSA(nn.Module):
             grid, first = self._resolve_grid(n, source.map_grid, grid_size)
             if self.layout == "official":
                 first = 0
-            cells = slice(first, first + int(torch.Size(grid).numel()))
+            cells = slice(first, first + math.prod(grid))
             grid_mask = None if token_mask is None else token_mask[:, cells]
             chosen = self.representatives(tokens[:, :, cells], grid, grid_mask)
         else:
             chosen = self.representatives(tokens)
-        return _Projected(tokens, keys, values, chosen.values, chosen.mask)
+        return {
+            "tokens": tokens,
+            "representatives": chosen.values,
+            "keys": keys,
+            "values": values,
+            "step_representatives": self.step_representatives,
+            "step_tokens": self.step_tokens,
+            "contraction": self.contraction,
+            "eps": self.eps,
+            "token_mask": token_mask,
+            "representative_mask": chosen.mask,
+        }
 
     def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int]:
         """The grid that :meth:`forward` would use for ``x``, and the number of prefix tokens before it."""

@@ -7,24 +7,21 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-import cbsa_torch.models  # noqa: F401  (registers our models with timm)
-from cbsa_torch._core.checks import nearest
 from cbsa_torch._version import __version__
-from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint, load_strictly, save_checkpoint
+from cbsa_torch.models.checkpoint import CheckpointError, load_strictly, save_checkpoint
+from cbsa_torch.train.build import build_model
 from cbsa_torch.train.checkpoint import load_state, random_states, restore_random_states, save_state
 from cbsa_torch.train.config import TrainConfig, check_config, to_dict
-from cbsa_torch.train.data import InputSpec, Splits, input_spec, make_loader, open_splits, read_skipped
+from cbsa_torch.train.data import input_spec, make_loader, open_splits, read_skipped
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError
-from cbsa_torch.train.loop import Evaluation, evaluate, new_accelerator, train_one_epoch
+from cbsa_torch.train.loop import evaluate, new_accelerator, train_one_epoch
 from cbsa_torch.train.optim import make_optimizer, make_scheduler
 from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
@@ -50,12 +47,58 @@ class _Progress(NamedTuple):
     best_top1: float = -1.0
 
 
+class _Session(NamedTuple):
+    """Everything a run works with."""
+
+    config: TrainConfig
+    folder: RunFolder
+    accelerator: Accelerator
+    reporter: Reporter
+    model: nn.Module
+    """As Accelerate wraps it."""
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    train_loader: DataLoader[Any]
+    val_loader: DataLoader[Any]
+    description: dict[str, Any]
+    """What a checkpoint says about itself: enough to rebuild, feed and judge the model."""
+
+    @property
+    def bare_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+
 def train(config: TrainConfig) -> TrainResult:
     """Train as configured, into the folder ``config.output``.
 
     Everything that can be refused is refused before the folder is touched. After every epoch the state is
     saved, so an interrupted run continues from there with ``resume=True``.
     """
+    session = _prepare(config)
+    done = _resume(session) if config.resume else _Progress()
+    reporter, folder = session.reporter, session.folder
+    if config.resume:
+        reporter.say(f"resuming after epoch {done.epoch} of {config.optim.epochs}")
+    try:
+        while done.epoch < config.optim.epochs:
+            done = _run_epoch(session, done)
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{error}; {_what_is_kept(folder)}") from None
+    except KeyboardInterrupt:
+        reporter.say(f"\ninterrupted; {_what_is_kept(folder)}")
+        raise
+    finally:
+        session.accelerator.end_training()
+        skipped = read_skipped(folder.skipped)
+        if skipped:
+            reporter.say(f"{len(skipped)} unreadable image(s) were left out, listed in {folder.skipped}")
+    reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}")
+    return TrainResult(folder.path, done.best_epoch, done.best_top1)
+
+
+def _prepare(config: TrainConfig) -> _Session:
+    """Check everything, then create the run's folder and wrap the model."""
     check_config(config)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -71,17 +114,16 @@ def train(config: TrainConfig) -> TrainResult:
     )
     reporter = Reporter(accelerator.is_main_process)
     set_seed(config.seed)
-    per_process = per_process_batch(config, accelerator.num_processes)
+    batch_size = _batch_per_process(config, accelerator.num_processes)
 
-    model, model_args = build_model(config, None)
+    model, _ = build_model(config, None)
     splits = open_splits(config.data, input_spec(model).mode, folder.skipped)
     model, model_args = build_model(config, len(splits.class_names))
     spec = input_spec(model, config.model.image_size)
     optimizer = make_optimizer(model, config.optim)
-    train_loader = make_loader(splits.train, spec, config.data, per_process, train=True)
-    val_loader = make_loader(splits.val, spec, config.data, per_process, train=False)
-
-    _check_loader(train_loader, per_process, accelerator.num_processes)
+    train_loader = make_loader(splits.train, spec, config.data, batch_size, train=True)
+    val_loader = make_loader(splits.val, spec, config.data, batch_size, train=False)
+    _check_loader(train_loader, batch_size, accelerator.num_processes)
 
     if accelerator.is_main_process:
         folder.start(config)
@@ -95,79 +137,39 @@ def train(config: TrainConfig) -> TrainResult:
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True, device=accelerator.device)
     if config.engine.compile:
         model.compile()
-    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
-    steps_per_epoch = -(-len(train_loader) // config.engine.accumulate)
-    scheduler = make_scheduler(optimizer, config.optim, steps_per_epoch)
-    done = _resume(config, folder, accelerator, model, optimizer, ema) if config.resume else _Progress()
-
     parameters = sum(p.numel() for p in model.parameters())
     reporter.say(
         f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "
-        f"{len(train_loader.dataset):,} training and {len(val_loader.dataset):,} validation images, "
+        f"{len(train_loader.dataset):,} training and {len(val_loader.dataset):,} validation images, "  # type: ignore[arg-type]
         f"{len(splits.class_names)} classes; device {accelerator.device}; folder {folder.path}"
     )
-    if config.resume:
-        reporter.say(f"resuming after epoch {done.epoch} of {config.optim.epochs}")
-    try:
-        for epoch in range(done.epoch + 1, config.optim.epochs + 1):
-            start = time.monotonic()
-            with reporter.bar(f"epoch {epoch}/{config.optim.epochs}", len(train_loader)) as advance:
-                trained, step = train_one_epoch(
-                    accelerator, model, train_loader, optimizer, scheduler, config.optim,
-                    epoch=epoch, step=done.step, ema=ema, advance=advance,
-                )  # fmt: skip
-            seconds = time.monotonic() - start
-            # The average is the model's own architecture: unwrapped, and the same on every process.
-            candidate = accelerator.unwrap_model(model) if ema is None else ema.module
-            with reporter.bar("validating", len(val_loader)) as advance:
-                result = evaluate(accelerator, candidate, val_loader, len(splits.class_names), advance)
-            if not math.isfinite(result.loss):
-                raise NonFiniteLossError(f"the validation loss became {result.loss} after epoch {epoch}")
-            best = result.top1 > done.best_top1
-            now = _Progress(
-                epoch,
-                step,
-                epoch if best else done.best_epoch,
-                result.top1 if best else done.best_top1,
-            )
-            row = {
-                "epoch": epoch,
-                "step": step,
-                "train_loss": trained.loss,
-                "lr": trained.lr,
-                "val_loss": result.loss,
-                "val_top1": result.top1,
-                "images_per_second": len(train_loader) * per_process * accelerator.num_processes / seconds,
-            }
-            accelerator.log({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=epoch)
-            if accelerator.is_main_process:
-                if best or config.optim.keep == "last":
-                    info = _describe(config, model_args, spec, splits, now, result)
-                    save_checkpoint(folder.weights, candidate, info)
-                folder.append_metrics(row)
-                save_state(folder.last, _state(now, accelerator.unwrap_model(model), optimizer, ema))
-            accelerator.wait_for_everyone()
-            done = now
-            reporter.say(
-                f"epoch {epoch:>3}/{config.optim.epochs}  loss {trained.loss:.3f}  "
-                f"val loss {result.loss:.3f}  val accuracy {result.top1:.4f}{' *' if best else '  '} "
-                f"lr {trained.lr:.1e}  {seconds:.1f} s"
-            )
-    except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; {_what_is_kept(folder, done)}") from None
-    except KeyboardInterrupt:
-        reporter.say(f"\ninterrupted in epoch {done.epoch + 1}; {_what_is_kept(folder, done)}")
-        raise
-    finally:
-        accelerator.end_training()
-        skipped = read_skipped(folder.skipped)
-        if skipped:
-            reporter.say(f"{len(skipped)} unreadable image(s) were left out, listed in {folder.skipped}")
-    reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}")
-    return TrainResult(folder.path, done.best_epoch, done.best_top1)
+    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    steps_per_epoch = -(-len(train_loader) // config.engine.accumulate)
+    scheduler = make_scheduler(optimizer, config.optim, steps_per_epoch)
+    description = {
+        "model": config.model.name,
+        "model_args": model_args,
+        "class_names": splits.class_names,
+        "input": spec._asdict(),
+        "config": to_dict(config),
+        "cbsa_torch": __version__,
+    }
+    return _Session(
+        config,
+        folder,
+        accelerator,
+        reporter,
+        model,
+        ema,
+        optimizer,
+        scheduler,
+        train_loader,
+        val_loader,
+        description,
+    )
 
 
-def per_process_batch(config: TrainConfig, processes: int) -> int:
+def _batch_per_process(config: TrainConfig, processes: int) -> int:
     """Images per forward pass of one process; the configured batch must divide."""
     parts = processes * config.engine.accumulate
     if config.optim.batch_size % parts:
@@ -179,121 +181,105 @@ def per_process_batch(config: TrainConfig, processes: int) -> int:
 
 
 def _check_loader(loader: DataLoader[Any], batch_size: int, processes: int) -> None:
+    if isinstance(loader.dataset, IterableDataset) and processes > 1:
+        raise ConfigError("data sets that stream (wds, tfds, hfids) are trained in one process for now")
     if len(loader) < processes:
         raise DataError(
             f"{len(loader.dataset)} training images are fewer than one batch of {batch_size} for each of "  # type: ignore[arg-type]
             f"{processes} process(es); lower optim.batch_size"
         )
-    if isinstance(loader.dataset, IterableDataset) and processes > 1:
-        raise ConfigError("data sets that stream (wds, tfds, hfids) are trained in one process for now")
 
 
-def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The configured model and the constructor arguments that rebuild it."""
-    settings = config.model
-    if settings.init_from is not None:
-        return _build_from_checkpoint(config, num_classes)
-    known = timm.list_models()
-    if settings.name not in known:
-        raise ConfigError(f"no model {settings.name!r} in timm{nearest(settings.name, known)}")
-    args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in settings.args.items()}
-    if settings.image_size is not None:
-        args["img_size"] = settings.image_size
-    if num_classes is not None:
-        args["num_classes"] = num_classes
-    try:
-        return timm.create_model(settings.name, **args), args
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"cannot build {settings.name} with {args}: {error}") from error
-
-
-def _build_from_checkpoint(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """A trained model, with a new head and another image size where asked for."""
-    settings = config.model
-    path = Path(settings.init_from or "")
-    model, info = load_checkpoint(RunFolder(path).weights if path.is_dir() else path)
-    if info["model"] != settings.name:
-        raise ConfigError(
-            f"model.init_from {path} holds {info['model']!r}, but model.name is {settings.name!r}"
+def _run_epoch(session: _Session, done: _Progress) -> _Progress:
+    """Train, validate, save, report; returns the new progress."""
+    config, accelerator, folder = session.config, session.accelerator, session.folder
+    epoch, epochs = done.epoch + 1, config.optim.epochs
+    batches = len(session.train_loader)
+    start = time.monotonic()
+    with session.reporter.bar(f"epoch {epoch}/{epochs}", batches) as advance:
+        trained, step = train_one_epoch(
+            accelerator,
+            session.model,
+            session.train_loader,
+            session.optimizer,
+            session.scheduler,
+            config.optim,
+            epoch=epoch,
+            step=done.step,
+            ema=session.ema,
+            advance=advance,
         )
-    if settings.args:
-        raise ConfigError("model.args cannot be changed together with model.init_from")
-    args = dict(info["model_args"])
-    if num_classes is not None and num_classes != args.get("num_classes"):
-        model.reset_classifier(num_classes)  # type: ignore[operator]
-        args["num_classes"] = num_classes
-    if settings.image_size is not None:
-        model.set_input_size(img_size=settings.image_size)  # type: ignore[operator]
-        args["img_size"] = settings.image_size
-    return model, args
+    seconds = time.monotonic() - start
+    # The average is not wrapped, and the same on every process.
+    candidate = session.bare_model if session.ema is None else session.ema.module
+    num_classes = len(session.description["class_names"])
+    with session.reporter.bar("validating", len(session.val_loader)) as advance:
+        result = evaluate(accelerator, candidate, session.val_loader, num_classes, advance)
+    if not math.isfinite(result.loss):
+        raise NonFiniteLossError(f"the validation loss became {result.loss} after epoch {epoch}")
 
-
-def _describe(
-    config: TrainConfig,
-    model_args: dict[str, Any],
-    spec: InputSpec,
-    splits: Splits,
-    done: _Progress,
-    result: Evaluation,
-) -> dict[str, Any]:
-    """What a checkpoint says about itself: enough to rebuild, feed and judge the model."""
-    return {
-        "model": config.model.name,
-        "model_args": model_args,
-        "class_names": splits.class_names,
-        "input": spec._asdict(),
-        "config": to_dict(config),
-        "epoch": done.epoch,
+    best = result.top1 > done.best_top1
+    now = _Progress(epoch, step, epoch if best else done.best_epoch, result.top1 if best else done.best_top1)
+    measured = {
+        "train_loss": trained.loss,
+        "lr": trained.lr,
+        "val_loss": result.loss,
         "val_top1": result.top1,
-        "cbsa_torch": __version__,
+        "images_per_second": batches * config.optim.batch_size / config.engine.accumulate / seconds,
     }
+    accelerator.log(measured, step=epoch)
+    if accelerator.is_main_process:
+        if best or config.optim.keep == "last":
+            info = {**session.description, "epoch": epoch, "val_top1": result.top1}
+            save_checkpoint(folder.weights, candidate, info)
+        folder.append_metrics({"epoch": epoch, "step": step, **measured})
+        save_state(folder.last, _state(session, now))
+    accelerator.wait_for_everyone()
+    session.reporter.say(
+        f"epoch {epoch:>3}/{epochs}  loss {trained.loss:.3f}  val loss {result.loss:.3f}  "
+        f"val accuracy {result.top1:.4f}{' *' if best else '  '} lr {trained.lr:.1e}  {seconds:.1f} s"
+    )
+    return now
 
 
-def _state(
-    done: _Progress, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None
-) -> dict[str, Any]:
+def _state(session: _Session, progress: _Progress) -> dict[str, Any]:
+    """What ``last.pt`` holds."""
     return {
-        "progress": done._asdict(),
-        "model": model.state_dict(),
-        "ema": None if ema is None else ema.module.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "progress": progress._asdict(),
+        "model": session.bare_model.state_dict(),
+        "ema": None if session.ema is None else session.ema.module.state_dict(),
+        "optimizer": session.optimizer.state_dict(),
         "random": random_states(),
     }
 
 
-def _resume(
-    config: TrainConfig,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: ModelEmaV3 | None,
-) -> _Progress:
+def _resume(session: _Session) -> _Progress:
     """Load the last state, or start over if the run died before its first."""
-    if not folder.last.exists():
-        if accelerator.is_main_process:
-            folder.keep_metrics_until(0)
-        return _Progress()
-    state = load_state(folder.last)
-    try:
-        load_strictly(accelerator.unwrap_model(model), state["model"], str(folder.last))
-        if ema is not None:
-            load_strictly(ema.module, state["ema"], str(folder.last))
-        optimizer.load_state_dict(state["optimizer"])
-        done = _Progress(**state["progress"])
-        restore_random_states(state["random"])
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder.last} does not fit this run: {error}") from error
-    if accelerator.is_main_process:
+    folder = session.folder
+    done = _Progress()
+    if folder.last.exists():
+        state = load_state(folder.last)
+        try:
+            load_strictly(session.bare_model, state["model"], str(folder.last))
+            if session.ema is not None:
+                load_strictly(session.ema.module, state["ema"], str(folder.last))
+            session.optimizer.load_state_dict(state["optimizer"])
+            done = _Progress(**state["progress"])
+            restore_random_states(state["random"])
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder.last} does not fit this run: {error}") from error
+    if session.accelerator.is_main_process:
         folder.keep_metrics_until(done.epoch)
     return done
 
 
-def _what_is_kept(folder: RunFolder, done: _Progress) -> str:
-    if done.epoch == 0:
+def _what_is_kept(folder: RunFolder) -> str:
+    """What an interrupted run has left, as its files tell: memory may be ahead of them or behind."""
+    if not folder.last.exists():
         return "there is no checkpoint yet"
+    done = _Progress(**load_state(folder.last)["progress"])
     return (
         f"the last checkpoint is that of epoch {done.epoch}, the best epoch was {done.best_epoch}; "
         f"go on with: cbsa train --output {folder.path} --resume"

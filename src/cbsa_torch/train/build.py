@@ -1,0 +1,57 @@
+"""The configured model: built by timm, or taken from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from torch import nn
+
+import cbsa_torch.models  # noqa: F401  (registers our models with timm)
+from cbsa_torch._core.checks import nearest
+from cbsa_torch.models.checkpoint import load_checkpoint
+from cbsa_torch.train.config import TrainConfig
+from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.run_folder import RunFolder
+
+
+def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The configured model and the constructor arguments that rebuild it."""
+    settings = config.model
+    if settings.init_from is not None:
+        return _build_from_checkpoint(config, num_classes)
+    known = timm.list_models()
+    if settings.name not in known:
+        raise ConfigError(f"no model {settings.name!r} in timm{nearest(settings.name, known)}")
+    args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in settings.args.items()}
+    if settings.image_size is not None:
+        args["img_size"] = settings.image_size
+    if num_classes is not None:
+        args["num_classes"] = num_classes
+    try:
+        return timm.create_model(settings.name, **args), args
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"cannot build {settings.name} with {args}: {error}") from error
+
+
+def _build_from_checkpoint(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained model, with a new head and another image size where asked for."""
+    settings = config.model
+    path = Path(settings.init_from or "")
+    model, info = load_checkpoint(RunFolder(path).weights if path.is_dir() else path)
+    if info["model"] != settings.name:
+        raise ConfigError(
+            f"model.init_from {path} holds {info['model']!r}, but model.name is {settings.name!r}"
+        )
+    if settings.args:
+        raise ConfigError("model.args cannot be changed together with model.init_from")
+    args = dict(info["model_args"])
+    if num_classes is not None and num_classes != args.get("num_classes"):
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+        args["num_classes"] = num_classes
+    if settings.image_size is not None:
+        model.set_input_size(img_size=settings.image_size)  # type: ignore[operator]
+        args["img_size"] = settings.image_size
+    return model, args
