@@ -8,7 +8,7 @@ import timm
 import torch
 
 import cbsa_torch.models  # noqa: F401
-from cbsa_torch import interpret, ops
+from cbsa_torch import CBSA, interpret, ops
 from tests.helpers.compare import assert_close
 
 
@@ -133,3 +133,70 @@ def test_report_is_one_self_contained_page(model, images, tmp_path):
 def test_report_without_history_or_labels(model, images, tmp_path):
     files = interpret.report(model, images, np.random.rand(5, 8, 8), tmp_path, title="t", facts={})
     assert "Learning curves" not in files.page.read_text()
+
+
+def test_records_of_masked_layers_are_those_of_the_items_alone():
+    layer = torch.nn.Sequential(CBSA(8, 2, num_representatives=4, num_prefix_tokens=1)).double()
+    x = torch.randn(1, 17, 8).double()
+    real = torch.zeros(1, 17, dtype=torch.bool)
+    real[0, :4] = True  # the class token and a 1 x 3 corner of a 4 x 4 grid
+    with interpret.capture(layer) as padded:
+        layer[0](x, (4, 4), attn_mask=real[:, None])
+    with interpret.capture(layer) as alone:
+        layer[0](x[:, real[0]], (1, 3))
+    assert torch.equal(padded["0"].token_mask, real)
+    maps = interpret.cls_attention_maps(padded["0"])[..., 0, :3]
+    assert_close(maps, interpret.cls_attention_maps(alone["0"])[..., 0, :], 1e-12)
+    rates = [ops.compression_rate(r["0"].stages.tokens, token_mask=r["0"].token_mask) for r in (padded, alone)]
+    assert_close(rates[0], rates[1], 1e-12)
+
+
+def test_learned_representatives_need_no_grid():
+    layer = torch.nn.Sequential(CBSA(8, 2, representatives="learned", num_representatives=4))
+    with interpret.capture(layer) as records:
+        layer(torch.randn(2, 7, 8))
+    assert records["0"].grid_size is None
+    with pytest.raises(ValueError, match="0 has no grid to lay a map out on"):
+        interpret.cls_attention_maps(records["0"])
+    assert interpret.coding_rates(layer, [torch.randn(2, 7, 8)]).images == 2
+
+
+def test_a_compiled_model_is_captured_too(model, images):
+    compiled = torch.compile(model, backend="eager")
+    expected = compiled(images)
+    with interpret.capture(compiled) as records:
+        assert_close(compiled(images), expected, 1e-6)
+    assert list(records) == [f"blocks.{i}.attn" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (
+            lambda m, x, p: interpret.capture(m, "blocks.0.attn").__enter__(),
+            TypeError,
+            "layers must be a sequence",
+        ),
+        (lambda m, x, p: interpret.coding_rates(m, [(x, 1)]), TypeError, "batches must yield tensors"),
+        (
+            lambda m, x, p: interpret.report(m, x, np.zeros((4, 8, 8)), p, title="", facts={}),
+            ValueError,
+            "4 images and 5 inputs",
+        ),
+        (
+            lambda m, x, p: interpret.report(m, x, np.zeros((5, 8, 8)), p, title="", facts={}, shown=0),
+            ValueError,
+            "shown must be at least 1",
+        ),
+        (
+            lambda m, x, p: interpret.report(
+                m, x, np.zeros((5, 8, 8)), p, title="", facts={}, image_titles=["a"]
+            ),
+            ValueError,
+            "image_titles must be at least 5",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(model, images, tmp_path, call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(model, images, tmp_path)

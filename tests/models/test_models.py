@@ -1,5 +1,7 @@
 """One suite over everything we register: timm's list of checks."""
 
+import functools
+
 import pytest
 import timm
 import torch
@@ -136,7 +138,8 @@ def test_features_only():
 def test_weight_decay_spares_steps_and_embeddings():
     model = small("cbt_nano_patch4_32")
     spared = model.no_weight_decay()
-    assert {"pos_embed", "cls_token", "blocks.1.attn.step_tokens"} <= spared
+    steps = {f"blocks.{i}.attn.step_{kind}" for i in range(2) for kind in ("tokens", "representatives")}
+    assert spared == {"pos_embed", "cls_token"} | steps
     assert spared <= {name for name, _ in model.named_parameters()}
     matcher = model.group_matcher()
     assert set(matcher) == {"stem", "blocks"}
@@ -192,3 +195,61 @@ def test_compiles_in_one_graph_and_exports():
 def test_wrong_images_are_named():
     with pytest.raises(ValueError, match="images must have shape"):
         small("cbt_tiny_patch16_224")(torch.zeros(1, 1, 32, 32))
+
+
+def test_mixer_and_eps_through_timm():
+    assert small("cbt_nano_patch4_32", contraction="exact", eps=0.5).blocks[0].attn.eps == 0.5
+    plain = functools.partial(CBSA, num_representatives=3)
+    assert small("cbt_nano_patch4_32", mixer=plain).blocks[0].attn.representatives.num_representatives == 3
+
+
+def test_a_misspelt_option_names_the_nearest():
+    with pytest.raises(TypeError, match="unexpected option 'contracton'; did you mean 'contraction'"):
+        small("cbt_nano_patch4_32", contracton="exact")
+    with pytest.raises(ValueError, match="did you mean 'exact'"):
+        small("cbt_nano_patch4_32", contraction="exat")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"num_classes": -1}, ValueError, "num_classes must be an int of at least 0"),
+        ({"img_size": "a"}, ValueError, "img_size must be an int or"),
+        ({"mixer": 3}, TypeError, "mixer must be a constructor"),
+        ({"depth": 0}, ValueError, "depth must be at least 1"),
+        ({"num_heads": 3}, ValueError, "divisible by num_heads"),
+    ],
+)
+def test_bad_options_are_named(options, kind, message):
+    with pytest.raises(kind, match=message):
+        WhiteBoxTransformer(**{"embed_dim": 32, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_size": 0.5},
+        {"sparsity": 0.5},
+        {"drop_rate": 0.9},
+        {"pos_drop_rate": 0.9},
+        {"global_pool": "avg"},
+        {"head_dim": 4},
+    ],
+)
+def test_every_model_option_has_its_effect(options):
+    outputs = []
+    for chosen in (options, {}):
+        torch.manual_seed(2)
+        model = WhiteBoxTransformer(
+            img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3, **chosen
+        )
+        torch.manual_seed(3)
+        outputs.append(model(torch.randn(2, 3, 16, 16)))
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-5
+
+
+def test_a_frozen_position_embedding_stays_frozen():
+    model = small("cbt_nano_patch4_32")
+    model.pos_embed.requires_grad_(False)
+    model.set_input_size(48)
+    assert not model.pos_embed.requires_grad

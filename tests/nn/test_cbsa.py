@@ -111,7 +111,7 @@ def test_a_padded_batch_is_each_item_alone(grid, contraction, representatives):
         mask[(b, *(slice(0, e) for e in extent))] = True
     padded = x.masked_fill(~mask[:, None], float("nan")).requires_grad_()
     out = layer(padded, token_mask=mask)
-    out.masked_select(mask[:, None]).square().sum().backward()
+    out.square().sum().backward()
     assert torch.isfinite(padded.grad).all()
     gradients = [p.grad.clone() for p in layer.parameters()]
     assert all(torch.isfinite(g).all() for g in gradients)
@@ -125,9 +125,10 @@ def test_a_padded_batch_is_each_item_alone(grid, contraction, representatives):
         assert_close(padded.grad[window], alone.grad, 1e-10)
     for gradient, parameter in zip(gradients, layer.parameters(), strict=True):
         assert_close(gradient, parameter.grad, 1e-10)
-    # the item without any real token: only the bias
-    assert_close(out[3], layer.proj.bias.view(-1, *(1 for _ in grid)).expand_as(out[3]), 1e-12)
-    assert padded.grad[3].abs().max() == 0
+    # zeros at padding, and for the item without any real token
+    assert (out.masked_select(~mask[:, None]) == 0).all()
+    assert (out[3] == 0).all()
+    assert (padded.grad[3] == 0).all()
 
 
 def test_padded_sequence_with_a_class_token_is_each_item_alone():
@@ -136,7 +137,7 @@ def test_padded_sequence_with_a_class_token_is_each_item_alone():
     mask = torch.arange(9) < torch.tensor([[9], [5]])
     out = layer(x, grid_size=(8,), token_mask=mask)
     assert_close(out[1:, :5], layer(x[1:, :5], grid_size=(4,)), 1e-12)
-    for shaped in (mask, mask[:, None], mask[:, None, None]):
+    for shaped in (mask[:, None], mask[:, None, None]):
         assert_close(layer(x, grid_size=(8,), attn_mask=shaped), out, 0)
 
 
@@ -192,12 +193,15 @@ def test_one_dimensional_maps_and_tokens_are_told_apart():
     sequence = torch.randn(2, 8, 5)  # (B, C, L)
     assert_close(layer(sequence), layer(sequence.mT, grid_size=(5,)).mT, 0)
     square = torch.randn(2, 8, 8)  # either; tokens unless told otherwise
-    assert_close(layer(square, grid_size=(8,)), CBSA.forward(layer, square, (8,)), 0)
-    layer.channels_first = True
-    assert_close(layer(square), layer(square), 0)
-    expected = layer(square)
+    outputs = {}
+    for choice in (None, False, True):
+        layer.channels_first = choice
+        outputs[choice] = layer(square, grid_size=(8,))
+    assert_close(outputs[None], outputs[False], 0)
+    assert_close(outputs[True], layer.forward(square, (8,)), 0)
     layer.channels_first = False
-    assert_close(layer(square.mT, grid_size=(8,)).mT, expected, 1e-6)
+    assert_close(outputs[True], layer(square.mT, grid_size=(8,)).mT, 1e-6)
+    assert (outputs[True] - outputs[False]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -279,6 +283,13 @@ BAD_CONSTRUCTIONS = [
     ({"gated": True}, ValueError, "gated must be False"),
     ({"tied": True, "qkv": "separate"}, ValueError, "tied needs qkv='shared'"),
     ({"tied": True, "dim_out": 6}, ValueError, "tied needs"),
+    ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+    ({"dim_out": 0}, ValueError, "dim_out must be at least 1, got 0"),
+    ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
+    ({"eps": float("inf")}, ValueError, "eps must be positive"),
+    ({"grid_size": (0, 3)}, ValueError, "grid_size must be a tuple of one to three positive integers"),
+    ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must be an int of at least 0, got -1"),
+    ({"layout": "official", "representatives": "learned"}, ValueError, "needs representatives='pool'"),
 ]
 
 
@@ -316,12 +327,29 @@ BAD_INPUTS = [
     ),
     (lambda layer: layer(torch.zeros(1, 9, 12), is_causal=True), ValueError, "is_causal must be False"),
     (
-        lambda layer: layer(torch.zeros(2, 9, 12), attn_mask=bool_ones(9, 9)),
+        lambda layer: layer(torch.zeros(9, 9, 12), attn_mask=bool_ones(9, 9).tril()),
         ValueError,
         "attn_mask must be a boolean key-padding mask",
     ),
     (
-        lambda layer: layer(torch.zeros(2, 9, 12), attn_mask=bool_ones(2, 9), token_mask=bool_ones(2, 9)),
+        lambda layer: layer(torch.zeros(2, 9, 12), attn_mask=[True]),
+        TypeError,
+        "attn_mask must be a torch.Tensor",
+    ),
+    (lambda layer: layer(torch.zeros(2, 9, 12), grid_size=3), ValueError, "grid_size must be a tuple"),
+    (
+        lambda layer: layer(torch.zeros(2, 9, 12), grid_size=(3.0, 3.0)),
+        ValueError,
+        r"integers, got \(3.0, 3.0\)",
+    ),
+    (lambda layer: layer(torch.zeros(2, 9, 12), grid_size=()), ValueError, "one to three positive integers"),
+    (
+        lambda layer: CBSA(12, 3, representatives="learned")(torch.zeros(2, 5, 12), grid_size=(3, 3)),
+        ValueError,
+        "9 cells, but x has 5 tokens",
+    ),
+    (
+        lambda layer: layer(torch.zeros(2, 9, 12), attn_mask=bool_ones(2, 1, 9), token_mask=bool_ones(2, 9)),
         ValueError,
         "not both",
     ),
@@ -368,3 +396,42 @@ def test_onnx(tmp_path):
     session = onnxruntime.InferenceSession(path)
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close(torch.from_numpy(out), layer(x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({"qkv_bias": True}, {}),
+        ({"proj_bias": False}, {}),
+        ({"attn_head_dim": 2}, {}),
+        ({"head_dim": 6}, {}),
+        ({"num_representatives": 4, "grid_size": (2, 8)}, {"num_representatives": 4}),
+        ({"num_representatives": 4, "num_prefix_tokens": 7}, {"num_representatives": 4}),
+        ({"num_representatives": 2}, {}),
+        ({"representatives": "learned"}, {}),
+        ({"contraction": "none"}, {}),
+        ({"contraction": "exact", "eps": 1.0}, {"contraction": "exact"}),
+        ({"tied": True}, {}),
+        ({"qkv": "separate"}, {}),
+        (
+            {"layout": "official", "num_prefix_tokens": 4, "grid_size": (3, 4)},
+            {"num_prefix_tokens": 4, "grid_size": (3, 4)},
+        ),
+        ({"dim_out": 5}, {}),
+        ({"proj_drop": 0.9}, {}),
+        ({"scale_norm": True, "norm_layer": nn.LayerNorm}, {}),
+        ({"qk_norm": True, "norm_layer": nn.LayerNorm, "qkv": "separate"}, {"qkv": "separate"}),
+    ],
+    ids=lambda options: "+".join(options) or "default",
+)
+def test_every_option_has_its_effect(options, reference):
+    x = torch.randn(2, 16, 8)
+    outputs = []
+    for chosen in (options, reference):
+        torch.manual_seed(1)
+        layer = CBSA(8, 2, **chosen)
+        with torch.no_grad():
+            for index, parameter in enumerate(layer.parameters()):  # biases start at zero otherwise
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+        outputs.append(layer(x))
+    assert outputs[0].shape != outputs[1].shape or (outputs[0] - outputs[1]).abs().max() > 1e-4

@@ -12,28 +12,31 @@ from tests.helpers.compare import assert_close
 def test_block_has_parity_with_one_official_layer():
     data, _ = golden.load("block_cbsa_ista")
     block = WhiteBoxBlock(32, CBSA(32, 4, layout="official"), dtype=torch.float64).double()
-    prefix = "param.transformer.layers.0."
-    mixer, feed_forward = f"{prefix}0.", f"{prefix}1."
-    block.load_state_dict(
-        {
-            "norm1.weight": data[f"{mixer}norm.weight"],
-            "norm1.bias": data[f"{mixer}norm.bias"],
-            "attn.step_tokens": data[f"{mixer}fn.step_x"].flatten(),
-            "attn.step_representatives": data[f"{mixer}fn.step_rep"].flatten(),
-            "attn.qkv.weight": data[f"{mixer}fn.proj.weight"],
-            "attn.proj.weight": data[f"{mixer}fn.to_out.weight"],
-            "attn.proj.bias": data[f"{mixer}fn.to_out.bias"],
-            "norm2.weight": data[f"{feed_forward}norm.weight"],
-            "norm2.bias": data[f"{feed_forward}norm.bias"],
-            "ista.weight": data[f"{feed_forward}fn.weight"],
-        }
-    )
+    official = {
+        "norm1.weight": "0.norm.weight",
+        "norm1.bias": "0.norm.bias",
+        "attn.step_tokens": "0.fn.step_x",
+        "attn.step_representatives": "0.fn.step_rep",
+        "attn.qkv.weight": "0.fn.proj.weight",
+        "attn.proj.weight": "0.fn.to_out.weight",
+        "attn.proj.bias": "0.fn.to_out.bias",
+        "norm2.weight": "1.norm.weight",
+        "norm2.bias": "1.norm.bias",
+        "ista.weight": "1.fn.weight",
+    }
+
+    def read(kind, name):
+        tensor = data[f"{kind}.transformer.layers.0.{official[name]}"]
+        return tensor.flatten() if ".step_" in name else tensor
+
+    block.load_state_dict({name: read("param", name) for name in official})
     x = data["input"].requires_grad_()
     out = block(x)
+    out.backward(data["grad_output"])
     assert_close(out, data["output"], 1e-10)
-    if "grad_output" in data:
-        out.backward(data["grad_output"])
-        assert_close(x.grad, data["grad_input"], 1e-10)
+    assert_close(x.grad, data["grad_input"], 1e-10)
+    for name, parameter in block.named_parameters():
+        assert_close(parameter.grad, read("grad", name), 1e-10)
 
 
 def test_ista_is_non_negative_and_has_one_weight():
@@ -67,6 +70,20 @@ def test_bad_stems_are_named(options, message):
         ConvStem(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"sparsity": -1.0}, ValueError, "sparsity must not be negative"),
+        ({"step_size": "a"}, TypeError, "step_size must be a number"),
+    ],
+)
+def test_bad_ista_is_named(options, kind, message):
+    with pytest.raises(kind, match=message):
+        ISTA(4, **options)
+
+
 def test_stem_names_wrong_images():
+    with pytest.raises(TypeError, match=r"images must have a floating-point dtype, got torch.uint8"):
+        ConvStem()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"images must have shape \(B, 3, height, width\), got \(2, 1, 8, 8\)"):
         ConvStem()(torch.zeros(2, 1, 8, 8))

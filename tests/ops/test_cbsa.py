@@ -63,6 +63,15 @@ def test_separate_keys_and_values_and_fresh_broadcast_are_two_attentions():
     assert_close(out, F.scaled_dot_product_attention(tokens, representatives, collected), 1e-12)
 
 
+def test_values_default_to_keys_and_scale_to_the_root_of_the_dimension():
+    tokens, representatives = inputs()
+    keys = torch.randn(2, 3, 11, 5).double()
+    out = ops.cbsa(tokens, representatives, keys=keys)
+    assert_close(out, ops.cbsa(tokens, representatives, keys=keys, values=keys), 0)
+    assert_close(out, ops.cbsa(tokens, representatives, keys=keys, scale=5**-0.5), 1e-12)
+    assert (out - ops.cbsa(tokens, representatives, keys=keys, scale=1.0)).abs().max() > 1e-3
+
+
 def test_stages_fit_together():
     tokens, representatives = inputs()
     stages = ops.cbsa_stages(tokens, representatives, step_representatives=0.3, step_tokens=-2.0)
@@ -194,6 +203,10 @@ def test_masked_representatives_do_not_exist(contraction, broadcast_kind):
     options = {"contraction": contraction, "broadcast": broadcast_kind}
     out = ops.cbsa(tokens, poisoned, representative_mask=mask, **options)
     assert_close(out, ops.cbsa(tokens, representatives[:, :, mask[0]], **options), 1e-12)
+    stages = ops.cbsa_stages(tokens, poisoned, representative_mask=mask, **options)
+    for stage in (stages.attention, stages.extracted, stages.contracted, stages.broadcast_attention.mT):
+        assert (stage[:, :, ~mask[0]] == 0).all() or broadcast_kind == "softmax"
+    assert (stages.attention[:, :, ~mask[0]] == 0).all()
 
 
 def test_invariants():
@@ -328,6 +341,10 @@ BAD_INPUT = [
     ({"broadcast": "share"}, ValueError, "broadcast .*did you mean 'shared'"),
     ({"impl": "egaer"}, ValueError, "impl must be one of 'auto', 'eager'.*did you mean 'eager'"),
     ({"eps": 0.0}, ValueError, "eps must be positive"),
+    ({"eps": "a"}, TypeError, "eps must be a number, got 'a'"),
+    ({"eps": 1e-200}, ValueError, "eps must be positive"),
+    ({"scale": "a"}, TypeError, "scale must be a number"),
+    ({"step_tokens": None}, TypeError, "step_tokens must be a number, got None"),
 ]
 
 

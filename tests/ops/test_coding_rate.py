@@ -68,6 +68,12 @@ def test_gradcheck_and_gradient_of_eq_7():
     assert_close(gradient, expected.detach(), 1e-12)
 
 
+def test_nan_rather_than_a_wrong_number_beyond_float64():
+    x = torch.randn(8).double().expand(6, 8)  # rank one
+    assert torch.isfinite(ops.coding_rate(1e3 * x))
+    assert ops.coding_rate(1e12 * x).isnan()
+
+
 def test_dtypes():
     x = torch.randn(5, 3)
     assert ops.coding_rate(x.bfloat16()).dtype == torch.float32

@@ -86,6 +86,18 @@ def test_padded_items_pool_as_they_would_alone(grid, limit, data):
         assert (pooled[b, :, count:] == 0).all()
 
 
+def test_masked_pooling_averages_in_float32():
+    tokens = torch.ones(1, 1, 90_000, 1, dtype=torch.float16)
+    mask = torch.ones(1, 90_000, dtype=torch.bool)
+    pooled, _ = ops.pool_representatives(tokens, (300, 300), 1, token_mask=mask)
+    assert pooled.item() == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (
+            ops.pool_representatives(tokens.float(), (300, 300), 1, token_mask=mask).values.dtype
+            == torch.float32
+        )
+
+
 def test_full_mask_equals_no_mask_and_empty_mask_gives_none():
     tokens = torch.randn(2, 2, 35, 3).double()
     mask = torch.tensor([[True], [False]]).expand(2, 35)
@@ -109,8 +121,11 @@ def test_cells_without_real_tokens_give_no_representative():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.representative_grid((0, 3), 4), "grid_size must be one to three positive integers"),
-        (lambda: ops.representative_grid((2, 2, 2, 2), 4), "grid_size must be one to three"),
+        (
+            lambda: ops.representative_grid((0, 3), 4),
+            "grid_size must be a tuple of one to three positive integers",
+        ),
+        (lambda: ops.representative_grid((2, 2, 2, 2), 4), "grid_size must be a tuple of one to three"),
         (lambda: ops.representative_grid((3, 3), 0), "num_representatives must be at least 1"),
         (
             lambda: ops.pool_representatives(torch.zeros(1, 1, 8, 2), (3, 3), 4),

@@ -85,9 +85,14 @@ def test_a_file_with_a_strange_description_is_refused(tmp_path, text):
         load_checkpoint(tmp_path / "m.safetensors")
 
 
-def test_a_file_of_an_unknown_model_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "m.safetensors", tiny(), {"model": "cbt_unheard_of", "model_args": {}})
-    with pytest.raises(CheckpointError, match="cannot build the model 'cbt_unheard_of'"):
+def test_a_file_of_an_unknown_model_is_refused(tmp_path, monkeypatch):
+    info = {"model": "cbt_unheard_of", "model_args": {}}
+    with pytest.raises(CheckpointError, match="not a model of timm"):
+        save_checkpoint(tmp_path / "m.safetensors", tiny(), info)
+    monkeypatch.setattr("cbsa_torch.models.checkpoint.timm.is_model", lambda name: True)
+    save_checkpoint(tmp_path / "m.safetensors", tiny(), info)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="holds 'cbt_unheard_of', which is not a model of timm here"):
         load_checkpoint(tmp_path / "m.safetensors")
 
 
@@ -356,7 +361,9 @@ def test_an_official_state_dict_loads_directly():
 def test_an_official_checkpoint_with_a_missing_key_names_it():
     state = official_state(official_model())
     del state["transformer.layers.1.0.fn.to_out.bias"]
-    with pytest.raises(CheckpointError, match=r"missing blocks\.1\.attn\.proj\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"missing transformer\.layers\.1\.0\.fn\.to_out\.bias; unexpected nothing"
+    ):
         load_official(state)
 
 
@@ -380,3 +387,29 @@ def test_a_failed_conversion_writes_nothing(saved, tmp_path):
 def test_a_description_is_json(saved):
     with safe_open(saved, framework="pt") as file:
         assert json.loads(file.metadata()["cbsa_torch"]) == info()
+
+
+@pytest.mark.parametrize("args", [{"checkpoint_path": "/etc/passwd"}, {"pretrained": True}])
+def test_a_file_may_not_make_us_fetch_others(tmp_path, monkeypatch, args):
+    info = {"model": "cbt_pico_patch1_8", "model_args": args}
+    with pytest.raises(CheckpointError, match="model_args that are not allowed"):
+        save_checkpoint(tmp_path / "m.safetensors", tiny(), info)
+    with pytest.raises(CheckpointError, match="not a model of timm"):
+        save_checkpoint(tmp_path / "m.safetensors", tiny(), {"model": "hf-hub:a/b", "model_args": {}})
+    with pytest.raises(CheckpointError, match="does not say which model"):
+        save_checkpoint(tmp_path / "m.safetensors", tiny(), {})
+
+
+def test_an_official_checkpoint_with_our_names_or_wrong_dtypes_is_refused():
+    state = official_state(official_model())
+    with pytest.raises(CheckpointError, match="unexpected norm.weight"):
+        load_official({**state, "norm.weight": torch.ones(16)})
+    key = "transformer.layers.0.1.fn.weight"
+    with pytest.raises(CheckpointError, match="ista.weight is torch.int64"):
+        load_official({**state, key: state[key].long()})
+    with pytest.raises(CheckpointError, match="layers"):
+        load_official({**state, "transformer.layers.400.0.norm.weight": torch.ones(16)})
+    with pytest.raises(CheckpointError, match="step_x .* instead of"):
+        load_official({**state, "transformer.layers.0.0.fn.step_x": torch.ones(0, 1, 1)})
+    compiled = {f"_orig_mod.{key}": value for key, value in state.items()}
+    assert load_official(compiled).num_classes == load_official(state).num_classes

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -18,8 +19,9 @@ from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import evaluate_checkpoint, load_config, loop, predict_images, train
 from cbsa_torch.train.checkpoint import load_state
-from cbsa_torch.train.config import ModelConfig
+from cbsa_torch.train.config import ModelConfig, OptimConfig
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError, RunFolderError
+from cbsa_torch.train.optim import make_optimizer
 from cbsa_torch.train.run_folder import RunFolder
 
 STEPS = 3
@@ -625,3 +627,13 @@ def test_fine_tuning_from_nothing_is_refused(config, tmp_path):
     config.model = ModelConfig("cbt_nano_patch4_32", init_from=str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="none"):
         train(config)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_weight_decay_of_matrices_only_or_of_everything(everything):
+    model = timm.create_model("cbt_pico_patch1_8", embed_dim=16, depth=1, num_heads=2)
+    optimizer = make_optimizer(model, OptimConfig(name="adamw", weight_decay=0.1, decay_everything=everything))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        assert (id(parameter) in decayed) == (everything or matrix), name

@@ -30,9 +30,16 @@ def check_positive_int(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+
+
 def check_positive(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a number above zero."""
-    if not value > 0:
+    """Raise unless ``value`` is a finite number above zero, and so is its square."""
+    check_number(name, value)
+    if not 0 < value <= 1e150 or value * value == 0:
         raise ValueError(f"{name} must be positive, got {value!r}")
 
 

@@ -21,7 +21,12 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
     Returns:
         ``(B, H, *grid_size)``, prefix tokens left out.
 
+    Raises:
+        ValueError: the record has no grid.
+
     """
+    if record.grid_size is None:
+        raise ValueError(f"{record.name} has no grid to lay a map out on; pass grid_size to the layer")
     attention = record.stages.attention  # (B, H, M, N)
     row = torch.einsum("bhm,bhmn->bhn", attention[..., token], attention)
     return row[..., record.num_prefix_tokens :].unflatten(-1, record.grid_size)

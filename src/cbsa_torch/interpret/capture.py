@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,11 @@ class LayerRecord(NamedTuple):
     """The layer's name in the model, e.g. ``blocks.3.attn``."""
     stages: CBSAStages
     """Every intermediate, detached."""
-    grid_size: GridSize
+    grid_size: GridSize | None
+    """None if the layer's representatives need no grid and it was given none."""
     num_prefix_tokens: int
+    token_mask: Tensor | None
+    """``(B, N)`` bool, True = a real token; None if all are."""
 
 
 @contextmanager
@@ -34,15 +38,22 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
         layers: names of the layers to record. Default: all.
 
     Yields:
-        A dictionary that each forward pass fills, in the model's order: layer name to
+        A dictionary that each forward pass fills, in the order of evaluation: layer name to
         :class:`LayerRecord`. Records are recomputed eagerly from the layer's input, whatever
-        implementation the layer runs.
+        implementation the layer runs; a compiled model runs uncompiled meanwhile. A layer that is called
+        more than once keeps its last call.
 
     Raises:
         ValueError: no such layer, or a model without any.
 
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, CBSA)}
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
+    found = {
+        name.removeprefix("_orig_mod."): module  # the prefix is torch.compile's
+        for name, module in model.named_modules()
+        if isinstance(module, CBSA)
+    }
     if not found:
         raise ValueError(f"{type(model).__name__} has no CBSA layer to capture")
     for name in layers or ():
@@ -56,10 +67,11 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
     def record(name: str) -> Any:
         @torch.no_grad()
         def hook(module: CBSA, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x, grid_size, token_mask = _arguments(*args, **kwargs)
-            stages = module.stages(x, grid_size, token_mask)
-            grid, prefix = module.token_grid(x, grid_size)
-            records[name] = LayerRecord(name, stages, grid, prefix)
+            x, grid_size, token_mask, attn_mask = _arguments(*args, **kwargs)
+            stages = module.stages(x, grid_size, token_mask, attn_mask)
+            grid, prefix = module.token_grid(x, grid_size) or (None, module.num_prefix_tokens or 0)
+            mask = module.token_mask(x, token_mask, attn_mask)
+            records[name] = LayerRecord(name, stages, grid, prefix, mask)
 
         return hook
 
@@ -67,14 +79,21 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
         for name, module in found.items():
             if layers is None or name in layers:
                 handles.append(module.register_forward_hook(record(name), with_kwargs=True))
-        yield records
+        # Compiled code does not see hooks that are new.
+        compiled = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield records
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _arguments(
-    x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None, **_: Any
-) -> tuple[Tensor, GridSize | None, Tensor | None]:
+    x: Tensor,
+    grid_size: GridSize | None = None,
+    token_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[Tensor, GridSize | None, Tensor | None, Tensor | None]:
     """The arguments of ``CBSA.forward`` by position or by name."""
-    return x, grid_size, token_mask
+    return x, grid_size, token_mask, attn_mask

@@ -43,21 +43,24 @@ def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DE
     plain: dict[str, list[Tensor]] = {}
     scaled: dict[str, list[Tensor]] = {}
     for batch in batches:
+        if not isinstance(batch, Tensor):
+            raise TypeError(f"batches must yield tensors, the model's inputs; got {type(batch).__name__}")
         with capture(model) as records:
             model(batch)
         for name, record in records.items():
-            tokens = record.stages.tokens
-            plain.setdefault(name, []).append(ops.compression_rate(tokens, eps=eps).cpu())
-            scaled.setdefault(name, []).append(ops.compression_rate(tokens, eps=eps, normalize=True).cpu())
+            tokens, mask = record.stages.tokens, record.token_mask
+            for rates, normalize in ((plain, False), (scaled, True)):
+                rate = ops.compression_rate(tokens, eps=eps, normalize=normalize, token_mask=mask)
+                rates.setdefault(name, []).append(rate.cpu())
     if not plain:
         raise ValueError("batches must hold at least one batch")
-    rates = [torch.cat(values).double() for values in plain.values()]
+    raw = [torch.cat(values).double() for values in plain.values()]
     normalized = [torch.cat(values).double() for values in scaled.values()]
     return LayerRates(
         layers=list(plain),
-        rate=[r.mean().item() for r in rates],
-        rate_std=[r.std(correction=0).item() for r in rates],
+        rate=[r.mean().item() for r in raw],
+        rate_std=[r.std(correction=0).item() for r in raw],
         normalized=[r.mean().item() for r in normalized],
         normalized_std=[r.std(correction=0).item() for r in normalized],
-        images=len(rates[0]),
+        images=len(raw[0]),
     )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.types import Contraction, Layout, RepresentativeKind
-from cbsa_torch.models.whitebox import WhiteBoxTransformer
+from cbsa_torch.models.whitebox import Mixer, WhiteBoxTransformer
 from cbsa_torch.nn import CBSA
+from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 
 __all__: list[str] = []  # the entry points are reached by name, through timm
 
@@ -55,18 +59,24 @@ def _create_cbt(
     num_representatives: int = 64,
     representatives: RepresentativeKind = "pool",
     contraction: Contraction = "softmax",
+    eps: float = DEFAULT_EPS,
     tied: bool = False,
     layout: Layout = "standard",
+    mixer: Mixer | Sequence[Mixer] | None = None,
     **kwargs: Any,
 ) -> WhiteBoxTransformer:
-    mixer = functools.partial(
-        CBSA,
-        num_representatives=num_representatives,
-        representatives=representatives,
-        contraction=contraction,
-        tied=tied,
-        layout=layout,
-    )
+    """Build a CBT; the options before ``mixer`` are those of CBSA, and go unused if another mixer is given."""
+    _check_names(kwargs)
+    if mixer is None:
+        mixer = functools.partial(
+            CBSA,
+            num_representatives=num_representatives,
+            representatives=representatives,
+            contraction=contraction,
+            eps=eps,
+            tied=tied,
+            layout=layout,
+        )
     return build_model_with_cfg(
         WhiteBoxTransformer,
         variant,
@@ -75,6 +85,16 @@ def _create_cbt(
         mixer=mixer,
         **kwargs,
     )
+
+
+def _check_names(kwargs: dict[str, Any]) -> None:
+    """Suggest the nearest name for a misspelt option; what is none of ours is timm's to judge."""
+    ours = {*inspect.signature(WhiteBoxTransformer).parameters, *inspect.signature(_create_cbt).parameters}
+    timms = {*inspect.signature(build_model_with_cfg).parameters, "cache_dir", "features_only", "out_indices"}
+    for name in kwargs.keys() - ours - timms:
+        suggestion = nearest(name, ours)
+        if suggestion:
+            raise TypeError(f"unexpected option {name!r}{suggestion}")
 
 
 @register_model

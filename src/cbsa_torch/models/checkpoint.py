@@ -6,9 +6,11 @@ constructor arguments and whatever the writer adds (class names, accuracy). It i
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
+
+
+FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+"""Arguments of ``timm.create_model`` that read other files or the network: refused in a file's metadata."""
 
 
 class CheckpointError(ValueError):
@@ -43,8 +49,10 @@ def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) ->
     """Save weights and ``info`` to a ``.safetensors`` file, atomically.
 
     ``info`` must hold ``model`` (the timm name) and ``model_args`` (its constructor arguments) for
-    :func:`load_checkpoint`; it must be JSON.
+    :func:`load_checkpoint`; it must be JSON. A model whose image size or head was changed after it was
+    built needs the new ``img_size`` or ``num_classes`` in ``model_args``.
     """
+    _check_info(info, str(path))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(Path(path), save(tensors, metadata={"cbsa_torch": json.dumps(info)}))
 
@@ -66,8 +74,15 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         model = timm.create_model(info["model"], **info["model_args"])
     except Exception as error:
         raise CheckpointError(f"cannot build the model {info.get('model')!r} of {path}: {error}") from error
+    model.to(floating_dtype(tensors))
     load_strictly(model, tensors, str(path))
     return model.eval(), info
+
+
+def floating_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """The narrowest dtype that holds every floating-point tensor exactly; float32 without any."""
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -81,16 +96,27 @@ def read_info(path: Path) -> dict[str, Any]:
             f"{path} was not written by cbsa_torch (no model description in it); "
             "for released CBT weights use load_official"
         ) from error
-    if not isinstance(info, dict) or not {"model", "model_args"} <= info.keys():
-        raise CheckpointError(f"{path} does not say which model it holds")
+    _check_info(info, str(path))
     return info
+
+
+def _check_info(info: Any, source: str) -> None:
+    """The description must name one of timm's models, with arguments that fetch nothing from elsewhere."""
+    if not isinstance(info, dict) or not {"model", "model_args"} <= info.keys():
+        raise CheckpointError(f"{source} does not say which model it holds (model, model_args)")
+    name, args = info["model"], info["model_args"]
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise CheckpointError(f"{source} holds {name!r}, which is not a model of timm here")
+    if not isinstance(args, dict) or FETCHING_ARGS & args.keys():
+        raise CheckpointError(f"{source} has model_args that are not allowed in a file: {args!r}")
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from safetensors or from a PyTorch file, tensors only.
 
     Pickled code is never executed: PyTorch files are read with ``weights_only=True``. Training checkpoints
-    that keep the weights under ``state_dict`` or ``model`` are unwrapped, and so are ``module.`` prefixes.
+    that keep the weights under ``state_dict`` or ``model`` are unwrapped; the prefixes of DataParallel and
+    torch.compile (``module.``, ``_orig_mod.``) are stripped.
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: unreadable, unsafe, or without tensors.
@@ -133,7 +159,7 @@ def unwrap(content: Any, source: str) -> dict[str, Tensor]:
     stray = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if stray:
         raise CheckpointError(f"{source} holds entries that are not tensors: {', '.join(stray[:5])}")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in content.items()}
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -141,6 +167,11 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {tensors[name].dtype}, the model needs {own[name].dtype}"
+        for name in own
+        if name in tensors and tensors[name].is_floating_point() != own[name].is_floating_point()
+    ]
     problems += [
         f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(own[name].shape)}"
         for name in own

@@ -9,31 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor
 
-from cbsa_torch.models.checkpoint import CheckpointError, load_strictly, read_tensors, save_checkpoint, unwrap
+from cbsa_torch.models.checkpoint import (
+    CheckpointError,
+    floating_dtype,
+    load_strictly,
+    read_tensors,
+    save_checkpoint,
+    unwrap,
+)
 from cbsa_torch.models.whitebox import WhiteBoxTransformer
 
-# Official key (as a regular expression) -> ours. Groups carry indices.
-_STEM_AND_HEAD = {
-    r"pos_embedding": "pos_embed",
-    r"cls_token": "cls_token",
-    r"to_patch_embedding\.(proj\..*)": r"stem.\1",
-    r"mlp_head\.0\.(weight|bias)": r"norm.\1",
-    r"mlp_head\.1\.(weight|bias)": r"head.\1",
-    r"transformer\.layers\.(\d+)\.0\.norm\.(weight|bias)": r"blocks.\1.norm1.\2",
-    r"transformer\.layers\.(\d+)\.1\.norm\.(weight|bias)": r"blocks.\1.norm2.\2",
-    r"transformer\.layers\.(\d+)\.1\.fn\.weight": r"blocks.\1.ista.weight",
-}
-_CBSA = {
-    r"transformer\.layers\.(\d+)\.0\.fn\.step_x": r"blocks.\1.attn.step_tokens",
-    r"transformer\.layers\.(\d+)\.0\.fn\.step_rep": r"blocks.\1.attn.step_representatives",
-    r"transformer\.layers\.(\d+)\.0\.fn\.proj\.weight": r"blocks.\1.attn.qkv.weight",
-    r"transformer\.layers\.(\d+)\.0\.fn\.to_out\.(weight|bias)": r"blocks.\1.attn.proj.\2",
-}
-
-
+# (official key, our key); {} is a layer index, * the rest of the name.
+_COMMON = (
+    ("pos_embedding", "pos_embed"),
+    ("cls_token", "cls_token"),
+    ("to_patch_embedding.proj.*", "stem.proj.*"),
+    ("mlp_head.0.*", "norm.*"),
+    ("mlp_head.1.*", "head.*"),
+    ("transformer.layers.{}.0.norm.*", "blocks.{}.norm1.*"),
+    ("transformer.layers.{}.1.norm.*", "blocks.{}.norm2.*"),
+    ("transformer.layers.{}.1.fn.weight", "blocks.{}.ista.weight"),
+)
+_CBSA = (
+    ("transformer.layers.{}.0.fn.step_x", "blocks.{}.attn.step_tokens"),
+    ("transformer.layers.{}.0.fn.step_rep", "blocks.{}.attn.step_representatives"),
+    ("transformer.layers.{}.0.fn.proj.weight", "blocks.{}.attn.qkv.weight"),
+    ("transformer.layers.{}.0.fn.to_out.*", "blocks.{}.attn.proj.*"),
+)
 _NAMES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
 
 
@@ -52,7 +56,7 @@ def load_official(source: str | Path | Mapping[str, Any]) -> WhiteBoxTransformer
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: an unsafe, broken or foreign checkpoint; missing
-            and unexpected keys are named.
+            and unexpected keys are named, as the official code names them.
 
     """
     return _convert(source)[0]
@@ -66,7 +70,7 @@ def convert_official(source: str | Path, output: str | Path) -> dict[str, Any]:
 
     """
     model, info = _convert(source)
-    save_checkpoint(output, model.float(), info)
+    save_checkpoint(output, model, info)
     return info
 
 
@@ -75,32 +79,46 @@ def _convert(source: str | Path | Mapping[str, Any]) -> tuple[WhiteBoxTransforme
         name, official = "the state dict", unwrap(dict(source), "the state dict")
     else:
         name, official = str(source), read_tensors(source)
-    converted, unknown = _rename(official, _STEM_AND_HEAD | _CBSA)
-    sizes = _read_sizes(official, name, unknown)
+    sizes = _read_sizes(official, name)
     size = _NAMES.get((sizes["embed_dim"], sizes["depth"]), "tiny")
     model_name, model_args = f"cbt_{size}_patch16_224", {**sizes, "layout": "official"}
-    model = timm.create_model(model_name, **model_args, dtype=official["pos_embedding"].dtype)
-    load_strictly(model, {**converted, **unknown}, name)
+    try:
+        model = timm.create_model(model_name, **model_args, dtype=floating_dtype(official))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{name} is not an official CBT checkpoint: {error}") from error
+    pairs = [(_translate(ours, _COMMON + _CBSA, back=True), ours) for ours in model.state_dict()]
+    missing = [theirs for theirs, _ in pairs if theirs not in official]
+    unexpected = sorted(official.keys() - {theirs for theirs, _ in pairs})
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{name} does not fit {model_name}: missing {_some(missing)}; unexpected {_some(unexpected)}"
+        )
+    # official step sizes are (H, 1, 1)
+    converted = {o: official[t].flatten() if ".step_" in o else official[t] for t, o in pairs}
+    load_strictly(model, converted, name)
     return model.eval(), {"model": model_name, "model_args": model_args}
 
 
-def _rename(official: dict[str, Tensor], table: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Apply a key table; returns what it names and what it does not know."""
-    converted, unknown = {}, {}
-    for key, tensor in official.items():
-        for pattern, replacement in table.items():
-            match = re.fullmatch(pattern, key)
-            if match:
-                ours = match.expand(replacement)
-                # official step sizes are (H, 1, 1)
-                converted[ours] = tensor.flatten() if ".step_" in ours else tensor
-                break
-        else:
-            unknown[key] = tensor
-    return converted, unknown
+def _translate(key: str, table: tuple[tuple[str, str], ...], *, back: bool = False) -> str:
+    """Rename a key by the table (``back``: from ours to the official name)."""
+    for pair in table:
+        source, target = reversed(pair) if back else pair
+        pattern = re.escape(source).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)")
+        match = re.fullmatch(pattern, key)
+        if match:
+            for group in match.groups():  # in order of appearance: the index, then the rest
+                target = target.replace("{}" if "{}" in target else "*", group, 1)
+            return target
+    raise KeyError(key)
 
 
-def _read_sizes(official: dict[str, Tensor], name: str, unknown: dict[str, Tensor]) -> dict[str, Any]:
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return (", ".join(keys[:8]) or "nothing") + more
+
+
+def _read_sizes(official: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """Constructor arguments from the shapes of the tensors that determine them."""
     needed = {
         "pos_embedding": "(1, 1 + tokens, dim)",
         "transformer.layers.0.0.fn.step_x": "(heads, 1, 1)",
@@ -110,29 +128,33 @@ def _read_sizes(official: dict[str, Tensor], name: str, unknown: dict[str, Tenso
     }
     missing = [key for key in needed if key not in official]
     if missing:
-        stray = f"; unexpected: {', '.join(list(unknown)[:5])}" if unknown else ""
-        raise CheckpointError(f"{name} is not an official CBT checkpoint: missing {', '.join(missing)}{stray}")
-    wrong = [f"{key} {shape}" for key, shape in needed.items() if official[key].ndim != shape.count(",") + 1]
+        raise CheckpointError(
+            f"{name} is not an official CBT checkpoint: missing {_some(missing)}; "
+            f"it holds {_some(list(official))}"
+        )
+    wrong = [
+        f"{key} {tuple(official[key].shape)} instead of {shape}"
+        for key, shape in needed.items()
+        if official[key].ndim != shape.count(",") + 1 or 0 in official[key].shape
+    ]
     if wrong:
-        raise CheckpointError(f"{name} is not an official CBT checkpoint: expected {'; '.join(wrong)}")
+        raise CheckpointError(f"{name} is not an official CBT checkpoint: {'; '.join(wrong)}")
     _, length, dim = official["pos_embedding"].shape
-    depth = 1 + max(int(m[1]) for key in official if (m := re.match(r"transformer\.layers\.(\d+)\.", key)))
+    layers = {int(m[1]) for key in official if (m := re.match(r"transformer\.layers\.(\d+)\.", key))}
+    if layers != set(range(len(layers))):
+        raise CheckpointError(f"{name} has layers {sorted(layers)[:8]} ..., not 0 to {len(layers) - 1}")
     convolutions = sum(bool(re.fullmatch(r"to_patch_embedding\.proj\.\d+\.0\.weight", k)) for k in official)
-    patch_size = 2**convolutions
     side = math.isqrt(length - 1)
     if side * side != length - 1:
         raise CheckpointError(f"{name}: {length - 1} position embeddings are not a square grid")
     heads = official["transformer.layers.0.0.fn.step_x"].shape[0]
-    dtype = official["pos_embedding"].dtype
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise CheckpointError(f"{name}: pos_embedding must be floating point, got {dtype}")
     return {
-        "img_size": side * patch_size,
-        "patch_size": patch_size,
+        "img_size": side * 2**convolutions,
+        "patch_size": 2**convolutions,
         "in_chans": official["to_patch_embedding.proj.0.0.weight"].shape[1],
         "num_classes": official["mlp_head.1.weight"].shape[0],
         "embed_dim": dim,
-        "depth": depth,
+        "depth": len(layers),
         "num_heads": heads,
         "head_dim": official["transformer.layers.0.0.fn.proj.weight"].shape[0] // heads,
     }

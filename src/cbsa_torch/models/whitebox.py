@@ -66,6 +66,10 @@ class WhiteBoxTransformer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive_int("depth", depth)
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")
+        if not callable(mixer) and not isinstance(mixer, (list, tuple)):
+            raise TypeError(f"mixer must be a constructor or a sequence of them, got {mixer!r}")
         check_choice("global_pool", global_pool, GLOBAL_POOLS)
         mixers = [mixer] * depth if callable(mixer) else list(mixer)
         if len(mixers) != depth:
@@ -167,7 +171,8 @@ class WhiteBoxTransformer(nn.Module):
         if img_size is None:
             return
         grid_size = self.stem.grid_size(_pair(img_size))
-        self.pos_embed = nn.Parameter(self._resampled_pos_embed(grid_size).detach().clone())
+        resampled = self._resampled_pos_embed(grid_size).detach().clone()
+        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         self.grid_size = grid_size
 
     def _resampled_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
@@ -277,7 +282,10 @@ class WhiteBoxTransformer(nn.Module):
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(f"img_size must be an int or (height, width), got {size!r}")
+    height, width = pair
     check_positive_int("img_size", height)
     check_positive_int("img_size", width)
     return height, width

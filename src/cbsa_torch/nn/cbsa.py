@@ -28,6 +28,7 @@ from cbsa_torch._core.types import (
 from cbsa_torch.nn.representatives import LearnedRepresentatives, PooledRepresentatives
 from cbsa_torch.nn.tokens import TokenInput, as_token_mask, read_tokens, resolve_grid
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch.ops.representatives import check_grid
 
 
 class CBSA(nn.Module):
@@ -51,7 +52,8 @@ class CBSA(nn.Module):
         qkv: ``"shared"``: one projection is query, key and value, the subspace bases U_k of the paper;
             ``"separate"``: three, as in a ViT (representatives are pooled from the queries).
         num_prefix_tokens: class and register tokens before the grid tokens; they are attended to but not
-            pooled. Default: what ``grid_size`` leaves, else 0 or 1, whichever leaves a square grid.
+            pooled. Default: what ``grid_size`` leaves, else 0 or 1, whichever leaves a square grid. Give it
+            (or the grid) if your grids are not square: 1 + 2 x 4 tokens also look like 3 x 3.
         grid_size: the tokens' grid, if inputs are tokens of one known size; see :meth:`set_input_size`.
         channels_first: how to read a 3-D input: True = ``(B, C, L)``, False = ``(B, N, C)``, None = tokens
             if its last axis is ``dim``, else a 1-D feature map.
@@ -72,7 +74,7 @@ class CBSA(nn.Module):
         device, dtype: of the parameters.
 
     Attributes:
-        qkv: the input projection. proj: the output projection (its ``weight`` is None if tied).
+        qkv: the input projection. proj: the output projection (None if tied).
         step_tokens: kappa, ``(H,)``; step_representatives: eta, ``(H,)``. Both learned, any sign, drawn
             from a standard normal as in the official code.
 
@@ -126,7 +128,7 @@ class CBSA(nn.Module):
             check_choice(name, value, choices)
         if head_dim is not None and attn_head_dim is not None and head_dim != attn_head_dim:
             raise ValueError(f"head_dim ({head_dim}) and attn_head_dim ({attn_head_dim}) must agree")
-        head_dim = head_dim or attn_head_dim
+        head_dim = attn_head_dim if head_dim is None else head_dim
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(
@@ -134,6 +136,8 @@ class CBSA(nn.Module):
                 )
             head_dim = dim // num_heads
         check_positive_int("head_dim", head_dim)
+        dim_out = dim if dim_out is None else dim_out
+        check_positive_int("dim_out", dim_out)
         if gated:
             raise ValueError("gated must be False: CBSA has no output gate")
         if attn_drop:
@@ -142,7 +146,9 @@ class CBSA(nn.Module):
             raise ValueError("qk_norm needs qkv='separate': shared queries, keys and values are one tensor")
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError("norm_layer is required with qk_norm or scale_norm")
-        if tied and (qkv == "separate" or dim_out not in (None, dim)):
+        if layout == "official" and representatives == "learned":
+            raise ValueError("layout='official' is a way of pooling; it needs representatives='pool'")
+        if tied and (qkv == "separate" or dim_out != dim):
             raise ValueError("tied needs qkv='shared' and dim_out equal to dim: it reuses the input projection")
 
         self.dim = dim
@@ -152,8 +158,9 @@ class CBSA(nn.Module):
         self.eps = eps
         self.tied = tied
         self.shared_qkv = qkv == "shared"
-        self.num_prefix_tokens = num_prefix_tokens
-        self.grid_size = None if grid_size is None else tuple(grid_size)
+        self.grid_size: GridSize | None = None
+        self.num_prefix_tokens: int | None = None
+        self.set_input_size(grid_size, num_prefix_tokens)
         self.channels_first = channels_first
         self.layout: Layout = layout
         self.impl: Impl = impl
@@ -177,7 +184,7 @@ class CBSA(nn.Module):
             )
         self.step_tokens = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.step_representatives = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
-        self.proj = None if tied else nn.Linear(inner, dim_out or dim, proj_bias, device, dtype)
+        self.proj = None if tied else nn.Linear(inner, dim_out, proj_bias, device, dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self._reset_steps()
 
@@ -199,10 +206,10 @@ class CBSA(nn.Module):
 
     def set_input_size(self, grid_size: GridSize | None, num_prefix_tokens: int | None = None) -> None:
         """Set the grid of token inputs (None: assume a square again) and, if given, the prefix tokens."""
-        if grid_size is not None:
-            ops.representative_grid(tuple(grid_size), 1)  # checks it
-        self.grid_size = None if grid_size is None else tuple(grid_size)
+        self.grid_size = None if grid_size is None else check_grid(grid_size)
         if num_prefix_tokens is not None:
+            if not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
+                raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
             self.num_prefix_tokens = num_prefix_tokens
 
     def forward(
@@ -219,7 +226,7 @@ class CBSA(nn.Module):
             x: ``(B, N, C)`` tokens, prefix tokens first, or a ``(B, C, *grid)`` feature map.
             grid_size: the grid of token inputs. Default: the layer's; without it, a square.
             token_mask: ``(B, N)``, or ``(B, *grid)`` for a feature map; bool, True = a real token. The
-                others are ignored and get zeros (before the output bias).
+                others are ignored and get zeros.
             attn_mask: timm's argument; a boolean mask that is the same for every query is read as
                 ``token_mask``, anything else raises.
             is_causal: must be False.
@@ -234,14 +241,27 @@ class CBSA(nn.Module):
         heads = ops.cbsa(**self._operands(source, grid_size, token_mask), impl=self.impl)  # (B, H, N, P)
         out = self.norm(heads.transpose(1, 2).flatten(2))  # (B, N, H * P)
         out = F.linear(out, self.qkv.weight.t()) if self.proj is None else self.proj(out)
-        return source.restore(self.proj_drop(out))
+        out = self.proj_drop(out)
+        if token_mask is not None:
+            out = out.masked_fill(~token_mask[..., None], 0.0)  # the biases, too
+        return source.restore(out)
 
     def stages(
-        self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        token_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
     ) -> CBSAStages:
         """Every intermediate of :meth:`forward` for the same arguments, computed eagerly, per head."""
-        source, token_mask = self._read(x, token_mask, None)
+        source, token_mask = self._read(x, token_mask, attn_mask)
         return ops.cbsa_stages(**self._operands(source, grid_size, token_mask))
+
+    def token_mask(
+        self, x: Tensor, token_mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor | None:
+        """The ``(B, N)`` mask that :meth:`forward` uses for these arguments, or None."""
+        return self._read(x, token_mask, attn_mask)[1]
 
     def _read(
         self, x: Tensor, token_mask: Tensor | None, attn_mask: Tensor | None
@@ -269,8 +289,9 @@ class CBSA(nn.Module):
             qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim)
             tokens, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, P) each
             tokens, keys = self.q_norm(tokens), self.k_norm(keys)
-        if self.representatives.needs_grid:
-            grid, first = self._resolve_grid(n, source.map_grid, grid_size)
+        located = self._locate(n, source.map_grid, grid_size)
+        if located is not None and self.representatives.needs_grid:
+            grid, first = located
             if self.layout == "official":
                 first = 0
             cells = slice(first, first + math.prod(grid))
@@ -291,19 +312,25 @@ class CBSA(nn.Module):
             "representative_mask": chosen.mask,
         }
 
-    def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int]:
-        """The grid that :meth:`forward` would use for ``x``, and the number of prefix tokens before it."""
-        source = read_tokens(x, self.dim, self.channels_first, None)
-        return self._resolve_grid(source.tokens.shape[1], source.map_grid, grid_size)
+    def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int] | None:
+        """The grid that :meth:`forward` uses for ``x`` and the number of prefix tokens before it.
 
-    def _resolve_grid(
+        None if the representatives need no grid and none is given.
+        """
+        source = read_tokens(x, self.dim, self.channels_first, None)
+        return self._locate(source.tokens.shape[1], source.map_grid, grid_size)
+
+    def _locate(
         self, n: int, map_grid: GridSize | None, grid_size: GridSize | None
-    ) -> tuple[GridSize, int]:
-        if map_grid is None:
-            return resolve_grid(n, grid_size or self.grid_size, self.num_prefix_tokens)
-        if grid_size is not None and tuple(grid_size) != map_grid:
-            raise ValueError(f"grid_size {tuple(grid_size)} differs from the feature map's {map_grid}")
-        return map_grid, 0
+    ) -> tuple[GridSize, int] | None:
+        if map_grid is not None:
+            if grid_size is not None and tuple(grid_size) != map_grid:
+                raise ValueError(f"grid_size {tuple(grid_size)} differs from the feature map's {map_grid}")
+            return map_grid, 0
+        grid_size = self.grid_size if grid_size is None else grid_size
+        if grid_size is None and not self.representatives.needs_grid:
+            return None
+        return resolve_grid(n, grid_size, self.num_prefix_tokens)
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
-from cbsa_torch._core.checks import check_positive, check_positive_int
+from cbsa_torch._core.checks import check_number, check_positive, check_positive_int
 
 
 class ISTA(nn.Module):
@@ -20,7 +20,7 @@ class ISTA(nn.Module):
         device, dtype: of the dictionary.
 
     Attributes:
-        weight: the dictionary D, ``(dim, dim)``, drawn as a linear layer's (Kaiming uniform).
+        weight: the dictionary D, ``(dim, dim)``, Kaiming uniform (gain sqrt(2)).
 
     """
 
@@ -36,6 +36,9 @@ class ISTA(nn.Module):
         super().__init__()
         check_positive_int("dim", dim)
         check_positive("step_size", step_size)
+        check_number("sparsity", sparsity)
+        if sparsity < 0:
+            raise ValueError(f"sparsity must not be negative, got {sparsity}")
         self.step_size = step_size
         self.sparsity = sparsity
         self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))

@@ -57,7 +57,9 @@ class LearnedRepresentatives(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive_int("num_heads", num_heads)
         check_positive_int("num_representatives", num_representatives)
+        check_positive_int("head_dim", head_dim)
         self.values = nn.Parameter(
             torch.empty(num_heads, num_representatives, head_dim, device=device, dtype=dtype)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch._core.checks import check_floating, check_positive_int
 
 
 class ConvStem(nn.Module):
@@ -65,6 +65,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
+        check_floating("images", x)
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
                 f"images must have shape (B, {self.in_chans}, height, width), got {tuple(x.shape)}; "

@@ -75,15 +75,15 @@ def resolve_grid(
     leaves, or, with neither, 0 or 1 (a class token), whichever leaves a square.
     """
     if grid_size is not None:
-        check_grid(grid_size)
+        grid_size = check_grid(grid_size)
         prefix = num_tokens - math.prod(grid_size)
         if prefix < 0 or num_prefix_tokens not in (None, prefix):
             expected = "" if num_prefix_tokens is None else f" + {num_prefix_tokens} prefix tokens"
             raise ValueError(
-                f"grid_size {tuple(grid_size)} has {math.prod(grid_size)} cells{expected}, "
+                f"grid_size {grid_size} has {math.prod(grid_size)} cells{expected}, "
                 f"but x has {num_tokens} tokens"
             )
-        return tuple(grid_size), prefix
+        return grid_size, prefix
     for prefix in (0, 1) if num_prefix_tokens is None else (num_prefix_tokens,):
         cells = operator.index(num_tokens - prefix)  # a plain integer, under a compiler too
         side = math.isqrt(max(cells, 0))
@@ -99,14 +99,16 @@ def resolve_grid(
 def as_token_mask(attn_mask: Tensor | None, b: int, n: int) -> Tensor | None:
     """Read timm's ``attn_mask`` as a token mask where it is one: bool, the same for every query.
 
-    Linear attention has no N x N matrix to mask entry by entry.
+    Linear attention has no N x N matrix to mask entry by entry. Two axes are read as timm reads them,
+    (queries, keys), and so refused.
     """
     if attn_mask is None:
         return None
-    key_mask_shape = attn_mask.shape in ((b, n), (b, 1, n), (b, 1, 1, n))
-    if attn_mask.dtype != torch.bool or not key_mask_shape:
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in ((b, 1, n), (b, 1, 1, n)):
         raise ValueError(
-            "attn_mask must be a boolean key-padding mask of shape (B, N), (B, 1, N) or (B, 1, 1, N): this "
-            f"attention forms no N x N matrix; got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}"
+            "attn_mask must be a boolean key-padding mask of shape (B, 1, N) or (B, 1, 1, N): this attention "
+            f"forms no N x N matrix; got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}"
         )
     return attn_mask.reshape(b, n)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive_int, check_shape
+from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import GridSize, Representatives
 
 _ADAPTIVE_POOL: dict[int, Callable[..., Tensor]] = {
@@ -56,13 +57,14 @@ def pool_representatives(
     check_floating("tokens", tokens)
     grid_size = check_grid(grid_size)
     check_positive_int("num_representatives", num_representatives)
+    axes = f"(B, H, N, P) for grid_size {grid_size}"
+    check_shape("tokens", tokens, (None, None, math.prod(grid_size), None), axes)
     b, h, n, p = tokens.shape
-    check_shape("tokens", tokens, (b, h, math.prod(grid_size), p), f"(B, H, N, P) for grid_size {grid_size}")
     if token_mask is not None:
         check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token")
         return _pool_masked(tokens, grid_size, num_representatives, token_mask)
     cells = _closest(grid_size, num_representatives)
-    if cells == tuple(grid_size):
+    if cells == grid_size:
         return Representatives(tokens, None)
     channels_first = tokens.transpose(-2, -1).reshape(b, h * p, *grid_size)  # (B, H * P, *grid)
     pooled = _ADAPTIVE_POOL[len(grid_size)](channels_first, cells)
@@ -71,10 +73,14 @@ def pool_representatives(
 
 def check_grid(grid_size: GridSize) -> GridSize:
     """Return ``grid_size`` as plain integers; raise ``ValueError`` unless it is one to three positive ones."""
-    if not 1 <= len(grid_size) <= 3 or any(int(side) != side or side < 1 for side in grid_size):
-        raise ValueError(f"grid_size must be one to three positive integers, got {tuple(grid_size)}")
-    # A grid decides shapes: a compiler that made it symbolic fixes it here.
-    return tuple(operator.index(side) for side in grid_size)
+    try:
+        # A grid decides shapes: a compiler that made it symbolic fixes it here.
+        sides = tuple(operator.index(side) for side in grid_size)
+    except TypeError:
+        sides = ()
+    if not 1 <= len(sides) <= 3 or min(sides) < 1:
+        raise ValueError(f"grid_size must be a tuple of one to three positive integers, got {grid_size!r}")
+    return sides
 
 
 def _closest(grid_size: GridSize, limit: int) -> GridSize:
@@ -139,9 +145,11 @@ def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Te
     weights = weights & token_mask[:, None]  # (B, M, N)
     total = weights.sum(-1, keepdim=True)
     exists = exists & (total[..., 0] > 0)
-    average = weights.to(tokens.dtype) / total.clamp(min=1).to(tokens.dtype)
-    clean = tokens.masked_fill(~token_mask[:, None, :, None], 0.0)
-    values = average[:, None] @ clean  # (B, H, M, P)
+    dtype = compute_dtype(tokens.dtype)
+    with no_autocast(tokens):
+        average = weights.to(dtype) / total.clamp(min=1).to(dtype)
+        clean = tokens.masked_fill(~token_mask[:, None, :, None], 0.0).to(dtype)
+        values = (average[:, None] @ clean).to(tokens.dtype)  # (B, H, M, P)
     return Representatives(values.masked_fill(~exists[:, None, :, None], 0.0), exists)
 
 

@@ -57,6 +57,10 @@ class DataConfig:
     """Random resized crop: smallest and largest ratio of sides."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
+    rotate: float = 0.0
+    """Random rotation by up to this many degrees."""
+    shift: float = 0.0
+    """Random shift by up to this share of the sides."""
     color_jitter: float = 0.0
     """Strength of colour jitter."""
     auto_augment: str | None = None
@@ -235,6 +239,8 @@ def check_config(config: TrainConfig) -> None:
         (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
         (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),
         (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
+        (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
+        (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
         (data.workers >= 0, "data.workers must not be negative", data.workers),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
         (not (config.resume and config.overwrite), "resume and overwrite exclude each other", "both"),

@@ -124,18 +124,15 @@ def evaluate(
 ) -> Evaluation:
     """Measure a classifier; every image counts once, whatever the number of processes."""
     model.eval()
-    metrics = MetricCollection(
-        {
-            "top1": MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORE),
-            "confusion": MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE),
-        },
-        compute_groups=False,
-    ).to(accelerator.device)
+    # Predictions are gathered below, so every process counts them all: metrics must not add up again.
+    common: dict[str, Any] = {"num_classes": num_classes, "ignore_index": IGNORE, "sync_on_compute": False}
+    collection: dict[str, Any] = {
+        "top1": MulticlassAccuracy(average="micro", **common),
+        "confusion": MulticlassConfusionMatrix(**common),
+    }
     if num_classes > 5:
-        metrics.add_metrics(
-            {"top5": MulticlassAccuracy(num_classes, top_k=5, average="micro", ignore_index=IGNORE)}
-        )
-        metrics.to(accelerator.device)
+        collection["top5"] = MulticlassAccuracy(top_k=5, average="micro", **common)
+    metrics = MetricCollection(collection, compute_groups=False).to(accelerator.device)
     loss, images_read = 0.0, 0
     for images, targets in loader:
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)

@@ -22,11 +22,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
             f"optim.name must be an optimiser of timm, got {config.name!r}{nearest(config.name, known)}"
         )
     return create_optimizer_v2(
-        model,
+        # given the model, timm asks it which parameters should not decay
+        model.parameters() if config.decay_everything else model,
         opt=config.name,
         lr=config.lr,
         weight_decay=config.weight_decay,
-        filter_bias_and_bn=not config.decay_everything,
     )
 
 

@@ -130,7 +130,7 @@ def _prepare(config: TrainConfig) -> _Session:
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard")
 
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # torch has it for GPUs only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ema = None
     if config.optim.ema_decay is not None:

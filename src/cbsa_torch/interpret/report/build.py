@@ -12,6 +12,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor, nn
 
+from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch.interpret import plots
 from cbsa_torch.interpret.attention_maps import cls_attention_maps
 from cbsa_torch.interpret.capture import capture
@@ -55,6 +56,13 @@ def report(
         batch_size: images per forward pass.
 
     """
+    check_positive_int("shown", shown)
+    check_positive_int("batch_size", batch_size)
+    if len(images) != len(inputs):
+        raise ValueError(f"images must be those of inputs: got {len(images)} images and {len(inputs)} inputs")
+    shown = min(shown, len(images))
+    if image_titles is not None and len(image_titles) < shown:
+        raise ValueError(f"image_titles must be at least {shown}, got {len(image_titles)}")
     folder = Path(folder)
     figure_folder = folder / "figures"
     figure_folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +99,7 @@ def report(
         rates=rates,
         svg={name: plots.to_svg(figure) for name, figure in figures.items() if name != "attention_maps"},
         maps=plots.to_data_url(figures["attention_maps"]),
-        shown=min(shown, len(images)),
+        shown=shown,
     )
     files = ReportFiles(folder / "report.html", folder / "report.json", written)
     files.page.write_text(page, encoding="utf-8")

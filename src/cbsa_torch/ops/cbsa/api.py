@@ -8,6 +8,7 @@ from cbsa_torch._core.checks import (
     check_choice,
     check_floating,
     check_mask,
+    check_number,
     check_positive,
     check_same_kind,
     check_shape,
@@ -117,6 +118,8 @@ def cbsa_stages(
     check_choice("contraction", contraction, CONTRACTIONS)
     check_choice("broadcast", broadcast, BROADCASTS)
     check_positive("eps", eps)
+    if scale is not None:
+        check_number("scale", scale)
     check_floating("tokens", tokens)
     check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
     b, h, n, p = tokens.shape
@@ -183,6 +186,8 @@ def _check_step(name: str, step: Tensor | float, num_heads: int) -> None:
     if isinstance(step, Tensor):
         check_floating(name, step)
         check_shape(name, step, (num_heads,), "(H,)")
+    else:
+        check_number(name, step)
 
 
 __all__ = ["DEFAULT_EPS", "CBSAStages", "cbsa", "cbsa_stages"]

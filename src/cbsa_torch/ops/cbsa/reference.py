@@ -71,8 +71,8 @@ def contract_exact(representatives: Tensor, eps: float, mask: Tensor | None = No
 
     alpha * C is the gradient of the coding rate (1) of Q. In rows, with X = Q^T,
     C = (I_M + alpha X X^T)^-1 X = X (I_P + alpha X^T X)^-1: the smaller of the two systems is solved, by
-    Cholesky, in float64 where the device has it (the matrix is at least the identity, but its condition
-    number grows with the energy of the tokens over eps^2).
+    Cholesky, in float64 where the device has it. The matrix is at least the identity; its condition number
+    grows with the energy of the tokens over eps^2, and from about 1e16 on the result is NaN.
 
     Args:
         representatives: ``(B, H, M, P)``; rows where ``mask`` is False must be zero.
@@ -155,8 +155,9 @@ def cbsa_reference(
 
         attention, picked = extract(representatives, keys, values, scale, key_mask)
         extracted = representatives + step_representatives * picked
-        if representative_mask is not None:
-            extracted = extracted.masked_fill(~representative_mask[:, None, :, None], 0.0)
+        if representative_mask is not None:  # what does not exist attends to nothing
+            absent = ~representative_mask[:, None, :, None]
+            attention, extracted = attention.masked_fill(absent, 0.0), extracted.masked_fill(absent, 0.0)
 
         contraction_attention = None
         if contraction == "softmax":

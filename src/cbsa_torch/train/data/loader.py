@@ -9,6 +9,7 @@ import torch
 from timm.data import create_loader, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from cbsa_torch.train.config import DataConfig
 
@@ -58,7 +59,7 @@ def make_loader(
     # A held-out part of a training set needs transforms of its own: timm sets them on the data set.
     if isinstance(dataset, Subset):
         dataset = _TransformedSubset(dataset)
-    return create_loader(
+    loader = create_loader(
         dataset,
         input_size=spec.input_size,
         batch_size=batch_size,
@@ -73,6 +74,13 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         **augment,
     )
+    if train and (config.rotate or config.shift):
+        # timm has no affine augmentation; it goes first, on the image as it was read
+        affine = RandomAffine(
+            config.rotate, (config.shift, config.shift), interpolation=InterpolationMode.BILINEAR
+        )
+        loader.dataset.transform = Compose([affine, loader.dataset.transform])
+    return loader
 
 
 class _TransformedSubset(Dataset[tuple[Any, int]]):

@@ -45,7 +45,8 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
             f"data.name must be 'digits', 'folder' or a timm name such as 'torch/cifar10', got {config.name!r}"
             f"{nearest(config.name, ('digits', 'folder'))}"
         )
-    if config.root is None:
+    streamed_by_name = config.name.startswith(("hfds/", "hfids/", "tfds/"))
+    if config.root is None and not streamed_by_name:
         raise DataError(f"data.root is required for data.name={config.name!r}: where are the images?")
     return _from_folder(config, mode, skipped) if config.name == "folder" else _from_timm(config, mode, skipped)
 
