@@ -29,7 +29,6 @@ def report_run(checkpoint: str | Path, *, images: int = 256, shown: int = 6) -> 
 
     Returns:
         The accuracy and the path of ``report.html``.
-
     """
     trained = open_trained(checkpoint)
     if not any(isinstance(module, CBSA) for module in trained.model.modules()):

@@ -23,7 +23,6 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
 
     Raises:
         ValueError: the record has no grid.
-
     """
     if record.grid_size is None:
         raise ValueError(f"{record.name} has no grid to lay a map out on; pass grid_size to the layer")

@@ -45,7 +45,6 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
 
     Raises:
         ValueError: no such layer, or a model without any.
-
     """
     if isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")

@@ -55,7 +55,6 @@ def attention_panel(
         images: ``(B, height, width)`` or ``(B, height, width, 3)`` in [0, 1].
         maps: per layer its name and ``(B, rows, columns)``.
         titles: one per image.
-
     """
     count, columns = len(images), 1 + len(maps)
     figure = Figure(figsize=(1.35 * columns, 1.5 * count), layout="constrained")

@@ -38,7 +38,6 @@ def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DE
         model: a model with CBSA layers; it is run as it is (call ``.eval()`` first).
         batches: inputs of the model.
         eps: quantisation precision.
-
     """
     plain: dict[str, list[Tensor]] = {}
     scaled: dict[str, list[Tensor]] = {}

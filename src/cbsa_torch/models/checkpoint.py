@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
-
 FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 """Arguments of ``timm.create_model`` that read other files or the network: refused in a file's metadata."""
 
@@ -65,7 +64,6 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: not such a file, truncated, or of another model.
-
     """
     path = Path(path)
     tensors = read_tensors(path)
@@ -120,7 +118,6 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: unreadable, unsafe, or without tensors.
-
     """
     path = Path(path)
     if not path.is_file():

@@ -57,7 +57,6 @@ def load_official(source: str | Path | Mapping[str, Any]) -> WhiteBoxTransformer
     Raises:
         FileNotFoundError: no such file. CheckpointError: an unsafe, broken or foreign checkpoint; missing
             and unexpected keys are named, as the official code names them.
-
     """
     return _convert(source)[0]
 
@@ -67,7 +66,6 @@ def convert_official(source: str | Path, output: str | Path) -> dict[str, Any]:
 
     Returns:
         What the file says about itself: the timm model name and its constructor arguments.
-
     """
     model, info = _convert(source)
     save_checkpoint(output, model, info)

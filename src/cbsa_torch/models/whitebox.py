@@ -42,7 +42,6 @@ class WhiteBoxTransformer(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, num_classes)``.
-
     """
 
     def __init__(
@@ -220,7 +219,6 @@ class WhiteBoxTransformer(nn.Module):
             output_fmt: ``"NCHW"`` or ``"NLC"``.
             intermediates_only: return only the list.
             output_dict: return a dictionary.
-
         """
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         take, last = feature_take_indices(len(self.blocks), indices)

@@ -18,7 +18,6 @@ class WhiteBoxBlock(nn.Module):
         norm_layer: constructor of the two normalisation layers.
         step_size, sparsity: of :class:`cbsa_torch.ISTA`.
         device, dtype: of the parameters made here (not of ``attn``).
-
     """
 
     def __init__(

@@ -81,7 +81,6 @@ class CBSA(nn.Module):
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
         output has the layout of the input.
-
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class CBSA(nn.Module):
         if gated:
             raise ValueError("gated must be False: CBSA has no output gate")
         if attn_drop:
-            raise ValueError(f"attn_drop must be 0, got {attn_drop}: the attention matrix is not stored")
+            raise ValueError(f"attn_drop must be 0, got {attn_drop}: dropout on A is not supported")
         if qk_norm and qkv == "shared":
             raise ValueError("qk_norm needs qkv='separate': shared queries, keys and values are one tensor")
         if (qk_norm or scale_norm) and norm_layer is None:
@@ -233,7 +232,6 @@ class CBSA(nn.Module):
 
         Returns:
             The update, in the layout of ``x``.
-
         """
         if is_causal:
             raise ValueError("is_causal must be False: representatives summarise all tokens")

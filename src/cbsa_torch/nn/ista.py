@@ -21,7 +21,6 @@ class ISTA(nn.Module):
 
     Attributes:
         weight: the dictionary D, ``(dim, dim)``, Kaiming uniform (gain sqrt(2)).
-
     """
 
     def __init__(

@@ -15,7 +15,6 @@ class PooledRepresentatives(nn.Module):
 
     Args:
         num_representatives: the most representatives; never more than there are tokens.
-
     """
 
     needs_grid = True

@@ -22,7 +22,6 @@ class ConvStem(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, embed_dim, ceil(height / patch), ceil(width / patch))``.
-
     """
 
     def __init__(

@@ -30,7 +30,6 @@ def coding_rate(
 
     Returns:
         ``x.shape[:-2]``, float32 for low-precision inputs, else the dtype of ``x``.
-
     """
     check_floating("x", x)
     check_positive("eps", eps)
@@ -71,7 +70,6 @@ def compression_rate(
 
     Returns:
         ``projected.shape[:-3]``: one number per item. The terms per head are ``coding_rate(projected)``.
-
     """
     check_floating("projected", projected)
     if projected.ndim < 3:
@@ -96,7 +94,6 @@ def rate_reduction(
 
     Returns:
         One number per item.
-
     """
     check_floating("tokens", tokens)
     check_floating("projected", projected)

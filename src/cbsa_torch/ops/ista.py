@@ -22,7 +22,6 @@ def ista_step(tokens: Tensor, dictionary: Tensor, *, step_size: float = 0.1, spa
 
     Returns:
         The code, the shape of ``tokens``, non-negative.
-
     """
     check_floating("tokens", tokens)
     check_floating("dictionary", dictionary)

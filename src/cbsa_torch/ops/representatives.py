@@ -52,7 +52,6 @@ def pool_representatives(
 
     Returns:
         :class:`Representatives`: values ``(B, H, M, P)`` and, if a mask was given, their mask ``(B, M)``.
-
     """
     check_floating("tokens", tokens)
     grid_size = check_grid(grid_size)

@@ -69,7 +69,6 @@ def evaluate_checkpoint(
         data: where the images are. Default: what the model was trained on.
         batch_size: images per forward pass.
         output: the JSON file. Default: beside the checkpoint.
-
     """
     trained = open_trained(checkpoint)
     data = trained.config.data if data is None else data

@@ -83,7 +83,6 @@ def train_one_epoch(
 
     Raises:
         NonFiniteLossError: before the bad loss reaches the weights, on every process alike.
-
     """
     model.train()
     total = torch.zeros((), device=accelerator.device, dtype=torch.float64)

@@ -60,7 +60,6 @@ def predict_images(
         images: files.
         top: how many classes to name.
         on_bad_image: "stop" raises DataError; "skip" reports the error in that image's prediction.
-
     """
     if top < 1:
         raise ConfigError(f"top must be at least 1, got {top}")

@@ -54,7 +54,6 @@ def report(
         image_titles: captions of the images.
         shown: how many images get attention maps.
         batch_size: images per forward pass.
-
     """
     check_positive_int("shown", shown)
     check_positive_int("batch_size", batch_size)

@@ -71,7 +71,6 @@ def cbsa(
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
-
     """
     check_choice("impl", impl, IMPLS)
     stages = cbsa_stages(
@@ -113,7 +112,6 @@ def cbsa_stages(
     Returns:
         :class:`CBSAStages`: attention, extracted and contracted representatives, output, ... in the dtype
         they were computed in (float32 for low-precision inputs).
-
     """
     check_choice("contraction", contraction, CONTRACTIONS)
     check_choice("broadcast", broadcast, BROADCASTS)

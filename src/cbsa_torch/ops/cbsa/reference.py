@@ -40,7 +40,6 @@ def extract(
     Returns:
         The attention ``(B, H, M, N)`` (rows sum to 1, or to 0 without any real token) and
         attention @ values ``(B, H, M, P)``.
-
     """
     logits = scale * (queries @ keys.mT)  # (B, H, M, N)
     attention = masked_softmax(logits, None if key_mask is None else key_mask[:, None, None, :])
@@ -59,7 +58,6 @@ def contract_softmax(
 
     Returns:
         The attention ``(B, H, M, M)`` and the contraction ``(B, H, M, P)``.
-
     """
     logits = scale * (representatives @ representatives.mT)  # (B, H, M, M)
     attention = masked_softmax(logits, None if mask is None else mask[:, None, None, :])
@@ -81,7 +79,6 @@ def contract_exact(representatives: Tensor, eps: float, mask: Tensor | None = No
 
     Returns:
         The contraction ``(B, H, M, P)``.
-
     """
     rep = representatives.to(solve_dtype(representatives))
     m, p = rep.shape[-2:]
@@ -111,7 +108,6 @@ def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tens
 
     Returns:
         ``(B, H, N, P)``.
-
     """
     return step * (weights @ contracted)
 

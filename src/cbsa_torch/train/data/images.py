@@ -30,7 +30,6 @@ class CheckedImages(Dataset[tuple[Any, int]]):
         on_bad_image: "stop" or "skip".
         skipped: the file that collects names.
         relabel: the reader's label to ours. Default: the same.
-
     """
 
     def __init__(

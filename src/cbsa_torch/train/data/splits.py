@@ -34,7 +34,6 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
         config: which and where.
         mode: colour mode of the images, "L" or "RGB".
         skipped: file that collects the names of unreadable images, with ``on_bad_image="skip"``.
-
     """
     if config.name == "digits":
         parts, class_names = open_digits(mode)
