@@ -33,7 +33,7 @@ class InputSpec(NamedTuple):
 def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
     """Read from a timm model what images it expects."""
     config = resolve_model_data_config(model)
-    channels = getattr(model, "in_chans", config["input_size"][0])
+    channels = _channels(model, config["input_size"][0])
     height, width = config["input_size"][1:] if image_size is None else (image_size, image_size)
     mean, std = config["mean"], config["std"]
     if len(mean) != channels:
@@ -41,6 +41,15 @@ def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
     return InputSpec(
         (channels, height, width), tuple(mean), tuple(std), config["interpolation"], config["crop_pct"]
     )
+
+
+def _channels(model: nn.Module, default: int) -> int:
+    """The image channels of a timm model; those of its first convolution, where it does not say."""
+    channels = getattr(model, "in_chans", None)
+    first_conv = getattr(model, "pretrained_cfg", {}).get("first_conv")
+    if channels is None and isinstance(first_conv, str):
+        channels = model.get_parameter(f"{first_conv}.weight").shape[1]
+    return default if channels is None else channels
 
 
 def make_loader(
