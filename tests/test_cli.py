@@ -156,6 +156,14 @@ def test_eval_prints_and_writes_the_accuracy(trained, capsys):
     assert "images: 360" in out
 
 
+@pytest.mark.parametrize(
+    ("command", "option"), [("eval", "--batch-size"), ("report", "--images"), ("report", "--shown")]
+)
+def test_counts_below_one_are_refused(trained, capsys, command, option):
+    assert main([command, "--checkpoint", str(trained), option, "0"]) == 1
+    assert capsys.readouterr().err == f"cbsa: {option} must be at least 1, got 0\n"
+
+
 def test_predict_names_classes(trained, digit, tmp_path, capsys):
     output = tmp_path / "predictions.json"
     args = ["--checkpoint", str(trained), "--top", "3", "--output", str(output)]

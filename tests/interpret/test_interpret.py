@@ -167,6 +167,10 @@ def test_a_compiled_model_is_captured_too(model, images):
     with interpret.capture(compiled) as records:
         assert_close(compiled(images), expected, 1e-6)
     assert list(records) == [f"blocks.{i}.attn" for i in range(3)]
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    with interpret.capture(model, ["blocks.0.attn"]) as records:
+        model(images)
+    assert list(records) == ["blocks.0.attn"]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_classifier_and_pooling():
     assert model.forward_head(tokens, pre_logits=True).shape == (2, 65, 32)
     with pytest.raises(ValueError, match="global_pool must be one of"):
         model.reset_classifier(3, "mean")
+    with pytest.raises(ValueError, match="num_classes must be an int of at least 0, got -1"):
+        model.reset_classifier(-1)
 
 
 def test_intermediates():
@@ -199,6 +201,8 @@ def test_wrong_images_are_named():
 
 def test_mixer_and_eps_through_timm():
     assert small("cbt_nano_patch4_32", contraction="exact", eps=0.5).blocks[0].attn.eps == 0.5
+    with pytest.raises(ValueError, match="tied cannot be given beside mixer"):
+        small("cbt_nano_patch4_32", mixer=CBSA, tied=True)
     plain = functools.partial(CBSA, num_representatives=3)
     assert small("cbt_nano_patch4_32", mixer=plain).blocks[0].attn.representatives.num_representatives == 3
 

@@ -100,6 +100,12 @@ def test_dtypes():
             "token_mask must have dtype torch.bool",
         ),
         (lambda: ops.compression_rate(torch.zeros(4, 2)), ValueError, r"projected must have shape"),
+        (lambda: ops.compression_rate(torch.zeros(2, 0, 3)), ValueError, r"projected must have shape"),
+        (
+            lambda: ops.compression_rate(torch.zeros(2, 4, 3), token_mask=torch.ones(2, 4, dtype=torch.bool)),
+            ValueError,
+            "projected must have a batch axis",
+        ),
         (
             lambda: ops.rate_reduction(torch.zeros(2, 5, 6), torch.zeros(2, 3, 4, 2)),
             ValueError,

@@ -135,7 +135,14 @@ def test_a_missing_file_names_the_recipes_and_the_nearest():
         ("data", "crop_ratio", (0.0, 1.0)),
         ("data", "hflip", 1.5),
         ("data", "workers", -1),
+        ("data", "rotate", -1.0),
+        ("data", "shift", 2.0),
+        ("optim", "min_lr", -1.0),
+        ("optim", "min_lr", 1.0),
+        ("optim", "warmup_lr", -1.0),
+        ("optim", "clip_grad", 0.0),
         ("engine", "accumulate", 0),
+        ("engine", "threads", 0),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(section, key, value):

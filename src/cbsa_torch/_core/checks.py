@@ -40,7 +40,7 @@ def check_positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number above zero, and so is its square."""
     check_number(name, value)
     if not 0 < value <= 1e150 or value * value == 0:
-        raise ValueError(f"{name} must be positive, got {value!r}")
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

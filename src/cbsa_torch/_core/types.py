@@ -44,7 +44,8 @@ class CBSAStages(NamedTuple):
     representatives: Tensor
     """``(B, H, M, P)`` the initial guess Q_ini."""
     attention: Tensor
-    """``(B, H, M, N)`` A^T of Eq. 5: each row is a softmax over tokens."""
+    """``(B, H, M, N)`` A^T of Eq. 5: each row is a softmax over the keys (N of them, the tokens unless keys
+    are given separately), or zero for a representative that does not exist."""
     extracted: Tensor
     """``(B, H, M, P)`` Q_ini + step_representatives * A^T values: the representatives of Eq. 5."""
     contraction_attention: Tensor | None

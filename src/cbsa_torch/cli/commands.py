@@ -39,6 +39,12 @@ def _parse(cls: type[Any], args: list[str], command: str, default: Any = None) -
     return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
 
 
+def _at_least_one(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise errors.ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
 def _take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:
     """The value of ``--name VALUE`` or ``--name=VALUE``, and the arguments without it."""
     for i, arg in enumerate(args):
@@ -84,6 +90,7 @@ class _EvalArgs:
 def run_eval(args: list[str]) -> None:
     """Evaluate a trained model."""
     options = _parse(_EvalArgs, args, "eval")
+    _at_least_one(batch_size=options.batch_size)
     data = open_trained(options.checkpoint).config.data
     if options.root is not None:
         data = dataclasses.replace(data, name="folder", root=options.root)
@@ -151,6 +158,7 @@ class _ReportArgs:
 def run_report(args: list[str]) -> None:
     """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
     options = _parse(_ReportArgs, args, "report")
+    _at_least_one(images=options.images, shown=options.shown)
     accuracy, page = report_run(options.checkpoint, images=options.images, shown=options.shown)
     print(f"test accuracy: {accuracy:.4f}")
     print(f"report: {page}")

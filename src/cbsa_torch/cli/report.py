@@ -13,14 +13,14 @@ from torch import Tensor
 from cbsa_torch import CBSA
 from cbsa_torch.interpret import report
 from cbsa_torch.train.data import open_split, open_splits
-from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.evaluate import Trained, evaluate_checkpoint, open_trained
 from cbsa_torch.train.predict import eval_transform
 from cbsa_torch.train.run_folder import RunFolder
 
 
 def report_run(checkpoint: str | Path, *, images: int = 256, shown: int = 6) -> tuple[float, Path]:
-    """Evaluate a run's best weights on its test split (or, without one, on validation) and write its page.
+    """Evaluate a run's kept weights on its test split (or, without one, on validation) and write its page.
 
     Args:
         checkpoint: a run folder.
@@ -70,6 +70,8 @@ def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.
         if label >= 0:
             inputs.append(transform(image))
             labels.append(label)
+    if not inputs:
+        raise DataError(f"none of {count} images of the {split} split could be read")
     batch = torch.stack(inputs)
     mean = torch.tensor(trained.spec.mean).view(1, -1, 1, 1)
     std = torch.tensor(trained.spec.std).view(1, -1, 1, 1)

@@ -16,13 +16,14 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
 
     Args:
         record: a captured layer.
-        token: index of the token; 0 is the class token.
+        token: index among all N tokens, prefix tokens first: 0 is the class token of a model that has one,
+            else the first grid token.
 
     Returns:
         ``(B, H, *grid_size)``, prefix tokens left out.
 
     Raises:
-        ValueError: the record has no grid.
+        ValueError: the record has no grid. IndexError: no such token.
     """
     if record.grid_size is None:
         raise ValueError(f"{record.name} has no grid to lay a map out on; pass grid_size to the layer")

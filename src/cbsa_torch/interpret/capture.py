@@ -44,12 +44,12 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
         more than once keeps its last call.
 
     Raises:
-        ValueError: no such layer, or a model without any.
+        ValueError: no such layer, or a model without any. TypeError: ``layers`` is a string.
     """
     if isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
     found = {
-        name.removeprefix("_orig_mod."): module  # the prefix is torch.compile's
+        name.replace("_orig_mod.", ""): module  # torch.compile's, of the model or of a part
         for name, module in model.named_modules()
         if isinstance(module, CBSA)
     }

@@ -20,7 +20,7 @@ def learning_curves(history: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(7.5, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["train_loss"] for row in history], color=GREY, label="training (smoothed labels)")
+    left.plot(epochs, [row["train_loss"] for row in history], color=GREY, label="training")
     left.plot(epochs, [row["val_loss"] for row in history], color=BLUE, label="validation")
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)

@@ -38,6 +38,9 @@ def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DE
         model: a model with CBSA layers; it is run as it is (call ``.eval()`` first).
         batches: inputs of the model.
         eps: quantisation precision.
+
+    Raises:
+        TypeError: a batch is not a tensor. ValueError: no batch, or a model without CBSA layers.
     """
     plain: dict[str, list[Tensor]] = {}
     scaled: dict[str, list[Tensor]] = {}

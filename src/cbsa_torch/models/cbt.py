@@ -11,10 +11,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch._core.types import Contraction, Layout, RepresentativeKind
 from cbsa_torch.models.whitebox import Mixer, WhiteBoxTransformer
 from cbsa_torch.nn import CBSA
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 
 __all__: list[str] = []  # the entry points are reached by name, through timm
 
@@ -52,30 +50,26 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+_MIXER_OPTIONS = ("representatives", "contraction", "eps", "tied", "layout")
+"""Options of CBSA, beside num_representatives, that a model takes."""
+
+
 def _create_cbt(
     variant: str,
     pretrained: bool = False,
     *,
     num_representatives: int = 64,
-    representatives: RepresentativeKind = "pool",
-    contraction: Contraction = "softmax",
-    eps: float = DEFAULT_EPS,
-    tied: bool = False,
-    layout: Layout = "standard",
     mixer: Mixer | Sequence[Mixer] | None = None,
     **kwargs: Any,
 ) -> WhiteBoxTransformer:
-    """Build a CBT; the options before ``mixer`` are those of CBSA, and go unused if another mixer is given."""
+    """Build a CBT; the options of CBSA in ``_MIXER_OPTIONS`` go to the default mixer."""
     _check_names(kwargs)
+    options = {name: kwargs.pop(name) for name in _MIXER_OPTIONS if name in kwargs}
     if mixer is None:
-        mixer = functools.partial(
-            CBSA,
-            num_representatives=num_representatives,
-            representatives=representatives,
-            contraction=contraction,
-            eps=eps,
-            tied=tied,
-            layout=layout,
+        mixer = functools.partial(CBSA, num_representatives=num_representatives, **options)
+    elif options:
+        raise ValueError(
+            f"{', '.join(options)} cannot be given beside mixer; put them into a functools.partial"
         )
     return build_model_with_cfg(
         WhiteBoxTransformer,
@@ -89,7 +83,7 @@ def _create_cbt(
 
 def _check_names(kwargs: dict[str, Any]) -> None:
     """Suggest the nearest name for a misspelt option; what is none of ours is timm's to judge."""
-    ours = {*inspect.signature(WhiteBoxTransformer).parameters, *inspect.signature(_create_cbt).parameters}
+    ours = {*inspect.signature(WhiteBoxTransformer).parameters, "num_representatives", *_MIXER_OPTIONS}
     timms = {*inspect.signature(build_model_with_cfg).parameters, "cache_dir", "features_only", "out_indices"}
     for name in kwargs.keys() - ours - timms:
         suggestion = nearest(name, ours)

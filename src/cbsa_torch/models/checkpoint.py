@@ -50,6 +50,9 @@ def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) ->
     ``info`` must hold ``model`` (the timm name) and ``model_args`` (its constructor arguments) for
     :func:`load_checkpoint`; it must be JSON. A model whose image size or head was changed after it was
     built needs the new ``img_size`` or ``num_classes`` in ``model_args``.
+
+    Raises:
+        CheckpointError: ``info`` does not name a timm model and its arguments. TypeError: it is not JSON.
     """
     _check_info(info, str(path))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -65,8 +65,7 @@ class WhiteBoxTransformer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive_int("depth", depth)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")
+        _check_num_classes(num_classes)
         if not callable(mixer) and not isinstance(mixer, (list, tuple)):
             raise TypeError(f"mixer must be a constructor or a sequence of them, got {mixer!r}")
         check_choice("global_pool", global_pool, GLOBAL_POOLS)
@@ -146,6 +145,7 @@ class WhiteBoxTransformer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one for ``num_classes`` (0: none)."""
+        _check_num_classes(num_classes)
         if global_pool is not None:
             check_choice("global_pool", global_pool, GLOBAL_POOLS)
             self.global_pool = global_pool
@@ -153,7 +153,7 @@ class WhiteBoxTransformer(nn.Module):
         self.head = self._make_head(num_classes)
 
     def _make_head(self, num_classes: int) -> nn.Module:
-        if num_classes <= 0:
+        if num_classes == 0:
             return nn.Identity()
         like = self.cls_token
         return nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
@@ -277,6 +277,11 @@ class WhiteBoxTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits."""
         return self.forward_head(self.forward_features(x))
+
+
+def _check_num_classes(num_classes: int) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -45,7 +45,7 @@ class CBSA(nn.Module):
         num_representatives: M. Pooled: the grid closest in aspect with at most this many cells, never more
             than there are tokens.
         representatives: ``"pool"`` (over the tokens' grid) or ``"learned"`` (parameters; no grid needed).
-        contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7), ``"none"`` (agent attention).
+        contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7), ``"none"``.
         eps: quantisation precision epsilon of the exact contraction.
         tied: project out with the transpose of the input projection (CBSA-dagger, the rigorous form; no
             bias in the output) instead of an independent linear layer.
@@ -66,8 +66,7 @@ class CBSA(nn.Module):
         qk_norm: normalise queries and keys per head with ``norm_layer``; needs ``qkv="separate"``.
         scale_norm: normalise the heads' joint output with ``norm_layer`` before projecting out.
         gated: not supported; raises.
-        attn_drop: not supported; must be 0 (the attention matrix is shared by two products and never
-            need be stored).
+        attn_drop: not supported; must be 0 (one attention matrix serves two products).
         proj_drop: dropout rate after the output projection.
         norm_layer: constructor of normalisation layers, for ``qk_norm`` and ``scale_norm``.
         impl: implementation of the operator, see :func:`cbsa_torch.ops.cbsa`.
@@ -232,6 +231,10 @@ class CBSA(nn.Module):
 
         Returns:
             The update, in the layout of ``x``.
+
+        Raises:
+            ValueError: channels, a grid or a mask that do not fit; no grid where one is needed;
+                ``is_causal``. TypeError: wrong dtypes.
         """
         if is_causal:
             raise ValueError("is_causal must be False: representatives summarise all tokens")

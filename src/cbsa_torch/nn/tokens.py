@@ -96,14 +96,12 @@ def resolve_grid(
     )
 
 
-def as_token_mask(attn_mask: Tensor | None, b: int, n: int) -> Tensor | None:
+def as_token_mask(attn_mask: Tensor, b: int, n: int) -> Tensor:
     """Read timm's ``attn_mask`` as a token mask where it is one: bool, the same for every query.
 
     Linear attention has no N x N matrix to mask entry by entry. Two axes are read as timm reads them,
     (queries, keys), and so refused.
     """
-    if attn_mask is None:
-        return None
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
     if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in ((b, 1, n), (b, 1, 1, n)):

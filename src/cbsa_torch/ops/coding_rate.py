@@ -29,7 +29,10 @@ def coding_rate(
             neither count in N nor in the sum. An item without any has rate 0.
 
     Returns:
-        ``x.shape[:-2]``, float32 for low-precision inputs, else the dtype of ``x``.
+        ``x.shape[:-2]``, in nats; float32 for low-precision inputs, else the dtype of ``x``.
+
+    Raises:
+        ValueError: no vectors, a mask that does not fit, ``eps`` not positive. TypeError: wrong dtypes.
     """
     check_floating("x", x)
     check_positive("eps", eps)
@@ -69,11 +72,21 @@ def compression_rate(
         eps, normalize, token_mask: as in :func:`coding_rate`.
 
     Returns:
-        ``projected.shape[:-3]``: one number per item. The terms per head are ``coding_rate(projected)``.
+        ``projected.shape[:-3]``, in nats: one number per item. The terms per head are
+        ``coding_rate(projected)``.
+
+    Raises:
+        ValueError: a shape or mask that does not fit, ``eps`` not positive. TypeError: wrong dtypes.
     """
     check_floating("projected", projected)
-    if projected.ndim < 3:
-        raise ValueError(f"projected must have shape (..., H, N, P), got {tuple(projected.shape)}")
+    if projected.ndim < 3 or 0 in projected.shape:
+        raise ValueError(
+            f"projected must have shape (..., H, N, P) with at least one vector, got {tuple(projected.shape)}"
+        )
+    if token_mask is not None and projected.ndim < 4:
+        raise ValueError(
+            f"projected must have a batch axis when token_mask is given, got {tuple(projected.shape)}"
+        )
     return coding_rate(projected, eps=eps, normalize=normalize, token_mask=token_mask).sum(-1)
 
 
@@ -93,7 +106,11 @@ def rate_reduction(
         eps, normalize, token_mask: as in :func:`coding_rate`.
 
     Returns:
-        One number per item.
+        ``tokens.shape[:-2]``, in nats: one number per item.
+
+    Raises:
+        ValueError: leading axes or N of ``tokens`` and ``projected`` that differ, a mask that does not fit,
+            ``eps`` not positive. TypeError: wrong dtypes.
     """
     check_floating("tokens", tokens)
     check_floating("projected", projected)

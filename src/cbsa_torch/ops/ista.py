@@ -22,6 +22,9 @@ def ista_step(tokens: Tensor, dictionary: Tensor, *, step_size: float = 0.1, spa
 
     Returns:
         The code, the shape of ``tokens``, non-negative.
+
+    Raises:
+        ValueError: ``dictionary`` is not ``(D, D)`` for tokens of D channels. TypeError: wrong dtypes.
     """
     check_floating("tokens", tokens)
     check_floating("dictionary", dictionary)

@@ -52,6 +52,10 @@ def pool_representatives(
 
     Returns:
         :class:`Representatives`: values ``(B, H, M, P)`` and, if a mask was given, their mask ``(B, M)``.
+
+    Raises:
+        ValueError: a grid that is not one to three positive integers or does not fit ``tokens``, a mask of
+            another shape, a count below 1. TypeError: wrong dtypes.
     """
     check_floating("tokens", tokens)
     grid_size = check_grid(grid_size)

@@ -82,7 +82,7 @@ class OptimConfig:
     """Images per optimiser step, over all processes and accumulation steps."""
     epochs: int = 150
     warmup_epochs: float = 20
-    """Linear warm-up from warmup_lr to lr; then a cosine down to min_lr."""
+    """Linear warm-up from warmup_lr to lr, at most `epochs` long; then a cosine down to min_lr."""
     warmup_lr: float = 1e-6
     min_lr: float = 0.0
     label_smoothing: float = 0.1
@@ -222,7 +222,7 @@ def _plain(value: Any) -> Any:
 def check_config(config: TrainConfig) -> None:
     """Refuse values that cannot work, before anything is read or written."""
     optim, data = config.optim, config.data
-    scale, ratio = data.crop_scale, data.crop_ratio
+    scale, ratio, threads = data.crop_scale, data.crop_ratio, config.engine.threads
     rules = [
         (optim.batch_size >= 1, "optim.batch_size must be at least 1", optim.batch_size),
         (optim.epochs >= 1, "optim.epochs must be at least 1", optim.epochs),
@@ -242,6 +242,10 @@ def check_config(config: TrainConfig) -> None:
         (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
         (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
         (data.workers >= 0, "data.workers must not be negative", data.workers),
+        (0 <= optim.min_lr <= optim.lr, "optim.min_lr must be in [0, optim.lr]", optim.min_lr),
+        (optim.warmup_lr >= 0, "optim.warmup_lr must not be negative", optim.warmup_lr),
+        (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
+        (threads is None or threads >= 1, "engine.threads must be at least 1", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
         (not (config.resume and config.overwrite), "resume and overwrite exclude each other", "both"),
     ]

@@ -31,7 +31,7 @@ class Trained(NamedTuple):
 
 
 def open_trained(checkpoint: str | Path) -> Trained:
-    """Load a run folder's best weights, or a ``.safetensors`` file of a run."""
+    """Load the weights that a run folder keeps (``optim.keep``), or a ``.safetensors`` file of a run."""
     path = Path(checkpoint)
     if path.is_dir():
         path = RunFolder(path).weights
@@ -83,6 +83,10 @@ def evaluate_checkpoint(
     with reporter.bar(f"evaluating {split}", len(loader)) as advance:
         result = evaluate(accelerator, model, loader, len(trained.class_names), advance)
     unread = read_skipped(skipped)
+    if unread:
+        reporter.say(f"{len(unread)} unreadable image(s) were left out, listed in {skipped}")
+    if result.images == 0:
+        raise DataError(f"no image of the {split} split could be read")
     if accelerator.is_main_process:
         record = {
             "checkpoint": trained.path.name,
@@ -92,8 +96,4 @@ def evaluate_checkpoint(
             "class_names": trained.class_names,
         }
         write_atomically(output, json.dumps(record, indent=2).encode())
-    if unread:
-        reporter.say(f"{len(unread)} unreadable image(s) were left out, listed in {skipped}")
-    if result.images == 0:
-        raise DataError(f"no image of the {split} split could be read")
     return result

@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
     """Counts, rows = true classes, columns = predicted."""
 
 
-class Trained(NamedTuple):
+class EpochTraining(NamedTuple):
     """What one epoch of training measured."""
 
     loss: float
@@ -70,7 +70,7 @@ def train_one_epoch(
     step: int,
     ema: ModelEmaV3 | None = None,
     advance: Callable[[], None] = lambda: None,
-) -> tuple[Trained, int]:
+) -> tuple[EpochTraining, int]:
     """Train on every batch of ``loader`` once.
 
     Args:
@@ -110,7 +110,7 @@ def train_one_epoch(
         count += images_read
         advance()
     total, count = accelerator.reduce(total), accelerator.reduce(count)
-    return Trained((total / count.clamp(min=1)).item(), optimizer.param_groups[0]["lr"]), step
+    return EpochTraining((total / count.clamp(min=1)).item(), optimizer.param_groups[0]["lr"]), step
 
 
 @torch.inference_mode()

@@ -93,14 +93,15 @@ def train(config: TrainConfig) -> TrainResult:
         skipped = read_skipped(folder.skipped)
         if skipped:
             reporter.say(f"{len(skipped)} unreadable image(s) were left out, listed in {folder.skipped}")
-    reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}")
+    kept = "" if config.optim.keep == "best" else f"; kept: the last, epoch {done.epoch}"
+    reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}{kept}")
     return TrainResult(folder.path, done.best_epoch, done.best_top1)
 
 
 def _prepare(config: TrainConfig) -> _Session:
     """Check everything, then create the run's folder and wrap the model."""
     check_config(config)
-    if config.engine.threads:
+    if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     folder = RunFolder(config.output)
     folder.check(config)

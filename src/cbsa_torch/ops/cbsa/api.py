@@ -54,7 +54,8 @@ def cbsa(
         step_representatives: eta, the step of the residual extraction: a number or ``(H,)``.
         step_tokens: kappa, the step of the update (6), any sign: a number or ``(H,)``.
         scale: factor on all logits. Default: P^-1/2.
-        contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7) or ``"none"`` (agent attention).
+        contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7) or ``"none"`` (with
+            ``broadcast="softmax"``, agent attention up to the residual of the extraction).
         broadcast: ``"shared"``, the extraction's attention matrix again, or ``"softmax"``, a fresh softmax
             of tokens over representatives (agent attention; needed if keys are of another length).
         eps: epsilon of the coding rate (1); used by ``contraction="exact"``.
