@@ -42,7 +42,7 @@ gpu-check: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/layers.py --device cuda
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -127,6 +127,8 @@ class _PredictArgs:
 def run_predict(args: list[str]) -> None:
     """Classify image files."""
     options = _parse(_PredictArgs, args, "predict")
+    if not options.images:
+        raise errors.ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
     predictions = predict_images(
         options.checkpoint, options.images, top=options.top, on_bad_image=options.on_bad_image
     )
