@@ -11,7 +11,7 @@ from typing import Any
 
 from cbsa_torch import nn, ops
 from cbsa_torch._version import __version__
-from cbsa_torch.nn import CBSA, ISTA
+from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 
 _LAZY = ("interpret", "models", "train")
 
@@ -26,4 +26,15 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
 
 
-__all__ = ["CBSA", "ISTA", "__version__", "nn", "ops"]
+__all__ = [
+    "CBSA",
+    "ISTA",
+    "MHSA",
+    "MSSA",
+    "TSSA",
+    "AgentAttention",
+    "LinearCBSA",
+    "__version__",
+    "nn",
+    "ops",
+]

@@ -10,8 +10,10 @@ Contraction = Literal["softmax", "exact", "none"]
 Broadcast = Literal["shared", "softmax"]
 Impl = Literal["auto", "eager"]
 Layout = Literal["standard", "official"]
-RepresentativeKind = Literal["pool", "learned"]
+RepresentativeKind = Literal["pool", "learned", "tokens", "principal", "basis"]
 QKV = Literal["shared", "separate"]
+LinearSolver = Literal["cholesky", "eigh"]
+TSSAForm = Literal["tost", "channel"]
 
 CONTRACTIONS: tuple[str, ...] = get_args(Contraction)
 BROADCASTS: tuple[str, ...] = get_args(Broadcast)
@@ -19,18 +21,21 @@ IMPLS: tuple[str, ...] = get_args(Impl)
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 REPRESENTATIVE_KINDS: tuple[str, ...] = get_args(RepresentativeKind)
 QKVS: tuple[str, ...] = get_args(QKV)
+LINEAR_SOLVERS: tuple[str, ...] = get_args(LinearSolver)
+TSSA_FORMS: tuple[str, ...] = get_args(TSSAForm)
 
 GridSize = tuple[int, ...]
 
 
 class Representatives(NamedTuple):
-    """Initial representatives and which of them exist.
-
-    ``values`` is ``(B, H, M, P)``; ``mask`` is ``(B, M)`` bool with True = real, or None if all are.
-    """
+    """What a strategy returns: an initial guess to extract from, or the representatives themselves."""
 
     values: Tensor
-    mask: Tensor | None
+    """``(B, H, M, P)`` Q_ini, or U_k^T Q if ``attention`` says how tokens make them up."""
+    mask: Tensor | None = None
+    """``(B, M)`` bool, True = a representative that exists; None if all do."""
+    attention: Tensor | None = None
+    """``(B, H, M, N)`` A^T over all N tokens, in place of the softmax of Eq. 5; None to extract by it."""
 
 
 class CBSAStages(NamedTuple):
@@ -45,9 +50,10 @@ class CBSAStages(NamedTuple):
     """``(B, H, M, P)`` the initial guess Q_ini."""
     attention: Tensor
     """``(B, H, M, N)`` A^T of Eq. 5: each row is a softmax over the keys (N of them, the tokens unless keys
-    are given separately), or zero for a representative that does not exist."""
+    are given separately), or zero for a representative that does not exist; or the one that was given."""
     extracted: Tensor
-    """``(B, H, M, P)`` Q_ini + step_representatives * A^T values: the representatives of Eq. 5."""
+    """``(B, H, M, P)`` Q_ini + step_representatives * A^T values: the representatives of Eq. 5. If A was
+    given, the representatives that came with it."""
     contraction_attention: Tensor | None
     """``(B, H, M, M)`` softmax attention among representatives (Eq. 8); None for other contractions."""
     contracted: Tensor

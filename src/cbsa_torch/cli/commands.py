@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from cbsa_torch.cli.report import report_run
+from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import CheckpointError, write_atomically
 from cbsa_torch.models.convert import convert_official
 from cbsa_torch.train import errors
@@ -60,6 +61,9 @@ def _take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:
 def run_train(args: list[str]) -> None:
     """Train an image classifier (default: the embedded digits)."""
     source, rest = _take_option("--config", args)
+    model, rest = _take_option("--model", rest)
+    if model is not None:
+        rest = ["--model.name", model, *rest]
     if source is None and "--resume" in rest:
         # A resumed run is configured by its own folder.
         output = _take_option("--output", rest)[0] or load_config("digits").output
@@ -67,7 +71,7 @@ def run_train(args: list[str]) -> None:
         source = str(own) if own.exists() else None
     default = load_config("digits" if source is None else source)
     if {"-h", "--help"} & set(rest):
-        print("usage: cbsa train [--config RECIPE_OR_YAML] [options]; later options win.\n")
+        print("usage: cbsa train [--config RECIPE_OR_YAML] [--model NAME] [options]; later options win.\n")
     train(_parse(TrainConfig, rest, "train", default))
 
 
@@ -194,9 +198,7 @@ def run_list(args: list[str]) -> None:
     """List our models and recipes."""
     kinds = _parse(_ListArgs, args, "list").kind
     if "models" in kinds:
-        names = [
-            name for name in timm.list_models() if "cbsa_torch" in timm.models.model_entrypoint(name).__module__
-        ]
-        print("models: " + ", ".join(names))
+        for family, names in itertools.groupby(registry.names().items(), key=lambda item: item[1]):
+            print(f"{family}\n  " + "\n  ".join(name for name, _ in names))
     if "recipes" in kinds:
         print("recipes: " + ", ".join(recipe_names()))

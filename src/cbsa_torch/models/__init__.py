@@ -4,14 +4,14 @@ from cbsa_torch._core.optional import require
 
 require("timm", extra="models")
 
-from cbsa_torch.models import cbt  # noqa: E402  (registers the models)
+from cbsa_torch.models import registry  # noqa: E402  (registers the models)
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402
 from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
 __all__ = [
     "WhiteBoxTransformer",
-    "cbt",
+    "registry",
     "load_checkpoint",
     "load_official",
     "read_tensors",

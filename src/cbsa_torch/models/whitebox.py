@@ -1,6 +1,7 @@
-"""The one white-box Transformer: a convolutional stem, layers of (token mixer, ISTA), a linear head.
+"""The one Transformer: a stem, layers of (token mixer, feed-forward), a linear head.
 
-The mixer is a parameter, one for all layers or one per layer; everything else is timm's model surface.
+The mixer is a parameter, one for all layers or one per layer; the feed-forward is ISTA, or an MLP for the
+black-box baseline. Everything else is timm's model surface.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int
-from cbsa_torch.nn import CBSA, ConvStem, WhiteBoxBlock
+from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
 
 Mixer = Callable[..., nn.Module]
 """Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
 
+STEMS = {"conv": ConvStem, "linear": LinearStem}
+ISTA_DEFAULT = 0.1
+"""Step size and sparsity of ISTA (CRATE, and the paper, section 4)."""
 GLOBAL_POOLS = ("token", "avg", "max", "avgmax", "")
 OUTPUT_FORMATS = ("NCHW", "NLC")
 
@@ -30,14 +34,17 @@ class WhiteBoxTransformer(nn.Module):
     Args:
         img_size: side or ``(height, width)`` in pixels of the images it is built for. Others work at run
             time: position embeddings are interpolated.
-        patch_size: a power of two.
+        patch_size: side of a patch in pixels; a power of two for the convolutional stem.
         in_chans: image channels.
         num_classes: outputs; 0 for no head.
         global_pool: ``"token"`` (the class token), ``"avg"``, ``"max"``, ``"avgmax"`` or ``""``.
         embed_dim, depth, num_heads, head_dim: sizes; ``head_dim`` defaults to ``embed_dim / num_heads``.
         mixer: a constructor of token mixers, or one per layer.
-        drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
+        stem: ``"conv"``, or ``"linear"``, the patch embedding of the original CRATE.
+        mlp_ratio: None for white-box layers with ISTA; a number for the usual layers with an MLP of that many
+            times the width, the black-box baseline.
         step_size, sparsity: of ISTA.
+        drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
         device, dtype: of the parameters.
 
     Shape:
@@ -56,10 +63,12 @@ class WhiteBoxTransformer(nn.Module):
         num_heads: int = 6,
         head_dim: int | None = None,
         mixer: Mixer | Sequence[Mixer] = CBSA,
+        stem: str = "conv",
+        mlp_ratio: float | None = None,
+        step_size: float = ISTA_DEFAULT,
+        sparsity: float = ISTA_DEFAULT,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
-        step_size: float = 0.1,
-        sparsity: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,6 +78,9 @@ class WhiteBoxTransformer(nn.Module):
         if not callable(mixer) and not isinstance(mixer, (list, tuple)):
             raise TypeError(f"mixer must be a constructor or a sequence of them, got {mixer!r}")
         check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        check_choice("stem", stem, tuple(STEMS))
+        if mlp_ratio is not None and (step_size, sparsity) != (ISTA_DEFAULT, ISTA_DEFAULT):
+            raise ValueError("step_size and sparsity are of ISTA, which mlp_ratio replaces by an MLP")
         mixers = [mixer] * depth if callable(mixer) else list(mixer)
         if len(mixers) != depth:
             raise ValueError(f"mixer must be one constructor or depth={depth} of them, got {len(mixers)}")
@@ -79,30 +91,24 @@ class WhiteBoxTransformer(nn.Module):
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
 
-        self.stem = ConvStem(in_chans, embed_dim, patch_size, device=device, dtype=dtype)
+        self.stem = STEMS[stem](in_chans, embed_dim, patch_size, device=device, dtype=dtype)
         self.grid_size = self.stem.grid_size(_pair(img_size))
         length = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, device=device, dtype=dtype))
         self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim, device=device, dtype=dtype))
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.blocks = nn.ModuleList(
-            WhiteBoxBlock(
-                embed_dim,
-                make(
-                    embed_dim,
-                    num_heads,
-                    head_dim=head_dim,
-                    num_prefix_tokens=self.num_prefix_tokens,
-                    device=device,
-                    dtype=dtype,
-                ),
-                step_size=step_size,
-                sparsity=sparsity,
-                device=device,
-                dtype=dtype,
-            )
-            for make in mixers
-        )
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        prefix = self.num_prefix_tokens
+        self.blocks = nn.ModuleList()
+        for make in mixers:
+            attn = make(embed_dim, num_heads, head_dim=head_dim, num_prefix_tokens=prefix, **kind)
+            if mlp_ratio is None:
+                block: nn.Module = WhiteBoxBlock(
+                    embed_dim, attn, step_size=step_size, sparsity=sparsity, **kind
+                )
+            else:
+                block = ResidualBlock(embed_dim, attn, mlp_ratio=mlp_ratio, **kind)
+            self.blocks.append(block)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]

@@ -1,16 +1,39 @@
 """Modules: parameters around the functions of :mod:`cbsa_torch.ops`. Needs torch alone."""
 
-from cbsa_torch.nn.block import WhiteBoxBlock
+from cbsa_torch.nn.agent_attention import AgentAttention
+from cbsa_torch.nn.block import ResidualBlock, WhiteBoxBlock
 from cbsa_torch.nn.cbsa import CBSA
 from cbsa_torch.nn.ista import ISTA
-from cbsa_torch.nn.representatives import LearnedRepresentatives, PooledRepresentatives
-from cbsa_torch.nn.stem import ConvStem
+from cbsa_torch.nn.linear_cbsa import LinearCBSA
+from cbsa_torch.nn.mixer import Heads, TokenMixer
+from cbsa_torch.nn.representatives import (
+    AllTokens,
+    BasisDirections,
+    LearnedRepresentatives,
+    PooledRepresentatives,
+    PrincipalDirections,
+)
+from cbsa_torch.nn.softmax_attention import MHSA, MSSA
+from cbsa_torch.nn.stem import ConvStem, LinearStem
+from cbsa_torch.nn.tssa import TSSA
 
 __all__ = [
     "CBSA",
     "ISTA",
+    "MHSA",
+    "MSSA",
+    "TSSA",
+    "AgentAttention",
+    "AllTokens",
+    "BasisDirections",
     "ConvStem",
+    "Heads",
     "LearnedRepresentatives",
+    "LinearCBSA",
+    "LinearStem",
     "PooledRepresentatives",
+    "PrincipalDirections",
+    "ResidualBlock",
+    "TokenMixer",
     "WhiteBoxBlock",
 ]

@@ -1,10 +1,11 @@
-"""The white-box Transformer layer."""
+"""Transformer layers: the white-box one, and the usual one as its baseline."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from cbsa_torch._core.checks import check_positive
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn.ista import ISTA
 
@@ -41,3 +42,42 @@ class WhiteBoxBlock(nn.Module):
         """Transform ``(B, N, C)`` tokens; same shape."""
         x = x + self.attn(self.norm1(x), grid_size, token_mask)
         return self.ista(self.norm2(x))
+
+
+class ResidualBlock(nn.Module):
+    """The usual layer: x <- x + attn(norm1(x)); x <- x + mlp(norm2(x)), with GELU in the MLP.
+
+    Args:
+        dim: channels.
+        attn: a token mixer such as :class:`cbsa_torch.nn.MHSA`, called as ``attn(x, grid_size, token_mask)``.
+        mlp_ratio: hidden over outer channels of the MLP.
+        norm_layer: constructor of the two normalisation layers.
+        device, dtype: of the parameters made here (not of ``attn``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("mlp_ratio", mlp_ratio)
+        hidden = max(int(dim * mlp_ratio), 1)
+        self.norm1 = norm_layer(dim, device=device, dtype=dtype)
+        self.attn = attn
+        self.norm2 = norm_layer(dim, device=device, dtype=dtype)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden, device=device, dtype=dtype),
+            nn.GELU(),
+            nn.Linear(hidden, dim, device=device, dtype=dtype),
+        )
+
+    def forward(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Tensor:
+        """Transform ``(B, N, C)`` tokens; same shape."""
+        x = x + self.attn(self.norm1(x), grid_size, token_mask)
+        return x + self.mlp(self.norm2(x))

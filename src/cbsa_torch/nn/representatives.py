@@ -1,13 +1,46 @@
-"""Where initial representatives come from: pooled tokens or learned parameters."""
+"""Strategies: where representatives come from. One small protocol, which your own may follow.
+
+A strategy is called as ``strategy(tokens, grid_size, token_mask)`` with ``(B, H, N, P)`` tokens in the
+subspaces and their ``(B, N)`` mask (None: all are real), and returns :class:`cbsa_torch.ops.Representatives`.
+It is any function or module; two attributes, both False where it has none, say more about it:
+
+- ``needs_grid``: it works on a grid. It is then given the grid tokens only, row-major, and their grid;
+  otherwise all tokens, prefix tokens first, and None.
+- ``gives_attention``: it returns the attention along with the representatives, so nothing is extracted.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch._core.checks import check_positive_int
-from cbsa_torch._core.types import GridSize, Representatives
+from cbsa_torch._core.checks import check_choice, check_positive_int
+from cbsa_torch._core.types import REPRESENTATIVE_KINDS, GridSize, Representatives
+from cbsa_torch.ops.directions import basis_directions, check_orthonormal, principal_directions
 from cbsa_torch.ops.representatives import pool_representatives
+
+
+def make_representatives(
+    kind: str | Callable[..., Representatives],
+    num_heads: int,
+    num_representatives: int,
+    head_dim: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Callable[..., Representatives]:
+    """The strategy a mixer's ``representatives`` argument names, or the one that it is."""
+    if callable(kind):
+        return kind
+    check_choice("representatives", kind, REPRESENTATIVE_KINDS)
+    if kind == "learned":
+        return LearnedRepresentatives(num_heads, num_representatives, head_dim, device=device, dtype=dtype)
+    if kind == "pool":
+        return PooledRepresentatives(num_representatives)
+    return {"tokens": AllTokens, "principal": PrincipalDirections, "basis": BasisDirections}[kind]()
 
 
 class PooledRepresentatives(nn.Module):
@@ -72,8 +105,65 @@ class LearnedRepresentatives(nn.Module):
         self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
     ) -> Representatives:
         """Repeat the parameters over the batch of ``tokens`` ``(B, H, N, P)``, in their dtype."""
-        return Representatives(self.values.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1), None)
+        return Representatives(self.values.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1))
 
     def extra_repr(self) -> str:
         """Show the shape when the module is printed."""
         return f"shape={tuple(self.values.shape)}"
+
+
+class AllTokens(nn.Module):
+    """The tokens themselves, M = N with A = I: CBSA is then MSSA, softmax attention (Eq. 9).
+
+    For comparison with :class:`cbsa_torch.MSSA`, which computes the same by fused kernels: this one forms
+    matrices of N x N.
+    """
+
+    gives_attention = True
+
+    def forward(
+        self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
+    ) -> Representatives:
+        """Return ``(B, H, N, P)`` tokens, their mask, and the identity."""
+        b, h, n, _ = tokens.shape
+        identity = torch.eye(n, dtype=tokens.dtype, device=tokens.device).expand(b, h, n, n)
+        return Representatives(tokens, token_mask, identity)
+
+
+class PrincipalDirections(nn.Module):
+    """Principal directions of the tokens: with the exact contraction, linear attention (Eq. 12).
+
+    For other contractions, and for comparison with :class:`cbsa_torch.LinearCBSA`. Its gradient exists
+    where the P eigenvalues of a head's Gram matrix are distinct, hence only for N >= P.
+    """
+
+    gives_attention = True
+
+    def forward(
+        self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
+    ) -> Representatives:
+        """:func:`cbsa_torch.ops.principal_directions`."""
+        return principal_directions(tokens, token_mask=token_mask)
+
+
+class BasisDirections(nn.Module):
+    """A fixed orthonormal basis: with the exact contraction, channel attention (Eq. 13).
+
+    Args:
+        basis: ``(P, P)`` or ``(H, P, P)``, orthonormal columns; kept as a buffer. Default: the identity.
+    """
+
+    gives_attention = True
+
+    def __init__(self, basis: Tensor | None = None) -> None:
+        super().__init__()
+        if basis is not None:
+            check_orthonormal(basis)
+        self.basis: Tensor | None
+        self.register_buffer("basis", basis)
+
+    def forward(
+        self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
+    ) -> Representatives:
+        """:func:`cbsa_torch.ops.basis_directions`."""
+        return basis_directions(tokens, self.basis, token_mask=token_mask)

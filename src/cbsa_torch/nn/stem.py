@@ -1,4 +1,4 @@
-"""The convolutional stem: patches by a stack of small convolutions (paper, Appendix C)."""
+"""Stems: images to a grid of tokens, by small convolutions (paper, Appendix C) or linearly (CRATE)."""
 
 from __future__ import annotations
 
@@ -64,10 +64,65 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
-        check_floating("images", x)
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images must have shape (B, {self.in_chans}, height, width), got {tuple(x.shape)}; "
-                "in_chans sets the channels of the model"
-            )
+        _check_images(x, self.in_chans)
         return self.proj(x)
+
+
+class LinearStem(nn.Module):
+    """The patch embedding of the original CRATE: layer norm, a linear layer, layer norm on flat patches.
+
+    Args:
+        in_chans: image channels.
+        embed_dim: channels of the tokens.
+        patch_size: side of a patch; image sides must be multiples of it.
+        device, dtype: of the parameters.
+
+    Shape:
+        ``(B, in_chans, height, width)`` -> ``(B, embed_dim, height / patch, width / patch)``.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        embed_dim: int = 576,
+        patch_size: int = 16,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_chans", in_chans), ("embed_dim", embed_dim), ("patch_size", patch_size)):
+            check_positive_int(name, value)
+        self.in_chans = in_chans
+        self.patch_size = patch_size
+        patch_dim = in_chans * patch_size**2
+        self.norm1 = nn.LayerNorm(patch_dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(patch_dim, embed_dim, device=device, dtype=dtype)
+        self.norm2 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+
+    def grid_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """The token grid of images of ``(height, width)`` pixels."""
+        height, width = img_size
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images must have sides that are multiples of patch_size {self.patch_size} for a linear "
+                f"stem, got {height} x {width}; resize or pad them, or use the convolutional stem"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed images."""
+        _check_images(x, self.in_chans)
+        rows, columns = self.grid_size((x.shape[2], x.shape[3]))
+        x = x.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # (B, C, h, p, w, p)
+        x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (B, h, w, p * p * C), channels last within a patch
+        return self.norm2(self.proj(self.norm1(x))).permute(0, 3, 1, 2)
+
+
+def _check_images(x: Tensor, in_chans: int) -> None:
+    check_floating("images", x)
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f"images must have shape (B, {in_chans}, height, width), got {tuple(x.shape)}; "
+            "in_chans sets the channels of the model"
+        )

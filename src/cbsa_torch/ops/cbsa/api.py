@@ -26,6 +26,7 @@ def cbsa(
     *,
     keys: Tensor | None = None,
     values: Tensor | None = None,
+    attention: Tensor | None = None,
     step_representatives: Tensor | float = 1.0,
     step_tokens: Tensor | float = 1.0,
     scale: float | None = None,
@@ -51,6 +52,10 @@ def cbsa(
         representatives: ``(B, H, M, P)`` the initial guess Q_ini, e.g. pooled tokens; M may exceed N.
         keys: ``(B, H, K, P)`` what representatives are matched against. Default: ``tokens``.
         values: ``(B, H, K, P)`` what they collect. Default: ``keys``.
+        attention: ``(B, H, M, N)`` A^T, in place of the softmax of Eq. 5; ``representatives`` are then U_k^T Q
+            itself, not a first guess, and nothing is extracted. With the identity and the tokens this is
+            MSSA (9), with directions (``ops.principal_directions``, ``ops.basis_directions``) and the exact
+            contraction linear (12) or channel attention (13).
         step_representatives: eta, the step of the residual extraction: a number or ``(H,)``.
         step_tokens: kappa, the step of the update (6), any sign: a number or ``(H,)``.
         scale: factor on all logits. Default: P^-1/2.
@@ -79,6 +84,7 @@ def cbsa(
         representatives,
         keys=keys,
         values=values,
+        attention=attention,
         step_representatives=step_representatives,
         step_tokens=step_tokens,
         scale=scale,
@@ -98,6 +104,7 @@ def cbsa_stages(
     *,
     keys: Tensor | None = None,
     values: Tensor | None = None,
+    attention: Tensor | None = None,
     step_representatives: Tensor | float = 1.0,
     step_tokens: Tensor | float = 1.0,
     scale: float | None = None,
@@ -125,6 +132,17 @@ def cbsa_stages(
     check_floating("representatives", representatives)
     check_shape("representatives", representatives, (b, h, None, p), "(B, H, M, P)")
     check_same_kind("representatives", representatives, "tokens", tokens)
+    if attention is not None:
+        check_floating("attention", attention)
+        check_shape("attention", attention, (b, h, representatives.shape[2], n), "(B, H, M, N)")
+        check_same_kind("attention", attention, "tokens", tokens)
+        if keys is not None or values is not None or broadcast != "shared" or key_mask is not None:
+            raise ValueError(
+                "attention is used to broadcast, and nothing is extracted: it excludes keys, values, key_mask "
+                "and broadcast='softmax'"
+            )
+        if isinstance(step_representatives, Tensor) or step_representatives != 1.0:
+            raise ValueError("step_representatives has no effect beside attention: nothing is extracted")
     if keys is None:
         keys = tokens
     else:
@@ -169,6 +187,7 @@ def cbsa_stages(
         representatives,
         keys,
         values,
+        attention=attention,
         step_representatives=step_representatives,
         step_tokens=step_tokens,
         scale=p**-0.5 if scale is None else scale,

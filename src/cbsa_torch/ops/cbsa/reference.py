@@ -118,6 +118,7 @@ def cbsa_reference(
     keys: Tensor,
     values: Tensor,
     *,
+    attention: Tensor | None,
     step_representatives: Tensor | float,
     step_tokens: Tensor | float,
     scale: float,
@@ -149,8 +150,13 @@ def cbsa_reference(
         if representative_mask is not None:
             representatives = representatives.masked_fill(~representative_mask[:, None, :, None], 0.0)
 
-        attention, picked = extract(representatives, keys, values, scale, key_mask)
-        extracted = representatives + step_representatives * picked
+        if attention is None:
+            attention, picked = extract(representatives, keys, values, scale, key_mask)
+            extracted = representatives + step_representatives * picked
+        else:
+            attention, extracted = attention.to(dtype), representatives
+            if token_mask is not None:
+                attention = attention.masked_fill(~token_mask[:, None, None, :], 0.0)
         if representative_mask is not None:  # what does not exist attends to nothing
             absent = ~representative_mask[:, None, :, None]
             attention, extracted = attention.masked_fill(absent, 0.0), extracted.masked_fill(absent, 0.0)

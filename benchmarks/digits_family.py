@@ -1,0 +1,167 @@
+"""Train every member of the family on digits by the same command, over several seeds; print a table.
+
+    python benchmarks/digits_family.py [--members cbt] [--seeds 0 1 2] [--jobs 2]
+
+Each run is ``cbsa train --model NAME --seed SEED`` with one thread; finished runs are kept and not repeated
+(``--overwrite`` does). The split is the same for every seed (1,257 training, 180 validation, 360 test images)
+and the weights are those of the last epoch, so that nothing is chosen by accuracy. Seconds are measured apart
+from training: steps of all models interleaved, in one process, medians.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from cbsa_torch.models.counting import count_model
+from cbsa_torch.train import evaluate_checkpoint, load_config
+from cbsa_torch.train.run_folder import RunFolder, environment
+
+MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cbt": ("cbt_pico_patch1_8", {}),
+    "cbt_exact": ("cbt_pico_patch1_8", {"contraction": "exact"}),
+    "cbt_orthogonal": ("cbt_pico_patch1_8", {"contraction": "exact", "tied": True, "orthogonal": True}),
+    "cbt_learned": ("cbt_pico_patch1_8", {"representatives": "learned"}),
+    "cbt_none": ("cbt_pico_patch1_8", {"contraction": "none"}),
+    "linear_cbt": ("linear_cbt_pico_patch1_8", {}),
+    "crate": ("crate_pico_patch1_8", {}),
+    "crate_cbt": ("crate_cbt_pico_patch1_8", {}),
+    "tost": ("tost_pico_patch1_8", {}),
+    "agent": ("agent_pico_patch1_8", {}),
+    "stem_vit": ("stem_vit_pico_patch1_8", {}),
+}
+"""Name, model and further model arguments."""
+
+STEPS = 15
+"""Training steps per model that are timed."""
+
+
+@dataclass
+class Options:
+    """Train the family on digits."""
+
+    members: tuple[str, ...] = tuple(MEMBERS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    jobs: int = 1
+    """Runs at a time, one thread each."""
+    overwrite: bool = False
+    """Repeat runs that are finished."""
+    epochs: int | None = None
+    """Default: the recipe's."""
+    runs: Path = Path("runs/digits_family")
+    """Folder of the runs."""
+    output: Path = Path("benchmarks/results/digits_family.json")
+
+
+def train_once(options: Options, member: str, seed: int) -> tuple[str, int, float]:
+    """Train one member with one seed in a process of its own, unless that is done; the test accuracy."""
+    model, model_args = MEMBERS[member]
+    folder = options.runs / f"{member}_seed{seed}"
+    epochs = options.epochs or load_config("digits").optim.epochs
+    rows = RunFolder(folder).read_metrics() if folder.exists() else []
+    if options.overwrite or not rows or rows[-1]["epoch"] < epochs:
+        command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--model", model, "--output", str(folder)]
+        command += ["--overwrite", "--seed", str(seed), "--engine.threads", "1", "--optim.epochs", str(epochs)]
+        if model_args:
+            pairs = itertools.chain.from_iterable(model_args.items())
+            command += ["--model.args", *(str(item) for item in pairs)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return member, seed, evaluate_checkpoint(folder).top1
+
+
+def step_seconds(members: tuple[str, ...]) -> dict[str, float]:
+    """Median seconds of a training step of 64 digits (forward and backward) for each member, interleaved."""
+    models = {m: timm.create_model(MEMBERS[m][0], **MEMBERS[m][1]).train() for m in members}
+    images, labels = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
+    times: dict[str, list[float]] = {member: [] for member in members}
+    for repetition in range(STEPS + 1):
+        for member, model in models.items():
+            start = time.perf_counter()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            if repetition:  # the first warms up
+                times[member].append(time.perf_counter() - start)
+    return {member: statistics.median(values) for member, values in times.items()}
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Train all, test all, count all."""
+    unknown = [member for member in options.members if member not in MEMBERS]
+    if unknown:
+        raise SystemExit(f"no member {unknown[0]!r}; there are {', '.join(MEMBERS)}")
+    pairs = list(itertools.product(options.members, options.seeds))
+    accuracies: dict[str, list[float]] = {member: [] for member in options.members}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(lambda pair: train_once(options, *pair), pairs)
+        for member, _, accuracy in track(results, "training", total=len(pairs)):
+            accuracies[member].append(accuracy)
+    seconds = step_seconds(options.members)
+    rows = []
+    for member, values in accuracies.items():
+        name, args = MEMBERS[member]
+        total = count_model(timm.create_model(name, **args), (1, 8, 8)).total
+        rows.append(
+            {
+                "member": member,
+                "model": name,
+                "model_args": args,
+                "test_top1": values,
+                "mean": statistics.mean(values),
+                "sd": statistics.stdev(values) if len(values) > 1 else None,
+                "parameters": total.parameters,
+                "flops": total.counts.flops,
+                "similarities": total.counts.similarities,
+                "step_ms": 1e3 * seconds[member],
+            }
+        )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(),
+        "seeds": list(options.seeds),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    record = measure(options)
+    table = Table("member", "test accuracy (%)", "parameters", "MFLOPs", "similarities", "step (ms)")
+    for row in record["rows"]:
+        spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
+        table.add_row(
+            row["member"],
+            f"{100 * row['mean']:.1f}{spread}",
+            f"{row['parameters']:,}",
+            f"{row['flops'] / 1e6:.1f}",
+            f"{row['similarities']:,}",
+            f"{row['step_ms']:.0f}",
+        )
+    Console().print(table)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"results: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

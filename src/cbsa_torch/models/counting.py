@@ -1,0 +1,159 @@
+"""Count a model: parameters, FLOPs and pairwise similarities of every layer, for any image size."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch.nn import ISTA, TokenMixer
+from cbsa_torch.ops import counting
+from cbsa_torch.ops.counting import Counts
+
+
+class LayerCounts(NamedTuple):
+    """One part of a model."""
+
+    name: str
+    """Of the part: ``stem``, ``blocks.0.attn``, ... or ``total``."""
+    kind: str
+    """Its class."""
+    parameters: int
+    """Shared ones count where they come first."""
+    counts: Counts
+    """FLOPs and similarities for one image."""
+
+
+class ModelCounts(NamedTuple):
+    """Every part of a model, and all of it."""
+
+    layers: list[LayerCounts]
+    total: LayerCounts
+    torch_flops: int
+    """What ``torch.utils.flop_counter`` sees: it knows no factorisations, but products of any module."""
+
+
+def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCounts:
+    """Count what one image costs, part by part.
+
+    Counted are linear layers, convolutions, ISTA, our token mixers and timm's attention, by the formulas of
+    :mod:`cbsa_torch.ops.counting`. Other modules count with their parameters only; whether something is missed
+    shows in ``torch_flops``.
+
+    Args:
+        model: any model of images. It is run once, without gradients, on a batch of one, and left as it was.
+        input_size: ``(channels, height, width)``.
+
+    Returns:
+        One row per part that has costs or parameters of its own: linear layers and convolutions are counted
+        with the mixer, feed-forward, stem or block they belong to.
+
+    Raises:
+        ValueError: an input size that is not three positive integers, or that the model refuses.
+    """
+    if len(input_size) != 3:
+        raise ValueError(f"input_size must be (channels, height, width), got {input_size!r}")
+    for side in input_size:
+        check_positive_int("input_size", side)
+    parts = _parts(model)
+    found: dict[str, Counts] = dict.fromkeys(parts, Counts())
+    handles = []
+
+    def hook(part: str) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found[part] = found[part].plus(_count(module, args, kwargs, output))
+
+        return count
+
+    training = model.training
+    like = next((p for p in model.parameters()), torch.empty(0))
+    try:
+        for name, module in model.named_modules():
+            if _is_counted(module):
+                handles.append(module.register_forward_hook(hook(_part_of(name, parts)), with_kwargs=True))
+        image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            model.eval()(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    # A second pass, since the hooks above compute representatives once more; torch's counter sees the
+    # products of softmax attention only where no fused kernel hides them.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    model.train(training)
+
+    seen: set[int] = set()
+    parameters = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            parameters[_part_of(name.rpartition(".")[0], parts)] += parameter.numel()
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    layers = [
+        LayerCounts(part or "(model)", kinds[part], parameters[part], found[part])
+        for part in parts
+        if parameters[part] or any(found[part])
+    ]
+    whole = Counts()
+    for layer in layers:
+        whole = whole.plus(layer.counts)
+    total = LayerCounts("total", type(model).__name__, sum(layer.parameters for layer in layers), whole)
+    return ModelCounts(layers, total, counter.get_total_flops())
+
+
+_PARTS = (TokenMixer, ISTA, Attention)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _parts(model: nn.Module, name: str = "") -> list[str]:
+    """Names of the modules that get a row of their own, in order: all that are or hold no mixer."""
+    names = [name]
+    for child_name, child in model.named_children():
+        full = f"{name}.{child_name}".lstrip(".")
+        holds_parts = any(isinstance(m, _PARTS) for m in child.modules() if m is not child)
+        names += _parts(child, full) if holds_parts and not isinstance(child, _PARTS) else [full]
+    return names
+
+
+def _part_of(name: str, parts: list[str]) -> str:
+    """The innermost part that holds a module."""
+    while name not in parts:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _is_counted(module: nn.Module) -> bool:
+    return isinstance(module, (*_PARTS, *_CONVOLUTIONS, nn.Linear))
+
+
+def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Counts:
+    if isinstance(module, TokenMixer):
+        return module.counts(*_mixer_arguments(*args, **kwargs))
+    x: Tensor = args[0]
+    if isinstance(module, nn.Linear):
+        tokens = x.numel() // x.shape[-1]
+        return counting.linear(tokens, module.in_features, module.out_features)
+    if isinstance(module, ISTA):
+        return counting.ista(x.numel() // x.shape[-1], x.shape[-1])
+    if isinstance(module, Attention):
+        return counting.softmax_attention(x.shape[1], num_heads=module.num_heads, head_dim=module.head_dim)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return counting.linear(output[0, 0].numel(), weight[0].numel(), weight.shape[0])
+
+
+def _mixer_arguments(
+    x: Tensor,
+    grid_size: tuple[int, ...] | None = None,
+    token_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[Tensor, tuple[int, ...] | None, Tensor | None]:
+    """The arguments of ``TokenMixer.forward`` by position or by name."""
+    return x, grid_size, token_mask

@@ -1,0 +1,248 @@
+"""The models registered with timm: every family in every size, FAMILY_SIZE.
+
+A family is a token mixer (and what goes with it), a size is what the paper calls T, S, B or L, or one of ours
+for small images. All are the one :class:`WhiteBoxTransformer`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from cbsa_torch._core.checks import nearest
+from cbsa_torch.models.whitebox import Mixer, WhiteBoxTransformer
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
+
+__all__: list[str] = []  # the entry points are reached by name, through timm
+
+
+class Family(NamedTuple):
+    """One token mixer in all layers, or two of them."""
+
+    summary: str
+    mixer: type[nn.Module]
+    defaults: dict[str, Any] = {}  # noqa: RUF012  (of a tuple, never changed)
+    """Options of the mixer that differ from its own defaults."""
+    first: type[nn.Module] | None = None
+    """The mixer of the first ``num_first_layers`` layers (default: half of them) of a hybrid."""
+    model_args: dict[str, Any] = {}  # noqa: RUF012
+    """Arguments of the model that differ from its own defaults."""
+
+
+_BASES = ("tied", "orthogonal", "scale_norm", "norm_layer", "proj_drop")
+OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    CBSA: (
+        "num_representatives",
+        "representatives",
+        "contraction",
+        "eps",
+        "qkv",
+        "layout",
+        "impl",
+        "qk_norm",
+        *_BASES,
+    ),
+    MSSA: _BASES,
+    TSSA: ("form", "eps", *_BASES),
+    LinearCBSA: ("eps", "average", "solver", *_BASES),
+    AgentAttention: ("num_representatives", "representatives", "qkv", "qk_norm", *_BASES),
+    MHSA: ("qkv_bias", "qk_norm", "scale_norm", "norm_layer", "proj_drop"),
+}
+"""Options of a mixer that its models take as arguments of their own."""
+
+FAMILIES = {
+    "cbt": Family("Contract-and-Broadcast Transformer: CBSA (Eq. 8)", CBSA),
+    "linear_cbt": Family("linear attention along principal directions (Eq. 12)", LinearCBSA),
+    "crate": Family("CRATE with this stem: MSSA (Eq. 9)", MSSA),
+    "crate_cbt": Family("hybrid: MSSA in the first layers, then CBSA", CBSA, first=MSSA),
+    "tost": Family("ToST with this stem: TSSA", TSSA),
+    "agent": Family("agent attention with one shared projection", AgentAttention, {"qkv": "shared"}),
+    "stem_vit": Family(
+        "ViT with this stem: softmax attention and an MLP, the black-box baseline",
+        MHSA,
+        {"qkv_bias": True},
+        model_args={"mlp_ratio": 4.0},
+    ),
+    "crate_original": Family(
+        "CRATE with its own sizes and linear patch embedding", MSSA, model_args={"stem": "linear"}
+    ),
+}
+
+
+class Size(NamedTuple):
+    """Width and depth, and the images a model is made for."""
+
+    suffix: str
+    input_size: tuple[int, int, int]
+    num_classes: int
+    args: dict[str, Any]
+    mixer_defaults: dict[str, Any] = {}  # noqa: RUF012
+    """Options of the mixer, for mixers that have them."""
+
+
+def _imagenet(embed_dim: int, depth: int, num_heads: int) -> Size:
+    args = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "patch_size": 16}
+    return Size("patch16_224", (3, 224, 224), 1000, args)
+
+
+def _small(side: int, in_chans: int, patch_size: int, embed_dim: int, depth: int) -> Size:
+    args = {"embed_dim": embed_dim, "depth": depth, "num_heads": 4, "patch_size": patch_size}
+    args |= {"img_size": side, "in_chans": in_chans, "num_classes": 10}
+    # A quarter of the 64 tokens of 8x8 or 32x32 pixels.
+    return Size(f"patch{patch_size}_{side}", (in_chans, side, side), 10, args, {"num_representatives": 16})
+
+
+SIZES = {
+    "tiny": _imagenet(192, 12, 3),
+    "small": _imagenet(384, 12, 6),
+    "base": _imagenet(768, 12, 12),
+    "large": _imagenet(1024, 24, 16),
+    "pico": _small(8, 1, 1, 96, 4),  # every pixel is a token
+    "nano_28": _small(28, 1, 4, 128, 6),
+    "nano_32": _small(32, 3, 4, 128, 6),
+    "nano_64": _small(64, 3, 4, 128, 6),
+}
+CRATE_ORIGINAL_SIZES = {
+    "tiny": _imagenet(384, 12, 6),
+    "small": _imagenet(576, 12, 12),
+    "base": _imagenet(768, 12, 12),
+    "large": _imagenet(1024, 24, 16),
+}
+
+
+def sizes_of(family: str) -> dict[str, Size]:
+    """The sizes a family is registered in."""
+    return CRATE_ORIGINAL_SIZES if family == "crate_original" else SIZES
+
+
+def model_name(family: str, size: str) -> str:
+    """E.g. ``cbt_tiny_patch16_224``, ``cbt_nano_patch4_28``."""
+    return f"{family}_{size.split('_')[0]}_{sizes_of(family)[size].suffix}"
+
+
+def _cfg(size: Size) -> dict[str, Any]:
+    grey = size.input_size[0] == 1
+    return {
+        "num_classes": size.num_classes,
+        "input_size": size.input_size,
+        "pool_size": None,
+        "crop_pct": 0.875 if size.input_size[1] >= 224 else 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.5,) if grey else IMAGENET_DEFAULT_MEAN,
+        "std": (0.5,) if grey else IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.proj.0.0",
+        "classifier": "head",
+        "fixed_input_size": False,
+        "license": "mit",
+        "paper_ids": "arXiv:2509.16875",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{model_name(family, size)}.untrained": {
+            **_cfg(spec),
+            **({"first_conv": None} if FAMILIES[family].model_args.get("stem") == "linear" else {}),
+        }
+        for family in FAMILIES
+        for size, spec in sizes_of(family).items()
+    }
+)
+
+
+def _create(
+    variant: str,
+    family: Family,
+    pretrained: bool,
+    mixer_defaults: dict[str, Any],
+    *,
+    mixer: Mixer | Sequence[Mixer] | None = None,
+    num_first_layers: int | None = None,
+    **model_args: Any,
+) -> WhiteBoxTransformer:
+    """Build a model; options of its mixer go to the mixer."""
+    names = _options(family)
+    _check_names(model_args, names)
+    own = {name: model_args.pop(name) for name in names if name in model_args}
+    if mixer is not None:
+        given = [*own, *(["num_first_layers"] if num_first_layers is not None else [])]
+        if given:
+            raise ValueError(f"{', '.join(given)} cannot be given beside mixer; put them into a functools.partial")
+    else:
+        depth = model_args["depth"]
+        first = _number_of_first_layers(family, num_first_layers, depth)
+        mixers = [family.first or family.mixer] * first + [family.mixer] * (depth - first)
+        mixer = [functools.partial(m, **_of(m, {**mixer_defaults, **own})) for m in mixers]
+    return build_model_with_cfg(
+        WhiteBoxTransformer,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        mixer=mixer,
+        **model_args,
+    )
+
+
+def _number_of_first_layers(family: Family, given: int | None, depth: int) -> int:
+    if family.first is None:
+        if given is not None:
+            raise TypeError("num_first_layers splits a hybrid; this model has one mixer in all layers")
+        return 0
+    number = depth // 2 if given is None else given
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= depth:
+        raise ValueError(f"num_first_layers must be an int from 0 to depth={depth}, got {given!r}")
+    return number
+
+
+def _options(family: Family) -> set[str]:
+    return {*OPTIONS[family.mixer], *(OPTIONS[family.first] if family.first else ())}
+
+
+def _of(mixer: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in OPTIONS[mixer]}
+
+
+def _check_names(given: dict[str, Any], options: set[str]) -> None:
+    """Suggest the nearest name for a misspelt option; what is none of ours is timm's to judge."""
+    ours = {*inspect.signature(WhiteBoxTransformer).parameters, *options}
+    timms = {*inspect.signature(build_model_with_cfg).parameters, "cache_dir", "features_only", "out_indices"}
+    others = {name for names in OPTIONS.values() for name in names} - ours
+    for name in given.keys() - ours - timms:
+        suggestion = nearest(name, ours)
+        if suggestion:
+            raise TypeError(f"unexpected option {name!r}{suggestion}")
+        if name in others:
+            raise TypeError(f"unexpected option {name!r}: the mixer of this model has none")
+
+
+def _register(family_name: str, size_name: str) -> None:
+    family, size = FAMILIES[family_name], sizes_of(family_name)[size_name]
+    name = model_name(family_name, size_name)
+    model_args = {**size.args, **family.model_args}
+    mixer_defaults = {**size.mixer_defaults, **family.defaults}
+
+    def build(pretrained: bool = False, **kwargs: Any) -> WhiteBoxTransformer:
+        return _create(name, family, pretrained, mixer_defaults, **{**model_args, **kwargs})
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{family.summary}; size {size_name}."
+    setattr(sys.modules[__name__], name, register_model(build))
+
+
+def names() -> dict[str, str]:
+    """Every registered model and what it is."""
+    return {
+        model_name(family, size): FAMILIES[family].summary for family in FAMILIES for size in sizes_of(family)
+    }
+
+
+for _family in FAMILIES:
+    for _size in sizes_of(_family):
+        _register(_family, _size)

@@ -1,0 +1,92 @@
+"""Agent attention as a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cbsa_torch import ops
+from cbsa_torch._core.types import QKV, Representatives
+from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.nn.representatives import make_representatives
+from cbsa_torch.ops import counting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AgentAttention(TokenMixer):
+    """Agent attention (Han et al., ECCV 2024): softmax attention through a few pooled agents; O(N).
+
+    CBSA without contraction, steps and residual, and with a fresh softmax to broadcast. Without position
+    biases and depthwise convolution, as in the paper's comparison. Use it as ``x + AgentAttention(norm(x))``.
+
+    Args:
+        dim: channels of input and output.
+        num_heads: number of heads H.
+        num_representatives: how many agents, as in :class:`cbsa_torch.CBSA`.
+        representatives: where agents come from: a kind or a strategy as in :class:`cbsa_torch.CBSA`, but not
+            one that brings an attention with it.
+        qkv: ``"separate"`` projections for queries, keys and values, as in the original, or one ``"shared"``
+            projection, as the white-box layers have. Agents are made from the queries.
+        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` need
+            ``qkv="shared"``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_representatives: int = 64,
+        representatives: str | Callable[..., Representatives] = "pool",
+        qkv: QKV = "separate",
+        **options: Unpack[MixerOptions],
+    ) -> None:
+        super().__init__(dim, num_heads, qkv=qkv, **options)
+        self.representatives = make_representatives(
+            representatives,
+            num_heads,
+            num_representatives,
+            self.head_dim,
+            device=options.get("device"),
+            dtype=options.get("dtype"),
+        )
+        if getattr(self.representatives, "gives_attention", False):
+            raise ValueError(
+                "representatives must not bring an attention: agents attend to the tokens by softmax; "
+                "use 'pool', 'learned' or a strategy of your own"
+            )
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the agents are made from the tokens' grid."""
+        return getattr(self.representatives, "needs_grid", False)
+
+    def mix(self, heads: Heads) -> Tensor:
+        """Apply :func:`cbsa_torch.ops.agent_attention`."""
+        agents = self._represent(self.representatives, heads)
+        keys = heads.tokens if heads.keys is None else heads.keys
+        values = keys if heads.values is None else heads.values
+        output = ops.agent_attention(
+            heads.tokens,
+            agents.values,
+            keys,
+            values,
+            key_mask=heads.token_mask,
+            agent_mask=agents.mask,
+        )
+        return output if heads.token_mask is None else output.masked_fill(~heads.token_mask[:, None, :, None], 0.0)
+
+    def count_heads(self, heads: Heads) -> counting.Counts:
+        """Count both softmax attentions."""
+        agents = self._represent(self.representatives, heads)
+        return counting.agent_attention(
+            heads.tokens.shape[2],
+            agents.values.shape[2],
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            separate=not self.shared_qkv,
+        )

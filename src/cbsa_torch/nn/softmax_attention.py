@@ -1,0 +1,64 @@
+"""Softmax attention as layers: MSSA of CRATE, and standard multi-head attention as the baseline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cbsa_torch import ops
+from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.ops import counting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class MSSA(TokenMixer):
+    """Multi-head Subspace Self-Attention of CRATE (Eq. 9): softmax attention with one shared projection.
+
+    CBSA with all tokens as representatives; O(N^2). Use it as ``x + MSSA(norm(x))``.
+
+    Args:
+        dim: channels of input and output.
+        num_heads: number of subspaces H.
+        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[MixerOptions]) -> None:
+        super().__init__(dim, num_heads, qkv="shared", **options)
+
+    def mix(self, heads: Heads) -> Tensor:
+        """Apply :func:`cbsa_torch.ops.mssa`."""
+        return ops.mssa(heads.tokens, token_mask=heads.token_mask)
+
+    def count_heads(self, heads: Heads) -> counting.Counts:
+        """Count both products with the N x N matrix."""
+        n = heads.tokens.shape[2]
+        return counting.softmax_attention(n, num_heads=self.num_heads, head_dim=self.head_dim)
+
+
+class MHSA(TokenMixer):
+    """Standard multi-head self-attention (Vaswani et al., 2017), the black-box baseline; O(N^2).
+
+    Queries, keys and values have projections of their own, so there are no bases to tie or keep orthogonal.
+
+    Args:
+        dim: channels of input and output.
+        num_heads: number of heads H.
+        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` raise.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[MixerOptions]) -> None:
+        super().__init__(dim, num_heads, qkv="separate", **options)
+
+    def mix(self, heads: Heads) -> Tensor:
+        """Apply :func:`cbsa_torch.ops.softmax_attention`."""
+        assert heads.keys is not None and heads.values is not None, "the projections are separate"
+        output = ops.softmax_attention(heads.tokens, heads.keys, heads.values, key_mask=heads.token_mask)
+        return output if heads.token_mask is None else output.masked_fill(~heads.token_mask[:, None, :, None], 0.0)
+
+    def count_heads(self, heads: Heads) -> counting.Counts:
+        """Count both products with the N x N matrix."""
+        n = heads.tokens.shape[2]
+        return counting.softmax_attention(n, num_heads=self.num_heads, head_dim=self.head_dim)

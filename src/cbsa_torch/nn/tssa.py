@@ -1,0 +1,93 @@
+"""TSSA as a layer: channel attention, in the form ToST trains or as Eq. 13."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_torch import ops
+from cbsa_torch._core.checks import check_choice, check_positive
+from cbsa_torch._core.types import TSSA_FORMS, TSSAForm
+from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.ops import counting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class TSSA(TokenMixer):
+    """Token Statistics Self-Attention of ToST: channels scaled by their second moments; O(N).
+
+    Args:
+        dim: channels of input and output.
+        num_heads: number of subspaces H.
+        form: ``"tost"``, what its authors train (:func:`cbsa_torch.ops.tssa`): tokens belong to heads by a
+            softmax with a learned temperature; or ``"channel"``, Eq. 13 along the standard basis of each
+            subspace (:func:`cbsa_torch.ops.channel_attention`, mean over tokens) times a learned step.
+        eps: quantisation precision epsilon of ``"channel"``; ``"tost"`` has the constant 1 in its place.
+        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`.
+
+    Attributes:
+        temperature: ``(H,)``, ones at first; None for ``"channel"``.
+        step_tokens: kappa, ``(H,)``, standard normal at first; None for ``"tost"``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        form: TSSAForm = "tost",
+        eps: float = 1.0,
+        **options: Unpack[MixerOptions],
+    ) -> None:
+        check_choice("form", form, TSSA_FORMS)
+        check_positive("eps", eps)
+        if form == "tost" and eps != 1.0:
+            raise ValueError(f"eps must be 1 for form='tost', which has no epsilon; got {eps}")
+        super().__init__(dim, num_heads, qkv="shared", **options)
+        self.form: TSSAForm = form
+        self.eps = eps
+        scale = nn.Parameter(torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype")))
+        self.temperature = scale if form == "tost" else None
+        self.step_tokens = scale if form == "channel" else None
+        self._reset_scale()
+
+    def _reset_scale(self) -> None:
+        if self.temperature is not None:
+            nn.init.ones_(self.temperature)
+        if self.step_tokens is not None:
+            nn.init.normal_(self.step_tokens)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        super().reset_parameters()
+        self._reset_scale()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that should not decay: temperature, step size, and orthonormal bases."""
+        return super().no_weight_decay() | {"temperature" if self.form == "tost" else "step_tokens"}
+
+    def mix(self, heads: Heads) -> Tensor:
+        """Apply :func:`cbsa_torch.ops.tssa` or :func:`cbsa_torch.ops.channel_attention`."""
+        tokens, mask = heads.tokens, heads.token_mask
+        if self.temperature is not None:
+            return ops.tssa(tokens, temperature=self.temperature, token_mask=mask)
+        assert self.step_tokens is not None, "one of the two forms"
+        out = ops.channel_attention(tokens, eps=self.eps, average=True, token_mask=mask)
+        return self.step_tokens[:, None, None].to(out.dtype) * out
+
+    def count_heads(self, heads: Heads) -> counting.Counts:
+        """Count the weighted means of ``"tost"``; the rest is work per element."""
+        return counting.channel_attention(
+            heads.tokens.shape[2],
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            weighted=self.form == "tost",
+        )
+
+    def extra_repr(self) -> str:
+        """Show the options when the module is printed."""
+        return f"{super().extra_repr()}, form={self.form!r}"

@@ -1,0 +1,49 @@
+"""Agent attention: softmax attention through a few agents, twice (Han et al., ECCV 2024)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cbsa_torch._core.checks import check_mask
+from cbsa_torch.ops.softmax_attention import softmax_attention
+
+
+def agent_attention(
+    queries: Tensor,
+    agents: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    agent_mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(Q A^T) softmax(A K^T) V: agents collect values, and tokens collect from the agents. O(N).
+
+    CBSA without contraction: the extraction (5) without its residual, and a broadcast by a fresh softmax of
+    tokens over agents. Without the position biases and the depthwise convolution of the original, as in
+    the paper's comparison.
+
+    Args:
+        queries: ``(B, H, N, P)``.
+        agents: ``(B, H, M, P)``, e.g. pooled queries.
+        keys: ``(B, H, K, P)``.
+        values: ``(B, H, K, V)``.
+        scale: factor on the logits. Default: P^-1/2.
+        key_mask: ``(B, K)`` bool, True = a real key; an item without any gets zeros.
+        agent_mask: ``(B, M)`` bool, True = an agent that exists for this item.
+
+    Returns:
+        ``(B, H, N, V)`` in the dtype of the inputs.
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
+    """
+    if agent_mask is not None:
+        check_mask("agent_mask", agent_mask, (agents.shape[0], agents.shape[2]), "(B, M)", "a real agent")
+        agents = agents.masked_fill(~agent_mask[:, None, :, None], 0.0)
+    collected = softmax_attention(agents, keys, values, scale=scale, key_mask=key_mask)  # (B, H, M, V)
+    return softmax_attention(queries, agents, collected, scale=scale, key_mask=agent_mask)
+
+
+__all__ = ["agent_attention"]

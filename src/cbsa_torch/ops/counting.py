@@ -1,0 +1,183 @@
+"""Counting: FLOPs and pairwise similarities of each mechanism (Table 1, Table 4, Fig. 2 and 9).
+
+FLOPs are those of matrix products, two per multiply-add, as ``torch.utils.flop_counter`` counts them, plus
+those of factorisations, which it does not see. Softmax, norms, pooling and other work per element are left
+out, by torch as well. The paper's Table 1 counts multiply-adds.
+
+Similarities are the distinct inner products that decide who attends to whom: per head N M for M
+representatives, M (M + 1) / 2 more for a contraction among them, N^2 for softmax attention, N P for
+directions. Read so, the paper's Table 4 is reproduced for CBSA, TSSA and MSSA.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+from cbsa_torch._core.checks import check_choice, check_positive_int
+from cbsa_torch._core.types import CONTRACTIONS, Contraction, LinearSolver
+
+Mechanism = Literal["cbsa", "mssa", "mhsa", "linear_cbsa", "tssa", "agent", "mlp", "ista"]
+MECHANISMS: tuple[str, ...] = get_args(Mechanism)
+
+MLP_RATIO = 4
+"""Hidden over outer channels of a Transformer's feed-forward."""
+
+
+class Counts(NamedTuple):
+    """What one evaluation on one item costs."""
+
+    products: int = 0
+    """FLOPs of matrix products, two per multiply-add."""
+    factorizations: int = 0
+    """FLOPs of Cholesky factors, solves and eigendecompositions: the leading term of the textbook count."""
+    similarities: int = 0
+    """Distinct inner products that decide who attends to whom."""
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs that are counted."""
+        return self.products + self.factorizations
+
+    def plus(self, other: Counts) -> Counts:
+        """The sum of both, field by field."""
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def linear(num_tokens: int, in_features: int, out_features: int) -> Counts:
+    """A linear layer over ``num_tokens`` tokens."""
+    return Counts(products=2 * num_tokens * in_features * out_features)
+
+
+def ista(num_tokens: int, dim: int) -> Counts:
+    """ISTA with a square dictionary: D^T (x - D x), two products (the official code takes three)."""
+    return Counts(products=4 * num_tokens * dim**2)
+
+
+def cbsa(
+    num_tokens: int,
+    num_representatives: int,
+    *,
+    num_heads: int,
+    head_dim: int,
+    contraction: Contraction = "softmax",
+    extracted: bool = True,
+) -> Counts:
+    """CBSA inside the heads: extraction, contraction and broadcast.
+
+    ``extracted=False``: the representatives come with their attention, so that nothing is extracted.
+    """
+    check_choice("contraction", contraction, CONTRACTIONS)
+    n, m, p = num_tokens, num_representatives, head_dim
+    products = 2 * n * m * p + (4 * n * m * p if extracted else 0)
+    similarities = n * m
+    factorizations = 0
+    if contraction == "softmax":
+        products += 4 * m**2 * p
+        similarities += m * (m + 1) // 2
+    elif contraction == "exact":
+        side = min(m, p)
+        products += 2 * m * p * side
+        factorizations = side**3 // 3 + 2 * side**2 * max(m, p)
+        similarities += side * (side + 1) // 2
+    return Counts(num_heads * products, num_heads * factorizations, num_heads * similarities)
+
+
+def softmax_attention(num_tokens: int, *, num_heads: int, head_dim: int) -> Counts:
+    """Softmax attention among N tokens, MSSA included (9)."""
+    n = num_tokens
+    return Counts(4 * num_heads * n**2 * head_dim, 0, num_heads * n**2)
+
+
+def agent_attention(
+    num_tokens: int, num_agents: int, *, num_heads: int, head_dim: int, separate: bool = False
+) -> Counts:
+    """Agent attention: two softmax attentions between N tokens and M agents.
+
+    With one projection for queries and keys the similarities of both are the same numbers; ``separate``
+    counts them twice.
+    """
+    pairs = num_heads * num_tokens * num_agents
+    return Counts(8 * pairs * head_dim, 0, pairs * (2 if separate else 1))
+
+
+def linear_cbsa(
+    num_tokens: int, *, num_heads: int, head_dim: int, solver: LinearSolver = "cholesky"
+) -> Counts:
+    """Linear attention (12): the Gram matrix, its filter, and the filter applied."""
+    n, p = num_tokens, head_dim
+    products = 4 * n * p**2
+    if solver == "eigh":
+        products, factorizations = products + 2 * p**3, 9 * p**3
+    else:
+        factorizations = p**3 // 3 + 2 * p**3
+    return Counts(num_heads * products, num_heads * factorizations, num_heads * n * p)
+
+
+def channel_attention(num_tokens: int, *, num_heads: int, head_dim: int, weighted: bool = False) -> Counts:
+    """Channel attention (13) along the standard basis; ``weighted``: TSSA's mean weighted by membership."""
+    similarities = num_heads * num_tokens * head_dim
+    return Counts(2 * similarities if weighted else 0, 0, similarities)
+
+
+def layer(
+    mechanism: Mechanism,
+    num_tokens: int,
+    dim: int,
+    num_heads: int,
+    *,
+    head_dim: int | None = None,
+    num_representatives: int = 64,
+) -> Counts:
+    """A whole layer with its projections (the paper's Fig. 2 and 9).
+
+    Args:
+        mechanism: a token mixer, or the feed-forwards ``"mlp"`` (hidden 4 ``dim``) and ``"ista"``.
+        num_tokens: N.
+        dim: channels.
+        num_heads: H.
+        head_dim: P. Default: ``dim / num_heads``.
+        num_representatives: M of CBSA and agent attention, at most N of them.
+
+    Raises:
+        ValueError: an unknown mechanism, numbers below 1.
+    """
+    check_choice("mechanism", mechanism, MECHANISMS)
+    head_dim = max(dim // num_heads, 1) if head_dim is None else head_dim
+    for name, value in (
+        ("num_tokens", num_tokens),
+        ("dim", dim),
+        ("num_heads", num_heads),
+        ("head_dim", head_dim),
+        ("num_representatives", num_representatives),
+    ):
+        check_positive_int(name, value)
+    if mechanism == "mlp":
+        return linear(num_tokens, 2 * dim, MLP_RATIO * dim)  # up and down
+    if mechanism == "ista":
+        return ista(num_tokens, dim)
+    m = min(num_representatives, num_tokens)
+    heads = {"num_heads": num_heads, "head_dim": head_dim}
+    inside = {
+        "cbsa": lambda: cbsa(num_tokens, m, **heads),
+        "mssa": lambda: softmax_attention(num_tokens, **heads),
+        "mhsa": lambda: softmax_attention(num_tokens, **heads),
+        "linear_cbsa": lambda: linear_cbsa(num_tokens, **heads),
+        "tssa": lambda: channel_attention(num_tokens, weighted=True, **heads),
+        "agent": lambda: agent_attention(num_tokens, m, **heads),
+    }[mechanism]()
+    projections = 4 if mechanism == "mhsa" else 2
+    return inside.plus(linear(num_tokens, dim, projections * num_heads * head_dim))
+
+
+__all__ = [
+    "MECHANISMS",
+    "Counts",
+    "agent_attention",
+    "cbsa",
+    "channel_attention",
+    "ista",
+    "layer",
+    "linear",
+    "linear_cbsa",
+    "softmax_attention",
+]

@@ -1,0 +1,93 @@
+"""Linear attention as CBSA with principal directions as representatives (Eq. 12).
+
+With W = U_k^T Z (rows are tokens) and f(lambda) = eps^2 / (eps^2 + lambda), the output is W f(W^T W): a
+spectral filter that keeps what is small beside eps and removes what is large.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbsa_torch._core.checks import check_choice, check_positive
+from cbsa_torch._core.precision import no_autocast, solve_dtype
+from cbsa_torch._core.types import LINEAR_SOLVERS, LinearSolver
+from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch.ops.masking import check_tokens, real_tokens
+
+
+def linear_cbsa(
+    tokens: Tensor,
+    *,
+    eps: float = DEFAULT_EPS,
+    average: bool = False,
+    solver: LinearSolver = "cholesky",
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Linear attention W (I + W^T W / eps^2)^-1 inside each head's subspace (Eq. 12). O(N).
+
+    CBSA whose representatives are the principal directions of the tokens, or any rotation and scaling of
+    them (Appendix B), with the exact contraction (7) and M = P.
+
+    Args:
+        tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z.
+        eps: quantisation precision epsilon.
+        average: use the mean of the tokens' outer products in place of their sum W^T W, i.e. N eps^2 in
+            place of eps^2, so that the filter does not depend on how many tokens there are.
+        solver: ``"cholesky"``, a linear solve of the P x P system, or ``"eigh"``, its eigendecomposition:
+            the same value and gradient (also for repeated eigenvalues), several times slower
+            (``benchmarks/linear_cbsa.py``).
+        token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
+            get zeros.
+
+    Returns:
+        ``(B, H, N, P)`` in the dtype of ``tokens``; computed in float64 where the device has it. From a
+        condition number 1 + lambda_max / eps^2 of about 1e16 on, the result is NaN.
+
+    Raises:
+        ValueError: shapes or options that do not fit. TypeError: wrong dtypes.
+    """
+    check_choice("solver", solver, LINEAR_SOLVERS)
+    check_positive("eps", eps)
+    check_tokens(tokens, token_mask)
+    with no_autocast(tokens):
+        w, count = real_tokens(tokens, token_mask, solve_dtype(tokens))
+        gram = w.mT @ w / eps**2  # (B, H, P, P)
+        if average:
+            gram = gram / count
+        if solver == "eigh":
+            kernel = _SpectralFilter.apply(gram)
+        else:
+            identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+            # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
+            factor, failed = torch.linalg.cholesky_ex(identity + gram)
+            kernel = torch.cholesky_solve(identity.expand_as(gram), factor)
+            kernel = kernel.masked_fill((failed != 0)[..., None, None], float("nan"))
+        return (w @ kernel).to(tokens.dtype)
+
+
+class _SpectralFilter(torch.autograd.Function):
+    """(I + G)^-1 = L diag(1 / (1 + lambda)) L^T for a symmetric G with eigenvalues lambda.
+
+    The derivative of a spectral function takes divided differences of f at pairs of eigenvalues
+    (Daleckii and Krein), where autograd divides by their difference and fails for repeated ones. For
+    f = 1 / (1 + lambda) they are -f_i f_j: no division at all, and dG = -F dF F.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gram: Tensor) -> Tensor:
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+        # Rounding may leave a zero eigenvalue slightly negative.
+        filtered = (eigenvectors / (1 + eigenvalues.clamp(min=0))[..., None, :]) @ eigenvectors.mT
+        ctx.save_for_backward(filtered)
+        return filtered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (filtered,) = ctx.saved_tensors
+        return -(filtered @ ((gradient + gradient.mT) / 2) @ filtered)
+
+
+__all__ = ["linear_cbsa"]

@@ -1,0 +1,104 @@
+"""Channel attention: Eq. 13, and the token statistics self-attention (TSSA) that ToST trains.
+
+Both scale every channel by a decreasing function of its second moment over the tokens; nothing compares
+one token with another. O(N P) per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cbsa_torch._core.checks import check_floating, check_number, check_positive, check_shape
+from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch.ops.directions import check_basis
+from cbsa_torch.ops.masking import check_tokens, real_tokens
+
+_NORM_FLOOR = 1e-12
+"""Smallest norm of a channel over the tokens, as in torch's ``normalize``."""
+_MEMBERSHIP_FLOOR = 1e-8
+"""Added to a head's summed memberships, as in the official code."""
+
+
+def channel_attention(
+    tokens: Tensor,
+    basis: Tensor | None = None,
+    *,
+    eps: float = DEFAULT_EPS,
+    average: bool = False,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Channel attention W B diag(f(|W b_j|^2)) B^T with f(lambda) = eps^2 / (eps^2 + lambda) (Eq. 13).
+
+    CBSA whose representatives lie along a fixed orthonormal basis B, with the exact contraction (7).
+
+    Args:
+        tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z.
+        basis: ``(P, P)`` or ``(H, P, P)``, orthonormal columns b_j (not checked). Default: the identity.
+        eps: quantisation precision epsilon.
+        average: use the mean over tokens in place of the sum |W b_j|^2, i.e. N eps^2 in place of eps^2.
+        token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
+            get zeros.
+
+    Returns:
+        ``(B, H, N, P)`` in the dtype of ``tokens``, computed in float32 or better.
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: wrong dtypes.
+    """
+    check_positive("eps", eps)
+    check_tokens(tokens, token_mask)
+    with no_autocast(tokens):
+        w, count = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
+        if basis is not None:
+            check_basis(basis, tokens)
+            basis = basis.to(w.dtype)
+            w = w @ basis
+        energy = w.square().sum(-2, keepdim=True)  # (B, H, 1, P)
+        w = w * (eps**2 / (eps**2 + (energy / count if average else energy)))
+        return (w if basis is None else w @ basis.mT).to(tokens.dtype)
+
+
+def tssa(tokens: Tensor, *, temperature: Tensor | float = 1.0, token_mask: Tensor | None = None) -> Tensor:
+    """Token Statistics Self-Attention (Wu et al., ICLR 2025), as its authors train it.
+
+    Each token belongs to the heads by a softmax over heads, Pi = softmax_k(temperature_k |w_kn|^2) with
+    every channel normalised over the tokens; a head damps its channels by their mean square weighted by Pi:
+    output - Pi * W / (1 + sum_n Pi_n W_n^2 / sum_n Pi_n). At temperature 0 this is
+    ``-channel_attention(tokens, eps=1, average=True) / H``: Eq. 13 up to the sign, which the output
+    projection absorbs.
+
+    Args:
+        tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z.
+        temperature: of the softmax over heads: a number or ``(H,)``.
+        token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
+            get zeros.
+
+    Returns:
+        ``(B, H, N, P)`` in the dtype of ``tokens``, computed in float32 or better.
+
+    Raises:
+        ValueError: shapes that do not fit. TypeError: wrong dtypes.
+    """
+    check_tokens(tokens, token_mask)
+    if isinstance(temperature, Tensor):
+        check_floating("temperature", temperature)
+        check_shape("temperature", temperature, (tokens.shape[1],), "(H,)")
+    else:
+        check_number("temperature", temperature)
+    with no_autocast(tokens):
+        w, _ = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(w.dtype)[:, None]  # (H, 1)
+        squares = w.square()  # (B, H, N, P)
+        share = squares / squares.sum(-2, keepdim=True).clamp(min=_NORM_FLOOR**2)
+        membership = torch.softmax(temperature * share.sum(-1), dim=1)  # (B, H, N)
+        if token_mask is not None:
+            membership = membership.masked_fill(~token_mask[:, None, :], 0.0)
+        weights = membership / (membership.sum(-1, keepdim=True) + _MEMBERSHIP_FLOOR)
+        moment = weights[..., None, :] @ squares  # (B, H, 1, P)
+        return (-w * membership[..., None] / (1 + moment)).to(tokens.dtype)
+
+
+__all__ = ["channel_attention", "tssa"]
