@@ -1,19 +1,115 @@
-"""Released checkpoints: the same logits, from a file or a state dict."""
+"""Released checkpoints: the same logits, from a file or a state dict, of every kind that is known."""
 
 import pytest
 import torch
 
 from cbsa_torch.models import load_official
+from cbsa_torch.models.checkpoint import CheckpointError
+from cbsa_torch.models.convert import convert_official
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
 
+GOLDEN = ["cbt_tiny", "cbt_small", "crate_tiny", "tost_tiny"]
 
-@pytest.mark.parametrize("size", ["tiny", "small"])
-def test_logits_of_the_official_models(size):
-    data, description = golden.load(f"model_cbt_{size}")
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_of_the_official_models(name):
+    data, description = golden.load(f"model_{name}")
     model = load_official(golden.filled_state_dict(description))
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == description["parameters"]
     with torch.no_grad():
         assert_close(model(golden.images()), data["logits_float64"], 1e-10)
         assert_close(model.float()(golden.images().float()), data["logits_float32"], 1e-4)
+
+
+def zeros(name):
+    return {
+        key: torch.zeros(shape, dtype=getattr(torch, dtype))
+        for key, shape, dtype in golden.describe(f"keys_{name}")["state_dict"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "head_dim", "stem"),
+    [
+        ("cbt_base", 12, 64, "conv"),
+        ("crate_small", 6, 64, "conv"),
+        ("tost_small", 6, 64, "conv"),
+        ("crate_original_small", 12, 48, "linear"),
+    ],
+)
+def test_key_lists_of_the_other_sizes(name, heads, head_dim, stem):
+    model = load_official(zeros(name))
+    assert sum(p.numel() for p in model.parameters()) == golden.describe(f"keys_{name}")["parameters"]
+    assert (model.blocks[0].attn.num_heads, model.blocks[0].attn.head_dim) == (heads, head_dim)
+    assert hasattr(model.stem, "norm1") == (stem == "linear")
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
+
+
+def crate(dim=32, depth=2, classes=5):
+    """A small CRATE with a linear stem under the official names."""
+    state = {"pos_embedding": torch.randn(1, 10, dim), "cls_token": torch.randn(1, 1, dim)}
+    for i, shape in ((1, (48,)), (2, (dim, 48)), (3, (dim,))):
+        state[f"to_patch_embedding.{i}.weight"] = torch.randn(shape)
+        state[f"to_patch_embedding.{i}.bias"] = torch.randn(shape[0])
+    for i in range(depth):
+        prefix = f"transformer.layers.{i}"
+        for j in (0, 1):
+            state[f"{prefix}.{j}.norm.weight"], state[f"{prefix}.{j}.norm.bias"] = (
+                torch.ones(dim),
+                torch.zeros(dim),
+            )
+        state[f"{prefix}.0.fn.qkv.weight"] = torch.randn(dim, dim)
+        state[f"{prefix}.0.fn.to_out.0.weight"] = torch.randn(dim, dim)
+        state[f"{prefix}.0.fn.to_out.0.bias"] = torch.randn(dim)
+        state[f"{prefix}.1.fn.weight"] = torch.randn(dim, dim)
+    state["mlp_head.0.weight"], state["mlp_head.0.bias"] = torch.ones(dim), torch.zeros(dim)
+    state["mlp_head.1.weight"], state["mlp_head.1.bias"] = torch.randn(classes, dim), torch.zeros(classes)
+    return state
+
+
+def test_an_unpublished_width_needs_num_heads(tmp_path):
+    with pytest.raises(CheckpointError, match="heads of a CRATE of width 32 cannot be told .*; give num_heads"):
+        load_official(crate())
+    model = load_official(crate(), num_heads=4)
+    assert model.blocks[0].attn.num_heads == 4
+    assert model(torch.randn(1, 3, 12, 12)).shape == (1, 5)
+    with pytest.raises(CheckpointError, match="num_heads 5 does not divide the 32 channels"):
+        load_official(crate(), num_heads=5)
+    torch.save(crate(), tmp_path / "crate.pth")
+    info = convert_official(tmp_path / "crate.pth", tmp_path / "ours.safetensors", num_heads=4)
+    assert info["model"] == "crate_original_tiny_patch16_224"
+
+
+def as_cbsa(state, i, heads):
+    """Layer ``i`` as one of CBSA, by name."""
+    state = dict(state)
+    prefix = f"transformer.layers.{i}.0.fn"
+    state[f"{prefix}.proj.weight"] = state.pop(f"{prefix}.qkv.weight")
+    return state | {f"{prefix}.{step}": torch.ones(heads, 1, 1) for step in ("step_x", "step_rep")}
+
+
+def test_hybrids_are_told_layer_by_layer():
+    state = as_cbsa(crate(depth=3), 2, heads=4)
+    model = load_official(state)
+    assert [type(block.attn).__name__ for block in model.blocks] == ["MSSA", "MSSA", "CBSA"]
+    assert model.blocks[0].attn.num_heads == 4  # told by the last layer
+    assert model.blocks[2].attn.layout == "official"
+    with pytest.raises(CheckpointError, match="has 4 heads, not num_heads=8"):
+        load_official(state, num_heads=8)
+    with pytest.raises(CheckpointError, match="CBSA, MSSA, MSSA, in an order that none of our models has"):
+        load_official(as_cbsa(crate(depth=3), 0, heads=4))
+
+
+def test_odd_patches_are_refused():
+    state = crate() | {"to_patch_embedding.2.weight": torch.randn(32, 47)}
+    with pytest.raises(CheckpointError, match="47 values per patch are not a square"):
+        load_official(state, num_heads=4)
+
+
+def test_a_layer_of_no_known_kind_is_named():
+    state = crate()
+    del state["transformer.layers.1.0.fn.qkv.weight"]
+    with pytest.raises(CheckpointError, match=r"layer 1 has none of transformer\.layers\.1\.0\.fn\.step_x"):
+        load_official(state, num_heads=4)

@@ -13,6 +13,7 @@ COMMANDS = {
     "eval": "Evaluate a trained model.",
     "predict": "Classify image files.",
     "report": "Write a page about a trained model: accuracy, curves, coding rates, attention maps.",
+    "count": "Count parameters, FLOPs and pairwise similarities of models.",
     "convert": "Convert a released checkpoint of the official code.",
     "list": "List our models and recipes.",
 }

@@ -13,10 +13,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cbsa_torch.cli.count import CURVE_TOKENS, as_dict, count_named, flops_curves, mixer_sizes
 from cbsa_torch.cli.report import report_run
+from cbsa_torch.interpret import plots
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import CheckpointError, write_atomically
 from cbsa_torch.models.convert import convert_official
+from cbsa_torch.models.counting import LayerCounts
 from cbsa_torch.train import errors
 from cbsa_torch.train.config import TrainConfig, load_config, recipe_names
 from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained
@@ -172,19 +175,88 @@ def run_report(args: list[str]) -> None:
 
 @dataclass
 class _ConvertArgs:
-    """Convert a released checkpoint of the official code into one of ours."""
+    """Convert a released checkpoint (CBT, CRATE, ToST, hybrids) into one of ours."""
 
     official: str
     """A .pth, .pth.tar or .safetensors file."""
     output: str
     """The .safetensors file to write."""
+    num_heads: int | None = None
+    """Heads of a CRATE of a width that was not published."""
 
 
 def run_convert(args: list[str]) -> None:
     """Convert a released checkpoint of the official code."""
     options = _parse(_ConvertArgs, args, "convert")
-    info = convert_official(options.official, options.output)
+    info = convert_official(options.official, options.output, num_heads=options.num_heads)
     print(f"{options.output}: {info['model']} {info['model_args']}")
+
+
+@dataclass
+class _CountArgs:
+    """Count parameters, FLOPs (two per multiply-add) and pairwise similarities of models, for one image.
+
+    Similarities are the distinct inner products that decide who attends to whom.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """timm model names; `cbsa list` shows ours."""
+    image_size: tuple[int, ...] = ()
+    """Side, or height and width, in pixels. Default: what each model is made for."""
+    args: dict[str, str] = field(default_factory=dict)
+    """Further constructor arguments, e.g. contraction exact."""
+    layers: bool = False
+    """Also print every layer."""
+    output: str | None = None
+    """Also write the counts, layers included, to this JSON file."""
+    plot: str | None = None
+    """Also draw the FLOPs of one layer of each mechanism against the number of tokens (.png or .svg), at the
+    width and heads of the first model."""
+
+
+def run_count(args: list[str]) -> None:
+    """Count parameters, FLOPs and pairwise similarities of models."""
+    options = _parse(_CountArgs, args, "count")
+    if not options.models:
+        raise errors.ConfigError("no models given: cbsa count MODEL ...")
+    if options.plot is not None and not options.plot.endswith((".png", ".svg")):
+        raise errors.ConfigError(f"--plot must end in .png or .svg, got {options.plot}")
+    table = Table("model", "input", "parameters", "GFLOPs", "similarities", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    rows, remarks = [], []
+    for name in options.models:
+        counts, size = count_named(name, options.args, options.image_size)
+        rows.append(as_dict(name, size, counts))
+        for layer in counts.layers if options.layers else ():
+            table.add_row(f"  {layer.name}", layer.kind, *_count_cells(layer))
+        table.add_row(name, "x".join(map(str, size)), *_count_cells(counts.total))
+        if counts.torch_flops != counts.total.counts.products:
+            remarks.append(
+                f"{name}: torch's own counter sees {counts.torch_flops / 1e9:.4g} GFLOPs of products"
+            )
+    Console().print(table)
+    for remark in remarks:
+        print(remark)
+    if options.output is not None:
+        write_atomically(Path(options.output), json.dumps(rows, indent=2).encode())
+        print(f"counts: {options.output}")
+    if options.plot is not None:
+        sizes = mixer_sizes(options.models[0], options.args)
+        curves = flops_curves(**sizes)
+        figure = plots.flops_against_tokens(CURVE_TOKENS, curves, sizes)
+        data = plots.to_png(figure) if options.plot.endswith(".png") else plots.to_svg(figure).encode()
+        write_atomically(Path(options.plot), data)
+        numbers = Path(options.plot).with_suffix(".json")
+        write_atomically(
+            numbers, json.dumps({**sizes, "tokens": CURVE_TOKENS, "flops": curves}, indent=2).encode()
+        )
+        print(f"plot: {options.plot}, numbers: {numbers}")
+
+
+def _count_cells(layer: LayerCounts) -> tuple[str, str, str]:
+    counts = layer.counts
+    return f"{layer.parameters:,}", f"{counts.flops / 1e9:.4g}", f"{counts.similarities:,}"
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,34 @@ def rates_per_layer(rates: LayerRates) -> Figure:
         axis.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
         axis.plot(layers, mean, color=color, marker="o", markersize=4)
         axis.set(xlabel="layer", ylabel=label, xticks=layers if len(layers) <= 12 else layers[::2])
+    return _tidy(figure)
+
+
+MECHANISM_LOOK = {
+    "cbsa": ("CBSA (8)", BLUE, "-", 2.4),
+    "linear_cbsa": ("linear attention (12)", BLUE, "--", 1.2),
+    "mhsa": ("MHSA", ORANGE, "-", 1.6),
+    "mssa": ("MSSA (9)", ORANGE, "--", 1.2),
+    "mlp": ("MLP", GREY, "-", 1.2),
+}
+"""Label, colour, line and width of those that are drawn: blue is linear in N, orange quadratic."""
+
+
+def flops_against_tokens(
+    tokens: Sequence[int], curves: Mapping[str, Sequence[int]], sizes: Mapping[str, int]
+) -> Figure:
+    """FLOPs of one layer of each mechanism against the number of tokens (the paper's Fig. 2 and 9)."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for name in sorted(
+        MECHANISM_LOOK, key=lambda name: -curves[name][-1]
+    ):  # the legend in the order of the lines' ends
+        label, color, line, width = MECHANISM_LOOK[name]
+        axis.plot(tokens, curves[name], line, color=color, linewidth=width, label=label)
+    title = f"one layer, {sizes['dim']} channels, {sizes['num_heads']} heads, 64 representatives"
+    axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="FLOPs (2 per multiply-add)", title=title)
+    axis.title.set_fontsize(9)
+    axis.legend(frameon=False, fontsize=8)
     return _tidy(figure)
 
 

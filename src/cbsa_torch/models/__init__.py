@@ -11,9 +11,9 @@ from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
 __all__ = [
     "WhiteBoxTransformer",
-    "registry",
     "load_checkpoint",
     "load_official",
     "read_tensors",
+    "registry",
     "save_checkpoint",
 ]

@@ -95,7 +95,7 @@ def read_info(path: Path) -> dict[str, Any]:
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} was not written by cbsa_torch (no model description in it); "
-            "for released CBT weights use load_official"
+            "for released weights use load_official"
         ) from error
     _check_info(info, str(path))
     return info

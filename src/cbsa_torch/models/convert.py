@@ -1,4 +1,8 @@
-"""Official checkpoints to our models: one key table per family, sizes read from the shapes."""
+"""Official checkpoints to our models: key tables, and sizes read from the shapes.
+
+Known are CBT, CRATE, ToST and hybrids of MSSA and CBSA with the convolutional stem, and the original CRATE
+with its linear patch embedding.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
+from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch.models.checkpoint import (
     CheckpointError,
     floating_dtype,
@@ -19,95 +24,144 @@ from cbsa_torch.models.checkpoint import (
     save_checkpoint,
     unwrap,
 )
+from cbsa_torch.models.registry import model_name, sizes_of
 from cbsa_torch.models.whitebox import WhiteBoxTransformer
 
-# (official key, our key); {} is a layer index, * the rest of the name.
-_COMMON = (
-    ("pos_embedding", "pos_embed"),
-    ("cls_token", "cls_token"),
-    ("to_patch_embedding.proj.*", "stem.proj.*"),
-    ("mlp_head.0.*", "norm.*"),
-    ("mlp_head.1.*", "head.*"),
-    ("transformer.layers.{}.0.norm.*", "blocks.{}.norm1.*"),
-    ("transformer.layers.{}.1.norm.*", "blocks.{}.norm2.*"),
-    ("transformer.layers.{}.1.fn.weight", "blocks.{}.ista.weight"),
-)
-_CBSA = (
-    ("transformer.layers.{}.0.fn.step_x", "blocks.{}.attn.step_tokens"),
-    ("transformer.layers.{}.0.fn.step_rep", "blocks.{}.attn.step_representatives"),
-    ("transformer.layers.{}.0.fn.proj.weight", "blocks.{}.attn.qkv.weight"),
-    ("transformer.layers.{}.0.fn.to_out.*", "blocks.{}.attn.proj.*"),
-)
-_NAMES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
+# Our name to the official one; * is the rest of the name, {} the index of a layer.
+_COMMON = {
+    "pos_embed": "pos_embedding",
+    "cls_token": "cls_token",
+    "norm.*": "mlp_head.0.*",
+    "head.*": "mlp_head.1.*",
+    "blocks.{}.norm1.*": "transformer.layers.{}.0.norm.*",
+    "blocks.{}.norm2.*": "transformer.layers.{}.1.norm.*",
+    "blocks.{}.ista.weight": "transformer.layers.{}.1.fn.weight",
+}
+_STEMS = {
+    "conv": {"stem.proj.*": "to_patch_embedding.proj.*", "blocks.{}.attn.proj.*": "{}.to_out.*"},
+    "linear": {
+        "stem.norm1.*": "to_patch_embedding.1.*",
+        "stem.proj.*": "to_patch_embedding.2.*",
+        "stem.norm2.*": "to_patch_embedding.3.*",
+        "blocks.{}.attn.proj.*": "{}.to_out.0.*",
+    },
+}
+_MIXERS = {
+    "CBSA": {"step_tokens": "step_x", "step_representatives": "step_rep", "qkv.weight": "proj.weight"},
+    "TSSA": {"temperature": "temp", "qkv.weight": "qkv.weight"},
+    "MSSA": {"qkv.weight": "qkv.weight"},
+}
+"""By mixer: our name within ``blocks.{}.attn`` to the official one within ``transformer.layers.{}.0.fn``."""
+_TELLING = {"CBSA": "step_x", "TSSA": "temp", "MSSA": "qkv.weight"}
+"""The first of these that a layer has tells its mixer."""
+_FLATTENED = ("step_x", "step_rep", "temp")
+"""Stored as (H, 1, 1) or (H, 1) by the official code."""
 
 
-def load_official(source: str | Path | Mapping[str, Any]) -> WhiteBoxTransformer:
-    """Convert a released CBT checkpoint of the official code.
+def load_official(
+    source: str | Path | Mapping[str, Any], *, num_heads: int | None = None
+) -> WhiteBoxTransformer:
+    """Convert a released checkpoint of the official CBSA code, or of the original CRATE.
 
-    Depth, width, heads, classes and image size are read from the shapes (the official models are square).
-    The pooling follows the official layout, with which these weights were trained.
+    The kind of every layer (CBSA, MSSA, TSSA), depth, width, classes and image size are read from names and
+    shapes; the models are square. CBSA layers pool in the official layout, with which they were trained.
 
     Args:
         source: a ``.pth``, ``.pth.tar`` or ``.safetensors`` file, or a state dict. Files are read as
             tensors only: pickled code is never executed. ``module.`` prefixes are stripped.
+        num_heads: of a CRATE of a width that was not published; the shapes of MSSA do not tell it.
 
     Returns:
         The model in eval mode, in the dtype of the weights.
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: an unsafe, broken or foreign checkpoint; missing
-            and unexpected keys are named, as the official code names them.
+            and unexpected keys are named, as the official code names them; ``num_heads`` missing or wrong.
     """
-    return _convert(source)[0]
+    return _convert(source, num_heads)[0]
 
 
-def convert_official(source: str | Path, output: str | Path) -> dict[str, Any]:
+def convert_official(source: str | Path, output: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
     """Write a released checkpoint as one of ours, for :func:`cbsa_torch.models.load_checkpoint`.
 
     Returns:
         What the file says about itself: the timm model name and its constructor arguments.
     """
-    model, info = _convert(source)
+    model, info = _convert(source, num_heads)
     save_checkpoint(output, model, info)
     return info
 
 
-def _convert(source: str | Path | Mapping[str, Any]) -> tuple[WhiteBoxTransformer, dict[str, Any]]:
+def _convert(
+    source: str | Path | Mapping[str, Any], num_heads: int | None
+) -> tuple[WhiteBoxTransformer, dict[str, Any]]:
     if isinstance(source, Mapping):
         name, official = "the state dict", unwrap(dict(source), "the state dict")
     else:
         name, official = str(source), read_tensors(source)
-    sizes = _read_sizes(official, name)
-    size = _NAMES.get((sizes["embed_dim"], sizes["depth"]), "tiny")
-    model_name, model_args = f"cbt_{size}_patch16_224", {**sizes, "layout": "official"}
+    stem = "linear" if "to_patch_embedding.2.weight" in official else "conv"
+    mixers = _read_mixers(official, name)
+    args = _read_sizes(official, name, stem, mixers, num_heads)
+    family, family_args = _family(mixers, stem, name)
+    sizes = sizes_of(family)
+    size = next(
+        (
+            s
+            for s in sizes
+            if (sizes[s].args["embed_dim"], sizes[s].args["depth"]) == (args["embed_dim"], len(mixers))
+        ),
+        "tiny",
+    )
+    model_args = {**args, **family_args}
+    ours_named = model_name(family, size)
     try:
-        model = timm.create_model(model_name, **model_args, dtype=floating_dtype(official))
+        model = timm.create_model(ours_named, **model_args, dtype=floating_dtype(official))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{name} is not an official CBT checkpoint: {error}") from error
-    pairs = [(_translate(ours, _COMMON + _CBSA, back=True), ours) for ours in model.state_dict()]
-    missing = [theirs for theirs, _ in pairs if theirs not in official]
-    unexpected = sorted(official.keys() - {theirs for theirs, _ in pairs})
+        raise CheckpointError(f"{name} is not an official checkpoint: {error}") from error
+    names = {ours: _official_name(ours, stem, mixers) for ours in model.state_dict()}
+    missing = [theirs for theirs in names.values() if theirs not in official]
+    unexpected = sorted(official.keys() - set(names.values()))
     if missing or unexpected:
         raise CheckpointError(
-            f"{name} does not fit {model_name}: missing {_some(missing)}; unexpected {_some(unexpected)}"
+            f"{name} does not fit {ours_named}: missing {_some(missing)}; unexpected {_some(unexpected)}"
         )
-    # official step sizes are (H, 1, 1)
-    converted = {o: official[t].flatten() if ".step_" in o else official[t] for t, o in pairs}
+    converted = {
+        ours: official[theirs].flatten() if theirs.endswith(_FLATTENED) else official[theirs]
+        for ours, theirs in names.items()
+    }
     load_strictly(model, converted, name)
-    return model.eval(), {"model": model_name, "model_args": model_args}
+    return model.eval(), {"model": ours_named, "model_args": model_args}
 
 
-def _translate(key: str, table: tuple[tuple[str, str], ...], *, back: bool = False) -> str:
-    """Rename a key by the table (``back``: from ours to the official name)."""
-    for pair in table:
-        source, target = reversed(pair) if back else pair
+def _family(mixers: list[str], stem: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The registered family with these layers, and the arguments that make it so."""
+    kinds = set(mixers)
+    first = mixers.count("MSSA")
+    if kinds == {"MSSA"}:
+        return ("crate_original" if stem == "linear" else "crate"), {}
+    args: dict[str, Any] = {"stem": "linear"} if stem == "linear" else {}
+    if kinds == {"TSSA"}:
+        return "tost", args
+    args["layout"] = "official"
+    if kinds == {"CBSA"}:
+        return "cbt", args
+    if mixers == ["MSSA"] * first + ["CBSA"] * (len(mixers) - first):
+        return "crate_cbt", {**args, "num_first_layers": first}
+    raise CheckpointError(f"{name} has layers {', '.join(mixers)}, in an order that none of our models has")
+
+
+def _official_name(ours: str, stem: str, mixers: list[str]) -> str:
+    for source, target in {**_COMMON, **_STEMS[stem]}.items():
         pattern = re.escape(source).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)")
-        match = re.fullmatch(pattern, key)
+        match = re.fullmatch(pattern, ours)
         if match:
+            if target.startswith("{}"):
+                target = f"transformer.layers.{{}}.0.fn{target[2:]}"
             for group in match.groups():  # in order of appearance: the index, then the rest
                 target = target.replace("{}" if "{}" in target else "*", group, 1)
             return target
-    raise KeyError(key)
+    _, index, _, rest = ours.split(".", 3)
+    return f"transformer.layers.{index}.0.fn.{_MIXERS[mixers[int(index)]][rest]}"
 
 
 def _some(keys: list[str]) -> str:
@@ -115,19 +169,42 @@ def _some(keys: list[str]) -> str:
     return (", ".join(keys[:8]) or "nothing") + more
 
 
-def _read_sizes(official: dict[str, Tensor], name: str) -> dict[str, Any]:
+def _read_mixers(official: dict[str, Tensor], name: str) -> list[str]:
+    """The mixer of every layer, by the names of its parameters."""
+    layers = {int(m[1]) for key in official if (m := re.match(r"transformer\.layers\.(\d+)\.", key))}
+    if layers != set(range(len(layers))):
+        raise CheckpointError(f"{name} has layers {sorted(layers)[:8]} ..., not 0 to {len(layers) - 1}")
+    mixers = []
+    for i in range(len(layers)):
+        prefix = f"transformer.layers.{i}.0.fn"
+        kind = next((k for k, telling in _TELLING.items() if f"{prefix}.{telling}" in official), None)
+        if kind is None:
+            raise CheckpointError(
+                f"{name} is not an official checkpoint: layer {i} has none of "
+                + ", ".join(f"{prefix}.{telling}" for telling in _TELLING.values())
+            )
+        mixers.append(kind)
+    return mixers
+
+
+def _read_sizes(
+    official: dict[str, Tensor], name: str, stem: str, mixers: list[str], num_heads: int | None
+) -> dict[str, Any]:
     """Constructor arguments from the shapes of the tensors that determine them."""
-    needed = {
-        "pos_embedding": "(1, 1 + tokens, dim)",
-        "transformer.layers.0.0.fn.step_x": "(heads, 1, 1)",
-        "transformer.layers.0.0.fn.proj.weight": "(heads * head_dim, dim)",
-        "to_patch_embedding.proj.0.0.weight": "(dim / 8, channels, 3, 3)",
-        "mlp_head.1.weight": "(classes, dim)",
-    }
+    needed = {"pos_embedding": "(1, 1 + tokens, dim)", "mlp_head.1.weight": "(classes, dim)"}
+    if stem == "conv":
+        needed["to_patch_embedding.proj.0.0.weight"] = "(dim / 8, channels, 3, 3)"
+    else:
+        needed["to_patch_embedding.2.weight"] = "(dim, channels * patch * patch)"
+    for i, mixer in enumerate(mixers):
+        prefix = f"transformer.layers.{i}.0.fn"
+        needed[f"{prefix}.{_MIXERS[mixer]['qkv.weight']}"] = "(heads * head_dim, dim)"
+        if mixer != "MSSA":
+            needed[f"{prefix}.{_TELLING[mixer]}"] = "(heads, 1, 1)" if mixer == "CBSA" else "(heads, 1)"
     missing = [key for key in needed if key not in official]
-    if missing:
+    if missing or not mixers:
         raise CheckpointError(
-            f"{name} is not an official CBT checkpoint: missing {_some(missing)}; "
+            f"{name} is not an official checkpoint: missing {_some(missing or ['transformer.layers'])}; "
             f"it holds {_some(list(official))}"
         )
     wrong = [
@@ -136,23 +213,62 @@ def _read_sizes(official: dict[str, Tensor], name: str) -> dict[str, Any]:
         if official[key].ndim != shape.count(",") + 1 or 0 in official[key].shape
     ]
     if wrong:
-        raise CheckpointError(f"{name} is not an official CBT checkpoint: {'; '.join(wrong)}")
+        raise CheckpointError(f"{name} is not an official checkpoint: {_some(wrong)}")
     _, length, dim = official["pos_embedding"].shape
-    layers = {int(m[1]) for key in official if (m := re.match(r"transformer\.layers\.(\d+)\.", key))}
-    if layers != set(range(len(layers))):
-        raise CheckpointError(f"{name} has layers {sorted(layers)[:8]} ..., not 0 to {len(layers) - 1}")
-    convolutions = sum(bool(re.fullmatch(r"to_patch_embedding\.proj\.\d+\.0\.weight", k)) for k in official)
     side = math.isqrt(length - 1)
     if side * side != length - 1:
         raise CheckpointError(f"{name}: {length - 1} position embeddings are not a square grid")
-    heads = official["transformer.layers.0.0.fn.step_x"].shape[0]
+    if stem == "conv":
+        pattern = r"to_patch_embedding\.proj\.\d+\.0\.weight"
+        patch_size = 2 ** sum(bool(re.fullmatch(pattern, key)) for key in official)
+        in_chans = official["to_patch_embedding.proj.0.0.weight"].shape[1]
+    else:
+        patch_size, in_chans = _patch(official["to_patch_embedding.2.weight"].shape[1], name)
+    heads = _read_heads(official, name, stem, mixers, num_heads)
+    inner = official[f"transformer.layers.0.0.fn.{_MIXERS[mixers[0]]['qkv.weight']}"].shape[0]
+    if inner % heads:
+        raise CheckpointError(
+            f"{name}: num_heads {heads} does not divide the {inner} channels of its projections"
+        )
     return {
-        "img_size": side * 2**convolutions,
-        "patch_size": 2**convolutions,
-        "in_chans": official["to_patch_embedding.proj.0.0.weight"].shape[1],
+        "img_size": side * patch_size,
+        "patch_size": patch_size,
+        "in_chans": in_chans,
         "num_classes": official["mlp_head.1.weight"].shape[0],
         "embed_dim": dim,
-        "depth": len(layers),
+        "depth": len(mixers),
         "num_heads": heads,
-        "head_dim": official["transformer.layers.0.0.fn.proj.weight"].shape[0] // heads,
+        "head_dim": inner // heads,
     }
+
+
+def _patch(patch_dim: int, name: str) -> tuple[int, int]:
+    """Patch size and channels (3 or 1) of a linear stem from the number of values in a patch."""
+    for in_chans in (3, 1):
+        side = math.isqrt(patch_dim // in_chans)
+        if side * side * in_chans == patch_dim:
+            return side, in_chans
+    raise CheckpointError(f"{name}: {patch_dim} values per patch are not a square of 3 or 1 channels")
+
+
+def _read_heads(official: dict[str, Tensor], name: str, stem: str, mixers: list[str], given: int | None) -> int:
+    """Heads from the layers that tell; MSSA does not, so those of the published widths are known."""
+    if given is not None:
+        check_positive_int("num_heads", given)
+    telling = [(i, mixer) for i, mixer in enumerate(mixers) if mixer != "MSSA"]
+    if telling:
+        i, mixer = telling[0]
+        heads = official[f"transformer.layers.{i}.0.fn.{_TELLING[mixer]}"].shape[0]
+        if given not in (None, heads):
+            raise CheckpointError(f"{name} has {heads} heads, not num_heads={given}")
+        return heads
+    if given is not None:
+        return given
+    dim = official["pos_embedding"].shape[2]
+    family = "crate_original" if stem == "linear" else "crate"
+    published = {size.args["embed_dim"]: size.args["num_heads"] for size in sizes_of(family).values()}
+    if dim not in published:
+        raise CheckpointError(
+            f"{name}: the heads of a CRATE of width {dim} cannot be told from its weights; give num_heads"
+        )
+    return published[dim]

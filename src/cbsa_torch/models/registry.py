@@ -124,7 +124,7 @@ def sizes_of(family: str) -> dict[str, Size]:
 
 def model_name(family: str, size: str) -> str:
     """E.g. ``cbt_tiny_patch16_224``, ``cbt_nano_patch4_28``."""
-    return f"{family}_{size.split('_')[0]}_{sizes_of(family)[size].suffix}"
+    return f"{family}_{size.split('_', maxsplit=1)[0]}_{sizes_of(family)[size].suffix}"
 
 
 def _cfg(size: Size) -> dict[str, Any]:
@@ -174,7 +174,9 @@ def _create(
     if mixer is not None:
         given = [*own, *(["num_first_layers"] if num_first_layers is not None else [])]
         if given:
-            raise ValueError(f"{', '.join(given)} cannot be given beside mixer; put them into a functools.partial")
+            raise ValueError(
+                f"{', '.join(given)} cannot be given beside mixer; put them into a functools.partial"
+            )
     else:
         depth = model_args["depth"]
         first = _number_of_first_layers(family, num_first_layers, depth)

@@ -21,7 +21,7 @@ from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlo
 Mixer = Callable[..., nn.Module]
 """Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
 
-STEMS = {"conv": ConvStem, "linear": LinearStem}
+STEMS: dict[str, type[ConvStem] | type[LinearStem]] = {"conv": ConvStem, "linear": LinearStem}
 ISTA_DEFAULT = 0.1
 """Step size and sparsity of ISTA (CRATE, and the paper, section 4)."""
 GLOBAL_POOLS = ("token", "avg", "max", "avgmax", "")

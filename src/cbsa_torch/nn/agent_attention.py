@@ -70,15 +70,11 @@ class AgentAttention(TokenMixer):
         agents = self._represent(self.representatives, heads)
         keys = heads.tokens if heads.keys is None else heads.keys
         values = keys if heads.values is None else heads.values
+        mask = heads.token_mask
         output = ops.agent_attention(
-            heads.tokens,
-            agents.values,
-            keys,
-            values,
-            key_mask=heads.token_mask,
-            agent_mask=agents.mask,
+            heads.tokens, agents.values, keys, values, key_mask=mask, agent_mask=agents.mask
         )
-        return output if heads.token_mask is None else output.masked_fill(~heads.token_mask[:, None, :, None], 0.0)
+        return output if mask is None else output.masked_fill(~mask[:, None, :, None], 0.0)
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both softmax attentions."""

@@ -155,8 +155,8 @@ class TokenMixer(nn.Module, abc.ABC):
         inner = num_heads * head_dim
         if orthogonal and (qkv == "separate" or inner > dim):
             raise ValueError(
-                f"orthogonal needs qkv='shared' and num_heads * head_dim (={inner}) at most dim (={dim}): there "
-                "are no more orthogonal directions"
+                f"orthogonal needs qkv='shared' and num_heads * head_dim (={inner}) at most dim (={dim}): "
+                "there are no more orthogonal directions"
             )
 
         self.dim = dim

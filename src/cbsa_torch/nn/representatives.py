@@ -12,7 +12,6 @@ It is any function or module; two attributes, both False where it has none, say 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn

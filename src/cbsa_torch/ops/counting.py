@@ -100,9 +100,7 @@ def agent_attention(
     return Counts(8 * pairs * head_dim, 0, pairs * (2 if separate else 1))
 
 
-def linear_cbsa(
-    num_tokens: int, *, num_heads: int, head_dim: int, solver: LinearSolver = "cholesky"
-) -> Counts:
+def linear_cbsa(num_tokens: int, *, num_heads: int, head_dim: int, solver: LinearSolver = "cholesky") -> Counts:
     """Linear attention (12): the Gram matrix, its filter, and the filter applied."""
     n, p = num_tokens, head_dim
     products = 4 * n * p**2
@@ -156,15 +154,16 @@ def layer(
     if mechanism == "ista":
         return ista(num_tokens, dim)
     m = min(num_representatives, num_tokens)
-    heads = {"num_heads": num_heads, "head_dim": head_dim}
-    inside = {
-        "cbsa": lambda: cbsa(num_tokens, m, **heads),
-        "mssa": lambda: softmax_attention(num_tokens, **heads),
-        "mhsa": lambda: softmax_attention(num_tokens, **heads),
-        "linear_cbsa": lambda: linear_cbsa(num_tokens, **heads),
-        "tssa": lambda: channel_attention(num_tokens, weighted=True, **heads),
-        "agent": lambda: agent_attention(num_tokens, m, **heads),
-    }[mechanism]()
+    if mechanism == "cbsa":
+        inside = cbsa(num_tokens, m, num_heads=num_heads, head_dim=head_dim)
+    elif mechanism == "linear_cbsa":
+        inside = linear_cbsa(num_tokens, num_heads=num_heads, head_dim=head_dim)
+    elif mechanism == "tssa":
+        inside = channel_attention(num_tokens, num_heads=num_heads, head_dim=head_dim, weighted=True)
+    elif mechanism == "agent":
+        inside = agent_attention(num_tokens, m, num_heads=num_heads, head_dim=head_dim)
+    else:
+        inside = softmax_attention(num_tokens, num_heads=num_heads, head_dim=head_dim)
     projections = 4 if mechanism == "mhsa" else 2
     return inside.plus(linear(num_tokens, dim, projections * num_heads * head_dim))
 

@@ -85,7 +85,7 @@ class _SpectralFilter(torch.autograd.Function):
         return filtered
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (filtered,) = ctx.saved_tensors
         return -(filtered @ ((gradient + gradient.mT) / 2) @ filtered)
 

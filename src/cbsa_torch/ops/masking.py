@@ -15,7 +15,7 @@ class RealTokens(NamedTuple):
 
     values: Tensor
     """``(B, H, N, P)``."""
-    count: Tensor | int
+    number: Tensor | int
     """How many are real: N, or ``(B, 1, 1, 1)`` with a mask, at least 1."""
 
 
