@@ -7,19 +7,33 @@ import timm
 import torch
 from torch import nn
 
-from cbsa_torch import CBSA
+from cbsa_torch import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 from cbsa_torch.models import WhiteBoxTransformer
+from cbsa_torch.models.registry import FAMILIES, OPTIONS, model_name, names, sizes_of
+from cbsa_torch.nn import LinearStem, ResidualBlock
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
 
-NAMES = timm.list_models("cbt_*")
+NAMES = list(names())
+PICO = [model_name(family, "pico") for family in FAMILIES if "pico" in sizes_of(family)]
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 PUBLISHED = {
     "cbt_tiny_patch16_224": (1_789_192, 1.8),
     "cbt_small_patch16_224": (6_667_048, 6.7),
     "cbt_base_patch16_224": (25_691_752, 25.7),
     "cbt_large_patch16_224": (83_051_368, 83.1),
+    "crate_original_base_patch16_224": (22_796_008, 22.8),
+    "crate_original_large_patch16_224": (77_641_192, 77.6),
 }
+"""The paper's Table 3."""
+GOLDEN = {
+    "crate_tiny_patch16_224": 1_789_120,
+    "crate_small_patch16_224": 6_666_904,
+    "tost_tiny_patch16_224": 1_789_156,
+    "tost_small_patch16_224": 6_666_976,
+    "crate_original_small_patch16_224": 13_116_328,
+}
+"""The official code's own comparison models."""
 
 
 def small(name, **kwargs):
@@ -33,6 +47,11 @@ def test_parameter_counts_as_published(name):
     count = sum(p.numel() for p in model.parameters())
     assert count == exact
     assert round(count / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_parameter_counts_of_the_official_models(name):
+    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == GOLDEN[name]
 
 
 @pytest.mark.parametrize("size", ["base", "large"])
@@ -59,9 +78,16 @@ def test_forward_backward_reaches_every_parameter(name):
         assert torch.isfinite(parameter.grad).all(), parameter_name
 
 
+def test_every_family_comes_in_every_size():
+    assert len(NAMES) == len(set(NAMES)) == 7 * 8 + 4
+    assert set(NAMES) <= set(timm.list_models())
+    assert set(OPTIONS) == {f.mixer for f in FAMILIES.values()} | {MSSA}
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "crate_original"])
 @pytest.mark.parametrize("size", [(224, 224), (160, 320), (100, 70), (17, 16)], ids=str)
-def test_any_image_size_and_aspect(size):
-    model = small("cbt_tiny_patch16_224").eval()
+def test_any_image_size_and_aspect(family, size):
+    model = small(f"{family}_tiny_patch16_224").eval()
     assert model(torch.randn(1, 3, *size)).shape == (1, 5)
     features = model.forward_intermediates(torch.randn(1, 3, *size), intermediates_only=True)
     assert features[0].shape == (1, 32, -(-size[0] // 16), -(-size[1] // 16))
@@ -185,8 +211,9 @@ def test_state_dict_round_trip_and_dtype():
     assert small("cbt_pico_patch1_8", dtype=torch.float64)(x.double()).dtype == torch.float64
 
 
-def test_compiles_in_one_graph_and_exports():
-    model = small("cbt_pico_patch1_8").eval()
+@pytest.mark.parametrize("name", PICO)
+def test_compiles_in_one_graph_and_exports(name):
+    model = small(name).eval()
     x = torch.randn(2, 1, 8, 8)
     expected = model(x)
     assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected, 1e-5)
@@ -257,3 +284,86 @@ def test_a_frozen_position_embedding_stays_frozen():
     model.pos_embed.requires_grad_(False)
     model.set_input_size(48)
     assert not model.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("name", PICO)
+def test_trains_under_autocast(name):
+    model = small(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(torch.randn(4, 1, 8, 8)), torch.tensor([0, 1, 2, 3]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() and p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "mixer"),
+    [
+        ("cbt", CBSA),
+        ("linear_cbt", LinearCBSA),
+        ("crate", MSSA),
+        ("tost", TSSA),
+        ("agent", AgentAttention),
+        ("stem_vit", MHSA),
+    ],
+)
+def test_a_family_is_its_mixer(family, mixer):
+    model = small(f"{family}_pico_patch1_8")
+    assert {type(block.attn) for block in model.blocks} == {mixer}
+    assert isinstance(model.blocks[0], ResidualBlock) == (family == "stem_vit")
+
+
+def test_small_models_have_few_representatives_and_agents_one_projection():
+    for family in ("cbt", "agent", "crate_cbt"):
+        layer = small(f"{family}_nano_patch4_28").blocks[-1].attn
+        assert layer.representatives.num_representatives == 16
+        assert layer.shared_qkv
+    assert not small("agent_pico_patch1_8", qkv="separate").blocks[0].attn.shared_qkv
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4, None])
+def test_hybrids_split_where_asked(first):
+    model = small("crate_cbt_pico_patch1_8", depth=4, num_first_layers=first, contraction="exact", tied=True)
+    kinds = [type(block.attn) for block in model.blocks]
+    split = 2 if first is None else first
+    assert kinds == [MSSA] * split + [CBSA] * (4 - split)
+    assert all(block.attn.tied for block in model.blocks)
+    assert all(block.attn.contraction == "exact" for block in model.blocks[split:])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "message"),
+    [
+        ("crate_cbt_pico_patch1_8", {"num_first_layers": 3}, ValueError, "from 0 to depth=2, got 3"),
+        ("crate_cbt_pico_patch1_8", {"num_first_layers": True}, ValueError, "num_first_layers must be an int"),
+        ("cbt_pico_patch1_8", {"num_first_layers": 1}, TypeError, "num_first_layers splits a hybrid"),
+        ("crate_pico_patch1_8", {"contraction": "exact"}, TypeError, "'contraction': the mixer of this model"),
+        ("crate_pico_patch1_8", {"num_representatives": 9}, TypeError, "'num_representatives': the mixer of"),
+        ("stem_vit_pico_patch1_8", {"tied": True}, TypeError, "'tied': the mixer of this model has none"),
+        ("stem_vit_pico_patch1_8", {"sparsity": 0.2}, ValueError, "which mlp_ratio replaces by an MLP"),
+        ("cbt_pico_patch1_8", {"mixer": CBSA, "num_representatives": 4}, ValueError, "beside mixer"),
+        ("cbt_pico_patch1_8", {"stem": "convolution"}, ValueError, "stem must be one of 'conv', 'linear'"),
+        ("cbt_pico_patch1_8", {"mlp_ratio": 0.0}, ValueError, "mlp_ratio must be positive"),
+        ("tost_pico_patch1_8", {"form": "channels"}, ValueError, "did you mean 'channel'"),
+    ],
+)
+def test_options_of_other_families_are_refused(name, options, kind, message):
+    with pytest.raises(kind, match=message):
+        small(name, **options)
+
+
+def test_the_original_crate_needs_whole_patches():
+    model = small("crate_original_tiny_patch16_224").eval()
+    assert isinstance(model.stem, LinearStem)
+    assert model.pretrained_cfg["first_conv"] is None
+    assert model(torch.randn(1, 3, 64, 96)).shape == (1, 5)
+    with pytest.raises(ValueError, match="multiples of patch_size 16 for a linear stem, got 60 x 96"):
+        model(torch.randn(1, 3, 60, 96))
+
+
+def test_orthogonal_bases_reach_the_layers_and_do_not_decay():
+    model = small("cbt_pico_patch1_8", orthogonal=True, tied=True)
+    bases = model.blocks[0].attn.qkv.weight
+    assert_close(bases @ bases.mT, torch.eye(32), 1e-5)
+    assert "blocks.0.attn.qkv.parametrizations.weight.original" in model.no_weight_decay()
+    assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}

@@ -374,7 +374,7 @@ def test_an_official_checkpoint_with_an_unexpected_key_names_it():
 
 
 def test_another_models_checkpoint_is_not_an_official_one(saved):
-    with pytest.raises(CheckpointError, match="is not an official CBT checkpoint: missing pos_embedding"):
+    with pytest.raises(CheckpointError, match="is not an official checkpoint: missing pos_embedding"):
         load_official(saved)
 
 

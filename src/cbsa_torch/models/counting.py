@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -70,31 +72,25 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
 
         return count
 
-    training = model.training
-    like = next((p for p in model.parameters()), torch.empty(0))
-    try:
-        for name, module in model.named_modules():
-            if _is_counted(module):
-                handles.append(module.register_forward_hook(hook(_part_of(name, parts)), with_kwargs=True))
-        image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
-        with torch.no_grad():
-            model.eval()(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
-    # A second pass, since the hooks above compute representatives once more; torch's counter sees the
-    # products of softmax attention only where no fused kernel hides them.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    model.train(training)
+    like = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
+    with _at_rest(model):
+        try:
+            for name, module in model.named_modules():
+                if _is_counted(module):
+                    handles.append(module.register_forward_hook(hook(_part_of(name, parts)), with_kwargs=True))
+            model(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        # A second pass, since the hooks above compute representatives once more; torch's counter sees the
+        # products of softmax attention only where no fused kernel hides them.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(image)
 
-    seen: set[int] = set()
     parameters = dict.fromkeys(parts, 0)
     for name, parameter in model.named_parameters():
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            parameters[_part_of(name.rpartition(".")[0], parts)] += parameter.numel()
+        parameters[_part_of(name.rpartition(".")[0], parts)] += parameter.numel()
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     layers = [
         LayerCounts(part or "(model)", kinds[part], parameters[part], found[part])
@@ -106,6 +102,24 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
         whole = whole.plus(layer.counts)
     total = LayerCounts("total", type(model).__name__, sum(layer.parameters for layer in layers), whole)
     return ModelCounts(layers, total, counter.get_total_flops())
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and afterwards everything as it was."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:  # no_grad is not enough for torch's counter, which hooks what requires one
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 _PARTS = (TokenMixer, ISTA, Attention)

@@ -217,11 +217,11 @@ def _check_names(given: dict[str, Any], options: set[str]) -> None:
     timms = {*inspect.signature(build_model_with_cfg).parameters, "cache_dir", "features_only", "out_indices"}
     others = {name for names in OPTIONS.values() for name in names} - ours
     for name in given.keys() - ours - timms:
+        if name in others:
+            raise TypeError(f"unexpected option {name!r}: the mixer of this model has none")
         suggestion = nearest(name, ours)
         if suggestion:
             raise TypeError(f"unexpected option {name!r}{suggestion}")
-        if name in others:
-            raise TypeError(f"unexpected option {name!r}: the mixer of this model has none")
 
 
 def _register(family_name: str, size_name: str) -> None:

@@ -1,0 +1,71 @@
+"""Committed experiments: they run, measure what they say, and the docs state what they measured."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import digits_family
+from examples import compress_lines
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_linear_cbsa_presses_points_onto_their_lines(tmp_path):
+    options = compress_lines.Options()
+    points, directions = compress_lines.noisy_lines(options)
+    states = compress_lines.compress(points, options, [0, options.iterations])
+    before, after = (compress_lines.measure(state, directions) for state in states.values())
+    assert before["angle_to_own_line"] > 15
+    assert after["angle_to_own_line"] < 2
+    assert after["separation"] > 3 * before["separation"]
+    assert after["nearest_line_is_own"] == 1.0
+    recorded = json.loads((ROOT / "docs/images/lines.json").read_text())["measures"]
+    for ours, theirs in ((before, recorded["0"]), (after, recorded["1024"])):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    figure = compress_lines.draw(states, {0: before, options.iterations: after})
+    figure.savefig(tmp_path / "lines.png")
+    assert len(figure.axes) == 2
+
+
+def test_angles_are_to_lines_not_to_rays():
+    directions = torch.eye(3, dtype=torch.float64)
+    points = torch.stack([-directions, 2 * directions], dim=1)[None]  # (1, 3 classes, 2 points, 3)
+    found = compress_lines.measure(points, directions)
+    assert found["angle_to_own_line"] == pytest.approx(0, abs=1e-5)
+    assert found["separation"] == pytest.approx(90)
+
+
+def test_every_member_trains_by_one_command_and_is_counted(tmp_path):
+    options = digits_family.Options(
+        members=("linear_cbt", "cbt_exact"), seeds=(0,), epochs=1, runs=tmp_path, jobs=2
+    )
+    record = digits_family.measure(options)
+    assert [row["member"] for row in record["rows"]] == ["linear_cbt", "cbt_exact"]
+    for row in record["rows"]:
+        assert row["parameters"] > 120_000
+        assert row["flops"] > 1e7
+        assert row["step_ms"] > 0
+        assert 0 <= row["mean"] <= 1
+        assert row["sd"] is None
+    config = (tmp_path / "cbt_exact_seed0" / "config.yaml").read_text()
+    assert "contraction: exact" in config
+    written = (tmp_path / "cbt_exact_seed0" / "metrics.jsonl").stat().st_mtime_ns
+    digits_family.train_once(options, "cbt_exact", 0)  # finished: kept
+    assert (tmp_path / "cbt_exact_seed0" / "metrics.jsonl").stat().st_mtime_ns == written
+    with pytest.raises(SystemExit, match="no member 'vgg'"):
+        digits_family.measure(digits_family.Options(members=("vgg",)))
+
+
+def test_the_docs_state_the_recorded_digits():
+    record = json.loads((ROOT / "benchmarks/results/digits_family.json").read_text())
+    rows = {row["member"]: row for row in record["rows"]}
+    assert set(rows) == set(digits_family.MEMBERS)
+    table = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/family.md").read_text(), re.MULTILINE)
+    stated = {name: [cell.strip() for cell in cells.split("|")] for name, cells in table if name in rows}
+    assert set(stated) == set(rows)
+    for name, row in rows.items():
+        accuracy = f"{100 * row['mean']:.1f} ± {100 * row['sd']:.1f}"
+        counts = [f"{row['parameters']:,}", f"{row['flops'] / 1e6:.1f}", f"{row['similarities']:,}"]
+        assert stated[name][-5:] == [accuracy, *counts, f"{row['step_ms']:.0f}"]
