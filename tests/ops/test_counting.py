@@ -1,0 +1,201 @@
+"""Counted FLOPs against what PyTorch counts when the operator runs."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cbsa_torch import CBSA, ISTA, ops
+from cbsa_torch.nn import MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, ResidualBlock
+from cbsa_torch.ops import counting
+from cbsa_torch.ops.counting import Counts
+
+H = 3
+
+
+def measured(function):
+    """FLOPs of the matrix products in ``function()``."""
+    # The fused kernels of softmax attention are not counted on CPU; the plain one is made of products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def draw(rows, p):
+    return torch.randn(1, H, rows, p)
+
+
+SIZES = [(11, 4, 5), (7, 9, 4), (6, 6, 6), (5, 1, 3)]
+each_size = pytest.mark.parametrize(("n", "m", "p"), SIZES, ids=str)
+
+
+@each_size
+@pytest.mark.parametrize("contraction", ["softmax", "exact", "none"])
+@pytest.mark.parametrize("extracted", [True, False])
+def test_cbsa(n, m, p, contraction, extracted):
+    tokens, representatives = draw(n, p), draw(m, p)
+    attention = None if extracted else torch.randn(1, H, m, n)
+    counts = counting.cbsa(n, m, num_heads=H, head_dim=p, contraction=contraction, extracted=extracted)
+    assert counts.products == measured(
+        lambda: ops.cbsa(tokens, representatives, attention=attention, contraction=contraction)
+    )
+    assert (counts.factorizations > 0) == (contraction == "exact")
+
+
+@each_size
+def test_the_other_operators(n, m, p):
+    w, agents, heads = draw(n, p), draw(m, p), {"num_heads": H, "head_dim": p}
+    runs = [
+        (counting.softmax_attention(n, **heads), lambda: ops.mssa(w)),
+        (counting.softmax_attention(n, **heads), lambda: ops.softmax_attention(w, w, w)),
+        (counting.agent_attention(n, m, **heads), lambda: ops.agent_attention(w, agents, w, w)),
+        (counting.agent_attention(n, m, separate=True, **heads), lambda: ops.agent_attention(w, agents, w, w)),
+        (counting.linear_cbsa(n, **heads), lambda: ops.linear_cbsa(w)),
+        (counting.linear_cbsa(n, solver="eigh", **heads), lambda: ops.linear_cbsa(w, solver="eigh")),
+        (counting.channel_attention(n, weighted=True, **heads), lambda: ops.tssa(w)),
+    ]
+    for counts, run in runs:
+        assert counts.products == measured(run)
+    assert counting.channel_attention(n, **heads).products == 0
+    assert measured(lambda: ops.channel_attention(w)) == 0  # work per element only
+
+
+def test_counts_are_per_item_and_proportional_to_heads():
+    w = torch.randn(4, H, 7, 5)
+    assert measured(lambda: ops.mssa(w)) == 4 * counting.softmax_attention(7, num_heads=H, head_dim=5).products
+    for function, args in (
+        (counting.cbsa, (7, 4)),
+        (counting.softmax_attention, (7,)),
+        (counting.agent_attention, (7, 4)),
+        (counting.linear_cbsa, (7,)),
+        (counting.channel_attention, (7,)),
+    ):
+        one, three = (function(*args, num_heads=h, head_dim=5) for h in (1, 3))
+        assert three == one.plus(one).plus(one)
+
+
+def test_factorisations_by_the_textbook():
+    """Cholesky s^3 / 3, two triangular solves of s^2 each per column (two FLOPs an entry), eigh 9 s^3."""
+    heads = {"num_heads": 1, "head_dim": 6}
+    wide = counting.cbsa(50, 9, contraction="exact", **heads)  # P < M: a P x P system, M right-hand sides
+    assert wide.factorizations == 6**3 // 3 + 2 * 6**2 * 9
+    narrow = counting.cbsa(50, 3, contraction="exact", **heads)  # M < P: an M x M system, P columns
+    assert narrow.factorizations == 3**3 // 3 + 2 * 3**2 * 6
+    assert counting.linear_cbsa(50, **heads).factorizations == 6**3 // 3 + 2 * 6**3
+    assert counting.linear_cbsa(50, solver="eigh", **heads).factorizations == 9 * 6**3
+
+
+def test_similarities():
+    heads = {"num_heads": H, "head_dim": 5}
+    assert counting.cbsa(11, 4, **heads).similarities == H * (11 * 4 + 4 * 5 // 2)
+    assert counting.cbsa(11, 4, contraction="none", **heads).similarities == H * 11 * 4
+    assert counting.softmax_attention(11, **heads).similarities == H * 11**2
+    assert counting.agent_attention(11, 4, **heads).similarities == H * 11 * 4
+    assert counting.agent_attention(11, 4, separate=True, **heads).similarities == 2 * H * 11 * 4
+    assert counting.linear_cbsa(11, **heads).similarities == H * 11 * 5
+    assert counting.channel_attention(11, **heads).similarities == H * 11 * 5
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "printed"),
+    [(192, 3, (0.53, 0.45, 1.4)), (384, 6, (1.1, 0.91, 2.8))],
+    ids=["tiny", "small"],
+)
+def test_similarities_of_table_4(dim, heads, printed):
+    """Millions over 12 layers of 14 x 14 + 1 tokens, for CBSA, TSSA and MSSA."""
+    for mechanism, expected in zip(("cbsa", "tssa", "mssa"), printed, strict=True):
+        millions = 12 * counting.layer(mechanism, 197, dim, heads).similarities / 1e6
+        assert float(f"{millions:.2g}") == expected
+
+
+def test_counts_add_up():
+    a, b = Counts(1, 20, 300), Counts(4000, 50000, 600000)
+    assert a.plus(b) == Counts(4001, 50020, 600300)
+    assert a.plus(Counts()) == a
+    assert (a.flops, b.flops) == (21, 54000)
+
+
+def test_linear_and_ista():
+    x = torch.randn(1, 7, 6)
+    assert counting.linear(7, 6, 5).products == measured(lambda: torch.nn.Linear(6, 5)(x))
+    assert counting.ista(7, 6).products == measured(lambda: ISTA(6)(x))
+
+
+LAYERS = {
+    "cbsa": CBSA,
+    "mssa": MSSA,
+    "mhsa": MHSA,
+    "linear_cbsa": LinearCBSA,
+    "tssa": TSSA,
+    "agent": lambda *args, **options: AgentAttention(*args, qkv="shared", **options),
+}
+
+
+@pytest.mark.parametrize("mechanism", LAYERS)
+@pytest.mark.parametrize("head_dim", [None, 6])
+@pytest.mark.parametrize("n", [9, 36])
+def test_layers_with_their_projections(mechanism, head_dim, n):
+    options = {"num_representatives": 16} if mechanism in ("cbsa", "agent") else {}
+    layer = LAYERS[mechanism](12, 3, head_dim=head_dim, **options)
+    x = torch.randn(1, n, 12)
+    counts = counting.layer(mechanism, n, 12, 3, head_dim=head_dim, num_representatives=16)
+    assert counts.products == measured(lambda: layer(x))
+    projections = (4 if mechanism == "mhsa" else 2) * 2 * n * 12 * 3 * (head_dim or 4)
+    assert layer.counts(x) == counts._replace(products=counts.products - projections)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"contraction": "exact"}, {"contraction": "none"}, {"representatives": "tokens"}, {"tied": True}],
+    ids=str,
+)
+def test_a_layer_counts_what_it_was_built_to_do(options):
+    layer = CBSA(12, 3, num_representatives=5, **options)
+    x = torch.randn(1, 16, 12)
+    projections = 2 * 16 * 12 * 12 * (1 if layer.tied else 2)
+    assert layer.counts(x).products == measured(lambda: layer(x)) - projections
+
+
+def test_feed_forwards():
+    x = torch.randn(1, 9, 12)
+    block = ResidualBlock(12, MSSA(12, 3))
+    assert counting.layer("mlp", 9, 12, 3).products == measured(lambda: block.mlp(x))
+    assert counting.layer("ista", 9, 12, 3).products == measured(lambda: ISTA(12)(x))
+
+
+@pytest.mark.parametrize("p", [8, 64])
+@pytest.mark.parametrize("heads", [1, 6])
+def test_cbsa_is_cheaper_than_mssa_from_twice_the_head_dimension_on(p, heads):
+    """2 N^2 P > 3 N M P + 2 M^2 P at M = P is (2 N + P)(N - 2 P) > 0: at P = 64 the crossover is 128."""
+    for n in (p, 2 * p - 1, 2 * p, 2 * p + 1, 5 * p):
+        cbsa = counting.layer("cbsa", n, heads * p, heads, num_representatives=p).products
+        mssa = counting.layer("mssa", n, heads * p, heads).products
+        projections = 2 * 2 * n * (heads * p) ** 2
+        assert cbsa - projections == 2 * heads * (3 * n * p * p + 2 * p**2 * p)  # two per multiply-add
+        assert mssa - projections == 2 * heads * 2 * n**2 * p
+        assert (cbsa < mssa) == (n > 2 * p)
+        assert (cbsa == mssa) == (n == 2 * p)
+
+
+BAD = [
+    ({"mechanism": "cbssa"}, ValueError, "mechanism must be one of 'cbsa'.*did you mean 'cbsa'"),
+    ({"num_tokens": 0}, ValueError, "num_tokens must be at least 1, got 0"),
+    ({"num_tokens": 9.0}, TypeError, "num_tokens must be an int, got 9.0"),
+    ({"dim": 0}, ValueError, "dim must be at least 1"),
+    ({"num_heads": -1}, ValueError, "num_heads must be at least 1, got -1"),
+    ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+    ({"num_representatives": 0}, ValueError, "num_representatives must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD)
+def test_bad_layers_are_named(change, kind, message):
+    good = {"mechanism": "cbsa", "num_tokens": 9, "dim": 12, "num_heads": 3}
+    assert counting.layer(**good).flops > 0
+    with pytest.raises(kind, match=message):
+        counting.layer(**{**good, **change})
+
+
+def test_bad_contractions_are_named():
+    with pytest.raises(ValueError, match="contraction must be one of.*did you mean 'exact'"):
+        counting.cbsa(9, 4, num_heads=1, head_dim=4, contraction="exat")
