@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch import CBSA, ops
 from cbsa_torch.nn import MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, LinearStem, ResidualBlock
@@ -198,7 +199,7 @@ def test_mhsa_is_pytorch_multi_head_attention():
     assert_close(out[1, :4], expected[1, :4], 1e-12)
 
 
-@pytest.mark.parametrize("representatives", ["pool", mean_and_first, "learned", "basis"], ids=str)
+@pytest.mark.parametrize("representatives", ["pool", mean_and_first, "learned", "basis"], ids=["pool", "function", "learned", "basis"])
 @pytest.mark.parametrize("contraction", ["softmax", "exact", "none"])
 def test_cbsa_is_its_operator_between_projections(representatives, contraction):
     layer = CBSA(DIM, HEADS, representatives=representatives, contraction=contraction, eps=0.7).double()
@@ -714,3 +715,52 @@ def test_linear_stem_names_sizes_that_are_no_multiples(size):
 def test_bad_linear_stems_are_named(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["principal", "basis", "pool", "learned", "tokens"])
+def test_counts_include_what_representatives_cost(kind):
+    layer = CBSA(12, 3, representatives=kind, num_representatives=4, contraction="exact")
+    x = torch.randn(1, 16, 12)
+    projections = 2 * 2 * 16 * 12 * 12
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        layer.requires_grad_(False)(x)
+    assert layer.counts(x).products + projections == counter.get_total_flops()
+
+
+def test_nan_in_one_item_leaves_the_others_alone_along_principal_directions():
+    layer = CBSA(12, 3, representatives="principal", contraction="exact")
+    x = torch.randn(2, 16, 12)
+    expected = layer(x)[1]
+    x[0, 3, 4] = torch.nan
+    out = layer(x)
+    assert out[0].isnan().any()
+    assert_close(out[1], expected, 1e-6)
+
+
+def test_orthogonal_bases_in_half_precision_are_refused_at_any_time():
+    layer = MSSA(12, 3, orthogonal=True).bfloat16()
+    with pytest.raises(ValueError, match="orthogonal needs float32 or float64 parameters, got torch.bfloat16"):
+        layer(torch.randn(1, 4, 12, dtype=torch.bfloat16))
+
+
+def test_agents_with_an_attention_are_refused():
+    def silent(tokens, grid_size, token_mask):
+        return ops.Representatives(tokens, None, torch.zeros(*tokens.shape[:3], tokens.shape[2]))
+
+    with pytest.raises(ValueError, match="must not return an attention"):
+        AgentAttention(12, 3, representatives=silent)(torch.randn(1, 4, 12))
+
+
+def test_a_strategy_is_reset_down_to_its_parts():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, tokens, grid_size, token_mask):
+            return ops.Representatives(self.inner(tokens[:, :, :2]))
+
+    layer = CBSA(12, 3, representatives=Nested())
+    before = layer.representatives.inner[0].weight.clone()
+    layer.reset_parameters()
+    assert not torch.equal(before, layer.representatives.inner[0].weight)

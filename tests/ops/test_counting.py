@@ -183,6 +183,7 @@ BAD = [
     ({"num_tokens": 9.0}, TypeError, "num_tokens must be an int, got 9.0"),
     ({"dim": 0}, ValueError, "dim must be at least 1"),
     ({"num_heads": -1}, ValueError, "num_heads must be at least 1, got -1"),
+    ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
     ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
     ({"num_representatives": 0}, ValueError, "num_representatives must be at least 1, got 0"),
 ]

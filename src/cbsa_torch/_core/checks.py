@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -31,14 +32,20 @@ def check_positive_int(name: str, value: int) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise ``TypeError`` unless ``value`` is an int or a float."""
+    """Raise unless ``value`` is an int or a float, and finite."""
+    _check_number_type(name, value)
+    if not math.isfinite(value):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def _check_number_type(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite number above zero, and so is its square."""
-    check_number(name, value)
+    _check_number_type(name, value)
     if not 0 < value <= 1e150 or value * value == 0:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
 

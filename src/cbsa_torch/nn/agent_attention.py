@@ -68,13 +68,13 @@ class AgentAttention(TokenMixer):
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.agent_attention`."""
         agents = self._represent(self.representatives, heads)
+        if agents.attention is not None:
+            raise ValueError("representatives must not return an attention: agents attend by softmax")
         keys = heads.tokens if heads.keys is None else heads.keys
         values = keys if heads.values is None else heads.values
-        mask = heads.token_mask
-        output = ops.agent_attention(
-            heads.tokens, agents.values, keys, values, key_mask=mask, agent_mask=agents.mask
+        return ops.agent_attention(
+            heads.tokens, agents.values, keys, values, key_mask=heads.token_mask, agent_mask=agents.mask
         )
-        return output if mask is None else output.masked_fill(~mask[:, None, :, None], 0.0)
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both softmax attentions."""

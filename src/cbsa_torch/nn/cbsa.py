@@ -144,16 +144,13 @@ class CBSA(TokenMixer):
         return ops.cbsa_stages(**self._operands(self._project(source, grid_size, token_mask)))
 
     def count_heads(self, heads: Heads) -> counting.Counts:
-        """Count extraction, contraction and broadcast."""
+        """Count making the representatives, extraction, contraction and broadcast."""
         n, m = heads.tokens.shape[2], self._choose(heads).values.shape[2]
-        return counting.cbsa(
-            n,
-            m,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            contraction=self.contraction,
-            extracted=self.step_representatives is not None,
-        )
+        sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim}
+        extracted = self.step_representatives is not None
+        counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, **sizes)
+        count_strategy = getattr(self.representatives, "counts", None)
+        return counts if count_strategy is None else counts.plus(count_strategy(n, **sizes))
 
     def _choose(self, heads: Heads) -> Representatives:
         return self._represent(self.representatives, heads, official=self.layout == "official")

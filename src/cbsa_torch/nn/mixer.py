@@ -172,8 +172,7 @@ class TokenMixer(nn.Module, abc.ABC):
 
         self.qkv = nn.Linear(dim, inner * (1 if self.shared_qkv else 3), qkv_bias, device, dtype)
         if orthogonal:
-            if self.qkv.weight.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"orthogonal needs float32 or float64 parameters, got {self.qkv.weight.dtype}")
+            _check_factorable(self.qkv.weight)
             # Householder: no matrix product of it is cast down by autocast.
             parametrizations.orthogonal(self.qkv, orthogonal_map="householder", use_trivialization=False)
         self.q_norm: nn.Module = nn.Identity()
@@ -189,7 +188,7 @@ class TokenMixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def mix(self, heads: Heads) -> Tensor:
-        """The operator: ``(B, H, N, P)`` tokens to their update, zero at masked tokens."""
+        """The operator: ``(B, H, N, P)`` tokens to their update. Masked tokens are zeroed by the caller."""
 
     @abc.abstractmethod
     def count_heads(self, heads: Heads) -> Counts:
@@ -198,9 +197,9 @@ class TokenMixer(nn.Module, abc.ABC):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for module in self.children():
+        for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
+            if module is not self and reset is not None:
                 reset()
         if self.orthogonal:  # the layer's own reset wrote into a copy
             self.qkv.weight = nn.init.orthogonal_(torch.empty_like(self.qkv.weight))
@@ -213,7 +212,8 @@ class TokenMixer(nn.Module, abc.ABC):
         """Set the grid of token inputs (None: assume a square again) and, if given, the prefix tokens."""
         self.grid_size = None if grid_size is None else check_grid(grid_size)
         if num_prefix_tokens is not None:
-            if not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
+            whole = isinstance(num_prefix_tokens, int) and not isinstance(num_prefix_tokens, bool)
+            if not whole or num_prefix_tokens < 0:
                 raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
             self.num_prefix_tokens = num_prefix_tokens
 
@@ -300,6 +300,8 @@ class TokenMixer(nn.Module, abc.ABC):
             # Padding may hold NaN, which the gradient of the projection's weight would carry on.
             x = x.masked_fill(~token_mask[..., None], 0.0)
         keys = values = None
+        if self.orthogonal:
+            _check_factorable(next(self.qkv.parameters()))
         if self.shared_qkv:
             tokens = self.qkv(x).view(b, n, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, P)
         else:
@@ -349,3 +351,9 @@ class TokenMixer(nn.Module, abc.ABC):
             f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"tied={self.tied}, orthogonal={self.orthogonal}"
         )
+
+
+def _check_factorable(weight: Tensor) -> None:
+    """Householder products exist in full precision only."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"orthogonal needs float32 or float64 parameters, got {weight.dtype}; use autocast")

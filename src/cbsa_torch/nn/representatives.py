@@ -7,6 +7,8 @@ It is any function or module; two attributes, both False where it has none, say 
 - ``needs_grid``: it works on a grid. It is then given the grid tokens only, row-major, and their grid;
   otherwise all tokens, prefix tokens first, and None.
 - ``gives_attention``: it returns the attention along with the representatives, so nothing is extracted.
+
+A method ``counts(num_tokens, *, num_heads, head_dim)`` may say what it costs; otherwise it counts as free.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int
 from cbsa_torch._core.types import REPRESENTATIVE_KINDS, GridSize, Representatives
+from cbsa_torch.ops import counting
 from cbsa_torch.ops.directions import basis_directions, check_orthonormal, principal_directions
 from cbsa_torch.ops.representatives import pool_representatives
 
@@ -144,6 +147,10 @@ class PrincipalDirections(nn.Module):
         """:func:`cbsa_torch.ops.principal_directions`."""
         return principal_directions(tokens, token_mask=token_mask)
 
+    def counts(self, num_tokens: int, *, num_heads: int, head_dim: int) -> counting.Counts:
+        """What :meth:`forward` costs."""
+        return counting.principal_directions(num_tokens, num_heads=num_heads, head_dim=head_dim)
+
 
 class BasisDirections(nn.Module):
     """A fixed orthonormal basis: with the exact contraction, channel attention (Eq. 13).
@@ -166,3 +173,7 @@ class BasisDirections(nn.Module):
     ) -> Representatives:
         """:func:`cbsa_torch.ops.basis_directions`."""
         return basis_directions(tokens, self.basis, token_mask=token_mask)
+
+    def counts(self, num_tokens: int, *, num_heads: int, head_dim: int) -> counting.Counts:
+        """What :meth:`forward` costs."""
+        return counting.basis_directions(num_tokens, num_heads=num_heads, head_dim=head_dim)

@@ -54,11 +54,9 @@ class MHSA(TokenMixer):
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.softmax_attention`."""
-        queries, keys, values, mask = heads.tokens, heads.keys, heads.values, heads.token_mask
-        assert keys is not None  # the projections are separate
-        assert values is not None
-        output = ops.softmax_attention(queries, keys, values, key_mask=mask)
-        return output if mask is None else output.masked_fill(~mask[:, None, :, None], 0.0)
+        assert heads.keys is not None  # the projections are separate
+        assert heads.values is not None
+        return ops.softmax_attention(heads.tokens, heads.keys, heads.values, key_mask=heads.token_mask)
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both products with the N x N matrix."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cbsa_torch._core.checks import check_mask
+from cbsa_torch._core.checks import check_floating, check_mask, check_same_kind, check_shape
 from cbsa_torch.ops.softmax_attention import softmax_attention
 
 
@@ -39,6 +39,12 @@ def agent_attention(
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
     """
+    check_floating("queries", queries)
+    check_shape("queries", queries, (None, None, None, None), "(B, H, N, P)")
+    b, h, _, p = queries.shape
+    check_floating("agents", agents)
+    check_shape("agents", agents, (b, h, None, p), "(B, H, M, P)")
+    check_same_kind("agents", agents, "queries", queries)
     if agent_mask is not None:
         check_mask("agent_mask", agent_mask, (agents.shape[0], agents.shape[2]), "(B, M)", "a real agent")
         agents = agents.masked_fill(~agent_mask[:, None, :, None], 0.0)

@@ -111,6 +111,17 @@ def linear_cbsa(num_tokens: int, *, num_heads: int, head_dim: int, solver: Linea
     return Counts(num_heads * products, num_heads * factorizations, num_heads * n * p)
 
 
+def principal_directions(num_tokens: int, *, num_heads: int, head_dim: int) -> Counts:
+    """Principal directions: the Gram matrix, its eigenvectors, and how far every token reaches along them."""
+    n, p = num_tokens, head_dim
+    return Counts(4 * num_heads * n * p**2, 9 * num_heads * p**3, 0)
+
+
+def basis_directions(num_tokens: int, *, num_heads: int, head_dim: int) -> Counts:
+    """How far every token reaches along a fixed basis."""
+    return Counts(products=2 * num_heads * num_tokens * head_dim**2)
+
+
 def channel_attention(num_tokens: int, *, num_heads: int, head_dim: int, weighted: bool = False) -> Counts:
     """Channel attention (13) along the standard basis; ``weighted``: TSSA's mean weighted by membership."""
     similarities = num_heads * num_tokens * head_dim
@@ -140,15 +151,15 @@ def layer(
         ValueError: an unknown mechanism, numbers below 1.
     """
     check_choice("mechanism", mechanism, MECHANISMS)
-    head_dim = max(dim // num_heads, 1) if head_dim is None else head_dim
     for name, value in (
         ("num_tokens", num_tokens),
         ("dim", dim),
         ("num_heads", num_heads),
-        ("head_dim", head_dim),
         ("num_representatives", num_representatives),
     ):
         check_positive_int(name, value)
+    head_dim = max(dim // num_heads, 1) if head_dim is None else head_dim
+    check_positive_int("head_dim", head_dim)
     if mechanism == "mlp":
         return linear(num_tokens, 2 * dim, MLP_RATIO * dim)  # up and down
     if mechanism == "ista":
@@ -172,11 +183,13 @@ __all__ = [
     "MECHANISMS",
     "Counts",
     "agent_attention",
+    "basis_directions",
     "cbsa",
     "channel_attention",
     "ista",
     "layer",
     "linear",
     "linear_cbsa",
+    "principal_directions",
     "softmax_attention",
 ]

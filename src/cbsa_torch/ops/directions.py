@@ -13,6 +13,7 @@ from cbsa_torch._core.checks import check_floating
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import Representatives
 from cbsa_torch.ops.masking import check_tokens, real_tokens
+from cbsa_torch.ops.spectral import eigh
 
 _ORTHONORMAL = 1e-3
 """Largest |B^T B - I| of a basis; half precision rounds to about this."""
@@ -39,7 +40,7 @@ def principal_directions(tokens: Tensor, *, token_mask: Tensor | None = None) ->
     check_tokens(tokens, token_mask)
     with no_autocast(tokens):
         w, _ = real_tokens(tokens, token_mask, solve_dtype(tokens))
-        directions = torch.linalg.eigh(w.mT @ w).eigenvectors  # (B, H, P, P), columns
+        _, directions = eigh(w.mT @ w)  # (B, H, P, P), columns
         values, attention = _along(w, directions)
     return Representatives(values.to(tokens.dtype), attention=attention.to(tokens.dtype))
 

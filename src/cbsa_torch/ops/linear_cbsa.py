@@ -16,6 +16,7 @@ from cbsa_torch._core.precision import no_autocast, solve_dtype
 from cbsa_torch._core.types import LINEAR_SOLVERS, LinearSolver
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 from cbsa_torch.ops.masking import check_tokens, real_tokens
+from cbsa_torch.ops.spectral import eigh
 
 
 def linear_cbsa(
@@ -44,7 +45,8 @@ def linear_cbsa(
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; computed in float64 where the device has it. From a
-        condition number 1 + lambda_max / eps^2 of about 1e16 on, the result is NaN.
+        condition number 1 + lambda_max / eps^2 of about 1e16 on, the identity is lost in rounding: the
+        solvers then differ, and Cholesky gives NaN where W^T W is singular.
 
     Raises:
         ValueError: shapes or options that do not fit. TypeError: wrong dtypes.
@@ -78,7 +80,7 @@ class _SpectralFilter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gram: Tensor) -> Tensor:
-        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+        eigenvalues, eigenvectors = eigh(gram)
         # Rounding may leave a zero eigenvalue slightly negative.
         filtered = (eigenvectors / (1 + eigenvalues.clamp(min=0))[..., None, :]) @ eigenvectors.mT
         ctx.save_for_backward(filtered)
