@@ -38,6 +38,11 @@ from cbsa_torch.train.run_folder import RunFolder, environment
 MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cbt": ("cbt_pico_patch1_8", {}),
     "cbt_exact": ("cbt_pico_patch1_8", {"contraction": "exact"}),
+    "cbt_tied": ("cbt_pico_patch1_8", {"tied": True, "orthogonal": True}),
+    "cbt_rigorous": (
+        "cbt_pico_patch1_8",
+        {"contraction": "exact", "tied": True, "orthogonal": True, "eps": 1.0},
+    ),
     "cbt_orthogonal": ("cbt_pico_patch1_8", {"contraction": "exact", "tied": True, "orthogonal": True}),
     "cbt_learned": ("cbt_pico_patch1_8", {"representatives": "learned"}),
     "cbt_none": ("cbt_pico_patch1_8", {"contraction": "none"}),

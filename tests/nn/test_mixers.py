@@ -199,7 +199,11 @@ def test_mhsa_is_pytorch_multi_head_attention():
     assert_close(out[1, :4], expected[1, :4], 1e-12)
 
 
-@pytest.mark.parametrize("representatives", ["pool", mean_and_first, "learned", "basis"], ids=["pool", "function", "learned", "basis"])
+@pytest.mark.parametrize(
+    "representatives",
+    ["pool", mean_and_first, "learned", "basis"],
+    ids=["pool", "function", "learned", "basis"],
+)
 @pytest.mark.parametrize("contraction", ["softmax", "exact", "none"])
 def test_cbsa_is_its_operator_between_projections(representatives, contraction):
     layer = CBSA(DIM, HEADS, representatives=representatives, contraction=contraction, eps=0.7).double()

@@ -10,7 +10,8 @@ import functools
 import inspect
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -23,16 +24,17 @@ from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 __all__: list[str] = []  # the entry points are reached by name, through timm
 
 
-class Family(NamedTuple):
+@dataclass(frozen=True)
+class Family:
     """One token mixer in all layers, or two of them."""
 
     summary: str
     mixer: type[nn.Module]
-    defaults: dict[str, Any] = {}  # noqa: RUF012  (of a tuple, never changed)
-    """Options of the mixer that differ from its own defaults."""
     first: type[nn.Module] | None = None
     """The mixer of the first ``num_first_layers`` layers (default: half of them) of a hybrid."""
-    model_args: dict[str, Any] = {}  # noqa: RUF012
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Options of the mixer that differ from its own defaults."""
+    model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model that differ from its own defaults."""
 
 
@@ -63,11 +65,11 @@ FAMILIES = {
     "crate": Family("CRATE with this stem: MSSA (Eq. 9)", MSSA),
     "crate_cbt": Family("hybrid: MSSA in the first layers, then CBSA", CBSA, first=MSSA),
     "tost": Family("ToST with this stem: TSSA", TSSA),
-    "agent": Family("agent attention with one shared projection", AgentAttention, {"qkv": "shared"}),
+    "agent": Family("agent attention with one shared projection", AgentAttention, defaults={"qkv": "shared"}),
     "stem_vit": Family(
         "ViT with this stem: softmax attention and an MLP, the black-box baseline",
         MHSA,
-        {"qkv_bias": True},
+        defaults={"qkv_bias": True},
         model_args={"mlp_ratio": 4.0},
     ),
     "crate_original": Family(
@@ -76,14 +78,15 @@ FAMILIES = {
 }
 
 
-class Size(NamedTuple):
+@dataclass(frozen=True)
+class Size:
     """Width and depth, and the images a model is made for."""
 
     suffix: str
     input_size: tuple[int, int, int]
     num_classes: int
     args: dict[str, Any]
-    mixer_defaults: dict[str, Any] = {}  # noqa: RUF012
+    mixer_defaults: dict[str, Any] = field(default_factory=dict)
     """Options of the mixer, for mixers that have them."""
 
 
