@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cbsa_torch._core.checks import (
-    check_choice,
-    check_floating,
-    check_mask,
-    check_number,
-    check_positive,
-    check_same_kind,
-    check_shape,
-)
-from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, IMPLS, Broadcast, CBSAStages, Contraction, Impl
+from cbsa_torch._core.checks import check_choice
+from cbsa_torch._core.types import IMPLS, Broadcast, CBSAStages, Contraction, Impl
+from cbsa_torch.ops.cbsa.dispatch import run
+from cbsa_torch.ops.cbsa.operands import check_operands
 from cbsa_torch.ops.cbsa.reference import cbsa_reference
 
 DEFAULT_EPS = 0.1
@@ -79,7 +73,7 @@ def cbsa(
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
     check_choice("impl", impl, IMPLS)
-    stages = cbsa_stages(
+    operands = check_operands(
         tokens,
         representatives,
         keys=keys,
@@ -95,7 +89,7 @@ def cbsa(
         key_mask=key_mask,
         representative_mask=representative_mask,
     )
-    return stages.output.to(tokens.dtype)
+    return run(operands, impl)
 
 
 def cbsa_stages(
@@ -121,91 +115,23 @@ def cbsa_stages(
         :class:`CBSAStages`: attention, extracted and contracted representatives, output, ... in the dtype
         they were computed in (float32 for low-precision inputs).
     """
-    check_choice("contraction", contraction, CONTRACTIONS)
-    check_choice("broadcast", broadcast, BROADCASTS)
-    check_positive("eps", eps)
-    if scale is not None:
-        check_number("scale", scale)
-    check_floating("tokens", tokens)
-    check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
-    b, h, n, p = tokens.shape
-    check_floating("representatives", representatives)
-    check_shape("representatives", representatives, (b, h, None, p), "(B, H, M, P)")
-    check_same_kind("representatives", representatives, "tokens", tokens)
-    if attention is not None:
-        check_floating("attention", attention)
-        check_shape("attention", attention, (b, h, representatives.shape[2], n), "(B, H, M, N)")
-        check_same_kind("attention", attention, "tokens", tokens)
-        if keys is not None or values is not None or broadcast != "shared" or key_mask is not None:
-            raise ValueError(
-                "attention is used to broadcast, and nothing is extracted: it excludes keys, values, key_mask "
-                "and broadcast='softmax'"
-            )
-        if isinstance(step_representatives, Tensor) or step_representatives != 1.0:
-            raise ValueError("step_representatives has no effect beside attention: nothing is extracted")
-    if keys is None:
-        keys = tokens
-    else:
-        check_floating("keys", keys)
-        check_shape("keys", keys, (b, h, None, p), "(B, H, K, P)")
-        check_same_kind("keys", keys, "tokens", tokens)
-    if values is None:
-        values = keys
-    else:
-        check_floating("values", values)
-        check_shape("values", values, (b, h, keys.shape[2], p), "(B, H, K, P)")
-        check_same_kind("values", values, "tokens", tokens)
-    if keys.shape[2] != n:
-        if broadcast == "shared":
-            raise ValueError(
-                f"keys must have as many rows as tokens ({n}) for broadcast='shared', got {keys.shape[2]}; "
-                "use broadcast='softmax' for cross-attention"
-            )
-        if token_mask is not None and key_mask is None:
-            raise ValueError(
-                f"key_mask is required beside token_mask when keys have another length ({keys.shape[2]}) "
-                f"than tokens ({n}); pass all True if every key is real"
-            )
-    if token_mask is not None:
-        check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token")
-    if key_mask is not None:
-        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
-    else:
-        key_mask = token_mask
-    if representative_mask is not None:
-        check_mask(
-            "representative_mask",
-            representative_mask,
-            (b, representatives.shape[2]),
-            "(B, M)",
-            "a real representative",
-        )
-    _check_step("step_representatives", step_representatives, h)
-    _check_step("step_tokens", step_tokens, h)
-    return cbsa_reference(
+    operands = check_operands(
         tokens,
         representatives,
-        keys,
-        values,
+        keys=keys,
+        values=values,
         attention=attention,
         step_representatives=step_representatives,
         step_tokens=step_tokens,
-        scale=p**-0.5 if scale is None else scale,
+        scale=scale,
         contraction=contraction,
-        fresh_broadcast=broadcast == "softmax",
+        broadcast=broadcast,
         eps=eps,
         token_mask=token_mask,
         key_mask=key_mask,
         representative_mask=representative_mask,
     )
-
-
-def _check_step(name: str, step: Tensor | float, num_heads: int) -> None:
-    if isinstance(step, Tensor):
-        check_floating(name, step)
-        check_shape(name, step, (num_heads,), "(H,)")
-    else:
-        check_number(name, step)
+    return cbsa_reference(**operands._asdict())
 
 
 __all__ = ["DEFAULT_EPS", "CBSAStages", "cbsa", "cbsa_stages"]
