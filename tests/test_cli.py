@@ -429,6 +429,14 @@ def test_count_takes_any_size_and_any_model(capsys):
         ("cbt_tiny_patch16_224 --image-size 1 2 3", "--image-size must be one or two positive numbers"),
         ("cbt_tiny_patch16_224 --image-size 0", "--image-size must be one or two positive numbers"),
         ("cbt_tiny_patch16_224 --args contraction exat", "did you mean 'exact'"),
+        (
+            "cbt_tiny_patch16_224 --output x.json --plot x.png",
+            "--output x.json is a file that --plot x.png writes",
+        ),
+        ("cbt_tiny_patch16_224 --args tied [1", "cannot count cbt_tiny_patch16_224"),
+        ("cbt_tiny_patch16_224 --args checkpoint_path x", "--args cannot be checkpoint_path"),
+        ("resnet18 --args block foo", "cannot count resnet18"),
+        ("cbt_tiny_patch16_224 --args img_size 64 --image-size 32", "cannot count cbt_tiny_patch16_224"),
         ("cbt_tiny_patch16_224 --plot x.pdf", "--plot must end in .png or .svg"),
         ("vit_tiny_patch16_224 --plot x.png", "vit_tiny_patch16_224 has no mixer of ours"),
         ("crate_original_tiny_patch16_224 --image-size 100", "multiples of patch_size 16"),
@@ -439,3 +447,22 @@ def test_count_refuses_what_it_cannot(arguments, message, capsys, tmp_path, monk
     assert main(["count", *arguments.split()]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --model cbt_pico_patch1_8 --model.args tied [1", "model.args are not values of YAML"),
+        ("train --model resnet18 --model.args block foo", "cannot build resnet18"),
+        ("convert --official x.pth --output x.safetensors --num-heads 0", "--num-heads must be at least 1"),
+    ],
+)
+def test_nonsense_arguments_are_named(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments.split()) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_convert_writes_safetensors_only(capsys, tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")
+    assert main(["convert", "--official", str(tmp_path / "x.pth"), "--output", str(tmp_path / "y.pth")]) == 1

@@ -1,7 +1,7 @@
 """Committed experiments: they run, measure what they say, and the docs state what they measured."""
 
 import json
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ def test_angles_are_to_lines_not_to_rays():
     assert found["separation"] == pytest.approx(90)
 
 
-def test_every_member_trains_by_one_command_and_is_counted(tmp_path):
+def test_members_train_by_one_command_and_are_counted(tmp_path):
     options = digits_family.Options(
         members=("linear_cbt", "cbt_exact"), seeds=(0,), epochs=1, runs=tmp_path, jobs=2
     )
@@ -54,18 +54,17 @@ def test_every_member_trains_by_one_command_and_is_counted(tmp_path):
     written = (tmp_path / "cbt_exact_seed0" / "metrics.jsonl").stat().st_mtime_ns
     digits_family.train_once(options, "cbt_exact", 0)  # finished: kept
     assert (tmp_path / "cbt_exact_seed0" / "metrics.jsonl").stat().st_mtime_ns == written
+    config = digits_family.configuration(options, "cbt_exact", 0)
+    assert digits_family.is_finished(config)
+    assert not digits_family.is_finished(replace(config, seed=1))
+    assert "| `cbt_exact` | `cbt_pico_patch1_8`, `contraction='exact'` |" in digits_family.markdown(record)
     with pytest.raises(SystemExit, match="no member 'vgg'"):
         digits_family.measure(digits_family.Options(members=("vgg",)))
 
 
 def test_the_docs_state_the_recorded_digits():
-    record = json.loads((ROOT / "benchmarks/results/digits_family.json").read_text())
-    rows = {row["member"]: row for row in record["rows"]}
-    assert set(rows) == set(digits_family.MEMBERS)
-    table = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/family.md").read_text(), re.MULTILINE)
-    stated = {name: [cell.strip() for cell in cells.split("|")] for name, cells in table if name in rows}
-    assert set(stated) == set(rows)
-    for name, row in rows.items():
-        accuracy = f"{100 * row['mean']:.1f} ± {100 * row['sd']:.1f}"
-        counts = [f"{row['parameters']:,}", f"{row['flops'] / 1e6:.1f}", f"{row['similarities']:,}"]
-        assert stated[name][-5:] == [accuracy, *counts, f"{row['step_ms']:.0f}"]
+    record = json.loads((ROOT / digits_family.RESULTS).read_text())
+    assert [row["member"] for row in record["rows"]] == list(digits_family.MEMBERS)
+    docs = (ROOT / digits_family.DOCS).read_text()
+    begin, end = digits_family.MARKERS
+    assert docs.split(begin)[1].split(end)[0].strip() == digits_family.markdown(record)

@@ -137,3 +137,36 @@ def test_shared_parameters_count_once():
 def test_bad_sizes_are_named(size):
     with pytest.raises(ValueError, match="input_size must be"):
         count_model(nn.Conv2d(1, 1, 1), size)
+
+
+def test_fused_inference_paths_hide_nothing():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 32, 8, 8)
+            self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(self.stem(x).flatten(2).mT)
+
+    n, d = 16, 32
+    counts = count_model(Encoder(), (3, 32, 32))
+    attention = 2 * n * d * 4 * d + 4 * n * n * d
+    assert counts.torch_flops == 2 * n * d * 3 * 64 + attention + 2 * 2 * n * d * 64
+    assert counts.total.counts.products < counts.torch_flops  # torch's own attention is not known to us
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_items_folded_into_the_batch_all_count():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 8, 3, padding=1)
+            self.attn = CBSA(8, 2, num_representatives=4)
+
+        def forward(self, x):
+            return self.attn(self.conv(x.reshape(-1, 1, 8, 8)))
+
+    counts = count_model(Windows(), (3, 8, 8))
+    assert counts.total.counts.products == counts.torch_flops
+    assert counts.total.counts.similarities == 3 * 2 * (64 * 4 + 10)

@@ -10,7 +10,7 @@ from torch import nn
 from cbsa_torch import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 from cbsa_torch.models import WhiteBoxTransformer
 from cbsa_torch.models.registry import FAMILIES, OPTIONS, model_name, names, sizes_of
-from cbsa_torch.nn import LinearStem, ResidualBlock
+from cbsa_torch.nn import LearnedRepresentatives, LinearStem, ResidualBlock
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
 
@@ -367,3 +367,32 @@ def test_orthogonal_bases_reach_the_layers_and_do_not_decay():
     assert_close(bases @ bases.mT, torch.eye(32), 1e-5)
     assert "blocks.0.attn.qkv.parametrizations.weight.original" in model.no_weight_decay()
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+
+
+def test_a_module_as_strategy_is_every_layers_own():
+    strategy = LearnedRepresentatives(2, 5, 16)
+    model = small("cbt_pico_patch1_8", representatives=strategy)
+    owned = [block.attn.representatives for block in model.blocks]
+    assert len({id(s) for s in [strategy, *owned]}) == 3
+    assert model(torch.randn(1, 1, 8, 8)).shape == (1, 5)
+
+
+def test_other_representatives_have_a_number_of_their_own():
+    for kind in ("tokens", "basis", "learned"):
+        assert small("cbt_pico_patch1_8", representatives=kind)(torch.randn(1, 1, 8, 8)).shape == (1, 5)
+    with pytest.raises(ValueError, match="num_representatives is of"):
+        small("cbt_pico_patch1_8", representatives="basis", num_representatives=4)
+
+
+@pytest.mark.parametrize("name", [n for n in PICO if "vit" not in n])
+def test_biases_are_options(name):
+    with_bias = small(name, qkv_bias=True).blocks[-1].attn
+    assert with_bias.qkv.bias is not None
+    assert small(name, proj_bias=False).blocks[-1].attn.proj.bias is None
+
+
+def test_models_cite_what_they_implement():
+    papers = {name: timm.create_model(name, device="meta").pretrained_cfg["paper_ids"] for name in PICO}
+    assert papers["cbt_pico_patch1_8"] == papers["crate_cbt_pico_patch1_8"] == "arXiv:2509.16875"
+    assert papers["crate_pico_patch1_8"] == "arXiv:2306.01129"
+    assert len(set(papers.values())) == 5

@@ -113,3 +113,34 @@ def test_a_layer_of_no_known_kind_is_named():
     del state["transformer.layers.1.0.fn.qkv.weight"]
     with pytest.raises(CheckpointError, match=r"layer 1 has none of transformer\.layers\.1\.0\.fn\.step_x"):
         load_official(state, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.layers." + "9" * 5000 + ".0.fn.step_x": torch.ones(4, 1, 1)}, "unexpected transformer"),
+        ({"cls_token": torch.ones(1, 1, 32).to(torch.float8_e4m3fn)}, "not dense, whole and of 16 bit or more"),
+        ({"mlp_head.1.weight": torch.ones(5, 32).to_sparse()}, "not dense, whole and of 16 bit or more"),
+        ({"mlp_head.1.weight": torch.ones(5, 32, device="meta")}, "not dense, whole and of 16 bit or more"),
+        ({"pos_embedding": torch.ones(1).expand(1, 10**8 + 1, 32)}, "not dense, whole and of 16 bit or more"),
+        ({"module.cls_token": torch.ones(1, 1, 32)}, "names differ by a module. prefix alone"),
+    ],
+)
+def test_odd_tensors_are_refused(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_official({**crate(), **change}, num_heads=4)
+
+
+def test_steps_of_another_shape_are_refused():
+    state = as_cbsa(crate(), 1, heads=4)
+    state["transformer.layers.1.0.fn.step_rep"] = torch.ones(1, 1, 4)
+    with pytest.raises(CheckpointError, match=r"step_rep \(1, 1, 4\) instead of \(heads, 1, 1\)"):
+        load_official(state)
+
+
+def test_a_stem_of_one_convolution_is_not_official():
+    state = zeros("crate_small")
+    for key in [key for key in state if "embedding.proj" in key and "proj.0" not in key]:
+        del state[key]
+    with pytest.raises(CheckpointError, match="3 or 4 convolutions of stride 2, got one"):
+        load_official(state)

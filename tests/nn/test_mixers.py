@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch import CBSA, ops
 from cbsa_torch.nn import MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, LinearStem, ResidualBlock
+from cbsa_torch.nn.orthonormal import keep_rows_orthonormal
 from cbsa_torch.ops import Representatives
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
@@ -206,7 +207,8 @@ def test_mhsa_is_pytorch_multi_head_attention():
 )
 @pytest.mark.parametrize("contraction", ["softmax", "exact", "none"])
 def test_cbsa_is_its_operator_between_projections(representatives, contraction):
-    layer = CBSA(DIM, HEADS, representatives=representatives, contraction=contraction, eps=0.7).double()
+    eps = {"eps": 0.7} if contraction == "exact" else {}
+    layer = CBSA(DIM, HEADS, representatives=representatives, contraction=contraction, **eps).double()
     x = torch.randn(2, 9, DIM).double()
     heads = split(x @ layer.qkv.weight.T)
     values, mask, attention = layer.representatives(heads, (3, 3), None)
@@ -218,7 +220,7 @@ def test_cbsa_is_its_operator_between_projections(representatives, contraction):
         attention=attention,
         step_tokens=layer.step_tokens,
         contraction=contraction,
-        eps=0.7,
+        **eps,
         **eta,
     )
     assert_close(layer(x), layer.proj(merge(out)), 1e-12)
@@ -450,7 +452,6 @@ CLASSES = [CBSA, MSSA, MHSA, TSSA, LinearCBSA, AgentAttention]
 each_class = pytest.mark.parametrize("mixer", CLASSES)
 BAD_OPTIONS = [
     ({"gated": True}, ValueError, "gated must be False: {name} has no output gate"),
-    ({"attn_drop": 0.1}, ValueError, "attn_drop must be 0, got 0.1: {name}"),
     ({"scale_norm": True}, ValueError, "norm_layer is required with qk_norm or scale_norm"),
     ({"num_heads": 5}, ValueError, r"dim \(=12\) must be divisible by num_heads \(=5\)"),
     ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
@@ -512,8 +513,17 @@ def test_bad_inputs_are_named(mixer):
     layer = mixer(DIM, HEADS)
     x = torch.zeros(2, 9, DIM)
     mask = torch.ones(2, 9, dtype=torch.bool)
-    with pytest.raises(ValueError, match=f"is_causal must be False: {mixer.__name__}"):
-        layer(x, is_causal=True)
+    if not layer.compares_tokens:
+        with pytest.raises(
+            ValueError, match=f"is_causal must be False: {mixer.__name__} summarises all tokens"
+        ):
+            layer(x, is_causal=True)
+        with pytest.raises(ValueError, match="attn_mask must be a boolean key-padding mask"):
+            layer(x, attn_mask=torch.ones(9, 9, dtype=torch.bool))
+        with pytest.raises(
+            ValueError, match=f"attn_drop must be 0 for {mixer.__name__}, which has no N x N weights"
+        ):
+            mixer(DIM, HEADS, attn_drop=0.1)
     with pytest.raises(ValueError, match="not both"):
         layer(x, token_mask=mask, attn_mask=mask[:, None])
     with pytest.raises(ValueError, match="9 cells|12 cells"):
@@ -530,7 +540,7 @@ def test_bad_inputs_are_named(mixer):
     ("build", "message"),
     [
         (lambda: TSSA(DIM, HEADS, form="tosst"), "form must be one of 'tost', 'channel'.*did you mean 'tost'"),
-        (lambda: TSSA(DIM, HEADS, eps=0.5), "eps must be 1 for form='tost'"),
+        (lambda: TSSA(DIM, HEADS, eps=0.5), "form='tost' has eps=1 and average=True, got 0.5 and True"),
         (lambda: TSSA(DIM, HEADS, form="channel", eps=0.0), "eps must be positive"),
         (lambda: LinearCBSA(DIM, HEADS, solver="qr"), "solver must be one of 'cholesky', 'eigh'"),
         (lambda: LinearCBSA(DIM, HEADS, eps=-1.0), "eps must be positive"),
@@ -723,7 +733,8 @@ def test_bad_linear_stems_are_named(call, kind, message):
 
 @pytest.mark.parametrize("kind", ["principal", "basis", "pool", "learned", "tokens"])
 def test_counts_include_what_representatives_cost(kind):
-    layer = CBSA(12, 3, representatives=kind, num_representatives=4, contraction="exact")
+    number = {"num_representatives": 4} if kind in ("pool", "learned") else {}
+    layer = CBSA(12, 3, representatives=kind, contraction="exact", **number)
     x = torch.randn(1, 16, 12)
     projections = 2 * 2 * 16 * 12 * 12
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -768,3 +779,143 @@ def test_a_strategy_is_reset_down_to_its_parts():
     before = layer.representatives.inner[0].weight.clone()
     layer.reset_parameters()
     assert not torch.equal(before, layer.representatives.inner[0].weight)
+
+
+COMPARING = pytest.mark.parametrize("mixer", [MSSA, MHSA])
+
+
+@COMPARING
+def test_causal_layers_do_not_look_ahead(mixer):
+    layer = mixer(DIM, HEADS).double()
+    x = torch.randn(2, 9, DIM).double()
+    out = layer(x, is_causal=True)
+    changed = x.clone()
+    changed[:, 5:] += 1
+    assert_close(layer(changed, is_causal=True)[:, :5], out[:, :5], 1e-14)
+    lower = torch.ones(9, 9, dtype=torch.bool).tril()
+    assert_close(layer(x, attn_mask=lower), out, 1e-14)
+    added = torch.zeros(9, 9).double().masked_fill(~lower, -torch.inf)
+    assert_close(layer(x, attn_mask=added), out, 1e-14)
+    with pytest.raises(ValueError, match="attn_mask or is_causal, not both"):
+        layer(x, attn_mask=lower, is_causal=True)
+
+
+@COMPARING
+def test_causal_and_padded_is_causal_alone(mixer):
+    layer = mixer(DIM, HEADS).double()
+    x = torch.randn(3, 9, DIM).double()
+    mask = torch.arange(9) < torch.tensor([9, 5, 0])[:, None]
+    x[1, 5:] = torch.nan
+    out = layer(x, token_mask=mask, is_causal=True)
+    assert_close(out[1, :5], layer(x[1:2, :5], is_causal=True)[0], 1e-13)
+    assert (out[2] == 0).all()
+
+
+@COMPARING
+def test_masks_of_other_kinds_are_named(mixer):
+    layer = mixer(DIM, HEADS)
+    x = torch.randn(2, 9, DIM)
+    with pytest.raises(
+        ValueError, match=r"attn_mask must broadcast to \(B, H, N, K\) = \(2, 3, 9, 9\), got \(9, 8\)"
+    ):
+        layer(x, attn_mask=torch.ones(9, 8, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"attn_mask must be boolean or torch\.float32"):
+        layer(x, attn_mask=torch.ones(9, 9, dtype=torch.int64))
+
+
+@COMPARING
+def test_attention_dropout_only_while_training(mixer):
+    layer = mixer(DIM, HEADS, attn_drop=0.9)
+    x = torch.randn(2, 9, DIM)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("decay", [1e-4, 0.1])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_orthogonal_bases_survive_weight_decay_and_averaging(optimizer, decay):
+    layer = MSSA(DIM, HEADS, orthogonal=True, tied=True)
+    steps = optimizer(layer.parameters(), lr=0.1, weight_decay=decay)
+    average = copy.deepcopy(layer)
+    for _ in range(5):
+        layer(torch.randn(2, 9, DIM)).square().mean().backward()
+        steps.step()
+        for mean, new in zip(average.parameters(), layer.parameters(), strict=True):
+            mean.data.lerp_(new.data, 0.1)
+    for model in (layer, average):
+        bases = model.qkv.weight
+        assert_close(bases @ bases.mT, torch.eye(DIM), 1e-5)
+
+
+def test_making_a_weight_orthonormal_keeps_an_orthonormal_one():
+    linear = nn.Linear(7, 5, dtype=torch.float64)
+    nn.init.orthogonal_(linear.weight)
+    expected = linear.weight.detach().clone()
+    keep_rows_orthonormal(linear)
+    assert_close(linear.weight, expected, 1e-14)
+    linear.weight = torch.eye(5, 7, dtype=torch.float64)  # nothing to reflect
+    assert_close(linear.weight, torch.eye(5, 7, dtype=torch.float64), 0)
+    reflectors = linear.parametrizations.weight.original
+    torch.autograd.gradcheck(linear.parametrizations.weight[0], reflectors.detach().requires_grad_())
+
+
+@pytest.mark.parametrize("mixer", [MHSA, partial(CBSA, qkv="separate"), AgentAttention])
+def test_norms_in_float32_under_autocast(mixer):
+    class Wide(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    layer = mixer(DIM, HEADS, qk_norm=True, norm_layer=Wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(layer(torch.randn(2, 9, DIM))).all()
+
+
+def test_principal_directions_and_the_softmax_contraction_do_not_go_together():
+    with pytest.raises(ValueError, match="the signs of principal directions are arbitrary"):
+        CBSA(DIM, HEADS, representatives="principal")
+
+
+@pytest.mark.parametrize("contraction", ["exact", "none"])
+def test_more_dimensions_than_tokens_along_principal_directions(contraction):
+    layer = CBSA(DIM, HEADS, representatives="principal", contraction=contraction).double()
+    x = torch.randn(2, 3, DIM).double()  # 3 tokens, 4 dimensions
+    padded = torch.cat([x, torch.full((2, 2, DIM), torch.nan).double()], dim=1)
+    mask = torch.arange(5).expand(2, 5) < 3
+    assert_close(layer(padded, token_mask=mask)[:, :3], layer(x), 1e-12)
+    chosen = layer.representatives(split(x @ layer.qkv.weight.T), None, None)
+    empty = chosen.values.square().sum(-1) == 0
+    assert empty.sum(-1).eq(1).all()
+    assert (chosen.attention[empty] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"eps": 0.5}, ValueError, "eps is of contraction='exact'"),
+        ({"representatives": "tokens", "num_representatives": 4}, ValueError, "num_representatives is of"),
+        ({"representatives": nn.Identity}, TypeError, "must be an instance, got the class Identity"),
+        ({"representatives": None}, ValueError, "or pass a function or module of your own"),
+        ({"tied": "no"}, TypeError, "tied must be True or False, got 'no'"),
+        ({"orthogonal": 1}, TypeError, "orthogonal must be True or False"),
+    ],
+)
+def test_options_without_effect_are_refused(options, kind, message):
+    with pytest.raises(kind, match=message):
+        CBSA(DIM, HEADS, **options)
+
+
+def test_a_strategy_is_on_a_grid_or_gives_its_attention():
+    def both(tokens, grid_size, token_mask):
+        raise AssertionError
+
+    both.needs_grid = both.gives_attention = True
+    with pytest.raises(ValueError, match="cannot have both needs_grid and gives_attention"):
+        CBSA(DIM, HEADS, representatives=both)
+
+
+def test_the_mean_form_of_channel_attention_is_the_sum_with_n_eps_squared():
+    mean, literal = TSSA(DIM, HEADS, form="channel"), TSSA(DIM, HEADS, form="channel", average=False, eps=3.0)
+    literal.load_state_dict(mean.state_dict())
+    x = torch.randn(2, 9, DIM)
+    assert_close(literal(x), mean(x), 1e-6)

@@ -150,7 +150,7 @@ def test_layers_with_their_projections(mechanism, head_dim, n):
     ids=str,
 )
 def test_a_layer_counts_what_it_was_built_to_do(options):
-    layer = CBSA(12, 3, num_representatives=5, **options)
+    layer = CBSA(12, 3, **options)
     x = torch.randn(1, 16, 12)
     projections = 2 * 16 * 12 * 12 * (1 if layer.tied else 2)
     assert layer.counts(x).products == measured(lambda: layer(x)) - projections

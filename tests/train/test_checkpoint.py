@@ -413,3 +413,18 @@ def test_an_official_checkpoint_with_our_names_or_wrong_dtypes_is_refused():
         load_official({**state, "transformer.layers.0.0.fn.step_x": torch.ones(0, 1, 1)})
     compiled = {f"_orig_mod.{key}": value for key, value in state.items()}
     assert load_official(compiled).num_classes == load_official(state).num_classes
+
+
+def test_a_checkpoint_has_the_suffix_it_is_read_by(tmp_path):
+    model = timm.create_model("cbt_pico_patch1_8")
+    with pytest.raises(CheckpointError, match=r"a checkpoint is a \.safetensors file, got .*x\.bin"):
+        save_checkpoint(tmp_path / "x.bin", model, {"model": "cbt_pico_patch1_8", "model_args": {}})
+
+
+def test_a_model_with_orthogonal_bases_comes_back(tmp_path):
+    args = {"orthogonal": True, "tied": True, "contraction": "exact"}
+    model = timm.create_model("cbt_pico_patch1_8", **args).eval()
+    save_checkpoint(tmp_path / "x.safetensors", model, {"model": "cbt_pico_patch1_8", "model_args": args})
+    again, _ = load_checkpoint(tmp_path / "x.safetensors")
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(images), model(images))

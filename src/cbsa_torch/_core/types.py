@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -36,6 +37,10 @@ class Representatives(NamedTuple):
     """``(B, M)`` bool, True = a representative that exists; None if all do."""
     attention: Tensor | None = None
     """``(B, H, M, N)`` A^T over all N tokens, in place of the softmax of Eq. 5; None to extract by it."""
+
+
+Strategy = Callable[[Tensor, "GridSize | None", "Tensor | None"], Representatives]
+"""What makes representatives: ``(tokens, grid_size, token_mask)``; see :mod:`cbsa_torch.nn.representatives`."""
 
 
 class CBSAStages(NamedTuple):

@@ -188,6 +188,8 @@ class _ConvertArgs:
 def run_convert(args: list[str]) -> None:
     """Convert a released checkpoint of the official code."""
     options = _parse(_ConvertArgs, args, "convert")
+    if options.num_heads is not None:
+        _at_least_one(num_heads=options.num_heads)
     info = convert_official(options.official, options.output, num_heads=options.num_heads)
     print(f"{options.output}: {info['model']} {info['model_args']}")
 
@@ -221,6 +223,7 @@ def run_count(args: list[str]) -> None:
         raise errors.ConfigError("no models given: cbsa count MODEL ...")
     if options.plot is not None and not options.plot.endswith((".png", ".svg")):
         raise errors.ConfigError(f"--plot must end in .png or .svg, got {options.plot}")
+    _check_distinct(options.output, options.plot)
     table = Table("model", "input", "parameters", "GFLOPs", "similarities", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -252,6 +255,16 @@ def run_count(args: list[str]) -> None:
             numbers, json.dumps({**sizes, "tokens": CURVE_TOKENS, "flops": curves}, indent=2).encode()
         )
         print(f"plot: {options.plot}, numbers: {numbers}")
+
+
+def _check_distinct(output: str | None, plot: str | None) -> None:
+    """The plot also writes its numbers; neither may replace the counts."""
+    if (
+        output is not None
+        and plot is not None
+        and Path(output) in (Path(plot), Path(plot).with_suffix(".json"))
+    ):
+        raise errors.ConfigError(f"--output {output} is a file that --plot {plot} writes; give another name")
 
 
 def _count_cells(layer: LayerCounts) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from torch import nn
 from cbsa_torch import ops
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
+from cbsa_torch.models.checkpoint import FETCHING_ARGS
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
 from cbsa_torch.nn import TokenMixer
 from cbsa_torch.train.errors import ConfigError
@@ -36,12 +37,15 @@ def count_named(name: str, args: Mapping[str, str], image_size: Sequence[int]) -
         size = (getattr(model, "in_chans", channels), height, width)
         with torch.device("meta"):
             return count_model(model, size), list(size)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # constructors of any model of timm, called with anything
         raise ConfigError(f"cannot count {name}: {error}") from error
 
 
 def _build(name: str, args: Mapping[str, str], img_size: tuple[int, int] | None = None) -> Any:
     """A model without storage, for images of a size where its constructor wants to know it."""
+    refused = FETCHING_ARGS & args.keys()
+    if refused:
+        raise ConfigError(f"--args cannot be {', '.join(refused)}: counting needs no weights")
     model_args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in args.items()}
     with torch.device("meta"):
         if img_size is None:
@@ -49,7 +53,7 @@ def _build(name: str, args: Mapping[str, str], img_size: tuple[int, int] | None 
         try:
             return timm.create_model(name, **model_args, img_size=img_size)
         except TypeError as error:
-            if "img_size" not in str(error):
+            if "unexpected keyword argument 'img_size'" not in str(error):
                 raise
             return timm.create_model(name, **model_args)  # a convolutional network takes any size
 

@@ -66,10 +66,11 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
     def record(name: str) -> Any:
         @torch.no_grad()
         def hook(module: CBSA, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x, grid_size, token_mask, attn_mask = _arguments(*args, **kwargs)
-            stages = module.stages(x, grid_size, token_mask, attn_mask)
-            grid, prefix = module.token_grid(x, grid_size) or (None, module.num_prefix_tokens or 0)
-            mask = module.token_mask(x, token_mask, attn_mask)
+            called = module.named_arguments(*args, **kwargs)
+            x, masks = called["x"], (called["token_mask"], called["attn_mask"])
+            stages = module.stages(x, called["grid_size"], *masks)
+            grid, prefix = module.token_grid(x, called["grid_size"]) or (None, module.num_prefix_tokens or 0)
+            mask = module.token_mask(x, *masks)
             records[name] = LayerRecord(name, stages, grid, prefix, mask)
 
         return hook
@@ -85,14 +86,3 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _arguments(
-    x: Tensor,
-    grid_size: GridSize | None = None,
-    token_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-) -> tuple[Tensor, GridSize | None, Tensor | None, Tensor | None]:
-    """The arguments of ``CBSA.forward`` by position or by name."""
-    return x, grid_size, token_mask, attn_mask

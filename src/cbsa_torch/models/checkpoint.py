@@ -52,8 +52,11 @@ def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) ->
     built needs the new ``img_size`` or ``num_classes`` in ``model_args``.
 
     Raises:
-        CheckpointError: ``info`` does not name a timm model and its arguments. TypeError: it is not JSON.
+        CheckpointError: ``info`` does not name a timm model and its arguments, or ``path`` has another suffix.
+        TypeError: ``info`` is not JSON.
     """
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(f"a checkpoint is a .safetensors file, got {path}")
     _check_info(info, str(path))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(Path(path), save(tensors, metadata={"cbsa_torch": json.dumps(info)}))
@@ -159,7 +162,22 @@ def unwrap(content: Any, source: str) -> dict[str, Tensor]:
     stray = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if stray:
         raise CheckpointError(f"{source} holds entries that are not tensors: {', '.join(stray[:5])}")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in content.items()}
+    odd = [str(key) for key, value in content.items() if not _is_plain(value)]
+    if odd:
+        raise CheckpointError(
+            f"{source} holds tensors that are not dense, whole and of 16 bit or more: {odd[:5]}"
+        )
+    stripped = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in content.items()}
+    if len(stripped) < len(content):
+        raise CheckpointError(f"{source} holds tensors whose names differ by a module. prefix alone")
+    return stripped
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense, with values behind every element, and of a dtype that takes part in type promotion."""
+    if tensor.layout != torch.strided or tensor.is_meta or (tensor.is_floating_point() and tensor.itemsize < 2):
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -116,7 +116,7 @@ def _convert(
     ours_named = model_name(family, size)
     try:
         model = timm.create_model(ours_named, **model_args, dtype=floating_dtype(official))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{name} is not an official checkpoint: {error}") from error
     names = {ours: _official_name(ours, stem, mixers) for ours in model.state_dict()}
     missing = [theirs for theirs in names.values() if theirs not in official]
@@ -171,7 +171,7 @@ def _some(keys: list[str]) -> str:
 
 def _read_mixers(official: dict[str, Tensor], name: str) -> list[str]:
     """The mixer of every layer, by the names of its parameters."""
-    layers = {int(m[1]) for key in official if (m := re.match(r"transformer\.layers\.(\d+)\.", key))}
+    layers = {int(m[1]) for key in official if (m := re.match(r"transformer\.layers\.(\d{1,4})\.", key))}
     if layers != set(range(len(layers))):
         raise CheckpointError(f"{name} has layers {sorted(layers)[:8]} ..., not 0 to {len(layers) - 1}")
     mixers = []
@@ -199,8 +199,9 @@ def _read_sizes(
     for i, mixer in enumerate(mixers):
         prefix = f"transformer.layers.{i}.0.fn"
         needed[f"{prefix}.{_MIXERS[mixer]['qkv.weight']}"] = "(heads * head_dim, dim)"
-        if mixer != "MSSA":
-            needed[f"{prefix}.{_TELLING[mixer]}"] = "(heads, 1, 1)" if mixer == "CBSA" else "(heads, 1)"
+        for step in _FLATTENED:
+            if step in _MIXERS[mixer].values():
+                needed[f"{prefix}.{step}"] = "(heads, 1)" if step == "temp" else "(heads, 1, 1)"
     missing = [key for key in needed if key not in official]
     if missing or not mixers:
         raise CheckpointError(
@@ -210,7 +211,9 @@ def _read_sizes(
     wrong = [
         f"{key} {tuple(official[key].shape)} instead of {shape}"
         for key, shape in needed.items()
-        if official[key].ndim != shape.count(",") + 1 or 0 in official[key].shape
+        if official[key].ndim != shape.count(",") + 1
+        or 0 in official[key].shape
+        or (shape.startswith("(heads, 1") and official[key][0].numel() != 1)
     ]
     if wrong:
         raise CheckpointError(f"{name} is not an official checkpoint: {_some(wrong)}")
@@ -220,7 +223,10 @@ def _read_sizes(
         raise CheckpointError(f"{name}: {length - 1} position embeddings are not a square grid")
     if stem == "conv":
         pattern = r"to_patch_embedding\.proj\.\d+\.0\.weight"
-        patch_size = 2 ** sum(bool(re.fullmatch(pattern, key)) for key in official)
+        convolutions = sum(bool(re.fullmatch(pattern, key)) for key in official)
+        if convolutions < 2:
+            raise CheckpointError(f"{name}: the official stems have 3 or 4 convolutions of stride 2, got one")
+        patch_size = 2**convolutions
         in_chans = official["to_patch_embedding.proj.0.0.weight"].shape[1]
     else:
         patch_size, in_chans = _patch(official["to_patch_embedding.2.weight"].shape[1], name)

@@ -109,13 +109,16 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and afterwards everything as it was."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # it hides the parts of a layer from hooks and counter
         for parameter in trainable:  # no_grad is not enough for torch's counter, which hooks what requires one
             parameter.requires_grad_(False)
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module in training:
             module.training = True
         for parameter in trainable:
@@ -149,7 +152,9 @@ def _is_counted(module: nn.Module) -> bool:
 
 def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Counts:
     if isinstance(module, TokenMixer):
-        return module.counts(*_mixer_arguments(*args, **kwargs))
+        called = module.named_arguments(*args, **kwargs)
+        counts = module.counts(called["x"], called["grid_size"], called["token_mask"])
+        return counts.times(called["x"].shape[0])
     x: Tensor = args[0]
     if isinstance(module, nn.Linear):
         tokens = x.numel() // x.shape[-1]
@@ -157,17 +162,7 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if isinstance(module, ISTA):
         return counting.ista(x.numel() // x.shape[-1], x.shape[-1])
     if isinstance(module, Attention):
-        return counting.softmax_attention(x.shape[1], num_heads=module.num_heads, head_dim=module.head_dim)
+        heads = {"num_heads": module.num_heads, "head_dim": module.head_dim}
+        return counting.softmax_attention(x.shape[1], **heads).times(x.shape[0])
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return counting.linear(output[0, 0].numel(), weight[0].numel(), weight.shape[0])
-
-
-def _mixer_arguments(
-    x: Tensor,
-    grid_size: tuple[int, ...] | None = None,
-    token_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-) -> tuple[Tensor, tuple[int, ...] | None, Tensor | None]:
-    """The arguments of ``TokenMixer.forward`` by position or by name."""
-    return x, grid_size, token_mask
+    return counting.linear(output.numel() // weight.shape[0], weight[0].numel(), weight.shape[0])

@@ -6,6 +6,7 @@ for small images. All are the one :class:`WhiteBoxTransformer`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -36,9 +37,12 @@ class Family:
     """Options of the mixer that differ from its own defaults."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model that differ from its own defaults."""
+    paper: str = "2509.16875"
+    """The arXiv number of what it implements."""
 
 
-_BASES = ("tied", "orthogonal", "scale_norm", "norm_layer", "proj_drop")
+_PROJECTIONS = ("qkv_bias", "proj_bias", "scale_norm", "norm_layer", "proj_drop")
+_BASES = ("tied", "orthogonal", *_PROJECTIONS)
 OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     CBSA: (
         "num_representatives",
@@ -51,29 +55,38 @@ OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
         "qk_norm",
         *_BASES,
     ),
-    MSSA: _BASES,
+    MSSA: ("attn_drop", *_BASES),
     TSSA: ("form", "eps", *_BASES),
     LinearCBSA: ("eps", "average", "solver", *_BASES),
     AgentAttention: ("num_representatives", "representatives", "qkv", "qk_norm", *_BASES),
-    MHSA: ("qkv_bias", "qk_norm", "scale_norm", "norm_layer", "proj_drop"),
+    MHSA: ("qk_norm", "attn_drop", *_PROJECTIONS),
 }
 """Options of a mixer that its models take as arguments of their own."""
 
 FAMILIES = {
     "cbt": Family("Contract-and-Broadcast Transformer: CBSA (Eq. 8)", CBSA),
     "linear_cbt": Family("linear attention along principal directions (Eq. 12)", LinearCBSA),
-    "crate": Family("CRATE with this stem: MSSA (Eq. 9)", MSSA),
+    "crate": Family("CRATE with this stem: MSSA (Eq. 9)", MSSA, paper="2306.01129"),
     "crate_cbt": Family("hybrid: MSSA in the first layers, then CBSA", CBSA, first=MSSA),
-    "tost": Family("ToST with this stem: TSSA", TSSA),
-    "agent": Family("agent attention with one shared projection", AgentAttention, defaults={"qkv": "shared"}),
+    "tost": Family("ToST with this stem: TSSA", TSSA, paper="2412.17810"),
+    "agent": Family(
+        "agent attention with one shared projection",
+        AgentAttention,
+        defaults={"qkv": "shared"},
+        paper="2312.08874",
+    ),
     "stem_vit": Family(
         "ViT with this stem: softmax attention and an MLP, the black-box baseline",
         MHSA,
         defaults={"qkv_bias": True},
         model_args={"mlp_ratio": 4.0},
+        paper="2010.11929",
     ),
     "crate_original": Family(
-        "CRATE with its own sizes and linear patch embedding", MSSA, model_args={"stem": "linear"}
+        "CRATE with its own sizes and linear patch embedding",
+        MSSA,
+        model_args={"stem": "linear"},
+        paper="2306.01129",
     ),
 }
 
@@ -130,7 +143,7 @@ def model_name(family: str, size: str) -> str:
     return f"{family}_{size.split('_', maxsplit=1)[0]}_{sizes_of(family)[size].suffix}"
 
 
-def _cfg(size: Size) -> dict[str, Any]:
+def _cfg(family: Family, size: Size) -> dict[str, Any]:
     grey = size.input_size[0] == 1
     return {
         "num_classes": size.num_classes,
@@ -140,20 +153,17 @@ def _cfg(size: Size) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": (0.5,) if grey else IMAGENET_DEFAULT_MEAN,
         "std": (0.5,) if grey else IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj.0.0",
+        "first_conv": None if family.model_args.get("stem") == "linear" else "stem.proj.0.0",
         "classifier": "head",
         "fixed_input_size": False,
         "license": "mit",
-        "paper_ids": "arXiv:2509.16875",
+        "paper_ids": f"arXiv:{family.paper}",
     }
 
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{model_name(family, size)}.untrained": {
-            **_cfg(spec),
-            **({"first_conv": None} if FAMILIES[family].model_args.get("stem") == "linear" else {}),
-        }
+        f"{model_name(family, size)}.untrained": _cfg(FAMILIES[family], spec)
         for family in FAMILIES
         for size, spec in sizes_of(family).items()
     }
@@ -184,6 +194,8 @@ def _create(
         depth = model_args["depth"]
         first = _number_of_first_layers(family, num_first_layers, depth)
         mixers = [family.first or family.mixer] * first + [family.mixer] * (depth - first)
+        if own.get("representatives", "pool") not in ("pool", "learned"):
+            mixer_defaults = {k: v for k, v in mixer_defaults.items() if k != "num_representatives"}
         mixer = [functools.partial(m, **_of(m, {**mixer_defaults, **own})) for m in mixers]
     return build_model_with_cfg(
         WhiteBoxTransformer,
@@ -211,7 +223,9 @@ def _options(family: Family) -> set[str]:
 
 
 def _of(mixer: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in OPTIONS[mixer]}
+    """The options that are the mixer's; a module among them is copied, for every layer owns its parts."""
+    own = {name: value for name, value in options.items() if name in OPTIONS[mixer]}
+    return {k: copy.deepcopy(v) if isinstance(v, nn.Module) else v for k, v in own.items()}
 
 
 def _check_names(given: dict[str, Any], options: set[str]) -> None:

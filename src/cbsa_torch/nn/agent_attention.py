@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from cbsa_torch import ops
-from cbsa_torch._core.types import QKV, Representatives
+from cbsa_torch._core.types import QKV, RepresentativeKind, Strategy
 from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.ops import counting
@@ -26,9 +25,9 @@ class AgentAttention(TokenMixer):
     Args:
         dim: channels of input and output.
         num_heads: number of heads H.
-        num_representatives: how many agents, as in :class:`cbsa_torch.CBSA`.
-        representatives: where agents come from: a kind or a strategy as in :class:`cbsa_torch.CBSA`, but not
-            one that brings an attention with it.
+        num_representatives: how many agents, as in :class:`cbsa_torch.CBSA`. Default: 64.
+        representatives: where agents come from: ``"pool"``, ``"learned"`` or a strategy of your own as in
+            :class:`cbsa_torch.CBSA`; not one that brings an attention with it.
         qkv: ``"separate"`` projections for queries, keys and values, as in the original, or one ``"shared"``
             projection, as the white-box layers have. Agents are made from the queries.
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` need
@@ -40,8 +39,8 @@ class AgentAttention(TokenMixer):
         dim: int,
         num_heads: int = 8,
         *,
-        num_representatives: int = 64,
-        representatives: str | Callable[..., Representatives] = "pool",
+        num_representatives: int | None = None,
+        representatives: RepresentativeKind | Strategy = "pool",
         qkv: QKV = "separate",
         **options: Unpack[MixerOptions],
     ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +21,10 @@ from cbsa_torch._core.types import (
     Layout,
     RepresentativeKind,
     Representatives,
+    Strategy,
 )
 from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
-from cbsa_torch.nn.representatives import make_representatives
+from cbsa_torch.nn.representatives import PrincipalDirections, make_representatives
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 
@@ -43,13 +43,14 @@ class CBSA(TokenMixer):
         dim: channels of input and output.
         num_heads: number of subspaces H.
         num_representatives: M of ``"pool"`` (the grid closest in aspect with at most this many cells, never
-            more than there are tokens) and of ``"learned"``. The other kinds make as many as they make.
+            more than there are tokens) and of ``"learned"``. Default: 64. The other kinds make as many as they
+            make, and refuse it.
         representatives: ``"pool"`` (over the tokens' grid), ``"learned"`` (parameters; no grid needed),
             ``"tokens"`` (all of them: MSSA (9), O(N^2)), ``"principal"`` (principal directions: with the exact
             contraction, linear attention (12)), ``"basis"`` (the standard basis: channel attention (13)), or
             a function or module of your own: see :mod:`cbsa_torch.nn.representatives`.
         contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7), ``"none"``.
-        eps: quantisation precision epsilon of the exact contraction.
+        eps: quantisation precision epsilon of the exact contraction. Default: 0.1.
         qkv: ``"shared"``: one projection is query, key and value, the subspace bases U_k of the paper;
             ``"separate"``: three, as in a ViT (representatives are made from the queries).
         layout: ``"standard"`` pools the grid tokens. ``"official"`` pools all but the last
@@ -75,17 +76,22 @@ class CBSA(TokenMixer):
         dim: int,
         num_heads: int = 8,
         *,
-        num_representatives: int = 64,
-        representatives: RepresentativeKind | Callable[..., Representatives] = "pool",
+        num_representatives: int | None = None,
+        representatives: RepresentativeKind | Strategy = "pool",
         contraction: Contraction = "softmax",
-        eps: float = DEFAULT_EPS,
+        eps: float | None = None,
         qkv: QKV = "shared",
         layout: Layout = "standard",
         impl: Impl = "auto",
         **options: Unpack[MixerOptions],
     ) -> None:
-        check_positive("eps", eps)
         check_choice("contraction", contraction, CONTRACTIONS)
+        if eps is not None:
+            check_positive("eps", eps)
+            if contraction != "exact":
+                raise ValueError(
+                    f"eps is of contraction='exact'; contraction={contraction!r} has none, got {eps}"
+                )
         check_choice("layout", layout, LAYOUTS)
         check_choice("impl", impl, IMPLS)
         if layout == "official" and representatives != "pool":
@@ -93,7 +99,7 @@ class CBSA(TokenMixer):
         super().__init__(dim, num_heads, qkv=qkv, **options)
         kind: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.contraction: Contraction = contraction
-        self.eps = eps
+        self.eps = DEFAULT_EPS if eps is None else eps
         self.layout: Layout = layout
         self.impl: Impl = impl
         self.representatives = make_representatives(
@@ -101,6 +107,11 @@ class CBSA(TokenMixer):
         )
         self.step_tokens = nn.Parameter(torch.empty(num_heads, **kind))
         self.step_representatives: nn.Parameter | None = None
+        if isinstance(self.representatives, PrincipalDirections) and contraction == "softmax":
+            raise ValueError(
+                "representatives='principal' needs contraction='exact' or 'none': the signs of principal "
+                "directions are arbitrary, and the softmax contraction depends on them"
+            )
         if getattr(self.representatives, "gives_attention", False):
             if qkv == "separate":
                 raise ValueError("representatives that bring their attention need qkv='shared'")
@@ -140,7 +151,7 @@ class CBSA(TokenMixer):
         attn_mask: Tensor | None = None,
     ) -> CBSAStages:
         """Every intermediate of :meth:`forward` for the same arguments, computed eagerly, per head."""
-        source, token_mask = self._read(x, token_mask, attn_mask)
+        source, token_mask, _ = self._read(x, token_mask, attn_mask)
         return ops.cbsa_stages(**self._operands(self._project(source, grid_size, token_mask)))
 
     def count_heads(self, heads: Heads) -> counting.Counts:
@@ -181,4 +192,5 @@ class CBSA(TokenMixer):
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
-        return f"{super().extra_repr()}, contraction={self.contraction!r}, layout={self.layout!r}"
+        eps = f", eps={self.eps}" if self.contraction == "exact" else ""
+        return f"{super().extra_repr()}, contraction={self.contraction!r}{eps}, layout={self.layout!r}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
-from cbsa_torch._core.checks import check_choice, check_positive
+from cbsa_torch._core.checks import check_bool, check_choice, check_positive
 from cbsa_torch._core.types import LINEAR_SOLVERS, LinearSolver
 from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
 from cbsa_torch.ops import counting
@@ -25,7 +25,7 @@ class LinearCBSA(TokenMixer):
     Args:
         dim: channels of input and output.
         num_heads: number of subspaces H.
-        eps: quantisation precision epsilon.
+        eps: quantisation precision epsilon (the operator's default is 0.1, for sums).
         average: take the mean over the tokens where Eq. 12 takes the sum (epsilon^2 becomes N epsilon^2), so
             that a layer does the same at any number of tokens and its output does not fade with N.
         solver: ``"cholesky"`` or ``"eigh"``: the same function, see :func:`cbsa_torch.ops.linear_cbsa`.
@@ -47,6 +47,7 @@ class LinearCBSA(TokenMixer):
     ) -> None:
         check_positive("eps", eps)
         check_choice("solver", solver, LINEAR_SOLVERS)
+        check_bool("average", average)
         super().__init__(dim, num_heads, qkv="shared", **options)
         self.eps = eps
         self.average = average

@@ -8,16 +8,18 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 
-from cbsa_torch._core.checks import check_choice, check_positive_int
+from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
-from cbsa_torch.nn.tokens import TokenInput, as_token_mask, read_tokens, resolve_grid
+from cbsa_torch.nn.orthonormal import keep_rows_orthonormal
+from cbsa_torch.nn.tokens import TokenInput, as_token_mask, is_token_mask, read_tokens, resolve_grid
 from cbsa_torch.ops.counting import Counts
 from cbsa_torch.ops.representatives import check_grid
 
@@ -59,6 +61,8 @@ class Heads(NamedTuple):
     """The grid of the feature map the input was, or None if it was tokens."""
     grid_size: GridSize | None
     """The grid that was passed to ``forward``."""
+    attn_mask: Tensor | None = None
+    """A mask that differs from query to query, for mixers that have :attr:`TokenMixer.compares_tokens`."""
 
 
 class TokenMixer(nn.Module, abc.ABC):
@@ -87,7 +91,7 @@ class TokenMixer(nn.Module, abc.ABC):
         qk_norm: normalise queries and keys per head with ``norm_layer``; needs separate projections.
         scale_norm: normalise the heads' joint output with ``norm_layer`` before projecting out.
         gated: not supported; raises.
-        attn_drop: not supported; must be 0 (CBSA's one attention matrix serves two products).
+        attn_drop: dropout rate of attention weights; only for mixers that compare tokens with tokens.
         proj_drop: dropout rate after the output projection.
         norm_layer: constructor of normalisation layers, for ``qk_norm`` and ``scale_norm``.
         device, dtype: of the parameters.
@@ -99,6 +103,9 @@ class TokenMixer(nn.Module, abc.ABC):
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
         output has the layout of the input.
     """
+
+    compares_tokens = False
+    """Whether every token is compared with every other: masks may then differ from query to query."""
 
     def __init__(
         self,
@@ -129,6 +136,8 @@ class TokenMixer(nn.Module, abc.ABC):
         check_positive_int("dim", dim)
         check_positive_int("num_heads", num_heads)
         check_choice("qkv", qkv, QKVS)
+        check_bool("tied", tied)
+        check_bool("orthogonal", orthogonal)
         if head_dim is not None and attn_head_dim is not None and head_dim != attn_head_dim:
             raise ValueError(f"head_dim ({head_dim}) and attn_head_dim ({attn_head_dim}) must agree")
         head_dim = attn_head_dim if head_dim is None else head_dim
@@ -144,8 +153,10 @@ class TokenMixer(nn.Module, abc.ABC):
         name = type(self).__name__
         if gated:
             raise ValueError(f"gated must be False: {name} has no output gate")
-        if attn_drop:
-            raise ValueError(f"attn_drop must be 0, got {attn_drop}: {name} does not drop attention weights")
+        if attn_drop and not self.compares_tokens:
+            raise ValueError(
+                f"attn_drop must be 0 for {name}, which has no N x N weights to drop; got {attn_drop}"
+            )
         if qk_norm and qkv == "shared":
             raise ValueError("qk_norm needs qkv='separate': shared queries, keys and values are one tensor")
         if (qk_norm or scale_norm) and norm_layer is None:
@@ -165,6 +176,7 @@ class TokenMixer(nn.Module, abc.ABC):
         self.tied = tied
         self.orthogonal = orthogonal
         self.shared_qkv = qkv == "shared"
+        self.attn_drop = attn_drop
         self.grid_size: GridSize | None = None
         self.num_prefix_tokens: int | None = None
         self.set_input_size(grid_size, num_prefix_tokens)
@@ -173,8 +185,7 @@ class TokenMixer(nn.Module, abc.ABC):
         self.qkv = nn.Linear(dim, inner * (1 if self.shared_qkv else 3), qkv_bias, device, dtype)
         if orthogonal:
             _check_factorable(self.qkv.weight)
-            # Householder: no matrix product of it is cast down by autocast.
-            parametrizations.orthogonal(self.qkv, orthogonal_map="householder", use_trivialization=False)
+            keep_rows_orthonormal(self.qkv)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         self.norm: nn.Module = nn.Identity()
@@ -233,30 +244,48 @@ class TokenMixer(nn.Module, abc.ABC):
             token_mask: ``(B, N)``, or ``(B, *grid)`` for a feature map; bool, True = a real token. The
                 others are ignored and get zeros.
             attn_mask: timm's argument; a boolean mask that is the same for every query is read as
-                ``token_mask``, anything else raises.
-            is_causal: must be False.
+                ``token_mask``. Any other, ``(N, N)`` or ``(B, 1 or H, N, N)``, only for mixers that compare
+                tokens with tokens (MSSA, MHSA): the others form no N x N matrix.
+            is_causal: let no token attend to later ones; for the same mixers.
 
         Returns:
             The update, in the layout of ``x``: use it as ``x + mixer(norm(x))``.
 
         Raises:
-            ValueError: channels, a grid or a mask that do not fit; no grid where one is needed;
-                ``is_causal``. TypeError: wrong dtypes.
+            ValueError: channels, a grid or a mask that do not fit; no grid where one is needed; a mask
+                that the mixer has no use for. TypeError: wrong dtypes.
         """
-        if is_causal:
-            raise ValueError(f"is_causal must be False: {type(self).__name__} attends to all tokens")
-        source, token_mask = self._read(x, token_mask, attn_mask)
-        heads = self.mix(self._project(source, grid_size, token_mask))  # (B, H, N, P)
-        out = self.norm(heads.transpose(1, 2).flatten(2))  # (B, N, H * P)
-        out = F.linear(out, self.qkv.weight.t()) if self.proj is None else self.proj(out)
+        if is_causal and not self.compares_tokens:
+            raise ValueError(
+                f"is_causal must be False: {type(self).__name__} summarises all tokens before it updates any"
+            )
+        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal)
+        # A tied orthogonal basis is used twice, and made once.
+        with parametrize.cached() if self.tied and self.orthogonal else nullcontext():
+            projected = self._project(source, grid_size, token_mask)._replace(attn_mask=attn_mask)
+            heads = self.mix(projected)  # (B, H, N, P)
+            out = self.norm(heads.transpose(1, 2).flatten(2))  # (B, N, H * P)
+            out = F.linear(out, self.qkv.weight.t()) if self.proj is None else self.proj(out)
         out = self.proj_drop(out)
         if token_mask is not None:
             out = out.masked_fill(~token_mask[..., None], 0.0)  # the biases, too
         return source.restore(out)
 
+    @staticmethod
+    def named_arguments(
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        token_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> dict[str, Any]:
+        """The arguments of :meth:`forward` by name, for hooks that see how it was called."""
+        names = ("x", "grid_size", "token_mask", "attn_mask", "is_causal")
+        return dict(zip(names, (x, grid_size, token_mask, attn_mask, is_causal), strict=True))
+
     def counts(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Counts:
         """What :meth:`forward` costs per item of ``x`` between the projections (those are linear layers)."""
-        source, token_mask = self._read(x, token_mask, None)
+        source, token_mask, _ = self._read(x, token_mask, None)
         counts = self.count_heads(self._project(source, grid_size, token_mask))
         if self.proj is not None:
             return counts
@@ -283,14 +312,22 @@ class TokenMixer(nn.Module, abc.ABC):
         return False
 
     def _read(
-        self, x: Tensor, token_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> tuple[TokenInput, Tensor | None]:
+        self, x: Tensor, token_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool = False
+    ) -> tuple[TokenInput, Tensor | None, Tensor | None]:
+        """The input as tokens, its token mask, and what else there is of a mask."""
         source = read_tokens(x, self.dim, self.channels_first, token_mask)
+        b, n, _ = source.tokens.shape
+        if is_causal:
+            if attn_mask is not None:
+                raise ValueError("pass attn_mask or is_causal, not both")
+            return source, source.token_mask, torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
         if attn_mask is None:
-            return source, source.token_mask
+            return source, source.token_mask, None
+        if self.compares_tokens and not is_token_mask(attn_mask, b, n):
+            return source, source.token_mask, attn_mask
         if token_mask is not None:
             raise ValueError("pass token_mask or attn_mask, not both")
-        return source, as_token_mask(attn_mask, *source.tokens.shape[:2])
+        return source, as_token_mask(attn_mask, b, n), None
 
     def _project(self, source: TokenInput, grid_size: GridSize | None, token_mask: Tensor | None) -> Heads:
         """Into the subspaces."""
@@ -307,7 +344,10 @@ class TokenMixer(nn.Module, abc.ABC):
         else:
             qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim)
             tokens, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, P) each
-            tokens, keys = self.q_norm(tokens), self.k_norm(keys)
+            # A norm may return float32 under autocast.
+            tokens, keys = (
+                norm(t).to(values.dtype) for norm, t in ((self.q_norm, tokens), (self.k_norm, keys))
+            )
         if grid_size is not None:
             self._locate(n, source.map_grid, grid_size)  # refuse a wrong one, also where none is needed
         return Heads(tokens, keys, values, token_mask, source.map_grid, grid_size)
@@ -337,8 +377,8 @@ class TokenMixer(nn.Module, abc.ABC):
         self, n: int, map_grid: GridSize | None, grid_size: GridSize | None
     ) -> tuple[GridSize, int] | None:
         if map_grid is not None:
-            if grid_size is not None and tuple(grid_size) != map_grid:
-                raise ValueError(f"grid_size {tuple(grid_size)} differs from the feature map's {map_grid}")
+            if grid_size is not None and check_grid(grid_size) != map_grid:
+                raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
             return map_grid, 0
         grid_size = self.grid_size if grid_size is None else grid_size
         if grid_size is None and not self.needs_grid:

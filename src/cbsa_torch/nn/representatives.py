@@ -13,35 +13,52 @@ A method ``counts(num_tokens, *, num_heads, head_dim)`` may say what it costs; o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int
-from cbsa_torch._core.types import REPRESENTATIVE_KINDS, GridSize, Representatives
+from cbsa_torch._core.types import REPRESENTATIVE_KINDS, GridSize, Representatives, Strategy
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.directions import basis_directions, check_orthonormal, principal_directions
 from cbsa_torch.ops.representatives import pool_representatives
 
+DEFAULT_NUMBER = 64
+"""Representatives, where the caller does not say: an 8x8 grid (paper, section 3.2)."""
+
 
 def make_representatives(
-    kind: str | Callable[..., Representatives],
+    kind: str | Strategy,
     num_heads: int,
-    num_representatives: int,
+    num_representatives: int | None,
     head_dim: int,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Callable[..., Representatives]:
+) -> Strategy:
     """The strategy a mixer's ``representatives`` argument names, or the one that it is."""
+    if isinstance(kind, type):
+        raise TypeError(f"representatives must be an instance, got the class {kind.__name__}")
+    if not callable(kind):
+        try:
+            check_choice("representatives", kind, REPRESENTATIVE_KINDS)
+        except ValueError as error:
+            raise ValueError(f"{error}; or pass a function or module of your own") from None
+    if num_representatives is not None and kind not in ("pool", "learned"):
+        raise ValueError(
+            f"num_representatives is of representatives='pool' and 'learned'; {kind!r} has a number of its own"
+        )
     if callable(kind):
+        if getattr(kind, "needs_grid", False) and getattr(kind, "gives_attention", False):
+            raise ValueError(
+                "representatives cannot have both needs_grid and gives_attention: on a grid they see no prefix "
+                "tokens, but an attention is over all tokens"
+            )
         return kind
-    check_choice("representatives", kind, REPRESENTATIVE_KINDS)
+    number = DEFAULT_NUMBER if num_representatives is None else num_representatives
     if kind == "learned":
-        return LearnedRepresentatives(num_heads, num_representatives, head_dim, device=device, dtype=dtype)
+        return LearnedRepresentatives(num_heads, number, head_dim, device=device, dtype=dtype)
     if kind == "pool":
-        return PooledRepresentatives(num_representatives)
+        return PooledRepresentatives(number)
     return {"tokens": AllTokens, "principal": PrincipalDirections, "basis": BasisDirections}[kind]()
 
 
@@ -135,8 +152,9 @@ class AllTokens(nn.Module):
 class PrincipalDirections(nn.Module):
     """Principal directions of the tokens: with the exact contraction, linear attention (Eq. 12).
 
-    For other contractions, and for comparison with :class:`cbsa_torch.LinearCBSA`. Its gradient exists
-    where the P eigenvalues of a head's Gram matrix are distinct, hence only for N >= P.
+    For comparison with :class:`cbsa_torch.LinearCBSA`, and without contraction. Its gradient exists where the
+    P eigenvalues of a head's Gram matrix are distinct, hence only for N >= P. The signs of the directions are
+    arbitrary, and the softmax contraction depends on them: a mixer refuses it.
     """
 
     gives_attention = True
@@ -165,6 +183,7 @@ class BasisDirections(nn.Module):
         super().__init__()
         if basis is not None:
             check_orthonormal(basis)
+            basis = basis.detach().clone()
         self.basis: Tensor | None
         self.register_buffer("basis", basis)
 

@@ -25,12 +25,15 @@ class MSSA(TokenMixer):
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`.
     """
 
+    compares_tokens = True
+
     def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[MixerOptions]) -> None:
         super().__init__(dim, num_heads, qkv="shared", **options)
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.mssa`."""
-        return ops.mssa(heads.tokens, token_mask=heads.token_mask)
+        dropout = self.attn_drop if self.training else 0.0
+        return ops.mssa(heads.tokens, token_mask=heads.token_mask, attn_mask=heads.attn_mask, dropout=dropout)
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both products with the N x N matrix."""
@@ -49,6 +52,8 @@ class MHSA(TokenMixer):
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` raise.
     """
 
+    compares_tokens = True
+
     def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[MixerOptions]) -> None:
         super().__init__(dim, num_heads, qkv="separate", **options)
 
@@ -56,7 +61,14 @@ class MHSA(TokenMixer):
         """Apply :func:`cbsa_torch.ops.softmax_attention`."""
         assert heads.keys is not None  # the projections are separate
         assert heads.values is not None
-        return ops.softmax_attention(heads.tokens, heads.keys, heads.values, key_mask=heads.token_mask)
+        return ops.softmax_attention(
+            heads.tokens,
+            heads.keys,
+            heads.values,
+            key_mask=heads.token_mask,
+            attn_mask=heads.attn_mask,
+            dropout=self.attn_drop if self.training else 0.0,
+        )
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both products with the N x N matrix."""

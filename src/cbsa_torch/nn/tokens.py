@@ -96,6 +96,12 @@ def resolve_grid(
     )
 
 
+def is_token_mask(attn_mask: Tensor, b: int, n: int) -> bool:
+    """Whether timm's ``attn_mask`` is a token mask: bool, the same for every query."""
+    shaped = isinstance(attn_mask, Tensor) and tuple(attn_mask.shape) in ((b, 1, n), (b, 1, 1, n))
+    return shaped and attn_mask.dtype == torch.bool
+
+
 def as_token_mask(attn_mask: Tensor, b: int, n: int) -> Tensor:
     """Read timm's ``attn_mask`` as a token mask where it is one: bool, the same for every query.
 
@@ -104,7 +110,7 @@ def as_token_mask(attn_mask: Tensor, b: int, n: int) -> Tensor:
     """
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
-    if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in ((b, 1, n), (b, 1, 1, n)):
+    if not is_token_mask(attn_mask, b, n):
         raise ValueError(
             "attn_mask must be a boolean key-padding mask of shape (B, 1, N) or (B, 1, 1, N): this attention "
             f"forms no N x N matrix; got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
-from cbsa_torch._core.checks import check_choice, check_positive
+from cbsa_torch._core.checks import check_bool, check_choice, check_positive
 from cbsa_torch._core.types import TSSA_FORMS, TSSAForm
 from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
 from cbsa_torch.ops import counting
@@ -25,8 +25,11 @@ class TSSA(TokenMixer):
         num_heads: number of subspaces H.
         form: ``"tost"``, what its authors train (:func:`cbsa_torch.ops.tssa`): tokens belong to heads by a
             softmax with a learned temperature; or ``"channel"``, Eq. 13 along the standard basis of each
-            subspace (:func:`cbsa_torch.ops.channel_attention`, mean over tokens) times a learned step.
-        eps: quantisation precision epsilon of ``"channel"``; ``"tost"`` has the constant 1 in its place.
+            subspace (:func:`cbsa_torch.ops.channel_attention`) times a learned step.
+        eps: quantisation precision epsilon of ``"channel"`` (the operator's default is 0.1, for sums);
+            ``"tost"`` has the constant 1 in its place.
+        average: of ``"channel"``: take the mean over the tokens where Eq. 13 takes the sum (epsilon^2 becomes
+            N epsilon^2), so that the layer does the same at any number of tokens; ``"tost"`` always does.
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`.
 
     Attributes:
@@ -41,18 +44,28 @@ class TSSA(TokenMixer):
         *,
         form: TSSAForm = "tost",
         eps: float = 1.0,
+        average: bool = True,
         **options: Unpack[MixerOptions],
     ) -> None:
         check_choice("form", form, TSSA_FORMS)
         check_positive("eps", eps)
-        if form == "tost" and eps != 1.0:
-            raise ValueError(f"eps must be 1 for form='tost', which has no epsilon; got {eps}")
+        check_bool("average", average)
+        if form == "tost" and (eps != 1.0 or not average):
+            raise ValueError(
+                f"eps and average belong to form='channel'; form='tost' has eps=1 and average=True, got {eps} "
+                f"and {average}"
+            )
         super().__init__(dim, num_heads, qkv="shared", **options)
         self.form: TSSAForm = form
         self.eps = eps
-        scale = nn.Parameter(torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype")))
-        self.temperature = scale if form == "tost" else None
-        self.step_tokens = scale if form == "channel" else None
+        self.average = average
+        self.temperature: nn.Parameter | None = None
+        self.step_tokens: nn.Parameter | None = None
+        per_head = torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype"))
+        if form == "tost":
+            self.temperature = nn.Parameter(per_head)
+        else:
+            self.step_tokens = nn.Parameter(per_head)
         self._reset_scale()
 
     def _reset_scale(self) -> None:
@@ -76,7 +89,7 @@ class TSSA(TokenMixer):
         if self.temperature is not None:
             return ops.tssa(tokens, temperature=self.temperature, token_mask=mask)
         assert self.step_tokens is not None, "one of the two forms"
-        out = ops.channel_attention(tokens, eps=self.eps, average=True, token_mask=mask)
+        out = ops.channel_attention(tokens, eps=self.eps, average=self.average, token_mask=mask)
         return self.step_tokens[:, None, None].to(out.dtype) * out
 
     def count_heads(self, heads: Heads) -> counting.Counts:
@@ -90,4 +103,5 @@ class TSSA(TokenMixer):
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
-        return f"{super().extra_repr()}, form={self.form!r}"
+        channel = f", eps={self.eps}, average={self.average}" if self.form == "channel" else ""
+        return f"{super().extra_repr()}, form={self.form!r}{channel}"

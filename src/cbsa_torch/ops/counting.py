@@ -4,9 +4,10 @@ FLOPs are those of matrix products, two per multiply-add, as ``torch.utils.flop_
 those of factorisations, which it does not see. Softmax, norms, pooling and other work per element are left
 out, by torch as well. The paper's Table 1 counts multiply-adds.
 
-Similarities are the distinct inner products that decide who attends to whom: per head N M for M
-representatives, M (M + 1) / 2 more for a contraction among them, N^2 for softmax attention, N P for
-directions. Read so, the paper's Table 4 is reproduced for CBSA, TSSA and MSSA.
+Similarities are the inner products that decide who attends to whom, as we read the paper's Table 4: per
+head N M between tokens and M representatives, M (M + 1) / 2 more for a softmax contraction among them, N^2
+for softmax attention (although it is symmetric in MSSA), N P between tokens and P directions. Read so, the
+table is reproduced for CBSA, TSSA and MSSA.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 from cbsa_torch._core.checks import check_choice, check_positive_int
-from cbsa_torch._core.types import CONTRACTIONS, Contraction, LinearSolver
+from cbsa_torch._core.types import CONTRACTIONS, LINEAR_SOLVERS, Contraction, LinearSolver
 
 Mechanism = Literal["cbsa", "mssa", "mhsa", "linear_cbsa", "tssa", "agent", "mlp", "ista"]
 MECHANISMS: tuple[str, ...] = get_args(Mechanism)
@@ -31,7 +32,7 @@ class Counts(NamedTuple):
     factorizations: int = 0
     """FLOPs of Cholesky factors, solves and eigendecompositions: the leading term of the textbook count."""
     similarities: int = 0
-    """Distinct inner products that decide who attends to whom."""
+    """Inner products that decide who attends to whom (see above)."""
 
     @property
     def flops(self) -> int:
@@ -41,6 +42,10 @@ class Counts(NamedTuple):
     def plus(self, other: Counts) -> Counts:
         """The sum of both, field by field."""
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, number: int) -> Counts:
+        """The same ``number`` times over."""
+        return Counts(*(number * count for count in self))
 
 
 def linear(num_tokens: int, in_features: int, out_features: int) -> Counts:
@@ -64,12 +69,13 @@ def cbsa(
 ) -> Counts:
     """CBSA inside the heads: extraction, contraction and broadcast.
 
-    ``extracted=False``: the representatives come with their attention, so that nothing is extracted.
+    ``extracted=False``: the representatives come with their attention, so that nothing is extracted, and
+    what that attention costs is not counted here.
     """
     check_choice("contraction", contraction, CONTRACTIONS)
     n, m, p = num_tokens, num_representatives, head_dim
     products = 2 * n * m * p + (4 * n * m * p if extracted else 0)
-    similarities = n * m
+    similarities = n * m if extracted else 0
     factorizations = 0
     if contraction == "softmax":
         products += 4 * m**2 * p
@@ -78,7 +84,6 @@ def cbsa(
         side = min(m, p)
         products += 2 * m * p * side
         factorizations = side**3 // 3 + 2 * side**2 * max(m, p)
-        similarities += side * (side + 1) // 2
     return Counts(num_heads * products, num_heads * factorizations, num_heads * similarities)
 
 
@@ -102,6 +107,7 @@ def agent_attention(
 
 def linear_cbsa(num_tokens: int, *, num_heads: int, head_dim: int, solver: LinearSolver = "cholesky") -> Counts:
     """Linear attention (12): the Gram matrix, its filter, and the filter applied."""
+    check_choice("solver", solver, LINEAR_SOLVERS)
     n, p = num_tokens, head_dim
     products = 4 * n * p**2
     if solver == "eigh":
@@ -114,12 +120,13 @@ def linear_cbsa(num_tokens: int, *, num_heads: int, head_dim: int, solver: Linea
 def principal_directions(num_tokens: int, *, num_heads: int, head_dim: int) -> Counts:
     """Principal directions: the Gram matrix, its eigenvectors, and how far every token reaches along them."""
     n, p = num_tokens, head_dim
-    return Counts(4 * num_heads * n * p**2, 9 * num_heads * p**3, 0)
+    return Counts(4 * num_heads * n * p**2, 9 * num_heads * p**3, num_heads * n * p)
 
 
 def basis_directions(num_tokens: int, *, num_heads: int, head_dim: int) -> Counts:
     """How far every token reaches along a fixed basis."""
-    return Counts(products=2 * num_heads * num_tokens * head_dim**2)
+    similarities = num_heads * num_tokens * head_dim
+    return Counts(2 * similarities * head_dim, 0, similarities)
 
 
 def channel_attention(num_tokens: int, *, num_heads: int, head_dim: int, weighted: bool = False) -> Counts:
@@ -137,7 +144,7 @@ def layer(
     head_dim: int | None = None,
     num_representatives: int = 64,
 ) -> Counts:
-    """A whole layer with its projections (the paper's Fig. 2 and 9).
+    """A whole layer with its projections: two, or four for ``"mhsa"`` (the paper's Fig. 2 and 9).
 
     Args:
         mechanism: a token mixer, or the feed-forwards ``"mlp"`` (hidden 4 ``dim``) and ``"ista"``.

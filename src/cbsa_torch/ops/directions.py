@@ -19,12 +19,18 @@ _ORTHONORMAL = 1e-3
 """Largest |B^T B - I| of a basis; half precision rounds to about this."""
 
 
+NULL_REACH = 1e4
+"""Times eps of the longest reach: what tokens reach along a direction, to be more than rounding."""
+
+
 def principal_directions(tokens: Tensor, *, token_mask: Tensor | None = None) -> Representatives:
     """Principal directions as representatives: SVD U_k^T Z = L Sigma R^T, U_k^T Q = L Sigma, A = R.
 
-    With the exact contraction this is linear attention (12). The SVD is taken by an eigendecomposition of
-    the P x P Gram matrix. Its gradient exists where the eigenvalues are distinct (hence N >= P);
-    :func:`cbsa_torch.ops.linear_cbsa` has no such restriction.
+    With the exact contraction this is linear attention (12). The signs of the directions are arbitrary: with
+    the exact contraction, or none, they cancel; the softmax contraction (8) depends on them.
+
+    The SVD is taken by an eigendecomposition of the P x P Gram matrix. Its gradient exists where the
+    eigenvalues are distinct (hence N >= P); :func:`cbsa_torch.ops.linear_cbsa` has no such restriction.
 
     Args:
         tokens: ``(B, H, N, P)`` tokens in each subspace.
@@ -41,7 +47,8 @@ def principal_directions(tokens: Tensor, *, token_mask: Tensor | None = None) ->
     with no_autocast(tokens):
         w, _ = real_tokens(tokens, token_mask, solve_dtype(tokens))
         _, directions = eigh(w.mT @ w)  # (B, H, P, P), columns
-        values, attention = _along(w, directions)
+        # Along a null direction rounding leaves a reach of a few eps of the longest: noise, not tokens.
+        values, attention = _along(w, directions, (NULL_REACH * torch.finfo(w.dtype).eps) ** 2)
     return Representatives(values.to(tokens.dtype), attention=attention.to(tokens.dtype))
 
 
@@ -97,11 +104,14 @@ def check_orthonormal(basis: Tensor) -> None:
         raise ValueError(f"basis must have orthonormal columns; B^T B differs from I by {deviation:.3g}")
 
 
-def _along(w: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Representatives along the columns of ``directions`` ``([B,] [H,] P, P)``, and their attention."""
+def _along(w: Tensor, directions: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Representatives along the columns of ``directions`` ``([B,] [H,] P, P)``, and their attention.
+
+    Directions with at most ``floor`` times the largest energy are taken for empty.
+    """
     reach = w @ directions  # (B, H, N, P)
     energy = reach.square().sum(-2)  # (B, H, P)
-    empty = energy == 0
+    empty = energy <= floor * energy.amax(-1, keepdim=True)
     safe = energy.masked_fill(empty, 1.0)  # the root of zero has no gradient
     length = safe.sqrt().masked_fill(empty, 0.0)
     inverse = safe.rsqrt().masked_fill(empty, 0.0)

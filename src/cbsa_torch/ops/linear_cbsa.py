@@ -29,8 +29,9 @@ def linear_cbsa(
 ) -> Tensor:
     """Linear attention W (I + W^T W / eps^2)^-1 inside each head's subspace (Eq. 12). O(N).
 
-    CBSA whose representatives are the principal directions of the tokens, or any rotation and scaling of
-    them (Appendix B), with the exact contraction (7) and M = P.
+    CBSA whose representatives are the principal directions of the tokens, or any rotation among them, with
+    the exact contraction (7) and M = P. Other orthogonal sets give the same form (Appendix B), but another
+    filter: scaled by Lambda, Lambda^2 eps^2 / (eps^2 + Lambda^2 lambda).
 
     Args:
         tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z.
@@ -45,8 +46,8 @@ def linear_cbsa(
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; computed in float64 where the device has it. From a
-        condition number 1 + lambda_max / eps^2 of about 1e16 on, the identity is lost in rounding: the
-        solvers then differ, and Cholesky gives NaN where W^T W is singular.
+        condition number 1 + lambda_max / eps^2 of about 1e16 on, the identity is lost in rounding: where W^T W
+        is singular the result is then wrong, or NaN.
 
     Raises:
         ValueError: shapes or options that do not fit. TypeError: wrong dtypes.
@@ -78,13 +79,17 @@ class _SpectralFilter(torch.autograd.Function):
     f = 1 / (1 + lambda) they are -f_i f_j: no division at all, and dG = -F dF F.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gram: Tensor) -> Tensor:
+    def forward(gram: Tensor) -> Tensor:
         eigenvalues, eigenvectors = eigh(gram)
         # Rounding may leave a zero eigenvalue slightly negative.
-        filtered = (eigenvectors / (1 + eigenvalues.clamp(min=0))[..., None, :]) @ eigenvectors.mT
-        ctx.save_for_backward(filtered)
-        return filtered
+        return (eigenvectors / (1 + eigenvalues.clamp(min=0))[..., None, :]) @ eigenvectors.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ def channel_attention(
             check_basis(basis, tokens)
             basis = basis.to(w.dtype)
             w = w @ basis
-        energy = w.square().sum(-2, keepdim=True)  # (B, H, 1, P)
-        w = w * (eps**2 / (eps**2 + (energy / count if average else energy)))
+        # lambda / eps^2; of w / eps, for eps^2 may leave the range of float32.
+        energy = (w / eps).square().sum(-2, keepdim=True)  # (B, H, 1, P)
+        w = w / (1 + (energy / count if average else energy))
         return (w if basis is None else w @ basis.mT).to(tokens.dtype)
 
 

@@ -25,14 +25,17 @@ def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module
     known = timm.list_models()
     if settings.name not in known:
         raise ConfigError(f"no model {settings.name!r} in timm{nearest(settings.name, known)}")
-    args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in settings.args.items()}
+    try:
+        args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in settings.args.items()}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"model.args are not values of YAML: {error}") from error
     if settings.image_size is not None:
         args["img_size"] = settings.image_size
     if num_classes is not None:
         args["num_classes"] = num_classes
     try:
         return timm.create_model(settings.name, **args), args
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # constructors of any model of timm, called with anything
         raise ConfigError(f"cannot build {settings.name} with {args}: {error}") from error
 
 

@@ -70,7 +70,8 @@ def contract_exact(representatives: Tensor, eps: float, mask: Tensor | None = No
     alpha * C is the gradient of the coding rate (1) of Q. In rows, with X = Q^T,
     C = (I_M + alpha X X^T)^-1 X = X (I_P + alpha X^T X)^-1: the smaller of the two systems is solved, by
     Cholesky, in float64 where the device has it. The matrix is at least the identity; its condition number
-    grows with the energy of the tokens over eps^2, and from about 1e16 on the result is NaN.
+    grows with the energy of the tokens over eps^2. From about 1e16 on the identity is lost in rounding: where
+    the other term is singular the result is then NaN, or wrong without a sign of it.
 
     Args:
         representatives: ``(B, H, M, P)``; rows where ``mask`` is False must be zero.
@@ -90,12 +91,12 @@ def contract_exact(representatives: Tensor, eps: float, mask: Tensor | None = No
     identity = torch.eye(min(m, p), dtype=rep.dtype, device=rep.device)
     # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
     if p <= m:
-        factor = torch.linalg.cholesky_ex(identity + rep.mT @ rep_scaled).L  # (B, H, P, P)
+        factor, failed = torch.linalg.cholesky_ex(identity + rep.mT @ rep_scaled)  # (B, H, P, P)
         contracted = torch.cholesky_solve(rep.mT, factor).mT
     else:
-        factor = torch.linalg.cholesky_ex(identity + rep @ rep_scaled.mT).L  # (B, H, M, M)
+        factor, failed = torch.linalg.cholesky_ex(identity + rep @ rep_scaled.mT)  # (B, H, M, M)
         contracted = torch.cholesky_solve(rep, factor)
-    return contracted.to(representatives.dtype)
+    return contracted.masked_fill((failed != 0)[..., None, None], float("nan")).to(representatives.dtype)
 
 
 def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tensor:

@@ -1,0 +1,41 @@
+"""Keep the rows of a weight orthonormal while it trains, whatever the optimiser does to its parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class OrthonormalRows(nn.Module):
+    """A ``(rows, columns)`` weight, rows <= columns, as a product of Householder reflections.
+
+    The parameter holds the reflectors below its diagonal; the signs are a buffer. (In torch's own
+    parametrisation the signs are part of the parameter: weight decay or averaging turns them into zeros.)
+    There is no matrix product in it that autocast would cast down.
+    """
+
+    signs: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("signs", torch.ones_like(weight[:, 0], requires_grad=False))
+
+    def forward(self, reflectors: Tensor) -> Tensor:
+        """The weight of any parameter of its shape."""
+        below = reflectors.mT.tril(-1)  # (columns, rows); the reflectors' leading ones are implied
+        tau = 2 / (1 + below.square().sum(-2))
+        return (torch.linalg.householder_product(below, tau) * self.signs).mT
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The parameter of ``weight``; if its rows are not orthonormal, of the Q of its QR decomposition."""
+        below, tau = torch.geqrf(weight.mT)
+        signs = below.diagonal().sign()
+        # geqrf leaves a reflection out (tau = 0) where there is nothing to reflect; forward does not.
+        self.signs = torch.where(tau == 0, -signs, signs)
+        return below.tril(-1).mT.contiguous()
+
+
+def keep_rows_orthonormal(module: nn.Linear) -> None:
+    """Make ``module.weight`` orthonormal and keep it so; it is a computed attribute from now on."""
+    parametrize.register_parametrization(module, "weight", OrthonormalRows(module.weight))
