@@ -81,7 +81,8 @@ def _factor(rep: Tensor, eps: float, mask: Tensor | None) -> tuple[Tensor, bool]
     scaled = _alpha(rep, eps, mask) * rep
     gram = rep.mT @ scaled if small else rep @ scaled.mT
     identity = torch.eye(min(m, p), dtype=rep.dtype, device=rep.device)
-    return torch.linalg.cholesky_ex(identity + gram).L, small
+    factor, failed = torch.linalg.cholesky_ex(identity + gram)
+    return factor.masked_fill((failed != 0)[..., None, None], float("nan")), small
 
 
 def _zeroed(rows: Tensor, mask: Tensor | None) -> Tensor:
