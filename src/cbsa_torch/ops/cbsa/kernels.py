@@ -1,20 +1,21 @@
 """Triton kernels of the fused CBSA: A is rebuilt tile by tile, and nothing of size M x N reaches memory.
 
-Forward: ``extract`` (R = A V by an online softmax, and ``merge`` of its splits), then ``broadcast``
-(O = A^T kappa C). Backward: ``collect`` (T = A dO), then ``gradients``. The contraction between the two
-passes works on M x P numbers per head and is left to torch.
+Forward: ``extract`` (R = A V by an online softmax; ``merge`` joins its splits), then ``broadcast``
+(O = A^T kappa C). Backward: ``collect`` (T = A dO), then ``gradients``. The contraction in between works on
+M x P numbers per head and is left to torch.
 
-A program reads ``span`` tokens of one head of one item; partial results go to a workspace in float32 and are
-added in a fixed order, without atomics, so that two runs agree in every bit. Logits are in base 2: ``scale``
-holds log2(e). A masked token is loaded as zero whatever it holds (0 * NaN is NaN) and its logit is -inf; a
-representative without any real token has LSE = +inf, which makes every later exp2(S - LSE) zero.
+A program reads ``span`` tokens of one head of one item. Partial results go to a workspace in float32 and are
+added in a fixed order, without atomics: two runs agree in every bit. Tensors ``(B, H, rows, P)`` come as
+tuples (pointer, item stride, head stride, row stride), M x P results and their operands contiguous. Logits
+are in base 2: ``scale`` holds log2(e). A masked token is loaded as zero whatever it holds (0 * NaN is NaN)
+and its logit is -inf; a representative without any real token has LSE = +inf, so that exp2(S - LSE) = 0.
 
-float16 alone needs help with its range. A ~ 1/N would be subnormal: it is carried times 2^15 (A <= 1), by an
-exponent shifted inside exp2, at no cost. kappa C and dR arrive with a power of two per head, whose inverses
-are ``undo_carried`` and ``undo_picked``; dS takes its power of two from each tile's largest entry.
+float16 alone needs help with its range. A ~ 1/N would be subnormal: it is carried times 2^15 (A <= 1), by
+``SHIFT`` inside the exponent, at no cost. kappa C and dR come with a power of two per head, to be undone by
+``undo_carried`` and ``undo_picked``; dS takes its power of two from each tile's largest entry.
 
-Triton's interpreter cannot compute in bfloat16 and truncates where hardware rounds to nearest:
-``INTERPRETED`` keeps such numbers in float32, rounded as the hardware would.
+Triton's interpreter cannot compute in bfloat16, and truncates where hardware rounds to nearest:
+``INTERPRETED`` keeps such numbers in float32, rounded as hardware does.
 """
 
 from __future__ import annotations
@@ -22,138 +23,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _round(x: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """Float32 to an operand of ``dtype``, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return bits.to(tl.float32, bitcast=True)
-    else:  # noqa: RET505, Triton returns from both branches of a constexpr or from none
-        return x.to(dtype)
-
-
-@triton.jit
-def _shift(dtype: tl.constexpr) -> tl.tensor:
-    """log2 of the factor on A."""
-    return 15.0 if dtype == tl.float16 else 0.0
-
-
-@triton.jit
-def _inside(keep: tl.tensor, columns: tl.tensor, P: tl.constexpr, BLOCK_P: tl.constexpr) -> tl.tensor:
-    """Mask of the entries that exist; one column wide where every column does."""
-    if BLOCK_P > P:
-        return keep[:, None] & (columns < P)[None, :]
-    else:  # noqa: RET505
-        return keep[:, None]
-
-
-@triton.jit
-def _load(
-    base: tl.tensor,
-    rows: tl.tensor,
-    keep: tl.tensor,
-    stride: tl.tensor,
-    P: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> tl.tensor:
-    """Rows ``(R, BLOCK_P)``, zero where ``keep`` is not set."""
-    columns = tl.arange(0, BLOCK_P)
-    inside = _inside(keep, columns, P, BLOCK_P)
-    x = tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-    if INTERPRETED and base.dtype.element_ty == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _store(
-    base: tl.tensor,
-    rows: tl.tensor,
-    keep: tl.tensor,
-    stride: tl.tensor,
-    x: tl.tensor,
-    P: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
-    columns = tl.arange(0, BLOCK_P)
-    inside = _inside(keep, columns, P, BLOCK_P)
-    x = _round(x, base.dtype.element_ty, INTERPRETED)
-    tl.store(base + rows[:, None] * stride + columns[None, :], x, mask=inside)
-
-
-@triton.jit
-def _real(
-    mask: tl.tensor, start: tl.tensor, rows: tl.tensor, last: tl.tensor, MASKED: tl.constexpr
-) -> tl.tensor:
-    """Which tokens ``start + rows`` count: those before ``last`` that are not masked."""
-    real = start + rows < last
-    if MASKED:
-        real = real & (tl.load(mask + start + rows, mask=real, other=0) != 0)
-    return real
-
-
-@triton.jit
-def _weights(logits: tl.tensor, reference: tl.tensor, real: tl.tensor) -> tl.tensor:
-    """exp2(logits - reference), zero for tokens that do not count."""
-    return tl.exp2(tl.where(real, logits - reference, -float("inf")))
-
-
-@triton.jit
-def _load_lse(
-    lse: tl.tensor, rows: tl.tensor, keep: tl.tensor, dtype: tl.constexpr
-) -> tl.tensor:
-    """Log-sum-exp in base 2, less the factor on A; +inf, so that A = 0, for rows of padding."""
-    return tl.load(lse + rows, mask=keep, other=float("inf")) * LOG2E - _shift(dtype)
-
-
-@triton.jit
-def _normalise(
-    highest: tl.tensor, total: tl.tensor, picked: tl.tensor, dtype: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """R and the natural log-sum-exp of a finished softmax; 0 and +inf for a row without any token."""
-    empty = total == 0
-    divisor = tl.where(empty, 1.0, total)
-    lse = (highest + tl.log2(divisor) - _shift(dtype)) * LN2
-    return picked / divisor[:, None], tl.where(empty, float("inf"), lse)
-
-
-@triton.jit
-def _accumulate(
-    highest: tl.tensor, total: tl.tensor, picked: tl.tensor, tile_highest: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Move an online softmax to the maximum with ``tile_highest``: what weights are now relative to is first."""
-    now = tl.maximum(highest, tile_highest)
-    reference = tl.where(now == -float("inf"), 0.0, now)  # a row that is masked so far
-    decay = tl.exp2(highest - reference)
-    return reference, now, total * decay, picked * decay[:, None]
+from cbsa_torch.ops.cbsa.kernel_parts import (
+    LN2,
+    address,
+    advance_softmax,
+    attention,
+    finish_softmax,
+    half_range,
+    load_lse,
+    load_rows,
+    place,
+    real_tokens,
+    round_to,
+    store_rows,
+)
 
 
 @triton.jit
 def extract(
-    queries: tl.tensor,
-    keys: tl.tensor,
-    values: tl.tensor,
+    queries: tl.tuple,
+    keys: tl.tuple,
+    values: tl.tuple,
     mask: tl.tensor,
+    picked_out: tl.tensor,
     highest_out: tl.tensor,
     total_out: tl.tensor,
-    picked_out: tl.tensor,
-    query_item: tl.tensor,
-    query_head: tl.tensor,
-    query_row: tl.tensor,
-    key_item: tl.tensor,
-    key_head: tl.tensor,
-    key_row: tl.tensor,
-    value_item: tl.tensor,
-    value_head: tl.tensor,
-    value_row: tl.tensor,
-    mask_item: tl.tensor,
     heads: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
@@ -163,74 +57,69 @@ def extract(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    SHARED: tl.constexpr,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Softmax over ``span`` tokens: maximum, sum and weighted values of BLOCK_M representatives.
+    """Softmax over ``span`` tokens for BLOCK_M representatives: weighted values, maximum and sum.
 
-    ``WHOLE``, one span holds all tokens: R and the log-sum-exp (to ``highest_out``) at once, without a merge.
+    Without ``total_out`` one span holds all tokens: R and the log-sum-exp are final, and need no ``merge``.
     """
-    dtype = keys.dtype.element_ty
-    splits = tl.cdiv(N, span)
-    problem = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
-    item, head = problem // heads, problem % heads
-    first = split * span
-    last = tl.minimum(first + span, N)
-    keys += item * key_item + head * key_head + first.to(tl.int64) * key_row
-    values += item * value_item + head * value_head + first.to(tl.int64) * value_row
-    mask += item * mask_item
-
-    columns = tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = keys[0].dtype.element_ty
+    SHIFT: tl.constexpr = 15.0 if dtype == tl.float16 else 0.0
+    problem, split, first, last = place(N, span)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
     exists = rows < M
-    queries += item * query_item + head * query_head
-    q = _load(queries, rows, exists, query_row, P, BLOCK_P, INTERPRETED)
+    q_base = address(queries, problem, heads, 0)
+    q = load_rows(q_base, rows, exists, queries[3], P, BLOCK_P, INTERPRETED)
+    k_base = address(keys, problem, heads, first.to(tl.int64))
+    if values is not None:
+        v_base = address(values, problem, heads, first.to(tl.int64))
+    if mask is not None:
+        mask += (problem // heads) * N
 
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     picked = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     for start in range(first, last, BLOCK_N):
-        real = _real(mask, start, columns, last, MASKED)
-        k = _load(keys, columns, real, key_row, P, BLOCK_P, INTERPRETED)
-        v = k if SHARED else _load(values, columns, real, value_row, P, BLOCK_P, INTERPRETED)
+        real = real_tokens(mask, start + columns, last)
+        k = load_rows(k_base, columns, real, keys[3], P, BLOCK_P, INTERPRETED)
+        v = k
+        if values is not None:
+            v = load_rows(v_base, columns, real, values[3], P, BLOCK_P, INTERPRETED)
+            v_base += BLOCK_N * values[3]
+        k_base += BLOCK_N * keys[3]
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
         logits = tl.where(real[None, :], logits, -float("inf"))
-        reference, highest, total, picked = _accumulate(highest, total, picked, tl.max(logits, 1))
-        weights = tl.exp2(logits - (reference - _shift(dtype))[:, None])
+        reference, highest, total, picked = advance_softmax(highest, total, picked, tl.max(logits, 1))
+        weights = tl.exp2(logits - (reference - SHIFT)[:, None])
         total += tl.sum(weights, 1)
-        picked = tl.dot(_round(weights, dtype, INTERPRETED), v, picked, input_precision="ieee")
-        keys += BLOCK_N * key_row
-        values += BLOCK_N * value_row
+        picked = tl.dot(round_to(weights, dtype, INTERPRETED), v, picked, input_precision="ieee")
 
-    if WHOLE:
-        picked, highest = _normalise(highest, total, picked, dtype)
-    base = (problem * splits + split) * M
+    if total_out is None:
+        picked, highest = finish_softmax(highest, total, picked, SHIFT)
+    base = (problem * tl.cdiv(N, span) + split) * M
     tl.store(highest_out + base + rows, highest, mask=exists)
-    if not WHOLE:
+    if total_out is not None:
         tl.store(total_out + base + rows, total, mask=exists)
-    _store(picked_out + base * P, rows, exists, P, picked, P, BLOCK_P, INTERPRETED)
+    store_rows(picked_out + base * P, rows, exists, P, picked, P, BLOCK_P, INTERPRETED)
 
 
 @triton.jit
 def merge(
+    picked_in: tl.tensor,
     highest_in: tl.tensor,
     total_in: tl.tensor,
-    picked_in: tl.tensor,
     picked_out: tl.tensor,
     lse_out: tl.tensor,
-    dtype_of: tl.tensor,
     M: tl.tensor,
     splits: tl.tensor,
     P: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    SHIFT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """R and log-sum-exp from the splits of ``extract``, in their order; ``dtype_of`` has the keys' dtype."""
-    dtype = dtype_of.dtype.element_ty
+    """R and the log-sum-exp from the splits of ``extract``, in their order."""
     problem = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < M
@@ -239,38 +128,27 @@ def merge(
     picked = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     base = problem * splits * M
     for _ in range(splits):
-        part_highest = tl.load(highest_in + base + rows, mask=exists, other=-float("inf"))
-        part_total = tl.load(total_in + base + rows, mask=exists, other=0.0)
-        part = _load(picked_in + base * P, rows, exists, P, P, BLOCK_P, INTERPRETED)
-        reference, highest, total, picked = _accumulate(highest, total, picked, part_highest)
-        weight = tl.exp2(part_highest - reference)
-        total += weight * part_total
+        newest = tl.load(highest_in + base + rows, mask=exists, other=-float("inf"))
+        reference, highest, total, picked = advance_softmax(highest, total, picked, newest)
+        weight = tl.exp2(newest - reference)
+        total += weight * tl.load(total_in + base + rows, mask=exists, other=0.0)
+        part = load_rows(picked_in + base * P, rows, exists, P, P, BLOCK_P, INTERPRETED)
         picked += weight[:, None] * part
         base += M
-    picked, lse = _normalise(highest, total, picked, dtype)
+    picked, lse = finish_softmax(highest, total, picked, SHIFT)
     tl.store(lse_out + problem * M + rows, lse, mask=exists)
-    _store(picked_out + problem * M * P, rows, exists, P, picked, P, BLOCK_P, INTERPRETED)
+    store_rows(picked_out + problem * M * P, rows, exists, P, picked, P, BLOCK_P, INTERPRETED)
 
 
 @triton.jit
 def broadcast(
-    queries: tl.tensor,
-    keys: tl.tensor,
+    queries: tl.tuple,
+    keys: tl.tuple,
     mask: tl.tensor,
     carried: tl.tensor,
     undo_carried: tl.tensor,
     lse: tl.tensor,
-    output: tl.tensor,
-    query_item: tl.tensor,
-    query_head: tl.tensor,
-    query_row: tl.tensor,
-    key_item: tl.tensor,
-    key_head: tl.tensor,
-    key_row: tl.tensor,
-    output_item: tl.tensor,
-    output_head: tl.tensor,
-    output_row: tl.tensor,
-    mask_item: tl.tensor,
+    output: tl.tuple,
     heads: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
@@ -281,51 +159,229 @@ def broadcast(
     BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    MASKED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """O = A^T kappa C for ``span`` tokens, over BLOCKS blocks of representatives.
+    """O = A^T kappa C of ``span`` tokens, over BLOCKS blocks of representatives.
 
-    A is computed transposed, tokens as rows: it then is an operand of the product from registers.
+    A is computed transposed, so that it enters the second product from registers.
     """
-    dtype = keys.dtype.element_ty
-    splits = tl.cdiv(N, span)
-    problem = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
-    item, head = problem // heads, problem % heads
-    first = split * span
-    last = tl.minimum(first + span, N)
-    keys += item * key_item + head * key_head + first.to(tl.int64) * key_row
-    output += item * output_item + head * output_head + first.to(tl.int64) * output_row
-    mask += item * mask_item
-    queries += item * query_item + head * query_head
+    dtype: tl.constexpr = keys[0].dtype.element_ty
+    SHIFT: tl.constexpr = 15.0 if dtype == tl.float16 else 0.0
+    problem, _, first, last = place(N, span)
+    columns = tl.arange(0, BLOCK_N)
+    q_base = address(queries, problem, heads, 0)
+    k_base = address(keys, problem, heads, first.to(tl.int64))
+    o_base = address(output, problem, heads, first.to(tl.int64))
+    if mask is not None:
+        mask += (problem // heads) * N
     carried += problem * M * P
     lse += problem * M
-    undo = tl.load(undo_carried + problem) * tl.exp2(-_shift(dtype)) if dtype == tl.float16 else 1.0
+    if undo_carried is not None:
+        undo = tl.load(undo_carried + problem) * (1.0 / 32768.0)
 
-    columns = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
-    exists = rows < M
     if BLOCKS == 1:
-        q = _load(queries, rows, exists, query_row, P, BLOCK_P, INTERPRETED)
-        c = _load(carried, rows, exists, P, P, BLOCK_P, INTERPRETED)
-        reference = _load_lse(lse, rows, exists, dtype)
+        q = load_rows(q_base, rows, rows < M, queries[3], P, BLOCK_P, INTERPRETED)
+        c = load_rows(carried, rows, rows < M, P, P, BLOCK_P, INTERPRETED)
+        level = load_lse(lse, rows, rows < M, SHIFT)
     for start in range(first, last, BLOCK_N):
-        real = _real(mask, start, columns, last, MASKED)
-        k = _load(keys, columns, real, key_row, P, BLOCK_P, INTERPRETED)
+        real = real_tokens(mask, start + columns, last)
+        k = load_rows(k_base, columns, real, keys[3], P, BLOCK_P, INTERPRETED)
+        k_base += BLOCK_N * keys[3]
         o = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         for block in range(BLOCKS):
             if BLOCKS > 1:
-                rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-                exists = rows < M
-                q = _load(queries, rows, exists, query_row, P, BLOCK_P, INTERPRETED)
-                c = _load(carried, rows, exists, P, P, BLOCK_P, INTERPRETED)
-                reference = _load_lse(lse, rows, exists, dtype)
+                part = block * BLOCK_M + rows
+                q = load_rows(q_base, part, part < M, queries[3], P, BLOCK_P, INTERPRETED)
+                c = load_rows(carried, part, part < M, P, P, BLOCK_P, INTERPRETED)
+                level = load_lse(lse, part, part < M, SHIFT)
             logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (BLOCK_N, BLOCK_M)
-            a = _weights(logits, reference[None, :], real[:, None])
-            o = tl.dot(_round(a, dtype, INTERPRETED), c, o, input_precision="ieee")
-        if dtype == tl.float16:
+            a = attention(logits, level[None, :], real[:, None])
+            o = tl.dot(round_to(a, dtype, INTERPRETED), c, o, input_precision="ieee")
+        if undo_carried is not None:
             o *= undo
-        _store(output, columns, start + columns < last, output_row, o, P, BLOCK_P, INTERPRETED)
-        keys += BLOCK_N * key_row
-        output += BLOCK_N * output_row
+        store_rows(o_base, columns, start + columns < last, output[3], o, P, BLOCK_P, INTERPRETED)
+        o_base += BLOCK_N * output[3]
+
+
+@triton.jit
+def collect(
+    queries: tl.tuple,
+    keys: tl.tuple,
+    gradient: tl.tuple,
+    mask: tl.tensor,
+    lse: tl.tensor,
+    collected_out: tl.tensor,
+    heads: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    span: tl.tensor,
+    scale: tl.tensor,
+    P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    """T = A dO of ``span`` tokens and BLOCK_M representatives, one partial sum per split."""
+    dtype: tl.constexpr = keys[0].dtype.element_ty
+    SHIFT: tl.constexpr = 15.0 if dtype == tl.float16 else 0.0
+    problem, split, first, last = place(N, span)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    exists = rows < M
+    q_base = address(queries, problem, heads, 0)
+    q = load_rows(q_base, rows, exists, queries[3], P, BLOCK_P, INTERPRETED)
+    level = load_lse(lse + problem * M, rows, exists, SHIFT)
+    k_base = address(keys, problem, heads, first.to(tl.int64))
+    g_base = address(gradient, problem, heads, first.to(tl.int64))
+    if mask is not None:
+        mask += (problem // heads) * N
+
+    collected = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        real = real_tokens(mask, start + columns, last)
+        k = load_rows(k_base, columns, real, keys[3], P, BLOCK_P, INTERPRETED)
+        g = load_rows(g_base, columns, real, gradient[3], P, BLOCK_P, INTERPRETED)
+        k_base += BLOCK_N * keys[3]
+        g_base += BLOCK_N * gradient[3]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
+        a = attention(logits, level[:, None], real[None, :])
+        collected = tl.dot(round_to(a, dtype, INTERPRETED), g, collected, input_precision="ieee")
+    if dtype == tl.float16:
+        collected *= 1.0 / 32768.0
+    base = (problem * tl.cdiv(N, span) + split) * M * P
+    store_rows(collected_out + base, rows, exists, P, collected, P, BLOCK_P, INTERPRETED)
+
+
+@triton.jit
+def gradients(
+    queries: tl.tuple,
+    keys: tl.tuple,
+    values: tl.tuple,
+    gradient: tl.tuple,
+    mask: tl.tensor,
+    carried: tl.tensor,
+    undo_carried: tl.tensor,
+    d_picked: tl.tensor,
+    undo_picked: tl.tensor,
+    lse: tl.tensor,
+    row_sums: tl.tensor,
+    d_keys: tl.tuple,
+    d_values: tl.tuple,
+    d_queries: tl.tensor,
+    heads: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    span: tl.tensor,
+    scale: tl.tensor,
+    P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    """Write dV = A^T dR and dK = dS^T Q of ``span`` tokens, and a partial sum of dQ = dS K per split.
+
+    Here dS = A (dA - D) and dA = kappa C dO^T + dR V^T; all is transposed, tokens as rows, so that only dS
+    has to leave registers, for dQ. One launch gives all three if registers allow. If not, a launch without
+    ``d_queries`` sums over BLOCKS blocks of representatives, and one without ``d_keys`` takes a block per
+    program. Without ``d_values`` values are the keys, and ``d_keys`` gets both gradients.
+    """
+    dtype: tl.constexpr = keys[0].dtype.element_ty
+    SHIFT: tl.constexpr = 15.0 if dtype == tl.float16 else 0.0
+    problem, split, first, last = place(N, span)
+    columns = tl.arange(0, BLOCK_N)
+    q_base = address(queries, problem, heads, 0)
+    k_base = address(keys, problem, heads, first.to(tl.int64))
+    g_base = address(gradient, problem, heads, first.to(tl.int64))
+    if values is not None:
+        v_base = address(values, problem, heads, first.to(tl.int64))
+    if d_keys is not None:
+        dk_base = address(d_keys, problem, heads, first.to(tl.int64))
+    if d_values is not None:
+        dv_base = address(d_values, problem, heads, first.to(tl.int64))
+    if mask is not None:
+        mask += (problem // heads) * N
+    carried += problem * M * P
+    d_picked += problem * M * P
+    lse += problem * M
+    row_sums += problem * M
+    if undo_carried is not None:
+        undo_c = tl.load(undo_carried + problem)
+        undo_r = tl.load(undo_picked + problem)
+    slope = scale * LN2  # of natural logits
+
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = rows < M
+    if BLOCKS == 1:
+        q = load_rows(q_base, rows, exists, queries[3], P, BLOCK_P, INTERPRETED)
+        c = load_rows(carried, rows, exists, P, P, BLOCK_P, INTERPRETED)
+        r = load_rows(d_picked, rows, exists, P, P, BLOCK_P, INTERPRETED)
+        level = load_lse(lse, rows, exists, SHIFT)
+        centre = tl.load(row_sums + rows, mask=exists, other=0.0) * slope
+    if d_queries is not None:
+        dq = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        real = real_tokens(mask, start + columns, last)
+        k = load_rows(k_base, columns, real, keys[3], P, BLOCK_P, INTERPRETED)
+        g = load_rows(g_base, columns, real, gradient[3], P, BLOCK_P, INTERPRETED)
+        k_base += BLOCK_N * keys[3]
+        g_base += BLOCK_N * gradient[3]
+        v = k
+        if values is not None:
+            v = load_rows(v_base, columns, real, values[3], P, BLOCK_P, INTERPRETED)
+            v_base += BLOCK_N * values[3]
+        dk = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        for block in range(BLOCKS):
+            if BLOCKS > 1:
+                part = block * BLOCK_M + rows
+                q = load_rows(q_base, part, part < M, queries[3], P, BLOCK_P, INTERPRETED)
+                c = load_rows(carried, part, part < M, P, P, BLOCK_P, INTERPRETED)
+                r = load_rows(d_picked, part, part < M, P, P, BLOCK_P, INTERPRETED)
+                level = load_lse(lse, part, part < M, SHIFT)
+                centre = tl.load(row_sums + part, mask=part < M, other=0.0) * slope
+            logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (BLOCK_N, BLOCK_M)
+            a = attention(logits, level[None, :], real[:, None])
+            d_a = tl.dot(g, tl.trans(c), input_precision="ieee")
+            if dtype == tl.float16:
+                d_a = d_a * undo_c + tl.dot(v, tl.trans(r)) * undo_r
+            else:
+                d_a = tl.dot(v, tl.trans(r), d_a, input_precision="ieee")
+            d_s = a * (d_a * slope - centre[None, :])  # of the logits before scaling
+            if dtype == tl.float16:
+                d_s, undo_s = half_range(d_s)
+                undo_s *= 1.0 / 32768.0
+            d_s = round_to(d_s, dtype, INTERPRETED)
+            a = round_to(a, dtype, INTERPRETED)
+            if d_keys is not None:
+                if dtype == tl.float16:
+                    from_values = tl.dot(a, r) * (undo_r * (1.0 / 32768.0))
+                    dk += tl.dot(d_s, q) * undo_s
+                    if d_values is None:
+                        dk += from_values
+                    else:
+                        dv += from_values
+                else:
+                    dk = tl.dot(d_s, q, dk, input_precision="ieee")
+                    if d_values is None:
+                        dk = tl.dot(a, r, dk, input_precision="ieee")
+                    else:
+                        dv = tl.dot(a, r, dv, input_precision="ieee")
+            if d_queries is not None:
+                if dtype == tl.float16:
+                    dq += tl.dot(tl.trans(d_s), k) * undo_s
+                else:
+                    dq = tl.dot(tl.trans(d_s), k, dq, input_precision="ieee")
+        here = start + columns < last
+        if d_keys is not None:
+            store_rows(dk_base, columns, here, d_keys[3], dk, P, BLOCK_P, INTERPRETED)
+            dk_base += BLOCK_N * d_keys[3]
+        if d_values is not None:
+            store_rows(dv_base, columns, here, d_values[3], dv, P, BLOCK_P, INTERPRETED)
+            dv_base += BLOCK_N * d_values[3]
+    if d_queries is not None:
+        base = (problem * tl.cdiv(N, span) + split) * M * P
+        store_rows(d_queries + base, rows, exists, P, dq, P, BLOCK_P, INTERPRETED)
