@@ -262,7 +262,7 @@ class TokenMixer(nn.Module, abc.ABC):
         source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal)
         # A tied orthogonal basis is used twice, and made once.
         with parametrize.cached() if self.tied and self.orthogonal else nullcontext():
-            projected = self._project(source, grid_size, token_mask)._replace(attn_mask=attn_mask)
+            projected = self._project(source, grid_size, token_mask, attn_mask)
             heads = self.mix(projected)  # (B, H, N, P)
             out = self.norm(heads.transpose(1, 2).flatten(2))  # (B, N, H * P)
             out = F.linear(out, self.qkv.weight.t()) if self.proj is None else self.proj(out)
@@ -280,8 +280,13 @@ class TokenMixer(nn.Module, abc.ABC):
         is_causal: bool = False,
     ) -> dict[str, Any]:
         """The arguments of :meth:`forward` by name, for hooks that see how it was called."""
-        names = ("x", "grid_size", "token_mask", "attn_mask", "is_causal")
-        return dict(zip(names, (x, grid_size, token_mask, attn_mask, is_causal), strict=True))
+        return {
+            "x": x,
+            "grid_size": grid_size,
+            "token_mask": token_mask,
+            "attn_mask": attn_mask,
+            "is_causal": is_causal,
+        }
 
     def counts(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Counts:
         """What :meth:`forward` costs per item of ``x`` between the projections (those are linear layers)."""
@@ -329,7 +334,13 @@ class TokenMixer(nn.Module, abc.ABC):
             raise ValueError("pass token_mask or attn_mask, not both")
         return source, as_token_mask(attn_mask, b, n), None
 
-    def _project(self, source: TokenInput, grid_size: GridSize | None, token_mask: Tensor | None) -> Heads:
+    def _project(
+        self,
+        source: TokenInput,
+        grid_size: GridSize | None,
+        token_mask: Tensor | None,
+        attn_mask: Tensor | None = None,
+    ) -> Heads:
         """Into the subspaces."""
         x = source.tokens
         b, n, _ = x.shape
@@ -350,7 +361,7 @@ class TokenMixer(nn.Module, abc.ABC):
             )
         if grid_size is not None:
             self._locate(n, source.map_grid, grid_size)  # refuse a wrong one, also where none is needed
-        return Heads(tokens, keys, values, token_mask, source.map_grid, grid_size)
+        return Heads(tokens, keys, values, token_mask, source.map_grid, grid_size, attn_mask)
 
     def _represent(
         self, strategy: Callable[..., Any], heads: Heads, *, official: bool = False

@@ -39,7 +39,7 @@ def linear_cbsa(
         average: use the mean of the tokens' outer products in place of their sum W^T W, i.e. N eps^2 in
             place of eps^2, so that the filter does not depend on how many tokens there are.
         solver: ``"cholesky"``, a linear solve of the P x P system, or ``"eigh"``, its eigendecomposition:
-            the same value and gradient (also for repeated eigenvalues), several times slower
+            the same value and gradient (also for repeated eigenvalues), slower for few tokens
             (``benchmarks/linear_cbsa.py``).
         token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
             get zeros.
