@@ -39,6 +39,7 @@ bench: $(VENV)/.installed
 gpu-check: $(VENV)/.installed-dev
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check: torch sees no CUDA device')"
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/ops/test_triton.py
 	$(BIN)/python benchmarks/layers.py --device cuda
 
 docs: $(VENV)/.installed-dev

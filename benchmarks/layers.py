@@ -1,4 +1,4 @@
-"""Time one attention layer: CBSA (ours) beside softmax multi-head attention (timm, SDPA), in one run.
+"""Time one attention layer: CBSA (eager, tiled) beside softmax multi-head attention (timm, SDPA), in one run.
 
     python benchmarks/layers.py [--device cuda] [--dtype bfloat16] [--output benchmarks/results/NAME.json]
 
@@ -68,6 +68,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     kind: Any = {"device": options.device, "dtype": dtype}
     layers = {
         "cbsa": CBSA(options.dim, options.num_heads, **kind),
+        "tiled": CBSA(options.dim, options.num_heads, impl="tiled", **kind),
         "mhsa": Attention(options.dim, options.num_heads, **kind),
     }
     rows = []
@@ -87,6 +88,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
                     "pass": "train" if train else "forward",
                     **{f"{name}_ms": 1e3 * value for name, value in medians.items()},
                     "mhsa_over_cbsa": medians["mhsa"] / medians["cbsa"],
+                    "tiled_over_cbsa": medians["tiled"] / medians["cbsa"],
                 }
             )
     return rows
@@ -97,9 +99,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     cuda = options.device.startswith("cuda")
     rows = measure(options)
-    table = Table("tokens", "pass", "CBSA ms", "MHSA ms", "MHSA / CBSA")
+    table = Table("tokens", "pass", "CBSA ms", "tiled ms", "MHSA ms", "tiled / CBSA", "MHSA / CBSA")
     for row in rows:
-        numbers = [f"{row[key]:.2f}" for key in ("cbsa_ms", "mhsa_ms", "mhsa_over_cbsa")]
+        keys = ("cbsa_ms", "tiled_ms", "mhsa_ms", "tiled_over_cbsa", "mhsa_over_cbsa")
+        numbers = [f"{row[key]:.2f}" for key in keys]
         table.add_row(str(row["tokens"]), row["pass"], *numbers)
     Console().print(table)
     record = {

@@ -435,3 +435,28 @@ def test_every_option_has_its_effect(options, reference):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
         outputs.append(layer(x))
     assert outputs[0].shape != outputs[1].shape or (outputs[0] - outputs[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+@pytest.mark.parametrize("contraction", ["softmax", "exact"])
+def test_every_implementation_is_the_same_layer(impl, contraction):
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Triton: its interpreter
+    layer = CBSA(24, 3, num_representatives=4, contraction=contraction, impl=impl).to(device)
+    eager = CBSA(24, 3, num_representatives=4, contraction=contraction, impl="eager").to(device)
+    eager.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 24, 5, 7, device=device)
+    mask = torch.rand(2, 5, 7, device=device) > 0.3
+    found, expected = (model(x, token_mask=mask) for model in (layer, eager))
+    assert_close(found, expected, 1e-4)
+    for model, out in ((layer, found), (eager, expected)):
+        out.square().sum().backward()
+    for a, b in zip(layer.parameters(), eager.parameters(), strict=True):
+        assert_close(a.grad, b.grad, 1e-3)
+
+
+def test_triton_refuses_what_it_cannot():
+    tokens = torch.randn(1, 2, 9, 4)
+    with pytest.raises(TypeError, match="Triton kernels take float32, float16 or bfloat16, got torch.float64"):
+        ops.cbsa(tokens.double(), tokens.double(), impl="triton")
+    with pytest.raises(ValueError, match="impl='triton' broadcasts with the attention it extracted"):
+        ops.cbsa(tokens, tokens, broadcast="softmax", impl="triton")

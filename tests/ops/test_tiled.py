@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbsa_torch import CBSA, ops
 from cbsa_torch.ops.cbsa import tiled as module
+from cbsa_torch.ops.cbsa import tiles
 from tests.helpers.compare import relative_error
 
 CONTRACTIONS = ("softmax", "exact", "none")
@@ -18,7 +19,7 @@ CONTRACTIONS = ("softmax", "exact", "none")
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 7 tokens, so that small inputs have many, and ragged ones."""
-    monkeypatch.setattr(module, "TILE", 7)
+    monkeypatch.setattr(tiles, "TILE", 7)
 
 
 def evaluate(impl, operands, options, gradient):
@@ -51,7 +52,7 @@ def draw(b, h, m, n, p, *, separate=False, dtype=torch.float64):
     return operands | {"step_representatives": rand(h), "step_tokens": rand(h)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(1, top) for top in (3, 3, 9, 30, 6))),
     contraction=st.sampled_from(CONTRACTIONS),
@@ -73,7 +74,7 @@ def test_agrees_with_the_oracle(sizes, contraction, broadcast, separate, masked,
         options["token_mask"] = torch.rand(b, n) > 0.4
         options["representative_mask"] = torch.rand(b, m) > 0.3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TILE", 7)
+        patch.setattr(tiles, "TILE", 7)
         leaves = {k: t.detach().requires_grad_() for k, t in operands.items()}
         gradient = torch.randn(leaves["tokens"].shape, dtype=torch.float64)
         results = []
@@ -100,7 +101,9 @@ def test_tiles_without_any_real_token(hidden):
     operands = draw(2, 2, 3, 20, 4)
     operands["tokens"][0, :, hidden] = math.nan
     fast, eager = (
-        evaluate(impl, operands, {"token_mask": mask}, torch.randn(2, 2, 20, 4, dtype=torch.float64).mul(0).add(1))
+        evaluate(
+            impl, operands, {"token_mask": mask}, torch.randn(2, 2, 20, 4, dtype=torch.float64).mul(0).add(1)
+        )
         for impl in ("tiled", "eager")
     )
     for a, b in zip(fast, eager, strict=True):
@@ -159,7 +162,11 @@ def test_gradcheck(contraction, masked):
 
     def run(*tensors):
         return ops.cbsa(
-            **dict(zip(names, tensors, strict=True)), contraction=contraction, token_mask=mask, eps=0.5, impl="tiled"
+            **dict(zip(names, tensors, strict=True)),
+            contraction=contraction,
+            token_mask=mask,
+            eps=0.5,
+            impl="tiled",
         )
 
     torch.autograd.gradcheck(run, [t.requires_grad_() for t in operands.values()])
@@ -256,5 +263,5 @@ def test_nothing_of_size_m_times_n_is_formed():
         module.tiled_backward._init_fn(
             torch.randn_like(out), *arguments, *steps, picked, lse, "softmax", 0.25, 0.1
         )
-    assert seen.elements <= max(H * M * module.TILE, B * H * N * P)
+    assert seen.elements <= max(H * M * tiles.TILE, B * H * N * P)
     assert seen.elements < B * H * M * N / 3

@@ -9,7 +9,7 @@ from torch import Tensor
 
 Contraction = Literal["softmax", "exact", "none"]
 Broadcast = Literal["shared", "softmax"]
-Impl = Literal["auto", "eager", "tiled"]
+Impl = Literal["auto", "eager", "tiled", "triton"]
 Layout = Literal["standard", "official"]
 RepresentativeKind = Literal["pool", "learned", "tokens", "principal", "basis"]
 QKV = Literal["shared", "separate"]

@@ -63,7 +63,10 @@ def cbsa(
         key_mask: ``(B, K)`` bool for keys and values. Default: ``token_mask``; required beside it if keys
             have another length than tokens.
         representative_mask: ``(B, M)`` bool, True = a representative that exists for this item.
-        impl: ``"auto"`` or ``"eager"``, which computes equation by equation, in float32 or better.
+        impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
+            ``"tiled"`` goes over tiles of tokens and stores nothing of size M x N, forward or backward;
+            ``"triton"`` has fused kernels for CUDA (experimental: checked in Triton's interpreter, not yet on
+            a GPU). The latter two can be differentiated once. ``"auto"`` is ``"eager"`` for now.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; add it to (or subtract it from) the tokens after

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,22 +15,29 @@ from cbsa_torch.ops.cbsa.tiled import tiled
 from cbsa_torch.ops.cbsa.two_softmax import two_softmax
 
 
-def run(operands: Operands, impl: Impl) -> Tensor:
-    """Compute the operator by ``impl``; ``(B, H, N, P)`` in the dtype of the tokens."""
-    if impl == "auto":
-        # Exporters translate PyTorch's own operators only.
-        impl = "eager" if operands.attention is not None or torch.compiler.is_exporting() else "tiled"
-    if impl == "eager":
-        return cbsa_reference(**operands._asdict()).output.to(operands.tokens.dtype)
-    if operands.attention is not None:
+def run(o: Operands, impl: Impl) -> Tensor:
+    """Compute the operator by ``impl``; ``(B, H, N, P)`` in the dtype of the tokens.
+
+    ``"auto"`` is ``"eager"``: on the CPU it is as fast as ``"tiled"``, which saves memory, and ``"triton"`` was
+    not measured on a GPU yet.
+    """
+    if impl in ("auto", "eager"):
+        return cbsa_reference(**o._asdict()).output.to(o.tokens.dtype)
+    if o.attention is not None:
         raise ValueError(f"impl={impl!r} computes the attention itself; attention needs impl='eager'")
-    if operands.fresh_broadcast:
-        return two_softmax(operands).to(operands.tokens.dtype)
-    return _run_tiled(operands)
+    if impl == "triton":
+        if o.fresh_broadcast:
+            raise ValueError("impl='triton' broadcasts with the attention it extracted; use 'tiled' or 'eager'")
+        from cbsa_torch.ops.cbsa.fused import fused
+
+        return _run(fused, o)
+    if o.fresh_broadcast:
+        return two_softmax(o).to(o.tokens.dtype)
+    return _run(tiled, o)
 
 
-def _run_tiled(o: Operands) -> Tensor:
-    output, _, _ = tiled(
+def _run(op: Callable[..., tuple[Tensor, Tensor, Tensor]], o: Operands) -> Tensor:
+    output, _, _ = op(
         o.representatives,
         o.keys,
         None if o.values is o.keys else o.values,
