@@ -9,8 +9,8 @@ import timm
 import yaml
 from torch import nn
 
-import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch._core.checks import nearest
+from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import load_checkpoint
 from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.errors import ConfigError
@@ -24,7 +24,8 @@ def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module
         return _build_from_checkpoint(config, num_classes)
     known = timm.list_models()
     if settings.name not in known:
-        raise ConfigError(f"no model {settings.name!r} in timm{nearest(settings.name, known)}")
+        suggestion = nearest(settings.name, registry.names()) or nearest(settings.name, known)
+        raise ConfigError(f"no model {settings.name!r} in timm{suggestion}; `cbsa list` shows ours")
     try:
         args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in settings.args.items()}
     except yaml.YAMLError as error:
