@@ -7,105 +7,25 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch import CBSA, ops
-from cbsa_torch.nn import MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, LinearStem, ResidualBlock
-from cbsa_torch.nn.orthonormal import keep_rows_orthonormal
-from cbsa_torch.ops import Representatives
+from cbsa_torch.nn import MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
-
-DIM, HEADS, HEAD_DIM = 12, 3, 4
-
-
-def mean_and_first(tokens, grid_size, token_mask):
-    """A strategy that is a function: the mean of the real tokens, and the first token."""
-    if token_mask is None:
-        mean = tokens.mean(2, keepdim=True)
-    else:
-        real = token_mask[:, None, :, None]
-        mean = tokens.masked_fill(~real, 0.0).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)
-    return Representatives(torch.cat([mean, tokens[:, :, :1]], 2))
-
-
-class ShiftedPool(nn.Module):
-    """A strategy that is a module with parameters, and needs the grid."""
-
-    needs_grid = True
-
-    def __init__(self):
-        super().__init__()
-        self.shift = nn.Parameter(torch.empty(HEADS, 1, HEAD_DIM))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.normal_(self.shift)
-
-    def forward(self, tokens, grid_size, token_mask):
-        pooled = ops.pool_representatives(tokens, grid_size, 4, token_mask=token_mask)
-        return pooled._replace(values=pooled.values + self.shift.to(tokens.dtype))
-
-
-def build_shifted(**options):
-    return CBSA(DIM, HEADS, representatives=ShiftedPool(), **options)
-
-
-def of(mixer, **chosen):
-    return lambda **options: mixer(DIM, HEADS, **{**chosen, **options})
-
-
-pooling = partial(of, CBSA, num_representatives=4)
-MIXERS = {
-    "cbsa": pooling(),
-    "cbsa exact": pooling(contraction="exact", eps=0.8),
-    "cbsa none": pooling(contraction="none"),
-    "cbsa separate": pooling(qkv="separate"),
-    "cbsa tied": pooling(tied=True),
-    "cbsa orthogonal": pooling(orthogonal=True),
-    "cbsa tied orthogonal": pooling(tied=True, orthogonal=True, contraction="exact", eps=0.8),
-    "cbsa learned": pooling(representatives="learned"),
-    "cbsa tokens": of(CBSA, representatives="tokens"),
-    "cbsa tokens exact": of(CBSA, representatives="tokens", contraction="exact", eps=0.8),
-    "cbsa principal": of(CBSA, representatives="principal", contraction="exact", eps=0.8),
-    "cbsa basis": of(CBSA, representatives="basis", contraction="exact", eps=0.8),
-    "cbsa function": of(CBSA, representatives=mean_and_first),
-    "cbsa module": build_shifted,
-    "mssa": of(MSSA),
-    "mssa tied orthogonal": of(MSSA, tied=True, orthogonal=True),
-    "mhsa": of(MHSA),
-    "tssa": of(TSSA),
-    "tssa channel": of(TSSA, form="channel"),
-    "linear": of(LinearCBSA),
-    "linear eigh": of(LinearCBSA, solver="eigh"),
-    "linear sum": of(LinearCBSA, average=False),
-    "agent": of(AgentAttention, num_representatives=4),
-    "agent shared": of(AgentAttention, num_representatives=4, qkv="shared"),
-    "agent learned": of(AgentAttention, num_representatives=4, representatives="learned"),
-}
-ORTHOGONAL = [name for name in MIXERS if "orthogonal" in name]
-each_mixer = pytest.mark.parametrize("build", MIXERS.values(), ids=MIXERS)
-each_name = pytest.mark.parametrize("name", MIXERS)
-
-
-def gradients(layer, x, *args, cotangent=None):
-    """Output, gradient of the input, and of every parameter."""
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    out = layer(x, *args)
-    if cotangent is None:
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
-    out.backward(cotangent)
-    return out.detach(), x.grad, {name: p.grad for name, p in layer.named_parameters()}
-
-
-def assert_same(actual, expected, tolerance):
-    assert_close(actual[0], expected[0], tolerance)
-    assert_close(actual[1], expected[1], tolerance)
-    for name, gradient in expected[2].items():
-        assert_close(actual[2][name], gradient, tolerance)
-
+from tests.helpers.mixers import (
+    DIM,
+    HEADS,
+    MIXERS,
+    assert_orthonormal,
+    assert_same,
+    each_mixer,
+    each_name,
+    gradients,
+    mean_and_first,
+    merge,
+    of,
+    split,
+)
 
 # --- what they compute ---
 
@@ -132,6 +52,8 @@ def test_parity_with_the_official_layer(mixer, name):
 
 
 N = 10
+
+
 EQUAL_LAYERS = {
     "all tokens are MSSA": (of(CBSA, representatives="tokens"), of(MSSA)),
     "principal directions are linear attention": (
@@ -161,14 +83,6 @@ def test_layers_that_are_the_same_with_the_same_weights(left, right, tied):
     assert set(missing) <= {"step_tokens"}
     x = torch.randn(2, N, DIM).double()
     assert_same(gradients(left, x), gradients(right, x), 1e-9)
-
-
-def split(tensor):
-    return tensor.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
-
-
-def merge(heads):
-    return heads.transpose(1, 2).flatten(2)
 
 
 def test_agent_attention_is_its_operator_between_projections():
@@ -418,38 +332,14 @@ def test_device_and_dtype_reach_every_parameter(build):
     assert {p.device.type for p in own.values()} == {"meta"}
 
 
-def assert_orthonormal(layer):
-    rows = layer.qkv.weight.detach().double()
-    assert_close(rows @ rows.T, torch.eye(len(rows)).double(), 1e-5)
-
-
-@pytest.mark.parametrize("name", ORTHOGONAL)
-@pytest.mark.parametrize("head_dim", [HEAD_DIM, 3])
-def test_orthonormal_bases_stay_so_in_training(name, head_dim):
-    layer = MIXERS[name](head_dim=head_dim)
-    assert_orthonormal(layer)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
-    before = layer.qkv.weight.detach().clone()
-    x = torch.randn(4, 9, DIM)
-    for _ in range(5):
-        optimizer.zero_grad()
-        (layer(x) - x).square().mean().backward()
-        optimizer.step()
-    assert (layer.qkv.weight - before).abs().max() > 1e-3
-    assert_orthonormal(layer)
-
-
-def test_orthonormal_bases_span_disjoint_subspaces():
-    """U_i^T U_j = 0: with tied projections, what one head moves no other head sees."""
-    layer = MSSA(DIM, HEADS, tied=True, orthogonal=True).double()
-    x = torch.randn(2, 9, DIM).double()
-    assert_close(layer(x) @ layer.qkv.weight.T, merge(ops.mssa(split(x @ layer.qkv.weight.T))), 1e-10)
-
-
 # --- bad input ---
 
 CLASSES = [CBSA, MSSA, MHSA, TSSA, LinearCBSA, AgentAttention]
+
+
 each_class = pytest.mark.parametrize("mixer", CLASSES)
+
+
 BAD_OPTIONS = [
     ({"gated": True}, ValueError, "gated must be False: {name} has no output gate"),
     ({"scale_norm": True}, ValueError, "norm_layer is required with qk_norm or scale_norm"),
@@ -560,96 +450,6 @@ def test_bad_own_options_are_named(build, message):
         build()
 
 
-def returns(what, **attributes):
-    def strategy(tokens, grid_size, token_mask):
-        return what(tokens)
-
-    for name, value in attributes.items():
-        setattr(strategy, name, value)
-    return strategy
-
-
-def with_attention(tokens):
-    weights = torch.full((*tokens.shape[:2], 2, tokens.shape[2]), 0.1)
-    return Representatives(tokens[:, :, :2], attention=weights)
-
-
-def without_attention(tokens):
-    return Representatives(tokens[:, :, :2])
-
-
-BAD_STRATEGIES = [
-    (returns(lambda tokens: tokens[:, :, :2]), TypeError, r"must return ops.Representatives\(.*got Tensor"),
-    (returns(lambda tokens: None), TypeError, "must return ops.Representatives.*got NoneType"),
-    (returns(lambda tokens: (tokens, None)), TypeError, "must return ops.Representatives.*got tuple"),
-    (returns(with_attention), ValueError, "gives_attention = True if and only if.*got one"),
-    (returns(without_attention, gives_attention=True), ValueError, "gives_attention = True if.*got none"),
-    (
-        returns(lambda tokens: Representatives(tokens[..., :2])),
-        ValueError,
-        r"representatives must have shape \(B, H, M, P\)",
-    ),
-    (
-        returns(lambda tokens: Representatives(tokens, torch.ones(2, 3))),
-        TypeError,
-        "representative_mask must have dtype torch.bool",
-    ),
-    (
-        returns(lambda tokens: Representatives(tokens, attention=torch.ones(1)), gives_attention=True),
-        ValueError,
-        "attention must have shape",
-    ),
-]
-
-
-@pytest.mark.parametrize(("strategy", "kind", "message"), BAD_STRATEGIES)
-def test_strategies_that_break_the_protocol_are_named(strategy, kind, message):
-    layer = CBSA(DIM, HEADS, representatives=strategy)
-    with pytest.raises(kind, match=message):
-        layer(torch.zeros(2, 9, DIM))
-
-
-@pytest.mark.parametrize("strategy", [s for s, kind, _ in BAD_STRATEGIES if kind is TypeError][:3])
-def test_agents_must_be_representatives(strategy):
-    with pytest.raises(TypeError, match="must return ops.Representatives"):
-        AgentAttention(DIM, HEADS, representatives=strategy)(torch.zeros(2, 9, DIM))
-
-
-def test_a_strategy_of_your_own_may_bring_its_attention():
-    layer = CBSA(DIM, HEADS, representatives=returns(with_attention, gives_attention=True))
-    assert layer.step_representatives is None
-    x = torch.randn(2, 9, DIM)
-    tokens = split(x @ layer.qkv.weight.T)
-    values, _, attention = with_attention(tokens)
-    out = ops.cbsa(tokens, values, attention=attention, step_tokens=layer.step_tokens)
-    assert_close(layer(x), layer.proj(merge(out)), 1e-5)
-
-
-@pytest.mark.parametrize("mixer", [CBSA, AgentAttention])
-def test_what_a_strategy_is_given(mixer):
-    """Grid tokens and their grid if it needs them, otherwise all tokens and None."""
-    seen = []
-
-    def strategy(tokens, grid_size, token_mask):
-        seen.append((tokens, grid_size, token_mask))
-        return Representatives(tokens[:, :, :2])
-
-    x, feature_map = torch.randn(2, 1 + 12, DIM), torch.randn(2, DIM, 2, 5)
-    mask = torch.arange(13) < torch.tensor([[13], [6]])
-    layer = mixer(DIM, HEADS, representatives=strategy, qkv="shared")
-    layer(x, (3, 4), mask)
-    strategy.needs_grid = True
-    layer(x, (3, 4), mask)
-    layer(feature_map)
-    every = split(x.masked_fill(~mask[..., None], 0.0) @ layer.qkv.weight.T)
-    mapped = split(feature_map.flatten(2).mT @ layer.qkv.weight.T)
-    expected = [(every, None, mask), (every[:, :, 1:], (3, 4), mask[:, 1:]), (mapped, (2, 5), None)]
-    for got, wanted in zip(seen, expected, strict=True):
-        assert_close(got[0], wanted[0], 1e-6)
-        assert got[1] == wanted[1]
-        assert got[2] is wanted[2] is None or torch.equal(got[2], wanted[2])
-
-
 # --- around the mixers ---
 
 
@@ -665,201 +465,6 @@ def test_timm_creates_models_with_them(mixer):
     assert all(torch.isfinite(p.grad).all() for p in model.blocks.parameters())
 
 
-def test_residual_block_is_its_equations():
-    block = ResidualBlock(DIM, MSSA(DIM, HEADS), mlp_ratio=1.5).double()
-    assert [tuple(p.shape) for p in block.mlp.parameters()] == [(18, 12), (18,), (12, 18), (12,)]
-    nn.init.normal_(block.norm1.weight)
-    nn.init.normal_(block.norm2.bias)
-    x = torch.randn(2, 9, DIM).double()
-    mask = torch.arange(9) < torch.tensor([[9], [5]])
-
-    def norm(layer, x):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
-
-    y = x + block.attn(norm(block.norm1, x), token_mask=mask)
-    up, _, down = block.mlp
-    expected = y + F.gelu(norm(block.norm2, y) @ up.weight.T + up.bias) @ down.weight.T + down.bias
-    assert_close(block(x, None, mask), expected, 1e-12)
-    assert all(g.abs().max() > 0 for g in gradients(block, x)[2].values())
-    with pytest.raises(ValueError, match="mlp_ratio must be positive"):
-        ResidualBlock(DIM, MSSA(DIM, HEADS), mlp_ratio=0.0)
-
-
-def test_linear_stem_reads_patches_row_by_row_channels_last():
-    stem = LinearStem(2, 8, 3).double()
-    nn.init.normal_(stem.norm1.weight)
-    nn.init.normal_(stem.norm2.bias)
-    images = torch.randn(2, 2, 6, 9).double()
-    out = stem(images)
-    assert out.shape == (2, 8, 2, 3)
-    assert stem.grid_size((6, 9)) == (2, 3)
-    for b in range(2):
-        for row in range(2):
-            for column in range(3):
-                patch = [
-                    images[b, channel, 3 * row + y, 3 * column + x]
-                    for y in range(3)
-                    for x in range(3)
-                    for channel in range(2)
-                ]
-                expected = stem.norm2(stem.proj(stem.norm1(torch.stack(patch))))
-                assert_close(out[b, :, row, column], expected, 1e-12)
-
-
-@pytest.mark.parametrize("size", [(15, 16), (16, 18), (7, 7)], ids=str)
-def test_linear_stem_names_sizes_that_are_no_multiples(size):
-    stem = LinearStem(3, 8, 4)
-    message = f"multiples of patch_size 4 for a linear stem, got {size[0]} x {size[1]}"
-    with pytest.raises(ValueError, match=message):
-        stem(torch.zeros(1, 3, *size))
-    with pytest.raises(ValueError, match=message):
-        stem.grid_size(size)
-
-
-@pytest.mark.parametrize(
-    ("call", "kind", "message"),
-    [
-        (lambda: LinearStem(patch_size=0), ValueError, "patch_size must be at least 1"),
-        (lambda: LinearStem(embed_dim=8.0), TypeError, "embed_dim must be an int"),
-        (lambda: LinearStem(3, 8, 4)(torch.zeros(1, 1, 8, 8)), ValueError, r"\(B, 3, height, width\)"),
-        (lambda: LinearStem(3, 8, 4)(torch.zeros(1, 3, 8, 8).byte()), TypeError, "images must have a floating"),
-    ],
-)
-def test_bad_linear_stems_are_named(call, kind, message):
-    with pytest.raises(kind, match=message):
-        call()
-
-
-@pytest.mark.parametrize("kind", ["principal", "basis", "pool", "learned", "tokens"])
-def test_counts_include_what_representatives_cost(kind):
-    number = {"num_representatives": 4} if kind in ("pool", "learned") else {}
-    layer = CBSA(12, 3, representatives=kind, contraction="exact", **number)
-    x = torch.randn(1, 16, 12)
-    projections = 2 * 2 * 16 * 12 * 12
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        layer.requires_grad_(False)(x)
-    assert layer.counts(x).products + projections == counter.get_total_flops()
-
-
-def test_nan_in_one_item_leaves_the_others_alone_along_principal_directions():
-    layer = CBSA(12, 3, representatives="principal", contraction="exact")
-    x = torch.randn(2, 16, 12)
-    expected = layer(x)[1]
-    x[0, 3, 4] = torch.nan
-    out = layer(x)
-    assert out[0].isnan().any()
-    assert_close(out[1], expected, 1e-6)
-
-
-def test_orthogonal_bases_in_half_precision_are_refused_at_any_time():
-    layer = MSSA(12, 3, orthogonal=True).bfloat16()
-    with pytest.raises(ValueError, match="orthogonal needs float32 or float64 parameters, got torch.bfloat16"):
-        layer(torch.randn(1, 4, 12, dtype=torch.bfloat16))
-
-
-def test_agents_with_an_attention_are_refused():
-    def silent(tokens, grid_size, token_mask):
-        return ops.Representatives(tokens, None, torch.zeros(*tokens.shape[:3], tokens.shape[2]))
-
-    with pytest.raises(ValueError, match="must not return an attention"):
-        AgentAttention(12, 3, representatives=silent)(torch.randn(1, 4, 12))
-
-
-def test_a_strategy_is_reset_down_to_its_parts():
-    class Nested(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Sequential(nn.Linear(4, 4))
-
-        def forward(self, tokens, grid_size, token_mask):
-            return ops.Representatives(self.inner(tokens[:, :, :2]))
-
-    layer = CBSA(12, 3, representatives=Nested())
-    before = layer.representatives.inner[0].weight.clone()
-    layer.reset_parameters()
-    assert not torch.equal(before, layer.representatives.inner[0].weight)
-
-
-COMPARING = pytest.mark.parametrize("mixer", [MSSA, MHSA])
-
-
-@COMPARING
-def test_causal_layers_do_not_look_ahead(mixer):
-    layer = mixer(DIM, HEADS).double()
-    x = torch.randn(2, 9, DIM).double()
-    out = layer(x, is_causal=True)
-    changed = x.clone()
-    changed[:, 5:] += 1
-    assert_close(layer(changed, is_causal=True)[:, :5], out[:, :5], 1e-14)
-    lower = torch.ones(9, 9, dtype=torch.bool).tril()
-    assert_close(layer(x, attn_mask=lower), out, 1e-14)
-    added = torch.zeros(9, 9).double().masked_fill(~lower, -torch.inf)
-    assert_close(layer(x, attn_mask=added), out, 1e-14)
-    with pytest.raises(ValueError, match="attn_mask or is_causal, not both"):
-        layer(x, attn_mask=lower, is_causal=True)
-
-
-@COMPARING
-def test_causal_and_padded_is_causal_alone(mixer):
-    layer = mixer(DIM, HEADS).double()
-    x = torch.randn(3, 9, DIM).double()
-    mask = torch.arange(9) < torch.tensor([9, 5, 0])[:, None]
-    x[1, 5:] = torch.nan
-    out = layer(x, token_mask=mask, is_causal=True)
-    assert_close(out[1, :5], layer(x[1:2, :5], is_causal=True)[0], 1e-13)
-    assert (out[2] == 0).all()
-
-
-@COMPARING
-def test_masks_of_other_kinds_are_named(mixer):
-    layer = mixer(DIM, HEADS)
-    x = torch.randn(2, 9, DIM)
-    with pytest.raises(
-        ValueError, match=r"attn_mask must broadcast to \(B, H, N, K\) = \(2, 3, 9, 9\), got \(9, 8\)"
-    ):
-        layer(x, attn_mask=torch.ones(9, 8, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"attn_mask must be boolean or torch\.float32"):
-        layer(x, attn_mask=torch.ones(9, 9, dtype=torch.int64))
-
-
-@COMPARING
-def test_attention_dropout_only_while_training(mixer):
-    layer = mixer(DIM, HEADS, attn_drop=0.9)
-    x = torch.randn(2, 9, DIM)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-
-
-@pytest.mark.parametrize("decay", [1e-4, 0.1])
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_orthogonal_bases_survive_weight_decay_and_averaging(optimizer, decay):
-    layer = MSSA(DIM, HEADS, orthogonal=True, tied=True)
-    steps = optimizer(layer.parameters(), lr=0.1, weight_decay=decay)
-    average = copy.deepcopy(layer)
-    for _ in range(5):
-        layer(torch.randn(2, 9, DIM)).square().mean().backward()
-        steps.step()
-        for mean, new in zip(average.parameters(), layer.parameters(), strict=True):
-            mean.data.lerp_(new.data, 0.1)
-    for model in (layer, average):
-        bases = model.qkv.weight
-        assert_close(bases @ bases.mT, torch.eye(DIM), 1e-5)
-
-
-def test_making_a_weight_orthonormal_keeps_an_orthonormal_one():
-    linear = nn.Linear(7, 5, dtype=torch.float64)
-    nn.init.orthogonal_(linear.weight)
-    expected = linear.weight.detach().clone()
-    keep_rows_orthonormal(linear)
-    assert_close(linear.weight, expected, 1e-14)
-    linear.weight = torch.eye(5, 7, dtype=torch.float64)  # nothing to reflect
-    assert_close(linear.weight, torch.eye(5, 7, dtype=torch.float64), 0)
-    reflectors = linear.parametrizations.weight.original
-    torch.autograd.gradcheck(linear.parametrizations.weight[0], reflectors.detach().requires_grad_())
-
-
 @pytest.mark.parametrize("mixer", [MHSA, partial(CBSA, qkv="separate"), AgentAttention])
 def test_norms_in_float32_under_autocast(mixer):
     class Wide(nn.LayerNorm):
@@ -869,49 +474,6 @@ def test_norms_in_float32_under_autocast(mixer):
     layer = mixer(DIM, HEADS, qk_norm=True, norm_layer=Wide)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(layer(torch.randn(2, 9, DIM))).all()
-
-
-def test_principal_directions_and_the_softmax_contraction_do_not_go_together():
-    with pytest.raises(ValueError, match="the signs of principal directions are arbitrary"):
-        CBSA(DIM, HEADS, representatives="principal")
-
-
-@pytest.mark.parametrize("contraction", ["exact", "none"])
-def test_more_dimensions_than_tokens_along_principal_directions(contraction):
-    layer = CBSA(DIM, HEADS, representatives="principal", contraction=contraction).double()
-    x = torch.randn(2, 3, DIM).double()  # 3 tokens, 4 dimensions
-    padded = torch.cat([x, torch.full((2, 2, DIM), torch.nan).double()], dim=1)
-    mask = torch.arange(5).expand(2, 5) < 3
-    assert_close(layer(padded, token_mask=mask)[:, :3], layer(x), 1e-12)
-    chosen = layer.representatives(split(x @ layer.qkv.weight.T), None, None)
-    empty = chosen.values.square().sum(-1) == 0
-    assert empty.sum(-1).eq(1).all()
-    assert (chosen.attention[empty] == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "kind", "message"),
-    [
-        ({"eps": 0.5}, ValueError, "eps is of contraction='exact'"),
-        ({"representatives": "tokens", "num_representatives": 4}, ValueError, "num_representatives is of"),
-        ({"representatives": nn.Identity}, TypeError, "must be an instance, got the class Identity"),
-        ({"representatives": None}, ValueError, "or pass a function or module of your own"),
-        ({"tied": "no"}, TypeError, "tied must be True or False, got 'no'"),
-        ({"orthogonal": 1}, TypeError, "orthogonal must be True or False"),
-    ],
-)
-def test_options_without_effect_are_refused(options, kind, message):
-    with pytest.raises(kind, match=message):
-        CBSA(DIM, HEADS, **options)
-
-
-def test_a_strategy_is_on_a_grid_or_gives_its_attention():
-    def both(tokens, grid_size, token_mask):
-        raise AssertionError
-
-    both.needs_grid = both.gives_attention = True
-    with pytest.raises(ValueError, match="cannot have both needs_grid and gives_attention"):
-        CBSA(DIM, HEADS, representatives=both)
 
 
 def test_the_mean_form_of_channel_attention_is_the_sum_with_n_eps_squared():
