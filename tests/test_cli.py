@@ -373,7 +373,7 @@ def test_a_real_ctrl_c_during_training_exits_130_and_resumes(tmp_path):
         text=True,
         env=environment,
         # A shell's background jobs, and all they start, ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     for line in process.stdout:
         if line.startswith("epoch   1/12"):
