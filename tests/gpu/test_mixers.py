@@ -1,4 +1,4 @@
-"""The family on a CUDA device against the same layers in float64 on the CPU."""
+"""Every mixer on a CUDA device against the same layer in float64 on the CPU."""
 
 from functools import partial
 
@@ -11,6 +11,9 @@ from tests.helpers.compare import assert_close
 pytestmark = pytest.mark.gpu
 
 MIXERS = {
+    "cbsa": CBSA,
+    "cbsa exact": partial(CBSA, contraction="exact"),
+    "cbsa none": partial(CBSA, contraction="none"),
     "cbsa basis": partial(CBSA, representatives="basis", contraction="exact"),
     "cbsa tokens": partial(CBSA, representatives="tokens"),
     "cbsa orthogonal": partial(CBSA, tied=True, orthogonal=True),
