@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require("tyro", extra="train")
         from cbsa_torch.cli import commands
+        from cbsa_torch.train.loop import leave_process_group
     except ImportError as error:
         print(f"cbsa: {error}", file=sys.stderr)
         return 1
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except commands.EXPECTED_ERRORS as error:
         print(f"cbsa: {error}", file=sys.stderr)
         return 1
+    leave_process_group()
     return 0
 
 

@@ -76,18 +76,19 @@ def evaluate_checkpoint(
     skipped = output.with_suffix(".skipped.txt")
     skipped.unlink(missing_ok=True)
     dataset = open_split(data, trained.spec.mode, split, trained.class_names, skipped)
-    accelerator = new_accelerator(mixed_precision="no")
-    reporter = Reporter(accelerator.is_main_process)
-    loader = make_loader(dataset, trained.spec, data, batch_size, train=False)
-    model, loader = accelerator.prepare(trained.model, loader)
-    with reporter.bar(f"evaluating {split}", len(loader)) as advance:
-        result = evaluate(accelerator, model, loader, len(trained.class_names), advance)
+    with new_accelerator(mixed_precision="no") as accelerator:
+        reporter = Reporter(accelerator.is_main_process)
+        loader = make_loader(dataset, trained.spec, data, batch_size, train=False)
+        model, loader = accelerator.prepare(trained.model, loader)
+        with reporter.bar(f"evaluating {split}", len(loader)) as advance:
+            result = evaluate(accelerator, model, loader, len(trained.class_names), advance)
+        is_main = accelerator.is_main_process
     unread = read_skipped(skipped)
     if unread:
         reporter.say(f"{len(unread)} unreadable image(s) were left out, listed in {skipped}")
     if result.images == 0:
         raise DataError(f"no image of the {split} split could be read")
-    if accelerator.is_main_process:
+    if is_main:
         record = {
             "checkpoint": trained.path.name,
             "split": split,

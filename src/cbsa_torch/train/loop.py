@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -44,10 +45,29 @@ class EpochTraining(NamedTuple):
     """Learning rate of the last step."""
 
 
-def new_accelerator(**settings: Any) -> Accelerator:
-    """An Accelerator with these settings, whatever an earlier run in this process used."""
+@contextmanager
+def new_accelerator(**settings: Any) -> Iterator[Accelerator]:
+    """An Accelerator with these settings, whatever an earlier run in this process used.
+
+    Leaving the context ends its trackers. The process group stays, as it can be made only once in a process:
+    see ``leave_process_group``.
+    """
     AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
-    return Accelerator(**settings)
+    accelerator = Accelerator(**settings)
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def leave_process_group() -> None:
+    """To be called once, at the end of a process that trained or evaluated beside others.
+
+    Without it the process may abort at its exit, while its communication threads still run.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -75,9 +75,30 @@ def train(config: TrainConfig) -> TrainResult:
     Everything that can be refused is refused before the folder is touched. After every epoch the state is
     saved, so an interrupted run continues from there with ``resume=True``.
     """
-    session = _prepare(config)
+    check_config(config)
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    folder = RunFolder(config.output)
+    folder.check(config)
+    with new_accelerator(
+        mixed_precision=config.engine.precision,
+        cpu=config.engine.cpu,
+        gradient_accumulation_steps=config.engine.accumulate,
+        log_with="tensorboard",
+        project_dir=folder.path,
+        step_scheduler_with_optimizer=False,
+    ) as accelerator:
+        session = _prepare(config, folder, accelerator)
+        done = _run(session)
+    kept = "" if config.optim.keep == "best" else f"; kept: the last, epoch {done.epoch}"
+    session.reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}{kept}")
+    return TrainResult(folder.path, done.best_epoch, done.best_top1)
+
+
+def _run(session: _Session) -> _Progress:
+    """All epochs that are left."""
+    config, reporter, folder = session.config, session.reporter, session.folder
     done = _resume(session) if config.resume else _Progress()
-    reporter, folder = session.reporter, session.folder
     if config.resume:
         reporter.say(f"resuming after epoch {done.epoch} of {config.optim.epochs}")
     try:
@@ -89,30 +110,14 @@ def train(config: TrainConfig) -> TrainResult:
         reporter.say(f"\ninterrupted; {_what_is_kept(folder)}")
         raise
     finally:
-        session.accelerator.end_training()
         skipped = read_skipped(folder.skipped)
         if skipped:
             reporter.say(f"{len(skipped)} unreadable image(s) were left out, listed in {folder.skipped}")
-    kept = "" if config.optim.keep == "best" else f"; kept: the last, epoch {done.epoch}"
-    reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}{kept}")
-    return TrainResult(folder.path, done.best_epoch, done.best_top1)
+    return done
 
 
-def _prepare(config: TrainConfig) -> _Session:
-    """Check everything, then create the run's folder and wrap the model."""
-    check_config(config)
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    folder = RunFolder(config.output)
-    folder.check(config)
-    accelerator = new_accelerator(
-        mixed_precision=config.engine.precision,
-        cpu=config.engine.cpu,
-        gradient_accumulation_steps=config.engine.accumulate,
-        log_with="tensorboard",
-        project_dir=folder.path,
-        step_scheduler_with_optimizer=False,
-    )
+def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> _Session:
+    """Check everything else, then create the run's folder and wrap the model."""
     reporter = Reporter(accelerator.is_main_process)
     set_seed(config.seed)
     batch_size = _batch_per_process(config, accelerator.num_processes)
