@@ -80,7 +80,7 @@ def test_stages_fit_together():
     assert_close(stages.contracted, stages.contraction_attention @ stages.extracted, 1e-12)
     assert_close(stages.output, -2.0 * stages.attention.mT @ stages.contracted, 1e-12)
     assert_close(
-        stages.output, ops.cbsa(tokens, representatives, step_representatives=0.3, step_tokens=-2.0), 0
+        stages.output, ops.cbsa(tokens, representatives, step_representatives=0.3, step_tokens=-2.0), 1e-14
     )
 
 

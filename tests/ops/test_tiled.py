@@ -182,8 +182,9 @@ def test_opcheck(separate, dtype):
     keys = leaf(2, 2, 5, 4)
     values = leaf(2, 2, 5, 4) if separate else None
     mask = torch.tensor([[True] * 5, [True, False] * 2 + [True]])
-    arguments = (leaf(2, 2, 3, 4), keys, values, leaf(2), leaf(2), mask, None, "softmax", 0.5, 0.1)
-    torch.library.opcheck(module.tiled, arguments)
+    arguments = (leaf(2, 2, 3, 4), keys, values, leaf(2), leaf(2), mask, None)
+    for projection in ((None, None), (leaf(3, 8), None), (leaf(3, 8), leaf(3))):
+        torch.library.opcheck(module.tiled, (*arguments, *projection, "softmax", 0.5, 0.1))
 
 
 def test_nan_in_uninitialised_memory_does_not_show():
@@ -214,10 +215,19 @@ def test_what_it_cannot_do_raises():
     tokens, rep = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4)
     with pytest.raises(ValueError, match="impl='tiled' computes the attention itself"):
         ops.cbsa(tokens, rep, attention=torch.eye(9).expand(1, 2, 9, 9), impl="tiled")
-    leaf = tokens.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(ops.cbsa(leaf, rep, impl="tiled").sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|not differentiable|autograd"):
-        torch.autograd.grad(gradient.sum(), leaf)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_gradients_can_be_differentiated(projected):
+    operands = draw(2, 1, 2, 4, 2)
+    if projected:
+        operands |= {"out_weight": torch.randn(3, 2).double(), "out_bias": torch.randn(3).double()}
+    names = list(operands)
+
+    def run(*tensors):
+        return ops.cbsa(**dict(zip(names, tensors, strict=True)), impl="tiled")
+
+    torch.autograd.gradgradcheck(run, [t.requires_grad_() for t in operands.values()])
 
 
 B, H, M, N, P = 1, 2, 64, 4096, 16
@@ -254,14 +264,17 @@ def test_nothing_of_size_m_times_n_is_saved(impl):
         assert sum(sizes) <= 1.1 * (B * H * N * P) + 3 * B * H * M * P
 
 
-def test_nothing_of_size_m_times_n_is_formed():
+@pytest.mark.parametrize("projected", [False, True])
+def test_nothing_of_size_m_times_n_is_formed(projected, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 1024)
+    monkeypatch.setattr(tiles, "KEEP", 0)
     operands = {k: t.requires_grad_() for k, t in draw(B, H, M, N, P, dtype=torch.float32).items()}
     arguments = (operands["representatives"], operands["tokens"], None)
     steps = (operands["step_representatives"], operands["step_tokens"], None, None)
+    projection = (torch.randn(H * P, H * P), None) if projected else (None, None)
+    inputs = *arguments, *steps, *projection
     with Largest() as seen, torch.no_grad():
-        out, picked, lse = module.tiled._init_fn(*arguments, *steps, "softmax", 0.25, 0.1)
-        module.tiled_backward._init_fn(
-            torch.randn_like(out), *arguments, *steps, picked, lse, "softmax", 0.25, 0.1
-        )
-    assert seen.elements <= max(H * M * tiles.TILE, B * H * N * P)
+        out, *kept = module.tiled._init_fn(*inputs, "softmax", 0.25, 0.1)
+        module.tiled_backward._init_fn(torch.randn_like(out), *inputs, *kept, "softmax", 0.25, 0.1)
+    assert seen.elements <= max(H * M * 1024, B * H * N * P)
     assert seen.elements < B * H * M * N / 3

@@ -41,7 +41,7 @@ class Family:
     """The arXiv number of what it implements."""
 
 
-_PROJECTIONS = ("qkv_bias", "proj_bias", "scale_norm", "norm_layer", "proj_drop")
+_PROJECTIONS = ("qkv_bias", "proj_bias", "scale_norm", "norm_layer", "proj_drop", "recompute")
 _BASES = ("tied", "orthogonal", *_PROJECTIONS)
 OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     CBSA: (

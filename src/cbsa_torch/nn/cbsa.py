@@ -143,6 +143,13 @@ class CBSA(TokenMixer):
         """Apply :func:`cbsa_torch.ops.cbsa`."""
         return ops.cbsa(**self._operands(heads), impl=self.impl)
 
+    def mix_and_project(self, heads: Heads) -> Tensor:
+        """Hand the output projection to the operator where nothing comes between."""
+        if not isinstance(self.norm, nn.Identity) or not (self.proj is None or _is_plain(self.proj)):
+            return super().mix_and_project(heads)
+        weight, bias = (self.qkv.weight.t(), None) if self.proj is None else (self.proj.weight, self.proj.bias)
+        return ops.cbsa(**self._operands(heads), out_weight=weight, out_bias=bias, impl=self.impl)
+
     def stages(
         self,
         x: Tensor,
@@ -194,3 +201,14 @@ class CBSA(TokenMixer):
         """Show the options when the module is printed."""
         eps = f", eps={self.eps}" if self.contraction == "exact" else ""
         return f"{super().extra_repr()}, contraction={self.contraction!r}{eps}, layout={self.layout!r}"
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` is no more than its weight and bias: not a subclass, adapter or hooked."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return type(layer) is nn.Linear and not any(hooks)

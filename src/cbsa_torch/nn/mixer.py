@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
@@ -43,6 +44,7 @@ class MixerOptions(TypedDict, total=False):
     attn_drop: float
     proj_drop: float
     norm_layer: type[nn.Module] | None
+    recompute: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
 
@@ -94,6 +96,8 @@ class TokenMixer(nn.Module, abc.ABC):
         attn_drop: dropout rate of attention weights; only for mixers that compare tokens with tokens.
         proj_drop: dropout rate after the output projection.
         norm_layer: constructor of normalisation layers, for ``qk_norm`` and ``scale_norm``.
+        recompute: keep only the input for the backward pass and compute the rest again there: about a third
+            more time for a third to a half of the memory.
         device, dtype: of the parameters.
 
     Attributes:
@@ -129,10 +133,13 @@ class TokenMixer(nn.Module, abc.ABC):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: type[nn.Module] | None = None,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_bool("recompute", recompute)
+        self.recompute = recompute
         check_positive_int("dim", dim)
         check_positive_int("num_heads", num_heads)
         check_choice("qkv", qkv, QKVS)
@@ -205,6 +212,11 @@ class TokenMixer(nn.Module, abc.ABC):
     def count_heads(self, heads: Heads) -> Counts:
         """What :meth:`mix` costs per item, without the projections."""
 
+    def mix_and_project(self, heads: Heads) -> Tensor:
+        """:meth:`mix`, and out of the subspaces: ``(B, N, C)``. A mixer may do both at once."""
+        joined = self.norm(self.mix(heads).transpose(1, 2).flatten(2))  # (B, N, H * P)
+        return F.linear(joined, self.qkv.weight.t()) if self.proj is None else self.proj(joined)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -260,16 +272,27 @@ class TokenMixer(nn.Module, abc.ABC):
                 f"is_causal must be False: {type(self).__name__} summarises all tokens before it updates any"
             )
         source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal)
-        # A tied orthogonal basis is used twice, and made once.
-        with parametrize.cached() if self.tied and self.orthogonal else nullcontext():
-            projected = self._project(source, grid_size, token_mask, attn_mask)
-            heads = self.mix(projected)  # (B, H, N, P)
-            out = self.norm(heads.transpose(1, 2).flatten(2))  # (B, N, H * P)
-            out = F.linear(out, self.qkv.weight.t()) if self.proj is None else self.proj(out)
+        arguments = source, grid_size, token_mask, attn_mask
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(self._update, *arguments, use_reentrant=False)
+        else:
+            out = self._update(*arguments)
         out = self.proj_drop(out)
         if token_mask is not None:
             out = out.masked_fill(~token_mask[..., None], 0.0)  # the biases, too
         return source.restore(out)
+
+    def _update(
+        self,
+        source: TokenInput,
+        grid_size: GridSize | None,
+        token_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> Tensor:
+        """Into the subspaces, mix, and out again: ``(B, N, C)``."""
+        # A tied orthogonal basis is used twice, and made once.
+        with parametrize.cached() if self.tied and self.orthogonal else nullcontext():
+            return self.mix_and_project(self._project(source, grid_size, token_mask, attn_mask))
 
     @staticmethod
     def named_arguments(

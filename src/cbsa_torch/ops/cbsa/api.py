@@ -7,7 +7,7 @@ from torch import Tensor
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.types import IMPLS, Broadcast, CBSAStages, Contraction, Impl
 from cbsa_torch.ops.cbsa.dispatch import run
-from cbsa_torch.ops.cbsa.operands import check_operands
+from cbsa_torch.ops.cbsa.operands import check_operands, check_projection
 from cbsa_torch.ops.cbsa.reference import cbsa_reference
 
 DEFAULT_EPS = 0.1
@@ -30,14 +30,16 @@ def cbsa(
     token_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     representative_mask: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Contract-and-Broadcast Self-Attention (paper, section 3.2) inside each head's subspace.
 
     Three stages, O(N) in the number of tokens: *extract* representatives by cross-attention (Eq. 5),
     *contract* them (Eq. 7 or 8), and *broadcast* the contractions back with the same attention matrix,
-    transposed and not renormalised. The projections into and out of the subspaces are the caller's
-    (:class:`cbsa_torch.CBSA` has them).
+    transposed and not renormalised. The projection into the subspaces is the caller's, and so is the one out
+    of them without ``out_weight`` (:class:`cbsa_torch.CBSA` has both).
 
     B batch, H heads, N tokens, M representatives, P head dimension.
 
@@ -63,14 +65,19 @@ def cbsa(
         key_mask: ``(B, K)`` bool for keys and values. Default: ``token_mask``; required beside it if keys
             have another length than tokens.
         representative_mask: ``(B, M)`` bool, True = a representative that exists for this item.
+        out_weight: ``(C, H * P)`` joins the heads and projects them out like a linear layer. Given here, it
+            can be folded into the contractions, which saves time and memory.
+        out_bias: ``(C,)``.
         impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
-            ``"tiled"`` goes over tiles of tokens and stores nothing of size M x N, forward or backward;
+            ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;
             ``"triton"`` has fused kernels for CUDA (experimental: checked in Triton's interpreter, not yet on
-            a GPU). The latter two can be differentiated once. ``"auto"`` is ``"eager"`` for now.
+            a GPU). ``"auto"`` is ``"tiled"`` on the CPU from B H M N = 2^20 on, where it is measured to be
+            the fastest (``benchmarks/``), and ``"eager"`` otherwise: for small problems, on other devices, for
+            ``attention`` and ``broadcast="softmax"``, and in ``torch.export``.
 
     Returns:
-        ``(B, H, N, P)`` in the dtype of ``tokens``; add it to (or subtract it from) the tokens after
-        projecting back. An autocast context has no effect inside.
+        ``(B, H, N, P)``, or ``(B, N, C)`` with ``out_weight``, in the dtype of ``tokens``; add it to (or
+        subtract it from) the tokens after projecting back. An autocast context has no effect inside.
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
@@ -92,7 +99,8 @@ def cbsa(
         key_mask=key_mask,
         representative_mask=representative_mask,
     )
-    return run(operands, impl)
+    check_projection(operands, out_weight, out_bias)
+    return run(operands, impl, out_weight, out_bias)
 
 
 def cbsa_stages(

@@ -2,42 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch._core.types import Impl
 from cbsa_torch.ops.cbsa.operands import Operands
-from cbsa_torch.ops.cbsa.reference import cbsa_reference
+from cbsa_torch.ops.cbsa.reference import cbsa_reference, project_out
 from cbsa_torch.ops.cbsa.tiled import tiled
 from cbsa_torch.ops.cbsa.two_softmax import two_softmax
 
+MANY_WEIGHTS = 2**20
+"""Weights B * H * M * N from which ``"auto"`` goes over tiles: below, they fit a cache (4 MiB in float32), and
+what tiles save does not pay for their overhead (``benchmarks/layers.py``)."""
 
-def run(o: Operands, impl: Impl) -> Tensor:
-    """Compute the operator by ``impl``; ``(B, H, N, P)`` in the dtype of the tokens.
 
-    ``"auto"`` is ``"eager"``, on the CPU the fastest below some 9,000 tokens (``benchmarks/layers.py``);
-    ``"triton"`` was not run on a GPU yet.
-    """
-    if impl in ("auto", "eager"):
-        return cbsa_reference(**o._asdict()).output.to(o.tokens.dtype)
-    if o.attention is not None:
+def run(o: Operands, impl: Impl, out_weight: Tensor | None = None, out_bias: Tensor | None = None) -> Tensor:
+    """Compute the operator by ``impl``: ``(B, H, N, P)`` in the dtype of the tokens, or projected out."""
+    if impl == "auto":
+        impl = fastest(o)
+    if impl != "eager" and o.attention is not None:
         raise ValueError(f"impl={impl!r} computes the attention itself; attention needs impl='eager'")
-    if impl == "triton":
+    if impl == "tiled" and not o.fresh_broadcast:
+        if out_weight is not None and folds(o, out_weight):
+            return tiled(*_tensors(o), out_weight, out_bias, o.contraction, o.scale, o.eps)[0]
+        heads = tiled(*_tensors(o), None, None, o.contraction, o.scale, o.eps)[0]
+    elif impl == "tiled":
+        heads = two_softmax(o)
+    elif impl == "triton":
         if o.fresh_broadcast:
             raise ValueError("impl='triton' broadcasts with the attention it extracted; use 'tiled' or 'eager'")
         from cbsa_torch.ops.cbsa.fused import fused
 
-        return _run(fused, o)
-    if o.fresh_broadcast:
-        return two_softmax(o).to(o.tokens.dtype)
-    return _run(tiled, o)
+        heads = fused(*_tensors(o), o.contraction, o.scale, o.eps)[0]
+    else:
+        heads = cbsa_reference(**o._asdict()).output
+    heads = heads.to(o.tokens.dtype)
+    return heads if out_weight is None else project_out(heads, out_weight, out_bias)
 
 
-def _run(op: Callable[..., tuple[Tensor, Tensor, Tensor]], o: Operands) -> Tensor:
-    output, _, _ = op(
+def fastest(o: Operands) -> Impl:
+    """What ``"auto"`` is: tiles on the CPU, if the attention matrix is large; else the equations.
+
+    Elsewhere nothing was measured yet. An exported program should hold no operator of ours.
+    """
+    if o.attention is not None or o.fresh_broadcast or torch.compiler.is_exporting():
+        return "eager"
+    b, h, m, _ = o.representatives.shape
+    large = b * h * m * o.keys.shape[2] >= MANY_WEIGHTS
+    return "tiled" if large and o.tokens.device.type == "cpu" else "eager"
+
+
+def folds(o: Operands, out_weight: Tensor) -> bool:
+    """Whether it is fewer operations to project the contractions than the heads of every token.
+
+    Per head, with C output channels: N M C products to broadcast projected contractions and P M C to project
+    them, against N P M to broadcast and N P C to project afterwards.
+    """
+    (_, _, m, p), n, c = o.representatives.shape, o.keys.shape[2], out_weight.shape[0]
+    return (n + p) * m * c < n * p * (m + c)
+
+
+def _tensors(o: Operands) -> tuple[Tensor | None, ...]:
+    return (
         o.representatives,
         o.keys,
         None if o.values is o.keys else o.values,
@@ -45,11 +72,7 @@ def _run(op: Callable[..., tuple[Tensor, Tensor, Tensor]], o: Operands) -> Tenso
         _per_head(o.step_tokens, o),
         o.key_mask,
         o.representative_mask,
-        o.contraction,
-        o.scale,
-        o.eps,
     )
-    return output
 
 
 def _per_head(step: Tensor | float, o: Operands) -> Tensor:

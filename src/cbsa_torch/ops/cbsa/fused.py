@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cbsa_torch._core.precision import no_autocast
 from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
-from cbsa_torch.ops.cbsa.tiled import _save, _zero_rows, tiled, tiled_backward
+from cbsa_torch.ops.cbsa.differentiable import like_tokens, register, zero_rows
+from cbsa_torch.ops.cbsa.flops import count_flops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
@@ -322,15 +323,14 @@ def fused(
     """
     check_supported(keys, representatives.shape[2])
     with _context(keys):
-        b, h, n, p = keys.shape
-        queries = _unit_stride(_zero_rows(representatives, representative_mask))
+        queries = _unit_stride(zero_rows(representatives, representative_mask))
         values = None if values is None else _unit_stride(values)
         passes = _Passes(queries, _unit_stride(keys), values, key_mask, scale)
         picked, lse = passes.extract()
         eta, kappa = (s.float()[:, None, None] for s in (step_representatives, step_tokens))
-        rep = _zero_rows(queries.float() + eta * picked, representative_mask)
+        rep = zero_rows(queries.float() + eta * picked, representative_mask)
         carried = kappa * contract(rep, contraction, scale, eps, representative_mask)
-        output = torch.empty(b, n, h, p, dtype=keys.dtype, device=keys.device).transpose(1, 2)
+        output = like_tokens(keys)
         passes.broadcast(carried, lse, output)
     return output, picked, lse
 
@@ -353,13 +353,12 @@ def fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of representatives, keys, values (empty if they are the keys), eta and kappa."""
     with _context(keys):
-        b, h, n, p = keys.shape
-        queries = _unit_stride(_zero_rows(representatives, representative_mask))
+        queries = _unit_stride(zero_rows(representatives, representative_mask))
         gradient = _unit_stride(gradient)
         eta, kappa = (s.float()[:, None, None] for s in (step_representatives, step_tokens))
-        rep = _zero_rows(queries.float() + eta * picked, representative_mask)
+        rep = zero_rows(queries.float() + eta * picked, representative_mask)
         c = contract(rep, contraction, scale, eps, representative_mask)
-        d_keys = torch.empty(b, n, h, p, dtype=keys.dtype, device=keys.device).transpose(1, 2)
+        d_keys = like_tokens(keys)
         d_values = None
         if values is not None:
             values, d_values = _unit_stride(values), torch.empty_like(d_keys)
@@ -372,7 +371,7 @@ def fused_backward(
         d_queries = _Passes(*problem, gradients=True).gradients(
             gradient, lse, kappa * c, eta * d_rep, collected, picked, d_keys, d_values
         )
-        d_representatives = _zero_rows(d_rep + d_queries, representative_mask)
+        d_representatives = zero_rows(d_rep + d_queries, representative_mask)
     return (
         d_representatives.to(representatives.dtype),
         d_keys,
@@ -383,22 +382,46 @@ def fused_backward(
 
 
 @fused.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tiled(*arguments)  # the same shapes, strides and dtypes
+def _(
+    representatives: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    step_representatives: Tensor,
+    step_tokens: Tensor,
+    key_mask: Tensor | None,
+    representative_mask: Tensor | None,
+    contraction: str,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    picked = representatives.new_empty(representatives.shape, dtype=torch.float32)
+    return like_tokens(keys), picked, picked.new_empty(picked.shape[:3])
 
 
 @fused_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tiled_backward(*arguments)
+def _(
+    gradient: Tensor,
+    representatives: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    step_representatives: Tensor,
+    step_tokens: Tensor,
+    key_mask: Tensor | None,
+    representative_mask: Tensor | None,
+    picked: Tensor,
+    lse: Tensor,
+    contraction: str,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        representatives.new_empty(representatives.shape),
+        like_tokens(keys),
+        keys.new_empty(0) if values is None else like_tokens(keys),
+        step_representatives.new_empty(step_representatives.shape),
+        step_tokens.new_empty(step_tokens.shape),
+    )
 
 
-def _differentiate(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if gradient is None:
-        return (None,) * 10
-    *inputs, picked, lse = ctx.saved_tensors
-    d_rep, d_keys, d_values, d_eta, d_kappa = fused_backward(gradient, *inputs, picked, lse, *ctx.options)
-    d_values = None if inputs[2] is None else d_values
-    return d_rep, d_keys, d_values, d_eta, d_kappa, None, None, None, None, None
-
-
-fused.register_autograd(_differentiate, setup_context=_save)
+register(fused, fused_backward)
+count_flops(fused, fused_backward)

@@ -137,6 +137,20 @@ def check_operands(
     )
 
 
+def check_projection(o: Operands, out_weight: Tensor | None, out_bias: Tensor | None) -> None:
+    """Refuse a projection out of the subspaces that does not fit."""
+    if out_weight is None:
+        if out_bias is not None:
+            raise ValueError("out_bias needs out_weight")
+        return
+    _, h, _, p = o.tokens.shape
+    check_floating("out_weight", out_weight)
+    check_shape("out_weight", out_weight, (None, h * p), "(C, H * P)")
+    if out_bias is not None:
+        check_floating("out_bias", out_bias)
+        check_shape("out_bias", out_bias, (out_weight.shape[0],), "(C,)")
+
+
 def _check_step(name: str, step: Tensor | float, num_heads: int) -> None:
     if isinstance(step, Tensor):
         check_floating(name, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import CBSAStages
@@ -111,6 +112,11 @@ def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tens
         ``(B, H, N, P)``.
     """
     return step * (weights @ contracted)
+
+
+def project_out(heads: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Join the heads ``(B, H, N, P)`` and project out of the subspaces, ``(B, N, C)``."""
+    return F.linear(heads.transpose(1, 2).flatten(2), weight, bias)
 
 
 def cbsa_reference(

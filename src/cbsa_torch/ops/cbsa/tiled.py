@@ -1,16 +1,13 @@
-"""CBSA without its attention matrix: nothing of size M x N is kept, forward or backward.
+"""CBSA over tiles of tokens: nothing of size M x N is kept, forward or backward.
 
-Forward: one sweep over the tokens extracts with an online softmax, a second computes the attention again and
-broadcasts. Backward: one sweep for T = A dO, and, the contraction's derivative in between, one for all the
-rest. Saved are the inputs, the picked tokens R ``(B, H, M, P)`` and the log-sum-exp ``(B, H, M)``. The sweeps
-are those of ``tiles``.
+Forward: one pass over the tokens extracts, a second computes the attention again and broadcasts. Backward: one
+pass for A dO, and, the contraction's derivative in between, one for all the rest. Saved are the inputs, the
+picked tokens R ``(B, H, M, P)`` and a share per representative and tile. The passes are those of ``tiles``.
 
-Low-precision inputs are computed in float32. One differentiation only.
+Low-precision inputs are computed in float32, except for products with an output projection in bfloat16.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +15,8 @@ from torch import Tensor
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch.ops.cbsa import tiles
 from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
+from cbsa_torch.ops.cbsa.differentiable import like_tokens, register, zero_rows
+from cbsa_torch.ops.cbsa.flops import count_flops
 
 
 @torch.library.custom_op("cbsa_torch::tiled", mutates_args=())
@@ -29,11 +28,13 @@ def tiled(
     step_tokens: Tensor,
     key_mask: Tensor | None,
     representative_mask: Tensor | None,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
     contraction: str,
     scale: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``(B, H, N, P)``, picked tokens R ``(B, H, M, P)`` and log-sum-exp ``(B, H, M)``.
+    """Output, picked tokens R ``(B, H, M, P)`` and shares ``(B, H, M, tiles)``.
 
     Args:
         representatives: ``(B, H, M, P)``.
@@ -43,18 +44,28 @@ def tiled(
         step_tokens: kappa ``(H,)``.
         key_mask: ``(B, N)`` bool.
         representative_mask: ``(B, M)`` bool.
+        out_weight: ``(C, H * P)`` projects out: the output is ``(B, N, C)`` instead of ``(B, H, N, P)``.
+        out_bias: ``(C,)``.
         contraction: ``"softmax"``, ``"exact"`` or ``"none"``.
         scale: factor on the logits.
         eps: epsilon of the exact contraction.
     """
     with no_autocast(keys):
-        q, k, v = _wide(representatives, keys, values, key_mask, representative_mask)
-        eta, kappa = (s.to(q.dtype)[:, None, None] for s in (step_representatives, step_tokens))
-        picked, lse = tiles.extract(q, k, v, key_mask, scale)
-        rep = _zero_rows(q + eta * picked, representative_mask)
-        carried = kappa * contract(rep, contraction, scale, eps, representative_mask)
-        output = tiles.broadcast(q, k, lse, carried, key_mask, scale)
-        return _as_tokens(output, keys.dtype), picked.contiguous(), lse.contiguous()
+        dtype = compute_dtype(keys.dtype)
+        q = zero_rows(representatives.to(dtype), representative_mask)
+        eta, kappa = (s.to(dtype)[:, None, None] for s in (step_representatives, step_tokens))
+        bias = None if out_bias is None else out_bias.to(keys.dtype)
+        output, picked, shares = _results(representatives, keys, out_weight)
+        for group in tiles.groups(keys.shape[0], keys.shape[2]):
+            part = tiles.Tiles(q[group], keys[group], _of(values, group), _of(key_mask, group), scale)
+            picked[group], shares[group] = part.extract()
+            exists = _of(representative_mask, group)
+            rep = zero_rows(q[group] + eta * picked[group], exists)
+            carried = kappa * contract(rep, contraction, scale, eps, exists)
+            if out_weight is not None:
+                carried = carried @ _per_head(out_weight, keys).to(dtype)
+            part.broadcast(carried, bias, output[group])
+        return output, picked, shares
 
 
 @torch.library.custom_op("cbsa_torch::tiled_backward", mutates_args=())
@@ -67,69 +78,76 @@ def tiled_backward(
     step_tokens: Tensor,
     key_mask: Tensor | None,
     representative_mask: Tensor | None,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
     picked: Tensor,
-    lse: Tensor,
+    shares: Tensor,
     contraction: str,
     scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of representatives, keys, values (empty if they are the keys), eta and kappa."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of all floating-point inputs; what was not given gets an empty tensor."""
     with no_autocast(keys):
-        q, k, v = _wide(representatives, keys, values, key_mask, representative_mask)
-        d_out = _zero_rows(gradient.to(q.dtype), key_mask)
-        eta, kappa = (s.to(q.dtype)[:, None, None] for s in (step_representatives, step_tokens))
-        rep = _zero_rows(q + eta * picked, representative_mask)
-        c = contract(rep, contraction, scale, eps, representative_mask)
-        collected = tiles.collect(q, k, lse, d_out, key_mask, scale)
-        d_kappa = (collected * c).sum((0, 2, 3))
-        d_rep = contract_backward(kappa * collected, rep, contraction, scale, eps, representative_mask)
-        d_eta = (d_rep * picked).sum((0, 2, 3))
-        d_q, d_k, d_v = tiles.differentiate(
-            q,
-            k,
-            v,
-            lse,
-            key_mask,
-            scale,
-            carried=kappa * c,
-            collected=collected,
-            d_out=d_out,
-            d_picked=eta * d_rep,
-            picked=picked,
-        )
-        if values is None:
-            d_k = d_k.add_(d_v)
-        d_representatives = _zero_rows(d_rep + d_q, representative_mask)
+        dtype = compute_dtype(keys.dtype)
+        q = zero_rows(representatives.to(dtype), representative_mask)
+        eta, kappa = (s.to(dtype)[:, None, None] for s in (step_representatives, step_tokens))
+        weight = None if out_weight is None else _per_head(out_weight, keys).to(dtype)  # (H, P, C)
+        d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        d_keys = like_tokens(keys)
+        d_values = None if values is None else like_tokens(keys)
+        d_eta, d_kappa = (torch.zeros(keys.shape[1], dtype=dtype, device=keys.device) for _ in range(2))
+        d_weight = torch.zeros_like(q[0, :0] if weight is None else weight)
+        for group in tiles.groups(keys.shape[0], keys.shape[2]):
+            part = tiles.Tiles(
+                q[group], keys[group], _of(values, group), _of(key_mask, group), scale, shares[group]
+            )
+            exists = _of(representative_mask, group)
+            rep = zero_rows(q[group] + eta * picked[group], exists)
+            c = contract(rep, contraction, scale, eps, exists)
+            carried = kappa * c if weight is None else (kappa * c) @ weight
+            d_carried = collected = part.collect(gradient[group])
+            if weight is not None:
+                d_carried = collected @ weight.mT
+                d_weight += ((kappa * c).mT @ collected).sum(0)
+            d_kappa += (d_carried * c).sum((0, 2, 3))
+            d_rep = contract_backward(kappa * d_carried, rep, contraction, scale, eps, exists)
+            d_eta += (d_rep * picked[group]).sum((0, 2, 3))
+            d_q[group] = d_rep + part.differentiate(
+                gradient[group],
+                carried=carried,
+                collected=collected,
+                d_picked=eta * d_rep,
+                picked=picked[group],
+                d_keys=d_keys[group],
+                d_values=_of(d_values, group),
+            )
         return (
-            d_representatives.to(representatives.dtype).contiguous(),
-            _as_tokens(d_k, keys.dtype),
-            keys.new_empty(0) if values is None else _as_tokens(d_v, keys.dtype),
+            zero_rows(d_q, representative_mask).to(representatives.dtype).contiguous(),
+            d_keys,
+            keys.new_empty(0) if d_values is None else d_values,
             d_eta.to(step_representatives.dtype),
             d_kappa.to(step_tokens.dtype),
+            keys.new_empty(0) if out_weight is None else d_weight.flatten(0, 1).t().to(out_weight).contiguous(),
+            keys.new_empty(0) if out_bias is None else gradient.sum((0, 1), dtype=dtype).to(out_bias),
         )
 
 
-def _wide(
-    representatives: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    key_mask: Tensor | None,
-    representative_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K and V in the dtype to compute in, zero where masked; V is K itself if it is."""
+def _per_head(out_weight: Tensor, keys: Tensor) -> Tensor:
+    """``(C, H * P)`` as ``(H, P, C)``."""
+    return out_weight.t().unflatten(0, (keys.shape[1], keys.shape[3]))
+
+
+def _of(rows: Tensor | None, group: slice) -> Tensor | None:
+    return None if rows is None else rows[group]
+
+
+def _results(representatives: Tensor, keys: Tensor, out_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for what the forward pass returns."""
+    b, h, n, _ = keys.shape
     dtype = compute_dtype(keys.dtype)
-    q = _zero_rows(representatives.to(dtype), representative_mask)
-    k = _zero_rows(keys.to(dtype), key_mask)
-    return q, k, k if values is None else _zero_rows(values.to(dtype), key_mask)
-
-
-def _zero_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
-    return rows if mask is None else rows.masked_fill(~mask[:, None, :, None], 0.0)
-
-
-def _as_tokens(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(B, H, N, P)``, laid out so that joining the heads is no copy."""
-    return rows.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    output = like_tokens(keys) if out_weight is None else keys.new_empty(b, n, out_weight.shape[0])
+    shares = keys.new_empty(b, h, representatives.shape[2], tiles.count(n), dtype=dtype)
+    return output, torch.empty_like(representatives, dtype=dtype, memory_format=torch.contiguous_format), shares
 
 
 @tiled.register_fake
@@ -141,15 +159,13 @@ def _(
     step_tokens: Tensor,
     key_mask: Tensor | None,
     representative_mask: Tensor | None,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
     contraction: str,
     scale: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    b, h, n, p = keys.shape
-    dtype = compute_dtype(keys.dtype)
-    output = keys.new_empty(b, n, h, p).transpose(1, 2)
-    picked = representatives.new_empty(representatives.shape, dtype=dtype)
-    return output, picked, representatives.new_empty(representatives.shape[:3], dtype=dtype)
+    return _results(representatives, keys, out_weight)
 
 
 @tiled_backward.register_fake
@@ -162,39 +178,27 @@ def _(
     step_tokens: Tensor,
     key_mask: Tensor | None,
     representative_mask: Tensor | None,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
     picked: Tensor,
-    lse: Tensor,
+    shares: Tensor,
     contraction: str,
     scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    b, h, n, p = keys.shape
-    d_keys = keys.new_empty(b, n, h, p).transpose(1, 2)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def contiguous(like: Tensor | None) -> Tensor:
+        return keys.new_empty(0) if like is None else like.new_empty(like.shape)
+
     return (
-        torch.empty_like(representatives, memory_format=torch.contiguous_format),
-        d_keys,
-        torch.empty_like(d_keys) if values is not None else keys.new_empty(0),
-        torch.empty_like(step_representatives),
-        torch.empty_like(step_tokens),
+        contiguous(representatives),
+        like_tokens(keys),
+        keys.new_empty(0) if values is None else like_tokens(keys),
+        contiguous(step_representatives),
+        contiguous(step_tokens),
+        contiguous(out_weight),
+        contiguous(out_bias),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, contraction, scale, eps = inputs
-    _, picked, lse = output
-    ctx.mark_non_differentiable(picked, lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, picked, lse)
-    ctx.options = contraction, scale, eps
-
-
-def _differentiate(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if gradient is None:
-        return (None,) * 10
-    *inputs, picked, lse = ctx.saved_tensors
-    d_rep, d_keys, d_values, d_eta, d_kappa = tiled_backward(gradient, *inputs, picked, lse, *ctx.options)
-    d_values = None if inputs[2] is None else d_values
-    return d_rep, d_keys, d_values, d_eta, d_kappa, None, None, None, None, None
-
-
-tiled.register_autograd(_differentiate, setup_context=_save)
+register(tiled, tiled_backward)
+count_flops(tiled, tiled_backward)

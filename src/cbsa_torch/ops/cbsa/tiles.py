@@ -1,140 +1,215 @@
-"""The sweeps over tokens in plain PyTorch, tile by tile: any device, any dtype.
+"""The tokens of a few items, tile by tile, in plain PyTorch: any device, any dtype.
 
 Every tile has a softmax of its own, P = exp(S - l_tile), by torch's kernel, which is several times faster
-than an exponential written out. The softmax over all tokens is A = exp(l_tile - l) P: a factor per
-representative, which goes into the small operands and never touches the M x T weights.
+than an exponential written out. The softmax over all tokens is A = exp(l_tile - l) P: a share per
+representative and tile, which goes into the small operands and never touches the M x T weights.
 
-Tensors are ``(B, H, rows, P)``; items are taken one by one, so that the heads of a joint projection are read
-in place, without a copy. Rows of masked tokens are zeroed as they are read.
+What the tokens are given is ``(B, H, M, P)`` per head, or ``(B, H, M, C)`` jointly, then summed over heads:
+the output projection folded into the contractions, A^T (C U_out), so that the heads' own output is never
+written and the broadcast costs no product beyond that of the projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TILE = 1024
-"""Tokens per tile."""
+TILE = 2048
+"""Tokens per tile, and about as many per group of items."""
+KEEP = 2**23
+"""How many weights of one group may be kept between two passes over its tokens, instead of computed again:
+32 MiB in float32, about what a last-level cache holds."""
 
 
-class _Tile(NamedTuple):
-    """Some tokens of one item."""
-
-    item: int
-    place: slice
-    real: Tensor | None
-    """``(T,)`` bool."""
-
-    def read(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """``(H, T, P)`` of ``rows``, zero where masked: padding may hold NaN."""
-        part = rows[self.item, :, self.place].to(dtype)
-        return part if self.real is None else part.masked_fill(~self.real[:, None], 0.0)
-
-    def softmax(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The tile's own softmax ``(H, M, T)`` and log-sum-exp ``(H, M, 1)``, without its masked tokens.
-
-        The lowest number stands for -inf: a tile without any real token gets a log-sum-exp that makes its
-        share vanish beside any other.
-        """
-        logits = queries[self.item] @ keys.mT
-        if self.real is not None:
-            logits = logits.masked_fill_(~self.real, torch.finfo(logits.dtype).min)
-        weights = torch.softmax(logits, dim=-1)
-        # exp(max S - l) is the largest weight, and no less than 1 / T
-        return weights, logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+def groups(b: int, n: int) -> Iterator[slice]:
+    """Items that are handled together: short ones together, long ones alone."""
+    step = max(1, TILE // max(1, n))
+    for first in range(0, b, step):
+        yield slice(first, min(first + step, b))
 
 
-def _tiles(k: Tensor, mask: Tensor | None) -> Iterator[_Tile]:
-    b, _, n, _ = k.shape
-    for item in range(b):
-        for start in range(0, n, TILE):
-            place = slice(start, min(start + TILE, n))
-            yield _Tile(item, place, None if mask is None else mask[item, place])
+def count(n: int) -> int:
+    """How many tiles cover ``n`` tokens."""
+    return -(-n // TILE)
 
 
-def extract(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """R = A V and the log-sum-exp ``(B, H, M)``; zero and +inf for items without any real token."""
-    queries = scale * q
-    picked = torch.zeros_like(q)
-    lse = torch.full_like(q[..., :1], -torch.inf)  # (B, H, M, 1), of the tiles so far
-    for tile in _tiles(k, mask):
-        i, keys = tile.item, tile.read(k, q.dtype)
-        weights, lse_tile = tile.softmax(queries, keys)
-        now = torch.logaddexp(lse[i], lse_tile)
-        values = keys if v is k else tile.read(v, q.dtype)
-        picked[i] = (lse[i] - now).exp() * picked[i] + (lse_tile - now).exp() * (weights @ values)
-        lse[i] = now
-    if mask is not None:
-        empty = ~mask.any(-1)[:, None, None, None]
-        picked, lse = picked.masked_fill(empty, 0.0), lse.masked_fill(empty, torch.inf)
-    return picked, lse[..., 0]
+class Tiles:
+    """A group of items and the passes over their tokens.
 
-
-def broadcast(q: Tensor, k: Tensor, lse: Tensor, carried: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """O = A^T (kappa C), with A computed again."""
-    queries = scale * q
-    output = _like_tokens(k, q.dtype)
-    for tile in _tiles(k, mask):
-        weights, share = _weights(tile, queries, tile.read(k, q.dtype), lse)
-        output[tile.item, :, tile.place] = weights.mT @ (share * carried[tile.item])
-    return output
-
-
-def collect(q: Tensor, k: Tensor, lse: Tensor, d_out: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """T = A dO."""
-    queries = scale * q
-    collected = torch.zeros_like(q)
-    for tile in _tiles(k, mask):
-        weights, share = _weights(tile, queries, tile.read(k, q.dtype), lse)
-        collected[tile.item] += share * (weights @ tile.read(d_out, q.dtype))
-    return collected
-
-
-def differentiate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    *,
-    carried: Tensor,
-    collected: Tensor,
-    d_out: Tensor,
-    d_picked: Tensor,
-    picked: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of Q (through A), K and V from those of A dO (kappa C) and of A V (dR).
-
-    D_i = sum_n A_in dA_in needs no sweep of its own: it is made of tensors of size M x P.
+    Args:
+        queries: ``(B, H, M, P)``, in the dtype to compute in.
+        keys: ``(B, H, N, P)``, any strides and dtype.
+        values: like ``keys``, or None if they are the keys.
+        mask: ``(B, N)`` bool; rows of masked tokens are read as zeros, whatever they hold.
+        scale: factor on the logits.
+        shares: of earlier passes, what :meth:`extract` returned.
     """
-    queries = scale * q
-    row_sums = (carried * collected + d_picked * picked).sum(-1, keepdim=True)  # D, (B, H, M, 1)
-    d_queries = torch.zeros_like(q)
-    d_keys, d_values = _like_tokens(k, q.dtype), _like_tokens(k, q.dtype)
-    for tile in _tiles(k, mask):
-        i, keys = tile.item, tile.read(k, q.dtype)
-        values = keys if v is k else tile.read(v, q.dtype)
-        weights, share = _weights(tile, queries, keys, lse)
-        d_weights = torch.baddbmm(-share * row_sums[i], share * carried[i], tile.read(d_out, q.dtype).mT)
-        d_weights = d_weights.baddbmm_(share * d_picked[i], values.mT)
-        d_logits = d_weights.mul_(weights)  # (H, M, T)
-        d_queries[i] += d_logits @ keys
-        d_keys[i, :, tile.place] = d_logits.mT @ queries[i]
-        d_values[i, :, tile.place] = weights.mT @ (share * d_picked[i])
-    return scale * d_queries, d_keys, d_values
 
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        shares: Tensor | None = None,
+    ) -> None:
+        b, h, m, _ = queries.shape
+        n = keys.shape[2]
+        self.queries = scale * queries
+        self.keys, self.values, self.mask, self.scale = keys, values, mask, scale
+        self.shares = shares
+        self.places = [slice(first, min(first + TILE, n)) for first in range(0, n, TILE)]
+        self.keeps = b * h * m * n <= KEEP
+        self.kept: dict[int, Tensor] = {}
 
-def _weights(tile: _Tile, queries: Tensor, keys: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The tile's own softmax ``(H, M, T)`` and its share in A ``(H, M, 1)``."""
-    weights, lse_tile = tile.softmax(queries, keys)
-    return weights, (lse_tile - lse[tile.item][..., None]).exp()
+    def extract(self) -> tuple[Tensor, Tensor]:
+        """R = A V ``(B, H, M, P)`` and the shares exp(l_tile - l) ``(B, H, M, tiles)``.
 
+        Items without any real token get zeros.
+        """
+        parts, lses = [], []
+        for i, place in enumerate(self.places):
+            keys = self._read(self.keys, place)
+            logits = self._logits(keys, place)
+            weights = torch.softmax(logits, dim=-1)
+            if self.keeps:
+                self.kept[i] = weights
+            parts.append(weights @ (keys if self.values is None else self._read(self.values, place)))
+            if len(self.places) > 1:
+                # exp(max S - l) is the largest weight, and no less than 1 / T
+                lses.append(logits.amax(-1) - weights.amax(-1).log_())
+        if len(parts) == 1:
+            picked, shares = parts[0], torch.ones_like(parts[0][..., :1])
+        else:
+            shares = torch.stack(lses, -1).softmax(-1)
+            picked = torch.stack(parts, -2).mul_(shares[..., None]).sum(-2)
+        if self.mask is not None:
+            empty = ~self.mask.any(-1)[:, None, None, None]
+            picked, shares = picked.masked_fill(empty, 0.0), shares.masked_fill(empty, 0.0)
+        self.shares = shares
+        return picked, shares
 
-def _like_tokens(k: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(B, H, N, P)``, laid out so that joining the heads is no copy."""
-    b, h, n, p = k.shape
-    return torch.empty(b, n, h, p, dtype=dtype, device=k.device).transpose(1, 2)
+    def broadcast(self, carried: Tensor, bias: Tensor | None, output: Tensor) -> None:
+        """Write A^T ``carried`` into ``output``: ``(B, H, N, P)`` per head, ``(B, N, C)`` jointly."""
+        for i, place in enumerate(self.places):
+            weights, share = self._weights(i), self._share(i)
+            shared = carried if len(self.places) == 1 and self.mask is None else share * carried
+            if output.ndim == 4:
+                output[:, :, place] = weights.mT @ shared
+                continue
+            small, wide = self._joint(shared), self._joint(weights)
+            for item, rows in enumerate(output):  # one product each, written in place
+                torch.mm(wide[item].mT, small[item], out=rows[place])
+                if bias is not None:
+                    rows[place] += bias
+
+    def collect(self, gradient: Tensor) -> Tensor:
+        """A dO, ``(B, H, M, P)`` or ``(B, H, M, C)``, from a gradient shaped like the output."""
+        b, h, m, _ = self.queries.shape
+        collected = self.queries.new_zeros(b, h, m, gradient.shape[-1])
+        for i, place in enumerate(self.places):
+            weights = self._weights(i)
+            if gradient.ndim == 4:
+                part = weights @ self._read(gradient, place)
+            else:
+                part = self._joint(weights) @ self._joint_rows(gradient, place)
+            collected += self._share(i) * part.view(b, h, m, -1)
+        return collected
+
+    def differentiate(
+        self,
+        gradient: Tensor,
+        *,
+        carried: Tensor,
+        collected: Tensor,
+        d_picked: Tensor,
+        picked: Tensor,
+        d_keys: Tensor,
+        d_values: Tensor | None,
+    ) -> Tensor:
+        """Write dK and dV (dK + dV without ``d_values``); return the gradient of Q through A.
+
+        ``collected`` is A dO, ``d_picked`` the gradient of R. D_i = sum_n A_in dA_in needs no pass of its own:
+        it is made of tensors of size M x P.
+        """
+        b, h, m, _ = self.queries.shape
+        row_sums = ((carried * collected).sum(-1) + (d_picked * picked).sum(-1))[..., None]  # D, (B, H, M, 1)
+        queries = self.queries.flatten(0, 1)
+        d_queries = torch.zeros_like(self.queries)
+        for i, place in enumerate(self.places):
+            weights, share = self._weights(i), self._share(i)
+            keys = self._read(self.keys, place)
+            values = keys if self.values is None else self._read(self.values, place)
+            d_rows = (share * d_picked).flatten(0, 1)  # (B H, M, P)
+            shift, small = -share * row_sums, share * carried
+            if gradient.ndim == 4:
+                rows = self._read(gradient, place).flatten(0, 1)
+                d_weights = torch.baddbmm(shift.flatten(0, 1), small.flatten(0, 1), rows.mT)
+            else:
+                product = self._joint(small) @ self._joint_rows(gradient, place).mT  # (B, H M, T)
+                d_weights = product.to(weights.dtype).add_(shift.flatten(1, 2)).view(b * h, m, -1)
+            d_weights.baddbmm_(d_rows, values.flatten(0, 1).mT)
+            d_logits = d_weights.mul_(weights.flatten(0, 1))  # (B H, M, T)
+            d_queries += (d_logits @ keys.flatten(0, 1)).view(b, h, m, -1)
+            d_v = weights.flatten(0, 1).mT @ d_rows  # (B H, T, P)
+            if d_values is None:
+                d_keys[:, :, place] = d_v.baddbmm_(d_logits.mT, queries).unflatten(0, (b, h))
+            else:
+                d_keys[:, :, place] = (d_logits.mT @ queries).unflatten(0, (b, h))
+                d_values[:, :, place] = d_v.unflatten(0, (b, h))
+        return self.scale * d_queries
+
+    def _read(self, rows: Tensor, place: slice) -> Tensor:
+        """``(B, H, T, P)`` of ``rows``, zero where masked: padding may hold NaN.
+
+        One item is read in place; several are copied, since no stride joins item and head.
+        """
+        part = rows[:, :, place].to(self.queries.dtype)
+        if self.mask is not None:
+            return part.masked_fill(~self.mask[:, None, place, None], 0.0)
+        return part if part.shape[0] == 1 else part.contiguous()
+
+    def _logits(self, keys: Tensor, place: slice) -> Tensor:
+        """``(B, H, M, T)``. The lowest number stands for -inf: a tile without any real token gets a
+        log-sum-exp that makes its share vanish beside any other.
+        """
+        logits = self.queries @ keys.mT
+        if self.mask is not None:
+            logits.masked_fill_(~self.mask[:, None, None, place], torch.finfo(logits.dtype).min)
+        return logits
+
+    def _weights(self, i: int) -> Tensor:
+        """The softmax of tile ``i`` alone, ``(B, H, M, T)``."""
+        if i in self.kept:
+            return self.kept[i]
+        place = self.places[i]
+        weights = torch.softmax(self._logits(self._read(self.keys, place), place), dim=-1)
+        if self.keeps:
+            self.kept[i] = weights
+        return weights
+
+    def _share(self, i: int) -> Tensor:
+        """``(B, H, M, 1)``."""
+        assert self.shares is not None, "extract comes first"
+        return self.shares[..., i, None]
+
+    def _joint(self, rows: Tensor) -> Tensor:
+        """``(B, H, M, T)`` as ``(B, H M, T)``, operand of a product over all heads.
+
+        Such products are as large as the projection they stand for, and take the precision that it would:
+        bfloat16 if the keys have it.
+        """
+        dtype = torch.bfloat16 if self.keys.dtype == torch.bfloat16 else rows.dtype
+        return rows.flatten(1, 2).to(dtype)
+
+    def _joint_rows(self, gradient: Tensor, place: slice) -> Tensor:
+        """``(B, T, C)`` of a joint gradient.
+
+        Masked tokens have weights of zero; their gradient is cleared for it may hold NaN.
+        """
+        dtype = torch.bfloat16 if self.keys.dtype == torch.bfloat16 else self.queries.dtype
+        part = gradient[:, place].to(dtype)
+        return part if self.mask is None else part.masked_fill(~self.mask[:, place, None], 0.0)
