@@ -42,6 +42,28 @@ def test_cbsa(n, m, p, contraction, extracted):
     assert (counts.factorizations > 0) == (contraction == "exact")
 
 
+@pytest.mark.parametrize("contraction", ["softmax", "exact", "none"])
+@pytest.mark.parametrize("channels", [None, 7])
+def test_tiles_count_as_the_equations_do(contraction, channels):
+    import cbsa_torch.ops.cbsa.flops  # noqa: F401
+
+    tokens, representatives = draw(9, 5), draw(4, 5)
+    weight = None if channels is None else torch.randn(channels, H * 5)
+    leaves = [t.requires_grad_() for t in (tokens, representatives, weight) if t is not None]
+
+    def run(impl):
+        out = ops.cbsa(tokens, representatives, contraction=contraction, out_weight=weight, impl=impl)
+        if contraction != "exact":  # torch differentiates the solution of a system by products of its own
+            torch.autograd.grad(out.sum(), leaves)
+
+    counts = []
+    for impl in ("tiled", "eager"):
+        with FlopCounterMode(display=False) as counter:
+            run(impl)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
 @each_size
 def test_the_other_operators(n, m, p):
     w, agents, heads = draw(n, p), draw(m, p), {"num_heads": H, "head_dim": p}

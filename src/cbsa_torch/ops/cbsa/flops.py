@@ -1,6 +1,8 @@
 """What ``torch.utils.flop_counter`` sees of the custom operators: the products of the equations.
 
 What is computed twice to save memory, or projected before it is broadcast, is counted as if it were not.
+Importing this module registers the formulas (``cbsa_torch.models`` does); it is not imported with the package,
+for torch's counter imports triton.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from cbsa_torch.ops import counting
+from cbsa_torch.ops.cbsa.fused import fused, fused_backward
+from cbsa_torch.ops.cbsa.tiled import tiled, tiled_backward
 
 Shape = torch.Size
 
 
-def count_flops(op: Any, backward: Any) -> None:
+def _register(op: Any, backward: Any) -> None:
     """Let counters see ``op``, and ``backward`` as twice of it."""
 
     def forward_flops(
@@ -41,3 +45,7 @@ def count_flops(op: Any, backward: Any) -> None:
 
     register_flop_formula(op._opoverload.overloadpacket)(forward_flops)
     register_flop_formula(backward._opoverload.overloadpacket)(backward_flops)
+
+
+_register(tiled, tiled_backward)
+_register(fused, fused_backward)

@@ -21,7 +21,6 @@ from torch import Tensor
 from cbsa_torch._core.precision import no_autocast
 from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
 from cbsa_torch.ops.cbsa.differentiable import like_tokens, register, zero_rows
-from cbsa_torch.ops.cbsa.flops import count_flops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
@@ -424,4 +423,3 @@ def _(
 
 
 register(fused, fused_backward)
-count_flops(fused, fused_backward)

@@ -16,7 +16,6 @@ from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch.ops.cbsa import tiles
 from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
 from cbsa_torch.ops.cbsa.differentiable import like_tokens, register, zero_rows
-from cbsa_torch.ops.cbsa.flops import count_flops
 
 
 @torch.library.custom_op("cbsa_torch::tiled", mutates_args=())
@@ -201,4 +200,3 @@ def _(
 
 
 register(tiled, tiled_backward)
-count_flops(tiled, tiled_backward)
