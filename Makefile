@@ -11,7 +11,7 @@ help:
 	@echo "make test       lint and all tests"
 	@echo "make lint       ruff and mypy         make format  let ruff format the code"
 	@echo "make test-slow  the tests that take minutes (accuracy over three seeds)"
-	@echo "make bench      time the layers       make gpu-check  tests and timings on a CUDA device"
+	@echo "make bench      time layers, models   make gpu-check  tests and timings on a CUDA device"
 	@echo "make docs       build the documentation into site/"
 
 demo: $(VENV)/.installed
@@ -34,13 +34,15 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/layers.py
+	$(BIN)/cbsa bench layers
+	$(BIN)/cbsa bench models
 
 gpu-check: $(VENV)/.installed-dev
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check: torch sees no CUDA device')"
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m pytest tests/ops/test_triton.py
-	$(BIN)/python benchmarks/layers.py --device cuda
+	$(BIN)/cbsa bench layers --device cuda --dtype bfloat16 --output benchmarks/results/layers_cuda
+	$(BIN)/cbsa bench models --device cuda --dtype bfloat16 --batches 64 16 --output benchmarks/results/models_cuda
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

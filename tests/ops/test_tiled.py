@@ -266,7 +266,6 @@ def test_nothing_of_size_m_times_n_is_saved(impl):
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_nothing_of_size_m_times_n_is_formed(projected, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 1024)
     monkeypatch.setattr(tiles, "KEEP", 0)
     operands = {k: t.requires_grad_() for k, t in draw(B, H, M, N, P, dtype=torch.float32).items()}
     arguments = (operands["representatives"], operands["tokens"], None)
@@ -276,5 +275,5 @@ def test_nothing_of_size_m_times_n_is_formed(projected, monkeypatch):
     with Largest() as seen, torch.no_grad():
         out, *kept = module.tiled._init_fn(*inputs, "softmax", 0.25, 0.1)
         module.tiled_backward._init_fn(torch.randn_like(out), *inputs, *kept, "softmax", 0.25, 0.1)
-    assert seen.elements <= max(H * M * 1024, B * H * N * P)
+    assert seen.elements <= max(H * M * tiles.TILE, B * H * N * P)
     assert seen.elements < B * H * M * N / 3

@@ -1,7 +1,8 @@
-"""The command ``cbsa``: dispatch here, one function per command in ``commands``."""
+"""The command ``cbsa``: dispatch here, one function per command in ``commands`` or a module of its own."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -14,10 +15,13 @@ COMMANDS = {
     "predict": "Classify image files.",
     "report": "Write a page about a trained model: accuracy, curves, coding rates, attention maps.",
     "count": "Count parameters, FLOPs and pairwise similarities of models.",
+    "bench": "Time layers or models beside their baselines.",
     "convert": "Convert a released checkpoint of the official code.",
     "list": "List our models and recipes.",
 }
 
+HOMES = {"bench": "bench"}
+"""Modules of commands that are not in ``commands``."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 
@@ -44,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cbsa: {error}", file=sys.stderr)
         return 1
     try:
-        getattr(commands, f"run_{args[0]}")(args[1:])
+        home = importlib.import_module(f"cbsa_torch.cli.{HOMES.get(args[0], 'commands')}")
+        getattr(home, f"run_{args[0]}")(args[1:])
     except KeyboardInterrupt:
         print("cbsa: interrupted", file=sys.stderr)
         return INTERRUPTED

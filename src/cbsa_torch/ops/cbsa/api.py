@@ -71,9 +71,10 @@ def cbsa(
         impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
             ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;
             ``"triton"`` has fused kernels for CUDA (experimental: checked in Triton's interpreter, not yet on
-            a GPU). ``"auto"`` is ``"tiled"`` on the CPU from B H M N = 2^20 on, where it is measured to be
-            the fastest (``benchmarks/``), and ``"eager"`` otherwise: for small problems, on other devices, for
-            ``attention`` and ``broadcast="softmax"``, and in ``torch.export``.
+            a GPU). ``"auto"`` is ``"tiled"`` on the CPU from B H M N = 2^20 on (2^22 unless the output
+            projection folds in: about N >= C), where it is measured to be the fastest, and ``"eager"``
+            otherwise: for small problems, on other devices, for ``attention`` and ``broadcast="softmax"``, and
+            in ``torch.export``.
 
     Returns:
         ``(B, H, N, P)``, or ``(B, N, C)`` with ``out_weight``, in the dtype of ``tokens``; add it to (or

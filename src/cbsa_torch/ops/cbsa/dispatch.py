@@ -13,14 +13,14 @@ from cbsa_torch.ops.cbsa.tiled import tiled
 from cbsa_torch.ops.cbsa.two_softmax import two_softmax
 
 MANY_WEIGHTS = 2**20
-"""Weights B * H * M * N from which ``"auto"`` goes over tiles: below, they fit a cache (4 MiB in float32), and
-what tiles save does not pay for their overhead (``benchmarks/layers.py``)."""
+"""Weights B * H * M * N from which ``"auto"`` goes over tiles if the output projection folds into them; four
+times as many if not. Below, what tiles save does not pay for their overhead (``cbsa bench layers``)."""
 
 
 def run(o: Operands, impl: Impl, out_weight: Tensor | None = None, out_bias: Tensor | None = None) -> Tensor:
     """Compute the operator by ``impl``: ``(B, H, N, P)`` in the dtype of the tokens, or projected out."""
     if impl == "auto":
-        impl = fastest(o)
+        impl = fastest(o, out_weight)
     if impl != "eager" and o.attention is not None:
         raise ValueError(f"impl={impl!r} computes the attention itself; attention needs impl='eager'")
     if impl == "tiled" and not o.fresh_broadcast:
@@ -41,7 +41,7 @@ def run(o: Operands, impl: Impl, out_weight: Tensor | None = None, out_bias: Ten
     return heads if out_weight is None else project_out(heads, out_weight, out_bias)
 
 
-def fastest(o: Operands) -> Impl:
+def fastest(o: Operands, out_weight: Tensor | None) -> Impl:
     """What ``"auto"`` is: tiles on the CPU, if the attention matrix is large; else the equations.
 
     Elsewhere nothing was measured yet. An exported program should hold no operator of ours.
@@ -49,7 +49,8 @@ def fastest(o: Operands) -> Impl:
     if o.attention is not None or o.fresh_broadcast or torch.compiler.is_exporting():
         return "eager"
     b, h, m, _ = o.representatives.shape
-    large = b * h * m * o.keys.shape[2] >= MANY_WEIGHTS
+    many = MANY_WEIGHTS if out_weight is not None and folds(o, out_weight) else 4 * MANY_WEIGHTS
+    large = b * h * m * o.keys.shape[2] >= many
     return "tiled" if large and o.tokens.device.type == "cpu" else "eager"
 
 

@@ -16,23 +16,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TILE = 2048
-"""Tokens per tile, and about as many per group of items."""
+TILE = 1024
+"""Tokens per tile, more or less: all tiles of an item are of one size."""
+GROUP = 2 * TILE
+"""Tokens of short items that are handled together."""
 KEEP = 2**23
-"""How many weights of one group may be kept between two passes over its tokens, instead of computed again:
-32 MiB in float32, about what a last-level cache holds."""
+"""How many weights of one group the forward pass may keep from extraction to broadcast, instead of computing
+them again: 32 MiB in float32, about what a last-level cache holds."""
 
 
 def groups(b: int, n: int) -> Iterator[slice]:
     """Items that are handled together: short ones together, long ones alone."""
-    step = max(1, TILE // max(1, n))
+    step = max(1, GROUP // max(1, n))
     for first in range(0, b, step):
         yield slice(first, min(first + step, b))
 
 
 def count(n: int) -> int:
     """How many tiles cover ``n`` tokens."""
-    return -(-n // TILE)
+    return max(1, (n + TILE // 2) // TILE)
 
 
 class Tiles:
@@ -61,8 +63,9 @@ class Tiles:
         self.queries = scale * queries
         self.keys, self.values, self.mask, self.scale = keys, values, mask, scale
         self.shares = shares
-        self.places = [slice(first, min(first + TILE, n)) for first in range(0, n, TILE)]
-        self.keeps = b * h * m * n <= KEEP
+        tiles = count(n)
+        self.places = [slice(i * n // tiles, (i + 1) * n // tiles) for i in range(tiles)]
+        self.keeps = tiles == 1 or (shares is None and b * h * m * n <= KEEP)
         self.kept: dict[int, Tensor] = {}
 
     def extract(self) -> tuple[Tensor, Tensor]:
@@ -102,22 +105,26 @@ class Tiles:
                 continue
             small, wide = self._joint(shared), self._joint(weights)
             for item, rows in enumerate(output):  # one product each, written in place
-                torch.mm(wide[item].mT, small[item], out=rows[place])
+                if rows.dtype == small.dtype:
+                    torch.mm(wide[item].mT, small[item], out=rows[place])
+                else:
+                    rows[place] = wide[item].mT @ small[item]
                 if bias is not None:
                     rows[place] += bias
 
     def collect(self, gradient: Tensor) -> Tensor:
         """A dO, ``(B, H, M, P)`` or ``(B, H, M, C)``, from a gradient shaped like the output."""
-        b, h, m, _ = self.queries.shape
-        collected = self.queries.new_zeros(b, h, m, gradient.shape[-1])
-        for i, place in enumerate(self.places):
-            weights = self._weights(i)
-            if gradient.ndim == 4:
-                part = weights @ self._read(gradient, place)
-            else:
-                part = self._joint(weights) @ self._joint_rows(gradient, place)
-            collected += self._share(i) * part.view(b, h, m, -1)
+        collected = self.queries.new_zeros(*self.queries.shape[:3], gradient.shape[-1])
+        for i in range(len(self.places)):
+            collected.addcmul_(self._share(i), self._collect_tile(i, gradient))
         return collected
+
+    def _collect_tile(self, i: int, gradient: Tensor) -> Tensor:
+        weights = self._weights(i)
+        if gradient.ndim == 4:
+            return weights @ self._read(gradient, self.places[i])
+        part = self._joint(weights) @ self._joint_rows(gradient, self.places[i])
+        return part.view(*weights.shape[:3], -1).to(weights.dtype)
 
     def differentiate(
         self,
@@ -135,32 +142,45 @@ class Tiles:
         ``collected`` is A dO, ``d_picked`` the gradient of R. D_i = sum_n A_in dA_in needs no pass of its own:
         it is made of tensors of size M x P.
         """
-        b, h, m, _ = self.queries.shape
         row_sums = ((carried * collected).sum(-1) + (d_picked * picked).sum(-1))[..., None]  # D, (B, H, M, 1)
-        queries = self.queries.flatten(0, 1)
         d_queries = torch.zeros_like(self.queries)
-        for i, place in enumerate(self.places):
-            weights, share = self._weights(i), self._share(i)
-            keys = self._read(self.keys, place)
-            values = keys if self.values is None else self._read(self.values, place)
-            d_rows = (share * d_picked).flatten(0, 1)  # (B H, M, P)
-            shift, small = -share * row_sums, share * carried
-            if gradient.ndim == 4:
-                rows = self._read(gradient, place).flatten(0, 1)
-                d_weights = torch.baddbmm(shift.flatten(0, 1), small.flatten(0, 1), rows.mT)
-            else:
-                product = self._joint(small) @ self._joint_rows(gradient, place).mT  # (B, H M, T)
-                d_weights = product.to(weights.dtype).add_(shift.flatten(1, 2)).view(b * h, m, -1)
-            d_weights.baddbmm_(d_rows, values.flatten(0, 1).mT)
-            d_logits = d_weights.mul_(weights.flatten(0, 1))  # (B H, M, T)
-            d_queries += (d_logits @ keys.flatten(0, 1)).view(b, h, m, -1)
-            d_v = weights.flatten(0, 1).mT @ d_rows  # (B H, T, P)
-            if d_values is None:
-                d_keys[:, :, place] = d_v.baddbmm_(d_logits.mT, queries).unflatten(0, (b, h))
-            else:
-                d_keys[:, :, place] = (d_logits.mT @ queries).unflatten(0, (b, h))
-                d_values[:, :, place] = d_v.unflatten(0, (b, h))
+        for i in range(len(self.places)):
+            d_queries += self._differentiate_tile(i, gradient, carried, row_sums, d_picked, d_keys, d_values)
         return self.scale * d_queries
+
+    def _differentiate_tile(
+        self,
+        i: int,
+        gradient: Tensor,
+        carried: Tensor,
+        row_sums: Tensor,
+        d_picked: Tensor,
+        d_keys: Tensor,
+        d_values: Tensor | None,
+    ) -> Tensor:
+        """A function of its own, so that what one tile needs is gone before the next comes."""
+        b, h, m, _ = self.queries.shape
+        weights, share, place = self._weights(i).flatten(0, 1), self._share(i), self.places[i]
+        keys = self._read(self.keys, place)
+        values = keys if self.values is None else self._read(self.values, place)
+        d_rows = (share * d_picked).flatten(0, 1)  # (B H, M, P)
+        shift = -share * row_sums
+        if gradient.ndim == 4:
+            rows = self._read(gradient, place).flatten(0, 1)
+            d_weights = torch.baddbmm(shift.flatten(0, 1), (share * carried).flatten(0, 1), rows.mT)
+        else:
+            d_weights = self._joint(share * carried) @ self._joint_rows(gradient, place).mT  # (B, H M, T)
+            d_weights = d_weights.to(weights.dtype).add_(shift.flatten(1, 2)).view(b * h, m, -1)
+        d_weights.baddbmm_(d_rows, values.flatten(0, 1).mT)
+        d_logits = d_weights.mul_(weights)  # (B H, M, T)
+        queries = self.queries.flatten(0, 1)
+        d_v = weights.mT @ d_rows  # (B H, T, P)
+        if d_values is None:
+            d_keys[:, :, place] = d_v.baddbmm_(d_logits.mT, queries).unflatten(0, (b, h))
+        else:
+            d_keys[:, :, place] = (d_logits.mT @ queries).unflatten(0, (b, h))
+            d_values[:, :, place] = d_v.unflatten(0, (b, h))
+        return (d_logits @ keys.flatten(0, 1)).view(b, h, m, -1)
 
     def _read(self, rows: Tensor, place: slice) -> Tensor:
         """``(B, H, T, P)`` of ``rows``, zero where masked: padding may hold NaN.

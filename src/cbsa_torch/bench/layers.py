@@ -1,0 +1,154 @@
+"""One attention layer of every mechanism: time and memory against the number of tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+
+from cbsa_torch import CBSA, MSSA, TSSA, AgentAttention
+from cbsa_torch.bench import measure
+from cbsa_torch.bench.baselines import Floor, Transcription
+
+Build = Callable[..., nn.Module]
+
+FLOOR, TRANSCRIPTION = "floor", "transcription"
+
+
+def _ours(cls: type[nn.Module], **options: Any) -> Build:
+    def build(dim: int, num_heads: int) -> nn.Module:
+        return cls(dim, num_heads, num_prefix_tokens=1, **options)
+
+    return build
+
+
+CONTESTANTS: dict[str, Build] = {
+    FLOOR: Floor,
+    TRANSCRIPTION: Transcription,
+    "cbsa eager": _ours(CBSA, impl="eager"),
+    "cbsa tiled": _ours(CBSA, impl="tiled"),
+    "cbsa tiled, recompute": _ours(CBSA, impl="tiled", recompute=True),
+    "cbsa triton": _ours(CBSA, impl="triton"),
+    "tssa": _ours(TSSA),
+    "agent": _ours(AgentAttention),
+    "mssa": _ours(MSSA),
+    "mhsa": Attention,
+}
+"""What is measured, by name; mhsa is timm's, on PyTorch's fused attention."""
+QUADRATIC = ("mssa", "mhsa")
+
+
+class Row(NamedTuple):
+    """One contestant at one size in one pass."""
+
+    name: str
+    batch: int
+    tokens: int
+    training: bool
+    milliseconds: float
+    """Median."""
+    repetitions: int
+    over_floor: float
+    """Its time over that of the floor at this size."""
+    peak: float
+    """Memory at the worst moment, in units of the input (B N d elements)."""
+    saved: float | None
+    """What training keeps for the backward pass, the input included, in the same unit."""
+
+
+class Size(NamedTuple):
+    """A batch of square grids with a class token."""
+
+    batch: int
+    side: int
+
+    @property
+    def tokens(self) -> int:
+        """Class token included."""
+        return 1 + self.side**2
+
+
+def compare(
+    sizes: Sequence[Size],
+    *,
+    forward_sizes: Sequence[Size] = (),
+    dim: int = 384,
+    num_heads: int = 6,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    repetitions: int = 9,
+    budget: float = 10.0,
+    quadratic_limit: int = 20_000,
+    only: Sequence[str] | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> list[Row]:
+    """Measure inference and a training step at every size.
+
+    Args:
+        sizes: batches of grids.
+        forward_sizes: further sizes, for inference only.
+        dim: channels.
+        num_heads: heads.
+        device: "cpu" or "cuda".
+        dtype: of parameters and tokens.
+        repetitions: calls that count, at most.
+        budget: seconds for one contestant in one pass.
+        quadratic_limit: most tokens for a training step of those that compare all tokens with all; four times
+            as many for inference.
+        only: names of contestants beside the floor. Default: all that run on the device.
+        progress: is told what comes next.
+    """
+    names = [n for n in CONTESTANTS if n == FLOOR or (_runs(n, device) and (only is None or n in only))]
+    rows: list[Row] = []
+    for training, size in [
+        *((training, size) for size in sizes for training in (False, True)),
+        *((False, size) for size in forward_sizes),
+    ]:
+        progress(f"{size.batch} x {size.tokens:,} tokens, {'training step' if training else 'inference'}")
+        most = quadratic_limit if training else 4 * quadratic_limit
+        chosen = [n for n in names if n not in QUADRATIC or size.tokens <= most]
+        if not training:
+            chosen = [n for n in chosen if "recompute" not in n]
+        kind: Any = {"device": device, "dtype": dtype}
+        layers = {name: CONTESTANTS[name](dim, num_heads).to(**kind) for name in chosen}
+        x = torch.randn(size.batch, size.tokens, dim, requires_grad=training, **kind)
+        gradient = torch.randn_like(x) if training else x
+        functions = {name: _pass(layer, x, gradient, training) for name, layer in layers.items()}
+        times = measure.interleaved(functions, device, repetitions=repetitions, budget=budget)
+        medians = measure.medians(times)
+        unit = x.numel() * x.element_size()
+        for name, layer in layers.items():
+            layer.zero_grad(set_to_none=True)
+            x.grad = None
+            memory = measure.memory(functions[name], device)
+            saved = None
+            if training:
+                layer.zero_grad(set_to_none=True)
+                kept = measure.memory(functools.partial(layer, x), device).left
+                saved = kept / unit  # the output is not kept, but the input, of the same size, is
+            rows.append(
+                Row(
+                    name,
+                    size.batch,
+                    size.tokens,
+                    training,
+                    1e3 * medians[name],
+                    len(times[name]),
+                    medians[name] / medians[FLOOR],
+                    memory.peak / unit,
+                    saved,
+                )
+            )
+    return rows
+
+
+def _runs(name: str, device: str) -> bool:
+    return name != "cbsa triton" or device.startswith("cuda")
+
+
+def _pass(layer: nn.Module, x: Tensor, gradient: Tensor, training: bool) -> Callable[[], Any]:
+    return (lambda: measure.step(layer, x, gradient)) if training else (lambda: measure.forward(layer, x))

@@ -1,0 +1,105 @@
+"""Time and memory of functions, on the CPU and on CUDA devices."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+
+class Memory(NamedTuple):
+    """Bytes that were allocated while a function ran."""
+
+    peak: int
+    """At the worst moment, beyond what was there before."""
+    left: int
+    """After it returned, its result included."""
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], device: str, *, repetitions: int, budget: float
+) -> dict[str, list[float]]:
+    """Seconds of every function, called in turn (A B C A B C ...), so that a drifting machine drifts for all.
+
+    The first call of each warms up, unless it took longer than the budget.
+
+    Args:
+        functions: what to call, by name.
+        device: "cuda" waits for the device.
+        repetitions: counted calls of each, fewer where they take long, at least one.
+        budget: seconds for the calls of one function.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    left = dict.fromkeys(functions, repetitions)
+    for name, function in functions.items():
+        warm = _seconds(function, device)
+        left[name] = max(1, min(repetitions, int(budget / warm)))
+        if warm > budget:
+            times[name], left[name] = [warm], 0
+    while any(left.values()):
+        for name, function in functions.items():
+            if left[name]:
+                times[name].append(_seconds(function, device))
+                left[name] -= 1
+    return times
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each."""
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def memory(function: Callable[[], Any], device: str) -> Memory:
+    """What ``function`` allocates. Its result is kept while the rest is counted."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        torch.cuda.synchronize()
+        peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        del result
+        return Memory(peak - before, after - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = function()
+    assert recorded.profiler is not None
+    events: Any = recorded.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    del result
+    now = peak = 0
+    for _, size in changes:
+        now += size
+        peak = max(peak, now)
+    return Memory(peak, now)
+
+
+def forward(module: nn.Module, x: Tensor) -> Tensor:
+    """Inference."""
+    with torch.no_grad():
+        output: Tensor = module(x)
+    return output
+
+
+def step(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+    """Forward and backward, gradients of input and parameters, from nothing."""
+    module.zero_grad(set_to_none=True)
+    x.grad = None
+    module(x).backward(gradient)
+
+
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,93 @@
+"""Whole models: images per second at several resolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+import cbsa_torch.models  # noqa: F401  (registers our models with timm)
+from cbsa_torch.bench import measure
+
+MODELS = tuple(
+    name.format(size)
+    for size in ("tiny", "small")
+    for name in (
+        "cbt_{}_patch16_224",
+        "vit_{}_patch16_224",
+        "crate_{}_patch16_224",
+        "tost_{}_patch16_224",
+        "agent_{}_patch16_224",
+    )
+)
+"""Measured by default: five families in two sizes; ViT is timm's."""
+
+
+class ModelRow(NamedTuple):
+    """One model at one resolution in one pass."""
+
+    name: str
+    image_size: int
+    batch: int
+    training: bool
+    milliseconds: float
+    """Median of a batch."""
+    images_per_second: float
+    peak_mib: float
+    """Memory at the worst moment, beyond parameters and input."""
+
+
+def compare(
+    models: Sequence[str] = MODELS,
+    *,
+    image_sizes: Sequence[int] = (224, 512),
+    batches: Sequence[int] = (8, 2),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    repetitions: int = 5,
+    budget: float = 10.0,
+    progress: Callable[[str], None] = lambda message: None,
+) -> list[ModelRow]:
+    """Measure inference and a training step (forward and backward) of every model.
+
+    Args:
+        models: timm names.
+        image_sizes: sides of square images.
+        batches: images per batch, for each size.
+        device: "cpu" or "cuda".
+        dtype: of parameters and images.
+        repetitions: calls that count, at most.
+        budget: seconds for one model in one pass.
+        progress: is told what comes next.
+    """
+    rows = []
+    kind: Any = {"device": device, "dtype": dtype}
+    for image_size, batch in zip(image_sizes, batches, strict=True):
+        for training in (False, True):
+            progress(f"{image_size} x {image_size}, {'training step' if training else 'inference'}")
+            built: dict[str, nn.Module] = {
+                name: timm.create_model(name, img_size=image_size).to(**kind).train(training) for name in models
+            }
+            functions: dict[str, Callable[[], Any]] = {}
+            for name, model in built.items():
+                channels = resolve_model_data_config(model)["input_size"][0]
+                x = torch.randn(batch, channels, image_size, image_size, requires_grad=training, **kind)
+                if training:
+                    gradient = torch.ones_like(measure.forward(model, x))
+                    functions[name] = partial(measure.step, model, x, gradient)
+                else:
+                    functions[name] = partial(measure.forward, model, x)
+            times = measure.interleaved(functions, device, repetitions=repetitions, budget=budget)
+            for name, seconds in measure.medians(times).items():
+                built[name].zero_grad(set_to_none=True)
+                peak = measure.memory(functions[name], device).peak
+                rows.append(
+                    ModelRow(name, image_size, batch, training, 1e3 * seconds, batch / seconds, peak / 2**20)
+                )
+                built[name].zero_grad(set_to_none=True)
+    return rows

@@ -1,0 +1,51 @@
+"""Time and memory of layers against the number of tokens, log-log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from cbsa_torch.bench.layers import FLOOR, Row
+
+BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
+LOOK = {
+    FLOOR: ("floor: products no form avoids", "black", ":", 1.4),
+    "cbsa tiled": ("CBSA", BLUE, "-", 2.4),
+    "cbsa triton": ("CBSA, Triton", "#13294b", "-", 2.4),
+    "cbsa tiled, recompute": ("CBSA, recompute", BLUE, "--", 1.2),
+    "cbsa eager": ("CBSA, eager", "#7aa6d8", "-", 1.4),
+    "transcription": ("CBSA, transcription", "#7aa6d8", "--", 1.2),
+    "agent": ("agent", "#3d8f5f", "-", 1.2),
+    "tssa": ("TSSA", "#3d8f5f", "--", 1.2),
+    "mhsa": ("softmax attention (SDPA)", ORANGE, "-", 1.6),
+    "mssa": ("MSSA (SDPA)", ORANGE, "--", 1.2),
+}
+"""Label, colour, line and width: blue is CBSA, green linear, orange quadratic."""
+
+
+def against_tokens(rows: Sequence[Row], title: str) -> Figure:
+    """Time and peak memory per token, inference and training step; flat is linear."""
+    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True)
+    for column, training in zip(grid.T, (False, True), strict=True):
+        for name, (label, color, line, width) in LOOK.items():
+            own = sorted((r for r in rows if r.name == name and r.training == training), key=lambda r: r.tokens)
+            if not own:
+                continue
+            tokens = [r.tokens for r in own]
+            style = {"color": color, "linestyle": line, "linewidth": width, "marker": "o", "markersize": 2.5}
+            microseconds = [1e3 * r.milliseconds / (r.batch * r.tokens) for r in own]
+            column[0].plot(tokens, microseconds, label=label, **style)
+            column[1].plot(tokens, [r.peak for r in own], **style)
+        column[0].set_title("training step" if training else "inference", fontsize=10)
+        column[1].set(xlabel="tokens N")
+        for axis in column:
+            axis.set(xscale="log", yscale="log")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25, linewidth=0.6, which="both")
+    grid[0][0].set_ylabel("µs per token")
+    grid[1][0].set_ylabel("peak memory / input")
+    grid[0][0].legend(frameon=False, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure

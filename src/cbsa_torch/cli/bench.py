@@ -1,0 +1,185 @@
+"""``cbsa bench``: time layers and models beside their baselines."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cbsa_torch import __version__
+from cbsa_torch.bench import layers, models, plots
+from cbsa_torch.interpret.plots import to_png, to_svg
+from cbsa_torch.models.checkpoint import write_atomically
+from cbsa_torch.train.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class LayersArgs:
+    """Time and memory of one attention layer of every mechanism, with the floor in the same run."""
+
+    sizes: tuple[str, ...] = ("16x14", "4x32", "1x64", "1x128", "1x256")
+    """Batch x side of a square grid (a class token comes on top)."""
+    forward_sizes: tuple[str, ...] = ("1x512", "1x1024")
+    """Further sizes, for inference only; 1x1024 is a million tokens and needs 8 GiB at 384 channels."""
+    only: tuple[str, ...] = ()
+    """Names of contestants. Default: all."""
+    dim: int = 384
+    num_heads: int = 6
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+    threads: int = 2
+    """CPU threads."""
+    repetitions: int = 9
+    budget: float = 10.0
+    """Seconds for one contestant in one pass."""
+    output: str = "benchmarks/results/layers"
+    """JSON, PNG and SVG files of this name."""
+
+
+@dataclass
+class ModelsArgs:
+    """Images per second of whole models."""
+
+    models: tuple[str, ...] = models.MODELS
+    """timm names."""
+    image_sizes: tuple[int, ...] = (224, 512)
+    batches: tuple[int, ...] = (8, 2)
+    """Images per batch, for each size."""
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+    threads: int = 2
+    """CPU threads."""
+    repetitions: int = 5
+    budget: float = 10.0
+    """Seconds for one model in one pass."""
+    output: str = "benchmarks/results/models"
+    """JSON file of this name."""
+
+
+KINDS = {"layers": LayersArgs, "models": ModelsArgs}
+
+
+def run_bench(args: list[str]) -> None:
+    """Time layers or models beside their baselines."""
+    if not args or args[0] not in KINDS:
+        raise ConfigError(
+            f"cbsa bench layers|models [options]; got {args[0]!r}" if args else "cbsa bench layers|models"
+        )
+    options: Any = tyro.cli(KINDS[args[0]], args=args[1:], prog=f"cbsa bench {args[0]}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {options.device}: torch sees no CUDA device")
+    torch.set_num_threads(options.threads)
+    (_layers if args[0] == "layers" else _models)(options)
+
+
+def _layers(options: LayersArgs) -> None:
+    unknown = set(options.only) - set(layers.CONTESTANTS)
+    if unknown:
+        raise ConfigError(f"--only: no contestant {sorted(unknown)}; there are {', '.join(layers.CONTESTANTS)}")
+    console = Console()
+    with console.status("") as status:
+        rows = layers.compare(
+            [_size(text) for text in options.sizes],
+            forward_sizes=[_size(text) for text in options.forward_sizes],
+            dim=options.dim,
+            num_heads=options.num_heads,
+            device=options.device,
+            dtype=getattr(torch, options.dtype),
+            repetitions=options.repetitions,
+            budget=options.budget,
+            only=options.only or None,
+            progress=status.update,
+        )
+    table = Table("tokens", "pass", "layer", "ms", "over floor", "peak / input", "saved / input", box=None)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    last = None
+    for row in rows:
+        here = (row.batch, row.tokens, row.training)
+        name = f"{row.batch} x {row.tokens:,}", "train" if row.training else "forward"
+        saved = "" if row.saved is None else f"{row.saved:.2f}"
+        table.add_row(
+            *(name if here != last else ("", "")),
+            row.name,
+            f"{row.milliseconds:.2f}",
+            f"{row.over_floor:.2f}",
+            f"{row.peak:.2f}",
+            saved,
+        )
+        last = here
+    console.print(table)
+    sizes = f"{options.dim} channels, {options.num_heads} heads"
+    title = f"one layer, {sizes}, {options.dtype}, {_device(options.device)}"
+    figure = plots.against_tokens(rows, title)
+    write_atomically(Path(f"{options.output}.png"), to_png(figure))
+    write_atomically(Path(f"{options.output}.svg"), to_svg(figure).encode())
+    _write(options, [row._asdict() for row in rows])
+
+
+def _models(options: ModelsArgs) -> None:
+    if len(options.image_sizes) != len(options.batches):
+        raise ConfigError("--batches must have one entry for each of --image-sizes")
+    console = Console()
+    with console.status("") as status:
+        rows = models.compare(
+            options.models,
+            image_sizes=options.image_sizes,
+            batches=options.batches,
+            device=options.device,
+            dtype=getattr(torch, options.dtype),
+            repetitions=options.repetitions,
+            budget=options.budget,
+            progress=status.update,
+        )
+    table = Table("image", "pass", "model", "images/s", "peak MiB", box=None)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        kind = "train" if row.training else "forward"
+        table.add_row(
+            f"{row.image_size}", kind, row.name, f"{row.images_per_second:.2f}", f"{row.peak_mib:.0f}"
+        )
+    console.print(table)
+    _write(options, [row._asdict() for row in rows])
+
+
+def _size(text: str) -> layers.Size:
+    batch, _, side = text.partition("x")
+    if not (batch.isdigit() and side.isdigit() and int(batch) and int(side)):
+        raise ConfigError(f"sizes are BATCHxSIDE, as in 4x32; got {text!r}")
+    return layers.Size(int(batch), int(side))
+
+
+def _device(device: str) -> str:
+    return (
+        torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    )
+
+
+def _write(options: LayersArgs | ModelsArgs, rows: list[dict[str, Any]]) -> None:
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": _device(options.device),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "versions": {
+            "cbsa_torch": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "options": asdict(options),
+        "rows": rows,
+    }
+    path = Path(f"{options.output}.json")
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+    print(f"results: {path}")
