@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "Write a page about a trained model: accuracy, curves, coding rates, attention maps.",
     "count": "Count parameters, FLOPs and pairwise similarities of models.",
     "convert": "Convert a released checkpoint of the official code.",
+    "data": "Fetch a data set (animals28, emoji64) from its public packages.",
     "list": "List our models and recipes.",
 }
 
