@@ -30,7 +30,7 @@ def test_recipes_load_and_pass_the_checks(name):
 
 
 def test_the_recipes_are_those_documented():
-    assert recipe_names() == ["digits", "finetune", "folder", "imagenet"]
+    assert recipe_names() == ["animals28", "digits", "emoji64", "finetune", "folder", "imagenet"]
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
@@ -113,7 +113,9 @@ def test_model_arguments_become_strings_that_yaml_reads_back(tmp_path):
 
 
 def test_a_missing_file_names_the_recipes_and_the_nearest():
-    with pytest.raises(ConfigError, match=r"'digit'.*digits, finetune, folder, .*did you mean 'digits'"):
+    with pytest.raises(
+        ConfigError, match=r"'digit'.*digits, emoji64, finetune, folder, .*did you mean 'digits'"
+    ):
         load_config("digit")
 
 

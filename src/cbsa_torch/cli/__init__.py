@@ -17,6 +17,7 @@ COMMANDS = {
     "count": "Count parameters, FLOPs and pairwise similarities of models.",
     "bench": "Time layers or models beside their baselines.",
     "convert": "Convert a released checkpoint of the official code.",
+    "data": "Fetch a data set (animals28, emoji64) from its public packages.",
     "list": "List our models and recipes.",
 }
 

@@ -39,10 +39,12 @@ class DataConfig:
     """The images and their augmentation."""
 
     name: str = "folder"
-    """"digits" (embedded), "folder", or a name for timm's dataset factory, e.g. "torch/cifar10"."""
+    """"digits" (embedded), "animals28" or "emoji64" (`cbsa data fetch`), "folder", or a name for timm's
+    dataset factory, e.g. "torch/cifar10"."""
     root: str | None = None
     """Folder with train/, val/ and perhaps test/, each holding one folder of images per class; or, for a
-    timm data set, where its files are."""
+    timm data set, where its files are; or, for a fetched one, its folder (default: $CBSA_DATA, else
+    ~/.cache/cbsa_torch)."""
     val_fraction: float = 0.1
     """Share of the training images held out for validation if there is no val split."""
     download: bool = False

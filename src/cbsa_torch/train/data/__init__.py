@@ -1,4 +1,4 @@
-"""Images: the embedded digits, folders, and whatever timm's dataset factory opens."""
+"""Images: the embedded digits, fetched packages, folders, and whatever timm's dataset factory opens."""
 
 from cbsa_torch.train.data.images import IGNORE, READ_ERRORS, read_skipped
 from cbsa_torch.train.data.loader import InputSpec, input_spec, make_loader

@@ -13,9 +13,13 @@ from torch.utils.data import Dataset, Subset
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data.digits import open_digits
+from cbsa_torch.train.data.fetch import DATA_SETS
+from cbsa_torch.train.data.fetched import open_fetched
 from cbsa_torch.train.data.folder import class_folders, find_split, find_splits, open_folder
 from cbsa_torch.train.data.images import CheckedImages
 from cbsa_torch.train.errors import ConfigError, DataError
+
+OWN_NAMES = ("digits", *DATA_SETS, "folder")
 
 
 class Splits(NamedTuple):
@@ -35,14 +39,15 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
         mode: colour mode of the images, "L" or "RGB".
         skipped: file that collects the names of unreadable images, with ``on_bad_image="skip"``.
     """
-    if config.name == "digits":
-        parts, class_names = open_digits(mode)
+    if config.name == "digits" or config.name in DATA_SETS:
+        opened = open_digits(mode) if config.name == "digits" else open_fetched(config.name, config.root, mode)
+        parts, class_names = opened
         return Splits(parts["train"], parts["val"], parts["test"], class_names)
     # timm opens a folder under any name without a slash
     if "/" not in config.name and config.name not in ("folder", ""):
         raise ConfigError(
-            f"data.name must be 'digits', 'folder' or a timm name such as 'torch/cifar10', got {config.name!r}"
-            f"{nearest(config.name, ('digits', 'folder'))}"
+            f"data.name must be {', '.join(map(repr, OWN_NAMES))} or a timm name such as 'torch/cifar10', "
+            f"got {config.name!r}{nearest(config.name, OWN_NAMES)}"
         )
     streamed_by_name = config.name.startswith(("hfds/", "hfids/", "tfds/"))
     if config.root is None and not streamed_by_name:
