@@ -21,7 +21,7 @@ COMMANDS = {
     "list": "List our models and recipes.",
 }
 
-HOMES = {"bench": "bench"}
+HOMES = {"bench": "bench", "data": "data"}
 """Modules of commands that are not in ``commands``."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cbsa_torch.cli.count import CURVE_TOKENS, as_dict, count_named, flops_curves, mixer_sizes
-from cbsa_torch.cli.data import run_data  # noqa: F401 (main looks commands up here)
 from cbsa_torch.cli.report import report_run
 from cbsa_torch.interpret import plots
 from cbsa_torch.models import registry
