@@ -79,7 +79,7 @@ def test_softmax_rows_make_the_layers_output(name):
 
 @pytest.mark.parametrize("name", ["linear", "linear sum"])
 def test_the_linear_map_is_what_the_operator_takes_away(name):
-    record, x, _ = recorded(MIXERS[name]())
+    record, _, _ = recorded(MIXERS[name]())
     w, layer = record.tokens, record.layer
     output = ops.linear_cbsa(w, eps=layer.eps, average=layer.average)
     assert_close(w - matrix(record) @ w, output, 1e-10)

@@ -117,7 +117,9 @@ def upsample_maps(maps: Tensor, size: tuple[int, ...]) -> Tensor:
         raise ValueError(f"size must be 1 to 3 positive ints, got {size!r}")
     lead = maps.ndim - len(sides)
     if lead < 0 or 0 in maps.shape[lead:]:
-        raise ValueError(f"maps must have shape (..., *grid) with {len(sides)} grid axes, got {tuple(maps.shape)}")
+        raise ValueError(
+            f"maps must have shape (..., *grid) with {len(sides)} grid axes, got {tuple(maps.shape)}"
+        )
     if 0 in maps.shape:
         return maps.new_zeros(*maps.shape[:lead], *sides)
     flat = maps.reshape(1, -1, *maps.shape[lead:])

@@ -49,9 +49,7 @@ class LayerRecord(NamedTuple):
 
 
 @contextmanager
-def capture(
-    model: nn.Module, layers: Sequence[str | int] | None = None
-) -> Iterator[dict[str, LayerRecord]]:
+def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iterator[dict[str, LayerRecord]]:
     """Record the attention layers of ``model`` during forward passes inside the context.
 
     Every token mixer of cbsa_torch is recorded, and timm's ``Attention``, the layer of its ViTs.
@@ -74,7 +72,7 @@ def capture(
     found = attention_layers(model)
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no CBSA layer, nor any other attention of cbsa_torch or timm, to capture"
+            f"{type(model).__name__} has no CBSA layer, nor any other attention of cbsa_torch or timm"
         )
     chosen = choose_layers(found, layers)
     around = Surroundings(model)
@@ -159,10 +157,11 @@ def _read_mixer(
     x, grid_size = called["x"], called["grid_size"]
     heads = layer.heads(x, grid_size, called["token_mask"], called["attn_mask"])
     located = layer.token_grid(x, grid_size) or around.grid(name, heads.tokens.shape[2])
+    grid, prefix = located or (None, layer.num_prefix_tokens or 0)
     mask = heads.token_mask
     stages = agents = None
     if isinstance(layer, CBSA):
-        stages = CBSAStages(*(None if t is None else _own(t, layer) for t in layer.stages_in(heads)))
+        stages = CBSAStages(*(t if t is None else _own(t, layer) for t in layer.stages_in(heads)))  # type: ignore[arg-type]
         tokens = stages.tokens
     else:
         tokens = _own(_zero_masked(heads.tokens, mask), layer)
@@ -176,7 +175,8 @@ def _read_mixer(
         tokens,
         keys,
         stages,
-        *(located or (None, layer.num_prefix_tokens or 0)),
+        grid,
+        prefix,
         mask,
         agents,
         heads.attn_mask,
@@ -208,9 +208,7 @@ def _read_timm_arguments(
     queries, keys = (_own(_zero_masked(t, token_mask), layer) for t in (queries, keys))
     located = around.grid(name, n, square=True)
     grid, prefix = located or (None, around.num_prefix_tokens(name) or 0)
-    return LayerRecord(
-        name, layer, queries, keys, None, grid, prefix, token_mask, None, attn_mask, is_causal
-    )
+    return LayerRecord(name, layer, queries, keys, None, grid, prefix, token_mask, None, attn_mask, is_causal)
 
 
 def _zero_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -220,7 +218,7 @@ def _zero_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
 def _own(tensor: Tensor, layer: nn.Module) -> Tensor:
     """The tensor, copied if it would keep more than itself alive, or change with the layer's parameters."""
     storage = tensor.untyped_storage()
-    shared = any(
-        storage.data_ptr() == held.untyped_storage().data_ptr() for held in (*layer.parameters(), *layer.buffers())
-    )
-    return tensor.clone() if shared or storage.nbytes() > tensor.numel() * tensor.element_size() else tensor
+    held = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    if storage.data_ptr() in held or storage.nbytes() > tensor.numel() * tensor.element_size():
+        return tensor.clone()
+    return tensor

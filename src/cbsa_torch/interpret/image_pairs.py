@@ -150,13 +150,13 @@ def _files(folder: Path, name: str) -> dict[str, Path]:
 
 def _open(path: Path) -> Image.Image:
     try:
-        picture = Image.open(path)
-        picture.load()
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that PIL can read") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    return picture
 
 
 def _size(picture: Image.Image) -> str:

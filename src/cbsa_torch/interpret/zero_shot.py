@@ -24,6 +24,9 @@ DINO_SHARE = 0.6
 BOUNDARY_SHARE = 0.02
 """Half the width of the boundary band over the mask's diagonal, as in Boundary IoU (Cheng et al., 2021)."""
 
+_EQUAL = 1e-6
+"""Values that differ by no more than this, relatively, are equal: maps are rounded to float32."""
+
 
 class ZeroShot(NamedTuple):
     """IoU of attention maps with regions of the masks; outer lists run over layers, dicts over regions."""
@@ -88,8 +91,8 @@ def zero_shot_iou(
         batch_size: most images in a forward pass; images of one size that follow one another share it.
 
     Raises:
-        ValueError: values or sizes that do not fit, no pairs, a region that no mask has, maps with NaN. TypeError:
-            wrong types.
+        ValueError: values or sizes that do not fit, no pairs, a region that no mask has, maps with NaN.
+        TypeError: wrong types.
     """
     check_choice("rule", rule, RULES)
     check_bool("resized", resized)
@@ -207,6 +210,7 @@ def _threshold(maps: Tensor, valid: Tensor | None, rule: str, levels: list[float
     else:
         low, high = seen.amin(-1, keepdim=True), seen.amax(-1, keepdim=True)
         least = low + share * (high - low)
+    least = least * (1 - _EQUAL)
     return (flat[:, None] >= least[..., None]) & (flat > 0)[:, None]
 
 

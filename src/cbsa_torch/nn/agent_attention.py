@@ -74,7 +74,7 @@ class AgentAttention(TokenMixer):
         )
 
     def agents(self, heads: Heads) -> Representatives:
-        """The agents that :meth:`mix` uses for these tokens: values ``(B, H, M, P)`` and which of them exist."""
+        """The agents that :meth:`mix` uses: values ``(B, H, M, P)`` and which of them exist."""
         agents = self._represent(self.representatives, heads)
         if agents.attention is not None:
             raise ValueError("representatives must not return an attention: agents attend by softmax")
