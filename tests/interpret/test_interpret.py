@@ -54,7 +54,7 @@ def test_capture_of_chosen_layers_and_hooks_removed(model, images):
 
 def test_capture_names_what_is_not_there(model):
     with (
-        pytest.raises(ValueError, match=r"no CBSA layer 'blocks.9.attn'; did you mean"),
+        pytest.raises(ValueError, match=r"no attention layer 'blocks.9.attn'; did you mean"),
         interpret.capture(model, ["blocks.9.attn"]),
     ):
         pass

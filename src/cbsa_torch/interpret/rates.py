@@ -50,7 +50,7 @@ def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DE
         with capture(model) as records:
             model(batch)
         for name, record in records.items():
-            tokens, mask = record.stages.tokens, record.token_mask
+            tokens, mask = record.tokens, record.token_mask
             for rates, normalize in ((plain, False), (scaled, True)):
                 rate = ops.compression_rate(tokens, eps=eps, normalize=normalize, token_mask=mask)
                 rates.setdefault(name, []).append(rate.cpu())
