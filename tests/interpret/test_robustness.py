@@ -207,10 +207,10 @@ def enter(model, sigma, **options):
             "no layer 'blocks.9.attn'; did you mean",
         ),
         (lambda m: enter(m, 1.0, layers=[3]), IndexError, "index 3 is out of range, there are 3 layers"),
-        (lambda m: enter(m, 1.0, layers=[]), ValueError, "at least one layer"),
+        (lambda m: enter(m, 1.0, layers=[]), ValueError, "at least one name or index"),
         (lambda m: enter(m, 1.0, layers="blocks.0.attn"), TypeError, "layers must be a sequence"),
         (lambda m: enter(m, 1.0, layers=[1.5]), TypeError, "names or indices, got 1.5"),
-        (lambda m: enter(ISTA(4), 1.0), ValueError, "ISTA has no attention layer"),
+        (lambda m: enter(ISTA(4), 1.0), ValueError, "ISTA has no CBSA layer"),
         (lambda m: interpret.robustness(m, None), TypeError, "metric must be callable"),
         (lambda m: interpret.robustness(m, lambda m: "a"), TypeError, "metric must return a number"),
         (

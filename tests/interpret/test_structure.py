@@ -185,7 +185,7 @@ def test_hooks_of_sparsity_are_gone_whatever_happens(model, images):
         (
             lambda m, x: interpret.subspace_coherence(nn.Linear(2, 2)),
             ValueError,
-            "Linear has no attention layer",
+            "Linear has no CBSA layer",
         ),
         (lambda m, x: interpret.attention_ranks(MSSA(4, 2), [x]), ValueError, "MSSA has no CBSA layer"),
         (lambda m, x: interpret.attention_ranks(m, [[x]]), TypeError, "batches must yield tensors"),

@@ -69,12 +69,7 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
         ValueError: no such layer name, no layer asked for, or a model without any. IndexError: an index out
             of range. TypeError: ``layers`` is not a sequence of names and indices.
     """
-    found = attention_layers(model)
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no CBSA layer, nor any other attention of cbsa_torch or timm"
-        )
-    chosen = choose_layers(found, layers)
+    chosen = choose_layers(attention_layers(model), layers)
     around = Surroundings(model)
     records: dict[str, LayerRecord] = {}
     handles = []
@@ -102,12 +97,20 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of ``model`` that :func:`capture` can record, by name, in the model's order."""
-    return {
+    """The layers of ``model`` that :func:`capture` can record, by name, in the model's order.
+
+    Raises ``ValueError`` if there is none.
+    """
+    found = {
         name.replace("_orig_mod.", ""): module  # torch.compile's, of the model or of a part
         for name, module in model.named_modules()
         if isinstance(module, TokenMixer) or _is_timm_attention(module)
     }
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no CBSA layer, nor any other attention of cbsa_torch or timm"
+        )
+    return found
 
 
 def choose_layers(found: dict[str, nn.Module], layers: Sequence[str | int] | None) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_number
 from cbsa_torch._core.precision import compute_dtype
-from cbsa_torch.interpret._mixers import choose_mixers
+from cbsa_torch.interpret.capture import attention_layers, choose_layers
 
 SIGMAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Standard deviations from 1e-3 to 1, as in Fig. 8."""
@@ -55,7 +55,7 @@ def parameter_noise(
     """
     _check_sigma("sigma", sigma)
     _check_seed("seed", seed)
-    parameters = _parameters(choose_mixers(model, layers).values())
+    parameters = _parameters(choose_layers(attention_layers(model), layers).values())
     # All are saved before any changes: two parameters may lie in the same memory.
     saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
@@ -99,7 +99,7 @@ def robustness(
         _check_sigma("sigmas", sigma)
     for seed in seeds:
         _check_seed("seeds", seed)
-    chosen = list(choose_mixers(model, layers))
+    chosen = list(choose_layers(attention_layers(model), layers))
 
     def measured() -> float:
         value: Any = metric(model)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch.interpret._batches import captured_batches, check_batches
-from cbsa_torch.interpret._mixers import find_mixers
 from cbsa_torch.nn import CBSA, ISTA
 
 
@@ -56,7 +55,7 @@ def subspace_coherence(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: a model without such layers.
     """
-    return {name: _coherence(layer) for name, layer in find_mixers(model).items()}
+    return {name: _coherence(layer) for name, layer in attention_layers(model).items()}
 
 
 def _coherence(layer: nn.Module) -> Tensor:
