@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch.interpret._batches import captured_batches, check_batches
+from cbsa_torch.interpret.capture import attention_layers
 from cbsa_torch.nn import CBSA, ISTA
 
 
