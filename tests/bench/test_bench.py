@@ -63,9 +63,11 @@ def test_every_layer_is_measured_at_every_size():
 
 
 def test_models_are_measured():
-    rows = models.compare(["cbt_pico_patch1_8"], image_sizes=[8], batches=[2], repetitions=1)
-    assert [(r.name, r.training) for r in rows] == [("cbt_pico_patch1_8", False), ("cbt_pico_patch1_8", True)]
-    assert all(r.images_per_second > 0 for r in rows)
+    rows = models.compare(["cbt_pico_patch1_8 impl=tiled"], image_sizes=[8], batches=[2], repetitions=1)
+    assert [(r.name, r.training) for r in rows] == [
+        ("cbt_pico_patch1_8 impl=tiled", training) for training in (False, True)
+    ]
+    assert all(r.images_per_second > 0 and (r.saved_mib is not None) == r.training for r in rows)
 
 
 def test_the_command_writes_numbers_and_plots(tmp_path, capsys):

@@ -183,6 +183,104 @@ def test_layers_agree_whatever_computes_them(tied, qkv):
         assert relative_error(fast, eager) < 1e-10
 
 
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"recompute": True}, {"qkv": "separate"}], ids=str)
+@pytest.mark.usefixtures("always_folded")
+def test_gradients_of_layers_can_be_differentiated(options):
+    """Pooled representatives are functions of the keys: nothing may count twice."""
+    torch.manual_seed(0)
+    eager = CBSA(8, 2, num_representatives=4, impl="eager", **options).double()
+    tiled = CBSA(8, 2, num_representatives=4, impl="tiled", **options).double()
+    tiled.load_state_dict(eager.state_dict())
+    x = torch.randn(1, 17, 8, dtype=torch.float64)
+    results = []
+    for layer in (eager, tiled):
+        leaf = x.clone().requires_grad_()
+        (once,) = torch.autograd.grad(layer(leaf).square().sum(), leaf)
+        (first,) = torch.autograd.grad(layer(leaf).square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        assert relative_error(first, once) < 1e-12
+        results.append([first, second])
+    for a, b in zip(*results, strict=True):
+        assert relative_error(b, a) < 1e-10
+
+
+def test_second_gradients_after_autocast():
+    layer = CBSA(16, 2, num_representatives=4, impl="tiled")
+    x = torch.randn(1, 901, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    (gradient,) = torch.autograd.grad(out.float().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # of torch's own forward-mode formulas
+def test_what_sees_no_custom_operators_gets_the_equations(monkeypatch):
+    monkeypatch.setattr(dispatch, "MANY_WEIGHTS", 1)
+    layer = CBSA(8, 2, num_representatives=4).double()
+    eager = CBSA(8, 2, num_representatives=4, impl="eager").double()
+    eager.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 16, 8, dtype=torch.float64)
+    for transform in (
+        lambda f: torch.func.jvp(f, (x,), (x,))[1],
+        lambda f: torch.func.grad(lambda t: f(t).square().sum())(x),
+        lambda f: torch.func.vmap(f)(x.expand(3, 1, 16, 8)),
+    ):
+        assert relative_error(transform(layer), transform(eager)) < 1e-12
+    layer.impl = "tiled"
+    with pytest.raises(ValueError, match=r"impl='tiled' is not for torch\.func"):
+        torch.func.jvp(layer, (x,), (x,))
+
+
+def test_replaced_and_globally_hooked_projections_run(monkeypatch):
+    layer, x, calls = CBSA(16, 2, num_representatives=4, impl="tiled"), torch.randn(1, 49, 16), []
+    forward = layer.proj.forward
+    layer.proj.forward = lambda t: (calls.append("replaced"), forward(t))[1]
+    layer(x)
+    assert calls == ["replaced"]
+    del layer.proj.forward
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(m))
+    try:
+        layer(x)
+    finally:
+        handle.remove()
+    assert layer.proj in calls
+
+
+@pytest.mark.parametrize("impl", ["eager", "tiled"])
+@pytest.mark.usefixtures("always_folded")
+def test_the_output_has_the_dtype_of_the_tokens(impl):
+    operands = draw(1, 2, 3, 9, 4, 5, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.cbsa(**operands, impl=impl).dtype == torch.float32
+    operands["out_weight"], operands["out_bias"] = (
+        operands["out_weight"].double(),
+        operands["out_bias"].double(),
+    )
+    assert ops.cbsa(**operands, impl=impl).dtype == torch.float32
+
+
+def test_an_empty_batch():
+    leaf = torch.randn(0, 2, 9, 4, requires_grad=True)
+    ops.cbsa(leaf, torch.randn(0, 2, 3, 4), impl="tiled").sum().backward()
+    assert leaf.grad.shape == leaf.shape
+
+
+def test_lengths_may_stay_open_in_an_export():
+    layer = CBSA(8, 2, num_representatives=4, representatives="learned", impl="tiled").eval()
+    length = torch.export.Dim("length", min=2, max=100_000)
+    program = torch.export.export(layer, (torch.randn(1, 50, 8),), dynamic_shapes=({1: length},))
+    for n in (3, 2048, 5000):
+        x = torch.randn(1, n, 8)
+        assert relative_error(program.module()(x), layer(x)) < 1e-5
+
+
+def test_numbers_may_become_symbols():
+    compiled = torch.compile(ops.cbsa, fullgraph=True, dynamic=True, backend="aot_eager")
+    tokens, rep = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 3, 4)
+    assert relative_error(compiled(tokens, rep, step_tokens=0.7), ops.cbsa(tokens, rep, step_tokens=0.7)) < 1e-5
+
+
 def memory(layer, x):
     """What a layer keeps for its backward pass and what a training step allocates, in units of the input."""
     gradient, unit = torch.ones_like(x), x.numel() * x.element_size()
@@ -194,11 +292,11 @@ def memory(layer, x):
 
 
 def test_what_a_layer_keeps_and_allocates():
-    x = torch.randn(1, 1 + 96**2, 128, requires_grad=True)
-    options = {"num_prefix_tokens": 1, "impl": "tiled"}
-    kept, peak = memory(CBSA(128, 2, **options), x)
-    kept_again, peak_again = memory(CBSA(128, 2, **options, recompute=True), x)
-    kept_plain, peak_plain = memory(Transcription(128, 2), x)
+    x = torch.randn(1, 1 + 64**2, 384, requires_grad=True)
+    options = {"num_prefix_tokens": 1}
+    kept, peak = memory(CBSA(384, 6, **options), x)  # "auto"
+    kept_again, peak_again = memory(CBSA(384, 6, **options, recompute=True), x)
+    kept_plain, peak_plain = memory(Transcription(384, 6), x)
     assert kept < 2.1
     assert kept_again < 1.1
     assert kept_plain > 5

@@ -40,7 +40,8 @@ def check_positive_int(name: str, value: int) -> None:
 def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is an int or a float, and finite."""
     _check_number_type(name, value)
-    if not math.isfinite(value):  # type: ignore[arg-type]
+    # A compiler may have made the number symbolic.
+    if not torch.compiler.is_compiling() and not math.isfinite(value):  # type: ignore[arg-type]
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 

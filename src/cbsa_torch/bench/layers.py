@@ -54,8 +54,9 @@ class Row(NamedTuple):
     repetitions: int
     over_floor: float
     """Its time over that of the floor at this size."""
-    peak: float
-    """Memory at the worst moment, in units of the input (B N d elements)."""
+    peak: float | None
+    """Memory at the worst moment, in units of the input (B N d elements); None where one call exceeds the
+    budget."""
     saved: float | None
     """What training keeps for the backward pass, the input included, in the same unit."""
 
@@ -124,9 +125,10 @@ def compare(
         for name, layer in layers.items():
             layer.zero_grad(set_to_none=True)
             x.grad = None
-            memory = measure.memory(functions[name], device)
+            slow = medians[name] > budget
+            peak = None if slow else measure.memory(functions[name], device).peak / unit
             saved = None
-            if training:
+            if training and not slow:
                 layer.zero_grad(set_to_none=True)
                 kept = measure.memory(functools.partial(layer, x), device).left
                 saved = kept / unit  # the output is not kept, but the input, of the same size, is
@@ -139,7 +141,7 @@ def compare(
                     1e3 * medians[name],
                     len(times[name]),
                     medians[name] / medians[FLOOR],
-                    memory.peak / unit,
+                    peak,
                     saved,
                 )
             )

@@ -19,6 +19,8 @@ MODELS = tuple(
     for size in ("tiny", "small")
     for name in (
         "cbt_{}_patch16_224",
+        "cbt_{}_patch16_224 impl=eager",
+        "cbt_{}_patch16_224 impl=tiled",
         "vit_{}_patch16_224",
         "crate_{}_patch16_224",
         "tost_{}_patch16_224",
@@ -40,6 +42,8 @@ class ModelRow(NamedTuple):
     images_per_second: float
     peak_mib: float
     """Memory at the worst moment, beyond parameters and input."""
+    saved_mib: float | None
+    """What training keeps for the backward pass, the output included."""
 
 
 def compare(
@@ -56,7 +60,7 @@ def compare(
     """Measure inference and a training step (forward and backward) of every model.
 
     Args:
-        models: timm names.
+        models: timm names, optionally followed by ``impl=NAME``.
         image_sizes: sides of square images.
         batches: images per batch, for each size.
         device: "cpu" or "cuda".
@@ -71,9 +75,9 @@ def compare(
         for training in (False, True):
             progress(f"{image_size} x {image_size}, {'training step' if training else 'inference'}")
             built: dict[str, nn.Module] = {
-                name: timm.create_model(name, img_size=image_size).to(**kind).train(training) for name in models
+                name: _create(name, image_size).to(**kind).train(training) for name in models
             }
-            functions: dict[str, Callable[[], Any]] = {}
+            functions: dict[str, partial[Any]] = {}
             for name, model in built.items():
                 channels = resolve_model_data_config(model)["input_size"][0]
                 x = torch.randn(batch, channels, image_size, image_size, requires_grad=training, **kind)
@@ -86,8 +90,21 @@ def compare(
             for name, seconds in measure.medians(times).items():
                 built[name].zero_grad(set_to_none=True)
                 peak = measure.memory(functions[name], device).peak
+                saved = None
+                if training:
+                    built[name].zero_grad(set_to_none=True)
+                    model, x = built[name], functions[name].args[1]
+                    saved = measure.memory(partial(model, x), device).left / 2**20
+                milliseconds, rate = 1e3 * seconds, batch / seconds
                 rows.append(
-                    ModelRow(name, image_size, batch, training, 1e3 * seconds, batch / seconds, peak / 2**20)
+                    ModelRow(name, image_size, batch, training, milliseconds, rate, peak / 2**20, saved)
                 )
                 built[name].zero_grad(set_to_none=True)
     return rows
+
+
+def _create(name: str, image_size: int) -> nn.Module:
+    name, _, impl = name.partition(" impl=")
+    options = {"impl": impl} if impl else {}
+    model: nn.Module = timm.create_model(name, img_size=image_size, **options)
+    return model

@@ -37,7 +37,8 @@ def against_tokens(rows: Sequence[Row], title: str) -> Figure:
             style = {"color": color, "linestyle": line, "linewidth": width, "marker": "o", "markersize": 2.5}
             microseconds = [1e3 * r.milliseconds / (r.batch * r.tokens) for r in own]
             column[0].plot(tokens, microseconds, label=label, **style)
-            column[1].plot(tokens, [r.peak for r in own], **style)
+            measured = [r for r in own if r.peak is not None]
+            column[1].plot([r.tokens for r in measured], [r.peak for r in measured], **style)
         column[0].set_title("training step" if training else "inference", fontsize=10)
         column[1].set(xlabel="tokens N")
         for axis in column:

@@ -52,7 +52,7 @@ class ModelsArgs:
     """Images per second of whole models."""
 
     models: tuple[str, ...] = models.MODELS
-    """timm names."""
+    """timm names; "NAME impl=tiled" chooses the implementation of the operator."""
     image_sizes: tuple[int, ...] = (224, 512)
     batches: tuple[int, ...] = (8, 2)
     """Images per batch, for each size."""
@@ -114,7 +114,7 @@ def _layers(options: LayersArgs) -> None:
             row.name,
             f"{row.milliseconds:.2f}",
             f"{row.over_floor:.2f}",
-            f"{row.peak:.2f}",
+            "" if row.peak is None else f"{row.peak:.2f}",
             saved,
         )
         last = here
@@ -142,13 +142,18 @@ def _models(options: ModelsArgs) -> None:
             budget=options.budget,
             progress=status.update,
         )
-    table = Table("image", "pass", "model", "images/s", "peak MiB", box=None)
+    table = Table("image", "pass", "model", "images/s", "peak MiB", "saved MiB", box=None)
     for column in table.columns[3:]:
         column.justify = "right"
     for row in rows:
         kind = "train" if row.training else "forward"
         table.add_row(
-            f"{row.image_size}", kind, row.name, f"{row.images_per_second:.2f}", f"{row.peak_mib:.0f}"
+            f"{row.image_size}",
+            kind,
+            row.name,
+            f"{row.images_per_second:.2f}",
+            f"{row.peak_mib:.0f}",
+            "" if row.saved_mib is None else f"{row.saved_mib:.0f}",
         )
     console.print(table)
     _write(options, [row._asdict() for row in rows])

@@ -4,6 +4,7 @@ from cbsa_torch._core.optional import require
 
 require("timm", extra="models")
 
+import cbsa_torch.ops.cbsa.flops  # noqa: E402, F401  (lets torch count the operations of our operators)
 from cbsa_torch.models import registry  # noqa: E402  (registers the models)
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402

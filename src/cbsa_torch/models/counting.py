@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import cbsa_torch.ops.cbsa.flops  # noqa: F401  (lets torch count our operators)
 from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch.nn import ISTA, TokenMixer
 from cbsa_torch.ops import counting

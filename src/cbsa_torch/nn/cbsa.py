@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_choice, check_positive
@@ -207,11 +208,12 @@ class CBSA(TokenMixer):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` is no more than its weight and bias: not a subclass, adapter or hooked."""
+    """Whether calling ``layer`` is no more than its weight and bias: no subclass, adapter or hook."""
     hooks = (
         layer._forward_hooks,
         layer._forward_pre_hooks,
         layer._backward_hooks,
         layer._backward_pre_hooks,
     )
-    return type(layer) is nn.Linear and not any(hooks)
+    replaced = "forward" in vars(layer) or _has_any_global_hook()
+    return type(layer) is nn.Linear and not replaced and not any(hooks)

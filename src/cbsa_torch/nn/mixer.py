@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
 from cbsa_torch.nn.orthonormal import keep_rows_orthonormal
@@ -96,8 +97,8 @@ class TokenMixer(nn.Module, abc.ABC):
         attn_drop: dropout rate of attention weights; only for mixers that compare tokens with tokens.
         proj_drop: dropout rate after the output projection.
         norm_layer: constructor of normalisation layers, for ``qk_norm`` and ``scale_norm``.
-        recompute: keep only the input for the backward pass and compute the rest again there: about a third
-            more time for a third to a half of the memory.
+        recompute: keep only the input for the backward pass, N * dim numbers, and compute the rest again there:
+            a training step takes about a third longer. Without effect under ``torch.func``.
         device, dtype: of the parameters.
 
     Attributes:
@@ -273,7 +274,7 @@ class TokenMixer(nn.Module, abc.ABC):
             )
         source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal)
         arguments = source, grid_size, token_mask, attn_mask
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled() and not is_transformed():
             out = checkpoint(self._update, *arguments, use_reentrant=False)
         else:
             out = self._update(*arguments)

@@ -66,7 +66,7 @@ def cbsa(
             have another length than tokens.
         representative_mask: ``(B, M)`` bool, True = a representative that exists for this item.
         out_weight: ``(C, H * P)`` joins the heads and projects them out like a linear layer. Given here, it
-            can be folded into the contractions, which saves time and memory.
+            can be folded into the contractions, which saves time and memory. Used in the dtype of ``tokens``.
         out_bias: ``(C,)``.
         impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
             ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;

@@ -11,6 +11,11 @@ from torch import Tensor
 from cbsa_torch._core.precision import solve_dtype
 
 
+def zero_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """``(B, H, rows, P)`` with zeros where ``mask`` ``(B, rows)`` is False."""
+    return rows if mask is None else rows.masked_fill(~mask[:, None, :, None], 0.0)
+
+
 def contract(rep: Tensor, kind: str, scale: float, eps: float, mask: Tensor | None) -> Tensor:
     """C of Eq. 7 (``"exact"``) or Eq. 8 (``"softmax"``), or ``rep`` itself (``"none"``).
 
@@ -24,7 +29,7 @@ def contract(rep: Tensor, kind: str, scale: float, eps: float, mask: Tensor | No
     if kind == "none":
         return rep
     if kind == "softmax":
-        return _zeroed(_attention(rep, scale, mask) @ rep, mask)
+        return zero_rows(_attention(rep, scale, mask) @ rep, mask)
     wide = rep.to(solve_dtype(rep))
     factor, small = _factor(wide, eps, mask)
     solved = torch.cholesky_solve(wide.mT if small else wide, factor)
@@ -35,14 +40,14 @@ def contract_backward(
     gradient: Tensor, rep: Tensor, kind: str, scale: float, eps: float, mask: Tensor | None
 ) -> Tensor:
     """The gradient with respect to ``rep`` from that of C."""
-    gradient = _zeroed(gradient, mask)
+    gradient = zero_rows(gradient, mask)
     if kind == "none":
         return gradient
     if kind == "softmax":
         p = _attention(rep, scale, mask)
         dp = gradient @ rep.mT
         dg = p * (dp - (p * dp).sum(-1, keepdim=True))
-        return _zeroed(p.mT @ gradient + scale * (dg + dg.mT) @ rep, mask)
+        return zero_rows(p.mT @ gradient + scale * (dg + dg.mT) @ rep, mask)
     wide, dc = rep.to(solve_dtype(rep)), gradient.to(solve_dtype(rep))
     alpha = _alpha(wide, eps, mask)
     factor, small = _factor(wide, eps, mask)
@@ -54,7 +59,7 @@ def contract_backward(
         c, y = (torch.cholesky_solve(t, factor) for t in (wide, dc))
         e = y @ c.mT
         result = y - alpha * ((e + e.mT) @ wide)
-    return _zeroed(result.to(rep.dtype), mask)
+    return zero_rows(result.to(rep.dtype), mask)
 
 
 def _attention(rep: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -83,7 +88,3 @@ def _factor(rep: Tensor, eps: float, mask: Tensor | None) -> tuple[Tensor, bool]
     identity = torch.eye(min(m, p), dtype=rep.dtype, device=rep.device)
     factor, failed = torch.linalg.cholesky_ex(identity + gram)
     return factor.masked_fill((failed != 0)[..., None, None], float("nan")), small
-
-
-def _zeroed(rows: Tensor, mask: Tensor | None) -> Tensor:
-    return rows if mask is None else rows.masked_fill(~mask[:, None, :, None], 0.0)

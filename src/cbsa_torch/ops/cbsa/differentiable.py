@@ -18,15 +18,10 @@ from cbsa_torch.ops.cbsa.reference import cbsa_reference, project_out
 Gradients = tuple["Tensor | None", ...]
 
 
-def zero_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """``(B, H, M, P)`` with zeros where ``mask`` ``(B, M)`` is False."""
-    return rows if mask is None else rows.masked_fill(~mask[:, None, :, None], 0.0)
-
-
-def like_tokens(tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def like_tokens(tokens: Tensor) -> Tensor:
     """Empty ``(B, H, N, P)``, laid out so that joining the heads is no copy."""
     b, h, n, p = tokens.shape
-    return tokens.new_empty(b, n, h, p, dtype=dtype).transpose(1, 2)
+    return tokens.new_empty(b, n, h, p).transpose(1, 2)
 
 
 def register(op: Any, backward: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -66,6 +61,9 @@ def _by_reference(
     needed: tuple[bool, ...],
 ) -> Gradients:
     """The gradients as functions of inputs and gradient, which can be differentiated again."""
+    # Each a node of its own: representatives may be made from the keys, and what reaches the keys through them
+    # is not this operator's to add.
+    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
     rep, keys, values, eta, kappa, key_mask, rep_mask, *projection = inputs
     contraction, scale, eps = options
     assert rep is not None

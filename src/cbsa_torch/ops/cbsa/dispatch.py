@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch._core.types import Impl
 from cbsa_torch.ops.cbsa.operands import Operands
@@ -21,6 +22,10 @@ def run(o: Operands, impl: Impl, out_weight: Tensor | None = None, out_bias: Ten
     """Compute the operator by ``impl``: ``(B, H, N, P)`` in the dtype of the tokens, or projected out."""
     if impl == "auto":
         impl = fastest(o, out_weight)
+    elif impl != "eager" and is_transformed():
+        raise ValueError(
+            f"impl={impl!r} is not for torch.func or forward-mode differentiation; use impl='eager' or 'auto'"
+        )
     if impl != "eager" and o.attention is not None:
         raise ValueError(f"impl={impl!r} computes the attention itself; attention needs impl='eager'")
     if impl == "tiled" and not o.fresh_broadcast:
@@ -44,9 +49,10 @@ def run(o: Operands, impl: Impl, out_weight: Tensor | None = None, out_bias: Ten
 def fastest(o: Operands, out_weight: Tensor | None) -> Impl:
     """What ``"auto"`` is: tiles on the CPU, if the attention matrix is large; else the equations.
 
-    Elsewhere nothing was measured yet. An exported program should hold no operator of ours.
+    Elsewhere nothing was measured yet. ``torch.export`` should leave no operator of ours in a program, and
+    ``torch.func`` and forward-mode differentiation know the equations only.
     """
-    if o.attention is not None or o.fresh_broadcast or torch.compiler.is_exporting():
+    if o.attention is not None or o.fresh_broadcast or torch.compiler.is_exporting() or is_transformed():
         return "eager"
     b, h, m, _ = o.representatives.shape
     many = MANY_WEIGHTS if out_weight is not None and folds(o, out_weight) else 4 * MANY_WEIGHTS
@@ -60,6 +66,8 @@ def folds(o: Operands, out_weight: Tensor) -> bool:
     Per head, with C output channels: N M C products to broadcast projected contractions and P M C to project
     them, against N P M to broadcast and N P C to project afterwards.
     """
+    if torch.compiler.is_exporting():  # a comparison would limit N in the exported program
+        return False
     (_, _, m, p), n, c = o.representatives.shape, o.keys.shape[2], out_weight.shape[0]
     return (n + p) * m * c < n * p * (m + c)
 

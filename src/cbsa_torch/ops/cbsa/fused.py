@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.precision import no_autocast
-from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
-from cbsa_torch.ops.cbsa.differentiable import like_tokens, register, zero_rows
+from cbsa_torch.ops.cbsa.contraction import contract, contract_backward, zero_rows
+from cbsa_torch.ops.cbsa.differentiable import like_tokens, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128

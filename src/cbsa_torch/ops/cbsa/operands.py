@@ -146,6 +146,9 @@ def check_projection(o: Operands, out_weight: Tensor | None, out_bias: Tensor | 
     _, h, _, p = o.tokens.shape
     check_floating("out_weight", out_weight)
     check_shape("out_weight", out_weight, (None, h * p), "(C, H * P)")
+    for name, given in (("out_weight", out_weight), ("out_bias", out_bias)):
+        if given is not None and given.device != o.tokens.device:
+            raise ValueError(f"{name} must be on the device of tokens, {o.tokens.device}, got {given.device}")
     if out_bias is not None:
         check_floating("out_bias", out_bias)
         check_shape("out_bias", out_bias, (out_weight.shape[0],), "(C,)")

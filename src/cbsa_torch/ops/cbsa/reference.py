@@ -115,8 +115,10 @@ def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tens
 
 
 def project_out(heads: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Join the heads ``(B, H, N, P)`` and project out of the subspaces, ``(B, N, C)``."""
-    return F.linear(heads.transpose(1, 2).flatten(2), weight, bias)
+    """Join the heads ``(B, H, N, P)`` and project out of the subspaces, ``(B, N, C)``, in their dtype."""
+    with no_autocast(heads):
+        weight, bias = weight.to(heads.dtype), None if bias is None else bias.to(heads.dtype)
+        return F.linear(heads.transpose(1, 2).flatten(2), weight, bias)
 
 
 def cbsa_reference(

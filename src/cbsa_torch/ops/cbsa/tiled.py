@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch.ops.cbsa import tiles
-from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
-from cbsa_torch.ops.cbsa.differentiable import like_tokens, register, zero_rows
+from cbsa_torch.ops.cbsa.contraction import contract, contract_backward, zero_rows
+from cbsa_torch.ops.cbsa.differentiable import like_tokens, register
 
 
 @torch.library.custom_op("cbsa_torch::tiled", mutates_args=())
@@ -33,7 +33,7 @@ def tiled(
     scale: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, picked tokens R ``(B, H, M, P)`` and shares ``(B, H, M, tiles)``.
+    """Output, picked tokens R ``(B, H, M, P)`` and shares ``(B, H, M, at least tiles)``.
 
     Args:
         representatives: ``(B, H, M, P)``.
@@ -57,7 +57,7 @@ def tiled(
         output, picked, shares = _results(representatives, keys, out_weight)
         for group in tiles.groups(keys.shape[0], keys.shape[2]):
             part = tiles.Tiles(q[group], keys[group], _of(values, group), _of(key_mask, group), scale)
-            picked[group], shares[group] = part.extract()
+            picked[group], shares[group, ..., : tiles.count(keys.shape[2])] = part.extract()
             exists = _of(representative_mask, group)
             rep = zero_rows(q[group] + eta * picked[group], exists)
             carried = kappa * contract(rep, contraction, scale, eps, exists)
@@ -95,7 +95,7 @@ def tiled_backward(
         d_keys = like_tokens(keys)
         d_values = None if values is None else like_tokens(keys)
         d_eta, d_kappa = (torch.zeros(keys.shape[1], dtype=dtype, device=keys.device) for _ in range(2))
-        d_weight = torch.zeros_like(q[0, :0] if weight is None else weight)
+        d_weight = torch.zeros_like(q.new_empty(0) if weight is None else weight)
         for group in tiles.groups(keys.shape[0], keys.shape[2]):
             part = tiles.Tiles(
                 q[group], keys[group], _of(values, group), _of(key_mask, group), scale, shares[group]
@@ -145,7 +145,7 @@ def _results(representatives: Tensor, keys: Tensor, out_weight: Tensor | None) -
     b, h, n, _ = keys.shape
     dtype = compute_dtype(keys.dtype)
     output = like_tokens(keys) if out_weight is None else keys.new_empty(b, n, out_weight.shape[0])
-    shares = keys.new_empty(b, h, representatives.shape[2], tiles.count(n), dtype=dtype)
+    shares = keys.new_zeros(b, h, representatives.shape[2], tiles.most(n), dtype=dtype)
     return output, torch.empty_like(representatives, dtype=dtype, memory_format=torch.contiguous_format), shares
 
 

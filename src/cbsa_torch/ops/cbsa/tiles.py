@@ -37,6 +37,11 @@ def count(n: int) -> int:
     return max(1, (n + TILE // 2) // TILE)
 
 
+def most(n: int) -> int:
+    """A bound on :func:`count`, for shapes: no comparison, never one, so that exported programs keep N open."""
+    return n // TILE + 2
+
+
 class Tiles:
     """A group of items and the passes over their tokens.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch.ops.cbsa.contraction import contract
+from cbsa_torch.ops.cbsa.contraction import contract, zero_rows
 from cbsa_torch.ops.cbsa.operands import Operands
 from cbsa_torch.ops.softmax_attention import softmax_attention
 
@@ -23,16 +23,12 @@ def two_softmax(o: Operands) -> Tensor:
             s.to(dtype)[:, None, None] if isinstance(s, Tensor) else s
             for s in (o.step_representatives, o.step_tokens)
         )
-        tokens, rep = _zeroed(tokens, o.token_mask), _zeroed(rep, o.representative_mask)
+        tokens, rep = zero_rows(tokens, o.token_mask), zero_rows(rep, o.representative_mask)
         picked = softmax_attention(rep, keys, values, scale=o.scale, key_mask=o.key_mask)
-        extracted = _zeroed(rep + eta * picked, o.representative_mask)
+        extracted = zero_rows(rep + eta * picked, o.representative_mask)
         contracted = kappa * contract(extracted, o.contraction, o.scale, o.eps, o.representative_mask)
         output = softmax_attention(tokens, rep, contracted, scale=o.scale, key_mask=o.representative_mask)
-        output = _zeroed(output, o.token_mask)
+        output = zero_rows(output, o.token_mask)
         if o.key_mask is not None:  # without any real key there is nothing to attend to
             output = output.masked_fill(~o.key_mask.any(-1)[:, None, None, None], 0.0)
     return output
-
-
-def _zeroed(rows: Tensor, mask: Tensor | None) -> Tensor:
-    return rows if mask is None else rows.masked_fill(~mask[:, None, :, None], 0.0)
