@@ -21,7 +21,7 @@ from cbsa_torch.interpret.rates import (  # noqa: E402
     measure_rates,
     reduced_rates,
 )
-from cbsa_torch.interpret.report import report  # noqa: E402
+from cbsa_torch.interpret.report import ComparedRun, Pictures, compare, report  # noqa: E402
 from cbsa_torch.interpret.robustness import Robustness, parameter_noise, robustness  # noqa: E402
 from cbsa_torch.interpret.structure import (  # noqa: E402
     AttentionRanks,
@@ -34,9 +34,11 @@ from cbsa_torch.interpret.zero_shot import ZeroShot, zero_shot_iou  # noqa: E402
 
 __all__ = [
     "AttentionRanks",
+    "ComparedRun",
     "ImagePairs",
     "LayerRates",
     "LayerRecord",
+    "Pictures",
     "Rates",
     "ReducedRates",
     "Robustness",
@@ -47,6 +49,7 @@ __all__ = [
     "capture",
     "cls_attention_maps",
     "coding_rates",
+    "compare",
     "ista_sparsity",
     "measure_rates",
     "overlay",
