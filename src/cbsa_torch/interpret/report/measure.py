@@ -79,8 +79,8 @@ def measure(
 
     batches = inputs.split(batch_size)
     kinds = {type(module).__name__ for module in model.modules() if isinstance(module, TokenMixer)}
-    layers = f"its attention layers are {', '.join(sorted(kinds)) or 'not ours'}"
-    no_cbsa = None if _has(model, CBSA) else f"only CBSA has representatives; {layers}"
+    layers = f"the attention here is {', '.join(sorted(kinds)) or 'of another library'}"
+    no_cbsa = None if _has(model, CBSA) else f"only CBSA contracts representatives; {layers}"
     no_ista = None if _has(model, ISTA) else "the model has no ISTA"
     shared = any(isinstance(module, TokenMixer) and module.shared_qkv for module in model.modules())
     no_bases = None if shared else "queries, keys and values have bases of their own"

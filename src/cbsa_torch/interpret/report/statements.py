@@ -11,6 +11,9 @@ from cbsa_torch.interpret.rates import LayerRates, ReducedRates
 STRONG, WEAK = 0.5, 0.2
 """Rank correlations from which two things move together, or weakly so."""
 
+HARDLY = 0.01
+"""Share of the rate below which it is said to hardly change."""
+
 
 class LaterHalf(NamedTuple):
     """How the compression term goes in the later half of the layers (Fig. 5)."""
@@ -48,7 +51,9 @@ def later_half_sentence(rates: LayerRates) -> str:
     found = later_half(rates)
     if found is None:
         return "The model has one layer: whether later layers compress cannot be said."
-    if found.steadily:
+    if abs(found.change) < HARDLY:
+        verdict = "Over the later half of the layers the rate hardly changes here, unlike in the paper"
+    elif found.steadily:
         verdict = "The later half of the layers compresses, layer by layer, as in the paper"
     elif found.compresses:
         verdict = "The later half of the layers compresses, though not in every layer"
