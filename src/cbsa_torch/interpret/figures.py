@@ -18,7 +18,6 @@ from matplotlib.transforms import Bbox
 
 from cbsa_torch.interpret import plots
 from cbsa_torch.interpret.rates import LayerRates
-from cbsa_torch.interpret.robustness import Robustness
 
 CSS_PIXELS = 96
 """Per inch."""
@@ -26,8 +25,8 @@ CSS_PIXELS = 96
 SINGLE_WIDTH = 4.8
 """Inches: a figure of one panel gets no wider, so that its text stays readable on a phone."""
 
-RUN_COLORS = ("#2563a8", "#c2571a", "#2e7d4f", "#8a4fa3", "#8a6d1a", "#3f8f98", "#b03060", "#666b73")
-"""Of the runs of a comparison, repeated if there are more."""
+RUN_COLORS = (plots.BLUE, plots.ORANGE, plots.GREY, "#3b8f5a", "#7a4fa3", "#b8901d")
+"""Of the runs of a comparison, as in :func:`plots.robustness_curve`; repeated if there are more."""
 
 
 class Drawn(NamedTuple):
@@ -162,18 +161,6 @@ def rates_of_runs(runs: Mapping[str, LayerRates]) -> Figure:
     ticks = np.arange(1, most + 1, 1 if most <= 12 else 2)
     left.set(xlabel="layer", ylabel="$R^c(Z^\\ell\\,|\\,U^\\ell)$ (nats)", xticks=ticks)
     right.set(xlabel="layer", ylabel="normalised $R^c$ (nats)", xticks=ticks)
-    return _finish(figure)
-
-
-def robustness_of_runs(runs: Mapping[str, Robustness]) -> Figure:
-    """Accuracy of several runs against the size of the noise; bands from the worst to the best seed."""
-    figure = Figure(figsize=(SINGLE_WIDTH, 3.2), layout="constrained")
-    axis = figure.subplots()
-    for i, (name, measured) in enumerate(runs.items()):
-        values = 100 * np.array(measured.values)
-        axis.fill_between(measured.sigmas, values.min(1), values.max(1), color=run_color(i), alpha=0.15, lw=0)
-        axis.plot(measured.sigmas, values.mean(1), color=run_color(i), marker="o", markersize=4, label=name)
-    axis.set(xscale="log", xlabel="$\\sigma$ of the noise on the parameters", ylabel="accuracy (%)")
     return _finish(figure)
 
 

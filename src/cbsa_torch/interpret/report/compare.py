@@ -85,7 +85,7 @@ def compare(
         item.run.name: item.measures.robustness for item in looked if item.measures.robustness is not None
     }
     if robust:
-        drawn["robustness"] = figures.robustness_of_runs(robust)
+        drawn["robustness"] = plots.robustness_curve(robust, looked[0].measures.robustness_metric)
     folder = Path(folder)
     written = page.save_all(drawn, folder / "figures")
     sections = []

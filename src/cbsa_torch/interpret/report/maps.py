@@ -87,9 +87,10 @@ def _no_map(record: LayerRecord) -> str | None:
 
 
 def _fields(record: LayerRecord) -> tuple[np.ndarray | None, int]:
-    if record.stages is None:
+    try:
+        fields = receptive_fields(record)[0]  # (H, M, *grid)
+    except ValueError:  # a mixer without representatives
         return None, 0
-    fields = receptive_fields(record)[0]  # (H, M, *grid)
     count = fields.shape[1]
     return _with_mean(fields[:, spread(count, MOST_FIELDS)], 0), count
 

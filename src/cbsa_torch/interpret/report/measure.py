@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch.interpret.rates import LayerRates, ReducedRates, coding_rates, reduced_rates
+from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
 from cbsa_torch.interpret.robustness import Robustness, robustness
 from cbsa_torch.interpret.structure import (
     AttentionRanks,
@@ -91,11 +91,12 @@ def measure(
     }
     if not steps:
         missing["steps"] = f"there is no learned step; {layers}"
+    rates = measure_rates(model, batches)
     few = inputs[:robustness_images]
     off = "switched off" if robustness_images == 0 else _not_classes(model, inputs)
     return Measures(
-        rates=coding_rates(model, batches),
-        reduced=measured("reduced", no_cbsa, lambda: reduced_rates(model, batches)),
+        rates=rates.coding,
+        reduced=measured("reduced", no_cbsa, lambda: rates.reduced),
         steps=steps,
         ranks=measured("ranks", no_cbsa, lambda: attention_ranks(model, batches)),
         coherence=measured("coherence", no_bases, lambda: subspace_coherence(model)),

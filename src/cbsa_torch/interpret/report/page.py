@@ -31,6 +31,7 @@ LABELS = {
     "coding_rate": "Compression term against the layer",
     "reduced_rates": "Rate reduced on tokens against rate reduced on representatives",
     "step_sizes": "Learned step sizes per layer and head",
+    "compressing_heads": "Rate that each head's learned step takes off the tokens",
     "ranks": "Rank and effective rank of A per layer",
     "coherence": "Coherence between heads per layer",
     "sparsity": "Share of zeros after each ISTA",
@@ -45,14 +46,15 @@ def measure_figures(measures: Measures) -> dict[str, Figure]:
     if measures.reduced is not None:
         drawn["reduced_rates"] = plots.reduced_rates_panel(measures.reduced)
         drawn["step_sizes"] = plots.step_sizes(measures.reduced)
+        drawn["compressing_heads"] = plots.compressing_heads(measures.reduced)
     if measures.ranks is not None:
-        drawn["ranks"] = plots.ranks(measures.ranks)
+        drawn["ranks"] = plots.ranks_per_layer(measures.ranks)
     if measures.coherence:
         drawn["coherence"] = plots.coherence_maps(measures.coherence)
     if measures.sparsity is not None:
-        drawn["sparsity"] = plots.sparsity(measures.sparsity)
+        drawn["sparsity"] = plots.sparsity_per_layer(measures.sparsity)
     if measures.robustness is not None:
-        drawn["robustness"] = plots.robustness_curve(measures.robustness)
+        drawn["robustness"] = plots.robustness_curve({"model": measures.robustness}, measures.robustness_metric)
     return drawn
 
 

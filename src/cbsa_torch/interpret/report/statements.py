@@ -78,11 +78,18 @@ def together_sentence(reduced: ReducedRates) -> str:
         verdict = "The two do not move together here, unlike in the paper"
     else:
         verdict = "The two move against each other here, unlike in the paper"
-    learned = reduced.correlation_learned
+    others = ", ".join(
+        f"{value:+.2f} {name}"
+        for value, name in (
+            (reduced.correlation_learned, "at the learned κ"),
+            (reduced.correlation_output, "for CBSA's output in place of the tokens"),
+        )
+        if not math.isnan(value)
+    )
     return (
         f"{verdict}: Spearman's rank correlation is {reduced.correlation:+.2f} over {count} heads of "
-        f"{len(reduced.layers)} layer{'s' if len(reduced.layers) > 1 else ''} at κ = 1"
-        + (f", and {learned:+.2f} at the learned κ." if not math.isnan(learned) else ".")
+        f"{len(reduced.layers)} layer{'s' if len(reduced.layers) > 1 else ''} after a step of Eq. 6 at κ = 1"
+        + (f" ({others})." if others else ".")
     )
 
 
