@@ -106,10 +106,12 @@ def _check_same_data(opened: dict[str, Trained]) -> None:
                     f"{first_name} and {name} were trained on different data: data.{key} is {one} and {two}"
                 )
         if first.class_names != other.class_names:
-            one, two = (
-                f"{', '.join(item.class_names[:5])}, ... ({len(item.class_names)})" for item in (first, other)
-            )
+            one, two = _some(first.class_names), _some(other.class_names)
             raise ConfigError(f"{first_name} and {name} have different classes: {one} and {two}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
 
 
 def _short_names(checkpoints: Sequence[str]) -> dict[str, str]:

@@ -32,8 +32,8 @@ RUN_COLORS = (plots.BLUE, plots.ORANGE, plots.GREY, "#3b8f5a", "#7a4fa3", "#b890
 class Drawn(NamedTuple):
     """A figure as it goes on a page."""
 
-    panels: list[str]
-    """Inline SVG elements, to be laid out in a row that wraps."""
+    rows: list[list[str]]
+    """Inline SVG elements; a row of them wraps where it does not fit."""
     heat: bool
     """Whether it shows colour-coded values, whose colours must not change in the dark."""
 
@@ -55,7 +55,7 @@ def draw(figure: Figure, name: str, label: str) -> Drawn:
     boxes = [Bbox.union([artist.get_tightbbox() for artist in group]) for group in groups]
     rows = [_row(group[0]) for group in groups]
     everything = [artist for group in groups for artist in group]
-    panels = []
+    cut: dict[tuple[int, ...] | None, list[str]] = {}
     for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
         # Panels of one row are cut to one height, so that their axes line up.
         level = [box for box, other in zip(boxes, rows, strict=True) if other == row]
@@ -65,11 +65,13 @@ def draw(figure: Figure, name: str, label: str) -> Drawn:
         for artist in everything:
             artist.set_visible(artist in group)
         inches = box.transformed(figure.dpi_scale_trans.inverted())
-        panels.append(_inline(_svg(figure, inches, f"{name}-{i}"), f"{name}-{i}", label))
+        panel = _inline(_svg(figure, inches, f"{name}-{i}"), f"{name}-{i}", label)
+        # What has no row (a shared colour bar, a legend) stands at the end of the last.
+        cut.setdefault(row if row is not None or not cut else [*cut][-1], []).append(panel)
     for artist in everything:
         artist.set_visible(True)
     meshes = (isinstance(item, QuadMesh) for axis in figure.axes for item in axis.collections)
-    return Drawn(panels, any(axis.images for axis in figure.axes) or any(meshes))
+    return Drawn(list(cut.values()), any(axis.images for axis in figure.axes) or any(meshes))
 
 
 def _panels(figure: Figure) -> list[list[Any]]:
