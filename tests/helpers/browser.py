@@ -70,7 +70,6 @@ def visit(browser: str, page: Path, folder: Path, script: str, *, size: str = "1
         "--disable-component-update",
         "--disable-sync",
         "--disable-extensions",
-        "--disable-features=OptimizationHints,MediaRouter,Translate",
         "--no-first-run",
         "--host-resolver-rules=MAP * ~NOTFOUND",
         "--enable-logging=stderr",
@@ -92,8 +91,8 @@ def visit(browser: str, page: Path, folder: Path, script: str, *, size: str = "1
 
 
 def _requests(log: Path, page: Path) -> list[str]:
-    """Addresses of requests that the page caused, from the browser's log of its network."""
+    """Addresses of requests that the page caused: the browser asks for some on its own, from no origin."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    addresses = set(re.findall(r'"url":"([^"]+)"', text))
+    asked = re.findall(r'"initiator":"([^"]+)"[^\n]*?"url":"([^"]+)"', text)
     own = page.resolve().as_uri()
-    return sorted(a for a in addresses if not a.startswith(("data:", "about:", "chrome", own)))
+    return sorted({a for origin, a in asked if origin != "not an origin" and not a.startswith(("data:", own))})

@@ -13,14 +13,14 @@ BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 
 USE = """
-const canvas = () => document.querySelector(".tiles canvas");
+const root = document.querySelector(".maps"), canvas = () => document.querySelector(".tiles canvas");
 const pixels = () => canvas().toDataURL();
 const choose = (name, value) => {
   const element = document.querySelector(`.chooser [name=${name}]`);
   element.value = value;
   element.dispatchEvent(new Event("change"));
 };
-const options = (name) => [...document.querySelectorAll(`.chooser [name=${name}] option`)].map((o) => o.textContent);
+const options = (name) => [...root.querySelectorAll(`[name=${name}] option`)].map((o) => o.textContent);
 const seen = (selector) => document.querySelector(selector).getClientRects().length > 0;
 const last = pixels(), caption = document.querySelector(".caption").textContent;
 choose("layer", 0);
@@ -32,7 +32,7 @@ over.click();
 return {
   last, first, head, caption, firstCaption,
   size: [canvas().width, canvas().height], layers: options("layer"), heads: options("head"),
-  fields: document.querySelectorAll(".fields canvas").length, fieldSize: [field.width, field.height],
+  fields: root.querySelectorAll(".fields canvas").length, fieldSize: [field.width, field.height],
   chooserSeen: seen(".chooser"), staticSeen: seen(".static"),
   overlaid: Math.abs(canvas().getBoundingClientRect().left - document.querySelector(".tile img").getBoundingClientRect().left),
 };
