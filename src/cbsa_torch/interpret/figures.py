@@ -196,5 +196,6 @@ def _finish(figure: Figure) -> Figure:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    # Above the lines, of which there may be many.
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
