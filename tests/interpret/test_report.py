@@ -310,3 +310,12 @@ def test_comparisons_that_compare_nothing_are_refused(inputs, images, tmp_path):
     other = one._replace(name="two", inputs=inputs[:2], images=images[:2])
     with pytest.raises(ValueError, match=r"same images, got \[2, 4\]"):
         interpret.compare([one, other], tmp_path, title="")
+
+
+def test_many_runs_with_long_names_leave_room_for_the_lines():
+    runs = {f"/a/folder/with/a/very/long/name/{'x' * 60}/run{i}": rates(3.0, 2.0) for i in range(8)}
+    figure = figures.rates_of_runs(runs)
+    figures.draw(figure, "r", "r")
+    assert all(axis.get_window_extent().height > 60 for axis in figure.axes)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert all(label.endswith(f"run{i}") and len(label) <= 30 for i, label in enumerate(labels))

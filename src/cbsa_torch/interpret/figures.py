@@ -25,6 +25,9 @@ CSS_PIXELS = 96
 SINGLE_WIDTH = 4.8
 """Inches: a figure of one panel gets no wider, so that its text stays readable on a phone."""
 
+LABEL_LENGTH = 30
+"""Characters of a run's name in a legend."""
+
 RUN_COLORS = (plots.BLUE, plots.ORANGE, plots.GREY, "#3b8f5a", "#7a4fa3", "#b8901d")
 """Of the runs of a comparison, as in :func:`plots.robustness_curve`; repeated if there are more."""
 
@@ -152,11 +155,12 @@ def colors(name: str = "magma") -> str:
 
 def rates_of_runs(runs: Mapping[str, LayerRates]) -> Figure:
     """The compression term of several runs against the layer, as it is and normalised."""
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    # Room for the legend: about 0.16 inches a line.
+    figure = Figure(figsize=(7.5, 2.8 + 0.16 * len(runs)), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, rates) in enumerate(runs.items()):
         layers = np.arange(1, len(rates.layers) + 1)
-        look: dict[str, Any] = {"color": run_color(i), "marker": "o", "markersize": 4, "label": name}
+        look: dict[str, Any] = {"color": run_color(i), "marker": "o", "markersize": 4, "label": _brief(name)}
         left.plot(layers, rates.rate, **look)
         right.plot(layers, rates.normalized, **look)
     most = max(len(rates.layers) for rates in runs.values())
@@ -197,5 +201,12 @@ def _finish(figure: Figure) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
     # Above the lines, of which there may be many.
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, labels)) <= LABEL_LENGTH // 2 else 1
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
     return figure
+
+
+def _brief(name: str) -> str:
+    """A name that fits a legend: its end, which tells runs of many folders apart."""
+    return name if len(name) <= LABEL_LENGTH else f"…{name[1 - LABEL_LENGTH :]}"
