@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from cbsa_torch import interpret
-from cbsa_torch.cli.report import sample_images
+from cbsa_torch.cli.runs import sample_images
 from cbsa_torch.train.evaluate import open_trained
 
 SHOWN = 4

@@ -97,7 +97,7 @@ def check_same_kind(name: str, tensor: Tensor, reference_name: str, reference: T
         )
 
 
-def check_mask(name: str, mask: Tensor, shape: Sequence[int], axes: str, meaning: str) -> None:
+def check_mask(name: str, mask: Tensor, shape: Sequence[int | None], axes: str, meaning: str) -> None:
     """Raise unless ``mask`` is a boolean tensor of ``shape``; ``meaning`` says what True stands for."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")

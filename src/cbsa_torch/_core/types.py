@@ -67,3 +67,5 @@ class CBSAStages(NamedTuple):
     """``(B, H, N, M)`` the weights that carry contractions back to tokens: A, or a fresh softmax."""
     output: Tensor
     """``(B, H, N, P)`` the operator's value, step_tokens included."""
+    representative_mask: Tensor | None = None
+    """``(B, M)`` bool, True = a representative that exists for this item; None if all do."""

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "Evaluate a trained model.",
     "predict": "Classify image files.",
     "report": "Write a page about a trained model: accuracy, curves, coding rates, attention maps.",
+    "compare": "Show several trained models side by side on one page.",
     "count": "Count parameters, FLOPs and pairwise similarities of models.",
     "bench": "Time layers or models beside their baselines.",
     "convert": "Convert a released checkpoint of the official code.",

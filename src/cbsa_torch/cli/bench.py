@@ -67,15 +67,17 @@ class ModelsArgs:
     """JSON file of this name."""
 
 
+USAGE = "usage: cbsa bench layers|models [options]"
 KINDS = {"layers": LayersArgs, "models": ModelsArgs}
 
 
 def run_bench(args: list[str]) -> None:
     """Time layers or models beside their baselines."""
+    if args and args[0] in ("-h", "--help"):
+        print(f"{USAGE}: time and memory beside baselines; cbsa bench layers --help lists the options.")
+        raise SystemExit(0)
     if not args or args[0] not in KINDS:
-        raise ConfigError(
-            f"cbsa bench layers|models [options]; got {args[0]!r}" if args else "cbsa bench layers|models"
-        )
+        raise ConfigError(f"{USAGE}; got {args[0]!r}" if args else USAGE)
     options: Any = tyro.cli(KINDS[args[0]], args=args[1:], prog=f"cbsa bench {args[0]}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {options.device}: torch sees no CUDA device")

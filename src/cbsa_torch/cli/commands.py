@@ -7,14 +7,16 @@ import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cbsa_torch.cli.compare import run_compare
 from cbsa_torch.cli.count import CURVE_TOKENS, as_dict, count_named, flops_curves, mixer_sizes
-from cbsa_torch.cli.report import report_run
+from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.cli.report import run_report
 from cbsa_torch.interpret import plots
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import CheckpointError, write_atomically
@@ -27,6 +29,18 @@ from cbsa_torch.train.predict import predict_images
 from cbsa_torch.train.run_folder import RunFolder
 from cbsa_torch.train.trainer import train
 
+__all__ = [
+    "EXPECTED_ERRORS",
+    "run_compare",
+    "run_convert",
+    "run_count",
+    "run_eval",
+    "run_list",
+    "run_predict",
+    "run_report",
+    "run_train",
+]
+
 EXPECTED_ERRORS = (
     CheckpointError,
     errors.ConfigError,
@@ -36,17 +50,6 @@ EXPECTED_ERRORS = (
     OSError,
 )
 """Errors with a message meant for the user; anything else is a bug and keeps its traceback."""
-
-
-def _parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:
-    kwargs = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
-
-
-def _at_least_one(**options: int) -> None:
-    for name, value in options.items():
-        if value < 1:
-            raise errors.ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def _take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:
@@ -75,7 +78,7 @@ def run_train(args: list[str]) -> None:
     default = load_config("digits" if source is None else source)
     if {"-h", "--help"} & set(rest):
         print("usage: cbsa train [--config RECIPE_OR_YAML] [--model NAME] [options]; later options win.\n")
-    train(_parse(TrainConfig, rest, "train", default))
+    train(parse(TrainConfig, rest, "train", default))
 
 
 @dataclass
@@ -96,8 +99,8 @@ class _EvalArgs:
 
 def run_eval(args: list[str]) -> None:
     """Evaluate a trained model."""
-    options = _parse(_EvalArgs, args, "eval")
-    _at_least_one(batch_size=options.batch_size)
+    options = parse(_EvalArgs, args, "eval")
+    at_least(1, batch_size=options.batch_size)
     data = open_trained(options.checkpoint).config.data
     if options.root is not None:
         data = dataclasses.replace(data, name="folder", root=options.root)
@@ -133,7 +136,7 @@ class _PredictArgs:
 
 def run_predict(args: list[str]) -> None:
     """Classify image files."""
-    options = _parse(_PredictArgs, args, "predict")
+    options = parse(_PredictArgs, args, "predict")
     if not options.images:
         raise errors.ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
     predictions = predict_images(
@@ -153,27 +156,6 @@ def run_predict(args: list[str]) -> None:
 
 
 @dataclass
-class _ReportArgs:
-    """Write a self-contained page about a trained model."""
-
-    checkpoint: str
-    """A run folder."""
-    images: int = 256
-    """How many test images measure the coding rates."""
-    shown: int = 6
-    """How many test images get attention maps."""
-
-
-def run_report(args: list[str]) -> None:
-    """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
-    options = _parse(_ReportArgs, args, "report")
-    _at_least_one(images=options.images, shown=options.shown)
-    accuracy, page = report_run(options.checkpoint, images=options.images, shown=options.shown)
-    print(f"test accuracy: {accuracy:.4f}")
-    print(f"report: {page}")
-
-
-@dataclass
 class _ConvertArgs:
     """Convert a released checkpoint (CBT, CRATE, ToST, hybrids) into one of ours."""
 
@@ -187,9 +169,9 @@ class _ConvertArgs:
 
 def run_convert(args: list[str]) -> None:
     """Convert a released checkpoint of the official code."""
-    options = _parse(_ConvertArgs, args, "convert")
+    options = parse(_ConvertArgs, args, "convert")
     if options.num_heads is not None:
-        _at_least_one(num_heads=options.num_heads)
+        at_least(1, num_heads=options.num_heads)
     info = convert_official(options.official, options.output, num_heads=options.num_heads)
     print(f"{options.output}: {info['model']} {info['model_args']}")
 
@@ -218,7 +200,7 @@ class _CountArgs:
 
 def run_count(args: list[str]) -> None:
     """Count parameters, FLOPs and pairwise similarities of models."""
-    options = _parse(_CountArgs, args, "count")
+    options = parse(_CountArgs, args, "count")
     if not options.models:
         raise errors.ConfigError("no models given: cbsa count MODEL ...")
     if options.plot is not None and not options.plot.endswith((".png", ".svg")):
@@ -281,7 +263,7 @@ class _ListArgs:
 
 def run_list(args: list[str]) -> None:
     """List our models and recipes."""
-    kinds = _parse(_ListArgs, args, "list").kind
+    kinds = parse(_ListArgs, args, "list").kind
     if "models" in kinds:
         for family, names in itertools.groupby(registry.names().items(), key=lambda item: item[1]):
             print(f"{family}\n  " + "\n  ".join(name for name, _ in names))

@@ -1,41 +1,63 @@
-"""Capture: what every CBSA layer of a model computes, as typed records, without touching the model."""
+"""Capture: what every attention layer of a model computes, as typed records, without touching the model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch._core.types import CBSAStages, GridSize
-from cbsa_torch.nn import CBSA
+from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
+from cbsa_torch.interpret.surroundings import Surroundings
+from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
+from cbsa_torch.nn.tokens import is_token_mask
 
 
 class LayerRecord(NamedTuple):
-    """One layer's evaluation on one batch."""
+    """One layer's evaluation on one batch; tensors are detached.
+
+    Learned parameters are not copied: what is computed later from ``layer``, such as TSSA's temperature,
+    is as it is then.
+    """
 
     name: str
     """The layer's name in the model, e.g. ``blocks.3.attn``."""
-    stages: CBSAStages
-    """Every intermediate, detached."""
+    layer: nn.Module
+    """The mixer itself."""
+    tokens: Tensor
+    """``(B, H, N, P)`` the layer's input in its subspaces, U_k^T Z; the queries if queries, keys and values
+    have projections of their own. Masked tokens are zero."""
+    keys: Tensor | None
+    """``(B, H, N, P)`` of layers with separate projections, else None."""
+    stages: CBSAStages | None
+    """Every intermediate of CBSA; None for other mixers."""
     grid_size: GridSize | None
-    """None if the layer's representatives need no grid and it was given none."""
+    """The grid of the tokens after the prefix; None where nothing tells it."""
     num_prefix_tokens: int
     token_mask: Tensor | None
     """``(B, N)`` bool, True = a real token; None if all are."""
+    agents: Representatives | None = None
+    """The agents of agent attention; None for other mixers."""
+    attn_mask: Tensor | None = None
+    """The mask that differs from query to query, as it was passed (not a copy); None without one."""
+    is_causal: bool = False
+    """Whether no token attended to later ones."""
 
 
 @contextmanager
-def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[dict[str, LayerRecord]]:
-    """Record the CBSA layers of ``model`` during forward passes inside the context.
+def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iterator[dict[str, LayerRecord]]:
+    """Record the attention layers of ``model`` during forward passes inside the context.
+
+    Every token mixer of cbsa_torch is recorded, and timm's ``Attention``, the layer of its ViTs.
 
     Args:
-        model: any module tree with :class:`cbsa_torch.CBSA` layers.
-        layers: names of the layers to record. Default: all.
+        model: any module tree with such layers.
+        layers: names of the layers to record, or their indices among all of them in the model's order;
+            negative indices count from the last. Default: all. Only these are kept.
 
     Yields:
         A dictionary that each forward pass fills, in the order of evaluation: layer name to
@@ -44,41 +66,27 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
         more than once keeps its last call.
 
     Raises:
-        ValueError: no such layer, or a model without any. TypeError: ``layers`` is a string.
+        ValueError: no such layer name, no layer asked for, or a model without any. IndexError: an index out
+            of range. TypeError: ``layers`` is not a sequence of names and indices.
     """
-    if isinstance(layers, str):
-        raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
-    found = {
-        name.replace("_orig_mod.", ""): module  # torch.compile's, of the model or of a part
-        for name, module in model.named_modules()
-        if isinstance(module, CBSA)
-    }
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no CBSA layer to capture")
-    for name in layers or ():
-        if name not in found:
-            raise ValueError(
-                f"layers: no CBSA layer {name!r}{nearest(name, found)}; there are {', '.join(found)}"
-            )
+    chosen = choose_layers(attention_layers(model), layers)
+    around = Surroundings(model)
     records: dict[str, LayerRecord] = {}
     handles = []
 
     def record(name: str) -> Any:
         @torch.no_grad()
-        def hook(module: CBSA, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            called = module.named_arguments(*args, **kwargs)
-            x, masks = called["x"], (called["token_mask"], called["attn_mask"])
-            stages = module.stages(x, called["grid_size"], *masks)
-            grid, prefix = module.token_grid(x, called["grid_size"]) or (None, module.num_prefix_tokens or 0)
-            mask = module.token_mask(x, *masks)
-            records[name] = LayerRecord(name, stages, grid, prefix, mask)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            records.pop(name, None)  # not two of them at once
+            read = _read_mixer if isinstance(module, TokenMixer) else _read_timm
+            records[name] = read(name, module, around, args, kwargs)
 
         return hook
 
     try:
-        for name, module in found.items():
-            if layers is None or name in layers:
-                handles.append(module.register_forward_hook(record(name), with_kwargs=True))
+        handles += around.watch(chosen)
+        for name, module in chosen.items():
+            handles.append(module.register_forward_hook(record(name), with_kwargs=True))
         # Compiled code does not see hooks that are new.
         compiled = "torch._dynamo" in sys.modules
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
@@ -86,3 +94,134 @@ def capture(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[d
     finally:
         for handle in handles:
             handle.remove()
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of ``model`` that :func:`capture` can record, by name, in the model's order.
+
+    Raises ``ValueError`` if there is none.
+    """
+    found = {
+        name.replace("_orig_mod.", ""): module  # torch.compile's, of the model or of a part
+        for name, module in model.named_modules()
+        if isinstance(module, TokenMixer) or _is_timm_attention(module)
+    }
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no CBSA layer, nor any other attention of cbsa_torch or timm"
+        )
+    return found
+
+
+def choose_layers(found: dict[str, nn.Module], layers: Sequence[str | int] | None) -> dict[str, nn.Module]:
+    """Those of ``found`` that ``layers`` names or numbers, in the order of ``found``; None = all.
+
+    Raises what :func:`capture` raises.
+    """
+    if layers is None:
+        return found
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise TypeError(f"layers must be a sequence of names and indices, got {layers!r}")
+    names = list(found)
+    chosen = set()
+    for layer in layers:
+        if isinstance(layer, int) and not isinstance(layer, bool):
+            if not -len(names) <= layer < len(names):
+                raise IndexError(
+                    f"layers: no attention layer {layer}; there are {len(names)}, "
+                    f"0 to {len(names) - 1}, or -{len(names)} to -1"
+                )
+            chosen.add(names[layer])
+        elif not isinstance(layer, str):
+            raise TypeError(f"layers must be names and indices, got {layer!r} of type {type(layer).__name__}")
+        elif layer not in found:
+            raise ValueError(
+                f"layers: no attention layer {layer!r}{nearest(layer, names)}; there are {', '.join(names)}"
+            )
+        else:
+            chosen.add(layer)
+    if not chosen:
+        raise ValueError("layers must hold at least one name or index, or be None for all layers")
+    return {name: module for name, module in found.items() if name in chosen}
+
+
+def _is_timm_attention(module: nn.Module) -> bool:
+    """Whether it computes what timm's ``Attention`` does: a subclass with its own ``forward`` may not."""
+    timm = sys.modules.get("timm.layers.attention")  # a model has a timm layer only if timm is loaded
+    kind = getattr(timm, "Attention", None)
+    return kind is not None and isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _read_mixer(
+    name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LayerRecord:
+    layer = cast(TokenMixer, layer)
+    called = layer.named_arguments(*args, **kwargs)
+    x, grid_size = called["x"], called["grid_size"]
+    heads = layer.heads(x, grid_size, called["token_mask"], called["attn_mask"])
+    located = layer.token_grid(x, grid_size) or around.grid(name, heads.tokens.shape[2])
+    grid, prefix = located or (None, layer.num_prefix_tokens or 0)
+    mask = heads.token_mask
+    stages = agents = None
+    if isinstance(layer, CBSA):
+        stages = CBSAStages(*(t if t is None else _own(t, layer) for t in layer.stages_in(heads)))  # type: ignore[arg-type]
+        tokens = stages.tokens
+    else:
+        tokens = _own(_zero_masked(heads.tokens, mask), layer)
+    if isinstance(layer, AgentAttention):
+        agents = layer.agents(heads)
+        agents = agents._replace(values=_own(agents.values, layer))
+    keys = None if heads.keys is None else _own(_zero_masked(heads.keys, mask), layer)
+    return LayerRecord(
+        name,
+        layer,
+        tokens,
+        keys,
+        stages,
+        grid,
+        prefix,
+        mask,
+        agents,
+        heads.attn_mask,
+        called["is_causal"],
+    )
+
+
+def _read_timm(
+    name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LayerRecord:
+    return _read_timm_arguments(name, cast(Any, layer), around, *args, **kwargs)
+
+
+def _read_timm_arguments(
+    name: str,
+    layer: Any,
+    around: Surroundings,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> LayerRecord:
+    b, n, _ = x.shape
+    qkv = layer.qkv(x).reshape(b, n, 3, layer.num_heads, layer.head_dim)
+    queries, keys, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, P) each
+    queries, keys = layer.q_norm(queries), layer.k_norm(keys)
+    token_mask = None
+    if attn_mask is not None and attn_mask.ndim == 4 and is_token_mask(attn_mask, b, n):
+        token_mask, attn_mask = attn_mask.reshape(b, n), None
+    queries, keys = (_own(_zero_masked(t, token_mask), layer) for t in (queries, keys))
+    located = around.grid(name, n, square=True)
+    grid, prefix = located or (None, around.num_prefix_tokens(name) or 0)
+    return LayerRecord(name, layer, queries, keys, None, grid, prefix, token_mask, None, attn_mask, is_causal)
+
+
+def _zero_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    return tokens if mask is None else tokens.masked_fill(~mask[:, None, :, None], 0.0)
+
+
+def _own(tensor: Tensor, layer: nn.Module) -> Tensor:
+    """The tensor, copied if it would keep more than itself alive, or change with the layer's parameters."""
+    storage = tensor.untyped_storage()
+    held = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    if storage.data_ptr() in held or storage.nbytes() > tensor.numel() * tensor.element_size():
+        return tensor.clone()
+    return tensor

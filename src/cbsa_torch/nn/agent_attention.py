@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cbsa_torch import ops
-from cbsa_torch._core.types import QKV, RepresentativeKind, Strategy
+from cbsa_torch._core.types import QKV, RepresentativeKind, Representatives, Strategy
 from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.ops import counting
@@ -66,18 +66,23 @@ class AgentAttention(TokenMixer):
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.agent_attention`."""
-        agents = self._represent(self.representatives, heads)
-        if agents.attention is not None:
-            raise ValueError("representatives must not return an attention: agents attend by softmax")
+        agents = self.agents(heads)
         keys = heads.tokens if heads.keys is None else heads.keys
         values = keys if heads.values is None else heads.values
         return ops.agent_attention(
             heads.tokens, agents.values, keys, values, key_mask=heads.token_mask, agent_mask=agents.mask
         )
 
+    def agents(self, heads: Heads) -> Representatives:
+        """The agents that :meth:`mix` uses: values ``(B, H, M, P)`` and which of them exist."""
+        agents = self._represent(self.representatives, heads)
+        if agents.attention is not None:
+            raise ValueError("representatives must not return an attention: agents attend by softmax")
+        return agents
+
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both softmax attentions."""
-        agents = self._represent(self.representatives, heads)
+        agents = self.agents(heads)
         return counting.agent_attention(
             heads.tokens.shape[2],
             agents.values.shape[2],

@@ -159,8 +159,11 @@ class CBSA(TokenMixer):
         attn_mask: Tensor | None = None,
     ) -> CBSAStages:
         """Every intermediate of :meth:`forward` for the same arguments, computed eagerly, per head."""
-        source, token_mask, _ = self._read(x, token_mask, attn_mask)
-        return ops.cbsa_stages(**self._operands(self._project(source, grid_size, token_mask)))
+        return self.stages_in(self.heads(x, grid_size, token_mask, attn_mask))
+
+    def stages_in(self, heads: Heads) -> CBSAStages:
+        """:meth:`stages` from the tokens in their subspaces, see :meth:`heads`."""
+        return ops.cbsa_stages(**self._operands(heads))
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count making the representatives, extraction, contraction and broadcast."""

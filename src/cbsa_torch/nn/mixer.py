@@ -321,6 +321,17 @@ class TokenMixer(nn.Module, abc.ABC):
         inner = self.num_heads * self.head_dim
         return counts.plus(Counts(products=2 * source.tokens.shape[1] * inner * self.dim))
 
+    def heads(
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        token_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Heads:
+        """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
+        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask)
+        return self._project(source, grid_size, token_mask, attn_mask)
+
     def token_mask(
         self, x: Tensor, token_mask: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor | None:

@@ -90,16 +90,34 @@ def tssa(tokens: Tensor, *, temperature: Tensor | float = 1.0, token_mask: Tenso
         check_number("temperature", temperature)
     with no_autocast(tokens):
         w, _ = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
-        if isinstance(temperature, Tensor):
-            temperature = temperature.to(w.dtype)[:, None]  # (H, 1)
         squares = w.square()  # (B, H, N, P)
-        share = squares / squares.sum(-2, keepdim=True).clamp(min=_NORM_FLOOR**2)
-        membership = torch.softmax(temperature * share.sum(-1), dim=1)  # (B, H, N)
-        if token_mask is not None:
-            membership = membership.masked_fill(~token_mask[:, None, :], 0.0)
-        weights = membership / (membership.sum(-1, keepdim=True) + _MEMBERSHIP_FLOOR)
+        membership, weights = _memberships(squares, temperature, token_mask)
         moment = weights[..., None, :] @ squares  # (B, H, 1, P)
         return (-w * membership[..., None] / (1 + moment)).to(tokens.dtype)
 
 
-__all__ = ["channel_attention", "tssa"]
+def tssa_memberships(
+    tokens: Tensor, temperature: Tensor | float = 1.0, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pi of :func:`tssa`, and Pi over its sum over the tokens: the weights of a head's mean square.
+
+    Arguments as those of :func:`tssa`, unchecked; both results are ``(B, H, N)``, zero at masked tokens.
+    """
+    with no_autocast(tokens):
+        w, _ = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
+        return _memberships(w.square(), temperature, token_mask)
+
+
+def _memberships(
+    squares: Tensor, temperature: Tensor | float, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(squares.dtype)[:, None]  # (H, 1)
+    share = squares / squares.sum(-2, keepdim=True).clamp(min=_NORM_FLOOR**2)
+    membership = torch.softmax(temperature * share.sum(-1), dim=1)  # (B, H, N)
+    if token_mask is not None:
+        membership = membership.masked_fill(~token_mask[:, None, :], 0.0)
+    return membership, membership / (membership.sum(-1, keepdim=True) + _MEMBERSHIP_FLOOR)
+
+
+__all__ = ["channel_attention", "tssa", "tssa_memberships"]

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_positive_int
-from cbsa_torch.interpret import plots
-from cbsa_torch.interpret.attention_maps import cls_attention_maps
-from cbsa_torch.interpret.capture import capture
-from cbsa_torch.interpret.rates import coding_rates
+from cbsa_torch.interpret import figures, plots
+from cbsa_torch.interpret.report import page, statements
+from cbsa_torch.interpret.report.maps import Maps, Pictures, measure_maps
+from cbsa_torch.interpret.report.measure import Measures, as_numbers, measure
 
 
 class ReportFiles(NamedTuple):
@@ -38,13 +37,19 @@ def report(
     history: Sequence[dict[str, Any]] = (),
     evaluation: Mapping[str, Any] | None = None,
     image_titles: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    further: Pictures | None = None,
     shown: int = 6,
     batch_size: int = 64,
+    robustness_images: int = 128,
 ) -> ReportFiles:
     """Write ``report.html``, ``report.json`` and ``figures/`` into ``folder``.
 
+    The page is one file that needs nothing else. A measure that does not exist for the model is left out, and
+    the page says why.
+
     Args:
-        model: a trained model with CBSA layers, in eval mode.
+        model: a trained model in eval mode, with mixers of ours or timm's attention.
         inputs: ``(B, C, height, width)`` what the model is fed; all of them measure the rates.
         images: the same images to look at, ``(B, height, width[, 3])`` in [0, 1].
         title: heading of the page.
@@ -52,69 +57,97 @@ def report(
         history: one row per epoch with epoch, train_loss, val_loss, val_top1.
         evaluation: top1, loss, images, confusion, class_names, split of a test.
         image_titles: captions of the images.
-        shown: how many images get attention maps.
+        labels: their classes, for the robustness curve. Without them it shows how many predictions stay the
+            same.
+        further: images that get attention maps before those of ``images``, but measure nothing.
+        shown: how many of ``images`` get attention maps.
         batch_size: images per forward pass.
+        robustness_images: how many of the images (the first) the robustness curve uses; 0 leaves it out.
+
+    Raises:
+        ValueError: numbers of images, labels or titles that do not fit; a model with nothing to capture.
     """
     check_positive_int("shown", shown)
     check_positive_int("batch_size", batch_size)
-    if len(images) != len(inputs):
-        raise ValueError(f"images must be those of inputs: got {len(images)} images and {len(inputs)} inputs")
-    shown = min(shown, len(images))
-    if image_titles is not None and len(image_titles) < shown:
-        raise ValueError(f"image_titles must be at least {shown}, got {len(image_titles)}")
+    if isinstance(robustness_images, bool) or robustness_images < 0:
+        raise ValueError(f"robustness_images must be at least 0, got {robustness_images}")
+    pictures = choose_pictures(inputs, images, image_titles, further, shown)
     folder = Path(folder)
-    figure_folder = folder / "figures"
-    figure_folder.mkdir(parents=True, exist_ok=True)
-    rates = coding_rates(model, inputs.split(batch_size))
-    with torch.no_grad(), capture(model) as records:
-        model(inputs[:shown])
-    maps = []
-    for index, record in enumerate(records.values()):
-        mean_over_heads = cls_attention_maps(record).mean(1)
-        maps.append((f"layer {index + 1}", mean_over_heads.cpu().float().numpy()))
-    figures = {
-        "coding_rate": plots.rates_per_layer(rates),
-        "attention_maps": plots.attention_panel(
-            images[:shown], _spread(maps), None if image_titles is None else image_titles[:shown]
-        ),
-    }
+    measures = measure(model, inputs, labels=labels, batch_size=batch_size, robustness_images=robustness_images)
+    maps = measure_maps(model, pictures)
+    drawn = page.measure_figures(measures)
     if history:
-        figures["learning_curves"] = plots.learning_curves(history)
-    written = []
-    for name, figure in figures.items():
-        for suffix, data in ((".png", plots.to_png(figure)), (".svg", plots.to_svg(figure).encode())):
-            path = figure_folder / f"{name}{suffix}"
-            path.write_bytes(data)
-            written.append(path)
-
-    environment = Environment(
-        loader=PackageLoader("cbsa_torch.interpret.report", "."), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("template.html.j2").render(
+        drawn = {"learning_curves": plots.learning_curves(history), **drawn}
+    panels = page.map_figures(maps, pictures)
+    written = page.save_all({**drawn, **panels}, folder / "figures")
+    section = page.map_section(maps, pictures, panels)
+    text = page.render(
+        "report.html.j2",
         title=title,
         facts=facts,
         evaluation=evaluation,
         best=max(history, key=lambda row: row["val_top1"]) if history else None,
-        rates=rates,
-        svg={name: plots.to_svg(figure) for name, figure in figures.items() if name != "attention_maps"},
-        maps=plots.to_data_url(figures["attention_maps"]),
-        shown=shown,
+        measures=measures,
+        said=said(measures),
+        figures=dict.fromkeys(page.LABELS)
+        | {name: figures.draw(figure, name, page.LABELS[name]) for name, figure in drawn.items()},
+        maps=section,
+        has_maps=section is not None,
+        left_out=left_out(measures, maps),
     )
     files = ReportFiles(folder / "report.html", folder / "report.json", written)
-    files.page.write_text(page, encoding="utf-8")
+    files.page.write_text(text, encoding="utf-8")
     numbers = {
         "title": title,
         "facts": dict(facts),
         "history": list(history),
         "evaluation": evaluation,
-        "coding_rate": rates._asdict(),
+        **as_numbers(measures),
+        "statements": said(measures),
+        "maps": {"layers": [layer.name for layer in maps.layers], "missing": maps.missing},
     }
     files.numbers.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
     return files
 
 
-def _spread(maps: list[tuple[str, np.ndarray]], most: int = 6) -> list[tuple[str, np.ndarray]]:
-    """At most ``most`` layers, evenly spread, first and last included."""
-    if len(maps) <= most:
-        return maps
-    return [maps[round(i * (len(maps) - 1) / (most - 1))] for i in range(most)]
+def choose_pictures(
+    inputs: Tensor,
+    images: np.ndarray,
+    titles: Sequence[str] | None,
+    further: Pictures | None = None,
+    shown: int = 6,
+) -> Pictures:
+    """The images that get maps: ``further``, then the first ``shown``."""
+    if len(images) != len(inputs):
+        raise ValueError(f"images must be those of inputs: got {len(images)} images and {len(inputs)} inputs")
+    shown = min(shown, len(images))
+    if titles is not None and len(titles) < shown:
+        raise ValueError(f"image_titles must be at least {shown}, got {len(titles)}")
+    names = [f"image {i + 1}" for i in range(shown)] if titles is None else list(titles[:shown])
+    if further is None:
+        return Pictures(inputs[:shown], images[:shown], names)
+    return Pictures(
+        torch.cat([further.inputs, inputs[:shown]]),
+        np.concatenate([further.images, images[:shown]]),
+        [*further.titles, *names],
+    )
+
+
+def said(measures: Measures) -> dict[str, str]:
+    """The page's findings in words."""
+    sentences = {"later_half": statements.later_half_sentence(measures.rates)}
+    if measures.reduced is not None:
+        sentences["together"] = statements.together_sentence(measures.reduced)
+        sentences["heads"] = statements.heads_sentence(measures.reduced)
+    return sentences
+
+
+def left_out(measures: Measures, maps: Maps) -> dict[str, str]:
+    """What the page does not show, and why."""
+    reasons = {page.NAMES[name]: reason for name, reason in measures.missing.items()}
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in maps.missing.items():
+        by_reason.setdefault(reason, []).append(layer)
+    for reason, layers in by_reason.items():
+        reasons[f"Attention maps of {', '.join(layers)}"] = reason
+    return reasons

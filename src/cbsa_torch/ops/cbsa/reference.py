@@ -193,5 +193,13 @@ def cbsa_reference(
             weights = attention.mT
         output = broadcast(weights, contracted, step_tokens)
     return CBSAStages(
-        tokens, representatives, attention, extracted, contraction_attention, contracted, weights, output
+        tokens,
+        representatives,
+        attention,
+        extracted,
+        contraction_attention,
+        contracted,
+        weights,
+        output,
+        representative_mask,
     )

@@ -1,0 +1,120 @@
+"""``cbsa compare``: several runs on the same images, side by side on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from cbsa_torch.cli import runs
+from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.interpret import ComparedRun, compare
+from cbsa_torch.models.counting import count_model
+from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.evaluate import Trained, evaluate_checkpoint
+
+
+@dataclass
+class _CompareArgs:
+    """Write a self-contained page that shows several runs on the same images side by side."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Two or more run folders, trained on the same data."""
+    output: str = "runs/comparison"
+    """The folder of the page, its numbers and its figures."""
+    images: int = 256
+    """How many test images measure the coding rates."""
+    shown: int = 4
+    """How many test images get attention maps."""
+    robustness_images: int = 128
+    """How many test images the robustness curves use; 0 leaves them out."""
+
+
+def run_compare(args: list[str]) -> None:
+    """Show several runs side by side: accuracy, coding rates, attention maps."""
+    options = parse(_CompareArgs, args, "compare")
+    at_least(1, images=options.images, shown=options.shown)
+    at_least(0, robustness_images=options.robustness_images)
+    page = compare_runs(
+        options.runs,
+        options.output,
+        images=options.images,
+        shown=options.shown,
+        robustness_images=options.robustness_images,
+    )
+    print(f"comparison: {page}")
+
+
+def compare_runs(
+    checkpoints: Sequence[str],
+    output: str | Path,
+    *,
+    images: int = 256,
+    shown: int = 4,
+    robustness_images: int = 128,
+) -> Path:
+    """Evaluate runs on their test split and write ``compare.html`` into ``output``; returns its path.
+
+    Args:
+        checkpoints: two or more run folders, of the same data and classes.
+        output: a folder.
+        images, shown, robustness_images: as for a report.
+    """
+    if len(checkpoints) < 2:
+        raise ConfigError(f"compare needs two runs or more, got {len(checkpoints)}: cbsa compare RUN RUN ...")
+    twice = {name for name in checkpoints if checkpoints.count(name) > 1}
+    if twice:
+        raise ConfigError(f"{min(twice)} is given twice")
+    opened = {checkpoint: runs.open_run(checkpoint) for checkpoint in checkpoints}
+    _check_same_data(opened)
+    names = _short_names(checkpoints)
+    split = runs.evaluated_split(opened[checkpoints[0]])
+    compared = []
+    for checkpoint, trained in opened.items():
+        evaluation = evaluate_checkpoint(trained.path, split=split)
+        inputs, pictures, labels = runs.sample_images(trained, split, images)
+        counts = count_model(trained.model, trained.spec.input_size).total
+        compared.append(
+            ComparedRun(
+                name=names[checkpoint],
+                model=trained.model,
+                inputs=inputs,
+                images=pictures,
+                labels=labels,
+                kind=trained.info["model"],
+                parameters=counts.parameters,
+                flops=counts.counts.flops,
+                accuracy=evaluation.top1,
+                image_titles=runs.titles(trained, inputs[:shown], labels[:shown]),
+            )
+        )
+    data = opened[checkpoints[0]].config.data.name
+    title = f"{len(compared)} models on {data}, {split} split"
+    return compare(compared, output, title=title, shown=shown, robustness_images=robustness_images).page
+
+
+def _check_same_data(opened: dict[str, Trained]) -> None:
+    """Refuse runs that would not see the same images and classes."""
+    (first_name, first), *others = opened.items()
+    for name, other in others:
+        for key in ("name", "root", "val_fraction"):
+            one, two = getattr(first.config.data, key), getattr(other.config.data, key)
+            if one != two:
+                raise ConfigError(
+                    f"{first_name} and {name} were trained on different data: data.{key} is {one} and {two}"
+                )
+        if first.class_names != other.class_names:
+            one, two = _some(first.class_names), _some(other.class_names)
+            raise ConfigError(f"{first_name} and {name} have different classes: {one} and {two}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+
+
+def _short_names(checkpoints: Sequence[str]) -> dict[str, str]:
+    """Folder names where they tell runs apart, else what was given."""
+    short = [Path(checkpoint).name for checkpoint in checkpoints]
+    return dict(zip(checkpoints, short if len(set(short)) == len(short) else checkpoints, strict=True))

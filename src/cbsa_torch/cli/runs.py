@@ -1,0 +1,114 @@
+"""What pages need from a run: its images, its model card, and that there is something to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbsa_torch.interpret import Pictures, capture
+from cbsa_torch.models.counting import count_model
+from cbsa_torch.train.data import open_split, open_splits
+from cbsa_torch.train.errors import ConfigError, DataError
+from cbsa_torch.train.evaluate import Trained, open_trained
+from cbsa_torch.train.predict import eval_transform, read_image
+from cbsa_torch.train.run_folder import RunFolder
+
+
+def open_run(checkpoint: str | Path) -> Trained:
+    """Open a run whose model has layers to look into."""
+    trained = open_trained(checkpoint)
+    try:
+        with capture(trained.model):
+            pass
+    except ValueError as error:
+        raise ConfigError(f"{checkpoint}: {error}; cbsa eval works") from error
+    return trained
+
+
+def evaluated_split(trained: Trained) -> str:
+    """The split a page is about: test, or validation where there is none."""
+    return "val" if open_splits(trained.config.data, trained.spec.mode).test is None else "test"
+
+
+def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.ndarray, list[int]]:
+    """Inputs, pictures in [0, 1] and labels of readable images, evenly spread over a split."""
+    dataset: Any = open_split(trained.config.data, trained.spec.mode, split, trained.class_names)
+    count = min(count, len(dataset))
+    transform = eval_transform(trained.spec)
+    inputs, labels = [], []
+    for i in range(count):
+        image, label = dataset[i * len(dataset) // count]
+        if label >= 0:
+            inputs.append(transform(image))
+            labels.append(label)
+    if not inputs:
+        raise DataError(f"none of {count} images of the {split} split could be read")
+    batch = torch.stack(inputs)
+    return batch, to_pictures(trained, batch), labels
+
+
+def read_pictures(trained: Trained, files: Sequence[str]) -> Pictures | None:
+    """Image files as the model is fed them, titled with what it takes them for; None without files."""
+    if not files:
+        return None
+    inputs = torch.cat([read_image(file, trained.spec) for file in files])
+    predicted = [trained.class_names[i] for i in predict(trained, inputs)]
+    titles = [f"{Path(file).name}: {name}" for file, name in zip(files, predicted, strict=True)]
+    return Pictures(inputs, to_pictures(trained, inputs), titles)
+
+
+@torch.inference_mode()
+def predict(trained: Trained, inputs: Tensor) -> list[int]:
+    """The most likely class of each image."""
+    classes: list[int] = trained.model(inputs).argmax(-1).tolist()
+    return classes
+
+
+def to_pictures(trained: Trained, inputs: Tensor) -> np.ndarray:
+    """Inputs without their normalisation: ``(B, height, width[, 3])`` in [0, 1]."""
+    mean = torch.tensor(trained.spec.mean).view(1, -1, 1, 1)
+    std = torch.tensor(trained.spec.std).view(1, -1, 1, 1)
+    pictures = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+
+
+def titles(trained: Trained, inputs: Tensor, labels: Sequence[int]) -> list[str]:
+    """What the model takes images for, and what they are where that differs."""
+    names = trained.class_names
+    return [
+        names[p] if p == t else f"{names[p]} (is {names[t]})"
+        for p, t in zip(predict(trained, inputs), labels, strict=True)
+    ]
+
+
+def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
+    """The model card."""
+    optim = trained.config.optim
+    channels, height, width = trained.spec.input_size
+    counts = count_model(trained.model, trained.spec.input_size)
+    card = {
+        "model": trained.info["model"],
+        "parameters": f"{counts.total.parameters:,}",
+        "GFLOPs": f"{counts.total.counts.flops / 1e9:.4g} for one image (two per multiply-add)",
+        "input": f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}",
+        "data": trained.config.data.name,
+        "classes": str(len(trained.class_names)),
+        "training": (
+            f"{optim.epochs} epochs of {optim.name}, lr {optim.lr:g}, batch {optim.batch_size}, "
+            f"seed {trained.config.seed}"
+        ),
+        "weights": f"epoch {trained.info['epoch']}, validation accuracy {100 * trained.info['val_top1']:.2f} %",
+    }
+    if folder.environment.exists():
+        environment = json.loads(folder.environment.read_text())
+        card["trained with"] = (
+            f"cbsa_torch {environment['cbsa_torch']}, torch {environment['torch']}, {environment['device']}, "
+            f"{environment['date'][:10]}"
+        )
+    return card

@@ -1,0 +1,212 @@
+"""Figures on a page: cut into panels that fit a phone, and arrays as data URLs. Files get the whole figure."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from cbsa_torch.interpret import plots
+from cbsa_torch.interpret.rates import LayerRates
+
+CSS_PIXELS = 96
+"""Per inch."""
+
+SINGLE_WIDTH = 4.8
+"""Inches: a figure of one panel gets no wider, so that its text stays readable on a phone."""
+
+LABEL_LENGTH = 30
+"""Characters of a run's name in a legend."""
+
+RUN_COLORS = (plots.BLUE, plots.ORANGE, plots.GREY, "#3b8f5a", "#7a4fa3", "#b8901d")
+"""Of the runs of a comparison, as in :func:`plots.robustness_curve`; repeated if there are more."""
+
+
+class Drawn(NamedTuple):
+    """A figure as it goes on a page."""
+
+    rows: list[list[str]]
+    """Inline SVG elements; a row of them wraps where it does not fit."""
+    heat: bool
+    """Whether it shows colour-coded values, whose colours must not change in the dark."""
+
+
+def draw(figure: Figure, name: str, label: str) -> Drawn:
+    """Cut a figure into SVG panels, one per axes (with its colour bar) or legend of the figure.
+
+    Args:
+        figure: its layout is computed here and fixed.
+        name: a prefix of the ids within, unique on the page.
+        label: what screen readers say.
+    """
+    groups = _panels(figure)
+    width, height = figure.get_size_inches()
+    if len(groups) == 1 and width > SINGLE_WIDTH:
+        figure.set_size_inches(SINGLE_WIDTH, height)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    boxes = [Bbox.union([artist.get_tightbbox() for artist in group]) for group in groups]
+    rows = [_row(group[0]) for group in groups]
+    everything = [artist for group in groups for artist in group]
+    cut: dict[tuple[int, ...] | None, list[str]] = {}
+    for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
+        # Panels of one row are cut to one height, so that their axes line up.
+        level = [box for box, other in zip(boxes, rows, strict=True) if other == row]
+        box = Bbox.from_extents(
+            boxes[i].x0, min(b.y0 for b in level), boxes[i].x1, max(b.y1 for b in level)
+        ).padded(4)
+        for artist in everything:
+            artist.set_visible(artist in group)
+        inches = box.transformed(figure.dpi_scale_trans.inverted())
+        panel = _inline(_svg(figure, inches, f"{name}-{i}"), f"{name}-{i}", label)
+        # What has no row (a shared colour bar, a legend) stands at the end of the last.
+        cut.setdefault(row if row is not None or not cut else [*cut][-1], []).append(panel)
+    for artist in everything:
+        artist.set_visible(True)
+    meshes = (isinstance(item, QuadMesh) for axis in figure.axes for item in axis.collections)
+    return Drawn(list(cut.values()), any(axis.images for axis in figure.axes) or any(meshes))
+
+
+def _panels(figure: Figure) -> list[list[Any]]:
+    bars: dict[Any, Any] = {}
+    for axis in figure.axes:
+        for item in (*axis.images, *axis.collections):
+            if item.colorbar is not None:
+                bars[item.colorbar.ax] = axis
+    # Colour bars of several axes come last and stand for themselves.
+    shared = {bar for bar in bars if len(getattr(bar, "_colorbar_info", {}).get("parents", ())) > 1}
+    groups = [
+        [axis, *(bar for bar, owner in bars.items() if owner is axis and bar not in shared)]
+        for axis in figure.axes
+        if axis not in bars
+    ]
+    return [*groups, *([bar] for bar in shared), *([legend] for legend in figure.legends)]
+
+
+def _row(artist: Any) -> tuple[int, ...] | None:
+    """The rows of the figure's grid that axes span; None for what is placed freely."""
+    place = artist.get_subplotspec() if hasattr(artist, "get_subplotspec") else None
+    return None if place is None else tuple(place.rowspan)
+
+
+def _svg(figure: Figure, inches: Bbox, salt: str) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):  # the same figure gives the same file
+        figure.savefig(
+            buffer, format="svg", bbox_inches=inches, pad_inches=0, transparent=True, metadata={"Date": None}
+        )
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _inline(svg: str, prefix: str, label: str) -> str:
+    """Make ids unique on the page, and the size one of CSS."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    points = re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)
+    assert points is not None, "matplotlib writes the width in points"
+    width = float(points.group(1)) * CSS_PIXELS / 72
+    head, _, rest = svg.partition(">")
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{label}" style="width:{width:.0f}px">{rest}'
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write the whole figure as PNG and SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    paths[0].write_bytes(plots.to_png(figure, dpi=150))
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        paths[1].write_text(plots.to_svg(figure), encoding="utf-8")
+    return paths
+
+
+def image_url(image: np.ndarray) -> str:
+    """``(height, width[, 3])`` values in [0, 1] as a PNG in a ``data:`` URL, pixel for pixel."""
+    buffer = io.BytesIO()
+    image = np.clip(image, 0, 1)
+    rgb = np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image
+    matplotlib.image.imsave(buffer, np.ascontiguousarray(rgb), format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def png_url(figure: Figure, dpi: int = 150) -> str:
+    """A whole figure as a PNG in a ``data:`` URL."""
+    return "data:image/png;base64," + base64.b64encode(plots.to_png(figure, dpi)).decode()
+
+
+def colors(name: str = "magma") -> str:
+    """256 colours of a colour map as base64 of RGB bytes."""
+    table = matplotlib.colormaps[name](np.arange(256))[:, :3]
+    return base64.b64encode(np.round(255 * table).astype(np.uint8).tobytes()).decode()
+
+
+def rates_of_runs(runs: Mapping[str, LayerRates]) -> Figure:
+    """The compression term of several runs against the layer, as it is and normalised."""
+    # Room for the legend: about 0.16 inches a line.
+    figure = Figure(figsize=(7.5, 2.8 + 0.16 * len(runs)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (name, rates) in enumerate(runs.items()):
+        layers = np.arange(1, len(rates.layers) + 1)
+        look: dict[str, Any] = {"color": run_color(i), "marker": "o", "markersize": 4, "label": _brief(name)}
+        left.plot(layers, rates.rate, **look)
+        right.plot(layers, rates.normalized, **look)
+    most = max(len(rates.layers) for rates in runs.values())
+    ticks = np.arange(1, most + 1, 1 if most <= 12 else 2)
+    left.set(xlabel="layer", ylabel="$R^c(Z^\\ell\\,|\\,U^\\ell)$ (nats)", xticks=ticks)
+    right.set(xlabel="layer", ylabel="normalised $R^c$ (nats)", xticks=ticks)
+    return _finish(figure)
+
+
+def run_color(index: int) -> str:
+    """The colour of the run of this number."""
+    return RUN_COLORS[index % len(RUN_COLORS)]
+
+
+def receptive_field_panel(image: np.ndarray, fields: Sequence[tuple[str, np.ndarray]]) -> Figure:
+    """An image, then where each representative looks: a row per layer.
+
+    Args:
+        image: ``(height, width[, 3])`` in [0, 1].
+        fields: per layer its name and ``(M, rows, columns)``.
+    """
+    count = max(len(values) for _, values in fields)
+    figure = Figure(figsize=(0.62 * (count + 1), 0.8 * len(fields)), layout="constrained")
+    grid = figure.subplots(len(fields), count + 1, squeeze=False)
+    for row, (name, values) in zip(grid, fields, strict=True):
+        row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+        row[0].set_ylabel(name, fontsize=7)
+        for axis, value in zip(row[1:], values, strict=False):
+            axis.imshow(value, cmap="magma")
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    return figure
+
+
+def _finish(figure: Figure) -> Figure:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    # Above the lines, of which there may be many.
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, labels)) <= LABEL_LENGTH // 2 else 1
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
+    return figure
+
+
+def _brief(name: str) -> str:
+    """A name that fits a legend: its end, which tells runs of many folders apart."""
+    return name if len(name) <= LABEL_LENGTH else f"…{name[1 - LABEL_LENGTH :]}"

@@ -1,0 +1,155 @@
+"""Everything that a page reports about a model, measured; what does not exist for it, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
+from cbsa_torch.interpret.robustness import Robustness, robustness
+from cbsa_torch.interpret.structure import (
+    AttentionRanks,
+    Sparsity,
+    attention_ranks,
+    ista_sparsity,
+    subspace_coherence,
+)
+from cbsa_torch.nn import CBSA, ISTA, TokenMixer
+
+SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)
+SEEDS = (0, 1, 2)
+"""Of the parameter noise."""
+
+T = TypeVar("T")
+
+
+class Measures(NamedTuple):
+    """What was measured of one model; None where a measure does not exist for it."""
+
+    rates: LayerRates
+    reduced: ReducedRates | None
+    steps: dict[str, list[float]]
+    """Learned kappa of every head, of the layers that have one."""
+    ranks: AttentionRanks | None
+    coherence: dict[str, Tensor] | None
+    sparsity: Sparsity | None
+    robustness: Robustness | None
+    robustness_metric: str
+    """What the robustness curve shows, in words."""
+    robustness_images: int
+    missing: dict[str, str]
+    """Measure to the reason why it was left out."""
+
+
+def measure(
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    labels: Sequence[int] | None = None,
+    batch_size: int = 64,
+    robustness_images: int = 128,
+) -> Measures:
+    """Measure a model on images.
+
+    Args:
+        model: in eval mode; with layers that can be captured.
+        inputs: ``(B, C, height, width)`` what the model is fed.
+        labels: B class indices. Without them, robustness is how many predictions stay the same.
+        batch_size: images per forward pass.
+        robustness_images: how many of the images (the first) the robustness curve uses; 0 leaves it out.
+
+    Raises:
+        ValueError: labels of another number than images; a model without layers to capture.
+    """
+    if labels is not None and len(labels) != len(inputs):
+        raise ValueError(f"labels must be those of inputs: got {len(labels)} labels and {len(inputs)} inputs")
+    missing: dict[str, str] = {}
+
+    def measured(name: str, reason: str | None, function: Callable[[], T]) -> T | None:
+        if reason is None:
+            try:
+                return function()
+            except ValueError as error:  # a measure refuses what it is not defined for, and says why
+                reason = str(error)
+        missing[name] = reason
+        return None
+
+    batches = inputs.split(batch_size)
+    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, TokenMixer)}
+    layers = f"the attention here is {', '.join(sorted(kinds)) or 'of another library'}"
+    no_cbsa = None if _has(model, CBSA) else f"only CBSA contracts representatives; {layers}"
+    no_ista = None if _has(model, ISTA) else "the model has no ISTA"
+    shared = any(isinstance(module, TokenMixer) and module.shared_qkv for module in model.modules())
+    no_bases = None if shared else "queries, keys and values have bases of their own"
+    steps = {
+        name: step.detach().float().cpu().tolist()
+        for name, module in model.named_modules()
+        if isinstance(module, TokenMixer) and isinstance(step := getattr(module, "step_tokens", None), Tensor)
+    }
+    if not steps:
+        missing["steps"] = f"there is no learned step; {layers}"
+    rates = measure_rates(model, batches)
+    few = inputs[:robustness_images]
+    off = "switched off" if robustness_images == 0 else _not_classes(model, inputs)
+    return Measures(
+        rates=rates.coding,
+        reduced=measured("reduced", no_cbsa, lambda: rates.reduced),
+        steps=steps,
+        ranks=measured("ranks", no_cbsa, lambda: attention_ranks(model, batches)),
+        coherence=measured("coherence", no_bases, lambda: subspace_coherence(model)),
+        sparsity=measured("sparsity", no_ista, lambda: ista_sparsity(model, batches)),
+        robustness=measured(
+            "robustness",
+            off,
+            lambda: robustness(model, _metric(model, few, labels, batch_size), sigmas=SIGMAS, seeds=SEEDS),
+        ),
+        robustness_metric="accuracy" if labels is not None else "share of predictions that stay the same",
+        robustness_images=len(few),
+        missing=missing,
+    )
+
+
+def as_numbers(measures: Measures) -> dict[str, Any]:
+    """Plain values, for JSON."""
+
+    def plain(values: Any) -> Any:
+        if isinstance(values, tuple) and hasattr(values, "_asdict"):
+            return {key: plain(value) for key, value in values._asdict().items()}
+        if isinstance(values, Mapping):
+            return {key: plain(value) for key, value in values.items()}
+        if isinstance(values, (list, tuple)):
+            return [plain(value) for value in values]
+        if isinstance(values, Tensor):
+            return plain(values.tolist())
+        # JSON knows no NaN (an undefined correlation)
+        return None if isinstance(values, float) and not abs(values) < float("inf") else values
+
+    numbers: dict[str, Any] = plain(measures)
+    numbers["coding_rate"] = numbers.pop("rates")
+    return numbers
+
+
+def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) for module in model.modules())
+
+
+@torch.no_grad()
+def _not_classes(model: nn.Module, inputs: Tensor) -> str | None:
+    output = model(inputs[:1])
+    if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1:
+        return None
+    return "the model's output is not (images, classes)"
+
+
+def _metric(
+    model: nn.Module, inputs: Tensor, labels: Sequence[int] | None, batch_size: int
+) -> Callable[[nn.Module], float]:
+    @torch.no_grad()
+    def predict(module: nn.Module) -> Tensor:
+        return torch.cat([module(batch).argmax(-1).cpu() for batch in inputs.split(batch_size)])
+
+    right = predict(model) if labels is None else torch.tensor(labels[: len(inputs)])
+    return lambda module: (predict(module) == right).double().mean().item()

@@ -1,0 +1,172 @@
+"""What layers are like: how far heads' subspaces overlap, the rank of A, and how sparse ISTA's codes are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_torch.interpret._batches import captured_batches, check_batches
+from cbsa_torch.interpret.capture import attention_layers
+from cbsa_torch.nn import CBSA, ISTA
+
+
+class AttentionRanks(NamedTuple):
+    """Ranks of the attention matrices A of CBSA layers; ``[layer][head]``, means over images."""
+
+    layers: list[str]
+    rank: list[list[float]]
+    """Numerical rank: singular values above ``max(M, N) * eps * largest``, eps of the dtype A came in."""
+    effective_rank: list[list[float]]
+    """exp of the entropy of the singular values divided by their sum (Roy and Vetterli, 2007)."""
+    images: int
+
+
+class Sparsity(NamedTuple):
+    """How sparse the codes are; the list runs over ISTA layers."""
+
+    layers: list[str]
+    zeros: list[float]
+    """Share of exact zeros among all entries, in [0, 1]."""
+    images: int
+
+
+@torch.no_grad()
+def subspace_coherence(model: nn.Module) -> dict[str, Tensor]:
+    """How far the heads' subspaces of each layer overlap: 0 is orthogonal, 1 a common direction.
+
+    For heads i and j it is the cosine of the smallest principal angle between the column spaces of U_i and
+    U_j (the rows of ``layer.qkv.weight``): the largest singular value of Q_i^T Q_j for orthonormal bases Q_i
+    of the two. The theory asks for 0 off the diagonal (U_i^T U_j = 0, section 2 of the paper). Random
+    subspaces are not orthogonal either: for large P and C with P / C = r <= 1/2 the value is near
+    2 sqrt(r (1 - r)), so 0.75 for 6 heads of 64 in 384 channels.
+
+    Args:
+        model: a model with mixers of this library or timm's ``Attention``; nothing is run. With separate
+            projections the query's is taken.
+
+    Returns:
+        Layer name to a symmetric ``(H, H)`` float64 tensor on the CPU; 1 on the diagonal, and 0 in the row
+        of a head whose basis is zero. NaN for a head whose basis is not finite.
+
+    Raises:
+        ValueError: a model without such layers.
+    """
+    return {name: _coherence(layer) for name, layer in attention_layers(model).items()}
+
+
+def _coherence(layer: nn.Module) -> Tensor:
+    heads, size = int(layer.num_heads), int(layer.head_dim)  # type: ignore[arg-type]
+    weight = layer.qkv.weight  # type: ignore[union-attr]
+    assert isinstance(weight, Tensor)
+    bases = weight[: heads * size].detach().double().cpu().view(heads, size, -1)  # (H, P, C)
+    broken = ~bases.isfinite().all(-1).all(-1)
+    # The SVD is a QR that also says which directions a basis of low rank does not have.
+    _, values, rows = torch.linalg.svd(bases.masked_fill(broken[:, None, None], 0.0), full_matrices=False)
+    # Bases come in the weight's precision: what that rounds to zero is none.
+    smallest = max(bases.shape[1:]) * torch.finfo(weight.dtype).eps * values[:, :1]
+    directions = rows * (values > smallest)[..., None]  # (H, min(P, C), C), zero where there is none
+    first, second = torch.triu_indices(heads, heads)
+    cosines = torch.zeros(heads, heads, dtype=torch.float64)
+    cosines[first, second] = torch.linalg.svdvals(directions[first] @ directions[second].mT)[:, 0].clamp(
+        max=1.0
+    )
+    cosines[second, first] = cosines[first, second]
+    return cosines.masked_fill(broken[:, None] | broken[None], float("nan"))
+
+
+def attention_ranks(model: nn.Module, batches: Iterable[Tensor]) -> AttentionRanks:
+    """Measure the rank of every head's A: how many representatives are really there (Appendix A).
+
+    A full rank, M, is what pooled representatives should give; learned ones collapse to few directions. An
+    image without any real token has rank 0.
+
+    Args:
+        model: a model with CBSA layers, run as it is; layers of other kinds are left out.
+        batches: inputs of the model.
+
+    Raises:
+        TypeError: a batch is not a tensor. ValueError: no batch, or a model without CBSA layers.
+    """
+    if not any(isinstance(module, CBSA) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no CBSA layer, whose attention to take the rank of")
+    ranks: dict[str, list[Tensor]] = {}
+    effective: dict[str, list[Tensor]] = {}
+    for records in captured_batches(model, batches):
+        for name, record in records.items():
+            if record.stages is not None:
+                rank, entropy_rank = _ranks(record.stages.attention)
+                ranks.setdefault(name, []).append(rank)
+                effective.setdefault(name, []).append(entropy_rank)
+    joined = [torch.cat(values) for values in ranks.values()]
+    return AttentionRanks(
+        layers=list(ranks),
+        rank=[values.mean(0).tolist() for values in joined],
+        effective_rank=[torch.cat(values).mean(0).tolist() for values in effective.values()],
+        images=len(joined[0]) if joined else 0,
+    )
+
+
+@torch.no_grad()
+def _ranks(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank and effective rank ``(B, H)`` of ``(B, H, M, N)`` matrices, NaN where they are not finite."""
+    matrix = attention.double().cpu()  # svdvals has no batched kernel on some devices, and mps no float64
+    broken = ~matrix.isfinite().all(-1).all(-1)
+    values = torch.linalg.svdvals(matrix.masked_fill(broken[..., None, None], 0.0))
+    smallest = max(matrix.shape[-2:]) * torch.finfo(attention.dtype).eps * values[..., :1]
+    rank = (values > smallest).sum(-1).double()
+    total = values.sum(-1, keepdim=True)
+    share = values / total.where(total > 0, 1.0)
+    entropy = -torch.special.xlogy(share, share).sum(-1)
+    effective = entropy.exp().where(total[..., 0] > 0, 0.0)
+    return rank.masked_fill(broken, float("nan")), effective.masked_fill(broken, float("nan"))
+
+
+def ista_sparsity(model: nn.Module, batches: Iterable[Tensor]) -> Sparsity:
+    """Measure the share of exact zeros after every :class:`cbsa_torch.nn.ISTA`.
+
+    Every token counts, padding too: ISTA does not know of masks. A layer that is called more than once
+    counts all its calls.
+
+    Args:
+        model: a model with ISTA layers, run as it is; a compiled one runs uncompiled meanwhile.
+        batches: inputs of the model.
+
+    Raises:
+        TypeError: a batch is not a tensor. ValueError: no batch, or a model without ISTA layers.
+    """
+    found = {
+        name.replace("_orig_mod.", ""): module  # torch.compile's
+        for name, module in model.named_modules()
+        if isinstance(module, ISTA)
+    }
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no ISTA layer")
+    counts: dict[str, list[int]] = {}
+    images = 0
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen = counts.setdefault(name, [0, 0])
+            seen[0] += output.numel() - int(output.count_nonzero())
+            seen[1] += output.numel()
+
+        return hook
+
+    handles: list[Any] = []
+    try:
+        handles.extend(module.register_forward_hook(count(name)) for name, module in found.items())
+        # Compiled code does not see hooks that are new.
+        compiled = "torch._dynamo" in sys.modules
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            for batch in check_batches(batches):
+                model(batch)
+                images += len(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Sparsity(list(counts), [zeros / total for zeros, total in counts.values()], images)

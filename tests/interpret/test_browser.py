@@ -1,0 +1,152 @@
+"""The page in a real browser: nothing fails, nothing is fetched, the chooser works, a phone needs no scrolling."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import cbsa_torch.models  # noqa: F401
+from cbsa_torch import interpret
+from tests.helpers.browser import find_browser, visit
+
+BROWSER = find_browser()
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+
+USE = """
+const root = document.querySelector(".maps"), canvas = () => document.querySelector(".tiles canvas");
+const pixels = () => canvas().toDataURL();
+const choose = (name, value) => {
+  const element = document.querySelector(`.chooser [name=${name}]`);
+  element.value = value;
+  element.dispatchEvent(new Event("change"));
+};
+const options = (name) => [...root.querySelectorAll(`[name=${name}] option`)].map((o) => o.textContent);
+const seen = (selector) => document.querySelector(selector).getClientRects().length > 0;
+const last = pixels(), caption = document.querySelector(".caption").textContent;
+choose("layer", 0);
+const first = pixels(), firstCaption = document.querySelector(".caption").textContent;
+choose("head", 2);
+const head = pixels(), field = document.querySelector(".fields canvas");
+const over = document.querySelector(".chooser [name=over]");
+over.click();
+return {
+  last, first, head, caption, firstCaption,
+  size: [canvas().width, canvas().height], layers: options("layer"), heads: options("head"),
+  fields: root.querySelectorAll(".fields canvas").length, fieldSize: [field.width, field.height],
+  chooserSeen: seen(".chooser"), staticSeen: seen(".static"),
+  overlaid: Math.abs(canvas().getBoundingClientRect().left - document.querySelector(".tile img").getBoundingClientRect().left),
+};
+"""
+
+NARROW = """
+const frame = document.querySelector("iframe"), inside = frame.contentDocument;
+const wide = [...inside.querySelectorAll("main *")].filter((element) => {
+  if (element.closest(".scroll") && !element.matches(".scroll")) return false;  // tables scroll by themselves
+  if (element.closest("svg") && !element.matches("svg")) return false;
+  return element.getBoundingClientRect().right > 390.5;
+});
+return {
+  width: frame.contentWindow.innerWidth,
+  page: inside.documentElement.scrollWidth,
+  wide: wide.map((element) => element.outerHTML.slice(0, 80)),
+  panels: [...inside.querySelectorAll(".panels svg")].map((svg) => svg.getBoundingClientRect().width),
+  live: inside.querySelectorAll(".maps.live").length,
+};
+"""
+
+
+def build(family, **options):
+    options = {"embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 3, **options}
+    return timm.create_model(f"{family}_pico_patch1_8", **options).eval()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A report and a comparison."""
+    torch.manual_seed(0)
+    folder, inputs = tmp_path_factory.mktemp("pages"), torch.randn(3, 1, 8, 8)
+    images, history = np.random.default_rng(0).random((3, 8, 8)), []
+    for e in (1, 2, 3):
+        history.append({"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_top1": 1 - 0.5 / e})
+    evaluation = {
+        "top1": 0.9,
+        "loss": 0.3,
+        "images": 10,
+        "confusion": [[1] * 12] * 12,
+        "class_names": [f"a long name {i}" for i in range(12)],
+        "split": "test",
+    }
+    card = {"a fact": "with a word that is much too long for a phone: " + "x" * 90}
+    report = interpret.report(
+        build("cbt"),
+        inputs,
+        images,
+        folder,
+        title="A model",
+        facts=card,
+        history=history,
+        evaluation=evaluation,
+        labels=[0, 1, 2],
+    )
+    runs = [
+        interpret.ComparedRun(name, build(name), inputs, images, [0, 1, 2], name, 10**6, 10**9, 0.5)
+        for name in ("cbt", "stem_vit")
+    ]
+    return {"report": report.page, "compare": interpret.compare(runs, folder, title="Two").page}
+
+
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_the_chooser_changes_the_map_and_nothing_fails_or_is_fetched(pages, name, tmp_path):
+    seen = visit(BROWSER, pages[name], tmp_path, USE)
+    assert seen.problems == []
+    assert seen.console == []
+    assert seen.requests == []
+    found = seen.found
+    assert found["size"] == [8, 8]
+    assert found["last"] != found["first"] != found["head"] != found["last"]
+    assert found["caption"] == "layer 3 of 3, mean over heads (blocks.2.attn)"
+    assert found["firstCaption"] == "layer 1 of 3, mean over heads (blocks.0.attn)"
+    assert found["layers"] == ["1 (CBSA)", "2 (CBSA)", "3 (CBSA)"]
+    assert found["heads"] == ["mean over heads", "head 1", "head 2"]
+    assert (found["fields"], found["fieldSize"]) == (16, [8, 8])
+    assert (found["chooserSeen"], found["staticSeen"]) == (True, False)
+    assert found["overlaid"] < 1
+
+
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_a_phone_needs_no_horizontal_scrolling(pages, name, tmp_path):
+    wrapper = tmp_path / "phone.html"
+    frame = f'<iframe src="{pages[name].resolve().as_uri()}" style="width: 390px; height: 800px; border: 0"></iframe>'
+    wrapper.write_text(
+        f'<!doctype html><html><head><link rel="icon" href="data:,"></head><body>{frame}</body></html>'
+    )
+    found = visit(BROWSER, wrapper, tmp_path, NARROW).found
+    assert found["width"] == 390
+    assert found["page"] <= 390
+    assert found["wide"] == []
+    assert min(found["panels"]) > 50  # a colour bar
+    assert found["live"] > 0
+
+
+def test_without_scripts_a_static_panel_shows(pages, tmp_path):
+    page = tmp_path / "static.html"
+    text = pages["report"].read_text()
+    start = text.rindex("<script>")
+    page.write_text(text[:start] + text[text.index("</script>", start) + len("</script>") :])
+    look = """
+      const seen = (selector) => document.querySelector(selector).getClientRects().length > 0;
+      return [seen(".static img"), seen(".chooser"), document.querySelector(".static img").naturalWidth > 100];
+    """
+    assert visit(BROWSER, page, tmp_path, look).found == [True, False, True]
+
+
+def test_the_visit_notices_what_it_should(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<!doctype html><html><head></head><body><img src='https://example.org/a.png'>"
+        "<script>console.log('said'); undefined.x</script></body></html>"
+    )
+    seen = visit(BROWSER, page, tmp_path, "return 1")
+    assert any("undefined" in problem for problem in seen.problems)
+    assert any("said" in line for line in seen.console)
+    assert "https://example.org/a.png" in seen.requests

@@ -1,0 +1,99 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cbsa_torch.interpret import AttentionRanks, ReducedRates, Robustness, Sparsity, plots
+
+LAYERS = ["blocks.0.attn", "blocks.1.attn"]
+TOKENS, LEARNED, ACROSS = [[0.1, -0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, -0.8]], [[9.0, 8.0], [7.0, 6.0]]
+
+
+@pytest.fixture
+def reduced():
+    return ReducedRates(
+        layers=LAYERS,
+        tokens=TOKENS,
+        tokens_learned=LEARNED,
+        representatives=ACROSS,
+        step_tokens=[[-1.5, 0.25], [2.0, -0.5]],
+        gap=ACROSS,
+        correlation=-0.5,
+        correlation_learned=math.nan,
+        images=3,
+        output=[[5.0, 4.0], [3.0, 2.0]],
+        correlation_output=1.0,
+    )
+
+
+def drawn(figure):
+    """It renders, both ways."""
+    assert plots.to_png(figure, dpi=50).startswith(b"\x89PNG")
+    assert plots.to_svg(figure).startswith("<svg")
+    return figure.axes
+
+
+def test_reduced_rates_panel_shows_every_head(reduced):
+    axes = drawn(plots.reduced_rates_panel(reduced))
+    lines = [line for line in axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
+    assert [list(line.get_ydata()) for line in lines] == [[8.5, 6.5], [4.5, 2.5]]
+    titles = [axis.get_title() for axis in axes[2:]]
+    assert titles == [
+        "rank correlation 1.00",
+        "rank correlation \N{MINUS SIGN}0.50",
+        "rank correlation undefined",
+    ]
+    for axis, values in zip(axes[2:], (reduced.output, TOKENS, LEARNED), strict=True):
+        points = np.concatenate([c.get_offsets().data for c in axis.collections])
+        assert points.tolist() == np.stack([np.ravel(ACROSS), np.ravel(values)], 1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("plot", "field"), [(plots.step_sizes, "step_tokens"), (plots.compressing_heads, "tokens_learned")]
+)
+def test_heat_maps_are_signed_and_name_their_values(reduced, plot, field):
+    axis = drawn(plot(reduced))[0]
+    values = np.array(getattr(reduced, field))
+    image = axis.images[0]
+    assert image.get_array().data.tolist() == values.T.tolist()
+    assert image.norm.vmin == -image.norm.vmax == -np.abs(values).max()
+    texts = {text.get_position(): text.get_text() for text in axis.texts}
+    assert texts[(0, 0)] == f"{values[0, 0]:.2f}".replace("-", "\N{MINUS SIGN}")
+    assert len(texts) == 4
+
+
+def test_layers_with_fewer_heads_and_steps_of_zero_can_be_drawn(reduced):
+    axis = drawn(plots.step_sizes(reduced._replace(step_tokens=[[0.0], [0.0, 0.0]])))[0]
+    assert len(axis.texts) == 3
+
+
+@pytest.mark.parametrize("layers", [1, 7])
+def test_coherence_maps_one_square_a_layer(layers):
+    maps = {f"blocks.{i}.attn": torch.rand(3, 3).double() for i in range(layers)}
+    axes = [axis for axis in drawn(plots.coherence_maps(maps)) if axis.images and axis.get_visible()]
+    squares = [axis.images[0].get_array().data for axis in axes]
+    assert len(squares) == layers
+    for square, values in zip(squares, maps.values(), strict=True):
+        assert np.array_equal(square, values.numpy())
+
+
+def test_ranks_and_sparsity_per_layer():
+    ranks = AttentionRanks(LAYERS, [[4.0, 4.0], [4.0, 2.0]], [[3.0, 1.0], [2.0, 1.0]], 5)
+    axis = drawn(plots.ranks_per_layer(ranks))[0]
+    assert [list(line.get_ydata()) for line in axis.lines] == [[4, 3], [2, 1.5]]
+    axis = drawn(plots.sparsity_per_layer(Sparsity(LAYERS, [0.25, 0.75], 5)))[0]
+    assert [bar.get_height() for bar in axis.patches] == [25, 75]
+
+
+def test_robustness_curve_draws_means_seeds_and_the_clean_value():
+    first = Robustness([1.0, 0.0, 0.1], [[0.1, 0.2], [0.9, 0.9], [0.8, 0.6]], 0.9, LAYERS)
+    figure = plots.robustness_curve({"CBT": first, "ViT": first._replace(sigmas=[1.0, 0.01, 0.1])}, "accuracy")
+    axis = drawn(figure)[0]
+    mean = axis.lines[0]
+    assert list(mean.get_xdata()) == [0, 0.1, 1]
+    assert list(mean.get_ydata()) == pytest.approx([0.9, 0.7, 0.15])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["CBT", "ViT"]
+    assert axis.get_ylabel() == "accuracy"
+    alone = drawn(plots.robustness_curve({"CBT": first}, "accuracy"))[0]
+    assert alone.get_legend() is None
