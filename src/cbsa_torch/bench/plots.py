@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from cbsa_torch.bench.layers import FLOOR, Row
 
@@ -47,6 +48,10 @@ def against_tokens(rows: Sequence[Row], title: str) -> Figure:
             axis.grid(alpha=0.25, linewidth=0.6, which="both")
     grid[0][0].set_ylabel("µs per token")
     grid[1][0].set_ylabel("peak memory / input")
-    grid[0][0].legend(frameon=False, fontsize=7)
+    grid[0][1].legend(frameon=False, fontsize=7)
+    for axis in grid[1]:
+        axis.yaxis.set_major_locator(FixedLocator([2, 3, 4, 6, 8, 10]))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(title, fontsize=10)
     return figure
