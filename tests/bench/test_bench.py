@@ -63,9 +63,14 @@ def test_every_layer_is_measured_at_every_size():
 
 
 def test_models_are_measured():
-    rows = models.compare(["cbt_pico_patch1_8 impl=tiled"], image_sizes=[8], batches=[2], repetitions=1)
+    names = [
+        "cbt_pico_patch1_8 impl=tiled",
+        "cbt_pico_patch1_8 attn=floor",
+        "cbt_pico_patch1_8 attn=transcription",
+    ]
+    rows = models.compare(names, image_sizes=[8], batches=[2], repetitions=1)
     assert [(r.name, r.training) for r in rows] == [
-        ("cbt_pico_patch1_8 impl=tiled", training) for training in (False, True)
+        (name, training) for training in (False, True) for name in names
     ]
     assert all(r.images_per_second > 0 and (r.saved_mib is not None) == r.training for r in rows)
 

@@ -97,3 +97,10 @@ def test_robustness_curve_draws_means_seeds_and_the_clean_value():
     assert axis.get_ylabel() == "accuracy"
     alone = drawn(plots.robustness_curve({"CBT": first}, "accuracy"))[0]
     assert alone.get_legend() is None
+
+
+def test_names_are_shown_as_they_are():
+    image = np.zeros((1, 4, 4))
+    panel = plots.attention_panel(image, [("layer 1", image)], titles=["from_$5_to_$6.png"])
+    assert plots.to_png(panel)  # a formula would not parse
+    assert plots.legend_name("_run").strip() == "_run"

@@ -230,3 +230,14 @@ def test_bad_arguments_are_named(painted, change, kind, message):
     pairs = change.pop("pairs", [pair()])
     with pytest.raises(kind, match=message):
         interpret.zero_shot_iou(painted, pairs, **change)
+
+
+def test_void_is_on_neither_side_of_a_boundary():
+    from cbsa_torch.interpret.zero_shot import _region
+
+    mask = torch.zeros(6, 6, dtype=torch.bool)
+    mask[:, :3] = True
+    valid = torch.ones_like(mask)
+    valid[:, 3:] = False  # the whole background is void: no boundary is left
+    assert _region("boundary", mask, None, 1).any()
+    assert not _region("boundary", mask, valid, 1).any()

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.bench import measure
+from cbsa_torch.bench.baselines import Floor, Transcription
+from cbsa_torch.bench.layers import FLOOR, TRANSCRIPTION
 
 MODELS = tuple(
     name.format(size)
@@ -21,6 +23,8 @@ MODELS = tuple(
         "cbt_{}_patch16_224",
         "cbt_{}_patch16_224 impl=eager",
         "cbt_{}_patch16_224 impl=tiled",
+        "cbt_{}_patch16_224 attn=transcription",
+        "cbt_{}_patch16_224 attn=floor",
         "vit_{}_patch16_224",
         "crate_{}_patch16_224",
         "tost_{}_patch16_224",
@@ -60,7 +64,7 @@ def compare(
     """Measure inference and a training step (forward and backward) of every model.
 
     Args:
-        models: timm names, optionally followed by ``impl=NAME``.
+        models: timm names, optionally followed by ``impl=NAME`` or ``attn=floor`` or ``attn=transcription``.
         image_sizes: sides of square images.
         batches: images per batch, for each size.
         device: "cpu" or "cuda".
@@ -104,7 +108,29 @@ def compare(
 
 
 def _create(name: str, image_size: int) -> nn.Module:
-    name, _, impl = name.partition(" impl=")
-    options = {"impl": impl} if impl else {}
+    """A timm model; ``NAME impl=tiled`` sets an option, ``NAME attn=floor`` puts a baseline in every block."""
+    name, _, variant = name.partition(" ")
+    option, _, value = variant.partition("=")
+    options = {"impl": value} if option == "impl" else {}
     model: nn.Module = timm.create_model(name, img_size=image_size, **options)
+    if option == "attn":
+        blocks: Any = model.get_submodule("blocks")
+        for block in blocks:
+            block.attn = _Tokens(BASELINES[value](block.attn.dim, block.attn.num_heads))
     return model
+
+
+BASELINES: dict[str, Callable[[int, int], nn.Module]] = {FLOOR: Floor, TRANSCRIPTION: Transcription}
+
+
+class _Tokens(nn.Module):
+    """A baseline where a block calls its attention: without grid or mask."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        """``(B, N, C)``."""
+        output: Tensor = self.layer(x)
+        return output

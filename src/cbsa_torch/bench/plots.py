@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from cbsa_torch.bench.layers import FLOOR, Row
+from cbsa_torch.bench.models import ModelRow
 
 BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
 LOOK = {
@@ -23,6 +24,23 @@ LOOK = {
     "mssa": ("MSSA (SDPA)", ORANGE, "--", 1.2),
 }
 """Label, colour, line and width: blue is CBSA, green linear, orange quadratic."""
+
+
+def of_models(rows: Sequence[ModelRow]) -> Figure:
+    """Images per second, inference and training step, a panel for each resolution."""
+    panels = sorted({(r.image_size, r.training) for r in rows})
+    names = list(dict.fromkeys(r.name for r in rows))[::-1]
+    figure = Figure(figsize=(4.4 * len(panels), 0.26 * len(names) + 1.2), layout="constrained")
+    for axis, (size, training) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        own = {r.name: r.images_per_second for r in rows if (r.image_size, r.training) == (size, training)}
+        shown = [own.get(name, 0.0) for name in names]
+        colors = [BLUE if "cbt" in name else ORANGE if "vit" in name else GREY for name in names]
+        axis.barh(names, shown, color=colors)
+        axis.set_title(f"{size} x {size}, {'training step' if training else 'inference'}", fontsize=10)
+        axis.set_xlabel("images / s")
+        axis.tick_params(axis="y", labelsize=7, labelleft=axis is figure.axes[0])
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def against_tokens(rows: Sequence[Row], title: str) -> Figure:

@@ -52,7 +52,8 @@ class ModelsArgs:
     """Images per second of whole models."""
 
     models: tuple[str, ...] = models.MODELS
-    """timm names; "NAME impl=tiled" chooses the implementation of the operator."""
+    """timm names; "NAME impl=tiled" chooses the implementation, "NAME attn=floor" or "attn=transcription"
+    puts a baseline in every block."""
     image_sizes: tuple[int, ...] = (224, 512)
     batches: tuple[int, ...] = (8, 2)
     """Images per batch, for each size."""
@@ -64,7 +65,7 @@ class ModelsArgs:
     budget: float = 10.0
     """Seconds for one model in one pass."""
     output: str = "benchmarks/results/models"
-    """JSON file of this name."""
+    """JSON, PNG and SVG files of this name."""
 
 
 USAGE = "usage: cbsa bench layers|models [options]"
@@ -158,6 +159,9 @@ def _models(options: ModelsArgs) -> None:
             "" if row.saved_mib is None else f"{row.saved_mib:.0f}",
         )
     console.print(table)
+    figure = plots.of_models(rows)
+    write_atomically(Path(f"{options.output}.png"), to_png(figure))
+    write_atomically(Path(f"{options.output}.svg"), to_svg(figure).encode())
     _write(options, [row._asdict() for row in rows])
 
 

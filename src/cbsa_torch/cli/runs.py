@@ -37,12 +37,15 @@ def evaluated_split(trained: Trained) -> str:
 
 
 def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.ndarray, list[int]]:
-    """Inputs, pictures in [0, 1] and labels of readable images, evenly spread over a split."""
+    """Inputs, pictures in [0, 1] and labels of readable images, evenly spread over a split.
+
+    In an order of their own: folders come class by class, and the first few should be of all classes.
+    """
     dataset: Any = open_split(trained.config.data, trained.spec.mode, split, trained.class_names)
     count = min(count, len(dataset))
     transform = eval_transform(trained.spec)
     inputs, labels = [], []
-    for i in range(count):
+    for i in torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist():
         image, label = dataset[i * len(dataset) // count]
         if label >= 0:
             inputs.append(transform(image))

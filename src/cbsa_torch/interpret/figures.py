@@ -160,7 +160,12 @@ def rates_of_runs(runs: Mapping[str, LayerRates]) -> Figure:
     left, right = figure.subplots(1, 2)
     for i, (name, rates) in enumerate(runs.items()):
         layers = np.arange(1, len(rates.layers) + 1)
-        look: dict[str, Any] = {"color": run_color(i), "marker": "o", "markersize": 4, "label": _brief(name)}
+        look: dict[str, Any] = {
+            "color": run_color(i),
+            "marker": "o",
+            "markersize": 4,
+            "label": plots.legend_name(_brief(name)),
+        }
         left.plot(layers, rates.rate, **look)
         right.plot(layers, rates.normalized, **look)
     most = max(len(rates.layers) for rates in runs.values())
@@ -187,7 +192,7 @@ def receptive_field_panel(image: np.ndarray, fields: Sequence[tuple[str, np.ndar
     grid = figure.subplots(len(fields), count + 1, squeeze=False)
     for row, (name, values) in zip(grid, fields, strict=True):
         row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(name, fontsize=7)
+        row[0].set_ylabel(name, fontsize=7, parse_math=False)
         for axis, value in zip(row[1:], values, strict=False):
             axis.imshow(value, cmap="magma")
         for axis in row:

@@ -96,7 +96,7 @@ def attention_panel(
     for i, row in enumerate(grid):
         row[0].imshow(images[i], cmap="gray", vmin=0, vmax=1)
         if titles is not None:
-            row[0].set_ylabel(titles[i], fontsize=8)
+            row[0].set_ylabel(titles[i], fontsize=8, parse_math=False)
         for axis, (name, values) in zip(row[1:], maps, strict=True):
             axis.imshow(values[i], cmap="magma")
             if i == 0:
@@ -106,6 +106,12 @@ def attention_panel(
             axis.spines[:].set_visible(False)
     grid[0][0].set_title("image", fontsize=8)
     return figure
+
+
+def legend_name(name: str) -> str:
+    """A name as a legend shows it: a leading underscore would hide it, dollars would be read as formulas."""
+    shown = f" {name}" if name.startswith("_") else name
+    return shown.replace("$", r"\$")
 
 
 def to_svg(figure: Figure) -> str:
@@ -162,7 +168,7 @@ def reduced_rates_panel(reduced: ReducedRates) -> Figure:
         axis.plot(layers, [np.mean(row) for row in heads], color=color, marker="o", markersize=4, label=label)
     for axis in figure.axes:
         axis.axhline(0, color=GREY, linewidth=0.8)
-        axis.set(xlabel="layer", ylabel="rate reduced (nats)", xticks=_layer_ticks(len(layers)))
+        axis.set(xlabel="CBSA layer", ylabel="rate reduced (nats)", xticks=_layer_ticks(len(layers)))
         axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     panels = (
         (reduced.output, "output", reduced.correlation_output),
@@ -256,7 +262,7 @@ def ranks_per_layer(ranks: AttentionRanks) -> Figure:
         low, high = [np.min(row) for row in heads], [np.max(row) for row in heads]
         axis.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
         axis.plot(layers, [np.mean(row) for row in heads], color=color, marker="o", markersize=4, label=label)
-    axis.set(xlabel="layer", ylabel="rank of A", ylim=(0, None), xticks=_layer_ticks(len(layers)))
+    axis.set(xlabel="CBSA layer", ylabel="rank of A", ylim=(0, None), xticks=_layer_ticks(len(layers)))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(frameon=False, fontsize=8)
     return _tidy(figure)
@@ -291,7 +297,7 @@ def robustness_curve(curves: Mapping[str, Robustness], metric: str) -> Figure:
         order = np.argsort(measured.sigmas)
         sigmas, values = np.asarray(measured.sigmas)[order], np.asarray(measured.values)[order]
         axis.fill_between(sigmas, values.min(1), values.max(1), color=color, alpha=0.15, linewidth=0)
-        axis.plot(sigmas, values.mean(1), color=color, label=name)
+        axis.plot(sigmas, values.mean(1), color=color, label=legend_name(name))
         axis.plot(sigmas, values, ".", color=color, markersize=4)
         axis.axhline(measured.clean, color=color, linestyle="--", linewidth=0.9)
     positive = [sigma for measured in curves.values() for sigma in measured.sigmas if sigma > 0]
@@ -330,7 +336,7 @@ def _heat_map(grid: np.ndarray, *, colors: Any, limits: tuple[float, float], lab
                 fontsize=7,
                 color="white" if strong else "#333333",
             )
-    axis.set(xlabel="layer", ylabel="head", xticks=np.arange(layers), yticks=np.arange(heads))
+    axis.set(xlabel="CBSA layer", ylabel="head", xticks=np.arange(layers), yticks=np.arange(heads))
     axis.set_xticklabels([str(i + 1) for i in range(layers)])
     axis.set_yticklabels([str(i + 1) for i in range(heads)])
     axis.tick_params(length=0)

@@ -119,7 +119,9 @@ def zero_shot_iou(
             if not maps.isfinite().all():
                 raise ValueError(f"the maps of {name} hold NaN or infinite values")
             for pair, of_image in zip(batch, maps, strict=True):
-                truths = torch.stack([_region(region, pair.mask, boundary_width) for region in regions])
+                truths = torch.stack(
+                    [_region(region, pair.mask, pair.valid, boundary_width) for region in regions]
+                )
                 hot = _threshold(upsample_maps(of_image, tuple(pair.mask.shape)), pair.valid, rule, levels)
                 scores.setdefault(name, []).append(_iou(hot, truths, pair.valid))
         records.clear()  # before the next batch is recorded
@@ -181,11 +183,13 @@ def _read(given: Any, name: str, resized: bool) -> SegmentedImage:
     return SegmentedImage(pair.image, pair.mask.cpu(), None if pair.valid is None else pair.valid.cpu())
 
 
-def _region(region: str, mask: Tensor, boundary_width: int | None) -> Tensor:
+def _region(region: str, mask: Tensor, valid: Tensor | None, boundary_width: int | None) -> Tensor:
+    """A boundary is where both sides are near; what is void is on neither."""
     if region != "boundary":
         return mask if region == "foreground" else ~mask
     width = boundary_width or max(1, round(BOUNDARY_SHARE * math.hypot(*mask.shape)))
-    return _near(mask, width) & _near(~mask, width)
+    seen = torch.ones_like(mask) if valid is None else valid
+    return _near(mask & seen, width) & _near(~mask & seen, width)
 
 
 def _near(mask: Tensor, width: int) -> Tensor:

