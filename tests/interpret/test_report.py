@@ -220,7 +220,10 @@ def test_whether_the_later_half_compresses(values, said):
 @pytest.mark.parametrize(
     ("correlation", "said"),
     [
-        (0.8, "move together, as the paper observes: Spearman's rank correlation is +0.80 over 4 heads of 2 layers"),
+        (
+            0.8,
+            "move together, as the paper observes: Spearman's rank correlation is +0.80 over 4 heads of 2 layers",
+        ),
         (0.3, "only weakly"),
         (-0.1, "do not move together here"),
         (-0.7, "against each other"),

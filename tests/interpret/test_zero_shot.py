@@ -153,10 +153,10 @@ def test_the_boundary_is_a_band_on_both_sides(painted):
     for width in (1, 2, 5):
         other = mask.flatten()[:, None] != mask.flatten()[None]
         expected = (other & (distance <= width)).any(-1).view(13, 17)
-        assert torch.equal(_region("boundary", mask, width), expected)
+        assert torch.equal(_region("boundary", mask, None, width), expected)
     wide = torch.zeros(300, 400, dtype=torch.bool)
     wide[:, :200] = True  # diagonal 500: a band of 10 on either side, all the way to the image's border
-    band = _region("boundary", wide, None)
+    band = _region("boundary", wide, None, None)
     assert band.all(0).nonzero().flatten().tolist() == list(range(190, 210))
     assert band.any(0).sum() == 20
 
