@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 
@@ -16,63 +15,30 @@ import torch
 from PIL import Image
 
 from cbsa_torch.models import load_checkpoint
-from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import evaluate_checkpoint, load_config, loop, predict_images, train
-from cbsa_torch.train.checkpoint import load_state
 from cbsa_torch.train.config import ModelConfig, OptimConfig
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError, RunFolderError
 from cbsa_torch.train.optim import make_optimizer
 from cbsa_torch.train.run_folder import RunFolder
-
-STEPS = 3
-"""Steps of one epoch of the tiny configuration."""
-
-
-def last(config):
-    return load_state(RunFolder(config.output).last)
-
-
-def rows(config) -> list[dict]:
-    return [json.loads(line) for line in RunFolder(config.output).metrics.read_text().splitlines()]
-
-
-def measured(config) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(config)]
-
-
-def assert_same_tensors(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], atol=0, rtol=0, msg=name)
-
-
-def during_training_step(monkeypatch, number, act) -> None:
-    """Replace the loss of training step ``number`` (from 1) by ``act(loss, logits)``."""
-    original, count = loop.classification_loss, 0
-
-    def patched(logits, targets, label_smoothing=0.0):
-        nonlocal count
-        loss = original(logits, targets, label_smoothing)
-        if not logits.requires_grad:
-            return loss
-        count += 1
-        return act(loss, logits) if count == number else loss
-
-    monkeypatch.setattr(loop, "classification_loss", patched)
-
-
-def interrupt(loss, logits):
-    raise KeyboardInterrupt
+from tests.helpers.runs import (
+    STEPS,
+    assert_same_tensors,
+    during_training_step,
+    last,
+    measured,
+    rows,
+    states,
+)
 
 
 def falling_accuracy(evaluate):
     """Make every evaluation look worse than the one before."""
     top1 = 1.0
 
-    def patched(*args):
+    def patched(*args, **options):
         nonlocal top1
         top1 /= 2
-        return evaluate(*args)._replace(top1=top1)
+        return evaluate(*args, **options)._replace(top1=top1)
 
     return patched
 
@@ -291,152 +257,6 @@ def test_a_compiled_model_is_saved_like_any_other(config, monkeypatch):
     train(dataclasses.replace(config, resume=True))
 
 
-# ---- interruption and resumption
-
-
-@pytest.mark.parametrize(
-    ("name", "ema_decay", "keep", "workers"),
-    [("adamw", None, "best", 0), ("lion", 0.9, "last", 0), ("adamw", None, "best", 1)],
-)
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    config, tmp_path, monkeypatch, name, ema_decay, keep, workers
-):
-    config.optim.name, config.optim.ema_decay, config.optim.epochs = name, ema_decay, 4
-    config.optim.warmup_epochs, config.optim.keep, config.data.workers = 1, keep, workers
-    train(config)
-    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
-    with monkeypatch.context() as patch:
-        during_training_step(patch, 2 * STEPS + 2, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
-    assert [row["epoch"] for row in rows(cut)] == [1, 2]
-    torch.manual_seed(99)
-    result = train(dataclasses.replace(cut, resume=True))
-    assert result[1:] == (max(rows(config), key=lambda row: row["val_top1"])["epoch"], result.best_top1)
-    assert measured(cut) == measured(config)
-    assert_same_tensors(last(cut)["model"], last(config)["model"])
-    if ema_decay is not None:
-        assert_same_tensors(last(cut)["ema"], last(config)["ema"])
-    best = [load_checkpoint(RunFolder(c.output).weights)[0].state_dict() for c in (cut, config)]
-    assert_same_tensors(*best)
-
-
-def test_a_resumed_run_says_where_it_goes_on(config, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        during_training_step(patch, STEPS + 1, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    assert "interrupted; the last checkpoint is that of epoch 1" in capsys.readouterr().out
-    train(dataclasses.replace(config, resume=True))
-    assert "resuming after epoch 1 of 2" in capsys.readouterr().out
-
-
-def test_ctrl_c_keeps_the_checkpoints(config, monkeypatch, contents):
-    kept = {}
-
-    def stop(loss, logits):
-        kept.update(contents(Path(config.output)))
-        raise KeyboardInterrupt
-
-    during_training_step(monkeypatch, STEPS + 2, stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    after = contents(Path(config.output))
-    for name in ("last.pt", "model.safetensors", "metrics.jsonl", "config.yaml"):
-        assert after[name] == kept[name]
-
-
-def test_a_run_interrupted_in_its_first_epoch_starts_over(config, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        during_training_step(patch, 2, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    assert "there is no checkpoint yet" in capsys.readouterr().out
-    train(dataclasses.replace(config, resume=True))
-    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
-    train(whole)
-    assert_same_tensors(last(config)["model"], last(whole)["model"])
-
-
-def test_resuming_repairs_metrics_cut_short_or_ahead_of_the_checkpoint(config, monkeypatch):
-    with monkeypatch.context() as patch:
-        during_training_step(patch, STEPS + 1, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    metrics = RunFolder(config.output).metrics
-    ahead = json.dumps({**rows(config)[0], "epoch": 2})
-    metrics.write_text(metrics.read_text() + ahead + '\n{"epoch": 3, "st')
-    train(dataclasses.replace(config, resume=True))
-    assert [row["epoch"] for row in rows(config)] == [1, 2]
-
-
-def test_metrics_of_a_first_epoch_without_checkpoint_are_forgotten(config):
-    train(config)
-    RunFolder(config.output).last.unlink()
-    train(dataclasses.replace(config, resume=True))
-    assert [row["epoch"] for row in rows(config)] == [1, 2]
-
-
-def test_resuming_a_finished_run_changes_no_checkpoint(config, contents):
-    result = train(config)
-    before = contents(Path(config.output))
-    assert train(dataclasses.replace(config, resume=True)) == result
-    after = contents(Path(config.output))
-    assert all(after[name] == before[name] for name in ("last.pt", "model.safetensors", "metrics.jsonl"))
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_resumed_run_is_configured_by_its_own_folder(config, overwrite):
-    config.overwrite = overwrite
-    train(config)
-    own = load_config(RunFolder(config.output).config)
-    own.resume = True
-    train(own)
-
-
-def test_resuming_with_another_configuration_names_what_changed(config, contents):
-    train(config)
-    before = contents(Path(config.output))
-    changed = copy.deepcopy(config)
-    changed.resume, changed.optim.lr, changed.model.args["depth"] = True, 1.0, "2"
-    with pytest.raises(RunFolderError, match=r"model\.args\.depth: 1 -> 2; optim\.lr: 0\.003 -> 1\.0"):
-        train(changed)
-    assert contents(Path(config.output)) == before
-
-
-def test_a_moved_run_resumes(config, tmp_path):
-    train(config)
-    shutil.move(config.output, tmp_path / "moved")
-    train(dataclasses.replace(config, output=str(tmp_path / "moved"), resume=True))
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"plain text"])
-def test_resuming_from_a_broken_state_is_a_clear_error(config, content):
-    train(config)
-    path = RunFolder(config.output).last
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))} is broken or not a trainer state"):
-        train(dataclasses.replace(config, resume=True))
-
-
-def test_resuming_from_a_truncated_state_is_a_clear_error(config):
-    train(config)
-    path = RunFolder(config.output).last
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(CheckpointError, match=re.escape(str(path))):
-        train(dataclasses.replace(config, resume=True))
-
-
-def test_resuming_from_the_state_of_another_model_is_a_clear_error(config, tmp_path):
-    train(config)
-    other = copy.deepcopy(config)
-    other.output, other.model.args["depth"] = str(tmp_path / "other"), "2"
-    train(other)
-    shutil.copy(RunFolder(config.output).last, RunFolder(other.output).last)
-    with pytest.raises(CheckpointError, match=r"last\.pt does not fit the model: missing blocks\.1"):
-        train(dataclasses.replace(other, resume=True))
-
-
 # ---- losses that are not numbers
 
 
@@ -453,7 +273,7 @@ def test_a_nan_loss_stops_and_leaves_the_checkpoints_of_the_last_good_epoch(conf
     ):
         train(config)
     after = contents(Path(config.output))
-    for name in ("last.pt", "model.safetensors", "metrics.jsonl"):
+    for name in ("checkpoints/step_0000000003.state", "model.safetensors", "metrics.jsonl"):
         assert after[name] == kept[name]
 
 
@@ -461,7 +281,7 @@ def test_a_nan_loss_in_the_first_epoch_says_that_there_is_no_checkpoint(config, 
     during_training_step(monkeypatch, 1, lambda loss, logits: loss * float("nan"))
     with pytest.raises(NonFiniteLossError, match="epoch 1, batch 1; there is no checkpoint yet"):
         train(config)
-    assert not RunFolder(config.output).last.exists()
+    assert not states(config)
 
 
 def test_a_far_too_large_learning_rate_stops(config):
@@ -480,7 +300,8 @@ def test_weights_spoiled_by_the_last_step_of_an_epoch_are_not_kept(config, monke
     during_training_step(monkeypatch, 2 * STEPS, spoil_the_gradient)
     with pytest.raises(NonFiniteLossError):
         train(config)
-    assert contents(Path(config.output))["last.pt"] == kept["last.pt"]
+    name = "checkpoints/step_0000000003.state"
+    assert contents(Path(config.output))[name] == kept[name]
 
 
 def test_a_run_goes_on_after_a_nan_loss(config, monkeypatch):
@@ -498,7 +319,8 @@ def test_a_run_goes_on_after_a_nan_loss(config, monkeypatch):
 def test_an_existing_run_is_refused_and_left_untouched(config, contents):
     train(config)
     before = contents(Path(config.output))
-    with pytest.raises(RunFolderError, match="holds another run; continue it with --resume"):
+    config.optim.epochs = 3
+    with pytest.raises(RunFolderError, match=r"of another configuration:\n  optim.epochs: 2 -> 3\ncontinue it"):
         train(config)
     assert contents(Path(config.output)) == before
 

@@ -26,6 +26,8 @@ HOMES = {"bench": "bench", "data": "data"}
 """Modules of commands that are not in ``commands``."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
+SAVED = 75
+"""Exit code of a run that a signal stopped after saving its state: a temporary failure (EX_TEMPFAIL)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,13 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require("tyro", extra="train")
         from cbsa_torch.cli import commands
-        from cbsa_torch.train.loop import leave_process_group
+        from cbsa_torch.train.engine import leave_process_group
+        from cbsa_torch.train.errors import InterruptedRun
     except ImportError as error:
         print(f"cbsa: {error}", file=sys.stderr)
         return 1
     try:
         home = importlib.import_module(f"cbsa_torch.cli.{HOMES.get(args[0], 'commands')}")
         getattr(home, f"run_{args[0]}")(args[1:])
+    except InterruptedRun as error:
+        print(f"cbsa: {error}", file=sys.stderr)
+        leave_process_group()
+        return SAVED
     except KeyboardInterrupt:
         print("cbsa: interrupted", file=sys.stderr)
         return INTERRUPTED

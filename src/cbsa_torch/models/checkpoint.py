@@ -7,8 +7,8 @@ constructor arguments and whatever the writer adds (class names, accuracy). It i
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from cbsa_torch._core.files import write_atomically
+
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -28,20 +30,6 @@ FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "chec
 
 class CheckpointError(ValueError):
     """A file that is not the checkpoint it should be; nothing of it was executed or kept."""
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that ``path`` holds either the old content or all of the new, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) -> None:
@@ -55,11 +43,18 @@ def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) ->
         CheckpointError: ``info`` does not name a timm model and its arguments, or ``path`` has another suffix.
         TypeError: ``info`` is not JSON.
     """
+    save_tensors(path, model.state_dict(), info)
+
+
+def save_tensors(path: str | Path, state: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """:func:`save_checkpoint` of a state dict, for models whose weights lie on several processes."""
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(f"a checkpoint is a .safetensors file, got {path}")
     _check_info(info, str(path))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(Path(path), save(tensors, metadata={"cbsa_torch": json.dumps(info)}))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    text = json.dumps(info)
+    metadata = {"cbsa_torch": text, "sha256": _digest(tensors, text)}
+    write_atomically(Path(path), save(tensors, metadata=metadata))
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -74,6 +69,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     path = Path(path)
     tensors = read_tensors(path)
     info = read_info(path)
+    _check_digest(path, tensors)
     try:
         model = timm.create_model(info["model"], **info["model_args"])
     except Exception as error:
@@ -92,9 +88,7 @@ def floating_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 def read_info(path: Path) -> dict[str, Any]:
     """The ``info`` of a file written by :func:`save_checkpoint`."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        info = json.loads(metadata["cbsa_torch"])
+        info = json.loads(_metadata(path)["cbsa_torch"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} was not written by cbsa_torch (no model description in it); "
@@ -102,6 +96,28 @@ def read_info(path: Path) -> dict[str, Any]:
         ) from error
     _check_info(info, str(path))
     return info
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    """A checksum of a file's description and tensors."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_digest(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse a file of ours in which a bit has changed."""
+    metadata = _metadata(path)
+    if "sha256" in metadata and _digest(tensors, metadata["cbsa_torch"]) != metadata["sha256"]:
+        raise CheckpointError(f"{path} was altered after it was written: its checksum does not fit")
 
 
 def _check_info(info: Any, source: str) -> None:
@@ -182,13 +198,27 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load ``tensors`` into ``model``; every name and shape must fit, else one error lists what does not."""
-    own = model.state_dict()
+    check_fit(tensors, model.state_dict(), source)
+    model.load_state_dict(tensors)
+
+
+def check_fit(
+    tensors: dict[str, Tensor], own: dict[str, Tensor], source: str, *, exact_dtype: bool = False
+) -> None:
+    """Compare names, shapes and kinds of numbers (or, with ``exact_dtype``, dtypes) with a model's ``own``."""
+
+    def fits(name: str) -> bool:
+        given, needed = tensors[name], own[name]
+        if exact_dtype:
+            return given.dtype == needed.dtype
+        return given.is_floating_point() == needed.is_floating_point()
+
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
     problems += [
         f"{name} is {tensors[name].dtype}, the model needs {own[name].dtype}"
         for name in own
-        if name in tensors and tensors[name].is_floating_point() != own[name].is_floating_point()
+        if name in tensors and not fits(name)
     ]
     problems += [
         f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(own[name].shape)}"
@@ -198,4 +228,3 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{source} does not fit the model: {shown}")
-    model.load_state_dict(tensors)

@@ -111,6 +111,14 @@ class EngineConfig:
     """CPU threads of torch."""
     compile: bool = False
     """torch.compile the model."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
+    checkpoint_steps: int | None = None
+    """Save the state also every this many optimiser steps, besides after every epoch."""
+    keep_checkpoints: int = 2
+    """How many of the last states are kept."""
+    tracker: str = "tensorboard"
+    """Any tracker that Accelerate knows ("wandb", "mlflow", "trackio" ...), or "none"."""
 
 
 @dataclass
@@ -121,7 +129,10 @@ class TrainConfig:
     """The run's folder."""
     seed: int = 0
     resume: bool = False
-    """Continue the run in the output folder."""
+    """Take the configuration from the run in the output folder, which must exist. Without it, a run of the
+    same configuration is continued, too."""
+    accept_changes: bool = False
+    """Continue the run in the output folder although its configuration is another."""
     overwrite: bool = False
     """Replace the run in the output folder."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -225,6 +236,7 @@ def check_config(config: TrainConfig) -> None:
     """Refuse values that cannot work, before anything is read or written."""
     optim, data = config.optim, config.data
     scale, ratio, threads = data.crop_scale, data.crop_ratio, config.engine.threads
+    every, keep = config.engine.checkpoint_steps, config.engine.keep_checkpoints
     rules = [
         (optim.batch_size >= 1, "optim.batch_size must be at least 1", optim.batch_size),
         (optim.epochs >= 1, "optim.epochs must be at least 1", optim.epochs),
@@ -249,6 +261,13 @@ def check_config(config: TrainConfig) -> None:
         (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
         (threads is None or threads >= 1, "engine.threads must be at least 1", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
+        (keep >= 1, "engine.keep_checkpoints must be at least 1", keep),
+        (every is None or every >= 1, "engine.checkpoint_steps must be at least 1", every),
+        (
+            not (config.engine.fsdp and optim.ema_decay is not None),
+            "optim.ema_decay must be unset with engine.fsdp (sharded weights are not averaged)",
+            optim.ema_decay,
+        ),
         (not (config.resume and config.overwrite), "resume and overwrite exclude each other", "both"),
     ]
     for holds, rule, got in rules:

@@ -23,3 +23,7 @@ class RunFolderError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; nothing was updated with it and no checkpoint was written."""
+
+
+class InterruptedRun(Exception):  # noqa: N818
+    """A signal asked the run to stop; its state was saved, and the same command goes on from there."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,38 +35,33 @@ class Evaluation(NamedTuple):
     """Counts, rows = true classes, columns = predicted."""
 
 
-class EpochTraining(NamedTuple):
-    """What one epoch of training measured."""
+@dataclass
+class Progress:
+    """How far a run is. With the weights and the generators it is all that going on needs."""
 
-    loss: float
-    """Mean of the training loss over the images of all processes."""
-    lr: float
+    epoch: int = 0
+    """Epochs done, validation included."""
+    step: int = 0
+    """Optimiser steps done."""
+    best_epoch: int = 0
+    best_top1: float = -1.0
+    batch: int = 0
+    """Batches done of the epoch under way; the rest is of these batches."""
+    loss: float = 0.0
+    """Sum of the training loss over the images of all processes."""
+    images: float = 0.0
+    """How many those were."""
+    seconds: float = 0.0
+    """Time spent on them by the main process."""
+    waited: float = 0.0
+    """Part of the time that went by until the data was there."""
+    lr: float = 0.0
     """Learning rate of the last step."""
 
-
-@contextmanager
-def new_accelerator(**settings: Any) -> Iterator[Accelerator]:
-    """An Accelerator with these settings, whatever an earlier run in this process used.
-
-    Leaving the context ends its trackers. The process group stays, as it can be made only once in a process:
-    see ``leave_process_group``.
-    """
-    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
-    accelerator = Accelerator(**settings)
-    try:
-        yield accelerator
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-
-def leave_process_group() -> None:
-    """To be called once, at the end of a process that trained or evaluated beside others.
-
-    Without it the process may abort at its exit, while its communication threads still run.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    def end_epoch(self) -> None:
+        """Count the epoch under way as done."""
+        self.epoch += 1
+        self.batch, self.loss, self.images, self.seconds, self.waited = 0, 0.0, 0.0, 0.0, 0.0
 
 
 def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -85,63 +79,90 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     config: OptimConfig,
+    progress: Progress,
     *,
-    epoch: int,
-    step: int,
     ema: ModelEmaV3 | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    stepped: Callable[[bool], None] = lambda stop: None,
     advance: Callable[[], None] = lambda: None,
-) -> tuple[EpochTraining, int]:
-    """Train on every batch of ``loader`` once.
+) -> None:
+    """Train on every batch of ``loader``, which holds those that ``progress`` says are left of the epoch.
 
     Args:
-        epoch: counted from 1; for messages.
-        step: optimiser steps done before.
+        progress: counted on as the epoch goes.
+        stop: whether this process was asked to stop.
+        stepped: called after every optimiser step with whether any process was asked to stop; it may raise.
         advance: called after every batch (progress bar).
-
-    Returns:
-        Measurements, and the optimiser steps done by now.
 
     Raises:
         NonFiniteLossError: before the bad loss reaches the weights, on every process alike.
     """
     model.train()
-    total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-    count = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-    for batch, (images, targets) in enumerate(loader):
+    before = time.perf_counter()
+    for images, targets in _timed(loader, progress):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.accumulate(model):
-            scheduler.step_update(step)
+            scheduler.step_update(progress.step)
             logits = model(images)
             loss = classification_loss(logits.float(), targets, config.label_smoothing)
-            mean = accelerator.reduce(loss.detach(), reduction="mean")
-            if not math.isfinite(mean.item()):
-                raise NonFiniteLossError(f"the loss became {mean.item()} in epoch {epoch}, batch {batch + 1}")
-            accelerator.backward(loss)
+            count = (targets != IGNORE).sum()
+            # One exchange between the processes a batch: loss, images, and whether one was asked to stop.
+            flag = loss.new_tensor(float(stop()))
+            sums = accelerator.reduce(torch.stack([loss.detach() * count, count.to(loss.dtype), flag]))
+            total, everyone, stops = sums.double().tolist()
+            progress.batch += 1
+            if not math.isfinite(total):
+                raise NonFiniteLossError(
+                    f"the loss became {total} in epoch {progress.epoch + 1}, batch {progress.batch}"
+                )
+            # The mean over the readable images of all processes, whose gradients are averaged.
+            accelerator.backward(loss * (count * accelerator.num_processes / max(everyone, 1)))
             if config.clip_grad is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            step += 1
-            if ema is not None:
-                ema.update(accelerator.unwrap_model(model), step=step)
-        images_read = (targets != IGNORE).sum()
-        total += loss.detach().double() * images_read
-        count += images_read
+        progress.loss += total
+        progress.images += everyone
+        progress.lr = optimizer.param_groups[0]["lr"]
+        progress.seconds += time.perf_counter() - before
         advance()
-    total, count = accelerator.reduce(total), accelerator.reduce(count)
-    return EpochTraining((total / count.clamp(min=1)).item(), optimizer.param_groups[0]["lr"]), step
+        if accelerator.sync_gradients:
+            progress.step += 1
+            if ema is not None:
+                ema.update(accelerator.unwrap_model(model), step=progress.step)
+            stepped(stops > 0)
+        before = time.perf_counter()
 
 
-@torch.inference_mode()
+def _timed(loader: Iterable[Any], progress: Progress) -> Iterator[Any]:
+    """The batches, the time until each is there being counted."""
+    batches = iter(loader)
+    while True:
+        start = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        progress.waited += time.perf_counter() - start
+        yield batch
+
+
+@torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
     loader: Iterable[Any],
     num_classes: int,
     advance: Callable[[], None] = lambda: None,
+    *,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Measure a classifier; every image counts once, whatever the number of processes."""
+    """Measure a classifier; every image counts once, whatever the number of processes.
+
+    Args:
+        advance: called after every batch (progress bar).
+        check: called before every batch, on every process; it may raise.
+    """
     model.eval()
     # Predictions are gathered below, so every process counts them all: metrics must not add up again.
     common: dict[str, Any] = {"num_classes": num_classes, "ignore_index": IGNORE, "sync_on_compute": False}
@@ -152,14 +173,15 @@ def evaluate(
     if num_classes > 5:
         collection["top5"] = MulticlassAccuracy(top_k=5, average="micro", **common)
     metrics = MetricCollection(collection, compute_groups=False).to(accelerator.device)
-    loss, images_read = 0.0, 0
+    losses, images_read = [0.0], 0
     for images, targets in loader:
+        check()
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         logits, targets = accelerator.gather_for_metrics((model(images).float(), targets))
         metrics.update(logits, targets)
-        count = int((targets != IGNORE).sum())
-        loss += classification_loss(logits, targets).item() * count
-        images_read += count
+        each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+        losses += each.tolist()
+        images_read += int((targets != IGNORE).sum())
         advance()
     if images_read == 0:
         return Evaluation(0.0, None, 0.0, 0, [])
@@ -167,7 +189,7 @@ def evaluate(
     return Evaluation(
         top1=values["top1"].item(),
         top5=values["top5"].item() if "top5" in values else None,
-        loss=loss / images_read,
+        loss=math.fsum(losses) / images_read,  # exact: batches of any size give the same sum
         images=images_read,
         confusion=values["confusion"].tolist(),
     )

@@ -14,13 +14,23 @@ from typing import Any
 
 import torch
 
+from cbsa_torch._core.files import remove_temporary_files, write_atomically
 from cbsa_torch._version import __version__
-from cbsa_torch.models.checkpoint import write_atomically
+from cbsa_torch.train.checkpoint import Checkpoints
 from cbsa_torch.train.config import TrainConfig, dump_yaml, load_config, to_dict
 from cbsa_torch.train.errors import RunFolderError
 
-NOT_COMPARED = ("output", "resume", "overwrite")
-"""Keys that a resumed run may change: they do not change what is computed."""
+NOT_COMPARED = (
+    "output",
+    "resume",
+    "accept_changes",
+    "overwrite",
+    "data.workers",
+    "engine.checkpoint_steps",
+    "engine.keep_checkpoints",
+    "engine.tracker",
+)
+"""Keys that a continued run may change: they do not change what is computed."""
 
 
 class RunFolder:
@@ -33,50 +43,72 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.weights = self.path / "model.safetensors"
         """The weights that eval, predict and report use: of the best or of the last epoch."""
-        self.last = self.path / "last.pt"
-        """Everything needed to go on: weights, average, optimiser, random states."""
+        self.card = self.path / "README.md"
+        """What those weights are, for people."""
+        self.checkpoints = self.path / "checkpoints"
+        """The trainer's states: everything needed to go on."""
         self.skipped = self.path / "skipped_images.txt"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
 
+    def states(self, keep: int = 1) -> Checkpoints:
+        """The trainer's states, of which ``keep`` are kept."""
+        return Checkpoints(self.checkpoints, keep)
+
     def holds_run(self) -> bool:
         """Whether this folder was written by a run (others have a config.yaml, too)."""
         return self.config.exists() and self.environment.exists()
 
-    def check(self, config: TrainConfig) -> None:
-        """Refuse a folder that this configuration may not use; touches nothing."""
+    def _may_be_a_beginning(self, path: Path) -> bool:
+        """Whether a file may be what a process left that was killed in :meth:`start`."""
+        return path == self.environment or (path.name.startswith(".") and path.suffix == ".tmp")
+
+    def check(self, config: TrainConfig) -> list[str]:
+        """Refuse a folder that this configuration may not use; touches nothing.
+
+        Returns:
+            What differs from the configuration of the run that the folder holds, if that was accepted.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"output {self.path} is not a folder")
-        if config.resume:
-            if not self.holds_run():
-                raise RunFolderError(f"nothing to resume in {self.path}: it holds no run")
-            changed = changed_keys(load_config(self.config), config)
-            if changed:
-                raise RunFolderError(
-                    f"cannot resume {self.path} with another configuration: {'; '.join(changed)}"
-                )
-        elif self.path.exists() and any(self.path.iterdir()):
-            if not self.holds_run():
-                raise RunFolderError(
-                    f"output {self.path} holds files that are not a run; choose another folder"
-                )
-            if not config.overwrite:
-                raise RunFolderError(
-                    f"output {self.path} holds another run; continue it with --resume, replace it with "
-                    "--overwrite, or choose another --output"
-                )
+        if config.resume and not self.holds_run():
+            raise RunFolderError(f"nothing to resume in {self.path}: it holds no run")
+        if not self.holds_run():
+            if not self.path.exists() or all(map(self._may_be_a_beginning, self.path.iterdir())):
+                return []
+            raise RunFolderError(f"output {self.path} holds files that are not a run; choose another folder")
+        if config.overwrite:
+            return []
+        changed = changed_keys(load_config(self.config), config)
+        if changed and not config.accept_changes:
+            lines = "".join(f"\n  {line}" for line in changed)
+            raise RunFolderError(
+                f"output {self.path} holds a run of another configuration:{lines}\n"
+                "continue it as it is with --resume, with the new configuration with --accept-changes, "
+                "replace it with --overwrite, or choose another --output"
+            )
+        return changed
 
     def start(self, config: TrainConfig) -> None:
-        """Create the folder (emptied if it is to be overwritten) and describe the run in it."""
+        """Create the folder with a description of the run, or make that of a run to be continued true.
+
+        A process killed in here leaves a folder that the same command accepts.
+        """
+        remove_temporary_files(self.path)
+        remove_temporary_files(self.checkpoints)
         if config.overwrite and self.holds_run():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+            for path in self.path.iterdir():
+                if path in (self.config, self.environment):  # until the end they say that this is a run
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        # Continuing must not find the order to overwrite.
+        plain = dataclasses.replace(config, resume=False, overwrite=False, accept_changes=False)
         write_atomically(self.environment, json.dumps(environment(), indent=2).encode())
-        if not config.resume:
-            # Resuming must not find the order to overwrite.
-            plain = dataclasses.replace(config, resume=False, overwrite=False)
-            write_atomically(self.config, dump_yaml(plain).encode())
+        write_atomically(self.config, dump_yaml(plain).encode())
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from cbsa_torch._version import __version__
-from cbsa_torch.models.checkpoint import CheckpointError, load_strictly, save_checkpoint
+from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
 from cbsa_torch.train.build import build_model
-from cbsa_torch.train.checkpoint import load_state, random_states, restore_random_states, save_state
+from cbsa_torch.train.checkpoint import load_state
 from cbsa_torch.train.config import TrainConfig, check_config, to_dict
 from cbsa_torch.train.data import input_spec, make_loader, open_splits, read_skipped
-from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError
-from cbsa_torch.train.loop import evaluate, new_accelerator, train_one_epoch
+from cbsa_torch.train.engine import draw_apart, new_accelerator, shard, start_epoch, training_settings
+from cbsa_torch.train.errors import ConfigError, DataError, InterruptedRun, NonFiniteLossError
+from cbsa_torch.train.loop import Evaluation, Progress, evaluate, train_one_epoch
 from cbsa_torch.train.optim import make_optimizer, make_scheduler
 from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.signals import StopRequests
+from cbsa_torch.train.state import (
+    model_state,
+    optimizer_state,
+    random_states,
+    restore,
+    restore_random_states,
+)
+from cbsa_torch.train.sync_batch_norm import synchronize_batch_norm
 
 
 class TrainResult(NamedTuple):
@@ -36,17 +45,6 @@ class TrainResult(NamedTuple):
     """Validation accuracy of the best epoch."""
 
 
-class _Progress(NamedTuple):
-    """How far a run is."""
-
-    epoch: int = 0
-    """Epochs done."""
-    step: int = 0
-    """Optimiser steps done."""
-    best_epoch: int = 0
-    best_top1: float = -1.0
-
-
 class _Session(NamedTuple):
     """Everything a run works with."""
 
@@ -54,10 +52,16 @@ class _Session(NamedTuple):
     folder: RunFolder
     accelerator: Accelerator
     reporter: Reporter
+    stop: StopRequests
     model: nn.Module
     """As Accelerate wraps it."""
+    own: dict[str, Tensor]
+    """Names, shapes and dtypes of the bare model's state; no values."""
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
+    """As torch knows it: not wrapped."""
+    stepper: Any
+    """The optimiser as Accelerate wraps it."""
     scheduler: Any
     train_loader: DataLoader[Any]
     val_loader: DataLoader[Any]
@@ -65,47 +69,52 @@ class _Session(NamedTuple):
     """What a checkpoint says about itself: enough to rebuild, feed and judge the model."""
 
     @property
-    def bare_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+    def candidate(self) -> nn.Module:
+        """What is evaluated and kept for use: the average, if there is one. The same on every process."""
+        return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train as configured, into the folder ``config.output``.
+    """Train as configured, into the folder ``config.output``; a run that is there already is continued.
 
-    Everything that can be refused is refused before the folder is touched. After every epoch the state is
-    saved, so an interrupted run continues from there with ``resume=True``.
+    Everything that can be refused is refused before the folder is touched. The state is saved after every
+    epoch, every ``engine.checkpoint_steps`` optimiser steps, and when a signal asks to stop.
+
+    Raises:
+        ConfigError, DataError, RunFolderError, CheckpointError: what was asked for cannot work.
+        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is from before.
+        InterruptedRun: SIGINT or SIGTERM came; the state was saved, and calling again goes on from there.
     """
     check_config(config)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     folder = RunFolder(config.output)
-    folder.check(config)
-    with new_accelerator(
-        mixed_precision=config.engine.precision,
-        cpu=config.engine.cpu,
-        gradient_accumulation_steps=config.engine.accumulate,
-        log_with="tensorboard",
-        project_dir=folder.path,
-        step_scheduler_with_optimizer=False,
-    ) as accelerator:
-        session = _prepare(config, folder, accelerator)
+    changes = folder.check(config)
+    settings = training_settings(config.engine, config.seed)
+    with (
+        new_accelerator(log_with="tensorboard", project_dir=folder.path, **settings) as accelerator,
+        StopRequests() as stop,
+    ):
+        session = _prepare(config, folder, accelerator, stop)
+        for line in changes:
+            session.reporter.say(f"accepted change: {line}")
         done = _run(session)
     kept = "" if config.optim.keep == "best" else f"; kept: the last, epoch {done.epoch}"
     session.reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}{kept}")
     return TrainResult(folder.path, done.best_epoch, done.best_top1)
 
 
-def _run(session: _Session) -> _Progress:
+def _run(session: _Session) -> Progress:
     """All epochs that are left."""
     config, reporter, folder = session.config, session.reporter, session.folder
-    done = _resume(session) if config.resume else _Progress()
-    if config.resume:
-        reporter.say(f"resuming after epoch {done.epoch} of {config.optim.epochs}")
+    progress = _resume(session)
     try:
-        while done.epoch < config.optim.epochs:
-            done = _run_epoch(session, done)
+        while progress.epoch < config.optim.epochs:
+            _run_epoch(session, progress)
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{error}; {_what_is_kept(folder)}") from None
+    except OSError as error:
+        raise OSError(f"{error}; {_what_is_kept(folder)}") from error
     except KeyboardInterrupt:
         reporter.say(f"\ninterrupted; {_what_is_kept(folder)}")
         raise
@@ -113,10 +122,10 @@ def _run(session: _Session) -> _Progress:
         skipped = read_skipped(folder.skipped)
         if skipped:
             reporter.say(f"{len(skipped)} unreadable image(s) were left out, listed in {folder.skipped}")
-    return done
+    return progress
 
 
-def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> _Session:
+def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, stop: StopRequests) -> _Session:
     """Check everything else, then create the run's folder and wrap the model."""
     reporter = Reporter(accelerator.is_main_process)
     set_seed(config.seed)
@@ -126,18 +135,24 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -
     splits = open_splits(config.data, input_spec(model).mode, folder.skipped)
     model, model_args = build_model(config, len(splits.class_names))
     spec = input_spec(model, config.model.image_size)
+    if config.engine.fsdp:
+        shard(accelerator, model)
     optimizer = make_optimizer(model, config.optim)
     train_loader = make_loader(splits.train, spec, config.data, batch_size, train=True)
     val_loader = make_loader(splits.val, spec, config.data, batch_size, train=False)
+    for loader in (train_loader, val_loader):
+        draw_apart(loader)
     _check_loader(train_loader, batch_size, accelerator.num_processes)
 
+    accelerator.wait_for_everyone()  # every process has looked at the folder
     if accelerator.is_main_process:
         folder.start(config)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard")
 
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # torch has it for GPUs only
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    own = {name: value.to("meta") for name, value in model.state_dict().items()}
+    if accelerator.num_processes > 1:
+        model = synchronize_batch_norm(model, accelerator.device)
     ema = None
     if config.optim.ema_decay is not None:
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True, device=accelerator.device)
@@ -149,7 +164,9 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -
         f"{len(train_loader.dataset):,} training and {len(val_loader.dataset):,} validation images, "  # type: ignore[arg-type]
         f"{len(splits.class_names)} classes; device {accelerator.device}; folder {folder.path}"
     )
-    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    model, stepper, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    # From here on processes draw differently (dropout), but the data comes in an order of its own.
+    set_seed(config.seed, device_specific=True)
     steps_per_epoch = -(-len(train_loader) // config.engine.accumulate)
     scheduler = make_scheduler(optimizer, config.optim, steps_per_epoch)
     description = {
@@ -165,9 +182,12 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -
         folder,
         accelerator,
         reporter,
+        stop,
         model,
+        own,
         ema,
         optimizer,
+        stepper,
         scheduler,
         train_loader,
         val_loader,
@@ -196,97 +216,186 @@ def _check_loader(loader: DataLoader[Any], batch_size: int, processes: int) -> N
         )
 
 
-def _run_epoch(session: _Session, done: _Progress) -> _Progress:
-    """Train, validate, save, report; returns the new progress."""
-    config, accelerator, folder = session.config, session.accelerator, session.folder
-    epoch, epochs = done.epoch + 1, config.optim.epochs
-    batches = len(session.train_loader)
-    start = time.monotonic()
-    with session.reporter.bar(f"epoch {epoch}/{epochs}", batches) as advance:
-        trained, step = train_one_epoch(
-            accelerator,
-            session.model,
-            session.train_loader,
-            session.optimizer,
-            session.scheduler,
-            config.optim,
-            epoch=epoch,
-            step=done.step,
-            ema=session.ema,
-            advance=advance,
-        )
-    seconds = time.monotonic() - start
-    # The average is not wrapped, and the same on every process.
-    candidate = session.bare_model if session.ema is None else session.ema.module
-    num_classes = len(session.description["class_names"])
-    with session.reporter.bar("validating", len(session.val_loader)) as advance:
-        result = evaluate(accelerator, candidate, session.val_loader, num_classes, advance)
+def _run_epoch(session: _Session, progress: Progress) -> None:
+    """Train what is left of an epoch, validate, save, report."""
+    config, epochs = session.config, session.config.optim.epochs
+    epoch, batches = progress.epoch + 1, len(session.train_loader)
+    if progress.batch < batches:
+        loader = start_epoch(session.accelerator, session.train_loader, progress.epoch, progress.batch)
+        with session.reporter.bar(f"epoch {epoch}/{epochs}", len(loader)) as advance:
+            train_one_epoch(
+                session.accelerator,
+                session.model,
+                loader,
+                session.stepper,
+                session.scheduler,
+                config.optim,
+                progress,
+                ema=session.ema,
+                stop=lambda: bool(session.stop),
+                stepped=lambda stop: _after_step(session, progress, stop),
+                advance=advance,
+            )
+    result = _validate(session, progress)
     if not math.isfinite(result.loss):
         raise NonFiniteLossError(f"the validation loss became {result.loss} after epoch {epoch}")
 
-    best = result.top1 > done.best_top1
-    now = _Progress(epoch, step, epoch if best else done.best_epoch, result.top1 if best else done.best_top1)
-    measured = {
-        "train_loss": trained.loss,
-        "lr": trained.lr,
+    best = result.top1 > progress.best_top1
+    if best:
+        progress.best_epoch, progress.best_top1 = epoch, result.top1
+    seconds = max(progress.seconds, 1e-9)
+    row = {
+        "epoch": epoch,
+        "step": progress.step,
+        "train_loss": progress.loss / max(progress.images, 1),
+        "lr": progress.lr,
         "val_loss": result.loss,
         "val_top1": result.top1,
-        "images_per_second": batches * config.optim.batch_size / config.engine.accumulate / seconds,
+        "images_per_second": progress.images / seconds,
+        "data_wait": progress.waited / seconds,
     }
-    accelerator.log(measured, step=epoch)
-    if accelerator.is_main_process:
-        if best or config.optim.keep == "last":
-            info = {**session.description, "epoch": epoch, "val_top1": result.top1}
-            save_checkpoint(folder.weights, candidate, info)
-        folder.append_metrics({"epoch": epoch, "step": step, **measured})
-        save_state(folder.last, _state(session, now))
-    accelerator.wait_for_everyone()
-    session.reporter.say(
-        f"epoch {epoch:>3}/{epochs}  loss {trained.loss:.3f}  val loss {result.loss:.3f}  "
-        f"val accuracy {result.top1:.4f}{' *' if best else '  '} lr {trained.lr:.1e}  {seconds:.1f} s"
-    )
-    return now
-
-
-def _state(session: _Session, progress: _Progress) -> dict[str, Any]:
-    """What ``last.pt`` holds."""
-    return {
-        "progress": progress._asdict(),
-        "model": session.bare_model.state_dict(),
-        "ema": None if session.ema is None else session.ema.module.state_dict(),
-        "optimizer": session.optimizer.state_dict(),
-        "random": random_states(),
-    }
-
-
-def _resume(session: _Session) -> _Progress:
-    """Load the last state, or start over if the run died before its first."""
-    folder = session.folder
-    done = _Progress()
-    if folder.last.exists():
-        state = load_state(folder.last)
-        try:
-            load_strictly(session.bare_model, state["model"], str(folder.last))
-            if session.ema is not None:
-                load_strictly(session.ema.module, state["ema"], str(folder.last))
-            session.optimizer.load_state_dict(state["optimizer"])
-            done = _Progress(**state["progress"])
-            restore_random_states(state["random"])
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder.last} does not fit this run: {error}") from error
+    progress.end_epoch()
+    session.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
+    if best or config.optim.keep == "last":
+        _save_weights(session, epoch, result.top1)
     if session.accelerator.is_main_process:
-        folder.keep_metrics_until(done.epoch)
-    return done
+        session.folder.append_metrics(row)
+    _save_state(session, progress)
+    session.reporter.say(
+        f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  val loss {result.loss:.3f}  "
+        f"val accuracy {result.top1:.4f}{' *' if best else '  '} lr {progress.lr:.1e}  {seconds:.1f} s  "
+        f"{row['images_per_second']:.0f} images/s ({100 * row['data_wait']:.0f} % waiting for data)"
+    )
+    if _anyone_asks_to_stop(session) and progress.epoch < epochs:
+        _stop(session)
+
+
+def _validate(session: _Session, progress: Progress) -> Evaluation:
+    """Evaluate the candidate; asked to stop, save where the run is and stop."""
+
+    def check() -> None:
+        if _anyone_asks_to_stop(session):
+            _save_state(session, progress)
+            _stop(session)
+
+    num_classes = len(session.description["class_names"])
+    loader = session.val_loader
+    with session.reporter.bar("validating", len(loader)) as advance:
+        return evaluate(session.accelerator, session.candidate, loader, num_classes, advance, check=check)
+
+
+def _after_step(session: _Session, progress: Progress, stop: bool) -> None:
+    """Save the state where the configuration or a signal asks for it."""
+    every = session.config.engine.checkpoint_steps
+    if stop or (every is not None and progress.step % every == 0):
+        _save_state(session, progress)
+    if stop:
+        _stop(session)
+
+
+def _anyone_asks_to_stop(session: _Session) -> bool:
+    """Whether any process was asked to stop; to be called on every process."""
+    flag = torch.tensor(float(bool(session.stop)), device=session.accelerator.device)
+    return bool(session.accelerator.reduce(flag) > 0)
+
+
+def _stop(session: _Session) -> None:
+    name = "another process" if session.stop.received is None else session.stop.received.name
+    raise InterruptedRun(f"stopped by {name}; {_what_is_kept(session.folder)}")
+
+
+def _save_weights(session: _Session, epoch: int, top1: float) -> None:
+    """Keep the candidate for use; called on every process, written by one."""
+    state = model_state(session.candidate)
+    if session.accelerator.is_main_process:
+        info = {**session.description, "epoch": epoch, "val_top1": top1}
+        save_tensors(session.folder.weights, state, info)
+
+
+def _save_state(session: _Session, progress: Progress) -> None:
+    """Save all that going on needs; called on every process, written by one."""
+    accelerator = session.accelerator
+    scaler = accelerator.scaler
+    state = {
+        "progress": dict(vars(progress)),
+        "batch_size": session.config.optim.batch_size,
+        "model": model_state(session.model),
+        "ema": None if session.ema is None else session.ema.module.state_dict(),
+        "optimizer": optimizer_state(session.model, session.optimizer),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "random": gather_object([random_states()]),
+    }
+    if accelerator.is_main_process:
+        session.folder.states(session.config.engine.keep_checkpoints).save(progress.step, state)
+    accelerator.wait_for_everyone()
+
+
+def _resume(session: _Session) -> Progress:
+    """Load the newest state that is whole, or start over if the run died before its first."""
+    folder, accelerator, reporter = session.folder, session.accelerator, session.reporter
+    found: list[Any] = [None, [], None]
+    if accelerator.is_main_process:
+        try:
+            found = [*folder.states().newest(), None]
+        except CheckpointError as error:
+            found[2] = str(error)
+    path, problems, failure = broadcast_object_list(found)  # the same for every process
+    if failure is not None:
+        raise CheckpointError(failure)
+    for problem in problems:
+        reporter.say(f"left aside: {problem}")
+    progress = Progress() if path is None else _restore(session, path)
+    if accelerator.is_main_process:
+        folder.keep_metrics_until(progress.epoch)
+    accelerator.wait_for_everyone()
+    if path is not None:
+        epochs = session.config.optim.epochs
+        within = f", batch {progress.batch} of {len(session.train_loader)}" if progress.batch else ""
+        verb = "finished already:" if progress.epoch >= epochs else "continuing after"
+        reporter.say(f"{verb} epoch {progress.epoch} of {epochs}{within} ({path})")
+    return progress
+
+
+def _restore(session: _Session, path: Path) -> Progress:
+    state = load_state(path)
+    try:
+        progress = Progress(**state["progress"])
+        restore(session.model, session.optimizer, state["model"], state["optimizer"], session.own, str(path))
+        if session.ema is not None:
+            check_fit(state["ema"], session.own, str(path), exact_dtype=True)
+            session.ema.module.load_state_dict(state["ema"])
+        if session.accelerator.scaler is not None and state["scaler"] is not None:
+            session.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["batch_size"] != session.config.optim.batch_size:  # an accepted change
+            seen = progress.batch * state["batch_size"]
+            progress.batch = min(seen // session.config.optim.batch_size, len(session.train_loader))
+        states = state["random"]
+        if len(states) == session.accelerator.num_processes:
+            restore_random_states(states[session.accelerator.process_index])
+        else:
+            session.reporter.say(
+                f"the run goes on with {session.accelerator.num_processes} process(es) instead of "
+                f"{len(states)}: what dropout draws is not what it would have been"
+            )
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not fit this run: {error}") from error
+    return progress
 
 
 def _what_is_kept(folder: RunFolder) -> str:
     """What an interrupted run has left, as its files tell: memory may be ahead of them or behind."""
-    if not folder.last.exists():
+    try:
+        path, _ = folder.states().newest()
+    except CheckpointError as error:
+        return str(error)
+    if path is None:
         return "there is no checkpoint yet"
-    done = _Progress(**load_state(folder.last)["progress"])
+    done = load_state(path)["progress"]
+    within = f" and {done['batch']} batches" if done["batch"] else ""
+    best = f", the best epoch was {done['best_epoch']}" if done["best_epoch"] else ""
     return (
-        f"the last checkpoint is that of epoch {done.epoch}, the best epoch was {done.best_epoch}; "
+        f"the last checkpoint is that of epoch {done['epoch']}{within}{best}; "
         f"go on with: cbsa train --output {folder.path} --resume"
     )

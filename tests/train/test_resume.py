@@ -1,0 +1,199 @@
+"""A run that was interrupted goes on as if it had not been."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cbsa_torch.models import load_checkpoint
+from cbsa_torch.models.checkpoint import CheckpointError
+from cbsa_torch.train import load_config, train
+from cbsa_torch.train.errors import RunFolderError
+from cbsa_torch.train.run_folder import RunFolder
+from tests.helpers.runs import (
+    STEPS,
+    assert_same_tensors,
+    during_training_step,
+    interrupt,
+    last,
+    measured,
+    rows,
+    states,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "ema_decay", "keep", "workers"),
+    [("adamw", None, "best", 0), ("lion", 0.9, "last", 0), ("adamw", None, "best", 1)],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    config, tmp_path, monkeypatch, name, ema_decay, keep, workers
+):
+    config.optim.name, config.optim.ema_decay, config.optim.epochs = name, ema_decay, 4
+    config.optim.warmup_epochs, config.optim.keep, config.data.workers = 1, keep, workers
+    train(config)
+    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        during_training_step(patch, 2 * STEPS + 2, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    assert [row["epoch"] for row in rows(cut)] == [1, 2]
+    torch.manual_seed(99)
+    result = train(dataclasses.replace(cut, resume=True))
+    assert result[1:] == (max(rows(config), key=lambda row: row["val_top1"])["epoch"], result.best_top1)
+    assert measured(cut) == measured(config)
+    assert_same_tensors(last(cut)["model"], last(config)["model"])
+    if ema_decay is not None:
+        assert_same_tensors(last(cut)["ema"], last(config)["ema"])
+    best = [load_checkpoint(RunFolder(c.output).weights)[0].state_dict() for c in (cut, config)]
+    assert_same_tensors(*best)
+
+
+def test_a_resumed_run_says_where_it_goes_on(config, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        during_training_step(patch, STEPS + 1, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert "interrupted; the last checkpoint is that of epoch 1" in capsys.readouterr().out
+    train(dataclasses.replace(config, resume=True))
+    assert "continuing after epoch 1 of 2" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_the_checkpoints(config, monkeypatch, contents):
+    kept = {}
+
+    def stop(loss, logits):
+        kept.update(contents(Path(config.output)))
+        raise KeyboardInterrupt
+
+    during_training_step(monkeypatch, STEPS + 2, stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    after = contents(Path(config.output))
+    for name in ("checkpoints/step_0000000003.state", "model.safetensors", "metrics.jsonl", "config.yaml"):
+        assert after[name] == kept[name]
+
+
+def test_a_run_interrupted_in_its_first_epoch_starts_over(config, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        during_training_step(patch, 2, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert "there is no checkpoint yet" in capsys.readouterr().out
+    train(dataclasses.replace(config, resume=True))
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+    assert_same_tensors(last(config)["model"], last(whole)["model"])
+
+
+def test_resuming_repairs_metrics_cut_short_or_ahead_of_the_checkpoint(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        during_training_step(patch, STEPS + 1, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    metrics = RunFolder(config.output).metrics
+    ahead = json.dumps({**rows(config)[0], "epoch": 2})
+    metrics.write_text(metrics.read_text() + ahead + '\n{"epoch": 3, "st')
+    train(dataclasses.replace(config, resume=True))
+    assert [row["epoch"] for row in rows(config)] == [1, 2]
+
+
+def test_metrics_of_a_first_epoch_without_checkpoint_are_forgotten(config):
+    train(config)
+    shutil.rmtree(RunFolder(config.output).checkpoints)
+    train(dataclasses.replace(config, resume=True))
+    assert [row["epoch"] for row in rows(config)] == [1, 2]
+
+
+def test_resuming_a_finished_run_changes_no_checkpoint(config, contents):
+    result = train(config)
+    before = contents(Path(config.output))
+    assert train(dataclasses.replace(config, resume=True)) == result
+    after = contents(Path(config.output))
+    assert all(
+        after[name] == before[name]
+        for name in ("checkpoints/step_0000000006.state", "model.safetensors", "metrics.jsonl")
+    )
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_resumed_run_is_configured_by_its_own_folder(config, overwrite):
+    config.overwrite = overwrite
+    train(config)
+    own = load_config(RunFolder(config.output).config)
+    own.resume = True
+    train(own)
+
+
+def test_resuming_with_another_configuration_names_what_changed(config, contents):
+    train(config)
+    before = contents(Path(config.output))
+    changed = copy.deepcopy(config)
+    changed.resume, changed.optim.lr, changed.model.args["depth"] = True, 1.0, "2"
+    with pytest.raises(RunFolderError, match=r"model\.args\.depth: 1 -> 2\n  optim\.lr: 0\.003 -> 1\.0"):
+        train(changed)
+    assert contents(Path(config.output)) == before
+
+
+def test_a_moved_run_resumes(config, tmp_path):
+    train(config)
+    shutil.move(config.output, tmp_path / "moved")
+    train(dataclasses.replace(config, output=str(tmp_path / "moved"), resume=True))
+
+
+def break_newest(config, content):
+    path = states(config)[0]
+    path.write_bytes(content(path.read_bytes()))
+    return path
+
+
+BREAKS = {
+    "empty": lambda data: b"",
+    "text": lambda data: b"plain text",
+    "pickle": lambda data: b"PK\x03\x04 torn",
+    "truncated": lambda data: data[:-500],
+    "one bit": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    ),
+}
+
+
+@pytest.mark.parametrize("content", BREAKS.values(), ids=BREAKS)
+def test_a_broken_newest_state_is_named_and_the_one_before_taken(config, tmp_path, capsys, content):
+    train(config)
+    path = break_newest(config, content)
+    train(config)
+    said = capsys.readouterr().out
+    assert f"left aside: {path}" in said
+    assert "continuing after epoch 1 of 2" in said
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+    assert measured(config) == measured(whole)
+    assert_same_tensors(last(config)["model"], last(whole)["model"])
+
+
+@pytest.mark.parametrize("content", BREAKS.values(), ids=BREAKS)
+def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, contents, content):
+    config.engine.keep_checkpoints = 1
+    train(config)
+    path = break_newest(config, content)
+    before = contents(RunFolder(config.output).checkpoints)
+    with pytest.raises(CheckpointError, match=f"no checkpoint can be used: {path}"):
+        train(config)
+    assert contents(RunFolder(config.output).checkpoints) == before
+
+
+def test_the_state_of_another_model_is_refused(config, tmp_path):
+    train(config)
+    other = copy.deepcopy(config)
+    other.output, other.model.args["depth"] = str(tmp_path / "other"), "2"
+    train(other)
+    shutil.copy(states(config)[0], states(other)[0])
+    with pytest.raises(
+        CheckpointError, match=r"step_0000000006\.state does not fit the model: missing blocks\.1"
+    ):
+        train(other)
