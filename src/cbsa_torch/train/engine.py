@@ -73,7 +73,8 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
         transformer_cls_names_to_wrap=blocks or None,
         cpu_ram_efficient_loading=False,
     )
-    plugin.set_mixed_precision(accelerator.mixed_precision)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
 
 

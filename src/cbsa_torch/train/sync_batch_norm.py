@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.distributed.nn.functional as distributed
 from torch import Tensor, nn
 
 
@@ -47,6 +48,22 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
+class _Total(torch.autograd.Function):
+    """The sum over processes. Each process' loss depends on it, so its gradient is their sum, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
 def _total(x: Tensor) -> Tensor:
-    """The sum over processes, differentiable."""
-    return distributed.all_reduce(x)
+    total: Tensor = _Total.apply(x)
+    return total

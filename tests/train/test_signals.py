@@ -1,0 +1,111 @@
+"""A run that is asked to stop saves its state first, wherever it is."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cbsa_torch.train import train, trainer
+from cbsa_torch.train.config import dump_yaml
+from cbsa_torch.train.errors import InterruptedRun
+from cbsa_torch.train.signals import StopRequests
+from tests.helpers.runs import STEPS, assert_same_tensors, during_training_step, last, measured, states
+
+
+def send(number):
+    def act(loss, logits):
+        os.kill(os.getpid(), number)
+        return loss
+
+    return act
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, tmp_path, monkeypatch, number):
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        during_training_step(patch, STEPS + 2, send(number))
+        expected = (
+            rf"stopped by {number.name}; the last checkpoint is that of epoch 1 and 2 batches, the best "
+            rf"epoch was 1; go on with: cbsa train --output {config.output} --resume"
+        )
+        with pytest.raises(InterruptedRun, match=expected):
+            train(config)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert last(config)["progress"]["step"] == STEPS + 2
+    train(config)
+    assert measured(config) == measured(whole)
+    assert_same_tensors(last(config)["model"], last(whole)["model"])
+
+
+def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, tmp_path, monkeypatch):
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+    evaluate = trainer.evaluate
+    with monkeypatch.context() as patch:
+
+        def patched(*args, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*args, **options)
+
+        patch.setattr(trainer, "evaluate", patched)
+        with pytest.raises(InterruptedRun, match=f"epoch 0 and {STEPS} batches"):
+            train(config)
+    during_training_step(monkeypatch, 2 * STEPS, lambda loss, logits: pytest.fail("trained again"))
+    train(config)
+    assert measured(config) == measured(whole)
+    assert_same_tensors(last(config)["model"], last(whole)["model"])
+
+
+def test_a_signal_in_the_last_validation_but_one_moment_too_late_ends_the_run_as_usual(config, monkeypatch):
+    save = trainer._save_weights
+
+    def patched(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr(trainer, "_save_weights", patched)
+    config.optim.epochs = 1
+    assert train(config).best_epoch == 1
+
+
+def test_the_second_signal_acts_at_once(config, monkeypatch):
+    def twice(loss, logits):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    during_training_step(monkeypatch, 1, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert not states(config)
+
+
+def test_requests_are_noted_inside_only():
+    with StopRequests() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        assert stop.received is signal.SIGTERM
+
+
+def test_the_command_says_by_its_exit_code_that_it_can_be_continued(config, tmp_path):
+    config.optim.epochs = 2000
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 50
+    while not states(config):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "stopped by SIGTERM; the last checkpoint is that of epoch" in errors
