@@ -19,7 +19,7 @@ from cbsa_torch.models.checkpoint import CheckpointError, load_strictly, save_ch
 from cbsa_torch.train.build import build_model
 from cbsa_torch.train.checkpoint import load_state, random_states, restore_random_states, save_state
 from cbsa_torch.train.config import TrainConfig, check_config, to_dict
-from cbsa_torch.train.data import input_spec, make_loader, open_splits, read_skipped
+from cbsa_torch.train.data import input_spec, make_loader, open_splits, read_skipped, set_epoch
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError
 from cbsa_torch.train.loop import evaluate, new_accelerator, train_one_epoch
 from cbsa_torch.train.optim import make_optimizer, make_scheduler
@@ -127,7 +127,7 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -
     model, model_args = build_model(config, len(splits.class_names))
     spec = input_spec(model, config.model.image_size)
     optimizer = make_optimizer(model, config.optim)
-    train_loader = make_loader(splits.train, spec, config.data, batch_size, train=True)
+    train_loader = make_loader(splits.train, spec, config.data, batch_size, train=True, seed=config.seed)
     val_loader = make_loader(splits.val, spec, config.data, batch_size, train=False)
     _check_loader(train_loader, batch_size, accelerator.num_processes)
 
@@ -201,6 +201,7 @@ def _run_epoch(session: _Session, done: _Progress) -> _Progress:
     config, accelerator, folder = session.config, session.accelerator, session.folder
     epoch, epochs = done.epoch + 1, config.optim.epochs
     batches = len(session.train_loader)
+    set_epoch(session.train_loader, epoch)
     start = time.monotonic()
     with session.reporter.bar(f"epoch {epoch}/{epochs}", batches) as advance:
         trained, step = train_one_epoch(
