@@ -115,7 +115,7 @@ def train_once(options: Options, member: str, seed: int) -> tuple[str, float]:
         command += ["--output", config.output, "--seed", str(seed), "--engine.threads", "1"]
         command += ["--optim.epochs", str(config.optim.epochs)]
         if config.model.args:
-            command += ["--model.args", *itertools.chain.from_iterable(config.model.args.items())]
+            command += ["--model.args", *map(str, itertools.chain.from_iterable(config.model.args.items()))]
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
         if done.returncode:

@@ -230,9 +230,9 @@ def test_eval_on_another_folder_with_unreadable_images(colours, tmp_path, capsys
     shutil.copytree(colours, other)
     shutil.copytree(colours / "train", other / "test")
     (other / "test" / "dark" / "bad.png").write_bytes(b"")
-    assert main(["eval", "--checkpoint", run, "--root", str(other)]) == 1
+    assert main(["eval", "--checkpoint", run, "--root", str(other), "--max-bad-images", "0"]) == 1
     assert "bad.png" in capsys.readouterr().err
-    assert main(["eval", "--checkpoint", run, "--root", str(other), "--on-bad-image", "skip"]) == 0
+    assert main(["eval", "--checkpoint", run, "--root", str(other)]) == 0
     out = capsys.readouterr().out
     assert "1 unreadable image(s) were left out" in out
     assert "images: 20" in out
@@ -293,7 +293,8 @@ def test_train_takes_a_yaml_file(tmp_path, monkeypatch):
         (["--config", "digit"], "did you mean 'digits'"),
         (["--config"], "--config needs"),
         (["--config="], "no configuration ''"),
-        (["--config", "finetune"], "data.root is required"),
+        (["--config", "folder"], "data.root is required"),
+        (["--config", "finetune_pets"], "model.init_from is required"),
         (["--optim.epochs", "0"], "optim.epochs must be at least 1"),
         (["--model.name", "cbt_pico_patch1_9"], "did you mean 'cbt_pico_patch1_8'"),
         (["--resume"], "nothing to resume"),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cbsa_torch.train.build import build_model
 from cbsa_torch.train.config import (
+    ModelConfig,
     TrainConfig,
     check_config,
     dump_yaml,
@@ -30,7 +32,10 @@ def test_recipes_load_and_pass_the_checks(name):
 
 
 def test_the_recipes_are_those_documented():
-    assert recipe_names() == ["animals28", "digits", "emoji64", "finetune", "folder", "imagenet"]
+    assert recipe_names() == [
+        "animals28", "digits", "emoji64", "finetune_cifar10", "finetune_cifar100", "finetune_flowers102",
+        "finetune_folder", "finetune_pets", "folder", "imagenet",
+    ]  # fmt: skip
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
@@ -75,7 +80,8 @@ def test_an_unknown_nested_key_names_the_nearest_and_its_section(tmp_path):
         ("data:\n  crop_scale: 0.5", "crop_scale must be 2 values"),
         ("data:\n  crop_scale: [0.1, 0.2, 0.3]", "crop_scale must be 2 values"),
         ("data:\n  crop_scale: [a, b]", "crop_scale must be float"),
-        ("data:\n  on_bad_image: skp", "must be one of 'stop', 'skip', got 'skp'; did you mean 'skip'"),
+        ("data:\n  max_bad_images: many", "max_bad_images must be int"),
+        ("optim:\n  keep: bes", "must be one of 'best', 'last', got 'bes'; did you mean 'best'"),
         ("engine:\n  precision: fp8", "precision must be one of"),
         ("model:\n  args: [1]", "args must be a mapping"),
     ],
@@ -112,9 +118,21 @@ def test_model_arguments_become_strings_that_yaml_reads_back(tmp_path):
     assert config.model.args == {"depth": "2", "tied": "true", "contraction": "exact"}
 
 
+def test_model_arguments_may_be_values_of_python(tmp_path):
+    values = {"depth": 2, "tied": True, "mlp_ratio": 0.5, "contraction": "exact"}
+    config = TrainConfig(model=ModelConfig(args=values))
+    assert config.model.args == {"depth": "2", "tied": "true", "mlp_ratio": "0.5", "contraction": "exact"}
+    config.model.args["depth"] = 3
+    assert load_config(write(tmp_path, dump_yaml(config))).model.args["depth"] == "3"
+    config.model.name, config.model.args = "cbt_pico_patch1_8", {"depth": 1, "tied": True, "embed_dim": "32"}
+    model, built = build_model(config, 3)
+    assert built == {"depth": 1, "tied": True, "embed_dim": 32, "num_classes": 3}
+    assert len(model.blocks) == 1
+
+
 def test_a_missing_file_names_the_recipes_and_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"'digit'.*digits, emoji64, finetune, folder, .*did you mean 'digits'"
+        ConfigError, match=r"'digit'.*digits, emoji64, finetune_cifar10, .*did you mean 'digits'"
     ):
         load_config("digit")
 
@@ -137,6 +155,7 @@ def test_a_missing_file_names_the_recipes_and_the_nearest():
         ("data", "crop_ratio", (0.0, 1.0)),
         ("data", "hflip", 1.5),
         ("data", "workers", -1),
+        ("data", "max_bad_images", -1),
         ("data", "rotate", -1.0),
         ("data", "shift", 2.0),
         ("optim", "min_lr", -1.0),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 import tarfile
 from collections import Counter
@@ -12,34 +11,16 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cbsa_torch.train import evaluate_checkpoint, train
+from cbsa_torch.train import train
 from cbsa_torch.train.config import DataConfig
-from cbsa_torch.train.data import IGNORE, InputSpec, make_loader, open_splits, read_skipped
+from cbsa_torch.train.data import InputSpec, make_loader, open_splits
 from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.loop import classification_loss
 
 SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
 
 
-def truncated_png(path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, "PNG")
-    path.write_bytes(path.read_bytes()[:200])
-
-
-BROKEN = {
-    "truncated": truncated_png,
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("not an image\n" * 50),
-}
-
-
 def folder(root: Path, **kwargs) -> DataConfig:
     return DataConfig(name="folder", root=str(root), **{"workers": 0, "crop_scale": (0.5, 1.0), **kwargs})
-
-
-def targets(loader) -> list[int]:
-    return [int(t) for _, batch in loader for t in batch]
 
 
 # ---- digits
@@ -178,99 +159,6 @@ def test_one_image_is_too_few_to_hold_out(tmp_path, make_split):
     make_split(tmp_path / "train", 1, ("red",))
     with pytest.raises(DataError, match="too few to hold out"):
         open_splits(folder(tmp_path), "RGB")
-
-
-# ---- unreadable images
-
-
-@pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in BROKEN), ("truncated", 1)])
-def test_an_unreadable_image_stops_with_its_name(images, kind, workers):
-    bad = images / "val" / "red" / "bad.png"
-    BROKEN[kind](bad)
-    data = folder(images, workers=workers)
-    loader = make_loader(open_splits(data, "RGB").val, SPEC, data, 4, train=False)
-    with pytest.raises(DataError, match=r"cannot read image .*val/red/bad\.png") as caught:
-        targets(loader)
-    assert "on_bad_image" in str(caught.value)
-
-
-def test_the_message_about_an_unreadable_image_holds_no_traceback_of_a_worker(images):
-    BROKEN["empty"](images / "val" / "red" / "bad.png")
-    data = folder(images, workers=1)
-    loader = make_loader(open_splits(data, "RGB").val, SPEC, data, 4, train=False)
-    with pytest.raises(DataError) as caught:
-        targets(loader)
-    assert "Traceback" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("kind", "workers"), [*((kind, 0) for kind in BROKEN), ("truncated", 1)])
-def test_an_unreadable_image_is_skipped_and_listed_once(images, tmp_path, kind, workers):
-    bad = images / "val" / "red" / "bad.png"
-    BROKEN[kind](bad)
-    skipped = tmp_path / "skipped.txt"
-    data = folder(images, workers=workers, on_bad_image="skip")
-    loader = make_loader(open_splits(data, "RGB", skipped).val, SPEC, data, 4, train=False)
-    for _ in range(2):
-        assert Counter(targets(loader)) == {0: 4, 1: 4, 2: 4, IGNORE: 1}
-    assert read_skipped(skipped) == [str(bad)]
-
-
-def test_nothing_skipped_reads_as_an_empty_list(tmp_path):
-    assert read_skipped(tmp_path / "none.txt") == []
-
-
-def test_the_loss_does_not_count_skipped_images():
-    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, IGNORE, 2, 1, IGNORE])
-    kept = labels != IGNORE
-    expected = torch.nn.functional.cross_entropy(logits[kept], labels[kept], label_smoothing=0.1)
-    torch.testing.assert_close(classification_loss(logits, labels, 0.1), expected)
-
-
-def test_a_batch_of_skipped_images_has_loss_zero():
-    assert classification_loss(torch.randn(2, 3), torch.tensor([IGNORE, IGNORE])) == 0
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_does_not_count_skipped_images(finished, images, tmp_path, workers):
-    output = tmp_path / "clean.json"
-    clean = evaluate_checkpoint(finished[1].folder, data=folder(images), output=output)
-    bad = images / "test" / "blue" / "bad.png"
-    BROKEN["truncated"](bad)
-    data = folder(images, workers=workers, on_bad_image="skip")
-    output = tmp_path / "skip.json"
-    result = evaluate_checkpoint(finished[1].folder, data=data, output=output, batch_size=5)
-    assert result.images == sum(map(sum, result.confusion)) == 12
-    assert result.confusion == clean.confusion
-    assert result.top1 == clean.top1
-    assert result.loss == pytest.approx(clean.loss, rel=1e-5)
-    assert json.loads(output.read_text())["skipped_images"] == [str(bad)]
-
-
-def test_evaluation_of_nothing_but_unreadable_images_is_refused(finished, images, tmp_path):
-    for image in (images / "test").rglob("*.png"):
-        image.write_bytes(b"")
-    with pytest.raises(DataError, match="no image of the test split could be read"):
-        evaluate_checkpoint(
-            finished[1].folder, data=folder(images, on_bad_image="skip"), output=tmp_path / "e.json"
-        )
-
-
-def test_training_stops_at_an_unreadable_image(config, images):
-    BROKEN["text"](images / "train" / "green" / "bad.png")
-    config.optim.batch_size = 25
-    with pytest.raises(DataError, match=r"cannot read image .*green/bad\.png"):
-        train(config)
-
-
-def test_training_skips_unreadable_images_and_says_how_many(config, images, tmp_path, capsys):
-    bad = [images / "train" / "green" / "bad.png", images / "val" / "red" / "bad.png"]
-    BROKEN["text"](bad[0])
-    BROKEN["empty"](bad[1])
-    config.data.on_bad_image, config.optim.batch_size = "skip", 25
-    train(config)
-    assert read_skipped(tmp_path / "run" / "skipped_images.txt") == sorted(map(str, bad))
-    assert "2 unreadable image(s) were left out" in capsys.readouterr().out
 
 
 # ---- timm's factory

@@ -1,48 +1,143 @@
-"""Two processes on the CPU (gloo) count what one counts."""
+"""Several processes on the CPU (gloo) compute what one computes, sharded or not, stopped or not."""
 
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
-OPTIONS = ["--optim.epochs", "1", "--optim.warmup-epochs", "0", "--engine.threads", "1", "--optim.lr", "1e-3"]
-MODEL = ["--model.args", "embed_dim", "16", "depth", "1", "num_heads", "2"]
+import pytest
+import torch
+
+from cbsa_torch.models import load_checkpoint
+from cbsa_torch.train import load_config, train
+from cbsa_torch.train.config import dump_yaml
+from cbsa_torch.train.run_folder import RunFolder
+from tests.helpers.runs import assert_same_tensors, last, measured, rows, states
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def launch(processes, *command):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def command(processes, *args):
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m"]
+    return [*launcher, "cbsa_torch.cli", *args]
+
+
+def launch(processes, *args):
     return subprocess.run(
-        [*launcher, "-m", "cbsa_torch.cli", *command],
-        capture_output=True, text=True, check=False, timeout=120, env=environment,
-    )  # fmt: skip
-
-
-def test_two_processes_train_and_count_every_image_once(tmp_path):
-    run = tmp_path / "run"
-    result = launch(2, "train", "--output", str(run), *OPTIONS, *MODEL)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("epoch   1/1") == 1  # one process speaks
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1]
-    result = launch(
-        2, "eval", "--checkpoint", str(run), "--batch-size", "50", "--output", str(tmp_path / "two.json")
+        command(processes, *args), capture_output=True, text=True, check=False, timeout=120, env=ENVIRONMENT
     )
+
+
+def launch_training(processes, config, *args):
+    path = RunFolder(config.output).path.with_suffix(".yaml")
+    path.write_text(dump_yaml(config))
+    result = launch(processes, "train", "--config", str(path), *args)
     assert result.returncode == 0, result.stderr
-    alone = subprocess.run(
-        [sys.executable, "-m", "cbsa_torch.cli", "eval", "--checkpoint", str(run), "--output", str(tmp_path / "one.json")],
-        capture_output=True, text=True, check=False,
+    return result
+
+
+@pytest.fixture
+def digits(digits_config):
+    """Two epochs of eight steps on augmented digits; the stem has batch normalisation."""
+    digits_config.optim.batch_size, digits_config.optim.epochs = 150, 2
+    digits_config.engine.threads = 1
+    return digits_config
+
+
+@pytest.fixture
+def alone(digits, tmp_path):
+    """The same run in one process, which the others must agree with."""
+    config = dataclasses.replace(digits, output=str(tmp_path / "alone"))
+    train(config)
+    model = load_checkpoint(RunFolder(config.output).weights)[0]
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    return config
+
+
+def assert_same_curve(one, other):
+    assert len(rows(one)) == len(rows(other)) > 0
+    for first, second in zip(measured(one), measured(other), strict=True):
+        assert first["val_top1"] == second["val_top1"]
+        for key in ("epoch", "step", "lr"):
+            assert first[key] == second[key]
+        for key in ("train_loss", "val_loss"):
+            assert first[key] == pytest.approx(second[key], rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_train_and_evaluate_like_one(digits, alone, tmp_path, processes):
+    result = launch_training(processes, digits)
+    assert result.stdout.count("epoch   1/2") == 1  # one process speaks
+    assert_same_curve(digits, alone)
+    torch.testing.assert_close(last(digits)["model"], last(alone)["model"], rtol=1e-4, atol=1e-5)
+    # 360 test images in batches of 50, which neither 2 nor 3 processes share out evenly
+    several, one = tmp_path / "several.json", tmp_path / "one.json"
+    for count, output in ((processes, several), (1, one)):
+        result = launch(
+            count, "eval", "--checkpoint", digits.output, "--batch-size", "50", "--output", str(output)
+        )
+        assert result.returncode == 0, result.stderr
+    first, second = (json.loads(path.read_text()) for path in (several, one))
+    assert first["images"] == second["images"] == 360
+    assert first["confusion"] == second["confusion"]
+    assert (first["top1"], first["top5"]) == (second["top1"], second["top5"])
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
+
+
+def test_sharded_training_equals_copies_and_goes_on_in_one_process(digits, alone):
+    digits.engine.fsdp, digits.optim.epochs = True, 2
+    result = launch_training(2, digits)
+    assert "sharded" in result.stdout
+    assert_same_curve(digits, alone)
+    weights = load_checkpoint(RunFolder(digits.output).weights)[0].state_dict()
+    torch.testing.assert_close(
+        weights, load_checkpoint(RunFolder(alone.output).weights)[0].state_dict(), rtol=1e-4, atol=1e-5
+    )
+    for config in (digits, alone):
+        further = load_config(RunFolder(config.output).config)
+        further.accept_changes, further.engine.fsdp, further.optim.epochs = True, False, 3
+        train(further)
+    assert_same_curve(digits, alone)
+
+
+def test_sharding_needs_several_processes(digits):
+    digits.engine.fsdp = True
+    with pytest.raises(ValueError, match=r"engine\.fsdp needs several processes"):
+        train(digits)
+    assert not RunFolder(digits.output).path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_of_which_one_is_stopped_go_on_exactly(digits, tmp_path, number):
+    digits.engine.checkpoint_steps = 3
+    digits.model.args["drop_path_rate"] = "0.2"  # draws differently in every process
+    digits.model.name = "vit_tiny_patch16_224"
+    digits.model.args |= {"patch_size": "2", "in_chans": "1", "embed_dim": "12", "depth": "2"}
+    digits.model.args.pop("num_representatives")
+    digits.model.image_size = 8
+    whole = dataclasses.replace(digits, output=str(tmp_path / "whole"))
+    launch_training(2, whole)
+    cut = dataclasses.replace(digits, output=str(tmp_path / "cut"))
+    (tmp_path / "cut.yaml").write_text(dump_yaml(cut))
+    process = subprocess.Popen(
+        command(2, "train", "--config", str(tmp_path / "cut.yaml")),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT,
     )  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
-    two, one = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("two", "one"))
-    assert two["images"] == one["images"] == 360
-    assert two["confusion"] == one["confusion"]
-    assert two["top1"] == one["top1"]
-    assert abs(two["loss"] - one["loss"]) < 1e-5
+    deadline = time.monotonic() + 50
+    while not states(cut):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "cbsa_torch.cli"], capture_output=True, text=True, check=True
+    )
+    os.kill(int(workers.stdout.split()[-1]), number)
+    process.wait(60)
+    launch_training(2, cut)
+    assert measured(cut) == measured(whole)
+    assert_same_tensors(last(cut)["model"], last(whole)["model"])

@@ -91,8 +91,8 @@ class _EvalArgs:
     split: Literal["train", "val", "test"] = "test"
     root: str | None = None
     """Evaluate on this image folder instead of the data the model was trained on."""
-    on_bad_image: Literal["stop", "skip"] | None = None
-    """What to do about an unreadable image. Default: as in training."""
+    max_bad_images: int | None = None
+    """Unreadable images that are left out, counted and listed; one more stops. Default: as in training."""
     batch_size: int = 256
     output: str | None = None
     """The JSON file."""
@@ -105,8 +105,9 @@ def run_eval(args: list[str]) -> None:
     data = open_trained(options.checkpoint).config.data
     if options.root is not None:
         data = dataclasses.replace(data, name="folder", root=options.root)
-    if options.on_bad_image is not None:
-        data = dataclasses.replace(data, on_bad_image=options.on_bad_image)
+    if options.max_bad_images is not None:
+        at_least(0, max_bad_images=options.max_bad_images)
+        data = dataclasses.replace(data, max_bad_images=options.max_bad_images)
     result = evaluate_checkpoint(
         options.checkpoint,
         split=options.split,

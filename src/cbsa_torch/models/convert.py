@@ -78,7 +78,7 @@ def load_official(
         FileNotFoundError: no such file. CheckpointError: an unsafe, broken or foreign checkpoint; missing
             and unexpected keys are named, as the official code names them; ``num_heads`` missing or wrong.
     """
-    return _convert(source, num_heads)[0]
+    return read_official(source, num_heads)[0]
 
 
 def convert_official(source: str | Path, output: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
@@ -87,14 +87,15 @@ def convert_official(source: str | Path, output: str | Path, *, num_heads: int |
     Returns:
         What the file says about itself: the timm model name and its constructor arguments.
     """
-    model, info = _convert(source, num_heads)
+    model, info = read_official(source, num_heads)
     save_checkpoint(output, model, info)
     return info
 
 
-def _convert(
-    source: str | Path | Mapping[str, Any], num_heads: int | None
+def read_official(
+    source: str | Path | Mapping[str, Any], num_heads: int | None = None
 ) -> tuple[WhiteBoxTransformer, dict[str, Any]]:
+    """The model of :func:`load_official`, and its timm name and arguments as our checkpoints have them."""
     if isinstance(source, Mapping):
         name, official = "the state dict", unwrap(dict(source), "the state dict")
     else:

@@ -11,7 +11,8 @@ from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import load_checkpoint
+from cbsa_torch.models.checkpoint import PICKLE_SUFFIXES, load_checkpoint
+from cbsa_torch.models.convert import read_official
 from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run_folder import RunFolder
@@ -27,7 +28,9 @@ def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module
         suggestion = nearest(settings.name, registry.names()) or nearest(settings.name, known)
         raise ConfigError(f"no model {settings.name!r} in timm{suggestion}; `cbsa list` shows ours")
     try:
-        args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in settings.args.items()}
+        args: dict[str, Any] = {
+            k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in settings.args.items()
+        }
     except yaml.YAMLError as error:
         raise ConfigError(f"model.args are not values of YAML: {error}") from error
     if settings.image_size is not None:
@@ -43,8 +46,14 @@ def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module
 def _build_from_checkpoint(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model, with a new head and another image size where asked for."""
     settings = config.model
-    path = Path(settings.init_from or "")
-    model, info = load_checkpoint(RunFolder(path).weights if path.is_dir() else path)
+    if not settings.init_from:
+        raise ConfigError(
+            "model.init_from is required here: a run's folder, a .safetensors file of ours, or a released "
+            "checkpoint of the official code (.pth, .pth.tar)"
+        )
+    path = Path(settings.init_from)
+    read = read_official if path.suffix in PICKLE_SUFFIXES and not path.is_dir() else load_checkpoint
+    model, info = read(RunFolder(path).weights if path.is_dir() else path)
     if info["model"] != settings.name:
         raise ConfigError(
             f"model.init_from {path} holds {info['model']!r}, but model.name is {settings.name!r}"

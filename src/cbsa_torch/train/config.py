@@ -28,10 +28,18 @@ class ModelConfig:
     """A timm model name; `cbsa list` shows ours."""
     image_size: int | None = None
     """Side in pixels that images are resized to. Default: what the model was designed for."""
-    args: dict[str, str] = field(default_factory=dict)
+    args: dict[str, str | int | float | bool] = field(default_factory=dict)
     """Further constructor arguments, e.g. num_representatives 49 contraction exact."""
     init_from: str | None = None
-    """Start from the weights of this run folder or .safetensors file (fine-tuning)."""
+    """Start from the weights of this run folder, .safetensors file of ours, or released checkpoint (.pth,
+    .pth.tar) of the official code (fine-tuning)."""
+
+    def __post_init__(self) -> None:
+        # one form of every value, in which configurations are stored and compared: a string that YAML reads
+        self.args = {
+            key: value if isinstance(value, str) else yaml.safe_dump(value).split("\n")[0]
+            for key, value in self.args.items()
+        }
 
 
 @dataclass
@@ -39,8 +47,8 @@ class DataConfig:
     """The images and their augmentation."""
 
     name: str = "folder"
-    """"digits" (embedded), "animals28" or "emoji64" (`cbsa data fetch`), "folder", or a name for timm's
-    dataset factory, e.g. "torch/cifar10"."""
+    """"digits" (embedded), "animals28" or "emoji64" (`cbsa data fetch`), "folder", "flowers102" or "pets", or a
+    name for timm's dataset factory, e.g. "torch/cifar10"."""
     root: str | None = None
     """Folder with train/, val/ and perhaps test/, each holding one folder of images per class; or, for a
     timm data set, where its files are; or, for a fetched one, its folder (default: $CBSA_DATA, else
@@ -48,11 +56,11 @@ class DataConfig:
     val_fraction: float = 0.1
     """Share of the training images held out for validation if there is no val split."""
     download: bool = False
-    """Let timm download the data set, if it can."""
+    """Let timm or torchvision download the data set, if they can."""
     workers: int = 4
     """Processes that read images; 0: the training process itself."""
-    on_bad_image: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read: stop, or leave it out, count it and list it."""
+    max_bad_images: int = 10
+    """Unreadable images that are left out, counted and listed; one more stops the run. 0: the first does."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Random resized crop: smallest and largest share of the area."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
@@ -168,7 +176,9 @@ def load_config(source: str | Path) -> TrainConfig:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Everything as plain values, for YAML and JSON."""
-    return _plain(dataclasses.asdict(config))
+    # replaced by itself: arguments that were set later get their one form, too
+    model = dataclasses.replace(config.model)
+    return _plain(dataclasses.asdict(dataclasses.replace(config, model=model)))
 
 
 def dump_yaml(config: TrainConfig) -> str:
@@ -212,7 +222,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where} must be a mapping, got {value!r}")
-        return {str(k): v if isinstance(v, str) else yaml.safe_dump(v).split("\n")[0] for k, v in value.items()}
+        return {str(k): v for k, v in value.items()}
     # YAML reads 1e-3 (no dot) as a string, and 20 as an integer
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -256,6 +266,7 @@ def check_config(config: TrainConfig) -> None:
         (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
         (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
         (data.workers >= 0, "data.workers must not be negative", data.workers),
+        (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
         (0 <= optim.min_lr <= optim.lr, "optim.min_lr must be in [0, optim.lr]", optim.min_lr),
         (optim.warmup_lr >= 0, "optim.warmup_lr must not be negative", optim.warmup_lr),
         (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),

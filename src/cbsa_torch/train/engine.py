@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cbsa_torch.train.config import EngineConfig
+from cbsa_torch.train.data import set_epoch
 from cbsa_torch.train.errors import ConfigError
 
 
@@ -90,7 +91,5 @@ def start_epoch(accelerator: Accelerator, loader: DataLoader[Any], epoch: int, b
         epoch: from 0.
         batch: how many batches were seen already; they are not read again.
     """
-    loader.set_epoch(epoch)  # type: ignore[attr-defined]
-    if hasattr(loader.dataset, "set_epoch"):  # Accelerate leaves it out with several processes
-        loader.dataset.set_epoch(epoch)
+    set_epoch(loader, epoch)
     return accelerator.skip_first_batches(loader, batch) if batch else loader

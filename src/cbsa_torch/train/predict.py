@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from cbsa_torch.train.data import READ_ERRORS, InputSpec
+from cbsa_torch.train.data import InputSpec, read_image_file
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.evaluate import Trained, open_trained
 
@@ -30,9 +29,8 @@ def read_image(path: str | Path, spec: InputSpec) -> Tensor:
     if not Path(path).is_file():
         raise DataError(f"no image at {path}")
     try:
-        with Image.open(path) as file:
-            image = file.convert(spec.mode)
-    except READ_ERRORS as error:
+        image = read_image_file(path, spec.mode)
+    except DataError as error:
         raise DataError(f"cannot read image {path}: {error}") from error
     return eval_transform(spec)(image)[None]
 

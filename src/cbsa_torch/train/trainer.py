@@ -138,7 +138,7 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, s
     if config.engine.fsdp:
         shard(accelerator, model)
     optimizer = make_optimizer(model, config.optim)
-    train_loader = make_loader(splits.train, spec, config.data, batch_size, train=True)
+    train_loader = make_loader(splits.train, spec, config.data, batch_size, train=True, seed=config.seed)
     val_loader = make_loader(splits.val, spec, config.data, batch_size, train=False)
     for loader in (train_loader, val_loader):
         draw_apart(loader)
@@ -162,7 +162,7 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, s
     reporter.say(
         f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "
         f"{len(train_loader.dataset):,} training and {len(val_loader.dataset):,} validation images, "  # type: ignore[arg-type]
-        f"{len(splits.class_names)} classes; device {accelerator.device}; folder {folder.path}"
+        f"{len(splits.class_names)} classes; {_engine(accelerator)}; folder {folder.path}"
     )
     model, stepper, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     # From here on processes draw differently (dropout), but the data comes in an order of its own.
@@ -193,6 +193,14 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, s
         val_loader,
         description,
     )
+
+
+def _engine(accelerator: Accelerator) -> str:
+    """Where and how a run is computed, in words."""
+    if accelerator.num_processes == 1:
+        return f"device {accelerator.device}"
+    how = "sharded (FSDP2)" if accelerator.is_fsdp2 else "each with a copy (DDP)"
+    return f"{accelerator.num_processes} processes on {accelerator.device.type}, {how}"
 
 
 def _batch_per_process(config: TrainConfig, processes: int) -> int:

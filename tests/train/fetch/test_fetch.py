@@ -58,6 +58,26 @@ def test_a_source_needs_no_network(animals_file, tmp_path):
     assert fetch("animals28", tmp_path / "data", [moved]).exists()
 
 
+def test_what_was_downloaded_before_a_failure_is_not_downloaded_again(emoji_files, tmp_path):
+    first, second = emoji_files
+    folder = tmp_path / "data"
+    hidden = second.rename(tmp_path / "hidden")
+    with pytest.raises(DataError, match="cannot download"):
+        fetch("emoji64", folder)
+    assert (folder / first.name).read_bytes() == first.read_bytes()
+    first.unlink()
+    hidden.rename(second)
+    fetch("emoji64", folder)
+    assert [path.name for path in folder.iterdir()] == ["emoji64.npz"]
+
+
+def test_a_damaged_file_of_an_earlier_attempt_is_downloaded_again(emoji_files, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / emoji_files[0].name).write_bytes(emoji_files[0].read_bytes()[:-1])
+    fetch("emoji64", tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["emoji64.npz"]
+
+
 def test_unexpected_arrays_are_not_written(animals_file, tmp_path, monkeypatch):
     monkeypatch.setitem(DATA_SETS, "animals28", DATA_SETS["animals28"]._replace(checksum="0" * 64))
     with pytest.raises(

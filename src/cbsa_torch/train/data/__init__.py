@@ -1,17 +1,20 @@
 """Images: the embedded digits, fetched packages, folders, and whatever timm's dataset factory opens."""
 
-from cbsa_torch.train.data.images import IGNORE, READ_ERRORS, read_skipped
+from cbsa_torch.train.data.decode import read_image_file
+from cbsa_torch.train.data.images import IGNORE, read_skipped
 from cbsa_torch.train.data.loader import InputSpec, input_spec, make_loader
+from cbsa_torch.train.data.seeded import set_epoch
 from cbsa_torch.train.data.splits import Splits, open_split, open_splits
 
 __all__ = [
     "IGNORE",
-    "READ_ERRORS",
     "InputSpec",
     "Splits",
     "input_spec",
     "make_loader",
     "open_split",
     "open_splits",
+    "read_image_file",
     "read_skipped",
+    "set_epoch",
 ]

@@ -7,11 +7,13 @@ from pathlib import Path
 from timm.data import ImageDataset
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config import DataConfig
-from cbsa_torch.train.data.images import CheckedImages
+from cbsa_torch.train.data.images import CheckedImages, SkippedImages
 from cbsa_torch.train.errors import DataError
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""Files that are taken for images, in small or capital letters; timm's own list ends after the third."""
 
 
 def find_split(root: Path, split: str) -> Path | None:
@@ -40,9 +42,7 @@ def class_folders(folder: Path) -> list[str]:
     return names
 
 
-def open_folder(
-    folder: Path, class_names: list[str], config: DataConfig, mode: str, skipped: Path | None
-) -> CheckedImages:
+def open_folder(folder: Path, class_names: list[str], mode: str, skipped: SkippedImages) -> CheckedImages:
     """The images of one split; a class's label is its place in ``class_names``."""
     strange = [name for name in class_folders(folder) if name not in class_names]
     if strange:
@@ -51,7 +51,7 @@ def open_folder(
             f"{nearest(strange[0], class_names)}"
         )
     try:
-        images = ImageDataset(str(folder), reader="", input_img_mode=mode)
+        images = ImageDataset(str(folder), reader="", input_key=";".join(EXTENSIONS), input_img_mode=mode)
     except RuntimeError as error:
         raise DataError(f"no images found in {folder}: {error}") from error
     # timm labels an image by the folder it lies in, however deep
@@ -64,4 +64,4 @@ def open_folder(
             else f"{folder} has images without a class, beside the class folders"
         )
     relabel = {label: class_names.index(name) for name, label in found.items()}
-    return CheckedImages(images, mode, config.on_bad_image, skipped, relabel)
+    return CheckedImages(images, mode, skipped, relabel)

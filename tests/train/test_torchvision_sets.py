@@ -1,0 +1,143 @@
+"""CIFAR, Flowers and Pets as torchvision reads them, with generated images; and the recipes that fine-tune on them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision.datasets.cifar
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import Flowers102
+
+from cbsa_torch.train import evaluate_checkpoint, train
+from cbsa_torch.train.config import DataConfig, load_config
+from cbsa_torch.train.data import IGNORE, InputSpec, make_loader, open_splits, read_skipped
+from cbsa_torch.train.errors import DataError
+
+RNG = np.random.default_rng(0)
+
+
+def photo(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 255, (36, 48, 3), dtype=np.uint8)).save(path)
+
+
+def write_cifar(root: Path, classes: int) -> None:
+    small = classes == 10
+    folder = root / ("cifar-10-batches-py" if small else "cifar-100-python")
+    folder.mkdir(parents=True)
+    labels, names = ("labels", "label_names") if small else ("fine_labels", "fine_label_names")
+    files = (
+        {f"data_batch_{i}": 10 for i in range(1, 6)} | {"test_batch": 20}
+        if small
+        else {"train": 50, "test": 20}
+    )
+    for name, count in files.items():
+        pixels = RNG.integers(0, 255, (count, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, labels: [i % classes for i in range(count)]}))
+    meta = {names: [f"class {i}" for i in range(classes)]}
+    (folder / ("batches.meta" if small else "meta")).write_bytes(pickle.dumps(meta))
+
+
+def write_flowers(root: Path) -> None:
+    folder = root / "flowers-102"
+    for i in range(1, 61):
+        photo(folder / "jpg" / f"image_{i:05d}.jpg")
+    savemat(folder / "imagelabels.mat", {"labels": np.arange(60) % 102 + 1})
+    savemat(
+        folder / "setid.mat",
+        {"trnid": np.arange(1, 31), "valid": np.arange(31, 41), "tstid": np.arange(41, 61)},
+    )
+
+
+def write_pets(root: Path) -> None:
+    folder = root / "oxford-iiit-pet"
+    lines = [f"Breed{i % 37:02d}_{i} {i % 37 + 1} 1 1" for i in range(60)]
+    for line in lines:
+        photo(folder / "images" / f"{line.split()[0]}.jpg")
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "trainval.txt").write_text("\n".join(lines[:40]) + "\n")
+    (folder / "annotations" / "test.txt").write_text("\n".join(lines[40:]) + "\n")
+
+
+WRITERS = {
+    "torch/cifar10": lambda root: write_cifar(root, 10),
+    "torch/cifar100": lambda root: write_cifar(root, 100),
+    "flowers102": write_flowers,
+    "pets": write_pets,
+}
+SIZES = {  # training, validation, test; classes
+    "torch/cifar10": (45, 5, 20, 10),
+    "torch/cifar100": (45, 5, 20, 100),
+    "flowers102": (30, 10, 20, 102),
+    "pets": (36, 4, 20, 37),
+}
+
+
+@pytest.fixture(autouse=True)
+def any_content(monkeypatch):
+    """The files are not those whose MD5 sums torchvision knows."""
+    monkeypatch.setattr(
+        torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).exists()
+    )
+    monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: self._images_folder.is_dir())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_splits_are_disjoint_and_no_test_image_validates(name, tmp_path):
+    WRITERS[name](tmp_path)
+    splits = open_splits(DataConfig(name=name, root=str(tmp_path)), "RGB")
+    assert (*(len(part) for part in splits[:3]), len(splits.class_names)) == SIZES[name]
+    contents = [{np.asarray(part[i][0]).tobytes() for i in range(len(part))} for part in splits[:3]]
+    assert len(set.union(*contents)) == sum(SIZES[name][:3])
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_grey_or_colour_as_the_model_needs(name, channels, tmp_path):
+    WRITERS[name](tmp_path)
+    data = DataConfig(name=name, root=str(tmp_path), workers=0)
+    spec = InputSpec((channels, 24, 24), (0.5,) * channels, (0.5,) * channels, "bicubic", 1.0)
+    splits = open_splits(data, spec.mode)
+    for part, is_train in ((splits.train, True), (splits.val, False), (splits.test, False)):
+        images, labels = next(iter(make_loader(part, spec, data, 4, train=is_train)))
+        assert images.shape == (4, channels, 24, 24)
+        assert labels.min() >= 0
+
+
+@pytest.mark.parametrize("name", ["flowers102", "pets"])
+def test_a_set_that_is_not_there_says_how_to_get_it(name, tmp_path):
+    with pytest.raises(DataError, match=rf"cannot open {name} in .*--data\.download"):
+        open_splits(DataConfig(name=name, root=str(tmp_path)), "RGB")
+
+
+def test_an_unreadable_image_is_left_out_and_listed(tmp_path):
+    write_pets(tmp_path)
+    bad = next(iter(sorted((tmp_path / "oxford-iiit-pet" / "images").iterdir())))
+    bad.write_bytes(b"")
+    data = DataConfig(name="pets", root=str(tmp_path), workers=0)
+    splits = open_splits(data, "RGB", tmp_path / "s.txt")
+    labels = [part[i][1] for part in splits[:3] for i in range(len(part))]
+    assert labels.count(IGNORE) == 1
+    assert read_skipped(tmp_path / "s.txt") == [f"{bad}\tnot an image, or of a kind that Pillow does not know"]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "pets"])
+def test_the_recipe_fine_tunes_a_checkpoint_of_other_classes_and_size(name, finished, tmp_path):
+    config = load_config(f"finetune_{name}")
+    WRITERS[config.data.name](tmp_path / "data")
+    config.model.name, config.model.image_size, config.model.init_from = (
+        "cbt_nano_patch4_32",
+        24,
+        str(finished[1].folder),
+    )
+    config.data.root, config.data.workers = str(tmp_path / "data"), 0
+    config.optim.epochs, config.optim.batch_size, config.engine.cpu = 1, 10, True
+    config.output = str(tmp_path / "run")
+    train(config)
+    result = evaluate_checkpoint(config.output)
+    classes = SIZES[config.data.name][3]
+    assert (result.images, len(result.confusion)) == (20, classes)
