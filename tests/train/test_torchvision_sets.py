@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torchvision.datasets.cifar
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Flowers102
 
+from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import evaluate_checkpoint, train
 from cbsa_torch.train.config import DataConfig, load_config
 from cbsa_torch.train.data import IGNORE, InputSpec, make_loader, open_splits, read_skipped
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.errors import ConfigError, DataError
+from tests.train.test_checkpoint import official_model, official_state
 
 RNG = np.random.default_rng(0)
 
@@ -141,3 +144,28 @@ def test_the_recipe_fine_tunes_a_checkpoint_of_other_classes_and_size(name, fini
     result = evaluate_checkpoint(config.output)
     classes = SIZES[config.data.name][3]
     assert (result.images, len(result.confusion)) == (20, classes)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar"])
+def test_a_released_checkpoint_is_fine_tuned_as_it_is(suffix, images, tmp_path):
+    """Its head of other classes is replaced, its position embedding resampled, the rest kept."""
+    model = official_model()
+    torch.save({"state_dict": official_state(model)}, tmp_path / f"official{suffix}")
+    config = load_config("finetune_folder")
+    config.model.init_from, config.model.image_size = str(tmp_path / f"official{suffix}"), 32
+    config.data.root, config.data.workers, config.output = str(images), 0, str(tmp_path / "run")
+    config.optim.epochs, config.optim.batch_size, config.optim.lr, config.engine.cpu = 1, 8, 1e-12, True
+    train(config)
+    tuned, info = load_checkpoint(tmp_path / "run" / "model.safetensors")
+    assert (tuned.num_classes, info["model_args"]["img_size"]) == (3, 32)
+    assert info["model_args"]["layout"] == "official"
+    for name, parameter in model.named_parameters():
+        if not name.startswith("head") and name != "pos_embed":
+            torch.testing.assert_close(tuned.get_parameter(name), parameter, atol=1e-6, rtol=0)
+
+
+def test_a_recipe_that_fine_tunes_does_not_train_from_nothing(images):
+    config = load_config("finetune_folder")
+    config.data.root = str(images)
+    with pytest.raises(ConfigError, match=r"model\.init_from is required"):
+        train(config)

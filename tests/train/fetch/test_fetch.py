@@ -64,7 +64,8 @@ def test_what_was_downloaded_before_a_failure_is_not_downloaded_again(emoji_file
     hidden = second.rename(tmp_path / "hidden")
     with pytest.raises(DataError, match="cannot download"):
         fetch("emoji64", folder)
-    assert (folder / first.name).read_bytes() == first.read_bytes()
+    (kept,) = folder.iterdir()
+    assert kept.read_bytes() == first.read_bytes()
     first.unlink()
     hidden.rename(second)
     fetch("emoji64", folder)
@@ -72,10 +73,21 @@ def test_what_was_downloaded_before_a_failure_is_not_downloaded_again(emoji_file
 
 
 def test_a_damaged_file_of_an_earlier_attempt_is_downloaded_again(emoji_files, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / emoji_files[0].name).write_bytes(emoji_files[0].read_bytes()[:-1])
+    hidden = emoji_files[1].rename(tmp_path / "hidden")
+    with pytest.raises(DataError, match="cannot download"):
+        fetch("emoji64", tmp_path / "data")
+    (kept,) = (tmp_path / "data").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    hidden.rename(emoji_files[1])
     fetch("emoji64", tmp_path / "data")
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["emoji64.npz"]
+
+
+def test_a_source_in_the_data_folder_stays(emoji_files, tmp_path):
+    (tmp_path / "data").mkdir()
+    sources = [path.rename(tmp_path / "data" / path.name) for path in emoji_files]
+    fetch("emoji64", tmp_path / "data", sources)
+    assert all(path.exists() for path in sources)
 
 
 def test_unexpected_arrays_are_not_written(animals_file, tmp_path, monkeypatch):

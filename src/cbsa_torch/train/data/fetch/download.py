@@ -81,7 +81,7 @@ def obtain(
     for i, package in enumerate(packages):
         if package.name in contents:
             continue
-        kept = None if keep is None else keep / package.filename
+        kept = None if keep is None else _kept_in(keep, package)
         contents[package.name] = _read_kept(kept, package, reporter) or _download(package, reporter)
         if kept is not None and i + 1 < len(packages):
             with contextlib.suppress(OSError):  # a full disk: it will be downloaded again
@@ -92,7 +92,12 @@ def obtain(
 def forget(packages: Sequence[Package], keep: Path) -> None:
     """Remove what :func:`obtain` kept."""
     for package in packages:
-        (keep / package.filename).unlink(missing_ok=True)
+        _kept_in(keep, package).unlink(missing_ok=True)
+
+
+def _kept_in(folder: Path, package: Package) -> Path:
+    """Under a name of its own: the user may have the same file there, which is not ours to remove."""
+    return folder / f".{package.filename}.kept"
 
 
 def _read_kept(path: Path | None, package: Package, reporter: Reporter) -> bytes | None:
