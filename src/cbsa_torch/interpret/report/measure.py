@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
+from cbsa_torch.interpret.report.numbers import finite
 from cbsa_torch.interpret.robustness import Robustness, robustness
 from cbsa_torch.interpret.structure import (
     AttentionRanks,
@@ -113,21 +114,8 @@ def measure(
 
 
 def as_numbers(measures: Measures) -> dict[str, Any]:
-    """Plain values, for JSON."""
-
-    def plain(values: Any) -> Any:
-        if isinstance(values, tuple) and hasattr(values, "_asdict"):
-            return {key: plain(value) for key, value in values._asdict().items()}
-        if isinstance(values, Mapping):
-            return {key: plain(value) for key, value in values.items()}
-        if isinstance(values, (list, tuple)):
-            return [plain(value) for value in values]
-        if isinstance(values, Tensor):
-            return plain(values.tolist())
-        # JSON knows no NaN (an undefined correlation)
-        return None if isinstance(values, float) and not abs(values) < float("inf") else values
-
-    numbers: dict[str, Any] = plain(measures)
+    """Plain values, for JSON; None where a number is undefined."""
+    numbers: dict[str, Any] = finite(measures)
     numbers["coding_rate"] = numbers.pop("rates")
     return numbers
 
