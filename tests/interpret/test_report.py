@@ -16,6 +16,7 @@ from cbsa_torch import interpret
 from cbsa_torch.interpret import figures
 from cbsa_torch.interpret.rates import LayerRates, reduced_rates
 from cbsa_torch.interpret.report import maps, statements
+from cbsa_torch.interpret.report.measure import as_numbers, measure
 
 CBSA_ONLY = {"Reduced rates", "Rank of the extraction attention"}
 BLACK_BOX = {*CBSA_ONLY, "Step sizes", "Coherence of the subspaces", "Sparsity"}
@@ -211,10 +212,19 @@ def rates(*values):
         ),
         ((9, 100, 99.8, 99.5), "hardly changes here"),
         ((5,), "one layer"),
+        ((1, 9, math.nan, 7), "cannot be said: the rate of layer 3 is not a finite number"),
+        ((1, 9, 8, math.inf), "cannot be said: the rate of layer 4 is not a finite number"),
+        ((1, 0, 8, 7), "cannot be said: the rate of layer 2 is zero"),
+        ((math.nan, 9, 8, 7), "compresses, layer by layer"),
     ],
 )
 def test_whether_the_later_half_compresses(values, said):
     assert said in statements.later_half_sentence(rates(*values))
+
+
+def test_a_normalised_rate_that_is_no_number_is_not_printed():
+    said = statements.later_half_sentence(rates(9, 8, 7)._replace(normalized=[1.0, math.nan, 1.0]))
+    assert said.endswith("changes by -12.5 % (normalised: cannot be said).")
 
 
 @pytest.mark.parametrize(
@@ -227,12 +237,23 @@ def test_whether_the_later_half_compresses(values, said):
         (0.3, "only weakly"),
         (-0.1, "do not move together here"),
         (-0.7, "against each other"),
-        (math.nan, "cannot be said"),
+        (math.nan, "cannot be said: Spearman's rank correlation is undefined over"),
     ],
 )
 def test_whether_the_two_move_together(inputs, correlation, said):
     reduced = reduced_rates(build(), [inputs])
-    assert said in statements.together_sentence(reduced._replace(correlation=correlation))
+    sentence = statements.together_sentence(
+        reduced._replace(
+            correlation=correlation,
+            correlation_learned=0.11,
+            correlation_output=math.nan,
+            correlation_added=-0.33,
+        )
+    )
+    assert said in sentence
+    assert "+0.11 at the learned κ, W + κ A C; undefined for CBSA's output" in sentence
+    assert "-0.33 for a step against Eq. 6, W + A C." in sentence
+    assert "nan" not in sentence
 
 
 def test_heads_that_compress_are_counted(inputs):
@@ -244,6 +265,63 @@ def test_heads_that_compress_are_counted(inputs):
     assert "3 of 4 heads lower" in said
     assert "1 raise" in said
     assert "positive in 1." in said
+    assert "cannot be said" not in said
+    said = statements.heads_sentence(reduced._replace(tokens_learned=[[1.0, math.nan], [-2.0, 3.0]]))
+    assert "2 of 4 heads lower" in said
+    assert "of 1 it cannot be said" in said
+
+
+def test_the_gap_is_the_largest_of_any_image_and_the_mean(inputs):
+    model = build()
+    reduced = reduced_rates(model, [inputs])
+    gaps = torch.stack([layer.gap for layer in interpret.image_rates(model, [inputs]).values()])
+    said = statements.gap_sentence(reduced)
+    assert f"from τ = {gaps.max():.1f} nats on" in said
+    assert f"the mean gap is {gaps.mean():.1f} nats" in said
+    assert gaps.max() > gaps.mean() + 0.1  # the two are told apart
+    for broken in (reduced._replace(gap_max=[[math.nan]]), reduced._replace(gap=[[math.inf]])):
+        assert "cannot be said" in statements.gap_sentence(broken)
+
+
+# ---- measures
+
+
+@pytest.mark.parametrize("family", ["cbt", "stem_vit", "vit", "mixed"])
+def test_notes_say_what_the_rates_of_separate_projections_are_of(family, inputs):
+    model = vit() if family == "vit" else build("cbt" if family == "mixed" else family)
+    if family == "mixed":
+        model.blocks[1].attn = cbsa_torch.CBSA(8, 2, num_representatives=16, qkv="separate").eval()
+    notes = measure(model, inputs, robustness_images=0).notes
+    if family == "cbt":
+        assert notes == []
+    else:
+        which = "Layer 2 projects" if family == "mixed" else "The layers of this model project"
+        assert [note.startswith(which) and note.endswith("of the queries.") for note in notes] == [True]
+
+
+def test_measures_call_layers_the_same_compiled_or_not(inputs):
+    plain = measure(build("crate_cbt"), inputs, robustness_images=0)
+    model = build("crate_cbt")
+    for block in model.blocks:
+        block.attn = torch.compile(block.attn, backend="eager")
+        block.ista = torch.compile(block.ista, backend="eager")
+    compiled = measure(model, inputs, robustness_images=1)
+    assert compiled.rates.layers == plain.rates.layers == ["blocks.0.attn", "blocks.1.attn"]
+    assert compiled.robustness.layers == compiled.rates.layers
+    assert compiled.sparsity.layers == plain.sparsity.layers == ["blocks.0.ista", "blocks.1.ista"]
+    for name in (compiled.reduced.layers, compiled.ranks.layers, list(compiled.steps)):
+        assert name == ["blocks.1.attn"]
+    assert list(compiled.coherence) == compiled.rates.layers
+
+
+def test_numbers_of_a_model_that_went_wrong_are_none(inputs):
+    model = build()
+    with torch.no_grad():
+        model.blocks[1].attn.step_tokens[0] = math.nan
+    numbers = as_numbers(measure(model, inputs, robustness_images=0))
+    assert numbers["reduced"]["tokens_learned"][1][0] is None
+    assert numbers["steps"]["blocks.1.attn"][0] is None
+    assert "NaN" not in json.dumps(numbers)
 
 
 # ---- figures

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cbsa_torch.interpret._names import named_modules
+from cbsa_torch.interpret.capture import attention_layers
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
+from cbsa_torch.interpret.report.numbers import finite
 from cbsa_torch.interpret.robustness import Robustness, robustness
 from cbsa_torch.interpret.structure import (
     AttentionRanks,
@@ -42,6 +45,8 @@ class Measures(NamedTuple):
     robustness_images: int
     missing: dict[str, str]
     """Measure to the reason why it was left out."""
+    notes: list[str]
+    """Sentences about how to read the rates of this model."""
 
 
 def measure(
@@ -86,7 +91,7 @@ def measure(
     no_bases = None if shared else "queries, keys and values have bases of their own"
     steps = {
         name: step.detach().float().cpu().tolist()
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, TokenMixer) and isinstance(step := getattr(module, "step_tokens", None), Tensor)
     }
     if not steps:
@@ -109,27 +114,31 @@ def measure(
         robustness_metric="accuracy" if labels is not None else "share of predictions that stay the same",
         robustness_images=len(few),
         missing=missing,
+        notes=_notes(model, rates.coding.layers),
     )
 
 
 def as_numbers(measures: Measures) -> dict[str, Any]:
-    """Plain values, for JSON."""
-
-    def plain(values: Any) -> Any:
-        if isinstance(values, tuple) and hasattr(values, "_asdict"):
-            return {key: plain(value) for key, value in values._asdict().items()}
-        if isinstance(values, Mapping):
-            return {key: plain(value) for key, value in values.items()}
-        if isinstance(values, (list, tuple)):
-            return [plain(value) for value in values]
-        if isinstance(values, Tensor):
-            return plain(values.tolist())
-        # JSON knows no NaN (an undefined correlation)
-        return None if isinstance(values, float) and not abs(values) < float("inf") else values
-
-    numbers: dict[str, Any] = plain(measures)
+    """Plain values, for JSON; None where a number is undefined."""
+    numbers: dict[str, Any] = finite(measures)
     numbers["coding_rate"] = numbers.pop("rates")
     return numbers
+
+
+def _notes(model: nn.Module, measured: list[str]) -> list[str]:
+    modules = attention_layers(model)
+    separate = [name for name in measured if not getattr(modules[name], "shared_qkv", False)]  # timm's are, too
+    if not separate:
+        return []
+    if len(separate) == len(measured):
+        which = "The layers of this model project"
+    else:
+        numbers = ", ".join(str(measured.index(name) + 1) for name in separate)
+        which = f"Layer {numbers} projects" if len(separate) == 1 else f"Layers {numbers} project"
+    return [
+        f"{which} queries, keys and values separately, so there is no one basis U of the tokens: "
+        "the rates are of the queries."
+    ]
 
 
 def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
