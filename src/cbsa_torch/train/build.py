@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,9 +11,9 @@ from torch import nn
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import load_checkpoint
+from cbsa_torch.models.hub import PREFIX, fetch_weights, weights_path
 from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.run_folder import RunFolder
 
 
 def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -43,8 +42,10 @@ def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module
 def _build_from_checkpoint(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model, with a new head and another image size where asked for."""
     settings = config.model
-    path = Path(settings.init_from or "")
-    model, info = load_checkpoint(RunFolder(path).weights if path.is_dir() else path)
+    source = settings.init_from or ""
+    # Only by its prefix: a mistyped folder must not fetch somebody's repository of that name.
+    path = fetch_weights(source) if source.startswith(PREFIX) else weights_path(source)
+    model, info = load_checkpoint(path)
     if info["model"] != settings.name:
         raise ConfigError(
             f"model.init_from {path} holds {info['model']!r}, but model.name is {settings.name!r}"
