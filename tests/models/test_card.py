@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from cbsa_torch.models.card import MOST_ROWS, clean, data_title, model_card
@@ -77,7 +77,7 @@ def test_the_curve_has_the_first_and_the_last_epoch():
     rows = [{"epoch": e, "train_loss": 1 / e, "val_loss": None, "val_top1": e / 100} for e in range(1, 101)]
     curve = tables(model_card(INFO, rows))[-1][1:]
     assert len(curve) == MOST_ROWS
-    assert curve[0] == ["1", "1.0000", "–", "0.0100"]
+    assert curve[0] == ["1", "1.0000", "-", "0.0100"]
     assert curve[-1][0] == "100"
     assert len(tables(model_card(INFO, rows[:1]))[-1]) == 2
 

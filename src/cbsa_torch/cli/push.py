@@ -10,9 +10,10 @@ from cbsa_torch.models.hub import push_to_hub
 
 @dataclass
 class _PushArgs:
-    """Upload a trained model to the Hugging Face Hub: model.safetensors, config.json and README.md, nothing else.
+    """Upload model.safetensors, config.json and README.md of a trained model to the Hugging Face Hub.
 
-    Log in first with `hf auth login`, or set HF_TOKEN. Folders of this machine are left out of the description.
+    Log in first with `hf auth login`, or set HF_TOKEN. Nothing else is uploaded, and folders of this machine
+    are left out of the description.
     """
 
     checkpoint: str

@@ -197,7 +197,7 @@ def _accuracy(info: Mapping[str, Any]) -> str:
         "last": ", kept because it is the last, not for its accuracy",
     }.get(str(keep), "")
     return (
-        f"## Measured\n\nTop-1 accuracy on the validation split: **{100 * float(info['val_top1']):.2f} %**, after "
+        f"## Measured\n\nTop-1 accuracy on validation: **{100 * float(info['val_top1']):.2f} %**, after "
         f"epoch {escape(clean(info.get('epoch', 'unknown')))}{chosen}. Other splits: see `cbsa eval`."
     )
 
@@ -211,7 +211,7 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> str:
     columns = {"epoch": "{}", "train_loss": "{:.4f}", "val_loss": "{:.4f}", "val_top1": "{:.4f}"}
 
     def cell(value: Any, form: str) -> str:
-        return form.format(value) if isinstance(value, (int, float)) else "–"
+        return form.format(value) if isinstance(value, (int, float)) else "-"
 
     rows = [[cell(history[i].get(key), form) for key, form in columns.items()] for i in chosen]
     head = ["epoch", "training loss", "validation loss", "validation accuracy"]
@@ -222,6 +222,6 @@ def _limitations(info: Mapping[str, Any]) -> str:
     count = len(info.get("class_names") or [])
     always = f" It always answers with one of its {count} classes, whatever the image shows." if count else ""
     return (
-        "## Limitations\n\nMeasured on images like those it was trained on and nowhere else; its probabilities are "
-        f"not calibrated.{always}"
+        "## Limitations\n\nMeasured on images like those it was trained on, nowhere else; its probabilities "
+        f"are not calibrated.{always}"
     )

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, through its mixin: safetensors, a description, a card; nothing is unpickled."""
+"""Models on the Hugging Face Hub, through its mixin: weights, a description, a card; no pickles."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def from_pretrained(
     """Load a trained model from the Hugging Face Hub, from a run's folder or from a file.
 
     Args:
-        source: ``"owner/name"`` of a repository (``"hf-hub:owner/name"`` where a folder has that name as well), a
+        source: ``"owner/name"`` of a repository (``"hf-hub:owner/name"`` if a folder has that name as well), a
             folder that holds ``model.safetensors``, or such a file.
         revision: branch, tag or commit of the repository.
         token: of your account, for private repositories. Default: that of ``hf auth login``.
@@ -97,8 +97,8 @@ def from_pretrained(
         local_files_only: use what is in the cache, ask nobody.
 
     Returns:
-        The model in eval mode on the CPU. ``model.info`` is its description (``class_names``, ``input``, ...), and
-        ``timm.data.resolve_model_data_config(model)`` knows how images are to be prepared.
+        The model in eval mode on the CPU. ``model.info`` is its description (``class_names``, ``input``, ...),
+        and ``timm.data.resolve_model_data_config(model)`` knows how images are to be prepared.
 
     Raises:
         HubError: no network, no such repository, revision or file, or no permission.
@@ -210,15 +210,15 @@ def _explained(repo_id: str) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"there is no folder {repo_id} here, and no repository {repo_id} on the Hugging Face Hub that you may "
-            "see; for a private one log in with `hf auth login`"
+            f"there is no folder {repo_id} here, and no repository {repo_id} on the Hugging Face Hub that you "
+            "may see; for a private one log in with `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repo_id} on the Hugging Face Hub has no such revision: {_first(error)}") from error
     except LocalEntryNotFoundError as error:
         raise HubError(
-            f"there is no folder {repo_id} here, and {repo_id} is neither in the cache nor could it be fetched from "
-            f"the Hugging Face Hub: {_first(error)}"
+            f"there is no folder {repo_id} here, and {repo_id} is neither in the cache nor could it be fetched "
+            f"from the Hugging Face Hub: {_first(error)}"
         ) from error
     except EntryNotFoundError as error:
         raise HubError(f"{repo_id} on the Hugging Face Hub holds no {WEIGHTS}") from error

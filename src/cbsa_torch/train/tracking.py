@@ -1,7 +1,7 @@
 """Experiment trackers of Accelerate, by name; none of them can stop a run.
 
-What a tracker shows is a copy: ``metrics.jsonl`` is the record. A tracker that fails, at its start or when it is
-written to, is named once and left alone from then on.
+What a tracker shows is a copy: ``metrics.jsonl`` is the record. A tracker that fails, at its start or when it
+is written to, is named once and left alone from then on.
 """
 
 from __future__ import annotations
@@ -141,9 +141,7 @@ def finish_trackers(accelerator: Accelerator, say: Say = print) -> None:
 
 
 def _report(name: str, what: str, error: Exception, say: Say) -> None:
-    say(
-        f"tracker {name} {what} ({type(error).__name__}: {error}); the run goes on, metrics.jsonl has everything"
-    )
+    say(f"tracker {name} {what} ({type(error).__name__}: {error}); the run goes on, metrics.jsonl has all")
 
 
 @contextmanager
