@@ -18,11 +18,12 @@ COMMANDS = {
     "count": "Count parameters, FLOPs and pairwise similarities of models.",
     "bench": "Time layers or models beside their baselines.",
     "convert": "Convert a released checkpoint of the official code.",
+    "push": "Upload a trained model to the Hugging Face Hub.",
     "data": "Fetch a data set (animals28, emoji64) from its public packages.",
     "list": "List our models and recipes.",
 }
 
-HOMES = {"bench": "bench", "data": "data"}
+HOMES = {"bench": "bench", "data": "data", "push": "push"}
 """Modules of commands that are not in ``commands``."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""

@@ -8,12 +8,16 @@ import cbsa_torch.ops.cbsa.flops  # noqa: E402, F401  (lets torch count the oper
 from cbsa_torch.models import registry  # noqa: E402  (registers the models)
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402
+from cbsa_torch.models.hub import HubModel, from_pretrained, push_to_hub  # noqa: E402
 from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
 __all__ = [
+    "HubModel",
     "WhiteBoxTransformer",
+    "from_pretrained",
     "load_checkpoint",
     "load_official",
+    "push_to_hub",
     "read_tensors",
     "registry",
     "save_checkpoint",

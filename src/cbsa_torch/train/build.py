@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,9 +12,9 @@ from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import PICKLE_SUFFIXES, load_checkpoint
 from cbsa_torch.models.convert import read_official
+from cbsa_torch.models.hub import PREFIX, fetch_weights, weights_path
 from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.run_folder import RunFolder
 
 
 def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -46,14 +45,15 @@ def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module
 def _build_from_checkpoint(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model, with a new head and another image size where asked for."""
     settings = config.model
-    if not settings.init_from:
+    source = settings.init_from
+    if not source:
         raise ConfigError(
-            "model.init_from is required here: a run's folder, a .safetensors file of ours, or a released "
-            "checkpoint of the official code (.pth, .pth.tar)"
+            "model.init_from is required here: a run's folder, a .safetensors file of ours, a released "
+            f"checkpoint of the official code (.pth, .pth.tar), or {PREFIX}user/name"
         )
-    path = Path(settings.init_from)
-    read = read_official if path.suffix in PICKLE_SUFFIXES and not path.is_dir() else load_checkpoint
-    model, info = read(RunFolder(path).weights if path.is_dir() else path)
+    # Only by its prefix: a mistyped folder must not fetch somebody's repository of that name.
+    path = fetch_weights(source) if source.startswith(PREFIX) else weights_path(source)
+    model, info = (read_official if path.suffix in PICKLE_SUFFIXES else load_checkpoint)(path)
     if info["model"] != settings.name:
         raise ConfigError(
             f"model.init_from {path} holds {info['model']!r}, but model.name is {settings.name!r}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,20 +17,13 @@ from cbsa_torch.train.data import set_epoch
 from cbsa_torch.train.errors import ConfigError
 
 
-@contextmanager
-def new_accelerator(**settings: Any) -> Iterator[Accelerator]:
+def new_accelerator(**settings: Any) -> Accelerator:
     """An Accelerator with these settings, whatever an earlier run in this process used.
 
-    Leaving the context ends its trackers. The process group stays, as it can be made only once in a process:
-    see ``leave_process_group``.
+    Its process group stays, as it can be made only once in a process: see ``leave_process_group``.
     """
     AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
-    accelerator = Accelerator(**settings)
-    try:
-        yield accelerator
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+    return Accelerator(**settings)
 
 
 def leave_process_group() -> None:
@@ -40,6 +32,7 @@ def leave_process_group() -> None:
     Without it the process may abort at its exit, while its communication threads still run.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # wrapped models hold the group, and lie in cycles
         torch.distributed.destroy_process_group()
 
 

@@ -77,17 +77,17 @@ def evaluate_checkpoint(
     output = trained.path.parent / f"eval_{split}.json" if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
     dataset = open_split(data, trained.spec.mode, split, trained.class_names, skipped)
-    with new_accelerator(mixed_precision="no") as accelerator:
-        reporter = Reporter(accelerator.is_main_process)
-        if accelerator.is_main_process:
-            skipped.unlink(missing_ok=True)
-        accelerator.wait_for_everyone()
-        loader = make_loader(dataset, trained.spec, data, batch_size, train=False)
-        model, loader = accelerator.prepare(trained.model, loader)
-        with reporter.bar(f"evaluating {split}", len(loader)) as advance:
-            result = evaluate(accelerator, model, loader, len(trained.class_names), advance)
-        is_main = accelerator.is_main_process
-        accelerator.wait_for_everyone()
+    accelerator = new_accelerator(mixed_precision="no")
+    reporter = Reporter(accelerator.is_main_process)
+    if accelerator.is_main_process:
+        skipped.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    loader = make_loader(dataset, trained.spec, data, batch_size, train=False)
+    model, loader = accelerator.prepare(trained.model, loader)
+    with reporter.bar(f"evaluating {split}", len(loader)) as advance:
+        result = evaluate(accelerator, model, loader, len(trained.class_names), advance)
+    is_main = accelerator.is_main_process
+    accelerator.wait_for_everyone()
     unread = read_skipped(skipped)
     if unread:
         reporter.say(f"{len(unread)} unreadable image(s) were left out, listed in {skipped}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.train.config import OptimConfig
@@ -15,19 +16,65 @@ from cbsa_torch.train.errors import ConfigError
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser, with weight decay on matrices only unless ``decay_everything``."""
+    """The optimiser, with weight decay on matrices only unless ``decay_everything``.
+
+    Torch's one-kernel step is used where torch has one (AdamW, Adam, SGD, Adagrad): see
+    ``benchmarks/profile_step.py`` for what it saves. Lion is timm's, and has none.
+    """
     known = list_optimizers()
     if config.name not in known:
         raise ConfigError(
             f"optim.name must be an optimiser of timm, got {config.name!r}{nearest(config.name, known)}"
         )
-    return create_optimizer_v2(
+    fused = has_fused(config.name)
+    optimizer = create_optimizer_v2(
         # given the model, timm asks it which parameters should not decay
         model.parameters() if config.decay_everything else model,
         opt=config.name,
         lr=config.lr,
         weight_decay=config.weight_decay,
+        **({"fused": True} if fused else {}),
     )
+    if fused:
+        _keep_layouts(optimizer)
+    return optimizer
+
+
+def has_fused(name: str) -> bool:
+    """Whether the optimiser ``name`` of timm is one of torch's that has a fused step."""
+    cls = get_optimizer_info(name).opt_class
+    if isinstance(cls, str):  # of another package, not imported before it is used
+        return False
+    return cls.__module__.startswith("torch.optim") and "fused" in inspect.signature(cls).parameters
+
+
+def _keep_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Give gradients, and states that are loaded, the strides of their parameters.
+
+    Torch's fused steps on the CPU go through the memory of all of them in step and never look at strides: a state
+    saved for channels-first weights would silently move channels-last weights the wrong way (torch 2.14).
+    """
+
+    def align_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = _laid_out_like(parameter.grad, parameter)
+
+    def align_states(optimizer: torch.optim.Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = _laid_out_like(value, parameter)
+
+    optimizer.register_step_pre_hook(align_gradients)
+    optimizer.register_load_state_dict_post_hook(align_states)
+
+
+def _laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> Any:

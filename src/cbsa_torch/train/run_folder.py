@@ -26,6 +26,7 @@ NOT_COMPARED = (
     "accept_changes",
     "overwrite",
     "data.workers",
+    "data.max_bad_images",
     "engine.checkpoint_steps",
     "engine.keep_checkpoints",
     "engine.tracker",

@@ -22,10 +22,12 @@ from cbsa_torch.train.data import input_spec, make_loader, open_splits, read_ski
 from cbsa_torch.train.engine import draw_apart, new_accelerator, shard, start_epoch, training_settings
 from cbsa_torch.train.errors import ConfigError, DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.loop import Evaluation, Progress, evaluate, train_one_epoch
+from cbsa_torch.train.model_card import write_model_card
 from cbsa_torch.train.optim import make_optimizer, make_scheduler
 from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
 from cbsa_torch.train.signals import StopRequests
+from cbsa_torch.train.speed import to_channels_last
 from cbsa_torch.train.state import (
     model_state,
     optimizer_state,
@@ -34,6 +36,7 @@ from cbsa_torch.train.state import (
     restore_random_states,
 )
 from cbsa_torch.train.sync_batch_norm import synchronize_batch_norm
+from cbsa_torch.train.tracking import check_tracker, finish_trackers, log, start_trackers, tracker_names
 
 
 class TrainResult(NamedTuple):
@@ -86,19 +89,24 @@ def train(config: TrainConfig) -> TrainResult:
         InterruptedRun: SIGINT or SIGTERM came; the state was saved, and calling again goes on from there.
     """
     check_config(config)
+    check_tracker(config.engine.tracker)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     folder = RunFolder(config.output)
     changes = folder.check(config)
     settings = training_settings(config.engine, config.seed)
-    with (
-        new_accelerator(log_with="tensorboard", project_dir=folder.path, **settings) as accelerator,
-        StopRequests() as stop,
-    ):
-        session = _prepare(config, folder, accelerator, stop)
-        for line in changes:
-            session.reporter.say(f"accepted change: {line}")
-        done = _run(session)
+    accelerator = new_accelerator(
+        log_with=tracker_names(config.engine.tracker), project_dir=folder.path, **settings
+    )
+    stop = StopRequests()
+    session = _prepare(config, folder, accelerator, stop)
+    for line in changes:
+        session.reporter.say(f"accepted change: {line}")
+    try:
+        with stop:  # after the trackers, which may set handlers of their own
+            done = _run(session)
+    finally:
+        finish_trackers(accelerator, session.reporter.say)
     kept = "" if config.optim.keep == "best" else f"; kept: the last, epoch {done.epoch}"
     session.reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}{kept}")
     return TrainResult(folder.path, done.best_epoch, done.best_top1)
@@ -137,6 +145,8 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, s
     spec = input_spec(model, config.model.image_size)
     if config.engine.fsdp:
         shard(accelerator, model)
+    else:
+        to_channels_last(model)
     optimizer = make_optimizer(model, config.optim)
     train_loader = make_loader(splits.train, spec, config.data, batch_size, train=True, seed=config.seed)
     val_loader = make_loader(splits.val, spec, config.data, batch_size, train=False)
@@ -148,7 +158,7 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, s
     if accelerator.is_main_process:
         folder.start(config)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers("tensorboard")
+    start_trackers(accelerator, config, reporter.say)
 
     own = {name: value.to("meta") for name, value in model.state_dict().items()}
     if accelerator.num_processes > 1:
@@ -263,11 +273,11 @@ def _run_epoch(session: _Session, progress: Progress) -> None:
         "data_wait": progress.waited / seconds,
     }
     progress.end_epoch()
-    session.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=epoch)
-    if best or config.optim.keep == "last":
-        _save_weights(session, epoch, result.top1)
+    log(session.accelerator, {k: v for k, v in row.items() if k != "epoch"}, epoch, session.reporter.say)
     if session.accelerator.is_main_process:
         session.folder.append_metrics(row)
+    if best or config.optim.keep == "last":
+        _save_weights(session, epoch, result.top1)
     _save_state(session, progress)
     session.reporter.say(
         f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  val loss {result.loss:.3f}  "
@@ -318,6 +328,7 @@ def _save_weights(session: _Session, epoch: int, top1: float) -> None:
     if session.accelerator.is_main_process:
         info = {**session.description, "epoch": epoch, "val_top1": top1}
         save_tensors(session.folder.weights, state, info)
+        write_model_card(session.folder, info, session.folder.read_metrics())
 
 
 def _save_state(session: _Session, progress: Progress) -> None:
