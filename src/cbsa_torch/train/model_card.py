@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.card import model_card
-from cbsa_torch.models.checkpoint import write_atomically
 from cbsa_torch.train.run_folder import RunFolder
 
 
@@ -18,4 +18,4 @@ def write_model_card(folder: RunFolder, info: Mapping[str, Any], history: Sequen
         info: the description in the checkpoint that the card is about.
         history: rows of ``metrics.jsonl`` so far.
     """
-    write_atomically(folder.path / "README.md", model_card(info, history).encode())
+    write_atomically(folder.card, model_card(info, history).encode())

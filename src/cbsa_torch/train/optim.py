@@ -51,8 +51,8 @@ def has_fused(name: str) -> bool:
 def _keep_layouts(optimizer: torch.optim.Optimizer) -> None:
     """Give gradients, and states that are loaded, the strides of their parameters.
 
-    Torch's fused steps on the CPU go through the memory of all of them in step and never look at strides: a state
-    saved for channels-first weights would silently move channels-last weights the wrong way (torch 2.14).
+    Torch's fused steps on the CPU go through the memory of all of them at once and never look at strides: a
+    state saved for channels-first weights would silently move channels-last weights the wrong way (torch 2.14).
     """
 
     def align_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
