@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cbsa_torch import __version__
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import layers, models, plots
 from cbsa_torch.interpret.plots import to_png, to_svg
-from cbsa_torch.models.checkpoint import write_atomically
 from cbsa_torch.train.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -13,13 +13,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch.cli.compare import run_compare
 from cbsa_torch.cli.count import CURVE_TOKENS, as_dict, count_named, flops_curves, mixer_sizes
 from cbsa_torch.cli.options import at_least, parse
 from cbsa_torch.cli.report import run_report
 from cbsa_torch.interpret import plots
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import CheckpointError, write_atomically
+from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.convert import convert_official
 from cbsa_torch.models.counting import LayerCounts
 from cbsa_torch.train import errors

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -20,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from cbsa_torch._core.files import write_atomically
+
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -28,20 +29,6 @@ FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "chec
 
 class CheckpointError(ValueError):
     """A file that is not the checkpoint it should be; nothing of it was executed or kept."""
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that ``path`` holds either the old content or all of the new, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbsa_torch.models.checkpoint import CheckpointError, write_atomically
+from cbsa_torch._core.files import write_atomically
+from cbsa_torch.models.checkpoint import CheckpointError
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

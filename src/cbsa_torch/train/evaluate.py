@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
-from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint, write_atomically
+from cbsa_torch._core.files import write_atomically
+from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint
 from cbsa_torch.train.config import DataConfig, TrainConfig, from_dict
 from cbsa_torch.train.data import InputSpec, make_loader, open_split, read_skipped
 from cbsa_torch.train.errors import DataError

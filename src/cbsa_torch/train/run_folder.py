@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch._version import __version__
-from cbsa_torch.models.checkpoint import write_atomically
 from cbsa_torch.train.config import TrainConfig, dump_yaml, load_config, to_dict
 from cbsa_torch.train.errors import RunFolderError
 

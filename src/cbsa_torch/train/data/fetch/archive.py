@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cbsa_torch.models.checkpoint import write_atomically
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch.train.errors import DataError
 
 Arrays = dict[str, np.ndarray]
