@@ -196,7 +196,7 @@ def test_a_record_keeps_no_more_than_it_names(name):
     with interpret.capture(model) as records:
         model(torch.randn(4, 64, DIM))
     record = records["0"]
-    named = [record.tokens, record.keys, *(record.agents or ())]
+    named = [record.tokens, record.keys, record.step_tokens, *(record.agents or ())]
     expected = sum(t.numel() * t.element_size() for t in named if t is not None)
     assert stored_bytes(records) == expected
 
@@ -206,8 +206,9 @@ def test_a_cbsa_record_keeps_its_stages_once(name):
     model = nn.Sequential(MIXERS[name]())
     with interpret.capture(model) as records:
         model(torch.randn(4, 64, DIM))
-    stages = records["0"].stages._replace(broadcast_attention=None)  # the attention, transposed
-    named = [*stages, records["0"].keys]
+    record = records["0"]
+    stages = record.stages._replace(broadcast_attention=None)  # the attention, transposed
+    named = [*stages, record.keys, record.step_tokens, record.step_representatives]
     assert stored_bytes(records) == sum(t.numel() * t.element_size() for t in named if t is not None)
 
 
@@ -227,11 +228,37 @@ def test_records_do_not_change_with_the_parameters():
     model = nn.Sequential(CBSA(DIM, HEADS, representatives="learned", num_representatives=4))
     with interpret.capture(model) as records:
         model(torch.randn(1, 9, DIM))
-    before = records["0"].stages.representatives.clone()
+    record = records["0"]
+    before = [
+        t.clone() for t in (record.stages.representatives, record.step_tokens, record.step_representatives)
+    ]
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.zero_()
-    assert torch.equal(records["0"].stages.representatives, before)
+            parameter.fill_(7.0)
+    assert torch.equal(record.stages.representatives, before[0])
+    assert torch.equal(record.step_tokens, before[1])
+    assert torch.equal(record.step_representatives, before[2])
+
+
+@each_name
+def test_the_steps_are_recorded(name):
+    model = nn.Sequential(MIXERS[name]()).double()
+    x = torch.randn(2, 16, DIM).double()
+    with interpret.capture(model) as records:
+        model(x)
+    record = records["0"]
+    for step, parameter in (
+        (record.step_tokens, getattr(model[0], "step_tokens", None)),
+        (record.step_representatives, getattr(model[0], "step_representatives", None)),
+    ):
+        assert (step is None) == (parameter is None)
+        if step is not None:
+            assert step.shape == (HEADS,)
+            assert torch.equal(step, parameter)
+            assert not step.requires_grad
+    if record.stages is not None:
+        contributions = record.stages.broadcast_attention @ record.stages.contracted
+        assert_close(record.stages.output, record.step_tokens[:, None, None] * contributions, 1e-10)
 
 
 def test_a_subclass_with_its_own_forward_is_not_timms_attention():
@@ -256,6 +283,36 @@ def test_a_compiled_vit_is_captured_too():
         assert_close(compiled(images), expected, 1e-6)
     assert list(records) == ["blocks.2.attn"]
     assert records["blocks.2.attn"].grid_size == (4, 4)
+
+
+@torch.no_grad()
+def test_a_compiled_layer_keeps_its_name():
+    model, images = cbt(), torch.randn(2, 1, 8, 8)
+    with interpret.capture(model, [1]) as records:
+        expected = model(images)
+    for block in model.blocks[:2]:
+        block.attn = torch.compile(block.attn, backend="eager")
+    assert_close(model(images), expected, 1e-6)
+    plain = records["blocks.1.attn"]
+    for choice in ([1], ["blocks.1.attn"]):
+        with interpret.capture(model, choice) as records:
+            assert_close(model(images), expected, 1e-6)
+        assert list(records) == ["blocks.1.attn"]
+        record = records["blocks.1.attn"]
+        assert_close(record.tokens, plain.tokens, 1e-6)
+        assert (record.name, record.grid_size, record.num_prefix_tokens) == ("blocks.1.attn", (8, 8), 1)
+    with interpret.capture(model) as records:
+        model(images)
+    assert list(records) == [f"blocks.{i}.attn" for i in range(3)]
+    assert hooks(model) == 0
+
+
+def test_a_layer_that_is_the_model_has_no_name_compiled_or_not():
+    layer, x = MSSA(DIM, HEADS), torch.randn(1, 16, DIM)
+    for model in (layer, torch.compile(layer, backend="eager")):
+        with interpret.capture(model, [0]) as records:
+            model(x)
+        assert list(records) == [""]
 
 
 def test_capture_under_autocast():

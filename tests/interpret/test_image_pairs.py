@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cbsa_torch import interpret
 
@@ -101,6 +101,19 @@ def test_errors_of_folders(folders, tmp_path):
     save(images / "b.jpg", np.zeros((2, 4, 3)))
     with pytest.raises(ValueError, match=r"b.jpg and b.png in .*images have one name"):
         interpret.read_pairs(images, masks, to_tensor)
+
+
+@pytest.mark.parametrize(
+    "error", [SyntaxError("broken chunk"), ValueError("odd"), Image.DecompressionBombError("too large")]
+)
+def test_whatever_pil_raises_at_a_file_names_the_file(folders, monkeypatch, error):
+    def load(self):
+        raise error
+
+    pairs = interpret.read_pairs(*folders, to_tensor)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(ValueError, match=f"a.png cannot be read: {error}"):
+        list(pairs)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ def reduced():
         images=3,
         output=[[5.0, 4.0], [3.0, 2.0]],
         correlation_output=1.0,
+        tokens_added=[[-1.0, -2.0], [-3.0, 4.0]],
+        correlation_added=0.5,
+        gap_max=ACROSS,
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cbsa_torch.models  # noqa: F401
-from cbsa_torch import CBSA, ISTA, interpret
+from cbsa_torch import CBSA, ISTA, interpret, ops
 from cbsa_torch.interpret._statistics import rank_correlation
 
 EPS = 0.1
@@ -67,6 +67,7 @@ def brute_force(records, kappas):
                     "normalized": rate(unit),
                     "tokens": rate(w) - rate(w - step),
                     "tokens_learned": rate(w) - rate(w + k * step),
+                    "tokens_added": rate(w) - rate(w + step),
                     "output": rate(w) - rate(step),
                     "representatives": rate(q) - rate(c),
                     "gap": abs(rate(q) - rate(w)),
@@ -87,10 +88,12 @@ def check(rates, expected):
         assert rates.coding.normalized[i] == pytest.approx(unit.sum(1).mean().item(), rel=1e-5)
         spread = unit.sum(1).std(correction=0).item()
         assert rates.coding.normalized_std[i] == pytest.approx(spread, rel=1e-3)
-    for name in ("tokens", "tokens_learned", "output", "representatives", "gap"):
+    for name in ("tokens", "tokens_learned", "tokens_added", "output", "representatives", "gap"):
         for i, values in enumerate(expected[name]):
             measured = getattr(rates.reduced, name)[i]
             assert measured == pytest.approx(values.mean(0).tolist(), rel=1e-4, abs=1e-4), name
+    for i, values in enumerate(expected["gap"]):
+        assert rates.reduced.gap_max[i] == pytest.approx(values.amax(0).tolist(), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("contraction", ["softmax", "exact", "none"])
@@ -125,6 +128,55 @@ def test_masked_tokens_and_representatives_that_do_not_exist_count_nowhere():
     check(rates, brute_force(records, [model.first.step_tokens, model.second.step_tokens]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["cbt", "crate_cbt", "stem_vit"])
+def test_rates_of_every_image_layer_and_head(images, family):
+    options = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = timm.create_model(f"{family}_pico_patch1_8", **options).eval()
+    measured = interpret.image_rates(model, images.split(2))
+    with interpret.capture(model) as records:
+        model(images)
+    assert list(measured) == list(records) == ["blocks.0.attn", "blocks.1.attn"]
+    cbsa = {"cbt": 2, "crate_cbt": 1, "stem_vit": 0}[family]
+    for i, (layer, record) in enumerate(zip(measured.values(), records.values(), strict=True)):
+        assert (layer.tokens is None) == (i < 2 - cbsa)
+        for b in range(5):
+            for h in range(2):
+                w = record.tokens[b, h].double()
+                expected = {
+                    "rate": ops.coding_rate(w, eps=EPS),
+                    "normalized": ops.coding_rate(w, eps=EPS, normalize=True),
+                }
+                if record.stages is not None:
+                    step = (record.stages.broadcast_attention[b, h] @ record.stages.contracted[b, h]).double()
+                    q, c = record.stages.extracted[b, h].double(), record.stages.contracted[b, h].double()
+                    extracted = ops.coding_rate(q, eps=EPS)
+                    after = {
+                        "tokens": w - step,
+                        "tokens_added": w + step,
+                        "tokens_learned": w + record.step_tokens[h].double() * step,
+                        "output": step,
+                    }
+                    expected |= {k: expected["rate"] - ops.coding_rate(v, eps=EPS) for k, v in after.items()}
+                    expected["representatives"] = extracted - ops.coding_rate(c, eps=EPS)
+                    expected["gap"] = (extracted - expected["rate"]).abs()
+                else:
+                    assert layer[2:] == (None,) * 6
+                for name, value in expected.items():
+                    one = getattr(layer, name)[b, h].item()
+                    assert one == pytest.approx(value.item(), rel=1e-4, abs=1e-4), name
+        assert layer.rate.shape == (5, 2)
+        assert layer.rate.dtype == torch.float64
+
+
+def test_means_are_those_of_the_images(model, images):
+    rates, each = interpret.measure_rates(model, [images]), interpret.image_rates(model, [images])
+    stacked = torch.stack([layer.rate for layer in each.values()], 1)
+    assert stacked.shape == (5, 3, 2)
+    assert rates.coding.rate == stacked.sum(-1).mean(0).tolist()
+    assert rates.reduced.gap_max == torch.stack([layer.gap for layer in each.values()]).amax(1).tolist()
+
+
 def test_bases_that_pick_coordinates_and_tokens_of_known_covariance():
     """Two heads of two channels; the tokens of head k are +-s_k e_j, four of them: W^T W = 2 s_k^2 I."""
     layer = CBSA(4, 2, representatives="tokens", contraction="none", qkv_bias=False, tied=True)
@@ -145,6 +197,8 @@ def test_bases_that_pick_coordinates_and_tokens_of_known_covariance():
     learned = [known(0.3) - known(0.15), known(0.7) - known(2.1)]
     assert rates.reduced.tokens_learned[0] == pytest.approx(learned, rel=1e-5)
     assert rates.reduced.output[0] == pytest.approx([0, 0], abs=1e-6)
+    added = [known(0.3) - known(0.6), known(0.7) - known(1.4)]
+    assert rates.reduced.tokens_added[0] == pytest.approx(added, rel=1e-5)
     assert rates.reduced.gap[0] == pytest.approx([0, 0], abs=1e-6)
     assert rates.reduced.step_tokens == [[-0.5, 2.0]]
     assert math.isnan(rates.reduced.correlation)  # all representatives are reduced by zero
@@ -183,6 +237,7 @@ def test_autocast_changes_little(model, images):
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
+        (lambda m, x: interpret.image_rates(m, [x], eps=-1), ValueError, "eps must be positive"),
         (lambda m, x: interpret.coding_rates(m, [(x, 1)]), TypeError, "batches must yield tensors"),
         (lambda m, x: interpret.reduced_rates(m, []), ValueError, "at least one batch"),
         (lambda m, x: interpret.measure_rates(m, [x[:0]]), ValueError, "at least one image"),

@@ -1,5 +1,7 @@
 import importlib
 import math
+import signal
+import threading
 
 import pytest
 import timm
@@ -104,6 +106,94 @@ def test_weights_are_restored_when_ctrl_c_comes_between_parameters(model, monkey
     before = bits(model)
     with pytest.raises(KeyboardInterrupt), interpret.parameter_noise(model, 1.0):
         pass
+    assert bits(model) == before
+
+
+def by_hand():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [by_hand, lambda: signal.raise_signal(signal.SIGINT)])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("reached", [1, 3, 15])
+def test_weights_are_restored_when_ctrl_c_comes_at_every_copy(model, monkeypatch, interrupt, after, reached):
+    """Once at every parameter's restoring, and (from the ``reached``-th on) while the noise is written."""
+    copy, seen, restoring = torch.Tensor.copy_, {}, []
+
+    def interrupted(self, other):
+        key = id(self), len(restoring)
+        seen[key] = seen.get(key, 0) + 1
+        due = seen[key] == 1 and (restoring or len(seen) >= reached)
+        if due and not restoring:
+            restoring.append(True)
+            raise KeyboardInterrupt
+        if due and not after:
+            interrupt()
+        result = copy(self, other)
+        if due and after:
+            interrupt()
+        return result
+
+    before, handler = bits(model), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt), interpret.parameter_noise(model, 1.0):
+        pytest.fail("the noise was interrupted")
+    monkeypatch.undo()
+    assert sum(phase for _, phase in seen) == 15  # every parameter was restored, each interrupted
+    assert bits(model) == before
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_while_weights_are_restored_is_heard_after(model, monkeypatch):
+    copy, states, inside = torch.Tensor.copy_, [], []
+
+    def interrupted(self, other):
+        result = copy(self, other)
+        if inside:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    def heard(number, frame):
+        states.append(bits(model))
+
+    before = bits(model)
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    usual = signal.signal(signal.SIGINT, heard)
+    try:
+        with interpret.parameter_noise(model, 1.0):
+            inside.append(True)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert states == [before]  # once, when all was restored
+
+
+def test_one_parameter_that_cannot_be_restored_does_not_keep_the_others(model, monkeypatch):
+    copy, inside = torch.Tensor.copy_, []
+    broken = model.blocks[1].attn.step_tokens
+
+    def failing(self, other):
+        if inside and self is broken:
+            raise RuntimeError("no device")
+        return copy(self, other)
+
+    before = bits(model)
+    monkeypatch.setattr(torch.Tensor, "copy_", failing)
+    with pytest.raises(RuntimeError, match="no device"), interpret.parameter_noise(model, 1.0):
+        inside.append(True)
+    assert changed(before, bits(model)) == {"blocks.1.attn.step_tokens"}
+
+
+def test_in_another_thread(model):
+    before, inside = bits(model), []
+
+    def work():
+        with interpret.parameter_noise(model, 1.0):
+            inside.append(bits(model))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside[0] != before
     assert bits(model) == before
 
 

@@ -167,6 +167,8 @@ def test_sparsity_by_hand():
     assert interpret.ista_sparsity(nn.Sequential(layer), [x, x]).zeros == [0.5]
     compiled = torch.compile(nn.Sequential(layer), backend="eager")
     assert interpret.ista_sparsity(compiled, [x]) == interpret.Sparsity(["0"], [0.5], 1)
+    part = nn.Sequential(torch.compile(layer, backend="eager"))
+    assert interpret.ista_sparsity(part, [x]) == interpret.Sparsity(["0"], [0.5], 1)
 
 
 def test_hooks_of_sparsity_are_gone_whatever_happens(model, images):

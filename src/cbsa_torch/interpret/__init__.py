@@ -14,10 +14,12 @@ from cbsa_torch.interpret.attention_maps import (  # noqa: E402
 from cbsa_torch.interpret.capture import LayerRecord, capture  # noqa: E402
 from cbsa_torch.interpret.image_pairs import ImagePairs, SegmentedImage, read_pairs, read_voc  # noqa: E402
 from cbsa_torch.interpret.rates import (  # noqa: E402
+    ImageRates,
     LayerRates,
     Rates,
     ReducedRates,
     coding_rates,
+    image_rates,
     measure_rates,
     reduced_rates,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "AttentionRanks",
     "ComparedRun",
     "ImagePairs",
+    "ImageRates",
     "LayerRates",
     "LayerRecord",
     "Pictures",
@@ -50,6 +53,7 @@ __all__ = [
     "cls_attention_maps",
     "coding_rates",
     "compare",
+    "image_rates",
     "ista_sparsity",
     "measure_rates",
     "overlay",

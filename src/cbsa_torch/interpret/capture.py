@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
+from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.interpret.surroundings import Surroundings
 from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
 from cbsa_torch.nn.tokens import is_token_mask
@@ -20,8 +21,8 @@ from cbsa_torch.nn.tokens import is_token_mask
 class LayerRecord(NamedTuple):
     """One layer's evaluation on one batch; tensors are detached.
 
-    Learned parameters are not copied: what is computed later from ``layer``, such as TSSA's temperature,
-    is as it is then.
+    Of the learned parameters only the steps are copied: what is computed later from ``layer``, such as TSSA's
+    temperature, is as it is then.
     """
 
     name: str
@@ -46,6 +47,11 @@ class LayerRecord(NamedTuple):
     """The mask that differs from query to query, as it was passed (not a copy); None without one."""
     is_causal: bool = False
     """Whether no token attended to later ones."""
+    step_tokens: Tensor | None = None
+    """``(H,)`` kappa, as learned; None for mixers without."""
+    step_representatives: Tensor | None = None
+    """``(H,)`` eta, the step of CBSA's extraction (5), as learned; None for other mixers, and for
+    representatives that bring their attention."""
 
 
 @contextmanager
@@ -57,7 +63,8 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
     Args:
         model: any module tree with such layers.
         layers: names of the layers to record, or their indices among all of them in the model's order;
-            negative indices count from the last. Default: all. Only these are kept.
+            negative indices count from the last. Default: all. Only these are kept. Names are those that the
+            layers have when nothing is compiled.
 
     Yields:
         A dictionary that each forward pass fills, in the order of evaluation: layer name to
@@ -102,8 +109,8 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises ``ValueError`` if there is none.
     """
     found = {
-        name.replace("_orig_mod.", ""): module  # torch.compile's, of the model or of a part
-        for name, module in model.named_modules()
+        name: module
+        for name, module in named_modules(model)
         if isinstance(module, TokenMixer) or _is_timm_attention(module)
     }
     if not found:
@@ -184,6 +191,8 @@ def _read_mixer(
         agents,
         heads.attn_mask,
         called["is_causal"],
+        _step(layer, "step_tokens"),
+        _step(layer, "step_representatives"),
     )
 
 
@@ -212,6 +221,11 @@ def _read_timm_arguments(
     located = around.grid(name, n, square=True)
     grid, prefix = located or (None, around.num_prefix_tokens(name) or 0)
     return LayerRecord(name, layer, queries, keys, None, grid, prefix, token_mask, None, attn_mask, is_causal)
+
+
+def _step(layer: nn.Module, name: str) -> Tensor | None:
+    step = getattr(layer, name, None)
+    return step.detach().clone() if isinstance(step, Tensor) else None
 
 
 def _zero_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:

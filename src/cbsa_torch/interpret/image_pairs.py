@@ -18,6 +18,8 @@ Transform = Callable[[Image.Image], Tensor]
 
 VOID = 255
 """Palette index of pixels that belong to nothing: PASCAL VOC draws it around objects."""
+READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises at files that are damaged or too large (the training data's readers catch the same)."""
 _INDEX_MODES = ("1", "L", "P", "I", "I;16")
 
 
@@ -155,7 +157,7 @@ def _open(path: Path) -> Image.Image:
             return picture
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that PIL can read") from None
-    except OSError as error:
+    except READ_ERRORS as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 

@@ -1,9 +1,9 @@
-"""Coding rates per layer (the paper's Fig. 5), and what one layer reduces them by (Fig. 6)."""
+"""Coding rates per layer, head and image (the paper's Fig. 5), and what a layer reduces them by (Fig. 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from cbsa_torch._core.checks import check_positive
 from cbsa_torch._core.precision import no_autocast
 from cbsa_torch.interpret._batches import captured_batches
 from cbsa_torch.interpret._statistics import rank_correlation
-from cbsa_torch.interpret.capture import LayerRecord
+from cbsa_torch.interpret.capture import LayerRecord, attention_layers
 from cbsa_torch.nn import CBSA
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 
@@ -38,7 +38,8 @@ class LayerRates(NamedTuple):
 class ReducedRates(NamedTuple):
     """What each head of each CBSA layer reduces the coding rate by, in nats.
 
-    Lists of lists are ``[layer][head]``, means over images; a negative reduction is an increase.
+    Lists of lists are ``[layer][head]``, means over images unless it says otherwise; a negative reduction is
+    an increase.
     """
 
     layers: list[str]
@@ -51,7 +52,7 @@ class ReducedRates(NamedTuple):
     step_tokens: list[list[float]]
     """kappa."""
     gap: list[list[float]]
-    """|R(U_k^T Q) - R(U_k^T Z)|: the tau of Eq. 4 that would just do."""
+    """|R(U_k^T Q) - R(U_k^T Z)|, which Eq. 4 bounds by tau."""
     correlation: float
     """Spearman's rank correlation of ``tokens`` and ``representatives`` over layers and heads; NaN where it is
     undefined."""
@@ -62,6 +63,36 @@ class ReducedRates(NamedTuple):
     """By CBSA's output in place of the tokens, no residual: R(W) - R(A C), kappa = 1."""
     correlation_output: float
     """The same of ``output`` and ``representatives``."""
+    tokens_added: list[list[float]]
+    """Of the tokens by one step the other way, that of a layer with kappa = 1: R(W) - R(W + A C)."""
+    correlation_added: float
+    """The same of ``tokens_added`` and ``representatives``."""
+    gap_max: list[list[float]]
+    """The largest ``gap`` of any image: the largest number here is the tau of Eq. 4 that would just do."""
+
+
+class ImageRates(NamedTuple):
+    """What one layer measures on every image: ``(images, H)`` float64 tensors on the CPU, in nats.
+
+    The names are those of :class:`ReducedRates`, whose numbers are means of these over images.
+    """
+
+    rate: Tensor
+    """R(U_k^T Z); the sum over heads is the compression term R^c(Z | U) of the image (2)."""
+    normalized: Tensor
+    """The same with every projected token scaled to unit norm."""
+    tokens: Tensor | None = None
+    """R(W) - R(W - A C). None for layers that are not CBSA, and so are the following."""
+    tokens_learned: Tensor | None = None
+    """R(W) - R(W + kappa A C)."""
+    representatives: Tensor | None = None
+    """R(U_k^T Q) - R(C)."""
+    gap: Tensor | None = None
+    """|R(U_k^T Q) - R(U_k^T Z)|."""
+    output: Tensor | None = None
+    """R(W) - R(A C)."""
+    tokens_added: Tensor | None = None
+    """R(W) - R(W + A C)."""
 
 
 class Rates(NamedTuple):
@@ -77,8 +108,7 @@ def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DE
 
     At layer l the tokens are those its attention receives (after the layer's normalisation), projected by
     that layer's own bases: R^c(Z^l | U^l) = sum over heads of R(U_k^T Z), Eq. 2. With separate projections
-    the queries stand for U_k^T Z. For single images, apply :func:`cbsa_torch.ops.coding_rate` to ``tokens``
-    and ``token_mask`` of a record of :func:`cbsa_torch.interpret.capture`.
+    the queries stand for U_k^T Z. For single images see :func:`image_rates`.
 
     Args:
         model: a model with attention layers that ``capture`` records; it is run as it is (call ``.eval()``
@@ -90,7 +120,7 @@ def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DE
         TypeError: a batch is not a tensor. ValueError: no batch, a model without attention layers, ``eps``
             not positive.
     """
-    return _measure(model, batches, eps, reduced=False).coding
+    return _layer_rates(_per_image(model, batches, eps, reduced=False))
 
 
 def reduced_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DEFAULT_EPS) -> ReducedRates:
@@ -102,6 +132,7 @@ def reduced_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = D
     - for ``tokens``: W - A C. This is Eq. 6, Z - kappa CBSA(Z), at kappa = 1, whatever kappa the layer learned.
     - for ``tokens_learned``: W + kappa A C with the layer's own ``step_tokens``, which is what
       x + CBSA(norm(x)) adds, as if it projected back by the tied orthonormal bases.
+    - for ``tokens_added``: W + A C, what the layer would add at kappa = 1.
     - for ``output``: A C alone, without the residual. "After CBSA" in Fig. 6 can be read this way too, and the
       official code does not say; here tokens and representatives are treated alike, Q becoming C and W
       becoming A C.
@@ -125,7 +156,7 @@ def reduced_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = D
     """
     if not any(isinstance(module, CBSA) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no CBSA layer, whose steps the reduced rates are of")
-    measured = _measure(model, batches, eps, coding=False).reduced
+    measured = _reduced_rates(model, _per_image(model, batches, eps))
     if measured is None:
         raise ValueError(f"no CBSA layer of {type(model).__name__} took part in its forward pass")
     return measured
@@ -137,84 +168,107 @@ def measure_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = D
     It takes less time than the two one after the other, and ``batches`` may be an iterator. Arguments and
     errors are those of :func:`coding_rates`.
     """
-    return _measure(model, batches, eps)
+    per_image = _per_image(model, batches, eps)
+    return Rates(_layer_rates(per_image), _reduced_rates(model, per_image))
 
 
-_REDUCED = ("tokens", "tokens_learned", "output", "representatives", "gap")
+def image_rates(
+    model: nn.Module, batches: Iterable[Tensor], *, eps: float = DEFAULT_EPS
+) -> dict[str, ImageRates]:
+    """What :func:`measure_rates` takes the means of: every rate of every image, layer and head.
+
+    Returns:
+        Layer name to :class:`ImageRates`, in the order of evaluation, images in that of ``batches``. With one
+        number of heads everywhere, ``torch.stack([r.rate for r in rates.values()], 1)`` is
+        ``(images, layers, H)``.
+
+    Arguments and errors are those of :func:`coding_rates`.
+    """
+    return _per_image(model, batches, eps)
 
 
-def _measure(
-    model: nn.Module, batches: Iterable[Tensor], eps: float, *, coding: bool = True, reduced: bool = True
-) -> Rates:
+def _per_image(
+    model: nn.Module, batches: Iterable[Tensor], eps: float, *, reduced: bool = True
+) -> dict[str, ImageRates]:
     check_positive("eps", eps)
-    seen: dict[str, dict[str, list[Tensor]]] = {}  # layer -> quantity -> (B, H) of every batch
-    steps: dict[str, list[float]] = {}
+    seen: dict[str, list[ImageRates]] = {}
     for records in captured_batches(model, batches):
         for name, record in records.items():
             with torch.no_grad(), no_autocast(record.tokens):
-                measured = _rates_of(record, eps, coding, reduced)
-            for quantity, values in measured.items():
-                seen.setdefault(name, {}).setdefault(quantity, []).append(values.double().cpu())
-            if isinstance(record.layer, CBSA):
-                steps[name] = record.layer.step_tokens.detach().double().tolist()
+                seen.setdefault(name, []).append(_rates_of(record, eps, reduced))
         records.clear()  # before the next batch makes its own
-    joined = {name: {q: torch.cat(v) for q, v in quantities.items()} for name, quantities in seen.items()}
-    return Rates(_layer_rates(joined, coding), _reduced_rates(joined, steps))
+    return {name: _joined(parts) for name, parts in seen.items()}
 
 
-def _rates_of(record: LayerRecord, eps: float, coding: bool, reduced: bool) -> dict[str, Tensor]:
-    """The quantities of one layer and batch, ``(B, H)`` each."""
-    stages = record.stages if reduced else None
-    if not coding and stages is None:
-        return {}
+def _joined(parts: list[ImageRates]) -> ImageRates:
+    """The batches one after the other."""
+    quantities: Any = zip(*parts, strict=True)
+    whole: list[Any] = [None if q[0] is None else torch.cat(q).double().cpu() for q in quantities]
+    return ImageRates(*whole)
 
-    def rate(x: Tensor, mask: Tensor | None, normalize: bool = False) -> Tensor:
+
+def _rates_of(record: LayerRecord, eps: float, reduced: bool) -> ImageRates:
+    """Those of one layer and batch, ``(B, H)`` each."""
+
+    def rate(x: Tensor, mask: Tensor | None = record.token_mask, normalize: bool = False) -> Tensor:
         return ops.coding_rate(x, eps=eps, normalize=normalize, token_mask=mask)
 
-    before = rate(record.tokens, record.token_mask)
-    measured = {"rate": before}
-    if coding:
-        measured["normalized"] = rate(record.tokens, record.token_mask, normalize=True)
-    if stages is not None:
-        step = stages.broadcast_attention @ stages.contracted  # (B, H, N, P): A C
-        extracted = rate(stages.extracted, stages.representative_mask)
-        measured["tokens"] = before - rate(stages.tokens - step, record.token_mask)
-        measured["tokens_learned"] = before - rate(stages.tokens + stages.output, record.token_mask)
-        measured["output"] = before - rate(step, record.token_mask)
-        measured["representatives"] = extracted - rate(stages.contracted, stages.representative_mask)
-        measured["gap"] = (extracted - before).abs()
-    return measured
+    before, normalized = rate(record.tokens), rate(record.tokens, normalize=True)
+    stages = record.stages
+    if stages is None or not reduced:
+        return ImageRates(before, normalized)
+    real = stages.representative_mask
+    step = stages.broadcast_attention @ stages.contracted  # (B, H, N, P): A C
+    extracted = rate(stages.extracted, real)
+    return ImageRates(
+        before,
+        normalized,
+        tokens=before - rate(stages.tokens - step),
+        tokens_learned=before - rate(stages.tokens + stages.output),
+        representatives=extracted - rate(stages.contracted, real),
+        gap=(extracted - before).abs(),
+        output=before - rate(step),
+        tokens_added=before - rate(stages.tokens + step),
+    )
 
 
-def _layer_rates(joined: dict[str, dict[str, Tensor]], coding: bool) -> LayerRates:
-    layers = list(joined) if coding else []
-    raw = [joined[name]["rate"].sum(1) for name in layers]
-    normalized = [joined[name]["normalized"].sum(1) for name in layers]
+def _layer_rates(per_image: dict[str, ImageRates]) -> LayerRates:
+    layers = list(per_image.values())
+    raw = [rates.rate.sum(1) for rates in layers]
+    normalized = [rates.normalized.sum(1) for rates in layers]
     return LayerRates(
-        layers=layers,
+        layers=list(per_image),
         rate=[r.mean().item() for r in raw],
         rate_std=[r.std(correction=0).item() for r in raw],
         normalized=[r.mean().item() for r in normalized],
         normalized_std=[r.std(correction=0).item() for r in normalized],
         images=len(raw[0]) if raw else 0,
-        per_head=[joined[name]["rate"].mean(0).tolist() for name in layers],
-        per_head_normalized=[joined[name]["normalized"].mean(0).tolist() for name in layers],
+        per_head=[rates.rate.mean(0).tolist() for rates in layers],
+        per_head_normalized=[rates.normalized.mean(0).tolist() for rates in layers],
     )
 
 
-def _reduced_rates(joined: dict[str, dict[str, Tensor]], steps: dict[str, list[float]]) -> ReducedRates | None:
-    layers = [name for name, quantities in joined.items() if "tokens" in quantities]
-    if not layers:
+def _reduced_rates(model: nn.Module, per_image: dict[str, ImageRates]) -> ReducedRates | None:
+    cbsa = {name: rates for name, rates in per_image.items() if rates.tokens is not None}
+    if not cbsa:
         return None
-    mean = {q: [joined[name][q].mean(0).tolist() for name in layers] for q in _REDUCED}
+    modules = attention_layers(model)
+
+    def of(quantity: str) -> list[Tensor]:
+        return [getattr(rates, quantity) for rates in cbsa.values()]
+
+    reduced = ImageRates._fields[2:]  # not the rate itself and its normalised form
+    mean = {quantity: [values.mean(0).tolist() for values in of(quantity)] for quantity in reduced}
     representatives = _flat(mean["representatives"])
     return ReducedRates(
-        layers=layers,
-        step_tokens=[steps[name] for name in layers],
+        layers=list(cbsa),
+        step_tokens=[cast(Tensor, modules[name].step_tokens).tolist() for name in cbsa],
         correlation=rank_correlation(_flat(mean["tokens"]), representatives),
         correlation_learned=rank_correlation(_flat(mean["tokens_learned"]), representatives),
         correlation_output=rank_correlation(_flat(mean["output"]), representatives),
-        images=len(joined[layers[0]]["tokens"]),
+        correlation_added=rank_correlation(_flat(mean["tokens_added"]), representatives),
+        images=len(of("tokens")[0]),
+        gap_max=[values.amax(0).tolist() for values in of("gap")],
         **mean,
     )
 

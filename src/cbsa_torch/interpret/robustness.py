@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_number
 from cbsa_torch._core.precision import compute_dtype
+from cbsa_torch.interpret._interrupts import interrupts_wait
 from cbsa_torch.interpret.capture import attention_layers, choose_layers
 
 SIGMAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -40,8 +41,9 @@ def parameter_noise(
     several layers share gets noise once. Of an orthogonal layer the parameter behind the basis is changed, so
     that the basis stays orthonormal.
 
-    Parameters are changed in place and restored to the same bits on leaving, also by an exception or Ctrl-C;
-    what the block itself writes into them is lost. Buffers are left as they are.
+    Parameters are changed in place and restored to the same bits on leaving, also by an exception or Ctrl-C
+    (which waits while they are restored); what the block itself writes into them is lost. Buffers are left
+    as they are.
 
     Args:
         model: a model with mixers of this library or timm's ``Attention``.
@@ -65,7 +67,7 @@ def parameter_noise(
     finally:
         try:
             _restore(saved)
-        except KeyboardInterrupt:  # Ctrl-C while restoring
+        except KeyboardInterrupt:  # Ctrl-C just before it could be told to wait
             _restore(saved)
             raise
 
@@ -146,5 +148,18 @@ def _disturb(parameters: list[nn.Parameter], sigma: float, seed: int) -> None:
 
 @torch.no_grad()
 def _restore(saved: list[tuple[nn.Parameter, Tensor]]) -> None:
-    for parameter, values in saved:
-        parameter.copy_(values)
+    """Write all values back, whatever is raised meanwhile, then raise the first of it."""
+    raised: list[BaseException] = []
+    with interrupts_wait():
+        for parameter, values in saved:
+            while True:
+                try:
+                    parameter.copy_(values)
+                    break
+                except KeyboardInterrupt as error:  # not by Ctrl-C, which waits: raised by other means
+                    raised.append(error)
+                except Exception as error:  # the others can still be restored
+                    raised.append(error)
+                    break
+    if raised:
+        raise raised[0]

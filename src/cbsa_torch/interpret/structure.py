@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch.interpret._batches import captured_batches, check_batches
+from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.interpret.capture import attention_layers
 from cbsa_torch.nn import CBSA, ISTA
 
@@ -139,11 +140,7 @@ def ista_sparsity(model: nn.Module, batches: Iterable[Tensor]) -> Sparsity:
     Raises:
         TypeError: a batch is not a tensor. ValueError: no batch, or a model without ISTA layers.
     """
-    found = {
-        name.replace("_orig_mod.", ""): module  # torch.compile's
-        for name, module in model.named_modules()
-        if isinstance(module, ISTA)
-    }
+    found = {name: module for name, module in named_modules(model) if isinstance(module, ISTA)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no ISTA layer")
     counts: dict[str, list[int]] = {}

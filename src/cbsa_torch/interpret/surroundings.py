@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cbsa_torch._core.types import GridSize
+from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.nn.tokens import resolve_grid
 
 
@@ -21,8 +22,7 @@ class Surroundings:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
-        self._modules[""] = getattr(model, "_orig_mod", model)
+        self._modules = dict(named_modules(model))
         self._inputs: dict[nn.Module, tuple[int, ...]] = {}
 
     def watch(self, names: Iterable[str]) -> list[RemovableHandle]:

@@ -332,12 +332,6 @@ class TokenMixer(nn.Module, abc.ABC):
         source, token_mask, attn_mask = self._read(x, token_mask, attn_mask)
         return self._project(source, grid_size, token_mask, attn_mask)
 
-    def token_mask(
-        self, x: Tensor, token_mask: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> Tensor | None:
-        """The ``(B, N)`` mask that :meth:`forward` uses for these arguments, or None."""
-        return self._read(x, token_mask, attn_mask)[1]
-
     def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int] | None:
         """The grid that :meth:`forward` uses for ``x`` and the number of prefix tokens before it.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
 from cbsa_torch.interpret.report.numbers import finite
 from cbsa_torch.interpret.robustness import Robustness, robustness
@@ -87,7 +88,7 @@ def measure(
     no_bases = None if shared else "queries, keys and values have bases of their own"
     steps = {
         name: step.detach().float().cpu().tolist()
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, TokenMixer) and isinstance(step := getattr(module, "step_tokens", None), Tensor)
     }
     if not steps:
