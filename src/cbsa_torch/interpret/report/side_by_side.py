@@ -143,6 +143,7 @@ def table(looked: Sequence[Looked]) -> list[tuple[str, list[str]]]:
         row("normalised Rᶜ, last layer", lambda i: _number(i.measures.rates.normalized[-1], ".1f")),
         row("Rᶜ over the later half", lambda i: _later_half(i.measures)),
         of_reduced("correlation, κ = 1", "correlation"),
+        of_reduced("correlation, κ = 1 the other way", "correlation_added"),
         of_reduced("correlation, κ learned", "correlation_learned"),
         of_reduced("correlation, output", "correlation_output"),
         row("heads that compress", lambda i: _compressing(i.measures)),
