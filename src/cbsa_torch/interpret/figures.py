@@ -120,9 +120,14 @@ def _inline(svg: str, prefix: str, label: str) -> str:
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write the whole figure as PNG and SVG."""
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    # Laid out once: each file would do it again.
+    engine = figure.get_layout_engine()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     write_atomically(paths[0], plots.to_png(figure, dpi=150))
     with matplotlib.rc_context({"svg.hashsalt": name}):
         write_atomically(paths[1], plots.to_svg(figure).encode())
+    figure.set_layout_engine(engine)
     return paths
 
 
