@@ -10,6 +10,7 @@ from torch import nn
 import cbsa_torch.models  # noqa: F401
 from cbsa_torch import CBSA, ISTA, interpret, ops
 from cbsa_torch.interpret._statistics import rank_correlation
+from tests.helpers.compare import assert_close
 
 EPS = 0.1
 
@@ -112,7 +113,10 @@ def test_rates_are_those_of_the_equations(images, contraction):
     assert rates.reduced.step_tokens == [pytest.approx(k.tolist()) for k in kappas]
     if contraction == "none":
         assert all(set(row) == {0.0} for row in rates.reduced.representatives)
-    assert interpret.coding_rates(model, images.split(2)) == rates.coding
+    alone = interpret.coding_rates(model, images.split(2))
+    assert alone[0] == rates.coding.layers
+    for values, expected in zip(alone[1:], rates.coding[1:], strict=True):
+        assert_close(torch.tensor(values), torch.tensor(expected), 1e-9)
     assert str(interpret.reduced_rates(model, images.split(2))) == str(rates.reduced)  # NaN is not equal to NaN
 
 
@@ -167,6 +171,41 @@ def test_rates_of_every_image_layer_and_head(images, family):
                     assert one == pytest.approx(value.item(), rel=1e-4, abs=1e-4), name
         assert layer.rate.shape == (5, 2)
         assert layer.rate.dtype == torch.float64
+
+
+@pytest.mark.parametrize("mask", [None, [[True, False, True], [True, True, True]]])
+def test_fewer_tokens_than_channels(mask):
+    """The determinants are then of the other side."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = CBSA(16, 2, representatives="tokens")
+            self.mask = None if mask is None else torch.tensor(mask)
+
+        def forward(self, x):
+            return self.layer(x, token_mask=self.mask)
+
+    model, x = Model(), torch.randn(2, 3, 16)
+    with interpret.capture(model) as records:
+        model(x)
+    check(interpret.measure_rates(model, [x]), brute_force(records, [model.layer.step_tokens]))
+
+
+def test_a_step_that_is_not_finite_spoils_no_other_rate(model, images):
+    plain = interpret.image_rates(model, [images])["blocks.0.attn"]
+    with torch.no_grad():
+        model.blocks[0].attn.step_tokens[1] = math.nan
+    broken = interpret.image_rates(model, [images])["blocks.0.attn"]
+    assert broken.tokens_learned[:, 1].isnan().all()
+    assert torch.equal(broken.tokens_learned[:, 0], plain.tokens_learned[:, 0])
+    for name in ("rate", "normalized", "tokens", "representatives", "gap", "output", "tokens_added"):
+        assert torch.equal(getattr(broken, name), getattr(plain, name)), name
+    with torch.no_grad():
+        model.blocks[0].attn.step_representatives.fill_(math.nan)  # now the step A C itself
+    broken = interpret.image_rates(model, [images])["blocks.0.attn"]
+    assert broken.tokens.isnan().all()
+    assert torch.equal(broken.rate, plain.rate)
 
 
 def test_means_are_those_of_the_images(model, images):

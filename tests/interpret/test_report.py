@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 import cbsa_torch
 from cbsa_torch import interpret
 from cbsa_torch.interpret import figures
-from cbsa_torch.interpret.rates import LayerRates, reduced_rates
-from cbsa_torch.interpret.report import maps, measure, page, statements
+from cbsa_torch.interpret.report import maps, measure, page
 from tests.helpers.pages import BLACK_BOX, CBSA_ONLY, ODD, build, compared, headings, strict, vit
 
 FAMILIES = {
@@ -180,63 +179,6 @@ def test_bad_arguments_are_named(inputs, images, tmp_path, changes, message):
     arguments = {"model": build(), "inputs": inputs, "images": images, "folder": tmp_path, **changes}
     with pytest.raises((ValueError, TypeError), match=message):
         interpret.report(**arguments, title="", facts={})
-
-
-# ---- sentences
-
-
-def rates(*values):
-    zeros = [0.0] * len(values)
-    return LayerRates([str(i) for i in range(len(values))], list(values), zeros, list(values), zeros, 1, [], [])
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        (
-            (1, 9, 8, 7),
-            "compresses, layer by layer, as in the paper: from layer 2 to layer 4 the term changes by -22.2 %",
-        ),
-        ((1, 9, 9.5, 7), "compresses, though not in every layer"),
-        (
-            (9, 7, 8, 9),
-            "does not compress here, unlike in the paper: from layer 2 to layer 4 the term changes by +28.6 %",
-        ),
-        ((9, 100, 99.8, 99.5), "hardly changes here"),
-        ((5,), "one layer"),
-    ],
-)
-def test_whether_the_later_half_compresses(values, said):
-    assert said in statements.later_half_sentence(rates(*values))
-
-
-@pytest.mark.parametrize(
-    ("correlation", "said"),
-    [
-        (
-            0.8,
-            "move together, as the paper observes: Spearman's rank correlation is +0.80 over 4 heads of 2 layers",
-        ),
-        (0.3, "only weakly"),
-        (-0.1, "do not move together here"),
-        (-0.7, "against each other"),
-        (math.nan, "cannot be said"),
-    ],
-)
-def test_whether_the_two_move_together(inputs, correlation, said):
-    reduced = reduced_rates(build(), [inputs])
-    assert said in statements.together_sentence(reduced._replace(correlation=correlation))
-
-
-def test_heads_that_compress_are_counted(inputs):
-    reduced = reduced_rates(build(), [inputs])
-    reduced = reduced._replace(
-        tokens_learned=[[1.0, -1.0], [2.0, 3.0]], step_tokens=[[1.0, -1.0], [-2.0, -3.0]]
-    )
-    said = statements.heads_sentence(reduced)
-    assert "3 of 4 heads lower" in said
-    assert "1 raise" in said
-    assert "positive in 1." in said
 
 
 # ---- figures

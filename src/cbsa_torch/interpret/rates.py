@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_positive
-from cbsa_torch._core.precision import no_autocast
+from cbsa_torch._core.precision import no_autocast, solve_dtype
 from cbsa_torch.interpret._batches import captured_batches
 from cbsa_torch.interpret._statistics import rank_correlation
 from cbsa_torch.interpret.capture import LayerRecord, attention_layers
 from cbsa_torch.nn import CBSA
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch.ops.coding_rate import rate_of_gram
+from cbsa_torch.ops.masking import real_tokens
 
 
 class LayerRates(NamedTuple):
@@ -213,23 +215,47 @@ def _rates_of(record: LayerRecord, eps: float, reduced: bool) -> ImageRates:
     def rate(x: Tensor, mask: Tensor | None = record.token_mask, normalize: bool = False) -> Tensor:
         return ops.coding_rate(x, eps=eps, normalize=normalize, token_mask=mask)
 
-    before, normalized = rate(record.tokens), rate(record.tokens, normalize=True)
-    stages = record.stages
+    wide = solve_dtype(record.tokens)  # differences are small beside rates
+    w, stages = record.tokens.to(wide).contiguous(), record.stages  # strided heads multiply slowly
     if stages is None or not reduced:
-        return ImageRates(before, normalized)
+        return ImageRates(rate(w), rate(w, normalize=True))
     real = stages.representative_mask
-    step = stages.broadcast_attention @ stages.contracted  # (B, H, N, P): A C
-    extracted = rate(stages.extracted, real)
-    return ImageRates(
-        before,
-        normalized,
-        tokens=before - rate(stages.tokens - step),
-        tokens_learned=before - rate(stages.tokens + stages.output),
-        representatives=extracted - rate(stages.contracted, real),
-        gap=(extracted - before).abs(),
-        output=before - rate(step),
-        tokens_added=before - rate(stages.tokens + step),
+    extracted, contracted = (rate(x.to(wide), real) for x in (stages.extracted, stages.contracted))
+    kappa = cast(Tensor, record.step_tokens).to(wide)[:, None, None]
+    step = (stages.broadcast_attention @ stages.contracted).to(wide)  # (B, H, N, P): A C
+    before, alone, subtracted, learned, added = _rates_along(
+        w, step, (-1.0, kappa, 1.0), record.token_mask, eps
     )
+    return ImageRates(
+        rate=before,
+        normalized=rate(w, normalize=True),
+        tokens=before - subtracted,
+        tokens_learned=before - learned,
+        representatives=extracted - contracted,
+        gap=(extracted - before).abs(),
+        output=before - alone,
+        tokens_added=before - added,
+    )
+
+
+def _rates_along(
+    w: Tensor, step: Tensor, lengths: Sequence[Tensor | float], mask: Tensor | None, eps: float
+) -> list[Tensor]:
+    """R(W), R(S) and R(W + t S) for every t of ``lengths``.
+
+    All from three products, (W + t S)^T (W + t S) = W^T W + t (W^T S + S^T W) + t^2 S^T S, on the smaller
+    side; they are what takes time.
+    """
+    w, count = real_tokens(w, mask, w.dtype)
+    step, _ = real_tokens(step, mask, w.dtype)
+    n, q = w.shape[-2:]
+    if n < q:
+        w, step = w.mT, step.mT
+    scale = q / (count * eps**2)
+    both = w.mT @ step
+    tokens, cross, steps = scale * (w.mT @ w), scale * (both + both.mT), scale * (step.mT @ step)
+    after = (tokens + t * cross + t**2 * steps for t in lengths)
+    return [rate_of_gram(gram) for gram in (tokens, steps, *after)]
 
 
 def _layer_rates(per_image: dict[str, ImageRates]) -> LayerRates:

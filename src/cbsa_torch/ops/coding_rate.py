@@ -53,13 +53,18 @@ def coding_rate(
         if normalize:
             x = torch.nn.functional.normalize(x, dim=-1)
         scaled = x * (q / (count * eps**2))
-        gram = x.mT @ scaled if q <= n else x @ scaled.mT  # logdet is the same on both sides
-        identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-        factor, failed = torch.linalg.cholesky_ex(identity + gram)
-        # 1/2 logdet = sum of the logs of the Cholesky diagonal
-        rate = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        rate = rate.masked_fill(failed != 0, float("nan"))  # the identity was lost beside the Gram matrix
+        # logdet is the same on both sides
+        rate = rate_of_gram(x.mT @ scaled if q <= n else x @ scaled.mT)
     return rate.to(result_dtype)
+
+
+def rate_of_gram(gram: Tensor) -> Tensor:
+    """1/2 logdet(I + G) of ``(..., q, q)`` Gram matrices G, scaled already; NaN where the identity is lost."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(identity + gram)
+    # 1/2 logdet = sum of the logs of the Cholesky diagonal
+    rate = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return rate.masked_fill(failed != 0, float("nan"))
 
 
 def compression_rate(

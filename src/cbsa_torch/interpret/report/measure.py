@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch.interpret._names import named_modules
+from cbsa_torch.interpret.capture import attention_layers
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
 from cbsa_torch.interpret.report.numbers import finite
 from cbsa_torch.interpret.robustness import Robustness, robustness
@@ -44,6 +45,8 @@ class Measures(NamedTuple):
     robustness_images: int
     missing: dict[str, str]
     """Measure to the reason why it was left out."""
+    notes: list[str]
+    """Sentences about how to read the rates of this model."""
 
 
 def measure(
@@ -111,6 +114,7 @@ def measure(
         robustness_metric="accuracy" if labels is not None else "share of predictions that stay the same",
         robustness_images=len(few),
         missing=missing,
+        notes=_notes(model, rates.coding.layers),
     )
 
 
@@ -119,6 +123,22 @@ def as_numbers(measures: Measures) -> dict[str, Any]:
     numbers: dict[str, Any] = finite(measures)
     numbers["coding_rate"] = numbers.pop("rates")
     return numbers
+
+
+def _notes(model: nn.Module, measured: list[str]) -> list[str]:
+    modules = attention_layers(model)
+    separate = [name for name in measured if not getattr(modules[name], "shared_qkv", False)]  # timm's are, too
+    if not separate:
+        return []
+    if len(separate) == len(measured):
+        which = "The layers of this model project"
+    else:
+        numbers = ", ".join(str(measured.index(name) + 1) for name in separate)
+        which = f"Layer {numbers} projects" if len(separate) == 1 else f"Layers {numbers} project"
+    return [
+        f"{which} queries, keys and values separately, so there is no one basis U of the tokens: "
+        "the rates are of the queries."
+    ]
 
 
 def _has(model: nn.Module, kind: type[nn.Module]) -> bool:

@@ -51,6 +51,14 @@ def later_half_sentence(rates: LayerRates) -> str:
     found = later_half(rates)
     if found is None:
         return "The model has one layer: whether later layers compress cannot be said."
+    undefined = [i for i in range(found.first, found.last + 1) if not math.isfinite(rates.rate[i - 1])]
+    if undefined or not math.isfinite(found.change):
+        reason = (
+            f"the rate of layer {undefined[0]} is not a finite number"
+            if undefined
+            else f"the rate of layer {found.first} is zero, and a change has no share of it"
+        )
+        return f"Whether the later half of the layers compresses cannot be said: {reason}."
     if abs(found.change) < HARDLY:
         verdict = "Over the later half of the layers the rate hardly changes here, unlike in the paper"
     elif found.steadily:
@@ -61,36 +69,32 @@ def later_half_sentence(rates: LayerRates) -> str:
         verdict = "The later half of the layers does not compress here, unlike in the paper"
     return (
         f"{verdict}: from layer {found.first} to layer {found.last} the term changes by "
-        f"{100 * found.change:+.1f} % (normalised: {100 * found.change_normalized:+.1f} %)."
+        f"{100 * found.change:+.1f} % (normalised: {_percent(found.change_normalized)})."
     )
 
 
 def together_sentence(reduced: ReducedRates) -> str:
-    """Whether both reductions move together (the paper's second observation)."""
-    count = sum(len(row) for row in reduced.tokens)
-    if math.isnan(reduced.correlation):
-        return "Whether the two move together cannot be said: their rank correlation is not defined here."
-    if reduced.correlation >= STRONG:
+    """Whether both reductions move together (the paper's second observation), in every reading of Fig. 6."""
+    layers = len(reduced.layers)
+    heads = f"{_count(reduced.tokens)} heads of {layers} layer{'s' if layers > 1 else ''}"
+    correlation = reduced.correlation
+    if math.isnan(correlation):
+        verdict = "Whether the two move together cannot be said"
+    elif correlation >= STRONG:
         verdict = "The two move together, as the paper observes"
-    elif reduced.correlation >= WEAK:
+    elif correlation >= WEAK:
         verdict = "The two move together only weakly here"
-    elif reduced.correlation > -WEAK:
+    elif correlation > -WEAK:
         verdict = "The two do not move together here"
     else:
         verdict = "The two move against each other here"
-    others = ", ".join(
-        f"{value:+.2f} {name}"
-        for value, name in (
-            (reduced.correlation_learned, "at the learned κ"),
-            (reduced.correlation_output, "for CBSA's output in place of the tokens"),
-        )
-        if not math.isnan(value)
-    )
     return (
-        f"{verdict}: Spearman's rank correlation is {reduced.correlation:+.2f} over {count} heads of "
-        f"{len(reduced.layers)} layer{'s' if len(reduced.layers) > 1 else ''} after a step of Eq. 6 at κ = 1"
-        + (f" ({others})." if others else ".")
-        + " The paper does not say how its Fig. 6 takes the tokens after the layer: the verdict is of this one."
+        f"{verdict}: Spearman's rank correlation is {_signed(correlation)} over {heads} after a step of Eq. 6 "
+        f"at κ = 1, W \N{MINUS SIGN} A C. In other readings of the tokens after the layer it is "
+        f"{_signed(reduced.correlation_learned)} at the learned κ, W + κ A C; "
+        f"{_signed(reduced.correlation_output)} for CBSA's output in place of the tokens, A C; "
+        f"{_signed(reduced.correlation_added)} for a step against Eq. 6, W + A C. "
+        "The paper does not say which its Fig. 6 shows: the verdict is of Eq. 6."
     )
 
 
@@ -99,11 +103,37 @@ def heads_sentence(reduced: ReducedRates) -> str:
     effects = [effect for row in reduced.tokens_learned for effect in row]
     steps = [step for row in reduced.step_tokens for step in row]
     compress, positive = sum(effect > 0 for effect in effects), sum(step > 0 for step in steps)
+    undefined = sum(math.isnan(effect) for effect in effects)
     return (
         f"At its learned step, {compress} of {len(effects)} heads lower the coding rate of the tokens in their "
         f"subspace (they compress) and {sum(effect < 0 for effect in effects)} raise it (they decompress); "
-        f"κ is positive in {positive}."
+        + (f"of {undefined} it cannot be said, for the rate is not a number; " if undefined else "")
+        + f"κ is positive in {positive}."
     )
+
+
+def gap_sentence(reduced: ReducedRates) -> str:
+    """The tau of Eq. 4 that these images need, and the gap on average."""
+    largest = [gap for row in reduced.gap_max for gap in row]
+    means = [gap for row in reduced.gap for gap in row]
+    if not all(math.isfinite(gap) for gap in (*largest, *means)):
+        return "The τ that Eq. 4 needs cannot be said: some head's gap is not a finite number."
+    return (
+        f"The constraint of Eq. 4 holds here from τ = {max(largest):.1f} nats on, the largest gap of any "
+        f"image, layer and head; the mean gap is {sum(means) / len(means):.1f} nats."
+    )
+
+
+def _count(rows: list[list[float]]) -> int:
+    return sum(len(row) for row in rows)
+
+
+def _signed(correlation: float) -> str:
+    return "undefined" if math.isnan(correlation) else f"{correlation:+.2f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %" if math.isfinite(share) else "cannot be said"
 
 
 def _change(before: float, after: float) -> float:
