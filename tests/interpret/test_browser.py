@@ -56,6 +56,7 @@ return {
 
 
 def build(family, **options):
+    family = "crate_cbt" if "hybrid" in family else family
     options = {"embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 3, **options}
     return timm.create_model(f"{family}_pico_patch1_8", **options).eval()
 
@@ -89,8 +90,10 @@ def pages(tmp_path_factory):
         labels=[0, 1, 2],
     )
     runs = [
-        interpret.ComparedRun(name, build(name), inputs, images, [0, 1, 2], name, 10**6, 10**9, 0.5)
-        for name in ("cbt", "stem_vit")
+        interpret.ComparedRun(
+            name, build(name), inputs, images, [0, 1, 2], name, 10**6, 10**9, 0.5, history=history
+        )
+        for name in ("cbt", "stem_vit", "a_hybrid_with_a_name_too_long_for_a_phone_" + "x" * 40)
     ]
     return {"report": report.page, "compare": interpret.compare(runs, folder, title="Two").page}
 
@@ -126,6 +129,31 @@ def test_a_phone_needs_no_horizontal_scrolling(pages, name, tmp_path):
     assert found["wide"] == []
     assert min(found["panels"]) > 50  # a colour bar
     assert found["live"] > 0
+
+
+COLUMNS = """
+const columns = [...document.querySelectorAll(".columns")].map((grid) =>
+  [...grid.querySelectorAll(":scope > section")].map((section) => section.getBoundingClientRect()));
+const heads = [...document.querySelectorAll(".runs thead th")].slice(1).map((cell) => cell.textContent);
+const keys = (root) => [...root.querySelectorAll(".key")].map((key) => key.style.background);
+return {
+  besides: columns.map((boxes) => boxes.every((box) => box.top === boxes[0].top && box.width > 300)),
+  widths: columns.map((boxes) => boxes.length), heads,
+  keys: keys(document.querySelector(".runs thead")),
+  others: keys(document.querySelector("main")),
+  page: document.documentElement.scrollWidth,
+};
+"""
+
+
+def test_a_comparison_has_runs_side_by_side_in_their_colours(pages, tmp_path):
+    found = visit(BROWSER, pages["compare"], tmp_path, COLUMNS).found
+    assert found["page"] <= 1200
+    assert found["widths"] == [2, 2, 2, 2, 3]  # reduced rates, steps, their effect, coherence, maps
+    assert all(found["besides"])
+    assert [name[:8] for name in found["heads"]] == ["cbt", "stem_vit", "a_hybrid"]
+    assert len(set(found["keys"])) == 3
+    assert set(found["others"]) == set(found["keys"])
 
 
 def test_without_scripts_a_static_panel_shows(pages, tmp_path):

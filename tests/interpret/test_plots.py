@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_torch.interpret import AttentionRanks, ReducedRates, Robustness, Sparsity, plots
+from cbsa_torch.interpret import AttentionRanks, ReducedRates, Robustness, Sparsity, _look, plots
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn"]
 TOKENS, LEARNED, ACROSS = [[0.1, -0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, -0.8]], [[9.0, 8.0], [7.0, 6.0]]
@@ -53,7 +53,8 @@ def test_reduced_rates_panel_shows_every_head(reduced):
 
 
 @pytest.mark.parametrize(
-    ("plot", "field"), [(plots.step_sizes, "step_tokens"), (plots.compressing_heads, "tokens_learned")]
+    ("plot", "field"),
+    [(lambda r: plots.step_sizes(r.step_tokens), "step_tokens"), (plots.compressing_heads, "tokens_learned")],
 )
 def test_heat_maps_are_signed_and_name_their_values(reduced, plot, field):
     axis = drawn(plot(reduced))[0]
@@ -67,7 +68,7 @@ def test_heat_maps_are_signed_and_name_their_values(reduced, plot, field):
 
 
 def test_layers_with_fewer_heads_and_steps_of_zero_can_be_drawn(reduced):
-    axis = drawn(plots.step_sizes(reduced._replace(step_tokens=[[0.0], [0.0, 0.0]])))[0]
+    axis = drawn(plots.step_sizes([[0.0], [0.0, 0.0]]))[0]
     assert len(axis.texts) == 3
 
 
@@ -106,4 +107,38 @@ def test_names_are_shown_as_they_are():
     image = np.zeros((1, 4, 4))
     panel = plots.attention_panel(image, [("layer 1", image)], titles=["from_$5_to_$6.png"])
     assert plots.to_png(panel)  # a formula would not parse
-    assert plots.legend_name("_run").strip() == "_run"
+    assert _look.run_label("_run").strip() == "_run"
+    assert _look.legible("cat \u732b\n$") == "cat \N{WHITE SQUARE} $"
+    measured = Robustness([0.1], [[0.5]], 0.5, LAYERS)
+    figure = plots.robustness_curve({"$x_{": measured, "_\u732b": measured}, "share of $")
+    drawn(figure)  # neither error nor warning
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "$x_{",
+        " _\N{WHITE SQUARE}",
+    ]
+
+
+def test_layers_keep_the_numbers_they_are_given(reduced):
+    axes = drawn(plots.reduced_rates_panel(reduced, [3, 7]))
+    assert list(axes[0].lines[0].get_xdata()) == [3, 7]
+    assert list(axes[0].get_xticks()) == [3, 7]
+    legend = axes[-1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["3", "7"]
+    ticks = drawn(plots.step_sizes(TOKENS, [3, 7]))[0].get_xticklabels()
+    assert [text.get_text() for text in ticks] == ["3", "7"]
+    assert _look.layer_ticks(range(1, 14)) == [1, 3, 5, 7, 9, 11, 13]
+
+
+def test_values_that_are_not_finite_leave_gaps(reduced):
+    drawn(plots.step_sizes([[math.nan, math.inf]]))
+    drawn(plots.step_sizes([[math.nan]]))
+    rows = [[math.nan, 1.0], [2.0, math.nan]]
+    drawn(plots.reduced_rates_panel(reduced._replace(tokens=rows, output=rows)))
+    history = [{"epoch": 1, "train_loss": math.inf, "val_loss": None}]
+    axes = drawn(plots.learning_curves(history))
+    assert np.isnan(axes[0].lines[0].get_ydata()).all()
+
+
+def test_no_minus_zero():
+    assert _look.signed(-0.001) == "0.00"
+    assert _look.signed(-0.006) == "\N{MINUS SIGN}0.01"

@@ -25,17 +25,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass
-class LayersArgs:
-    """Time and memory of one attention layer of every mechanism, with the floor in the same run."""
+class _TimedArgs:
+    """How everything is timed."""
 
-    sizes: tuple[str, ...] = ("16x14", "4x32", "1x64", "1x128", "1x256")
-    """Batch x side of a square grid (a class token comes on top)."""
-    forward_sizes: tuple[str, ...] = ("1x512", "1x1024")
-    """Further sizes, for inference only; 1x1024 is a million tokens and needs 8 GiB at 384 channels."""
-    only: tuple[str, ...] = ()
-    """Names of contestants. Default: all."""
-    dim: int = 384
-    num_heads: int = 6
     device: str = "cpu"
     dtype: Dtype = "float32"
     threads: int = 2
@@ -48,7 +40,21 @@ class LayersArgs:
 
 
 @dataclass
-class ModelsArgs:
+class LayersArgs(_TimedArgs):
+    """Time and memory of one attention layer of every mechanism, with the floor in the same run."""
+
+    sizes: tuple[str, ...] = ("16x14", "4x32", "1x64", "1x128", "1x256")
+    """Batch x side of a square grid (a class token comes on top)."""
+    forward_sizes: tuple[str, ...] = ("1x512", "1x1024")
+    """Further sizes, for inference only; 1x1024 is a million tokens and needs 8 GiB at 384 channels."""
+    only: tuple[str, ...] = ()
+    """Names of contestants. Default: all."""
+    dim: int = 384
+    num_heads: int = 6
+
+
+@dataclass
+class ModelsArgs(_TimedArgs):
     """Images per second of whole models."""
 
     models: tuple[str, ...] = models.MODELS
@@ -57,13 +63,7 @@ class ModelsArgs:
     image_sizes: tuple[int, ...] = (224, 512)
     batches: tuple[int, ...] = (8, 2)
     """Images per batch, for each size."""
-    device: str = "cpu"
-    dtype: Dtype = "float32"
-    threads: int = 2
-    """CPU threads."""
     repetitions: int = 5
-    budget: float = 10.0
-    """Seconds for one model in one pass."""
     output: str = "benchmarks/results/models"
     """JSON, PNG and SVG files of this name."""
 
@@ -178,7 +178,7 @@ def _device(device: str) -> str:
     )
 
 
-def _write(options: LayersArgs | ModelsArgs, rows: list[dict[str, Any]]) -> None:
+def _write(options: _TimedArgs, rows: list[dict[str, Any]]) -> None:
     record = {
         "date": datetime.date.today().isoformat(),
         "device": _device(options.device),

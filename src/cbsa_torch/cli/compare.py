@@ -9,42 +9,30 @@ from pathlib import Path
 import tyro
 
 from cbsa_torch.cli import runs
-from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import ComparedRun, compare
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import Trained, evaluate_checkpoint
+from cbsa_torch.train.run_folder import RunFolder
 
 
 @dataclass
-class _CompareArgs:
+class _CompareArgs(PageOptions):
     """Write a self-contained page that shows several runs on the same images side by side."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Two or more run folders, trained on the same data."""
     output: str = "runs/comparison"
     """The folder of the page, its numbers and its figures."""
-    images: int = 256
-    """How many test images measure the coding rates."""
     shown: int = 4
     """How many test images get attention maps."""
-    robustness_images: int = 128
-    """How many test images the robustness curves use; 0 leaves them out."""
 
 
 def run_compare(args: list[str]) -> None:
-    """Show several runs side by side: accuracy, coding rates, attention maps."""
+    """Show several runs side by side: every figure of their reports, on the same images."""
     options = parse(_CompareArgs, args, "compare")
-    at_least(1, images=options.images, shown=options.shown)
-    at_least(0, robustness_images=options.robustness_images)
-    page = compare_runs(
-        options.runs,
-        options.output,
-        images=options.images,
-        shown=options.shown,
-        robustness_images=options.robustness_images,
-    )
-    print(f"comparison: {page}")
+    print(f"comparison: {compare_runs(options.runs, options.output, **options.counts())}")
 
 
 def compare_runs(
@@ -64,10 +52,14 @@ def compare_runs(
     """
     if len(checkpoints) < 2:
         raise ConfigError(f"compare needs two runs or more, got {len(checkpoints)}: cbsa compare RUN RUN ...")
-    twice = {name for name in checkpoints if checkpoints.count(name) > 1}
-    if twice:
-        raise ConfigError(f"{min(twice)} is given twice")
-    opened = {checkpoint: runs.open_run(checkpoint) for checkpoint in checkpoints}
+    opened: dict[str, Trained] = {}
+    known: dict[Path, str] = {}
+    for checkpoint in checkpoints:
+        trained = runs.open_run(checkpoint)
+        first = known.setdefault(trained.path.resolve(), checkpoint)
+        if checkpoint in opened or first != checkpoint:
+            raise ConfigError(f"a run is given twice: {first} and {checkpoint}")
+        opened[checkpoint] = trained
     _check_same_data(opened)
     names = _short_names(checkpoints)
     split = runs.evaluated_split(opened[checkpoints[0]])
@@ -88,6 +80,7 @@ def compare_runs(
                 flops=counts.counts.flops,
                 accuracy=evaluation.top1,
                 image_titles=runs.titles(trained, inputs[:shown], labels[:shown]),
+                history=RunFolder(trained.path.parent).read_metrics(),
             )
         )
     data = opened[checkpoints[0]].config.data.name
@@ -116,5 +109,5 @@ def _some(names: Sequence[str]) -> str:
 
 def _short_names(checkpoints: Sequence[str]) -> dict[str, str]:
     """Folder names where they tell runs apart, else what was given."""
-    short = [Path(checkpoint).name for checkpoint in checkpoints]
+    short = [Path(checkpoint).resolve().name for checkpoint in checkpoints]
     return dict(zip(checkpoints, short if len(set(short)) == len(short) else checkpoints, strict=True))

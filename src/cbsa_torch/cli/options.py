@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import tyro
 
 from cbsa_torch.train.errors import ConfigError
+
+
+@dataclass
+class PageOptions:
+    """What every page about runs can be told."""
+
+    images: int = 256
+    """How many test images measure the coding rates."""
+    shown: int = 6
+    """How many test images get attention maps."""
+    robustness_images: int = 128
+    """How many test images measure the robustness; 0 leaves it out."""
+
+    def counts(self) -> dict[str, int]:
+        """The numbers of images, checked."""
+        at_least(1, images=self.images, shown=self.shown)
+        at_least(0, robustness_images=self.robustness_images)
+        return {"images": self.images, "shown": self.shown, "robustness_images": self.robustness_images}
 
 
 def parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:

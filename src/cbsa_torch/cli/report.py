@@ -9,40 +9,26 @@ from pathlib import Path
 import tyro
 
 from cbsa_torch.cli import runs
-from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import report
 from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.run_folder import RunFolder
 
 
 @dataclass
-class _ReportArgs:
+class _ReportArgs(PageOptions):
     """Write a self-contained page about a trained model."""
 
     files: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files that get attention maps, too."""
     checkpoint: str = "runs/digits"
     """A run folder."""
-    images: int = 256
-    """How many test images measure the coding rates."""
-    shown: int = 6
-    """How many test images get attention maps."""
-    robustness_images: int = 128
-    """How many test images the robustness curve uses; 0 leaves it out."""
 
 
 def run_report(args: list[str]) -> None:
     """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
     options = parse(_ReportArgs, args, "report")
-    at_least(1, images=options.images, shown=options.shown)
-    at_least(0, robustness_images=options.robustness_images)
-    accuracy, page = report_run(
-        options.checkpoint,
-        options.files,
-        images=options.images,
-        shown=options.shown,
-        robustness_images=options.robustness_images,
-    )
+    accuracy, page = report_run(options.checkpoint, options.files, **options.counts())
     print(f"test accuracy: {accuracy:.4f}")
     print(f"report: {page}")
 

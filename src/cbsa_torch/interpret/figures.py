@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,20 +16,14 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch.interpret import plots
-from cbsa_torch.interpret.rates import LayerRates
 
 CSS_PIXELS = 96
 """Per inch."""
 
 SINGLE_WIDTH = 4.8
 """Inches: a figure of one panel gets no wider, so that its text stays readable on a phone."""
-
-LABEL_LENGTH = 30
-"""Characters of a run's name in a legend."""
-
-RUN_COLORS = (plots.BLUE, plots.ORANGE, plots.GREY, "#3b8f5a", "#7a4fa3", "#b8901d")
-"""Of the runs of a comparison, as in :func:`plots.robustness_curve`; repeated if there are more."""
 
 
 class Drawn(NamedTuple):
@@ -120,16 +114,20 @@ def _inline(svg: str, prefix: str, label: str) -> str:
     width = float(points.group(1)) * CSS_PIXELS / 72
     head, _, rest = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{label}" style="width:{width:.0f}px">{rest}'
+    return f'{head} role="img" aria-label="{html.escape(label)}" style="width:{width:.0f}px">{rest}'
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write the whole figure as PNG and SVG."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    paths[0].write_bytes(plots.to_png(figure, dpi=150))
+    # Laid out once: each file would do it again.
+    engine = figure.get_layout_engine()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    write_atomically(paths[0], plots.to_png(figure, dpi=150))
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        paths[1].write_text(plots.to_svg(figure), encoding="utf-8")
+        write_atomically(paths[1], plots.to_svg(figure).encode())
+    figure.set_layout_engine(engine)
     return paths
 
 
@@ -151,67 +149,3 @@ def colors(name: str = "magma") -> str:
     """256 colours of a colour map as base64 of RGB bytes."""
     table = matplotlib.colormaps[name](np.arange(256))[:, :3]
     return base64.b64encode(np.round(255 * table).astype(np.uint8).tobytes()).decode()
-
-
-def rates_of_runs(runs: Mapping[str, LayerRates]) -> Figure:
-    """The compression term of several runs against the layer, as it is and normalised."""
-    # Room for the legend: about 0.16 inches a line.
-    figure = Figure(figsize=(7.5, 2.8 + 0.16 * len(runs)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, (name, rates) in enumerate(runs.items()):
-        layers = np.arange(1, len(rates.layers) + 1)
-        look: dict[str, Any] = {
-            "color": run_color(i),
-            "marker": "o",
-            "markersize": 4,
-            "label": plots.legend_name(_brief(name)),
-        }
-        left.plot(layers, rates.rate, **look)
-        right.plot(layers, rates.normalized, **look)
-    most = max(len(rates.layers) for rates in runs.values())
-    ticks = np.arange(1, most + 1, 1 if most <= 12 else 2)
-    left.set(xlabel="layer", ylabel="$R^c(Z^\\ell\\,|\\,U^\\ell)$ (nats)", xticks=ticks)
-    right.set(xlabel="layer", ylabel="normalised $R^c$ (nats)", xticks=ticks)
-    return _finish(figure)
-
-
-def run_color(index: int) -> str:
-    """The colour of the run of this number."""
-    return RUN_COLORS[index % len(RUN_COLORS)]
-
-
-def receptive_field_panel(image: np.ndarray, fields: Sequence[tuple[str, np.ndarray]]) -> Figure:
-    """An image, then where each representative looks: a row per layer.
-
-    Args:
-        image: ``(height, width[, 3])`` in [0, 1].
-        fields: per layer its name and ``(M, rows, columns)``.
-    """
-    count = max(len(values) for _, values in fields)
-    figure = Figure(figsize=(0.62 * (count + 1), 0.8 * len(fields)), layout="constrained")
-    grid = figure.subplots(len(fields), count + 1, squeeze=False)
-    for row, (name, values) in zip(grid, fields, strict=True):
-        row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(name, fontsize=7, parse_math=False)
-        for axis, value in zip(row[1:], values, strict=False):
-            axis.imshow(value, cmap="magma")
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    return figure
-
-
-def _finish(figure: Figure) -> Figure:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.6)
-    # Above the lines, of which there may be many.
-    labels = figure.axes[0].get_legend_handles_labels()[1]
-    columns = 2 if max(map(len, labels)) <= LABEL_LENGTH // 2 else 1
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
-    return figure
-
-
-def _brief(name: str) -> str:
-    """A name that fits a legend: its end, which tells runs of many folders apart."""
-    return name if len(name) <= LABEL_LENGTH else f"…{name[1 - LABEL_LENGTH :]}"

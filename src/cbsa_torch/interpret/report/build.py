@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch.interpret import figures, plots
-from cbsa_torch.interpret.report import page, statements
-from cbsa_torch.interpret.report.maps import Maps, Pictures, measure_maps
-from cbsa_torch.interpret.report.measure import Measures, as_numbers, measure
+from cbsa_torch.interpret.report import page
+from cbsa_torch.interpret.report.maps import Pictures, measure_maps
+from cbsa_torch.interpret.report.measure import as_numbers, measure
+from cbsa_torch.interpret.report.numbers import dump
 
 
 class ReportFiles(NamedTuple):
@@ -46,7 +48,7 @@ def report(
     """Write ``report.html``, ``report.json`` and ``figures/`` into ``folder``.
 
     The page is one file that needs nothing else. A measure that does not exist for the model is left out, and
-    the page says why.
+    the page says why. Figures of an earlier report in ``folder`` that this one does not have are removed.
 
     Args:
         model: a trained model in eval mode, with mixers of ours or timm's attention.
@@ -54,7 +56,7 @@ def report(
         images: the same images to look at, ``(B, height, width[, 3])`` in [0, 1].
         title: heading of the page.
         facts: the model card, name to value.
-        history: one row per epoch with epoch, train_loss, val_loss, val_top1.
+        history: one row per epoch with epoch, train_loss, val_loss, val_top1; NaN and None leave gaps.
         evaluation: top1, loss, images, confusion, class_names, split of a test.
         image_titles: captions of the images.
         labels: their classes, for the robustness curve. Without them it shows how many predictions stay the
@@ -67,10 +69,7 @@ def report(
     Raises:
         ValueError: numbers of images, labels or titles that do not fit; a model with nothing to capture.
     """
-    check_positive_int("shown", shown)
-    check_positive_int("batch_size", batch_size)
-    if isinstance(robustness_images, bool) or robustness_images < 0:
-        raise ValueError(f"robustness_images must be at least 0, got {robustness_images}")
+    check_counts(shown, batch_size, robustness_images)
     pictures = choose_pictures(inputs, images, image_titles, further, shown)
     folder = Path(folder)
     measures = measure(model, inputs, labels=labels, batch_size=batch_size, robustness_images=robustness_images)
@@ -86,27 +85,29 @@ def report(
         title=title,
         facts=facts,
         evaluation=evaluation,
-        best=max(history, key=lambda row: row["val_top1"]) if history else None,
+        best=_best(history),
         measures=measures,
-        said=said(measures),
+        places=page.numbers(measures),
+        said=page.said(measures),
         figures=dict.fromkeys(page.LABELS)
         | {name: figures.draw(figure, name, page.LABELS[name]) for name, figure in drawn.items()},
         maps=section,
         has_maps=section is not None,
-        left_out=left_out(measures, maps),
+        left_out=page.left_out(measures, maps, history),
     )
     files = ReportFiles(folder / "report.html", folder / "report.json", written)
-    files.page.write_text(text, encoding="utf-8")
     numbers = {
         "title": title,
         "facts": dict(facts),
         "history": list(history),
         "evaluation": evaluation,
         **as_numbers(measures),
-        "statements": said(measures),
+        "statements": page.said(measures),
         "maps": {"layers": [layer.name for layer in maps.layers], "missing": maps.missing},
     }
-    files.numbers.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+    write_atomically(files.page, text.encode())
+    write_atomically(files.numbers, dump(numbers).encode())
+    page.remove_stale(folder / "figures", written)
     return files
 
 
@@ -133,21 +134,17 @@ def choose_pictures(
     )
 
 
-def said(measures: Measures) -> dict[str, str]:
-    """The page's findings in words."""
-    sentences = {"later_half": statements.later_half_sentence(measures.rates)}
-    if measures.reduced is not None:
-        sentences["together"] = statements.together_sentence(measures.reduced)
-        sentences["heads"] = statements.heads_sentence(measures.reduced)
-    return sentences
+def check_counts(shown: int, batch_size: int, robustness_images: int) -> None:
+    """Raise for a number of images that cannot be."""
+    check_positive_int("shown", shown)
+    check_positive_int("batch_size", batch_size)
+    if isinstance(robustness_images, bool) or not isinstance(robustness_images, int):
+        raise TypeError(f"robustness_images must be an int, got {robustness_images!r}")
+    if robustness_images < 0:
+        raise ValueError(f"robustness_images must be at least 0, got {robustness_images}")
 
 
-def left_out(measures: Measures, maps: Maps) -> dict[str, str]:
-    """What the page does not show, and why."""
-    reasons = {page.NAMES[name]: reason for name, reason in measures.missing.items()}
-    by_reason: dict[str, list[str]] = {}
-    for layer, reason in maps.missing.items():
-        by_reason.setdefault(reason, []).append(layer)
-    for reason, layers in by_reason.items():
-        reasons[f"Attention maps of {', '.join(layers)}"] = reason
-    return reasons
+def _best(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The epoch of the highest validation accuracy; None if there is none."""
+    known = [row for row in history if row.get("val_top1") is not None and math.isfinite(row["val_top1"])]
+    return max(known, key=lambda row: row["val_top1"], default=None)

@@ -54,12 +54,14 @@ class Maps(NamedTuple):
     layers: list[LayerMaps]
     missing: dict[str, str]
     """Layer to the reason why it has no map."""
+    first: str = "class token"
+    """What the token is whose maps they are: "class token", "first token" or "first patch"."""
 
 
 @torch.no_grad()
 def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
     """Run the model on ``pictures`` and lay out where its first token looks."""
-    layers, missing = [], {}
+    layers, missing, prefixes = [], {}, set()
     with capture(model) as records:
         model(pictures.inputs)
     for number, record in enumerate(records.values(), 1):
@@ -74,8 +76,18 @@ def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
             continue
         fields, count = _fields(record)
         kind = type(record.layer).__name__
+        prefixes.add(record.num_prefix_tokens)
         layers.append(LayerMaps(record.name, number, kind, _with_mean(heads, 1), fields, count))
-    return Maps(layers, missing)
+    return Maps(layers, missing, _first(model, prefixes))
+
+
+def _first(model: nn.Module, prefixes: set[int]) -> str:
+    """What the first token is."""
+    if prefixes == {0}:
+        return "first patch"
+    # Registers are prefix tokens, too; the class token comes before them where there is one.
+    named = any(isinstance(getattr(module, "cls_token", None), Tensor) for module in model.modules())
+    return "class token" if named and 0 not in prefixes else "first token"
 
 
 def _no_map(record: LayerRecord) -> str | None:

@@ -1,0 +1,101 @@
+"""What all figures share: colours, ticks of layers, legends, text that breaks nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, font_manager
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
+
+RUN_COLORS = (BLUE, ORANGE, GREY, "#3b8f5a", "#7a4fa3", "#b8901d")
+"""Of the runs of a comparison; repeated if there are more."""
+
+LABEL_LENGTH = 30
+"""Characters of a run's name in a legend."""
+
+MOST_TICKS = 12
+"""Layers with a tick each; of more, every second gets one."""
+
+
+def run_colors(names: Iterable[str]) -> dict[str, str]:
+    """The colour of each run, the same in every figure whatever else that shows."""
+    return {name: RUN_COLORS[i % len(RUN_COLORS)] for i, name in enumerate(names)}
+
+
+def finish(figure: Figure) -> Figure:
+    """Take frames away and lay a light grid."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    return figure
+
+
+def legend(axis: Any, **options: Any) -> Any:
+    """A legend that shows names as they are: no formulas."""
+    shown = axis.legend(**{"frameon": False, "fontsize": 8, **options})
+    for text in shown.get_texts():
+        text.set_parse_math(False)
+    return shown
+
+
+def runs_legend(axis: Any) -> None:
+    """A legend above the lines, of which there may be many."""
+    labels = axis.get_legend_handles_labels()[1]
+    if labels:
+        columns = 2 if max(map(len, labels)) <= LABEL_LENGTH // 2 else 1
+        legend(axis, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
+
+
+def run_label(name: str) -> str:
+    """A run's name as a legend can show it: its end, which tells runs of many folders apart."""
+    shown = legible(name if len(name) <= LABEL_LENGTH else f"…{name[1 - LABEL_LENGTH :]}")
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides what begins with an underscore
+
+
+def legible(text: str) -> str:
+    """The text on one line, with a box for what the font of figures lacks."""
+    known = _characters()
+    return "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in " ".join(text.split()))
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    path = font_manager.findfont(font_manager.FontProperties())
+    return frozenset(font_manager.get_font(path).get_charmap())
+
+
+def layer_ticks(numbers: Sequence[int]) -> list[int]:
+    """Those of the layers' numbers that get a tick."""
+    return sorted(set(numbers))[:: 1 if len(set(numbers)) <= MOST_TICKS else 2]
+
+
+def layer_colors(count: int) -> list[Any]:
+    """From early (light) to late (dark)."""
+    return [colormaps["viridis_r"](0.2 + 0.8 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def band(
+    axis: Any, numbers: Sequence[int], heads: Sequence[Sequence[float]], color: Any, label: str = ""
+) -> None:
+    """A line of the mean over heads, in a band from the least head to the largest."""
+    low, high = [np.min(row) for row in heads], [np.max(row) for row in heads]
+    axis.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
+    line(axis, numbers, [float(np.mean(row)) for row in heads], color=color, label=label)
+
+
+def line(axis: Any, numbers: Sequence[int], values: Sequence[float], **look: Any) -> None:
+    """A dot for each layer, joined."""
+    axis.plot(numbers, values, marker="o", markersize=4, **look)
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with a minus sign as long as a plus; "undefined" for NaN."""
+    if np.isnan(value):
+        return "undefined"
+    rounded = round(float(value), digits) + 0.0  # no minus zero
+    return f"{rounded:.{digits}f}".replace("-", "\N{MINUS SIGN}")
