@@ -312,8 +312,8 @@ def test_what_train_refuses_is_one_line_and_exit_code_1(args, message, tmp_path,
 
 
 def test_train_refuses_an_existing_run(trained, capsys):
-    assert main(["train", "--output", str(trained), *TINY]) == 1
-    assert "holds another run; continue it with --resume" in capsys.readouterr().err
+    assert main(["train", "--output", str(trained), *TINY, "--optim.lr", "0.5"]) == 1
+    assert "holds a run of another configuration:\n  optim.lr: 0.001 -> 0.5\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["--output RUN --resume", "--output=RUN --resume", "--resume --output RUN"])
@@ -321,7 +321,7 @@ def test_a_resumed_run_needs_no_other_options(trained, tmp_path, form, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     assert main(["train", *form.replace("RUN", str(run)).split()]) == 0
-    assert "resuming after epoch 1 of 1" in capsys.readouterr().out
+    assert "finished already: epoch 1 of 1" in capsys.readouterr().out
 
 
 def test_an_overwritten_run_can_be_resumed(trained, tmp_path):
@@ -363,7 +363,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         main(["train"])
 
 
-def test_a_real_ctrl_c_during_training_exits_130_and_resumes(tmp_path):
+def test_a_real_ctrl_c_during_training_saves_exits_75_and_resumes(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--output", str(run)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -381,16 +381,15 @@ def test_a_real_ctrl_c_during_training_exits_130_and_resumes(tmp_path):
             process.send_signal(signal.SIGINT)
             break
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert re.search(r"interrupted; the last checkpoint is that of epoch \d+", out)
-    assert f"--output {run} --resume" in out
-    assert err.strip().splitlines()[-1] == "cbsa: interrupted"
+    assert process.returncode == 75
+    line = rf"cbsa: stopped by SIGINT; the last checkpoint is that of epoch \d+.*--output {run} --resume"
+    assert re.fullmatch(line, err.strip().splitlines()[-1])
     assert "Traceback" not in out + err
     resumed = subprocess.run(
         [*command, "--resume"], capture_output=True, text=True, env=environment, timeout=60, check=False
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"resuming after epoch \d+ of 12", resumed.stdout)
+    assert re.search(r"continuing after epoch \d+ of 12", resumed.stdout)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, 13))
 

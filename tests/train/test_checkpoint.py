@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +21,8 @@ from torch import Tensor
 from cbsa_torch.models import load_checkpoint, load_official, read_tensors, save_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError, load_strictly, write_atomically
 from cbsa_torch.models.convert import convert_official
-from cbsa_torch.train.checkpoint import load_state, random_states, restore_random_states, save_state
+from cbsa_torch.train.checkpoint import MAGIC, load_state, save_state
+from cbsa_torch.train.state import random_states, restore_random_states
 
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_representatives": 4}
 
@@ -47,6 +51,13 @@ class Trap:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+def flip_bit(path: Path, share: float, bit: int = 0) -> None:
+    """Change one bit of a file, at a share of its length."""
+    data = bytearray(path.read_bytes())
+    data[min(int(share * len(data)), len(data) - 1)] ^= 1 << bit
+    path.write_bytes(data)
 
 
 # ---- our files
@@ -261,9 +272,9 @@ def test_a_state_reads_back(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 torn", b"\x80\x02", b"\xff" * 64, b"(lp0\n."])
-def test_a_broken_state_is_refused(tmp_path, content):
+def test_what_is_no_state_is_refused(tmp_path, content):
     (tmp_path / "last.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"last\.pt is broken or not a trainer state"):
+    with pytest.raises(CheckpointError, match=r"last\.pt is not a trainer state"):
         load_state(tmp_path / "last.pt")
 
 
@@ -272,8 +283,29 @@ def test_a_truncated_state_is_refused(tmp_path, share):
     path = tmp_path / "last.pt"
     save_state(path, {"model": tiny().state_dict()})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(CheckpointError, match=r"last\.pt is broken"):
+    with pytest.raises(CheckpointError, match=r"last\.pt is truncated or altered"):
         load_state(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_one_flipped_bit_of_a_state_is_found(tmp_path, share):
+    path = tmp_path / "last.pt"
+    save_state(path, {"model": tiny().state_dict()})
+    flip_bit(path, share)
+    with pytest.raises(CheckpointError, match=r"last\.pt is (not a trainer state|truncated or altered)"):
+        load_state(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1), bit=st.integers(0, 7))
+def test_one_flipped_bit_of_a_model_is_found(saved, share, bit):
+    whole = saved.read_bytes()
+    try:
+        flip_bit(saved, share, bit)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(saved)
+    finally:
+        saved.write_bytes(whole)
 
 
 def test_a_missing_state_is_named(tmp_path):
@@ -284,7 +316,12 @@ def test_a_missing_state_is_named(tmp_path):
 def test_a_malicious_state_is_refused_unexecuted(tmp_path):
     path, victim = tmp_path / "last.pt", tmp_path / "created"
     torch.save({"progress": Trap(victim)}, path)
-    with pytest.raises(CheckpointError, match="broken or not a trainer state"):
+    pickled = path.read_bytes()
+    with pytest.raises(CheckpointError, match="is not a trainer state"):
+        load_state(path)
+    # An attacker knows how checksums are made.
+    path.write_bytes(MAGIC + hashlib.sha256(pickled).hexdigest().encode() + pickled)
+    with pytest.raises(CheckpointError, match="holds no trainer state: Weights only load failed"):
         load_state(path)
     assert not victim.exists()
 

@@ -126,11 +126,11 @@ def test_a_tracker_does_not_change_the_random_numbers_of_training():
 def test_tensorboard_events_read_back(tmp_path):
     said = []
     config = TrainConfig(output=str(tmp_path))
-    with new_accelerator(cpu=True, log_with=tracker_names("tensorboard"), project_dir=tmp_path) as accelerator:
-        start_trackers(accelerator, config, said.append)
-        for step, loss in enumerate((2.0, 1.5), start=1):
-            log(accelerator, {"val_loss": loss, "note": "no number"}, step, said.append)
-        finish_trackers(accelerator, said.append)
+    accelerator = new_accelerator(cpu=True, log_with=tracker_names("tensorboard"), project_dir=tmp_path)
+    start_trackers(accelerator, config, said.append)
+    for step, loss in enumerate((2.0, 1.5), start=1):
+        log(accelerator, {"val_loss": loss, "note": "no number"}, step, said.append)
+    finish_trackers(accelerator, said.append)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("val_loss")] == [(1, 2.0), (2, 1.5)]
     assert events.Tags()["scalars"] == ["val_loss"]
@@ -144,17 +144,17 @@ from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.engine import new_accelerator
 from cbsa_torch.train.tracking import finish_trackers, log, start_trackers
 config, said = TrainConfig(output=sys.argv[1]), []
-with new_accelerator(cpu=True, log_with="tensorboard", project_dir=sys.argv[1]) as accelerator:
-    if sys.argv[2] == "later":
-        start_trackers(accelerator, config, said.append)
-        log(accelerator, {"loss": 1.0}, 0, said.append)
-    assert not said, said
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a full disk: no file grows any more
-    if sys.argv[2] == "start":
-        start_trackers(accelerator, config, said.append)
-    for step in range(1, 60):
-        log(accelerator, {"loss": 1.0}, step, said.append)
-    finish_trackers(accelerator, said.append)
+accelerator = new_accelerator(cpu=True, log_with="tensorboard", project_dir=sys.argv[1])
+if sys.argv[2] == "later":
+    start_trackers(accelerator, config, said.append)
+    log(accelerator, {"loss": 1.0}, 0, said.append)
+assert not said, said
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a full disk: no file grows any more
+if sys.argv[2] == "start":
+    start_trackers(accelerator, config, said.append)
+for step in range(1, 60):
+    log(accelerator, {"loss": 1.0}, step, said.append)
+finish_trackers(accelerator, said.append)
 assert len(said) == 1, said
 print("trained to the end;", said[0])
 """

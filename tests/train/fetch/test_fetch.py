@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_nothing_behind(animals_file, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cbsa_torch.models.checkpoint.os.fsync", full)
+    monkeypatch.setattr("cbsa_torch._core.files.os.fsync", full)
     with pytest.raises(DataError, match=r"cannot write .*animals28\.npz: No space left"):
         fetch("animals28", tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
