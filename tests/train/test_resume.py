@@ -176,6 +176,19 @@ def test_a_broken_newest_state_is_named_and_the_one_before_taken(config, tmp_pat
     assert_same_tensors(last(config)["model"], last(whole)["model"])
 
 
+def test_broken_states_left_aside_do_not_push_out_new_ones(config, monkeypatch):
+    config.optim.epochs, config.engine.keep_checkpoints = 4, 3
+    train(config)
+    for path in states(config)[:2]:
+        path.write_bytes(b"torn")
+    config.engine.keep_checkpoints, config.engine.checkpoint_steps = 2, 1
+    during_training_step(monkeypatch, 3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert [path.name[-8:-6] for path in states(config)] == ["12", "09", "08", "07"]
+    train(config)
+
+
 @pytest.mark.parametrize("content", BREAKS.values(), ids=BREAKS)
 def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, contents, content):
     config.engine.keep_checkpoints = 1
