@@ -12,6 +12,7 @@ import torch
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import load_config, train
+from cbsa_torch.train.checkpoint import load_state, save_state
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.run_folder import RunFolder
 from tests.helpers.runs import (
@@ -198,6 +199,18 @@ def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, conten
     with pytest.raises(CheckpointError, match=f"no checkpoint can be used: {path}"):
         train(config)
     assert contents(RunFolder(config.output).checkpoints) == before
+
+
+def test_an_optimiser_state_of_another_shape_is_refused(config):
+    train(config)
+    path = states(config)[0]
+    state = load_state(path)
+    for values in state["optimizer"]["state"].values():
+        values["exp_avg"] = torch.zeros(3)
+    save_state(path, state)
+    config.optim.epochs, config.accept_changes = 3, True
+    with pytest.raises(CheckpointError, match=r"the optimiser's exp_avg of cls_token has shape \(3,\)"):
+        train(config)
 
 
 def test_the_state_of_another_model_is_refused(config, tmp_path):
