@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cbsa_torch.train.build import build_model
 from cbsa_torch.train.config import (
@@ -116,6 +117,12 @@ def test_precision_no_needs_no_quotes(tmp_path, text):
 def test_model_arguments_become_strings_that_yaml_reads_back(tmp_path):
     config = load_config(write(tmp_path, "model:\n  args: {depth: 2, tied: true, contraction: exact}"))
     assert config.model.args == {"depth": "2", "tied": "true", "contraction": "exact"}
+
+
+def test_lists_and_mappings_as_model_arguments_are_kept_whole():
+    values = {"img_size": [32, 48], "options": {"a": 1, "b": [2, 3]}, "long": list(range(99)), "none": None}
+    args = ModelConfig(args=values).args
+    assert {key: yaml.safe_load(text) for key, text in args.items()} == values
 
 
 def test_model_arguments_may_be_values_of_python(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import load_config, train
+from cbsa_torch.train.checkpoint import load_state, save_state
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.run_folder import RunFolder
 from tests.helpers.runs import (
@@ -176,6 +177,19 @@ def test_a_broken_newest_state_is_named_and_the_one_before_taken(config, tmp_pat
     assert_same_tensors(last(config)["model"], last(whole)["model"])
 
 
+def test_broken_states_left_aside_do_not_push_out_new_ones(config, monkeypatch):
+    config.optim.epochs, config.engine.keep_checkpoints = 4, 3
+    train(config)
+    for path in states(config)[:2]:
+        path.write_bytes(b"torn")
+    config.engine.keep_checkpoints, config.engine.checkpoint_steps = 2, 1
+    during_training_step(monkeypatch, 3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert [path.name[-8:-6] for path in states(config)] == ["12", "09", "08", "07"]
+    train(config)
+
+
 @pytest.mark.parametrize("content", BREAKS.values(), ids=BREAKS)
 def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, contents, content):
     config.engine.keep_checkpoints = 1
@@ -185,6 +199,18 @@ def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, conten
     with pytest.raises(CheckpointError, match=f"no checkpoint can be used: {path}"):
         train(config)
     assert contents(RunFolder(config.output).checkpoints) == before
+
+
+def test_an_optimiser_state_of_another_shape_is_refused(config):
+    train(config)
+    path = states(config)[0]
+    state = load_state(path)
+    for values in state["optimizer"]["state"].values():
+        values["exp_avg"] = torch.zeros(3)
+    save_state(path, state)
+    config.optim.epochs, config.accept_changes = 3, True
+    with pytest.raises(CheckpointError, match=r"the optimiser's exp_avg of cls_token has shape \(3,\)"):
+        train(config)
 
 
 def test_the_state_of_another_model_is_refused(config, tmp_path):

@@ -64,9 +64,14 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.state"), reverse=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a new state; only then remove those that are too many."""
-        save_state(self.folder / f"step_{step:010d}.state", state)
-        for path in self.paths()[self.keep :]:
+        """Write a new state; only then remove those that are too many.
+
+        Files of later steps are broken ones that were left aside: they do not count, else they would push the
+        new ones out.
+        """
+        new = self.folder / f"step_{step:010d}.state"
+        save_state(new, state)
+        for path in [path for path in self.paths() if path <= new][self.keep :]:
             path.unlink()
 
     def newest(self) -> tuple[Path | None, list[str]]:

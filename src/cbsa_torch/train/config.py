@@ -20,6 +20,12 @@ from cbsa_torch.train.errors import ConfigError
 T = TypeVar("T")
 
 
+def _one_line(value: Any) -> str:
+    """A value as YAML in one line, lists and mappings included."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    return text.removesuffix("\n...\n").removesuffix("\n")
+
+
 @dataclass
 class ModelConfig:
     """The model."""
@@ -37,8 +43,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         # one form of every value, in which configurations are stored and compared: a string that YAML reads
         self.args = {
-            key: value if isinstance(value, str) else yaml.safe_dump(value).split("\n")[0]
-            for key, value in self.args.items()
+            key: value if isinstance(value, str) else _one_line(value) for key, value in self.args.items()
         }
 
 

@@ -22,6 +22,10 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Gather what is sharded: a file is the same however many processes wrote it."""
 
 
+SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+"""What torch's optimisers with a fused step remember of every weight."""
+
+
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """All weights, under the names of the bare model, on the main process; to be called on every process."""
     state: dict[str, Any] = get_model_state_dict(model, options=WHOLE)
@@ -54,6 +58,15 @@ def restore(
             f"{source} has an optimiser of {len(optimizer_values['param_groups'])} parameter groups, "
             f"this one has {groups}"
         )
+    # The fused steps of torch write as far as the weights reach, whatever the size of the state.
+    problems = [
+        f"the optimiser's {key} of {name} has shape {tuple(value.shape)}, {name} has {tuple(own[name].shape)}"
+        for name, values in optimizer_values["state"].items()
+        for key, value in values.items()
+        if name in own and isinstance(value, Tensor) and key in SHAPED and value.shape != own[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:8])}")
     whole = StateDictOptions(full_state_dict=True)
     # The optimiser first: to make its state, torch lets it take a step of length zero.
     set_optimizer_state_dict(model, optimizer, optimizer_values, options=whole)
