@@ -37,7 +37,11 @@ def test_any_image_size(encoder, size):
         assert model(torch.randn(1, 3, *size)).shape == (1, 5, *size)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+POOLED = "vit_pwee_patch16_reg1_gap_256"
+"""Its classifier has a norm of its own, which features do not need."""
+
+
+@pytest.mark.parametrize("encoder", [*ENCODERS, POOLED])
 def test_gradients_reach_everything(encoder):
     model = small(encoder)
     masks = model(torch.randn(2, 3, 50, 70))
