@@ -9,16 +9,28 @@ from cbsa_torch.models import registry  # noqa: E402  (registers the models)
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402
 from cbsa_torch.models.hub import HubModel, from_pretrained, push_to_hub  # noqa: E402
+from cbsa_torch.models.segmentation import (  # noqa: E402
+    MaskTransformerDecoder,
+    Segmenter,
+    multi_scale_logits,
+    segmenter,
+    sliding_logits,
+)
 from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
 __all__ = [
     "HubModel",
+    "MaskTransformerDecoder",
+    "Segmenter",
     "WhiteBoxTransformer",
     "from_pretrained",
     "load_checkpoint",
     "load_official",
+    "multi_scale_logits",
     "push_to_hub",
     "read_tensors",
     "registry",
     "save_checkpoint",
+    "segmenter",
+    "sliding_logits",
 ]

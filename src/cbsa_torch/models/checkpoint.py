@@ -24,7 +24,14 @@ from cbsa_torch._core.files import write_atomically
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
-FETCHING_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+FETCHING_ARGS = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_encoder",
+    "checkpoint_path",
+    "cache_dir",
+}
 """Arguments of ``timm.create_model`` that read other files or the network: refused in a file's metadata."""
 
 

@@ -1,7 +1,7 @@
 """Official checkpoints to our models: key tables, and sizes read from the shapes.
 
-Known are CBT, CRATE, ToST and hybrids of MSSA and CBSA with the convolutional stem, and the original CRATE
-with its linear patch embedding.
+Known are CBT, CRATE, ToST and hybrids of MSSA and CBSA with the convolutional stem, the original CRATE with its
+linear patch embedding, and the decoders of :mod:`cbsa_torch.models.segmentation.official`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch.models.checkpoint import (
@@ -25,7 +25,7 @@ from cbsa_torch.models.checkpoint import (
     unwrap,
 )
 from cbsa_torch.models.registry import model_name, sizes_of
-from cbsa_torch.models.whitebox import WhiteBoxTransformer
+from cbsa_torch.models.segmentation.official import is_segmentation, read_segmentation
 
 # Our name to the official one; * is the rest of the name, {} the index of a layer.
 _COMMON = {
@@ -58,18 +58,19 @@ _FLATTENED = ("step_x", "step_rep", "temp")
 """Stored as (H, 1, 1) or (H, 1) by the official code."""
 
 
-def load_official(
-    source: str | Path | Mapping[str, Any], *, num_heads: int | None = None
-) -> WhiteBoxTransformer:
-    """Convert a released checkpoint of the official CBSA code, or of the original CRATE.
+def load_official(source: str | Path | Mapping[str, Any], *, num_heads: int | None = None) -> nn.Module:
+    """Convert a released checkpoint of the official CBSA code, of DEPICT-SA, or of the original CRATE.
 
     The kind of every layer (CBSA, MSSA, TSSA), depth, width, classes and image size are read from names and
     shapes; the models are square. CBSA layers pool in the official layout, with which they were trained.
+    Segmentation checkpoints (CBT, DEPICT-SA) give a :class:`cbsa_torch.models.Segmenter`; a decoder's weights
+    alone give a :class:`cbsa_torch.models.MaskTransformerDecoder`.
 
     Args:
         source: a ``.pth``, ``.pth.tar`` or ``.safetensors`` file, or a state dict. Files are read as
             tensors only: pickled code is never executed. ``module.`` prefixes are stripped.
-        num_heads: of a CRATE of a width that was not published; the shapes of MSSA do not tell it.
+        num_heads: of a CRATE of a width that was not published, or a DEPICT whose heads are not of dimension
+            100; the shapes of MSSA do not tell it.
 
     Returns:
         The model in eval mode, in the dtype of the weights.
@@ -78,7 +79,7 @@ def load_official(
         FileNotFoundError: no such file. CheckpointError: an unsafe, broken or foreign checkpoint; missing
             and unexpected keys are named, as the official code names them; ``num_heads`` missing or wrong.
     """
-    return read_official(source, num_heads)[0]
+    return _read(source, num_heads)[0]
 
 
 def convert_official(source: str | Path, output: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
@@ -94,12 +95,29 @@ def convert_official(source: str | Path, output: str | Path, *, num_heads: int |
 
 def read_official(
     source: str | Path | Mapping[str, Any], num_heads: int | None = None
-) -> tuple[WhiteBoxTransformer, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model of :func:`load_official`, and its timm name and arguments as our checkpoints have them."""
+    model, info = _read(source, num_heads)
+    if info is None:
+        raise CheckpointError("this is a decoder without an encoder: load it with load_official")
+    return model, info
+
+
+def _read(
+    source: str | Path | Mapping[str, Any], num_heads: int | None
+) -> tuple[nn.Module, dict[str, Any] | None]:
     if isinstance(source, Mapping):
         name, official = "the state dict", unwrap(dict(source), "the state dict")
     else:
         name, official = str(source), read_tensors(source)
+    if is_segmentation(official):
+        return read_segmentation(official, name, num_heads)
+    return _read_classifier(official, name, num_heads)
+
+
+def _read_classifier(
+    official: dict[str, Tensor], name: str, num_heads: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
     stem = "linear" if "to_patch_embedding.2.weight" in official else "conv"
     mixers = _read_mixers(official, name)
     args = _read_sizes(official, name, stem, mixers, num_heads)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch.models.segmentation.decoder import CosineSimilarity
 from cbsa_torch.nn import ISTA, TokenMixer
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
@@ -43,9 +44,9 @@ class ModelCounts(NamedTuple):
 def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCounts:
     """Count what one image costs, part by part.
 
-    Counted are linear layers, convolutions, ISTA, our token mixers and timm's attention, by the formulas of
-    :mod:`cbsa_torch.ops.counting`. Other modules count with their parameters only; whether something is missed
-    shows in ``torch_flops``.
+    Counted are linear layers, convolutions, ISTA, our token mixers, timm's attention and the similarities of a
+    segmentation decoder's masks, by the formulas of :mod:`cbsa_torch.ops.counting`. Other modules count with
+    their parameters only; whether something is missed shows in ``torch_flops``.
 
     Args:
         model: any model of images. It is run once, without gradients, on a batch of one, and left as it was.
@@ -125,7 +126,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-_PARTS = (TokenMixer, ISTA, Attention)
+_PARTS = (TokenMixer, ISTA, Attention, CosineSimilarity)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -164,5 +165,8 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if isinstance(module, Attention):
         heads = {"num_heads": module.num_heads, "head_dim": module.head_dim}
         return counting.softmax_attention(x.shape[1], **heads).times(x.shape[0])
+    if isinstance(module, CosineSimilarity):
+        classes: Tensor = args[1]
+        return counting.linear(x.shape[0] * x.shape[1], x.shape[2], classes.shape[1])
     weight: Tensor = module.weight  # type: ignore[assignment]
     return counting.linear(output.numel() // weight.shape[0], weight[0].numel(), weight.shape[0])

@@ -1,0 +1,260 @@
+"""The decoder of semantic segmentation: class embeddings mixed with patch features, masks by cosine similarity.
+
+The official code appends the class embeddings to the patches; here they come first, as prefix tokens do
+everywhere in this library. Attention does not depend on the order of tokens and pooling sees the patches alone
+in both, so the masks are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from cbsa_torch._core.checks import check_bool, check_choice, check_floating, check_positive_int
+from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch._core.types import GridSize
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
+
+MIXERS: dict[str, type[nn.Module]] = {
+    "cbsa": CBSA,
+    "mssa": MSSA,
+    "mhsa": MHSA,
+    "tssa": TSSA,
+    "linear_cbsa": LinearCBSA,
+    "agent": AgentAttention,
+}
+"""Token mixers by name: CBT's decoder, DEPICT's, Segmenter's, and the rest of the family."""
+Mixer = str | Callable[..., nn.Module]
+
+HEAD_DIM = 100
+"""Of the official decoders of every size."""
+NUM_REPRESENTATIVES = 100
+"""A 10 x 10 grid in the official decoder."""
+
+
+def default_num_heads(dim: int) -> int:
+    """Heads of a decoder of this width: 3 up to 384 channels, 6 for 768, 9 for 1024.
+
+    The paper does not print them; with heads of dimension 100 these give its decoder FLOPs at every size.
+    """
+    return 3 * max(1, round(dim / 384))
+
+
+class MaskTransformerDecoder(nn.Module):
+    """Masks from patch features: layers x <- x + mixer(LN(x)) without feed-forward (paper, section 4).
+
+    Patch features and learned class embeddings go through the layers together; a mask is the cosine similarity
+    of every patch with a class, normalised over classes. With CBSA it is CBT's decoder, with MSSA that of
+    DEPICT (arXiv 2411.03033), with MHSA that of Segmenter (arXiv 2105.05633) less its feed-forward.
+
+    Args:
+        num_classes: K. With one class there is nothing to normalise over: its mask is the similarity, scaled
+            and shifted, to be read as the logit of a sigmoid.
+        dim: channels.
+        depth: layers.
+        num_heads: of the mixer. Default: 3, 6 or 9, by ``dim``; see :func:`default_num_heads`.
+        head_dim: dimension of each. None: ``dim / num_heads``.
+        mixer: a name of :data:`MIXERS`, or a constructor called as
+            ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=K, device=..., dtype=..., **options)``.
+        encoder_dim: channels of the features. Default: ``dim``; otherwise a linear layer comes first.
+        learned_step: a learned step size per layer, x <- x + step * mixer(LN(x)), standard normal at first, as
+            in DEPICT. The steps of CBSA are its own.
+        device, dtype: of the parameters.
+        **options: of the mixer, e.g. ``tied``, ``contraction``, ``num_representatives`` (default 100: pooled
+            over the grid of patches alone, 10 x 10 if it is a square).
+
+    Shape:
+        ``(B, encoder_dim, h, w)`` features -> ``(B, K, h, w)`` masks, or ``(B, K, *size)`` if given a size.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        depth: int = 3,
+        num_heads: int | None = None,
+        head_dim: int | None = HEAD_DIM,
+        *,
+        mixer: Mixer = "cbsa",
+        encoder_dim: int | None = None,
+        learned_step: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        encoder_dim = dim if encoder_dim is None else encoder_dim
+        for name, value in (("num_classes", num_classes), ("dim", dim), ("depth", depth)):
+            check_positive_int(name, value)
+        check_positive_int("encoder_dim", encoder_dim)
+        check_bool("learned_step", learned_step)
+        num_heads = default_num_heads(dim) if num_heads is None else num_heads
+        make = functools.partial(_constructor(mixer), **options)
+        if _pools(mixer, options):
+            make.keywords.setdefault("num_representatives", NUM_REPRESENTATIVES)
+        self.num_classes = num_classes
+        self.dim = dim
+        self.encoder_dim = encoder_dim
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.input_proj: nn.Module = nn.Identity()
+        if encoder_dim != dim:
+            self.input_proj = nn.Linear(encoder_dim, dim, **kind)
+        self.class_embed = nn.Parameter(torch.empty(1, num_classes, dim, **kind))
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attn = make(dim, num_heads, head_dim=head_dim, num_prefix_tokens=num_classes, **kind)
+            self.layers.append(DecoderLayer(dim, attn, learned_step=learned_step, **kind))
+        self.norm = nn.LayerNorm(dim, **kind)
+        self.similarity = CosineSimilarity()
+        self.mask_norm: nn.Module = _class_norm(num_classes, **kind)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear layers and class embeddings from a normal of deviation 0.02, truncated; biases at zero.
+
+        The step sizes are drawn from a standard normal where they are made, all as in the official code.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and not parametrize.is_parametrized(module):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.class_embed, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay: class embeddings and step sizes."""
+        names = {"class_embed"}
+        for prefix, module in self.named_modules():
+            listed = getattr(module, "no_weight_decay", None)
+            if prefix and listed is not None:
+                names |= {f"{prefix}.{name}" for name in listed()}
+        return names
+
+    def reset_classes(self, num_classes: int) -> None:
+        """Start with other classes: new embeddings and a new norm over them; the layers stay."""
+        check_positive_int("num_classes", num_classes)
+        like = self.class_embed
+        kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.num_classes = num_classes
+        self.class_embed = nn.Parameter(torch.empty(1, num_classes, self.dim, **kind))
+        nn.init.trunc_normal_(self.class_embed, std=0.02)
+        self.mask_norm = _class_norm(num_classes, **kind)
+        for layer in self.layers:
+            layer.attn.set_input_size(None, num_classes)  # type: ignore[operator, union-attr]
+
+    def forward(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Masks of ``(B, encoder_dim, h, w)`` features.
+
+        Args:
+            features: of the patches, any grid.
+            size: ``(height, width)`` to upsample the masks to, bilinearly. Default: the grid.
+
+        Returns:
+            ``(B, K, h, w)`` or ``(B, K, height, width)`` logits.
+
+        Raises:
+            ValueError: features of another shape. TypeError: features that are not floating-point.
+        """
+        check_floating("features", features)
+        if features.ndim != 4 or features.shape[1] != self.encoder_dim:
+            raise ValueError(
+                f"features must have shape (B, {self.encoder_dim}, h, w), got {tuple(features.shape)}"
+            )
+        b, _, height, width = features.shape
+        patches = self.input_proj(features.flatten(2).transpose(1, 2))  # (B, h * w, dim)
+        x = torch.cat([self.class_embed.expand(b, -1, -1).to(patches.dtype), patches], dim=1)
+        for layer in self.layers:
+            x = layer(x, (height, width))
+        x = self.norm(x)
+        similarity = self.similarity(x[:, self.num_classes :], x[:, : self.num_classes])  # (B, h * w, K)
+        masks = self.mask_norm(similarity.to(self.class_embed.dtype)).transpose(1, 2)
+        masks = masks.reshape(b, self.num_classes, height, width)
+        return masks if size is None else F.interpolate(masks, size=size, mode="bilinear")
+
+
+class DecoderLayer(nn.Module):
+    """x <- x + step * attn(norm(x)); the step is 1 or learned.
+
+    Args:
+        dim: channels.
+        attn: a token mixer, called as ``attn(x, grid_size)``.
+        learned_step: whether the step is a parameter.
+        device, dtype: of the parameters made here (not of ``attn``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        *,
+        learned_step: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.attn = attn
+        self.step: nn.Parameter | None = None
+        if learned_step:
+            self.step = nn.Parameter(torch.randn(1, device=device, dtype=dtype))
+
+    def no_weight_decay(self) -> set[str]:
+        """The step should not decay."""
+        return set() if self.step is None else {"step"}
+
+    def forward(self, x: Tensor, grid_size: GridSize) -> Tensor:
+        """Transform ``(B, N, dim)`` tokens, prefix tokens first; same shape."""
+        update = self.attn(self.norm(x), grid_size)
+        return x + (update if self.step is None else self.step * update)
+
+
+class CosineSimilarity(nn.Module):
+    """Cosines between patches and classes, in float32 at least: a norm over classes magnifies what is lost."""
+
+    def forward(self, patches: Tensor, classes: Tensor) -> Tensor:
+        """``(B, N, C)`` patches and ``(B, K, C)`` classes to ``(B, N, K)`` cosines."""
+        dtype = compute_dtype(patches.dtype)
+        with no_autocast(patches):
+            patches, classes = (F.normalize(x.to(dtype), dim=-1) for x in (patches, classes))
+            return patches @ classes.mT
+
+
+class ScaleShift(nn.Module):
+    """One weight and one bias, in the place of a norm over a single class, which would erase it."""
+
+    def __init__(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``weight * x + bias``."""
+        return self.weight * x + self.bias
+
+
+def _class_norm(num_classes: int, **kind: Any) -> nn.Module:
+    return ScaleShift(**kind) if num_classes == 1 else nn.LayerNorm(num_classes, **kind)
+
+
+def _constructor(mixer: Mixer) -> Callable[..., nn.Module]:
+    if isinstance(mixer, str):
+        check_choice("mixer", mixer, tuple(MIXERS))
+        return MIXERS[mixer]
+    if not callable(mixer):
+        raise TypeError(f"mixer must be a name or a constructor, got {mixer!r}")
+    return mixer
+
+
+def _pools(mixer: Mixer, options: dict[str, Any]) -> bool:
+    """Whether the mixer has a number of representatives that the caller left open."""
+    made = _constructor(mixer)
+    if not inspect.isclass(made) or not issubclass(made, (CBSA, AgentAttention)):
+        return False
+    return options.get("representatives", "pool") in ("pool", "learned")
