@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import colorsys
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +14,8 @@ from torch import Tensor
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.train.data.images import IGNORE
 
-_GOLDEN = (5**0.5 - 1) / 2
-_LEVELS = ((0.85, 0.95), (0.55, 0.7), (0.45, 1.0))
 _IGNORED = (128, 128, 128)
+_DIFFERENT = 720
 _SMALLEST_SIDE, _LINE, _SWATCH, _GAP = 256, 20, 12, 8
 _COLUMN_CHARACTERS = 28
 
@@ -24,12 +23,36 @@ _COLUMN_CHARACTERS = 28
 def palette(count: int) -> np.ndarray:
     """Colours (count, 3) uint8 of classes; a class keeps its colour as others are added.
 
-    Hues step by the golden section, which spreads any number of them; saturation and brightness take turns.
+    Label 0, often the background, is black. Each further colour is the one of a grid that is farthest, as the
+    eye sees it (CIELAB), from white, from the grey of ignored pixels and from all before it. After 720 they
+    repeat.
     """
-    colours = [
-        colorsys.hsv_to_rgb((0.6 + i * _GOLDEN) % 1, *_LEVELS[i % len(_LEVELS)]) for i in range(max(count, 0))
-    ]
-    return (np.array(colours).reshape(-1, 3) * 255 + 0.5).astype(np.uint8)
+    return _spread_colours()[np.arange(count) % len(_spread_colours())]
+
+
+@functools.cache
+def _spread_colours() -> np.ndarray:
+    levels = np.linspace(0, 255, 9).round()
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    places = _lab(grid)
+    taken = _lab(np.array([_IGNORED, (255, 255, 255)]))
+    distance = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)
+    order = [0]  # black
+    while len(order) < _DIFFERENT:
+        distance = np.minimum(distance, np.linalg.norm(places - places[order[-1]], axis=-1))
+        order.append(int(distance.argmax()))
+    return grid[order].astype(np.uint8)
+
+
+def _lab(colours: np.ndarray) -> np.ndarray:
+    """From sRGB (n, 3), 0 to 255, to CIELAB under the white point D65."""
+    share = colours / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / to_xyz.sum(1)
+    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = root.T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
 def colour_mask(mask: np.ndarray, count: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def open_pascal_context(root: Path, count: int) -> Layout:
 
 
 def open_cityscapes(root: Path) -> Layout:
-    """``leftImg8bit/<split>/<city>`` and ``gtFine/<split>/<city>/*_labelIds.png``: 34 ids, 19 of them classes."""
+    """``leftImg8bit/<split>/<city>`` and ``gtFine/<split>/<city>/*_labelIds.png``: of 34 ids 19 are classes."""
     known = [c for c in Cityscapes.classes if c.id >= 0]
     classes = sorted((c for c in known if c.train_id != VOID), key=lambda c: c.train_id)
     labels = LabelMap({c.id: IGNORE if c.train_id == VOID else c.train_id for c in known})
@@ -69,7 +69,7 @@ def open_cityscapes(root: Path) -> Layout:
     splits = {}
     for split in SPLIT_NAMES:
         images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
-        if images.is_dir():
+        if images.is_dir() and (split != "test" or masks.is_dir()):
             paired = _pair(_by_key(images, ends[0]), _by_key(masks, ends[1]), images, masks, ends)
             splits[split] = _not_empty(paired, images)
     if not splits:

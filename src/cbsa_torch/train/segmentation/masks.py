@@ -1,7 +1,7 @@
 """From a mask file to class labels: one whole number per pixel, every one of them known.
 
-Pillow decodes. Refused is whatever would make up labels: colours, transparency, lossy compression, grey of 2 or
-4 bits (which Pillow stretches to 0..255), and values that the data set does not know.
+Pillow decodes. Refused is whatever would make up labels: colours, transparency, JPEG and GIF, grey of 2 or 4
+bits (which Pillow stretches to 0..255), and values that the data set does not know.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ def read_mask_file(path: str | Path) -> np.ndarray:
 
 
 def _refuse_ambiguous(image: Image.Image) -> None:
-    if image.format in ("JPEG", "MPO", "JPEG2000"):
-        raise UnreadableImageError(
-            f"a mask in {image.format}, whose compression changes labels; make it anew as PNG"
-        )
+    if image.format in ("JPEG", "MPO", "JPEG2000", "GIF"):
+        why = "writers renumber palettes" if image.format == "GIF" else "compression changes labels"
+        raise UnreadableImageError(f"a mask in {image.format}, whose {why}; make it anew as PNG")
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise UnreadableImageError(
-            f"a mask in mode {image.mode}, where one number per pixel is expected (mode L or P); if its colours "
-            "stand for classes, convert it once with cbsa_torch.train.segmentation.labels_from_colours and save "
-            "the result as PNG"
+            f"a mask in mode {image.mode}, where one number per pixel is expected (mode L or P); if its "
+            "colours stand for classes, convert it once with "
+            "cbsa_torch.train.segmentation.labels_from_colours and save the result as PNG"
         )
     raw_mode = str(image.tile[0].args) if image.tile else ""
     if "L;2" in raw_mode or "L;4" in raw_mode:

@@ -44,7 +44,7 @@ class SegmentationScores(NamedTuple):
     """Pixels, rows = true classes, columns = predicted."""
 
 
-class SegmentationMetric(MulticlassConfusionMatrix):  # type: ignore[misc]
+class SegmentationMetric(MulticlassConfusionMatrix):
     """torchmetrics' confusion matrix that computes :class:`SegmentationScores`.
 
     Every process updates with its own images; ``compute`` sums over the processes, as torchmetrics does. The

@@ -1,7 +1,7 @@
 """Images and masks as files, with the rule of :mod:`cbsa_torch.train.data.images` for what cannot be used.
 
-Of a sample whose mask is bad, every pixel is ignored; its image is given all the same. A bad image is replaced by
-a blank one, whose every pixel is ignored.
+Of a sample whose mask is bad, every pixel is ignored; its image is given all the same. A bad image is replaced
+by a blank one, whose every pixel is ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 
 
 class MaskedImages(Dataset[Any]):
-    """Samples (image, mask): a Pillow image and an (height, width) int64 array, or what ``transform`` makes of them.
+    """Samples (image, mask): a Pillow image and int64 labels (height, width), or what ``transform`` gives.
 
     Args:
         pairs: the files.

@@ -1,18 +1,19 @@
 """emoji-scenes: emoji of emoji64 pasted on drawn backgrounds, with exact masks.
 
-A scene is drawn when it is read and is determined by (seed of the data set, split, index) and the settings alone,
-whatever was drawn before it. In this order:
+A scene is drawn when it is read and is determined by (seed of the data set, split, index) and the settings
+alone, whatever was drawn before it. In this order:
 
 1. A background: plain, a linear gradient, smooth noise or stripes, each as often, in random colours, with a
    little noise on every pixel.
 2. A number of emoji, uniform between the fewest and the most. For each a category, uniform, then an emoji of
    it from the same split of emoji64 and one of its two drawings, uniform.
-3. Each is scaled (side uniform), perhaps mirrored, turned, and laid over what is there with its alpha; its centre
-   is anywhere on the canvas, so that it may reach beyond. Where its alpha is at least a half, the label is its
-   category; elsewhere the label stays what it was.
+3. Each is scaled (side uniform), perhaps mirrored, turned, and laid over what is there with its alpha; its
+   centre is anywhere on the canvas, so that it may reach beyond. Where its alpha is at least a half, the label
+   is its category; elsewhere the label stays what it was.
 
-Label 0 is the background, label i the (i - 1)-th category. No emoji is in two splits, and look-alikes are not
-either, flags and symbols excepted in their outline (:func:`cbsa_torch.train.segmentation.miou_without`).
+Label 0 is the background, labels 1 to 9 are the categories in the order of their names. No emoji is in two
+splits, nor are look-alikes; but the outlines of flags and symbols repeat between the splits, hence
+:func:`cbsa_torch.train.segmentation.miou_without`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _TRIES = 10
 
 
 class MaskedTransform:
-    """A transform of (Pillow image, mask) to tensors: (channels, height, width) float32 and (height, width) int64.
+    """From (Pillow image, mask) to tensors (channels, height, width) float32 and (height, width) int64.
 
     Args:
         steps: of torchvision, on an 8-bit image and its mask.
@@ -78,7 +78,7 @@ def photometric_distortion() -> v2.Transform:
     return v2.RandomOrder([v2.RandomApply([jitter], p=0.5) for jitter in jitters])
 
 
-class MixedCrop(v2.RandomCrop):  # type: ignore[misc]
+class MixedCrop(v2.RandomCrop):
     """A random crop, drawn again (ten times at most in all) where one class has too large a share.
 
     Shares are of the pixels that are not ignored. Images that are too small are padded.
