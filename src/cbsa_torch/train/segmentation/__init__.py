@@ -1,0 +1,54 @@
+"""Semantic segmentation: data sets of images and masks, their transforms, metrics and pictures."""
+
+from cbsa_torch.train.data.images import IGNORE
+from cbsa_torch.train.segmentation.colours import colour_mask, palette, write_coloured_mask
+from cbsa_torch.train.segmentation.config import ScenesConfig, SegmentationDataConfig
+from cbsa_torch.train.segmentation.masks import LabelMap, labels_from_colours, read_mask_file
+from cbsa_torch.train.segmentation.metrics import (
+    ClassScore,
+    SegmentationMetric,
+    SegmentationScores,
+    miou_without,
+    scores,
+    to_record,
+)
+from cbsa_torch.train.segmentation.pairs import MaskedImages, Pair
+from cbsa_torch.train.segmentation.scenes import EmojiScenes, open_scenes
+from cbsa_torch.train.segmentation.splits import (
+    SegmentationSplits,
+    open_segmentation,
+    open_segmentation_split,
+)
+from cbsa_torch.train.segmentation.transforms import (
+    MaskedTransform,
+    evaluation_transform,
+    training_transform,
+)
+
+__all__ = [
+    "IGNORE",
+    "ClassScore",
+    "EmojiScenes",
+    "LabelMap",
+    "MaskedImages",
+    "MaskedTransform",
+    "Pair",
+    "ScenesConfig",
+    "SegmentationDataConfig",
+    "SegmentationMetric",
+    "SegmentationScores",
+    "SegmentationSplits",
+    "colour_mask",
+    "evaluation_transform",
+    "labels_from_colours",
+    "miou_without",
+    "open_scenes",
+    "open_segmentation",
+    "open_segmentation_split",
+    "palette",
+    "read_mask_file",
+    "scores",
+    "to_record",
+    "training_transform",
+    "write_coloured_mask",
+]

@@ -1,0 +1,134 @@
+"""Masks as pictures: a colour for each class, laid over the image, with a legend."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cbsa_torch._core.files import write_atomically
+from cbsa_torch.train.data.images import IGNORE
+
+_IGNORED = (128, 128, 128)
+_DIFFERENT = 720
+_SMALLEST_SIDE, _LINE, _SWATCH, _GAP = 256, 20, 12, 8
+_COLUMN_CHARACTERS = 28
+
+
+def palette(count: int) -> np.ndarray:
+    """Colours (count, 3) uint8 of classes; a class keeps its colour as others are added.
+
+    Label 0, often the background, is black. Each further colour is the one of a grid that is farthest, as the
+    eye sees it (CIELAB), from white, from the grey of ignored pixels and from all before it. After 720 they
+    repeat.
+    """
+    return _spread_colours()[np.arange(count) % len(_spread_colours())]
+
+
+@functools.cache
+def _spread_colours() -> np.ndarray:
+    levels = np.linspace(0, 255, 9).round()
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    places = _lab(grid)
+    taken = _lab(np.array([_IGNORED, (255, 255, 255)]))
+    distance = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)
+    order = [0]  # black
+    while len(order) < _DIFFERENT:
+        distance = np.minimum(distance, np.linalg.norm(places - places[order[-1]], axis=-1))
+        order.append(int(distance.argmax()))
+    return grid[order].astype(np.uint8)
+
+
+def _lab(colours: np.ndarray) -> np.ndarray:
+    """From sRGB (n, 3), 0 to 255, to CIELAB under the white point D65."""
+    share = colours / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / to_xyz.sum(1)
+    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = root.T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def colour_mask(mask: np.ndarray, count: int) -> np.ndarray:
+    """A mask (height, width) of labels as colours (height, width, 3) uint8; ignored pixels are mid-grey."""
+    colours = np.concatenate([palette(count), np.array([_IGNORED], dtype=np.uint8)])
+    return colours[np.where(mask == IGNORE, count, mask)]
+
+
+def write_coloured_mask(
+    image: Image.Image, mask: np.ndarray | Tensor, class_names: Sequence[str], path: str | Path
+) -> None:
+    """Write a PNG: the image, the mask laid over it, and a legend of the classes that occur, the largest first.
+
+    Args:
+        image: any mode and size.
+        mask: (height, width) integers of the image's size, labels or ``IGNORE`` (-1).
+        class_names: in the order of the labels.
+        path: the file; replaced at once, or not at all.
+
+    Raises:
+        ValueError: a mask of another size, or labels without a class.
+    """
+    labels = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if labels.shape != image.size[::-1]:
+        raise ValueError(
+            f"mask must have the image's (height, width) = {image.size[::-1]}, got shape {labels.shape}"
+        )
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"mask must hold integers, got {labels.dtype}")
+    if labels.size and (labels.min() < IGNORE or labels.max() >= len(class_names)):
+        raise ValueError(
+            f"mask must hold labels in [{IGNORE}, {len(class_names) - 1}] for {len(class_names)} class(es), "
+            f"got {labels.min()} to {labels.max()}"
+        )
+    buffer = io.BytesIO()
+    _picture(image.convert("RGB"), labels.astype(np.int64), list(class_names)).save(buffer, "PNG")
+    write_atomically(Path(path), buffer.getvalue())
+
+
+def _picture(image: Image.Image, labels: np.ndarray, class_names: list[str]) -> Image.Image:
+    coloured = Image.fromarray(colour_mask(labels, len(class_names)))
+    panels = [image, Image.blend(image.convert("L").convert("RGB"), coloured, 0.6)]
+    # small images are enlarged, for the legend to fit and single pixels to be seen
+    factor = max(1, -(-_SMALLEST_SIDE // max(image.size)))
+    width, height = image.size[0] * factor, image.size[1] * factor
+    panels = [panel.resize((width, height), Image.Resampling.NEAREST) for panel in panels]
+    legend = _legend(labels, class_names, height)
+    page = Image.new("RGB", (2 * width + legend.width + 4 * _GAP, height + 2 * _GAP), "white")
+    for i, panel in enumerate(panels):
+        page.paste(panel, (_GAP + i * (width + _GAP), _GAP))
+    page.paste(legend, (2 * width + 3 * _GAP, _GAP))
+    return page
+
+
+def _legend(labels: np.ndarray, class_names: list[str], height: int) -> Image.Image:
+    """Entries in columns of the height of the image."""
+    values, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    colours = {IGNORE: _IGNORED, **{i: tuple(c) for i, c in enumerate(palette(len(class_names)).tolist())}}
+    names = {IGNORE: "(ignored)", **dict(enumerate(class_names))}
+    rows = max(1, height // _LINE)
+    font = ImageFont.load_default(size=13)
+    entries = [
+        (colours[int(values[i])], f"{_short(names[int(values[i])])}  {100 * counts[i] / labels.size:.1f} %")
+        for i in order
+    ]
+    widest = max((font.getlength(text) for _, text in entries), default=0)
+    column = int(widest) + _SWATCH + 3 * _GAP
+    legend = Image.new("RGB", (column * max(1, -(-len(entries) // rows)), height), "white")
+    draw = ImageDraw.Draw(legend)
+    for i, (colour, text) in enumerate(entries):
+        x, y = column * (i // rows), _LINE * (i % rows)
+        draw.rectangle((x, y + 3, x + _SWATCH, y + 3 + _SWATCH), fill=colour)
+        draw.text((x + _SWATCH + _GAP, y + 1), text, fill="black", font=font)
+    return legend
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _COLUMN_CHARACTERS else f"{name[: _COLUMN_CHARACTERS - 1]}…"
