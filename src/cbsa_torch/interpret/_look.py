@@ -93,6 +93,14 @@ def line(axis: Any, numbers: Sequence[int], values: Sequence[float], **look: Any
     axis.plot(numbers, values, marker="o", markersize=4, **look)
 
 
+def curve(axis: Any, epochs: Sequence[float], values: np.ndarray, style: str = "-", **look: Any) -> None:
+    """A line over epochs; a value without neighbours, which no line shows, is a dot."""
+    finite = np.pad(np.isfinite(values), 1)
+    lone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
+    dots = {"marker": "o", "markersize": 4, "markevery": lone.tolist()} if len(lone) else {}
+    axis.plot(epochs, values, linestyle=style, **dots, **look)
+
+
 def signed(value: float, digits: int = 2) -> str:
     """A number with a minus sign as long as a plus; "undefined" for NaN."""
     if np.isnan(value):
