@@ -162,3 +162,7 @@ def test_an_epoch_without_neighbours_is_a_dot_at_a_whole_number(several, kept):
             assert [int(line.get_xdata()[i]) for i in line.get_markevery()] == kept
     whole = plots.learning_curves([{**history[0], "epoch": e, "val_loss": 0.5} for e in (1, 2)])
     assert whole.axes[0].lines[1].get_marker() == "None"  # a line shows these
+
+
+def test_runs_of_every_family_have_colours_of_their_own():
+    assert len(set(_look.run_colors("abcdefghij").values())) == 10

@@ -12,7 +12,10 @@ from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
 
-RUN_COLORS = (BLUE, ORANGE, GREY, "#3b8f5a", "#7a4fa3", "#b8901d")
+RUN_COLORS = (
+    *(BLUE, ORANGE, GREY, "#3b8f5a", "#7a4fa3", "#b8901d"),
+    *("#17a2b0", "#d0569b", "#6b4a34", "#9ac23c"),
+)
 """Of the runs of a comparison; repeated if there are more."""
 
 LABEL_LENGTH = 30
