@@ -166,3 +166,14 @@ def test_an_epoch_without_neighbours_is_a_dot_at_a_whole_number(several, kept):
 
 def test_runs_of_every_family_have_colours_of_their_own():
     assert len(set(_look.run_colors("abcdefghij").values())) == 10
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_nearly_equal_losses_keep_a_distance_from_the_top(several):
+    history = [{"epoch": 1, "train_loss": 2.31, "val_loss": 2.30, "val_top1": 0.1}]
+    figure = (
+        overlays.learning_curves({"a": history}, {"a": "red"}) if several else plots.learning_curves(history)
+    )
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0
+    assert 2.4 < high < 3

@@ -33,7 +33,8 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], colors
         _look.curve(left, epochs, series(history, "train_loss"), ":", color=color, linewidth=1.1)
         _look.curve(left, epochs, series(history, "val_loss"), color=color, label=_look.run_label(name))
         _look.curve(right, epochs, 100 * series(history, "val_top1"), color=color)
-    left.set(xlabel="epoch", ylabel="loss (dotted: training)", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel="loss (dotted: training)")
+    left.set_ylim(0, 1.05 * left.get_ylim()[1])  # nearly equal losses keep a distance from the top
     right.set(xlabel="epoch", ylabel="validation accuracy (%)")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

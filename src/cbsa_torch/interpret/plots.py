@@ -29,7 +29,8 @@ def learning_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     epochs = [row["epoch"] for row in history]
     _look.curve(left, epochs, series(history, "train_loss"), color=GREY, label="training")
     _look.curve(left, epochs, series(history, "val_loss"), color=BLUE, label="validation")
-    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel="loss")
+    left.set_ylim(0, 1.05 * left.get_ylim()[1])  # nearly equal losses keep a distance from the top
     _look.legend(left)
     _look.curve(right, epochs, 100 * series(history, "val_top1"), color=BLUE)
     right.set(xlabel="epoch", ylabel="validation accuracy (%)")
