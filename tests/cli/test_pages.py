@@ -89,6 +89,11 @@ def test_report_of_other_families(runs, family, tmp_path):
     assert "Robustness: switched off." in (run / "report.html").read_text()
 
 
+def test_a_run_given_as_an_image_is_told_apart(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.strip().endswith(f"a run is named by --checkpoint {tmp_path}")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not an image"])
 def test_report_stops_at_what_is_no_image(runs, digit, tmp_path, content, capsys):
     bad, run = tmp_path / "bad.png", tmp_path / "run"

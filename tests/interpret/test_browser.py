@@ -156,6 +156,12 @@ def test_a_comparison_has_runs_side_by_side_in_their_colours(pages, tmp_path):
     assert set(found["others"]) == set(found["keys"])
 
 
+def test_a_table_of_many_runs_scrolls_by_itself(pages, tmp_path):
+    script = "return [document.documentElement.scrollWidth, document.querySelector('.runs').offsetWidth]"
+    page, table = visit(BROWSER, pages["compare"], tmp_path, script, size="660,900").found
+    assert table > 660 >= page
+
+
 def test_without_scripts_a_static_panel_shows(pages, tmp_path):
     page = tmp_path / "static.html"
     text = pages["report"].read_text()

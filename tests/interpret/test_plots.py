@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_torch.interpret import AttentionRanks, ReducedRates, Robustness, Sparsity, _look, plots
+from cbsa_torch.interpret import AttentionRanks, ReducedRates, Robustness, Sparsity, _look, overlays, plots
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn"]
 TOKENS, LEARNED, ACROSS = [[0.1, -0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, -0.8]], [[9.0, 8.0], [7.0, 6.0]]
@@ -142,3 +142,38 @@ def test_values_that_are_not_finite_leave_gaps(reduced):
 def test_no_minus_zero():
     assert _look.signed(-0.001) == "0.00"
     assert _look.signed(-0.006) == "\N{MINUS SIGN}0.01"
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kept", [[1], [2], [1, 3]])
+def test_an_epoch_without_neighbours_is_a_dot_at_a_whole_number(several, kept):
+    history = [
+        {"epoch": e, **dict.fromkeys(("train_loss", "val_loss", "val_top1"), 0.5 if e in kept else math.nan)}
+        for e in range(1, max(kept) + 1)
+    ]
+    figure = (
+        overlays.learning_curves({"a": history}, {"a": "red"}) if several else plots.learning_curves(history)
+    )
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        assert all(tick == round(tick) for tick in axis.get_xticks())
+        for line in axis.lines:
+            assert line.get_marker() == "o"
+            assert [int(line.get_xdata()[i]) for i in line.get_markevery()] == kept
+    whole = plots.learning_curves([{**history[0], "epoch": e, "val_loss": 0.5} for e in (1, 2)])
+    assert whole.axes[0].lines[1].get_marker() == "None"  # a line shows these
+
+
+def test_runs_of_every_family_have_colours_of_their_own():
+    assert len(set(_look.run_colors("abcdefghij").values())) == 10
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_nearly_equal_losses_keep_a_distance_from_the_top(several):
+    history = [{"epoch": 1, "train_loss": 2.31, "val_loss": 2.30, "val_top1": 0.1}]
+    figure = (
+        overlays.learning_curves({"a": history}, {"a": "red"}) if several else plots.learning_curves(history)
+    )
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0
+    assert 2.4 < high < 3

@@ -300,6 +300,28 @@ def test_maps_are_headed_by_whose_they_are(options, heading, inputs, images, tmp
     assert ("There is no class token" in page) == (heading == "first patch")
 
 
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("cbt", None),
+        ("crate", None),
+        ("tost", "TSSA compares no token with another"),
+        ("linear_cbt", "LinearCBSA forms no attention matrix"),
+        ("agent", "The matrix of AgentAttention is the product"),
+    ],
+)
+def test_maps_that_are_no_row_of_an_attention_matrix_say_what_they_are(family, said, inputs, images, tmp_path):
+    model = build(family)
+    notes = maps.measure_maps(model, maps.Pictures(inputs, images, list("abcd"))).notes
+    assert len(notes) == (said is not None)
+    if said:
+        files = interpret.report(model, inputs, images, tmp_path, title="", facts={}, robustness_images=0)
+        both = [compared("a", model, inputs, images), compared("b", model, inputs, images)]
+        compare = interpret.compare(both, tmp_path, title="", robustness_images=0)
+        assert files.page.read_text().count(said) == 1
+        assert compare.page.read_text().count(said) == 2
+
+
 def test_notes_are_printed(inputs, images, tmp_path, monkeypatch):
     from cbsa_torch.interpret.report import build as module
 

@@ -11,6 +11,7 @@ import tyro
 from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import report
+from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.run_folder import RunFolder
 
@@ -53,6 +54,9 @@ def report_run(
     Returns:
         The accuracy and the path of ``report.html``.
     """
+    for file in files:
+        if Path(file).is_dir():  # cbsa compare takes runs by place, so it is easily confused
+            raise ConfigError(f"{file} is a folder, not an image; a run is named by --checkpoint {file}")
     trained = runs.open_run(checkpoint)
     further = runs.read_pictures(trained, files)  # a bad file stops before anything takes time
     folder = RunFolder(trained.path.parent)

@@ -103,8 +103,8 @@ def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
         "data": trained.config.data.name,
         "classes": str(len(trained.class_names)),
         "training": (
-            f"{optim.epochs} epochs of {optim.name}, lr {optim.lr:g}, batch {optim.batch_size}, "
-            f"seed {trained.config.seed}"
+            f"{optim.epochs} epoch{'s' if optim.epochs > 1 else ''} of {optim.name}, lr {optim.lr:g}, "
+            f"batch {optim.batch_size}, seed {trained.config.seed}"
         ),
         "weights": f"epoch {trained.info['epoch']}, validation accuracy {100 * trained.info['val_top1']:.2f} %",
     }

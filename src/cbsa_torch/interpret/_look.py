@@ -12,7 +12,10 @@ from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
 
-RUN_COLORS = (BLUE, ORANGE, GREY, "#3b8f5a", "#7a4fa3", "#b8901d")
+RUN_COLORS = (
+    *(BLUE, ORANGE, GREY, "#3b8f5a", "#7a4fa3", "#b8901d"),
+    *("#17a2b0", "#d0569b", "#6b4a34", "#9ac23c"),
+)
 """Of the runs of a comparison; repeated if there are more."""
 
 LABEL_LENGTH = 30
@@ -91,6 +94,14 @@ def band(
 def line(axis: Any, numbers: Sequence[int], values: Sequence[float], **look: Any) -> None:
     """A dot for each layer, joined."""
     axis.plot(numbers, values, marker="o", markersize=4, **look)
+
+
+def curve(axis: Any, epochs: Sequence[float], values: np.ndarray, style: str = "-", **look: Any) -> None:
+    """A line over epochs; a value without neighbours, which no line shows, is a dot."""
+    finite = np.pad(np.isfinite(values), 1)
+    lone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
+    dots = {"marker": "o", "markersize": 4, "markevery": lone.tolist()} if len(lone) else {}
+    axis.plot(epochs, values, linestyle=style, **dots, **look)
 
 
 def signed(value: float, digits: int = 2) -> str:

@@ -30,13 +30,14 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], colors
     figure, (left, right) = _figure(2, len(histories))
     for name, history in histories.items():
         epochs, color = [row["epoch"] for row in history], colors[name]
-        left.plot(epochs, series(history, "train_loss"), ":", color=color, linewidth=1.1)
-        left.plot(epochs, series(history, "val_loss"), color=color, label=_look.run_label(name))
-        right.plot(epochs, 100 * series(history, "val_top1"), color=color)
-    left.set(xlabel="epoch", ylabel="loss (dotted: training)", ylim=(0, None))
+        _look.curve(left, epochs, series(history, "train_loss"), ":", color=color, linewidth=1.1)
+        _look.curve(left, epochs, series(history, "val_loss"), color=color, label=_look.run_label(name))
+        _look.curve(right, epochs, 100 * series(history, "val_top1"), color=color)
+    left.set(xlabel="epoch", ylabel="loss (dotted: training)")
+    left.set_ylim(0, 1.05 * left.get_ylim()[1])  # nearly equal losses keep a distance from the top
     right.set(xlabel="epoch", ylabel="validation accuracy (%)")
     for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _look.runs_legend(left)
     return _look.finish(figure)
 

@@ -27,14 +27,15 @@ def learning_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7.5, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    left.plot(epochs, series(history, "train_loss"), color=GREY, label="training")
-    left.plot(epochs, series(history, "val_loss"), color=BLUE, label="validation")
-    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    _look.curve(left, epochs, series(history, "train_loss"), color=GREY, label="training")
+    _look.curve(left, epochs, series(history, "val_loss"), color=BLUE, label="validation")
+    left.set(xlabel="epoch", ylabel="loss")
+    left.set_ylim(0, 1.05 * left.get_ylim()[1])  # nearly equal losses keep a distance from the top
     _look.legend(left)
-    right.plot(epochs, 100 * series(history, "val_top1"), color=BLUE)
+    _look.curve(right, epochs, 100 * series(history, "val_top1"), color=BLUE)
     right.set(xlabel="epoch", ylabel="validation accuracy (%)")
     for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return _look.finish(figure)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cbsa_torch.interpret.attention_maps import cls_attention_maps, receptive_fields
 from cbsa_torch.interpret.capture import LayerRecord, capture
 from cbsa_torch.interpret.figures import colors, image_url
+from cbsa_torch.nn import TSSA, AgentAttention, LinearCBSA
 
 MOST_FIELDS = 16
 """Representatives whose receptive fields are shown."""
@@ -56,12 +57,15 @@ class Maps(NamedTuple):
     """Layer to the reason why it has no map."""
     first: str = "class token"
     """What the token is whose maps they are: "class token", "first token" or "first patch"."""
+    notes: Sequence[str] = ()
+    """Sentences about maps that are not the row of an attention matrix."""
 
 
 @torch.no_grad()
 def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
     """Run the model on ``pictures`` and lay out where its first token looks."""
     layers, missing, prefixes = [], {}, set()
+    notes: dict[str, None] = {}
     with capture(model) as records:
         model(pictures.inputs)
     for number, record in enumerate(records.values(), 1):
@@ -77,8 +81,9 @@ def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
         fields, count = _fields(record)
         kind = type(record.layer).__name__
         prefixes.add(record.num_prefix_tokens)
+        notes.update(dict.fromkeys(_notes(record.layer)))
         layers.append(LayerMaps(record.name, number, kind, _with_mean(heads, 1), fields, count))
-    return Maps(layers, missing, _first(model, prefixes))
+    return Maps(layers, missing, _first(model, prefixes), list(notes))
 
 
 def _first(model: nn.Module, prefixes: set[int]) -> str:
@@ -88,6 +93,24 @@ def _first(model: nn.Module, prefixes: set[int]) -> str:
     # Registers are prefix tokens, too; the class token comes before them where there is one.
     named = any(isinstance(getattr(module, "cls_token", None), Tensor) for module in model.modules())
     return "class token" if named and 0 not in prefixes else "first token"
+
+
+def _notes(layer: nn.Module) -> list[str]:
+    """What a map of the layer is where it is not the row of a softmax or of A Aᵀ."""
+    if isinstance(layer, TSSA) and layer.form == "tost":
+        return [
+            "TSSA compares no token with another: its maps show how much each token belongs to a head, which "
+            "looks the same from every token."
+        ]
+    if isinstance(layer, TSSA | LinearCBSA):
+        inner = "the diagonal of WᵀW" if isinstance(layer, TSSA) else "WᵀW"
+        return [
+            f"{type(layer).__name__} forms no attention matrix: its maps are rows of "
+            f"W (ε²I + G)⁻¹ Wᵀ with {inner} for G, whose entries may be negative."
+        ]
+    if isinstance(layer, AgentAttention):
+        return ["The matrix of AgentAttention is the product of its two softmaxes, through the agents."]
+    return []
 
 
 def _no_map(record: LayerRecord) -> str | None:

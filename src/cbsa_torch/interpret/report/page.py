@@ -136,6 +136,7 @@ def map_section(maps: Maps, pictures: Pictures, drawn: Mapping[str, Figure]) -> 
         "fields": None if fields is None else figures.png_url(fields),
         "titles": pictures.titles,
         "first": maps.first,
+        "notes": maps.notes,
     }
 
 
