@@ -1,4 +1,4 @@
-"""Batch normalisation over all processes: for CPUs (torch's SyncBatchNorm is for GPUs only) and with activations."""
+"""Batch normalisation over all processes: on CPUs, where torch has none, and with an activation, too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CPUSyncBatchNorm2d(nn.BatchNorm2d):
         return _normalize(self, x) if self.training else super().forward(x)
 
 
-class CPUSyncBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
+class CPUSyncBatchNormAct2d(BatchNormAct2d):
     """The same of timm's batch norm with an activation."""
 
     def forward(self, x: Tensor) -> Tensor:
