@@ -64,9 +64,14 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.state"), reverse=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a new state; only then remove those that are too many."""
-        save_state(self.folder / f"step_{step:010d}.state", state)
-        for path in self.paths()[self.keep :]:
+        """Write a new state; only then remove those that are too many, or of steps that are yet to come.
+
+        Such are broken ones that :meth:`newest` left aside: the run goes on from before them.
+        """
+        new = self.folder / f"step_{step:010d}.state"
+        save_state(new, state)
+        paths = self.paths()
+        for path in paths[: paths.index(new)] + paths[paths.index(new) + self.keep :]:
             path.unlink()
 
     def newest(self) -> tuple[Path | None, list[str]]:
