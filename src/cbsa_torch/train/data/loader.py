@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import signal
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +106,7 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         **augment,
     )
+    loader.worker_init_fn = functools.partial(_start_worker, then=loader.worker_init_fn)
     if train and (config.rotate or config.shift):
         # timm has no affine augmentation; it goes first, on the image as it was read
         affine = RandomAffine(
@@ -110,3 +114,14 @@ def make_loader(
         )
         loader.dataset.transform = Compose([affine, loader.dataset.transform])
     return loader
+
+
+def _start_worker(number: int, then: Callable[[int], None] | None) -> None:
+    """Ignore signals to the whole group of processes: the trainer acts on them, and ends its workers.
+
+    Else a SIGTERM to all (systemd, timeout, some job schedulers) kills a worker, and with it the run, unsaved.
+    """
+    for heeded in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(heeded, signal.SIG_IGN)
+    if then is not None:
+        then(number)
