@@ -85,3 +85,16 @@ def test_the_newest_few_states_are_kept_and_old_ones_go_last(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left"):
         states.save(11, {"step": 11})
     assert [path.name for path in states.paths()] == ["step_0000000010.state", "step_0000000002.state"]
+
+
+def test_a_broken_state_of_a_later_step_does_not_push_out_a_whole_one(tmp_path):
+    kept = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20):
+        kept.save(step, {"step": step})
+    path = kept.paths()[0]
+    path.write_bytes(path.read_bytes()[:-5])
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(15, {"step": 15})
+    newest, problems = kept.newest()
+    assert newest == tmp_path / "step_0000000015.state"
+    assert "step_0000000020.state" in " ".join(problems)

@@ -59,14 +59,14 @@ def alone(digits, tmp_path):
     return config
 
 
-def assert_same_curve(one, other):
+def assert_same_curve(one, other, rel=1e-6):
     assert len(rows(one)) == len(rows(other)) > 0
     for first, second in zip(measured(one), measured(other), strict=True):
         assert first["val_top1"] == second["val_top1"]
         for key in ("epoch", "step", "lr"):
             assert first[key] == second[key]
         for key in ("train_loss", "val_loss"):
-            assert first[key] == pytest.approx(second[key], rel=1e-6)
+            assert first[key] == pytest.approx(second[key], rel=rel)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -103,6 +103,15 @@ def test_sharded_training_equals_copies_and_goes_on_in_one_process(digits, alone
         further.accept_changes, further.engine.fsdp, further.optim.epochs = True, False, 3
         train(further)
     assert_same_curve(digits, alone)
+
+
+def test_mixed_precision_is_the_same_sharded_and_copied(digits, tmp_path):
+    digits.engine.precision = "bf16"
+    sharded = dataclasses.replace(digits, output=str(tmp_path / "sharded"))
+    sharded.engine = dataclasses.replace(digits.engine, fsdp=True)
+    launch_training(2, digits)
+    launch_training(2, sharded)
+    assert_same_curve(digits, sharded, rel=1e-3)
 
 
 def test_sharding_needs_several_processes(digits):

@@ -140,6 +140,14 @@ def test_resuming_with_another_configuration_names_what_changed(config, contents
     assert contents(Path(config.output)) == before
 
 
+def test_what_changes_no_number_may_change_without_asking(config):
+    train(config)
+    other = copy.deepcopy(config)
+    # "--data.download the first time", say the recipes
+    other.data.workers, other.data.download, other.engine.keep_checkpoints = 1, True, 1
+    train(other)
+
+
 def test_a_moved_run_resumes(config, tmp_path):
     train(config)
     shutil.move(config.output, tmp_path / "moved")

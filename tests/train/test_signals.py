@@ -95,17 +95,22 @@ def test_requests_are_noted_inside_only():
         assert stop.received is signal.SIGTERM
 
 
-def test_the_command_says_by_its_exit_code_that_it_can_be_continued(config, tmp_path):
-    config.optim.epochs = 2000
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+def test_the_command_says_by_its_exit_code_that_it_can_be_continued(config, tmp_path, number, workers):
+    """The signal goes to all of its processes, as from a terminal, from systemd or timeout."""
+    config.optim.epochs, config.data.workers = 2000, workers
+    config.optim.batch_size, config.engine.checkpoint_steps = 1, 1  # a state while the workers are at work
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--config", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 50
     while not states(config):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert "stopped by SIGTERM; the last checkpoint is that of epoch" in errors
+    assert f"stopped by {number.name}; the last checkpoint is that of epoch" in errors

@@ -37,8 +37,8 @@ class ModelConfig:
     args: dict[str, str | int | float | bool] = field(default_factory=dict)
     """Further constructor arguments, e.g. num_representatives 49 contraction exact."""
     init_from: str | None = None
-    """Start from the weights of this run folder, .safetensors file of ours, or released checkpoint (.pth,
-    .pth.tar) of the official code (fine-tuning)."""
+    """Start from the weights of this run folder, .safetensors file of ours, released checkpoint (.pth,
+    .pth.tar) of the official code, or hf-hub:owner/name (fine-tuning)."""
 
     def __post_init__(self) -> None:
         # one form of every value, in which configurations are stored and compared: a string that YAML reads

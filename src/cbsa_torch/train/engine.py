@@ -67,8 +67,8 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
         transformer_cls_names_to_wrap=blocks or None,
         cpu_ram_efficient_loading=False,
     )
-    if accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(accelerator.mixed_precision)
+    # Mixed precision is autocast's, as without sharding: a policy of the plugin would make the weights of batch
+    # norms bf16, which torch does not take beside their float32 statistics.
     accelerator.state.fsdp_plugin = plugin
 
 

@@ -81,6 +81,7 @@ def train_one_epoch(
     config: OptimConfig,
     progress: Progress,
     *,
+    first_step: int = 0,
     ema: ModelEmaV3 | None = None,
     stop: Callable[[], bool] = lambda: False,
     stepped: Callable[[bool], None] = lambda stop: None,
@@ -90,6 +91,8 @@ def train_one_epoch(
 
     Args:
         progress: counted on as the epoch goes.
+        first_step: where the epoch begins in the schedule. Not ``progress.step``, which also counts the steps
+            of epochs that were trained with another batch size.
         stop: whether this process was asked to stop.
         stepped: called after every optimiser step with whether any process was asked to stop; it may raise.
         advance: called after every batch (progress bar).
@@ -102,7 +105,8 @@ def train_one_epoch(
     for images, targets in _timed(loader, progress):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.accumulate(model):
-            scheduler.step_update(progress.step)
+            done = progress.batch // accelerator.gradient_accumulation_steps
+            scheduler.step_update(first_step + done)
             logits = model(images)
             loss = classification_loss(logits.float(), targets, config.label_smoothing)
             count = (targets != IGNORE).sum()

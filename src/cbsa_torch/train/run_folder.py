@@ -25,6 +25,7 @@ NOT_COMPARED = (
     "resume",
     "accept_changes",
     "overwrite",
+    "data.download",
     "data.workers",
     "data.max_bad_images",
     "engine.checkpoint_steps",
@@ -92,7 +93,7 @@ class RunFolder:
         return changed
 
     def start(self, config: TrainConfig) -> None:
-        """Create the folder with a description of the run, or make that of a run to be continued true.
+        """Create the folder with a description of the run; that of a run with a state stays until it is loaded.
 
         A process killed in here leaves a folder that the same command accepts.
         """
@@ -106,6 +107,11 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+        if config.overwrite or not self.states().paths():
+            self.describe(config)
+
+    def describe(self, config: TrainConfig) -> None:
+        """Write config.yaml and environment.json."""
         # Continuing must not find the order to overwrite.
         plain = dataclasses.replace(config, resume=False, overwrite=False, accept_changes=False)
         write_atomically(self.environment, json.dumps(environment(), indent=2).encode())

@@ -1,10 +1,11 @@
-"""Batch normalisation over all processes, for CPUs: torch's own SyncBatchNorm is for GPUs only."""
+"""Batch normalisation over all processes: on CPUs, where torch has none, and with an activation, too."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 
@@ -13,39 +14,60 @@ class CPUSyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(B, C, height, width)``; the batch may differ in size between processes."""
-        if not self.training:
-            return super().forward(x)
-        size = torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
-        count = _total(size)
-        mean = _total(x.sum((0, 2, 3))) / count
-        centered = x - mean.view(1, -1, 1, 1)
-        variance = _total(centered.square().sum((0, 2, 3))) / count
-        if self.track_running_stats:
-            self._track(mean.detach(), variance.detach(), float(count))
-        normalized = centered * (variance + self.eps).rsqrt().view(1, -1, 1, 1)
-        if not self.affine:
-            return normalized
-        return normalized * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return _normalize(self, x) if self.training else super().forward(x)
 
-    def _track(self, mean: Tensor, variance: Tensor, count: float) -> None:
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.num_batches_tracked += 1
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)  # without bias, as torch does
+
+class CPUSyncBatchNormAct2d(BatchNormAct2d):
+    """The same of timm's batch norm with an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(B, C, height, width)``, drop, activate."""
+        activated: Tensor = self.act(self.drop(_normalize(self, x))) if self.training else super().forward(x)
+        return activated
+
+
+SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: CPUSyncBatchNorm2d,
+    BatchNormAct2d: CPUSyncBatchNormAct2d,
+}
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let every BatchNorm of ``model`` see the images of all processes; for several processes only."""
+    """Let every 2-D batch norm of ``model`` see the images of all processes; for several processes only."""
     if device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # timm's, not torch's: that one would replace a batch norm with an activation by one without
+        synchronized: nn.Module = convert_sync_batchnorm(model)
+        return synchronized
     for module in model.modules():
         # The same parameters and state, another forward: names of the state dict stay.
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = CPUSyncBatchNorm2d
+        module.__class__ = SYNCHRONIZED.get(type(module), type(module))
     return model
+
+
+def _normalize(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Training statistics and outputs, computed in float32 at least, whatever autocast made of ``x``."""
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = _total(values.new_tensor(float(x.numel() // x.shape[1])))
+    mean = _total(values.sum((0, 2, 3))) / count
+    centered = values - mean.view(1, -1, 1, 1)
+    variance = _total(centered.square().sum((0, 2, 3))) / count
+    if norm.track_running_stats:
+        _track(norm, mean.detach(), variance.detach(), float(count))
+    normalized = centered * (variance + norm.eps).rsqrt().view(1, -1, 1, 1)
+    if norm.affine:
+        normalized = normalized * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+    return normalized.to(x.dtype)
+
+
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
+    assert norm.num_batches_tracked is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.num_batches_tracked += 1
+    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
+    unbiased = variance * (count / max(count - 1, 1))  # as torch has it
+    norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
 
 
 class _Total(torch.autograd.Function):

@@ -249,6 +249,7 @@ def _run_epoch(session: _Session, progress: Progress) -> None:
                 session.scheduler,
                 config.optim,
                 progress,
+                first_step=progress.epoch * -(-batches // config.engine.accumulate),
                 ema=session.ema,
                 stop=lambda: bool(session.stop),
                 stepped=lambda stop: _after_step(session, progress, stop),
@@ -337,7 +338,7 @@ def _save_state(session: _Session, progress: Progress) -> None:
     scaler = accelerator.scaler
     state = {
         "progress": dict(vars(progress)),
-        "batch_size": session.config.optim.batch_size,
+        "batch_size": _images_per_batch(session.config),
         "model": model_state(session.model),
         "ema": None if session.ema is None else session.ema.module.state_dict(),
         "optimizer": optimizer_state(session.model, session.optimizer),
@@ -365,6 +366,8 @@ def _resume(session: _Session) -> Progress:
         reporter.say(f"left aside: {problem}")
     progress = Progress() if path is None else _restore(session, path)
     if accelerator.is_main_process:
+        if path is not None:
+            folder.describe(session.config)  # only now: a changed configuration may not have fitted
         folder.keep_metrics_until(progress.epoch)
     accelerator.wait_for_everyone()
     if path is not None:
@@ -381,13 +384,16 @@ def _restore(session: _Session, path: Path) -> Progress:
         progress = Progress(**state["progress"])
         restore(session.model, session.optimizer, state["model"], state["optimizer"], session.own, str(path))
         if session.ema is not None:
+            if state["ema"] is None:
+                raise CheckpointError(f"{path} has no average of the weights: leave optim.ema_decay unset")
             check_fit(state["ema"], session.own, str(path), exact_dtype=True)
             session.ema.module.load_state_dict(state["ema"])
         if session.accelerator.scaler is not None and state["scaler"] is not None:
             session.accelerator.scaler.load_state_dict(state["scaler"])
-        if state["batch_size"] != session.config.optim.batch_size:  # an accepted change
+        if state["batch_size"] != _images_per_batch(session.config):  # an accepted change
             seen = progress.batch * state["batch_size"]
-            progress.batch = min(seen // session.config.optim.batch_size, len(session.train_loader))
+            steps = seen // session.config.optim.batch_size  # whole ones
+            progress.batch = min(steps * session.config.engine.accumulate, len(session.train_loader))
         states = state["random"]
         if len(states) == session.accelerator.num_processes:
             restore_random_states(states[session.accelerator.process_index])
@@ -401,6 +407,11 @@ def _restore(session: _Session, path: Path) -> Progress:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit this run: {error}") from error
     return progress
+
+
+def _images_per_batch(config: TrainConfig) -> int:
+    """Images of one forward pass of all processes."""
+    return config.optim.batch_size // config.engine.accumulate
 
 
 def _what_is_kept(folder: RunFolder) -> str:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.synchronize import Event
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +111,9 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         **augment,
     )
+    ending = multiprocessing.Event()
+    atexit.register(ending.set)  # runs before multiprocessing ends its children: registered later
+    loader.worker_init_fn = functools.partial(_start_worker, ending=ending, then=loader.worker_init_fn)
     if train and (config.rotate or config.shift):
         # timm has no affine augmentation; it goes first, on the image as it was read
         affine = RandomAffine(
@@ -110,3 +121,19 @@ def make_loader(
         )
         loader.dataset.transform = Compose([affine, loader.dataset.transform])
     return loader
+
+
+def _start_worker(number: int, ending: Event, then: Callable[[int], None] | None) -> None:
+    """Let signals to the whole group of processes pass: the trainer acts on them, and ends its workers.
+
+    Else a SIGTERM to all (systemd, timeout, some job schedulers) kills a worker, and with it the run, unsaved.
+    """
+
+    def terminate(signal_number: int, frame: FrameType | None) -> None:
+        if ending.is_set():  # else multiprocessing would wait for this worker for ever
+            os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminate)
+    if then is not None:
+        then(number)
