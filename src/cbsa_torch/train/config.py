@@ -164,18 +164,22 @@ def load_config(source: str | Path) -> TrainConfig:
     """Read a configuration from a YAML file, or from a recipe by name."""
     if str(source) in recipe_names():
         folder = importlib.resources.files("cbsa_torch.train") / "recipes"
-        text, name = (folder / f"{source}.yaml").read_text(), f"recipe {source}"
+        content, name = (folder / f"{source}.yaml").read_bytes(), f"recipe {source}"
     elif Path(source).is_file():
-        text, name = Path(source).read_text(), str(source)
+        content, name = Path(source).read_bytes(), str(source)
     else:
         raise ConfigError(
             f"no configuration {str(source)!r}: neither a file nor a recipe "
             f"({', '.join(recipe_names())}){nearest(source, recipe_names())}"
         )
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(content.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not a text file in UTF-8: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if values is None:
+        raise ConfigError(f"{name} is empty; a configuration of defaults alone is {{}}")
     return from_dict(TrainConfig, values, name)
 
 
