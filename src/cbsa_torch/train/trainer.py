@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cbsa_torch._version import __version__
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
-from cbsa_torch.train.build import build_model
+from cbsa_torch.train.build import build_model, draft_model
 from cbsa_torch.train.checkpoint import load_state
 from cbsa_torch.train.config import TrainConfig, check_config, to_dict
 from cbsa_torch.train.data import input_spec, make_loader, open_splits, read_skipped
@@ -31,6 +31,7 @@ from cbsa_torch.train.loop import Evaluation, Progress, evaluate, train_one_epoc
 from cbsa_torch.train.model_card import write_model_card
 from cbsa_torch.train.on_main import on_main
 from cbsa_torch.train.optim import make_optimizer, make_scheduler
+from cbsa_torch.train.optim_check import check_optimizer
 from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
 from cbsa_torch.train.same_data import compare_data, data_facts
@@ -149,12 +150,13 @@ def _run(session: _Session) -> Progress:
 def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, stop: StopRequests) -> _Session:
     """Check everything else, then create the run's folder and wrap the model."""
     reporter = Reporter(accelerator.is_main_process)
+    check_optimizer(config.optim, accelerator.device)
     set_seed(config.seed)
     batch_size = _batch_per_process(config, accelerator.num_processes)
 
-    model, _ = build_model(config, None)
-    splits = open_splits(config.data, input_spec(model).mode, folder.skipped)
-    model, model_args = build_model(config, len(splits.class_names))
+    draft = draft_model(config)
+    splits = open_splits(config.data, input_spec(draft[0]).mode, folder.skipped)
+    model, model_args = build_model(config, len(splits.class_names), draft)
     spec = input_spec(model, config.model.image_size)
     if config.engine.fsdp:
         shard(accelerator, model)
