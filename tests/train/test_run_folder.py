@@ -43,7 +43,7 @@ def test_overwriting_leaves_what_is_not_of_a_run(config, run):
 def test_overwriting_leaves_no_empty_folders(config, run, monkeypatch):
     config.overwrite, config.engine.tracker = True, "none"
     monkeypatch.setattr("cbsa_torch.train.trainer._run_epoch", interrupt)
-    with pytest.raises(TypeError):  # called with other arguments: nothing is trained
+    with pytest.raises(KeyboardInterrupt):
         train(config)
     names = {path.name for path in run.path.iterdir()}
     assert names == {"config.yaml", "environment.json", "metrics.jsonl", ".run.lock"}
