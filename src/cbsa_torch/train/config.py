@@ -100,6 +100,7 @@ class OptimConfig:
     batch_size: int = 256
     """Images per optimiser step, over all processes and accumulation steps."""
     epochs: int = 150
+    """How often every training image is seen."""
     warmup_epochs: float = 20
     """Linear warm-up from warmup_lr to lr, at most `epochs` long; then a cosine down to min_lr."""
     warmup_lr: float = 1e-6
