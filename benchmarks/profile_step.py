@@ -312,6 +312,8 @@ def markdown(record: dict[str, Any]) -> str:
             lines += ["", f"| {what} | median ms | fastest ms | times |", "|---|---|---|---|"]
             for name, t in result[f"{what}_ms"].items():
                 lines.append(f"| {name} | {t['median']:.2f} | {t['fastest']:.2f} | {t['times']} |")
+            if what == "step":
+                lines += ["", compared(result["step_ms"])]
         apart, names = result["parts_ms"], result["settings"]
         titles = ("before", "after")
         totals = [sum(sum(t.values()) for t in apart[title].values()) for title in titles]
@@ -336,6 +338,21 @@ def markdown(record: dict[str, Any]) -> str:
             lines.append(f"| {part} | {' | '.join(cells)} |")
         lines.append(f"| all | | | {totals[0]:.1f} ms | | | {totals[1]:.1f} ms |")
     return "\n".join(lines) + "\n"
+
+
+def compared(steps: dict[str, dict[str, float]]) -> str:
+    """What the settings change of the whole step, beside how much the times of one setting differ."""
+    changes = []
+    for name, times in steps.items():
+        optimizer = name.split(" + ")[0]
+        if name != optimizer:
+            change = times["fastest"] / steps[optimizer]["fastest"] - 1
+            changes.append(f"{name} {100 * change:+.0f} % beside {optimizer}")
+    spread = [100 * (times["median"] / times["fastest"] - 1) for times in steps.values()]
+    return (
+        f"Fastest steps: {'; '.join(changes)}. The median of one setting is {min(spread):.0f} to "
+        f"{max(spread):.0f} % above its fastest: a smaller change than that is not shown to be one."
+    )
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Tra
     for i, (split, count) in enumerate(COUNTS.items()):
         write_split(folder / "images" / split, count, seed=i)
     config = tiny_config(folder / "images", folder / "run")
-    config.optim.lr, config.optim.epochs = 1e-2, 25
+    config.seed, config.optim.lr, config.optim.epochs = 1, 1e-2, 25
     return config, train(copy.deepcopy(config))
 
 

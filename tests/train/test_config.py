@@ -47,8 +47,11 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
     assert load_config(write(tmp_path, dump_yaml(config))) == config
 
 
-def test_an_empty_file_gives_the_defaults(tmp_path):
-    assert load_config(write(tmp_path, "")) == TrainConfig()
+def test_no_keys_at_all_give_the_defaults_but_an_empty_file_is_refused(tmp_path):
+    assert load_config(write(tmp_path, "{}")) == TrainConfig()
+    for text in ("", "# a comment\n", "null"):
+        with pytest.raises(ConfigError, match=r"config\.yaml is empty"):
+            load_config(write(tmp_path, text))
 
 
 def test_a_dictionary_reads_back_equal():

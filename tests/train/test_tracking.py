@@ -173,7 +173,7 @@ def test_a_full_disk_under_tensorboard_neither_stops_nor_hangs_the_run(tmp_path,
 def test_names(monkeypatch):
     for name in ("tensorboard", "none"):
         check_tracker(name)
-    assert tracker_names("none") == []
+    assert tracker_names("none") is None
     assert tracker_names("wandb") == ["wandb"]
     with pytest.raises(
         ConfigError, match=r"engine\.tracker must be one of .*none, got 'wandbb'; did you mean 'wandb'"

@@ -29,10 +29,13 @@ class _TimedArgs:
     """How everything is timed."""
 
     device: str = "cpu"
+    """Where: "cpu", "cuda", "cuda:1" ..."""
     dtype: Dtype = "float32"
+    """Of weights and inputs."""
     threads: int = 2
     """CPU threads."""
     repetitions: int = 9
+    """Counted calls of each contestant; fewer where the budget ends before."""
     budget: float = 10.0
     """Seconds for one contestant in one pass."""
     output: str = "benchmarks/results/layers"
@@ -50,7 +53,9 @@ class LayersArgs(_TimedArgs):
     only: tuple[str, ...] = ()
     """Names of contestants. Default: all."""
     dim: int = 384
+    """Channels of the layer."""
     num_heads: int = 6
+    """Heads of the layer; they divide the channels."""
 
 
 @dataclass
@@ -61,9 +66,11 @@ class ModelsArgs(_TimedArgs):
     """timm names; "NAME impl=tiled" chooses the implementation, "NAME attn=floor" or "attn=transcription"
     puts a baseline in every block."""
     image_sizes: tuple[int, ...] = (224, 512)
+    """Sides of the images in pixels."""
     batches: tuple[int, ...] = (8, 2)
     """Images per batch, for each size."""
     repetitions: int = 5
+    """Counted calls of each contestant; fewer where the budget ends before."""
     output: str = "benchmarks/results/models"
     """JSON, PNG and SVG files of this name."""
 

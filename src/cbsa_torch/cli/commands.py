@@ -53,6 +53,15 @@ EXPECTED_ERRORS = (
 """Errors with a message meant for the user; anything else is a bug and keeps its traceback."""
 
 
+TRAIN_USAGE = """usage: cbsa train [--config RECIPE_OR_YAML] [--model NAME] [options]
+
+  --config  a recipe (`cbsa list`) or YAML file: the defaults that are shown below. Default: digits
+  --model   short for --model.name
+
+Later options win.
+"""
+
+
 def _take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:
     """The value of ``--name VALUE`` or ``--name=VALUE``, and the arguments without it."""
     for i, arg in enumerate(args):
@@ -78,7 +87,7 @@ def run_train(args: list[str]) -> None:
         source = str(own) if own.exists() else None
     default = load_config("digits" if source is None else source)
     if {"-h", "--help"} & set(rest):
-        print("usage: cbsa train [--config RECIPE_OR_YAML] [--model NAME] [options]; later options win.\n")
+        print(TRAIN_USAGE)
     train(parse(TrainConfig, rest, "train", default))
 
 
@@ -89,13 +98,15 @@ class _EvalArgs:
     checkpoint: str
     """A run folder or a .safetensors file of one."""
     split: Literal["train", "val", "test"] = "test"
+    """The images to evaluate on."""
     root: str | None = None
     """Evaluate on this image folder instead of the data the model was trained on."""
     max_bad_images: int | None = None
     """Unreadable images that are left out, counted and listed; one more stops. Default: as in training."""
     batch_size: int = 256
+    """Images per forward pass; changes memory and time, not the result."""
     output: str | None = None
-    """The JSON file."""
+    """The JSON file. Default: eval_<split>.json beside the checkpoint."""
 
 
 def run_eval(args: list[str]) -> None:
@@ -126,6 +137,7 @@ class _PredictArgs:
     """Classify image files."""
 
     images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files."""
     checkpoint: str = "runs/digits"
     """A run folder or a .safetensors file of one."""
     top: int = 5
@@ -261,6 +273,7 @@ class _ListArgs:
     """List models and recipes."""
 
     kind: list[Literal["models", "recipes"]] = field(default_factory=lambda: ["models", "recipes"])
+    """What to list."""
 
 
 def run_list(args: list[str]) -> None:

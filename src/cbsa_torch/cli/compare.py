@@ -80,7 +80,7 @@ def compare_runs(
                 flops=counts.counts.flops,
                 accuracy=evaluation.top1,
                 image_titles=runs.titles(trained, inputs[:shown], labels[:shown]),
-                history=RunFolder(trained.path.parent).read_metrics(),
+                history=RunFolder(trained.path.parent).read_metrics(print),
             )
         )
     data = opened[checkpoints[0]].config.data.name

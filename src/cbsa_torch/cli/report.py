@@ -70,7 +70,7 @@ def report_run(
         folder.path,
         title=f"{trained.info['model']} on {trained.config.data.name}",
         facts=runs.facts(trained, folder),
-        history=folder.read_metrics(),
+        history=folder.read_metrics(print),
         evaluation={**evaluation._asdict(), "split": split, "class_names": trained.class_names},
         image_titles=runs.titles(trained, inputs[:shown], labels[:shown]),
         labels=labels,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,10 +107,17 @@ def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
         ),
         "weights": f"epoch {trained.info['epoch']}, validation accuracy {100 * trained.info['val_top1']:.2f} %",
     }
-    if folder.environment.exists():
-        environment = json.loads(folder.environment.read_text())
-        card["trained with"] = (
-            f"cbsa_torch {environment['cbsa_torch']}, torch {environment['torch']}, {environment['device']}, "
-            f"{environment['date'][:10]}"
+    environment = folder.read_environment()
+    known = [
+        f"{label}{environment[key][:length]}"
+        for label, key, length in (
+            ("cbsa_torch ", "cbsa_torch", None),
+            ("torch ", "torch", None),
+            ("", "device", None),
+            ("", "date", 10),
         )
+        if isinstance(environment.get(key), str)
+    ]
+    if known:
+        card["trained with"] = ", ".join(known)
     return card

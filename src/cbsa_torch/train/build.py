@@ -5,23 +5,53 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+import torch
 import yaml
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import PICKLE_SUFFIXES, load_checkpoint
+from cbsa_torch.models.checkpoint import FETCHING_ARGS, PICKLE_SUFFIXES, load_checkpoint
 from cbsa_torch.models.convert import read_official
 from cbsa_torch.models.hub import PREFIX, fetch_weights, weights_path
 from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.errors import ConfigError
 
+Built = tuple[nn.Module, dict[str, Any]]
+"""A model and the constructor arguments that rebuild it."""
 
-def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The configured model and the constructor arguments that rebuild it."""
+
+def draft_model(config: TrainConfig) -> Built:
+    """The configured model before the classes are known: it tells what images it takes.
+
+    With ``model.init_from`` it has its weights already; else it has no values at all (device "meta"), which
+    takes no time and draws no random numbers.
+    """
+    if config.model.init_from is not None:
+        return _open_checkpoint(config)
+    with torch.device("meta"):
+        return build_model(config, None)
+
+
+def build_model(config: TrainConfig, num_classes: int | None, draft: Built | None = None) -> Built:
+    """The configured model and the constructor arguments that rebuild it.
+
+    Args:
+        num_classes: of the data. Default: the model's own.
+        draft: of :func:`draft_model`, whose weights are used where it has any.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
     settings = config.model
     if settings.init_from is not None:
-        return _build_from_checkpoint(config, num_classes)
+        return _fit(config, num_classes, *(_open_checkpoint(config) if draft is None else draft))
+    fetching = sorted(FETCHING_ARGS & settings.args.keys())
+    if fetching:
+        raise ConfigError(
+            f"model.args {fetching[0]} is not allowed (a checkpoint could not be opened with it); trained "
+            "weights come by model.init_from"
+        )
     known = timm.list_models()
     if settings.name not in known:
         suggestion = nearest(settings.name, registry.names()) or nearest(settings.name, known)
@@ -42,8 +72,8 @@ def build_model(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module
         raise ConfigError(f"cannot build {settings.name} with {args}: {error}") from error
 
 
-def _build_from_checkpoint(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """A trained model, with a new head and another image size where asked for."""
+def _open_checkpoint(config: TrainConfig) -> Built:
+    """A trained model as it is."""
     settings = config.model
     source = settings.init_from
     if not source:
@@ -60,11 +90,16 @@ def _build_from_checkpoint(config: TrainConfig, num_classes: int | None) -> tupl
         )
     if settings.args:
         raise ConfigError("model.args cannot be changed together with model.init_from")
-    args = dict(info["model_args"])
+    return model, dict(info["model_args"])
+
+
+def _fit(config: TrainConfig, num_classes: int | None, model: Any, args: dict[str, Any]) -> Built:
+    """A trained model with a new head and another image size, where asked for."""
+    settings = config.model
     if num_classes is not None and num_classes != args.get("num_classes"):
-        model.reset_classifier(num_classes)  # type: ignore[operator]
+        model.reset_classifier(num_classes)
         args["num_classes"] = num_classes
     if settings.image_size is not None:
-        model.set_input_size(img_size=settings.image_size)  # type: ignore[operator]
+        model.set_input_size(img_size=settings.image_size)
         args["img_size"] = settings.image_size
     return model, args

@@ -61,7 +61,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The files, newest first."""
-        return sorted(self.folder.glob("step_*.state"), reverse=True)
+        return sorted((path for path in self.folder.glob("step_*.state") if path.is_file()), reverse=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a new state; only then remove those that are too many.
@@ -84,7 +84,7 @@ class Checkpoints:
         for path in self.paths():
             try:
                 load_state(path)
-            except CheckpointError as error:
+            except (CheckpointError, OSError) as error:  # damaged, or may not be read
                 problems.append(str(error))
             else:
                 return path, problems

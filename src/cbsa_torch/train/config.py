@@ -16,6 +16,7 @@ import yaml
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.values import check_numbers, with_new_names
 
 T = TypeVar("T")
 
@@ -77,9 +78,11 @@ class DataConfig:
     shift: float = 0.0
     """Random shift by up to this share of the sides."""
     color_jitter: float = 0.0
-    """Strength of colour jitter."""
+    """Strength of colour jitter: brightness, contrast and saturation change by up to this share. timm leaves it
+    out beside auto_augment."""
     auto_augment: str | None = None
-    """timm's policy, e.g. "rand-m9-mstd0.5"."""
+    """timm's policy: "rand", "augmix", "original", "originalr", "v0", "v0r" or "3a", with its numbers after
+    dashes, e.g. "rand-m9-mstd0.5"."""
 
 
 @dataclass
@@ -91,16 +94,21 @@ class OptimConfig:
     lr: float = 2e-4
     """Peak learning rate."""
     weight_decay: float = 0.05
+    """Strength of weight decay, on matrices only unless decay_everything."""
     decay_everything: bool = False
     """Also decay biases, norms, embeddings and step sizes, as the official code does."""
     batch_size: int = 256
     """Images per optimiser step, over all processes and accumulation steps."""
     epochs: int = 150
+    """How often every training image is seen."""
     warmup_epochs: float = 20
     """Linear warm-up from warmup_lr to lr, at most `epochs` long; then a cosine down to min_lr."""
     warmup_lr: float = 1e-6
+    """Learning rate of the first step of the warm-up; lr, if that is smaller."""
     min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
     label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes, in [0, 1)."""
     clip_grad: float | None = None
     """Largest norm of the gradient."""
     ema_decay: float | None = None
@@ -141,6 +149,7 @@ class TrainConfig:
     output: str = "runs/latest"
     """The run's folder."""
     seed: int = 0
+    """Of everything drawn at random: first weights, order of the images, augmentation, dropout. From 0 on."""
     resume: bool = False
     """Take the configuration from the run in the output folder, which must exist. Without it, a run of the
     same configuration is continued, too."""
@@ -164,18 +173,22 @@ def load_config(source: str | Path) -> TrainConfig:
     """Read a configuration from a YAML file, or from a recipe by name."""
     if str(source) in recipe_names():
         folder = importlib.resources.files("cbsa_torch.train") / "recipes"
-        text, name = (folder / f"{source}.yaml").read_text(), f"recipe {source}"
+        content, name = (folder / f"{source}.yaml").read_bytes(), f"recipe {source}"
     elif Path(source).is_file():
-        text, name = Path(source).read_text(), str(source)
+        content, name = Path(source).read_bytes(), str(source)
     else:
         raise ConfigError(
             f"no configuration {str(source)!r}: neither a file nor a recipe "
             f"({', '.join(recipe_names())}){nearest(source, recipe_names())}"
         )
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(content.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not a text file in UTF-8: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if values is None:
+        raise ConfigError(f"{name} is empty; a configuration of defaults alone is {{}}")
     return from_dict(TrainConfig, values, name)
 
 
@@ -196,6 +209,7 @@ def from_dict(cls: type[T], values: Any, where: str) -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping of keys to values, got {type(values).__name__}")
     hints = get_type_hints(cls)
+    values = with_new_names(values, hints)
     unknown = [key for key in values if key not in hints]
     if unknown:
         raise ConfigError(
@@ -232,7 +246,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif type(value) is hint:
         return value
@@ -249,10 +263,25 @@ def _plain(value: Any) -> Any:
 
 def check_config(config: TrainConfig) -> None:
     """Refuse values that cannot work, before anything is read or written."""
+    check_numbers(to_dict(config))
     optim, data = config.optim, config.data
     scale, ratio, threads = data.crop_scale, data.crop_ratio, config.engine.threads
     every, keep = config.engine.checkpoint_steps, config.engine.keep_checkpoints
+    size, model = config.model.image_size, config.model
     rules = [
+        (0 <= config.seed < 2**31, "seed must be in [0, 2**31)", config.seed),
+        (size is None or size >= 1, "model.image_size must be at least 1", size),
+        (
+            "num_classes" not in model.args,
+            "model.args num_classes must be left out (the data gives the number of classes)",
+            model.args.get("num_classes"),
+        ),
+        (
+            size is None or "img_size" not in model.args,
+            "model.args img_size must be left out beside model.image_size",
+            model.args.get("img_size"),
+        ),
+        (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
         (optim.batch_size >= 1, "optim.batch_size must be at least 1", optim.batch_size),
         (optim.epochs >= 1, "optim.epochs must be at least 1", optim.epochs),
         (optim.lr > 0, "optim.lr must be positive", optim.lr),
@@ -270,12 +299,12 @@ def check_config(config: TrainConfig) -> None:
         (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
         (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
         (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
-        (data.workers >= 0, "data.workers must not be negative", data.workers),
+        (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
         (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
         (0 <= optim.min_lr <= optim.lr, "optim.min_lr must be in [0, optim.lr]", optim.min_lr),
         (optim.warmup_lr >= 0, "optim.warmup_lr must not be negative", optim.warmup_lr),
         (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
-        (threads is None or threads >= 1, "engine.threads must be at least 1", threads),
+        (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
         (keep >= 1, "engine.keep_checkpoints must be at least 1", keep),
         (every is None or every >= 1, "engine.checkpoint_steps must be at least 1", every),

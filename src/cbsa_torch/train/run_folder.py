@@ -7,8 +7,8 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from cbsa_torch._version import __version__
 from cbsa_torch.train.checkpoint import Checkpoints
 from cbsa_torch.train.config import TrainConfig, dump_yaml, load_config, to_dict
 from cbsa_torch.train.errors import RunFolderError
+from cbsa_torch.train.lock import FolderLock
+from cbsa_torch.train.metrics_file import read_rows
+from cbsa_torch.train.sources import check_sources
 
 NOT_COMPARED = (
     "output",
@@ -33,6 +36,23 @@ NOT_COMPARED = (
     "engine.tracker",
 )
 """Keys that a continued run may change: they do not change what is computed."""
+
+WRITTEN = (
+    "metrics.jsonl",
+    "model.safetensors",
+    "README.md",
+    "skipped_images.txt",
+    "checkpoints/step_*.state",
+    "tensorboard/**/events.out.tfevents.*",
+    "tensorboard/**/hparams.yml",
+    "report.html",
+    "report.json",
+    "figures/*.svg",
+    "figures/*.png",
+    "eval_*.json",
+    "eval_*.skipped.txt",
+)
+"""What a run, its evaluations and its report write besides config.yaml and environment.json."""
 
 
 class RunFolder:
@@ -53,6 +73,8 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
+        self.lock = FolderLock(self.path / ".run.lock")
+        """Held by the process that writes."""
 
     def states(self, keep: int = 1) -> Checkpoints:
         """The trainer's states, of which ``keep`` are kept."""
@@ -60,11 +82,19 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether this folder was written by a run (others have a config.yaml, too)."""
-        return self.config.exists() and self.environment.exists()
+        return self.config.is_file() and self._holds_work()
+
+    def _holds_work(self) -> bool:
+        """Whether something is here that only a run writes, besides its configuration."""
+        return (
+            any(path.is_file() for path in (self.lock.path, self.environment, self.metrics, self.weights))
+            or self.checkpoints.is_dir()
+        )
 
     def _may_be_a_beginning(self, path: Path) -> bool:
         """Whether a file may be what a process left that was killed in :meth:`start`."""
-        return path == self.environment or (path.name.startswith(".") and path.suffix == ".tmp")
+        temporary = path.name.startswith(".") and path.suffix == ".tmp"
+        return path in (self.environment, self.lock.path) or temporary
 
     def check(self, config: TrainConfig) -> list[str]:
         """Refuse a folder that this configuration may not use; touches nothing.
@@ -74,14 +104,25 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"output {self.path} is not a folder")
-        if config.resume and not self.holds_run():
-            raise RunFolderError(f"nothing to resume in {self.path}: it holds no run")
+        check_sources(config, self.path)
+        files = [] if not self.path.exists() else list(self.path.iterdir())
         if not self.holds_run():
-            if not self.path.exists() or all(map(self._may_be_a_beginning, self.path.iterdir())):
-                return []
-            raise RunFolderError(f"output {self.path} holds files that are not a run; choose another folder")
+            if files and self._holds_work() and not all(map(self._may_be_a_beginning, files)):
+                raise RunFolderError(
+                    f"output {self.path} holds files of a run, but no {self.config.name}: put it back, or "
+                    "choose another --output"
+                )
+            if config.resume:
+                raise RunFolderError(f"nothing to resume in {self.path}: it holds no run")
+            if not all(map(self._may_be_a_beginning, files)):
+                raise RunFolderError(
+                    f"output {self.path} holds files that are not a run; choose another folder"
+                )
+            return []
+        self._check_kinds()
         if config.overwrite:
             return []
+        self._check_states()
         changed = changed_keys(load_config(self.config), config)
         if changed and not config.accept_changes:
             lines = "".join(f"\n  {line}" for line in changed)
@@ -92,23 +133,52 @@ class RunFolder:
             )
         return changed
 
-    def start(self, config: TrainConfig) -> None:
-        """Create the folder with a description of the run; that of a run with a state stays until it is loaded.
+    def _check_kinds(self) -> None:
+        """No folder may lie where a run writes a file, nor the other way round."""
+        for path in (self.environment, self.metrics, self.weights, self.card, self.skipped):
+            if path.is_dir():
+                raise RunFolderError(f"{path} is a folder, where a run writes a file; move it away")
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise RunFolderError(f"{self.checkpoints} is not a folder; move it away")
+
+    def _check_states(self) -> None:
+        """Epochs without a state were trained, and their states lost: starting over would replace the rest.
+
+        One epoch may have been killed between its line of metrics and its state.
+        """
+        epochs = max((row["epoch"] for row in self.read_metrics()), default=0)
+        if epochs > 1 and not self.states().paths():
+            raise RunFolderError(
+                f"output {self.path} holds a run of {epochs} epochs, but no state to go on from in "
+                f"{self.checkpoints}: put that folder back, start over with --overwrite, or choose another "
+                "--output"
+            )
+
+    def start(self, config: TrainConfig, say: Callable[[str], None] = print) -> None:
+        """Lock the folder and describe the run in it; that of a run with a state stays until it is loaded.
 
         A process killed in here leaves a folder that the same command accepts.
+
+        Raises:
+            RunFolderError: another process writes to it, or it changed since :meth:`check`.
         """
+        self.lock.take(say)
+        self.check(config)  # again: another run may have begun and ended here since
         remove_temporary_files(self.path)
         remove_temporary_files(self.checkpoints)
         if config.overwrite and self.holds_run():
-            for path in self.path.iterdir():
-                if path in (self.config, self.environment):  # until the end they say that this is a run
-                    continue
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+            for path in self._written():  # config.yaml stays to the end: it says that this is a run
+                path.unlink()
+            events = sorted(self.tensorboard.rglob("*"), reverse=True)  # the inner ones first
+            for path in (self.checkpoints, self.figures, *events, self.tensorboard):
+                _remove_if_empty(path)
         if config.overwrite or not self.states().paths():
             self.describe(config)
+
+    def _written(self) -> Iterator[Path]:
+        """The files here that a run wrote; what else lies here is not ours to remove."""
+        for pattern in WRITTEN:
+            yield from [path for path in self.path.glob(pattern) if path.is_file() or path.is_symlink()]
 
     def describe(self, config: TrainConfig) -> None:
         """Write config.yaml and environment.json."""
@@ -122,22 +192,31 @@ class RunFolder:
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl that are whole."""
-        if not self.metrics.exists():
-            return []
-        rows = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # a line cut short by a killed process
-                continue
+    def read_metrics(self, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; ``say`` gets one line for each line that is none."""
+        rows, problems = read_rows(self.metrics)
+        if say is not None:
+            for problem in problems:
+                say(problem)
         return rows
 
-    def keep_metrics_until(self, epoch: int) -> None:
-        """Forget metrics of epochs after ``epoch``, which will be trained again."""
-        rows = [row for row in self.read_metrics() if row["epoch"] <= epoch]
+    def keep_metrics_until(self, epoch: int, say: Callable[[str], None] | None = None) -> None:
+        """Forget metrics of epochs after ``epoch``, which will be trained again, and lines that are none."""
+        rows = [row for row in self.read_metrics(say) if row["epoch"] <= epoch]
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def read_environment(self) -> dict[str, Any]:
+        """What environment.json says, nothing where it is missing or damaged: it is for readers only."""
+        try:
+            values = json.loads(self.environment.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def changed_keys(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -62,9 +62,9 @@ def check_tracker(name: str) -> None:
         )
 
 
-def tracker_names(name: str) -> list[str]:
-    """What ``Accelerator(log_with=...)`` takes; empty for "none"."""
-    return [] if name == NONE else [name]
+def tracker_names(name: str) -> list[str] | None:
+    """What ``Accelerator(log_with=...)`` takes; None for "none", as it warns of an empty list."""
+    return None if name == NONE else [name]
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, say: Say = print) -> None:

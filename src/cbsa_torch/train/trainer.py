@@ -15,17 +15,26 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cbsa_torch._version import __version__
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
-from cbsa_torch.train.build import build_model
+from cbsa_torch.train.build import build_model, draft_model
 from cbsa_torch.train.checkpoint import load_state
 from cbsa_torch.train.config import TrainConfig, check_config, to_dict
 from cbsa_torch.train.data import input_spec, make_loader, open_splits, read_skipped
 from cbsa_torch.train.engine import draw_apart, new_accelerator, shard, start_epoch, training_settings
-from cbsa_torch.train.errors import ConfigError, DataError, InterruptedRun, NonFiniteLossError
+from cbsa_torch.train.errors import (
+    ConfigError,
+    DataError,
+    InterruptedRun,
+    NonFiniteLossError,
+    RunFolderError,
+)
 from cbsa_torch.train.loop import Evaluation, Progress, evaluate, train_one_epoch
 from cbsa_torch.train.model_card import write_model_card
+from cbsa_torch.train.on_main import on_main
 from cbsa_torch.train.optim import make_optimizer, make_scheduler
+from cbsa_torch.train.optim_check import check_optimizer
 from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.same_data import compare_data, data_facts
 from cbsa_torch.train.signals import StopRequests
 from cbsa_torch.train.speed import to_channels_last
 from cbsa_torch.train.state import (
@@ -68,6 +77,8 @@ class _Session(NamedTuple):
     scheduler: Any
     train_loader: DataLoader[Any]
     val_loader: DataLoader[Any]
+    data: dict[str, Any]
+    """What a state remembers of the data."""
     description: dict[str, Any]
     """What a checkpoint says about itself: enough to rebuild, feed and judge the model."""
 
@@ -99,14 +110,17 @@ def train(config: TrainConfig) -> TrainResult:
         log_with=tracker_names(config.engine.tracker), project_dir=folder.path, **settings
     )
     stop = StopRequests()
-    session = _prepare(config, folder, accelerator, stop)
-    for line in changes:
-        session.reporter.say(f"accepted change: {line}")
     try:
-        with stop:  # after the trackers, which may set handlers of their own
-            done = _run(session)
+        session = _prepare(config, folder, accelerator, stop)
+        for line in changes:
+            session.reporter.say(f"accepted change: {line}")
+        try:
+            with stop:  # after the trackers, which may set handlers of their own
+                done = _run(session)
+        finally:
+            finish_trackers(accelerator, session.reporter.say)
     finally:
-        finish_trackers(accelerator, session.reporter.say)
+        folder.lock.release()
     kept = "" if config.optim.keep == "best" else f"; kept: the last, epoch {done.epoch}"
     session.reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}{kept}")
     return TrainResult(folder.path, done.best_epoch, done.best_top1)
@@ -136,12 +150,13 @@ def _run(session: _Session) -> Progress:
 def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, stop: StopRequests) -> _Session:
     """Check everything else, then create the run's folder and wrap the model."""
     reporter = Reporter(accelerator.is_main_process)
+    check_optimizer(config.optim, accelerator.device)
     set_seed(config.seed)
     batch_size = _batch_per_process(config, accelerator.num_processes)
 
-    model, _ = build_model(config, None)
-    splits = open_splits(config.data, input_spec(model).mode, folder.skipped)
-    model, model_args = build_model(config, len(splits.class_names))
+    draft = draft_model(config)
+    splits = open_splits(config.data, input_spec(draft[0]).mode, folder.skipped)
+    model, model_args = build_model(config, len(splits.class_names), draft)
     spec = input_spec(model, config.model.image_size)
     if config.engine.fsdp:
         shard(accelerator, model)
@@ -155,9 +170,7 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, s
     _check_loader(train_loader, batch_size, accelerator.num_processes)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder
-    if accelerator.is_main_process:
-        folder.start(config)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: folder.start(config, reporter.say), (RunFolderError, OSError))
     start_trackers(accelerator, config, reporter.say)
 
     own = {name: value.to("meta") for name, value in model.state_dict().items()}
@@ -201,6 +214,7 @@ def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, s
         scheduler,
         train_loader,
         val_loader,
+        data_facts(splits.class_names, train_loader.dataset, val_loader.dataset),
         description,
     )
 
@@ -339,6 +353,7 @@ def _save_state(session: _Session, progress: Progress) -> None:
     state = {
         "progress": dict(vars(progress)),
         "batch_size": _images_per_batch(session.config),
+        "data": session.data,
         "model": model_state(session.model),
         "ema": None if session.ema is None else session.ema.module.state_dict(),
         "optimizer": optimizer_state(session.model, session.optimizer),
@@ -368,7 +383,7 @@ def _resume(session: _Session) -> Progress:
     if accelerator.is_main_process:
         if path is not None:
             folder.describe(session.config)  # only now: a changed configuration may not have fitted
-        folder.keep_metrics_until(progress.epoch)
+        folder.keep_metrics_until(progress.epoch, reporter.say)
     accelerator.wait_for_everyone()
     if path is not None:
         epochs = session.config.optim.epochs
@@ -382,6 +397,9 @@ def _restore(session: _Session, path: Path) -> Progress:
     state = load_state(path)
     try:
         progress = Progress(**state["progress"])
+        for remark in compare_data(state.get("data"), session.data, progress.batch, str(path)):
+            session.reporter.say(remark)
+        progress.batch = min(progress.batch, len(session.train_loader))
         restore(session.model, session.optimizer, state["model"], state["optimizer"], session.own, str(path))
         if session.ema is not None:
             if state["ema"] is None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.data.augmentation import check_augmentation, keep_one_bit
 from cbsa_torch.train.data.images import PlainImages
 from cbsa_torch.train.data.seeded import SeededSamples
 
@@ -84,6 +85,7 @@ def make_loader(
     """
     augment: dict[str, Any] = {}
     if train:
+        check_augmentation(config)
         augment = {
             "scale": config.crop_scale,
             "ratio": config.crop_ratio,
@@ -111,6 +113,7 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         **augment,
     )
+    keep_one_bit(loader.dataset.transform)
     ending = multiprocessing.Event()
     atexit.register(ending.set)  # runs before multiprocessing ends its children: registered later
     loader.worker_init_fn = functools.partial(_start_worker, ending=ending, then=loader.worker_init_fn)

@@ -1,0 +1,227 @@
+"""What a run folder may look like: damaged, half there, with files of others in it."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cbsa_torch.cli import main
+from cbsa_torch.models.checkpoint import CheckpointError
+from cbsa_torch.train import train
+from cbsa_torch.train.errors import ConfigError, RunFolderError
+from cbsa_torch.train.metrics_file import read_rows
+from cbsa_torch.train.run_folder import RunFolder
+from tests.helpers.runs import STEPS, during_training_step, interrupt, last, rows, states
+
+
+@pytest.fixture
+def run(config):
+    """A finished run."""
+    train(config)
+    return RunFolder(config.output)
+
+
+def test_overwriting_leaves_what_is_not_of_a_run(config, run):
+    (run.path / "eval_test.json").write_text("{}")
+    foreign = [run.path / "notes.txt", run.path / "thesis" / "chapter.tex", run.checkpoints / "backup.pt"]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    events = list(run.tensorboard.rglob("events.*"))
+    assert events
+    config.overwrite, config.optim.epochs = True, 1
+    train(config)
+    assert [path.read_text() for path in foreign] == ["mine"] * 3
+    assert not (run.path / "eval_test.json").exists()
+    assert not [path for path in events if path.exists()]
+    assert [row["epoch"] for row in rows(config)] == [1]
+    assert len(states(config)) == 1
+
+
+def test_overwriting_leaves_no_empty_folders(config, run, monkeypatch):
+    config.overwrite, config.engine.tracker = True, "none"
+    monkeypatch.setattr("cbsa_torch.train.trainer._run_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    names = {path.name for path in run.path.iterdir()}
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", ".run.lock"}
+
+
+@pytest.mark.parametrize("source", ["", "model.safetensors"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_does_not_start_from_its_own_weights(config, run, contents, source, overwrite):
+    before = contents(run.path)
+    config.model.args, config.model.init_from = {}, str(run.path / source)
+    config.overwrite = overwrite
+    with pytest.raises(RunFolderError, match=r"model\.init_from .* lies in output .*, where the run writes"):
+        train(config)
+    assert contents(run.path) == before
+
+
+def test_data_inside_an_output_is_not_overwritten(config, run, contents):
+    shutil.move(config.data.root, run.path / "images")
+    link = run.path.parent / "link"
+    link.symlink_to(run.path / "images")
+    before = contents(run.path)
+    config.overwrite = True
+    for root in (run.path / "images", link):
+        config.data.root = str(root)
+        with pytest.raises(RunFolderError, match=r"data\.root .* lies in output .* to be overwritten"):
+            train(config)
+    assert contents(run.path) == before
+
+
+def test_a_run_needs_no_description_of_its_environment(config, run, capsys):
+    run.environment.unlink()
+    train(config)
+    assert "finished already: epoch 2 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_without_configuration_is_named(config, run, contents, resume, overwrite):
+    run.config.unlink()
+    before = contents(run.path)
+    config.resume, config.overwrite = resume, overwrite and not resume
+    with pytest.raises(RunFolderError, match=r"holds files of a run, but no config\.yaml: put it back"):
+        train(config)
+    assert contents(run.path) == before
+
+
+def test_an_empty_configuration_is_not_taken_for_the_defaults(config, run, contents):
+    run.config.write_text("")
+    before = contents(run.path)
+    with pytest.raises(ConfigError, match=r"config\.yaml is empty"):
+        train(config)
+    assert contents(run.path) == before
+    config.overwrite = True
+    train(config)
+
+
+def test_a_killed_overwriting_can_be_repeated_without_environment(config, run, monkeypatch):
+    run.environment.unlink()
+    config.overwrite = True
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "describe", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(config)
+    assert len(rows(config)) == 2
+
+
+def test_a_folder_among_the_states_is_passed_over(config, run, capsys):
+    (run.checkpoints / "step_9999999999.state").mkdir()
+    config.optim.epochs, config.accept_changes = 3, True
+    train(config)
+    assert "continuing after epoch 2 of 3" in capsys.readouterr().out
+    assert len(states(config)) == 2
+
+
+def test_lost_states_are_not_trained_over(config, run, contents):
+    shutil.rmtree(run.checkpoints)
+    before = contents(run.path)
+    with pytest.raises(RunFolderError, match="holds a run of 2 epochs, but no state to go on from"):
+        train(config)
+    assert contents(run.path) == before
+    config.overwrite = True
+    train(config)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "checkpoints"])
+def test_a_folder_in_the_place_of_a_file_and_the_reverse_are_named(config, run, name):
+    path = run.path / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("")
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(RunFolderError, match=rf"{name} is (not )?a folder.*; move it away"):
+        train(config)
+
+
+BAD_LINES = {
+    "number": b"5",
+    "empty mapping": b"{}",
+    "list": b'["epoch"]',
+    "bytes": b"\xff\xfe\x00",
+    "huge line": b'{"epoch": 1, "x": "' + b"a" * 200_000 + b'"}',
+    "huge number": b'{"epoch": ' + b"9" * 5000 + b"}",
+    "number beyond floats": b'{"epoch": 1, "val_top1": ' + b"9" * 400 + b"}",
+    "deep": b"[" * 50_000,
+    "text": b'{"epoch": 1, "val_top1": "good"}',
+    "nested": b'{"epoch": 1, "val_top1": [1]}',
+    "no epoch": b'{"epoch": null, "val_top1": 0.5}',
+    "cut short": b'{"epoch": 3, "st',
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_lines_that_are_no_rows_are_left_aside_and_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"epoch": 1, "val_top1": null}\n' + line + b'\n\n{"epoch": 2, "val_top1": NaN}\n')
+    good, problems = read_rows(path)
+    assert [row["epoch"] for row in good] == [1, 2]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{path}, line 2, is left aside: it ")
+    assert len(problems[0]) < 300
+
+
+def test_bad_lines_stop_neither_a_run_nor_its_readers(config, run, capsys):
+    with run.metrics.open("ab") as file:
+        file.write(b"\n".join(BAD_LINES.values()) + b"\n")
+    run.environment.write_bytes(b"\xff{")
+    args = ["--images", "4", "--shown", "1", "--robustness-images", "0"]
+    assert main(["report", "--checkpoint", str(run.path), *args]) == 0
+    assert capsys.readouterr().out.count("is left aside") == len(BAD_LINES)
+    train(config)
+    assert capsys.readouterr().out.count("is left aside") == len(BAD_LINES)
+    assert [row["epoch"] for row in map(json.loads, run.metrics.read_text().splitlines())] == [1, 2]
+
+
+@pytest.fixture
+def stopped(config, monkeypatch):
+    """Stopped in the second epoch, with a state of its first step."""
+    config.engine.checkpoint_steps = 1
+    with monkeypatch.context() as patch:
+        during_training_step(patch, STEPS + 2, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    return config
+
+
+def test_other_classes_are_refused_by_name(stopped, contents):
+    before = contents(RunFolder(stopped.output).checkpoints)
+    for split in ("train", "val", "test"):
+        root = Path(stopped.data.root) / split
+        shutil.move(root / "red", root / "rouge")
+    with pytest.raises(
+        CheckpointError, match="on 3 classes, the data has 3; new: 'rouge', missing: 'red'. Put"
+    ):
+        train(stopped)
+    assert contents(RunFolder(stopped.output).checkpoints) == before
+
+
+def test_more_classes_are_refused_by_name(stopped):
+    for split in ("train", "val", "test"):
+        root = Path(stopped.data.root) / split
+        shutil.copytree(root / "red", root / "pink")
+    with pytest.raises(CheckpointError, match="on 3 classes, the data has 4; new: 'pink'"):
+        train(stopped)
+
+
+def test_another_number_of_images_is_said(stopped, capsys):
+    root = Path(stopped.data.root)
+    for path in list((root / "train").rglob("*_1.png")):
+        path.unlink()
+    shutil.copy(root / "val" / "red" / "red_0.png", root / "val" / "red" / "more.png")
+    train(copy.deepcopy(stopped))
+    said = capsys.readouterr().out
+    assert "the data has 21 training images, 24 when the state was saved" in said
+    assert "the data has 13 validation images, 12 when the state was saved" in said
+    assert "the epoch under way is not what it would have been" in said
+    assert last(stopped)["data"] == {
+        "class_names": ["blue", "green", "red"], "training": 21, "validation": 13
+    }  # fmt: skip
