@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from typing import Any
 
 import torch
@@ -21,9 +20,15 @@ def new_accelerator(**settings: Any) -> Accelerator:
     """An Accelerator with these settings, whatever an earlier run in this process used.
 
     Its process group stays, as it can be made only once in a process: see ``leave_process_group``.
+
+    Raises:
+        ConfigError: fp16 on the CPU, where Accelerate would silently compute in float32.
     """
-    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
-    return Accelerator(**settings)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(**settings)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("engine.precision fp16 needs a GPU; on the CPU, bf16 is the mixed precision")
+    return accelerator
 
 
 def leave_process_group() -> None:
