@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 
 from cbsa_torch.train import train
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError

@@ -30,7 +30,9 @@ SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
 
 def check_finite(accelerator: Accelerator, model: nn.Module, step: int) -> None:
-    """Refuse to keep weights that a step has spoiled although its loss was finite; to be called on every process.
+    """Refuse to keep weights that a step has spoiled although its loss was finite.
+
+    To be called on every process; in each of them it sees its own.
 
     Raises:
         NonFiniteLossError: one of them, on any process, is NaN or infinite.
