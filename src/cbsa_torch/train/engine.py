@@ -34,8 +34,8 @@ def new_accelerator(**settings: Any) -> Accelerator:
 def leave_process_group() -> None:
     """To be called once, at the end of a process that trained or evaluated beside others.
 
-    Without it the process may abort at its exit, while its communication threads still run. Not after an error of one
-    process: it could wait there for the others, and the launcher, which ends them, for it.
+    Without it the process may abort at its exit, while its communication threads still run. Not after an
+    error of one process: it could wait there for the others, and the launcher, which ends them, for it.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # wrapped models hold the group, and lie in cycles
