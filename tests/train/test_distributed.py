@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,20 @@ def launch_training(processes, config, *args):
     result = launch(processes, "train", "--config", str(path), *args)
     assert result.returncode == 0, result.stderr
     return result
+
+
+@pytest.mark.parametrize("moment", ["setup", "backward", "interrupt"])
+def test_the_others_end_when_one_process_fails_alone(digits, tmp_path, moment):
+    """In a bounded time, without an abort, though they wait for it in an exchange."""
+    digits.data.workers, digits.optim.epochs = 1, 500
+    (tmp_path / "run.yaml").write_text(dump_yaml(digits))
+    arguments = [*command(2, "train", "--config", str(tmp_path / "run.yaml"))]
+    arguments[arguments.index("cbsa_torch.cli") : arguments.index("train")] = ["tests.helpers.failing", moment]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=40, env=ENVIRONMENT)
+    assert result.returncode == 1
+    assert f"exitcode: {130 if moment == 'interrupt' else 1}) local_rank: 1" in result.stderr
+    assert ("only here" in result.stderr) == (moment != "interrupt")
+    assert "terminate called" not in result.stderr
 
 
 @pytest.fixture
@@ -103,6 +118,56 @@ def test_sharded_training_equals_copies_and_goes_on_in_one_process(digits, alone
         further.accept_changes, further.engine.fsdp, further.optim.epochs = True, False, 3
         train(further)
     assert_same_curve(digits, alone)
+
+
+def test_the_average_of_two_processes_is_that_of_one(digits, tmp_path):
+    digits.optim.ema_decay, digits.optim.epochs = 0.9, 1
+    alone = dataclasses.replace(digits, output=str(tmp_path / "alone"))
+    train(alone)
+    launch_training(2, digits)
+    assert_same_curve(digits, alone)
+    torch.testing.assert_close(last(digits)["ema"], last(alone)["ema"], rtol=1e-4, atol=1e-5)
+    moved = last(digits)["model"]["head.weight"] - last(digits)["ema"]["head.weight"]
+    assert moved.abs().max() > 1e-4
+
+
+def test_a_sharded_run_goes_on_exactly_within_an_epoch(digits, tmp_path):
+    """Two runs in each of the processes: the second, with copies, does not stay sharded."""
+    digits.engine.fsdp, digits.engine.checkpoint_steps, digits.engine.keep_checkpoints = True, 3, 9
+    digits.optim.epochs = 1
+    launch_training(2, digits)
+    cut = dataclasses.replace(digits, output=str(tmp_path / "cut"))
+    shutil.copytree(digits.output, cut.output)
+    for path in states(cut)[:-2]:  # keeps those of steps 3 and 6
+        path.unlink()
+    copies = dataclasses.replace(digits, output=str(tmp_path / "copies"))
+    copies.engine = dataclasses.replace(digits.engine, fsdp=False)
+    for config in (cut, copies):
+        RunFolder(config.output).path.with_suffix(".yaml").write_text(dump_yaml(config))
+    arguments = command(2, str(tmp_path / "cut.yaml"), str(tmp_path / "copies.yaml"))
+    arguments[arguments.index("cbsa_torch.cli")] = "tests.helpers.in_turn"
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, check=False, timeout=100, env=ENVIRONMENT
+    )
+    assert result.returncode == 0, result.stderr
+    assert "continuing after epoch 0 of 1, batch 6 of 8" in result.stdout
+    assert "each with a copy (DDP)" in result.stdout
+    assert measured(cut) == measured(digits)
+    assert_same_tensors(last(cut)["model"], last(digits)["model"])
+    assert_same_curve(copies, digits)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_in_two_processes(digits, tmp_path):
+    digits.optim.epochs, digits.optim.batch_size = 1, 600
+    plain = dataclasses.replace(digits, output=str(tmp_path / "plain"))
+    plain.engine = dataclasses.replace(digits.engine)
+    digits.engine.compile = True
+    launch_training(2, digits)
+    launch_training(2, plain)
+    assert last(digits)["model"].keys() == last(plain)["model"].keys()
+    assert_same_curve(digits, plain, rel=1e-4)
+    launch_training(2, digits)  # finished already: its state is loaded
 
 
 def test_mixed_precision_is_the_same_sharded_and_copied(digits, tmp_path):

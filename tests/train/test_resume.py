@@ -11,8 +11,9 @@ import torch
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
-from cbsa_torch.train import load_config, train
+from cbsa_torch.train import load_config, train, trainer
 from cbsa_torch.train.checkpoint import load_state, save_state
+from cbsa_torch.train.engine import new_accelerator
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.run_folder import RunFolder
 from tests.helpers.runs import (
@@ -52,6 +53,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert_same_tensors(last(cut)["ema"], last(config)["ema"])
     best = [load_checkpoint(RunFolder(c.output).weights)[0].state_dict() for c in (cut, config)]
     assert_same_tensors(*best)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])  # fused: the scaler is within the step; or around it
+def test_the_scale_of_mixed_precision_goes_on(config, tmp_path, monkeypatch, name):
+    """Accelerate scales fp16 losses on GPUs only; here torch's scaler for CPUs is put in its place."""
+
+    def with_scaler(**settings):
+        accelerator = new_accelerator(**settings)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr(trainer, "new_accelerator", with_scaler)
+    config.optim.name, config.optim.clip_grad, config.engine.checkpoint_steps = name, 1.0, 1
+    train(config)
+    assert last(config)["scaler"]["scale"] == 8.0 * 2 ** (2 * STEPS // 2)
+    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        during_training_step(patch, STEPS + 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    assert last(cut)["scaler"]["_growth_tracker"] == (STEPS + 2) % 2
+    train(cut)
+    assert last(cut)["scaler"] == last(config)["scaler"]
+    assert measured(cut) == measured(config)
+    assert_same_tensors(last(cut)["model"], last(config)["model"])
 
 
 def test_a_resumed_run_says_where_it_goes_on(config, monkeypatch, capsys):

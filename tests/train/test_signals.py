@@ -95,6 +95,22 @@ def test_requests_are_noted_inside_only():
         assert stop.received is signal.SIGTERM
 
 
+def test_a_handler_that_python_did_not_install_is_given_up_for_the_default(monkeypatch):
+    """A program in C around Python may have one: Python calls it None, and cannot put it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    install = signal.signal
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "signal", lambda number, handler: (install(number, handler), None)[1])
+            with StopRequests() as stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert stop
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
 def test_the_command_says_by_its_exit_code_that_it_can_be_continued(config, tmp_path, number, workers):
     """The signal goes to all of its processes, as from a terminal, from systemd or timeout."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from typing import Any
 
 import torch
@@ -21,15 +20,22 @@ def new_accelerator(**settings: Any) -> Accelerator:
     """An Accelerator with these settings, whatever an earlier run in this process used.
 
     Its process group stays, as it can be made only once in a process: see ``leave_process_group``.
+
+    Raises:
+        ConfigError: fp16 on the CPU, where Accelerate would silently compute in float32.
     """
-    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", "1")) == 1)
-    return Accelerator(**settings)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(**settings)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("engine.precision fp16 needs a GPU; on the CPU, bf16 is the mixed precision")
+    return accelerator
 
 
 def leave_process_group() -> None:
     """To be called once, at the end of a process that trained or evaluated beside others.
 
-    Without it the process may abort at its exit, while its communication threads still run.
+    Without it the process may abort at its exit, while its communication threads still run. Not after an
+    error of one process: it could wait there for the others, and the launcher, which ends them, for it.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # wrapped models hold the group, and lie in cycles

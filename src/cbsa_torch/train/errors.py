@@ -22,7 +22,7 @@ class RunFolderError(ValueError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; nothing was updated with it and no checkpoint was written."""
+    """The loss or the weights became NaN or infinite; no checkpoint was written of it."""
 
 
 class InterruptedRun(Exception):  # noqa: N818

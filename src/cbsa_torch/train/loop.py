@@ -101,6 +101,7 @@ def train_one_epoch(
         NonFiniteLossError: before the bad loss reaches the weights, on every process alike.
     """
     model.train()
+    parts: list[Tensor] = []
     before = time.perf_counter()
     for images, targets in _timed(loader, progress):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
@@ -110,32 +111,65 @@ def train_one_epoch(
             logits = model(images)
             loss = classification_loss(logits.float(), targets, config.label_smoothing)
             count = (targets != IGNORE).sum()
-            # One exchange between the processes a batch: loss, images, and whether one was asked to stop.
-            flag = loss.new_tensor(float(stop()))
-            sums = accelerator.reduce(torch.stack([loss.detach() * count, count.to(loss.dtype), flag]))
-            total, everyone, stops = sums.double().tolist()
+            parts.append(torch.stack([loss.detach() * count, count.to(loss.dtype)]))
+            if accelerator.sync_gradients:
+                # One exchange between the processes a step: loss, images, and whether one was asked to stop.
+                flag = loss.new_tensor([float(stop())])
+                sums = _on_its_way(accelerator.reduce(torch.cat([torch.stack(parts).sum(0), flag])))
+                parts = []
+            # Each part weighs as many images as it has; how many the step has is known only at its end.
+            accelerator.backward(loss * (count / targets.numel()))
             progress.batch += 1
-            if not math.isfinite(total):
-                raise NonFiniteLossError(
-                    f"the loss became {total} in epoch {progress.epoch + 1}, batch {progress.batch}"
-                )
-            # The mean over the readable images of all processes, whose gradients are averaged.
-            accelerator.backward(loss * (count * accelerator.num_processes / max(everyone, 1)))
-            if config.clip_grad is not None and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+            if accelerator.sync_gradients:
+                total, everyone, stops = sums()
+                if not math.isfinite(total):
+                    raise NonFiniteLossError(
+                        f"the loss became {total} in epoch {progress.epoch + 1}, batch {progress.batch}"
+                    )
+                nominal = targets.numel() * accelerator.num_processes * accelerator.gradient_accumulation_steps
+                _scale_gradients(model, nominal / max(everyone, 1))
+                if config.clip_grad is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
-        progress.loss += total
-        progress.images += everyone
-        progress.lr = optimizer.param_groups[0]["lr"]
         progress.seconds += time.perf_counter() - before
         advance()
         if accelerator.sync_gradients:
+            progress.loss += total
+            progress.images += everyone
+            progress.lr = optimizer.param_groups[0]["lr"]
             progress.step += 1
             if ema is not None:
                 ema.update(accelerator.unwrap_model(model), step=progress.step)
             stepped(stops > 0)
         before = time.perf_counter()
+
+
+def _on_its_way(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy numbers to the host; the function returned waits for them, not for what is queued later.
+
+    So a GPU has the backward pass to work on while the host waits for the loss.
+    """
+    copy = values.to("cpu", non_blocking=values.is_cuda)
+    there = torch.cuda.Event() if values.is_cuda else None
+    if there is not None:
+        there.record()
+
+    def wait() -> list[float]:
+        if there is not None:
+            there.synchronize()
+        numbers: list[float] = copy.double().tolist()
+        return numbers
+
+    return wait
+
+
+def _scale_gradients(model: nn.Module, factor: float) -> None:
+    """Make up for unreadable images, and for a last step of an epoch that has fewer parts."""
+    if factor != 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
 
 def _timed(loader: Iterable[Any], progress: Progress) -> Iterator[Any]:

@@ -17,7 +17,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, signal._HANDLER] = {}
+        self._before: dict[signal.Signals, signal._HANDLER | None] = {}
 
     def __bool__(self) -> bool:
         return self.received is not None
@@ -40,5 +40,6 @@ class StopRequests:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: installed by a program in C around Python, which cannot put it back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -15,8 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit
+from cbsa_torch.train.errors import NonFiniteLossError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Gather what is sharded: a file is the same however many processes wrote it."""
@@ -24,6 +27,28 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 """What torch's optimisers with a fused step remember of every weight."""
+
+
+def check_finite(accelerator: Accelerator, model: nn.Module, step: int) -> None:
+    """Refuse to keep weights that a step has spoiled although its loss was finite.
+
+    To be called on every process; in each of them it sees its own.
+
+    Raises:
+        NonFiniteLossError: one of them, on any process, is NaN or infinite.
+    """
+    values = {
+        name: value.to_local() if isinstance(value, DTensor) else value
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
+    finite = torch.stack([value.isfinite().all() for value in values.values()])
+    if accelerator.reduce((~finite).sum()) > 0:
+        bad = [name for name, fine in zip(values, finite.tolist(), strict=True) if not fine]
+        which = f" ({', '.join(bad[:4])}{', ...' if bad[4:] else ''})" if bad else ""
+        raise NonFiniteLossError(
+            f"weights became NaN or infinite by step {step}{which}: the loss was finite, its gradient was not"
+        )
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:

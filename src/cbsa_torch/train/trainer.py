@@ -38,6 +38,7 @@ from cbsa_torch.train.same_data import compare_data, data_facts
 from cbsa_torch.train.signals import StopRequests
 from cbsa_torch.train.speed import to_channels_last
 from cbsa_torch.train.state import (
+    check_finite,
     model_state,
     optimizer_state,
     random_states,
@@ -269,7 +270,12 @@ def _run_epoch(session: _Session, progress: Progress) -> None:
                 stepped=lambda stop: _after_step(session, progress, stop),
                 advance=advance,
             )
+    if progress.images == 0:
+        raise DataError(f"no training image of epoch {epoch} could be read{_listed(session.folder)}")
+    check_finite(session.accelerator, session.model, progress.step)
     result = _validate(session, progress)
+    if result.images == 0:
+        raise DataError(f"no image of the validation split could be read{_listed(session.folder)}")
     if not math.isfinite(result.loss):
         raise NonFiniteLossError(f"the validation loss became {result.loss} after epoch {epoch}")
 
@@ -321,6 +327,7 @@ def _after_step(session: _Session, progress: Progress, stop: bool) -> None:
     """Save the state where the configuration or a signal asks for it."""
     every = session.config.engine.checkpoint_steps
     if stop or (every is not None and progress.step % every == 0):
+        check_finite(session.accelerator, session.model, progress.step)
         _save_state(session, progress)
     if stop:
         _stop(session)
@@ -430,6 +437,10 @@ def _restore(session: _Session, path: Path) -> Progress:
 def _images_per_batch(config: TrainConfig) -> int:
     """Images of one forward pass of all processes."""
     return config.optim.batch_size // config.engine.accumulate
+
+
+def _listed(folder: RunFolder) -> str:
+    return f"; they are listed in {folder.skipped}" if folder.skipped.exists() else ""
 
 
 def _what_is_kept(folder: RunFolder) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable
-from multiprocessing.synchronize import Event
-from types import FrameType
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,9 +113,9 @@ def make_loader(
         **augment,
     )
     keep_one_bit(loader.dataset.transform)
-    ending = multiprocessing.Event()
-    atexit.register(ending.set)  # runs before multiprocessing ends its children: registered later
-    loader.worker_init_fn = functools.partial(_start_worker, ending=ending, then=loader.worker_init_fn)
+    if config.workers:
+        loader.multiprocessing_context = _worker_context()
+        loader.worker_init_fn = functools.partial(_start_worker, then=loader.worker_init_fn)
     if train and (config.rotate or config.shift):
         # timm has no affine augmentation; it goes first, on the image as it was read
         affine = RandomAffine(
@@ -126,17 +125,39 @@ def make_loader(
     return loader
 
 
-def _start_worker(number: int, ending: Event, then: Callable[[int], None] | None) -> None:
+class _Worker(multiprocessing.Process):
+    """A worker that its trainer ends for certain: it heeds no SIGTERM, and may be stuck in a file."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+def _kill_workers() -> None:
+    if hasattr(signal, "SIGCHLD"):  # else torch's handler raises at the first one's death
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if isinstance(child, _Worker):
+            child.kill()
+
+
+# Runs before multiprocessing asks its children to end and waits for them, as that was registered earlier.
+atexit.register(_kill_workers)
+
+
+def _worker_context() -> BaseContext:
+    """The context that is the default one but for the kind of process."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Process = _Worker  # type: ignore[misc]
+    return context
+
+
+def _start_worker(number: int, then: Callable[[int], None] | None) -> None:
     """Let signals to the whole group of processes pass: the trainer acts on them, and ends its workers.
 
     Else a SIGTERM to all (systemd, timeout, some job schedulers) kills a worker, and with it the run, unsaved.
+    Workers whose trainer was killed end by themselves: torch lets them look for it every five seconds.
     """
-
-    def terminate(signal_number: int, frame: FrameType | None) -> None:
-        if ending.is_set():  # else multiprocessing would wait for this worker for ever
-            os._exit(1)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(number)
