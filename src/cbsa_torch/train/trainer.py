@@ -27,6 +27,7 @@ from cbsa_torch.train.errors import (
     NonFiniteLossError,
     RunFolderError,
 )
+from cbsa_torch.train.kept import what_is_kept
 from cbsa_torch.train.loop import Evaluation, Progress, evaluate, train_one_epoch
 from cbsa_torch.train.model_card import write_model_card
 from cbsa_torch.train.on_main import on_main
@@ -135,11 +136,11 @@ def _run(session: _Session) -> Progress:
         while progress.epoch < config.optim.epochs:
             _run_epoch(session, progress)
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; {_what_is_kept(folder)}") from None
+        raise NonFiniteLossError(f"{error}; {what_is_kept(folder)}") from None
     except OSError as error:
-        raise OSError(f"{error}; {_what_is_kept(folder)}") from error
+        raise OSError(f"{error}; {what_is_kept(folder)}") from error
     except KeyboardInterrupt:
-        reporter.say(f"\ninterrupted; {_what_is_kept(folder)}")
+        reporter.say(f"\ninterrupted; {what_is_kept(folder)}")
         raise
     finally:
         skipped = read_skipped(folder.skipped)
@@ -341,7 +342,7 @@ def _anyone_asks_to_stop(session: _Session) -> bool:
 
 def _stop(session: _Session) -> None:
     name = "another process" if session.stop.received is None else session.stop.received.name
-    raise InterruptedRun(f"stopped by {name}; {_what_is_kept(session.folder)}")
+    raise InterruptedRun(f"stopped by {name}; {what_is_kept(session.folder)}")
 
 
 def _save_weights(session: _Session, epoch: int, top1: float) -> None:
@@ -441,20 +442,3 @@ def _images_per_batch(config: TrainConfig) -> int:
 
 def _listed(folder: RunFolder) -> str:
     return f"; they are listed in {folder.skipped}" if folder.skipped.exists() else ""
-
-
-def _what_is_kept(folder: RunFolder) -> str:
-    """What an interrupted run has left, as its files tell: memory may be ahead of them or behind."""
-    try:
-        path, _ = folder.states().newest()
-    except CheckpointError as error:
-        return str(error)
-    if path is None:
-        return "there is no checkpoint yet"
-    done = load_state(path)["progress"]
-    within = f" and {done['batch']} batches" if done["batch"] else ""
-    best = f", the best epoch was {done['best_epoch']}" if done["best_epoch"] else ""
-    return (
-        f"the last checkpoint is that of epoch {done['epoch']}{within}{best}; "
-        f"go on with: cbsa train --output {folder.path} --resume"
-    )
