@@ -86,6 +86,7 @@ class Options:
 def configuration(options: Options, member: str, seed: int) -> TrainConfig:
     """The digits recipe with another model and seed, one thread."""
     recipe = load_config("digits")
+    assert isinstance(recipe, TrainConfig)
     name, args = MEMBERS[member]
     return replace(
         recipe,

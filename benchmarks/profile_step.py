@@ -33,10 +33,10 @@ from torch.utils.data import Subset
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.bench.measure import interleaved
 from cbsa_torch.models import registry
-from cbsa_torch.train import load_config
+from cbsa_torch.train import TrainConfig, load_config
 from cbsa_torch.train.config import DataConfig, OptimConfig
 from cbsa_torch.train.data import input_spec, make_loader, open_splits
-from cbsa_torch.train.loop import classification_loss
+from cbsa_torch.train.loop import mean_loss
 from cbsa_torch.train.optim import has_fused, make_optimizer
 from cbsa_torch.train.run_folder import environment
 from cbsa_torch.train.speed import to_channels_last
@@ -126,7 +126,7 @@ class Step:
             images, targets = images.to(self.device), targets.to(self.device)
         logits = self.model(images)
         with record_function(MARK + "head and loss"):
-            loss = classification_loss(logits.float(), targets, 0.1)
+            loss = mean_loss(logits.float(), targets, 0.1)
         loss.backward()
         with record_function(MARK + "optimiser"):
             self.optimizer.step()
@@ -200,7 +200,9 @@ def _number(event: Any) -> int:
 def batches_of(model: str, batch_size: int, folder: Path) -> tuple[Iterator[Any], str]:
     """Batches without end, read in this process, and what they are."""
     if model.endswith("_28"):
-        data, what = load_config("animals28").data, "animals28, as in its recipe"
+        recipe = load_config("animals28")
+        assert isinstance(recipe, TrainConfig)
+        data, what = recipe.data, "animals28, as in its recipe"
     else:
         for i in range(32):
             target = folder / "train" / f"class{i % 2}" / f"{i}.jpg"

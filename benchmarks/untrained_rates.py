@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cbsa_torch import interpret
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.train import load_config
+from cbsa_torch.train import TrainConfig, load_config
 from cbsa_torch.train.build import build_model
 from cbsa_torch.train.data import input_spec, make_loader, open_splits
 from cbsa_torch.train.run_folder import environment
@@ -43,6 +43,7 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options)
     config = load_config("digits")
+    assert isinstance(config, TrainConfig)
     rows = []
     for seed in options.seeds:
         torch.manual_seed(seed)

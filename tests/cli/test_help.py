@@ -11,7 +11,11 @@ import cbsa_torch
 from cbsa_torch.cli import COMMANDS, main
 
 SOURCE = Path(cbsa_torch.__file__).parent
-FILES = [*sorted((SOURCE / "cli").glob("*.py")), SOURCE / "train" / "config.py"]
+FILES = [
+    *sorted((SOURCE / "cli").glob("*.py")),
+    SOURCE / "train" / "config.py",
+    SOURCE / "train/segmentation/config.py",
+]
 
 
 def undocumented(path):
@@ -28,7 +32,7 @@ def undocumented(path):
                 yield f"{node.name}.{ast.unparse(item.target)}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_option_has_a_text(path):
     assert list(undocumented(path)) == []
 

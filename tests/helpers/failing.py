@@ -4,7 +4,7 @@ import os
 import sys
 
 from cbsa_torch.cli import main
-from cbsa_torch.train import loop, trainer
+from cbsa_torch.train import classification, loop
 from cbsa_torch.train.errors import DataError
 
 ERRORS = {
@@ -24,9 +24,9 @@ def fail_at(moment):
         raise error
 
     if moment == "setup":
-        trainer.open_splits = fail
+        classification.open_splits = fail
         return
-    loss, count = loop.classification_loss, 0
+    loss, count = loop.mean_loss, 0
 
     def failing(logits, targets, label_smoothing=0.0):
         nonlocal count
@@ -37,7 +37,7 @@ def fail_at(moment):
             logits.register_hook(fail)
         return loss(logits, targets, label_smoothing)
 
-    loop.classification_loss = failing
+    loop.mean_loss = failing
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def assert_same_tensors(first: dict, second: dict) -> None:
 
 def during_training_step(monkeypatch, number, act) -> None:
     """Replace the loss of training step ``number`` (from 1) by ``act(loss, logits)``."""
-    original, count = loop.classification_loss, 0
+    original, count = loop.mean_loss, 0
 
     def patched(logits, targets, label_smoothing=0.0):
         nonlocal count
@@ -49,7 +49,7 @@ def during_training_step(monkeypatch, number, act) -> None:
         count += 1
         return act(loss, logits) if count == number else loss
 
-    monkeypatch.setattr(loop, "classification_loss", patched)
+    monkeypatch.setattr(loop, "mean_loss", patched)
 
 
 def interrupt(loss, logits):

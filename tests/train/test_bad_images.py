@@ -28,7 +28,7 @@ from cbsa_torch.train.data import (
 )
 from cbsa_torch.train.data.images import SkippedImages
 from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.loop import classification_loss
+from cbsa_torch.train.loop import mean_loss
 
 SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
 
@@ -261,11 +261,11 @@ def test_the_loss_does_not_count_skipped_images():
     labels = torch.tensor([0, IGNORE, 2, 1, IGNORE])
     kept = labels != IGNORE
     expected = torch.nn.functional.cross_entropy(logits[kept], labels[kept], label_smoothing=0.1)
-    torch.testing.assert_close(classification_loss(logits, labels, 0.1), expected)
+    torch.testing.assert_close(mean_loss(logits, labels, 0.1), expected)
 
 
 def test_a_batch_of_skipped_images_has_loss_zero():
-    assert classification_loss(torch.randn(2, 3), torch.tensor([IGNORE, IGNORE])) == 0
+    assert mean_loss(torch.randn(2, 3), torch.tensor([IGNORE, IGNORE])) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -12,6 +12,7 @@ from cbsa_torch.train.config import (
     ModelConfig,
     TrainConfig,
     check_config,
+    check_images,
     dump_yaml,
     from_dict,
     load_config,
@@ -181,6 +182,7 @@ def test_values_that_cannot_work_are_refused_by_name(section, key, value):
     setattr(config, section, dataclasses.replace(getattr(config, section), **{key: value}))
     with pytest.raises(ConfigError, match=rf"{section}\.{key} must .*, got "):
         check_config(config)
+        check_images(config.data)
 
 
 def test_resume_and_overwrite_exclude_each_other():

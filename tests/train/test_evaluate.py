@@ -48,7 +48,7 @@ def test_evaluation_equals_a_plain_count(finished, tmp_path, images):
 
 def test_the_validation_accuracy_of_a_run_is_that_of_its_best_checkpoint(finished, tmp_path):
     result = evaluate_checkpoint(finished[1].folder, split="val", output=tmp_path / "e.json")
-    assert result.top1 == finished[1].best_top1
+    assert result.top1 == finished[1].best_score
 
 
 def test_evaluation_writes_beside_the_checkpoint(config):

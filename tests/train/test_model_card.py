@@ -19,8 +19,8 @@ def test_the_card_of_a_run_says_what_the_run_measured(finished, tmp_path):
     (tmp_path / "README.md").write_text("old")
     write_model_card(folder, info, run.read_metrics())
     text = (tmp_path / "README.md").read_text()
-    assert f"**{100 * result.best_top1:.2f} %**, after epoch {result.best_epoch}" in text
-    assert ModelCard(text).data.eval_results[0].metric_value == pytest.approx(result.best_top1, abs=1e-6)
+    assert f"**{100 * result.best_score:.2f} %**, after epoch {result.best_epoch}" in text
+    assert ModelCard(text).data.eval_results[0].metric_value == pytest.approx(result.best_score, abs=1e-6)
     for name in ("blue", "green", "red"):
         assert f"| {name} |" in text
     assert str(run.path.parent) not in text

@@ -46,7 +46,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert [row["epoch"] for row in rows(cut)] == [1, 2]
     torch.manual_seed(99)
     result = train(dataclasses.replace(cut, resume=True))
-    assert result[1:] == (max(rows(config), key=lambda row: row["val_top1"])["epoch"], result.best_top1)
+    assert result[1:] == (max(rows(config), key=lambda row: row["val_top1"])["epoch"], result.best_score)
     assert measured(cut) == measured(config)
     assert_same_tensors(last(cut)["model"], last(config)["model"])
     if ema_decay is not None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cbsa_torch.train import train, trainer
+from cbsa_torch.train import classification, train, trainer
 from cbsa_torch.train.config import dump_yaml
 from cbsa_torch.train.errors import InterruptedRun
 from cbsa_torch.train.signals import StopRequests
@@ -47,14 +47,14 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, tmp_p
 def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, tmp_path, monkeypatch):
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     train(whole)
-    evaluate = trainer.evaluate
+    evaluate = classification.evaluate
     with monkeypatch.context() as patch:
 
         def patched(*args, **options):
             os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(*args, **options)
 
-        patch.setattr(trainer, "evaluate", patched)
+        patch.setattr(classification, "evaluate", patched)
         with pytest.raises(InterruptedRun, match=f"epoch 0 and {STEPS} batches"):
             train(config)
     during_training_step(monkeypatch, 2 * STEPS, lambda loss, logits: pytest.fail("trained again"))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cbsa_torch.models import load_checkpoint
-from cbsa_torch.train import evaluate_checkpoint, load_config, loop, predict_images, train
+from cbsa_torch.train import classification, evaluate_checkpoint, load_config, predict_images, train
 from cbsa_torch.train.config import ModelConfig, OptimConfig
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError, RunFolderError
 from cbsa_torch.train.optim import make_optimizer
@@ -48,7 +48,7 @@ def falling_accuracy(evaluate):
 
 def test_a_run_learns_the_colours(finished):
     _, result = finished
-    assert result.best_top1 >= 0.9
+    assert result.best_score >= 0.9
     assert evaluate_checkpoint(result.folder).top1 >= 0.9
 
 
@@ -68,8 +68,8 @@ def test_a_run_folder_holds_one_row_of_metrics_per_epoch(finished):
     found = rows(config)
     assert [row["epoch"] for row in found] == list(range(1, config.optim.epochs + 1))
     assert [row["step"] for row in found] == [STEPS * row["epoch"] for row in found]
-    assert result.best_top1 == max(row["val_top1"] for row in found)
-    assert found[result.best_epoch - 1]["val_top1"] == result.best_top1
+    assert result.best_score == max(row["val_top1"] for row in found)
+    assert found[result.best_epoch - 1]["val_top1"] == result.best_score
     assert found[-1]["train_loss"] < found[0]["train_loss"]
     assert all(math.isfinite(value) for row in found for value in row.values())
 
@@ -87,14 +87,14 @@ def test_the_best_checkpoint_says_what_it_is(finished):
     model, info = load_checkpoint(RunFolder(result.folder).weights)
     assert info["model"] == config.model.name
     assert info["class_names"] == ["blue", "green", "red"]
-    assert (info["epoch"], info["val_top1"]) == (result.best_epoch, result.best_top1)
+    assert (info["epoch"], info["val_top1"]) == (result.best_epoch, result.best_score)
     assert info["input"]["input_size"] == [3, 32, 32]
     assert model.num_classes == 3
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_or_the_last_weights_are_kept(config, monkeypatch, keep):
-    monkeypatch.setattr("cbsa_torch.train.trainer.evaluate", falling_accuracy(loop.evaluate))
+    monkeypatch.setattr("cbsa_torch.train.classification.evaluate", falling_accuracy(classification.evaluate))
     config.optim.keep = keep
     assert train(config).best_epoch == 1
     model, info = load_checkpoint(RunFolder(config.output).weights)
@@ -427,7 +427,7 @@ def test_fine_tuning_with_other_classes_and_size(finished, config, images, sourc
 def test_fine_tuning_starts_from_the_given_weights(finished, config):
     config.model = ModelConfig("cbt_nano_patch4_32", init_from=str(finished[1].folder))
     config.optim.lr, config.optim.epochs = 1e-6, 1
-    assert train(config).best_top1 == finished[1].best_top1
+    assert train(config).best_score == finished[1].best_score
 
 
 def test_fine_tuning_another_model_is_refused(finished, config):

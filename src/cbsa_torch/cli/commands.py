@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from rich.table import Table
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.cli.compare import run_compare
 from cbsa_torch.cli.count import CURVE_TOKENS, as_dict, count_named, flops_curves, mixer_sizes
+from cbsa_torch.cli.inference import run_eval, run_predict
 from cbsa_torch.cli.options import at_least, parse
 from cbsa_torch.cli.report import run_report
 from cbsa_torch.interpret import plots
@@ -24,9 +24,7 @@ from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.convert import convert_official
 from cbsa_torch.models.counting import LayerCounts
 from cbsa_torch.train import errors
-from cbsa_torch.train.config import TrainConfig, load_config, recipe_names
-from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained
-from cbsa_torch.train.predict import predict_images
+from cbsa_torch.train.config import load_config, recipe_names
 from cbsa_torch.train.run_folder import RunFolder
 from cbsa_torch.train.trainer import train
 
@@ -75,7 +73,7 @@ def _take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:
 
 
 def run_train(args: list[str]) -> None:
-    """Train an image classifier (default: the embedded digits)."""
+    """Train a classifier or a segmenter, as the configuration says (default: the embedded digits)."""
     source, rest = _take_option("--config", args)
     model, rest = _take_option("--model", rest)
     if model is not None:
@@ -88,85 +86,7 @@ def run_train(args: list[str]) -> None:
     default = load_config("digits" if source is None else source)
     if {"-h", "--help"} & set(rest):
         print(TRAIN_USAGE)
-    train(parse(TrainConfig, rest, "train", default))
-
-
-@dataclass
-class _EvalArgs:
-    """Evaluate a trained model; writes eval_<split>.json beside the checkpoint."""
-
-    checkpoint: str
-    """A run folder or a .safetensors file of one."""
-    split: Literal["train", "val", "test"] = "test"
-    """The images to evaluate on."""
-    root: str | None = None
-    """Evaluate on this image folder instead of the data the model was trained on."""
-    max_bad_images: int | None = None
-    """Unreadable images that are left out, counted and listed; one more stops. Default: as in training."""
-    batch_size: int = 256
-    """Images per forward pass; changes memory and time, not the result."""
-    output: str | None = None
-    """The JSON file. Default: eval_<split>.json beside the checkpoint."""
-
-
-def run_eval(args: list[str]) -> None:
-    """Evaluate a trained model."""
-    options = parse(_EvalArgs, args, "eval")
-    at_least(1, batch_size=options.batch_size)
-    data = open_trained(options.checkpoint).config.data
-    if options.root is not None:
-        data = dataclasses.replace(data, name="folder", root=options.root)
-    if options.max_bad_images is not None:
-        at_least(0, max_bad_images=options.max_bad_images)
-        data = dataclasses.replace(data, max_bad_images=options.max_bad_images)
-    result = evaluate_checkpoint(
-        options.checkpoint,
-        split=options.split,
-        data=data,
-        batch_size=options.batch_size,
-        output=options.output,
-    )
-    top5 = "" if result.top5 is None else f"  top-5: {result.top5:.4f}"
-    print(
-        f"{options.split} accuracy: {result.top1:.4f}{top5}  loss: {result.loss:.4f}  images: {result.images}"
-    )
-
-
-@dataclass
-class _PredictArgs:
-    """Classify image files."""
-
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files."""
-    checkpoint: str = "runs/digits"
-    """A run folder or a .safetensors file of one."""
-    top: int = 5
-    """How many classes to name."""
-    on_bad_image: Literal["stop", "skip"] = "stop"
-    """What to do about an unreadable image."""
-    output: str | None = None
-    """Also write the predictions to this JSON file."""
-
-
-def run_predict(args: list[str]) -> None:
-    """Classify image files."""
-    options = parse(_PredictArgs, args, "predict")
-    if not options.images:
-        raise errors.ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
-    predictions = predict_images(
-        options.checkpoint, options.images, top=options.top, on_bad_image=options.on_bad_image
-    )
-    table = Table("image", "class", "probability")
-    for item in predictions:
-        if item.error is not None:
-            table.add_row(item.image, item.error, "")
-        for i, (name, probability) in enumerate(zip(item.classes, item.probabilities, strict=True)):
-            table.add_row(item.image if i == 0 else "", name, f"{probability:.4f}")
-    Console().print(table)
-    if options.output is not None:
-        rows = [item._asdict() for item in predictions]
-        write_atomically(Path(options.output), json.dumps(rows, indent=2).encode())
-        print(f"predictions: {options.output}")
+    train(parse(type(default), rest, "train", default))
 
 
 @dataclass

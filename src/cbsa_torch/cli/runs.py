@@ -14,7 +14,7 @@ from cbsa_torch.interpret import Pictures, capture
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.data import open_split, open_splits
 from cbsa_torch.train.errors import ConfigError, DataError
-from cbsa_torch.train.evaluate import Trained, open_trained
+from cbsa_torch.train.evaluate import Trained, classifier_config, open_trained
 from cbsa_torch.train.predict import eval_transform, read_image
 from cbsa_torch.train.run_folder import RunFolder
 
@@ -22,6 +22,7 @@ from cbsa_torch.train.run_folder import RunFolder
 def open_run(checkpoint: str | Path) -> Trained:
     """Open a run whose model has layers to look into."""
     trained = open_trained(checkpoint)
+    classifier_config(trained)
     try:
         with capture(trained.model):
             pass
@@ -32,7 +33,7 @@ def open_run(checkpoint: str | Path) -> Trained:
 
 def evaluated_split(trained: Trained) -> str:
     """The split a page is about: test, or validation where there is none."""
-    return "val" if open_splits(trained.config.data, trained.spec.mode).test is None else "test"
+    return "val" if open_splits(classifier_config(trained).data, trained.spec.mode).test is None else "test"
 
 
 def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.ndarray, list[int]]:
@@ -40,7 +41,7 @@ def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.
 
     In an order of their own: folders come class by class, and the first few should be of all classes.
     """
-    dataset: Any = open_split(trained.config.data, trained.spec.mode, split, trained.class_names)
+    dataset: Any = open_split(classifier_config(trained).data, trained.spec.mode, split, trained.class_names)
     count = min(count, len(dataset))
     transform = eval_transform(trained.spec)
     inputs, labels = [], []

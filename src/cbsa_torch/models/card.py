@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -22,12 +22,36 @@ MOST_ROWS = 12
 PAPER = "2509.16875"
 
 
+class Kind(NamedTuple):
+    """What a card says of a task."""
+
+    key: str
+    """Of the score, in the checkpoint's description and in ``metrics.jsonl``."""
+    task: str
+    """The Hub's name."""
+    metric: str
+    noun: str
+    title: str
+    short: str
+
+
+KINDS = (
+    Kind("val_top1", "image-classification", "accuracy", "image classifier", "Top-1 accuracy", "accuracy"),
+    Kind("val_miou", "image-segmentation", "mean_iou", "image segmenter", "Mean IoU", "mean IoU"),
+)
+
+
+def kind_of(info: Mapping[str, Any]) -> Kind:
+    """A segmenter where the description says so; else a classifier."""
+    return KINDS[info.get("model") == "segmenter"]
+
+
 def model_card(info: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) -> str:
     """Write the card: YAML front matter, then what the model is, how to load it, and what was measured.
 
     Args:
         info: what the checkpoint says about itself (``model``, ``model_args``, and as far as it is known
-            ``class_names``, ``input``, ``config``, ``epoch``, ``val_top1``, ``cbsa_torch``).
+            ``class_names``, ``input``, ``config``, ``epoch``, ``val_top1`` or ``val_miou``, ``cbsa_torch``).
         history: rows of ``metrics.jsonl``, for the curve.
 
     Names that a user gave are shortened, and cannot end the YAML or become Markdown. Paths are not shown.
@@ -35,13 +59,13 @@ def model_card(info: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = (
     name = clean(info["model"])
     parts = [
         f"# {escape(name)}",
-        _what_it_is(name),
+        _what_it_is(name, kind_of(info).noun),
         _how_to_load(),
         _classes(info.get("class_names") or []),
         _input(info.get("input") or {}),
         _recipe(info),
         _accuracy(info),
-        _curve(history),
+        _curve(history, kind_of(info)),
         _limitations(info),
         f"Written by cbsa-torch {escape(clean(info.get('cbsa_torch', '')))}.",
     ]
@@ -73,29 +97,29 @@ def data_title(config: Mapping[str, Any]) -> str:
 
 
 def _front_matter(info: Mapping[str, Any]) -> str:
-    results = None
-    if info.get("val_top1") is not None:
+    results, kind = None, kind_of(info)
+    if info.get(kind.key) is not None:
         title = data_title(info.get("config") or {})
         results = [
             EvalResult(
-                task_type="image-classification",
+                task_type=kind.task,
                 dataset_type=re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip("-.") or "images",
                 dataset_name=title,
                 dataset_split="validation",
-                metric_type="accuracy",
-                metric_value=round(float(info["val_top1"]), 6),
+                metric_type=kind.metric,
+                metric_value=round(float(info[kind.key]), 6),
             )
         ]
     data = ModelCardData(
         library_name="cbsa-torch",
-        pipeline_tag="image-classification",
+        pipeline_tag=kind.task,
         tags=[
-            "image-classification",
+            kind.task,
             "cbsa",
             "timm",
             *(f"arxiv:{number}" for number in _papers(info["model"])),
         ],
-        metrics=["accuracy"],
+        metrics=[kind.metric],
         model_name=clean(info["model"]),
         eval_results=results,
     )
@@ -112,13 +136,13 @@ def _papers(model: str) -> list[str]:
     return [] if family is None else list(dict.fromkeys([FAMILIES[family].paper, PAPER]))
 
 
-def _what_it_is(model: str) -> str:
+def _what_it_is(model: str, noun: str) -> str:
     family = _family(model)
     if family is None:
-        return f"An image classifier: `{model}` of [timm](https://github.com/huggingface/pytorch-image-models)."
+        return f"An {noun}: `{model}` of [timm](https://github.com/huggingface/pytorch-image-models)."
     papers = ", ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in _papers(model))
     return (
-        f"An image classifier: {escape(FAMILIES[family].summary)}; implemented in cbsa-torch, the library for "
+        f"An {noun}: {escape(FAMILIES[family].summary)}; implemented in cbsa-torch, the library for "
         f"CBSA (Contract-and-Broadcast Self-Attention). Described in {papers}."
     )
 
@@ -189,7 +213,8 @@ def _recipe(info: Mapping[str, Any]) -> str:
 
 
 def _accuracy(info: Mapping[str, Any]) -> str:
-    if info.get("val_top1") is None:
+    kind = kind_of(info)
+    if info.get(kind.key) is None:
         return ""
     keep = ((info.get("config") or {}).get("optim") or {}).get("keep")
     chosen = {
@@ -197,30 +222,30 @@ def _accuracy(info: Mapping[str, Any]) -> str:
         "last": ", kept because it is the last, not for its accuracy",
     }.get(str(keep), "")
     return (
-        f"## Measured\n\nTop-1 accuracy on validation: **{100 * float(info['val_top1']):.2f} %**, after "
+        f"## Measured\n\n{kind.title} on validation: **{100 * float(info[kind.key]):.2f} %**, after "
         f"epoch {escape(clean(info.get('epoch', 'unknown')))}{chosen}. Other splits: see `cbsa eval`."
     )
 
 
-def _curve(history: Sequence[Mapping[str, Any]]) -> str:
+def _curve(history: Sequence[Mapping[str, Any]], kind: Kind) -> str:
     if not history:
         return ""
     last = len(history) - 1
     count = min(MOST_ROWS, len(history))
     chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
-    columns = {"epoch": "{}", "train_loss": "{:.4f}", "val_loss": "{:.4f}", "val_top1": "{:.4f}"}
+    columns = {"epoch": "{}", "train_loss": "{:.4f}", "val_loss": "{:.4f}", kind.key: "{:.4f}"}
 
     def cell(value: Any, form: str) -> str:
         return form.format(value) if isinstance(value, (int, float)) else "-"
 
     rows = [[cell(history[i].get(key), form) for key, form in columns.items()] for i in chosen]
-    head = ["epoch", "training loss", "validation loss", "validation accuracy"]
+    head = ["epoch", "training loss", "validation loss", f"validation {kind.short}"]
     return f"## Training curve\n\n{_table(head, rows)}"
 
 
 def _limitations(info: Mapping[str, Any]) -> str:
     count = len(info.get("class_names") or [])
-    always = f" It always answers with one of its {count} classes, whatever the image shows." if count else ""
+    always = f" It always answers with one of its {count} classes, whatever it is shown." if count else ""
     return (
         "## Limitations\n\nMeasured on images like those it was trained on, nowhere else; its probabilities "
         f"are not calibrated.{always}"

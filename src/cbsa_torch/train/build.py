@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,14 +15,14 @@ from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import FETCHING_ARGS, PICKLE_SUFFIXES, load_checkpoint
 from cbsa_torch.models.convert import read_official
 from cbsa_torch.models.hub import PREFIX, fetch_weights, weights_path
-from cbsa_torch.train.config import TrainConfig
+from cbsa_torch.train.config import RunConfig
 from cbsa_torch.train.errors import ConfigError
 
 Built = tuple[nn.Module, dict[str, Any]]
 """A model and the constructor arguments that rebuild it."""
 
 
-def draft_model(config: TrainConfig) -> Built:
+def draft_model(config: RunConfig) -> Built:
     """The configured model before the classes are known: it tells what images it takes.
 
     With ``model.init_from`` it has its weights already; else it has no values at all (device "meta"), which
@@ -33,7 +34,7 @@ def draft_model(config: TrainConfig) -> Built:
         return build_model(config, None)
 
 
-def build_model(config: TrainConfig, num_classes: int | None, draft: Built | None = None) -> Built:
+def build_model(config: RunConfig, num_classes: int | None, draft: Built | None = None) -> Built:
     """The configured model and the constructor arguments that rebuild it.
 
     Args:
@@ -72,18 +73,28 @@ def build_model(config: TrainConfig, num_classes: int | None, draft: Built | Non
         raise ConfigError(f"cannot build {settings.name} with {args}: {error}") from error
 
 
-def _open_checkpoint(config: TrainConfig) -> Built:
-    """A trained model as it is."""
-    settings = config.model
-    source = settings.init_from
+def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any], Path]:
+    """A trained model as it is, what its file says about it, and that file.
+
+    Args:
+        key: of the configuration, for errors.
+        source: what it was set to.
+    """
     if not source:
         raise ConfigError(
-            "model.init_from is required here: a run's folder, a .safetensors file of ours, a released "
+            f"{key} is required here: a run's folder, a .safetensors file of ours, a released "
             f"checkpoint of the official code (.pth, .pth.tar), or {PREFIX}user/name"
         )
     # Only by its prefix: a mistyped folder must not fetch somebody's repository of that name.
     path = fetch_weights(source) if source.startswith(PREFIX) else weights_path(source)
     model, info = (read_official if path.suffix in PICKLE_SUFFIXES else load_checkpoint)(path)
+    return model, info, path
+
+
+def _open_checkpoint(config: RunConfig) -> Built:
+    """The model of ``model.init_from``."""
+    settings = config.model
+    model, info, path = open_source("model.init_from", settings.init_from)
     if info["model"] != settings.name:
         raise ConfigError(
             f"model.init_from {path} holds {info['model']!r}, but model.name is {settings.name!r}"
@@ -93,7 +104,7 @@ def _open_checkpoint(config: TrainConfig) -> Built:
     return model, dict(info["model_args"])
 
 
-def _fit(config: TrainConfig, num_classes: int | None, model: Any, args: dict[str, Any]) -> Built:
+def _fit(config: RunConfig, num_classes: int | None, model: Any, args: dict[str, Any]) -> Built:
     """A trained model with a new head and another image size, where asked for."""
     settings = config.model
     if num_classes is not None and num_classes != args.get("num_classes"):

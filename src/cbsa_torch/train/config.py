@@ -10,13 +10,13 @@ import importlib.resources
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.values import check_numbers, with_new_names
+from cbsa_torch.train.values import check_numbers, check_rules, with_new_names
 
 T = TypeVar("T")
 
@@ -46,6 +46,15 @@ class ModelConfig:
         self.args = {
             key: value if isinstance(value, str) else _one_line(value) for key, value in self.args.items()
         }
+
+
+class DataSource(Protocol):
+    """What the settings of every kind of data have."""
+
+    name: str
+    root: str | None
+    workers: int
+    max_bad_images: int
 
 
 @dataclass
@@ -102,11 +111,15 @@ class OptimConfig:
     epochs: int = 150
     """How often every training image is seen."""
     warmup_epochs: float = 20
-    """Linear warm-up from warmup_lr to lr, at most `epochs` long; then a cosine down to min_lr."""
+    """Linear warm-up from warmup_lr to lr, at most `epochs` long; then the schedule down to min_lr."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step of the warm-up; lr, if that is smaller."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """How the learning rate falls: as half a cosine, or as a power of the share of steps that is left."""
+    poly_power: float = 0.9
+    """That power; 1 is a straight line."""
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes, in [0, 1)."""
     clip_grad: float | None = None
@@ -142,9 +155,12 @@ class EngineConfig:
     """Any tracker that Accelerate knows ("wandb", "mlflow", "trackio" ...), or "none"."""
 
 
-@dataclass
-class TrainConfig:
-    """Train an image classifier."""
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every run is told, whatever it trains; each task has a configuration of its own."""
+
+    task: ClassVar[str]
+    """The key ``task`` of a YAML file; without it a file is about classification."""
 
     output: str = "runs/latest"
     """The run's folder."""
@@ -158,9 +174,19 @@ class TrainConfig:
     overwrite: bool = False
     """Replace the run in the output folder."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataSource
+    """The task's."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """Train an image classifier."""
+
+    task: ClassVar[str] = "classification"
+    """Its name."""
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 def recipe_names() -> list[str]:
@@ -169,7 +195,7 @@ def recipe_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_config(source: str | Path) -> TrainConfig:
+def load_config(source: str | Path) -> RunConfig:
     """Read a configuration from a YAML file, or from a recipe by name."""
     if str(source) in recipe_names():
         folder = importlib.resources.files("cbsa_torch.train") / "recipes"
@@ -189,17 +215,33 @@ def load_config(source: str | Path) -> TrainConfig:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
     if values is None:
         raise ConfigError(f"{name} is empty; a configuration of defaults alone is {{}}")
-    return from_dict(TrainConfig, values, name)
+    return read_config(values, name)
 
 
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Everything as plain values, for YAML and JSON."""
+def read_config(values: Any, where: str) -> RunConfig:
+    """A configuration of the task that a mapping names, from its values; see :func:`from_dict`."""
+    from cbsa_torch.train.segmentation.config import SegmentationTrainConfig  # builds on this module
+
+    tasks: dict[str, type[RunConfig]] = {cls.task: cls for cls in (TrainConfig, SegmentationTrainConfig)}
+    if not isinstance(values, dict) or "task" not in values:
+        return from_dict(TrainConfig, values, where)
+    task = values["task"]
+    if task not in tasks:
+        raise ConfigError(
+            f"{where}: task must be one of {', '.join(map(repr, tasks))}, got {task!r}{nearest(task, tasks)}"
+        )
+    return from_dict(tasks[task], {key: value for key, value in values.items() if key != "task"}, where)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Everything as plain values, for YAML and JSON; the task is named where it is not classification."""
     # replaced by itself: arguments that were set later get their one form, too
     model = dataclasses.replace(config.model)
-    return _plain(dataclasses.asdict(dataclasses.replace(config, model=model)))
+    values = _plain(dataclasses.asdict(dataclasses.replace(config, model=model)))
+    return values if config.task == TrainConfig.task else {"task": config.task, **values}
 
 
-def dump_yaml(config: TrainConfig) -> str:
+def dump_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
@@ -208,7 +250,8 @@ def from_dict(cls: type[T], values: Any, where: str) -> T:
     """Build a dataclass from a mapping; unknown keys and values of another type raise ConfigError."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping of keys to values, got {type(values).__name__}")
-    hints = get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = {name: hint for name, hint in get_type_hints(cls).items() if name in fields}
     values = with_new_names(values, hints)
     unknown = [key for key in values if key not in hints]
     if unknown:
@@ -261,14 +304,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def check_config(config: TrainConfig) -> None:
-    """Refuse values that cannot work, before anything is read or written."""
+def check_config(config: RunConfig) -> None:
+    """Refuse values that cannot work, before anything is read or written; the data are the task's to check."""
     check_numbers(to_dict(config))
     optim, data = config.optim, config.data
-    scale, ratio, threads = data.crop_scale, data.crop_ratio, config.engine.threads
-    every, keep = config.engine.checkpoint_steps, config.engine.keep_checkpoints
+    threads, every, keep = config.engine.threads, config.engine.checkpoint_steps, config.engine.keep_checkpoints
     size, model = config.model.image_size, config.model
-    rules = [
+    check_rules([
         (0 <= config.seed < 2**31, "seed must be in [0, 2**31)", config.seed),
         (size is None or size >= 1, "model.image_size must be at least 1", size),
         (
@@ -281,7 +323,6 @@ def check_config(config: TrainConfig) -> None:
             "model.args img_size must be left out beside model.image_size",
             model.args.get("img_size"),
         ),
-        (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
         (optim.batch_size >= 1, "optim.batch_size must be at least 1", optim.batch_size),
         (optim.epochs >= 1, "optim.epochs must be at least 1", optim.epochs),
         (optim.lr > 0, "optim.lr must be positive", optim.lr),
@@ -293,12 +334,7 @@ def check_config(config: TrainConfig) -> None:
             "optim.ema_decay must be in (0, 1)",
             optim.ema_decay,
         ),
-        (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
-        (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
-        (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),
-        (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
-        (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
-        (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
+        (optim.poly_power > 0, "optim.poly_power must be positive", optim.poly_power),
         (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
         (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
         (0 <= optim.min_lr <= optim.lr, "optim.min_lr must be in [0, optim.lr]", optim.min_lr),
@@ -314,7 +350,18 @@ def check_config(config: TrainConfig) -> None:
             optim.ema_decay,
         ),
         (not (config.resume and config.overwrite), "resume and overwrite exclude each other", "both"),
-    ]
-    for holds, rule, got in rules:
-        if not holds:
-            raise ConfigError(f"{rule}, got {got}")
+    ])  # fmt: skip
+
+
+def check_images(data: DataConfig) -> None:
+    """Refuse settings of a classifier's images that cannot work."""
+    scale, ratio = data.crop_scale, data.crop_ratio
+    check_rules([
+        (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
+        (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
+        (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
+        (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),
+        (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
+        (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
+        (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
+    ])  # fmt: skip

@@ -11,11 +11,11 @@ from torch import nn
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint
-from cbsa_torch.train.config import DataConfig, TrainConfig, from_dict
+from cbsa_torch.train.classification import Evaluation, evaluate
+from cbsa_torch.train.config import DataConfig, RunConfig, TrainConfig, read_config
 from cbsa_torch.train.data import InputSpec, make_loader, open_split, read_skipped
 from cbsa_torch.train.engine import new_accelerator
-from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.loop import Evaluation, evaluate
+from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
 
@@ -26,7 +26,7 @@ class Trained(NamedTuple):
     model: nn.Module
     spec: InputSpec
     class_names: list[str]
-    config: TrainConfig
+    config: RunConfig
     info: dict[str, Any]
     path: Path
     """The checkpoint file."""
@@ -49,10 +49,24 @@ def open_trained(checkpoint: str | Path) -> Trained:
             fed["interpolation"],
             fed["crop_pct"],
         )
-        config = from_dict(TrainConfig, info["config"], f"{path}: config")
+        config = read_config(info["config"], f"{path}: config")
         return Trained(model, spec, list(info["class_names"]), config, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
+
+
+def classifier_config(trained: Trained) -> TrainConfig:
+    """The configuration of a trained classifier.
+
+    Raises:
+        ConfigError: it was trained for something else.
+    """
+    if not isinstance(trained.config, TrainConfig):
+        raise ConfigError(
+            f"{trained.path} is of the task {trained.config.task!r}, and this is for classifiers; `cbsa eval` "
+            "and `cbsa predict` know both"
+        )
+    return trained.config
 
 
 def evaluate_checkpoint(
@@ -73,7 +87,7 @@ def evaluate_checkpoint(
         output: the JSON file. Default: beside the checkpoint.
     """
     trained = open_trained(checkpoint)
-    data = trained.config.data if data is None else data
+    data = classifier_config(trained).data if data is None else data
     output = trained.path.parent / f"eval_{split}.json" if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
     dataset = open_split(data, trained.spec.mode, split, trained.class_names, skipped)

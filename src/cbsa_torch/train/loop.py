@@ -1,4 +1,4 @@
-"""The loop: one epoch of training, one pass of evaluation."""
+"""The loop: one epoch of training, of images or of pixels."""
 
 from __future__ import annotations
 
@@ -6,33 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from cbsa_torch.train.config import OptimConfig
 from cbsa_torch.train.data import IGNORE
 from cbsa_torch.train.errors import NonFiniteLossError
-
-
-class Evaluation(NamedTuple):
-    """What one pass over a data set measured."""
-
-    top1: float
-    """Share of images whose most likely class is right."""
-    top5: float | None
-    """Share whose class is among the five most likely; None below six classes."""
-    loss: float
-    """Mean cross-entropy, without label smoothing."""
-    images: int
-    confusion: list[list[int]]
-    """Counts, rows = true classes, columns = predicted."""
 
 
 @dataclass
@@ -44,13 +28,15 @@ class Progress:
     step: int = 0
     """Optimiser steps done."""
     best_epoch: int = 0
-    best_top1: float = -1.0
+    best_score: float = -1.0
     batch: int = 0
     """Batches done of the epoch under way; the rest is of these batches."""
     loss: float = 0.0
-    """Sum of the training loss over the images of all processes."""
+    """Sum of the training loss over the targets of all processes."""
+    targets: float = 0.0
+    """How many those were: images, or pixels."""
     images: float = 0.0
-    """How many those were."""
+    """Images with at least one."""
     seconds: float = 0.0
     """Time spent on them by the main process."""
     waited: float = 0.0
@@ -61,11 +47,25 @@ class Progress:
     def end_epoch(self) -> None:
         """Count the epoch under way as done."""
         self.epoch += 1
-        self.batch, self.loss, self.images, self.seconds, self.waited = 0, 0.0, 0.0, 0.0, 0.0
+        self.batch, self.loss, self.targets, self.images, self.seconds, self.waited = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+
+    @classmethod
+    def from_state(cls, values: dict[str, Any]) -> Progress:
+        """What a state saved, also one from before segmentation, where every target was an image."""
+        if "targets" not in values:
+            values = {**values, "targets": values["images"], "best_score": values["best_top1"]}
+            del values["best_top1"]
+        return cls(**values)
 
 
-def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the images that could be read."""
+def mean_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the targets that are known.
+
+    Args:
+        logits: ``(B, classes)`` of images, or ``(B, classes, height, width)`` of pixels.
+        targets: ``(B)`` or ``(B, height, width)``, a class or ``IGNORE`` each.
+        label_smoothing: share of a target that is spread over all classes.
+    """
     total = F.cross_entropy(
         logits, targets, label_smoothing=label_smoothing, ignore_index=IGNORE, reduction="sum"
     )
@@ -109,19 +109,20 @@ def train_one_epoch(
             done = progress.batch // accelerator.gradient_accumulation_steps
             scheduler.step_update(first_step + done)
             logits = model(images)
-            loss = classification_loss(logits.float(), targets, config.label_smoothing)
-            count = (targets != IGNORE).sum()
-            parts.append(torch.stack([loss.detach() * count, count.to(loss.dtype)]))
+            loss = mean_loss(logits.float(), targets, config.label_smoothing)
+            known = targets != IGNORE
+            count, seen = known.sum(), known.reshape(len(known), -1).any(1).sum()
+            parts.append(torch.stack([loss.detach() * count, count.to(loss.dtype), seen.to(loss.dtype)]))
             if accelerator.sync_gradients:
-                # One exchange between the processes a step: loss, images, and whether one was asked to stop.
+                # One exchange between the processes a step: sums, and whether one was asked to stop.
                 flag = loss.new_tensor([float(stop())])
                 sums = _on_its_way(accelerator.reduce(torch.cat([torch.stack(parts).sum(0), flag])))
                 parts = []
-            # Each part weighs as many images as it has; how many the step has is known only at its end.
+            # Each part weighs as many targets as it has; how many the step has is known only at its end.
             accelerator.backward(loss * (count / targets.numel()))
             progress.batch += 1
             if accelerator.sync_gradients:
-                total, everyone, stops = sums()
+                total, everyone, images_seen, stops = sums()
                 if not math.isfinite(total):
                     raise NonFiniteLossError(
                         f"the loss became {total} in epoch {progress.epoch + 1}, batch {progress.batch}"
@@ -136,7 +137,8 @@ def train_one_epoch(
         advance()
         if accelerator.sync_gradients:
             progress.loss += total
-            progress.images += everyone
+            progress.targets += everyone
+            progress.images += images_seen
             progress.lr = optimizer.param_groups[0]["lr"]
             progress.step += 1
             if ema is not None:
@@ -183,51 +185,3 @@ def _timed(loader: Iterable[Any], progress: Progress) -> Iterator[Any]:
             return
         progress.waited += time.perf_counter() - start
         yield batch
-
-
-@torch.no_grad()
-def evaluate(
-    accelerator: Accelerator,
-    model: nn.Module,
-    loader: Iterable[Any],
-    num_classes: int,
-    advance: Callable[[], None] = lambda: None,
-    *,
-    check: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Measure a classifier; every image counts once, whatever the number of processes.
-
-    Args:
-        advance: called after every batch (progress bar).
-        check: called before every batch, on every process; it may raise.
-    """
-    model.eval()
-    # Predictions are gathered below, so every process counts them all: metrics must not add up again.
-    common: dict[str, Any] = {"num_classes": num_classes, "ignore_index": IGNORE, "sync_on_compute": False}
-    collection: dict[str, Any] = {
-        "top1": MulticlassAccuracy(average="micro", **common),
-        "confusion": MulticlassConfusionMatrix(**common),
-    }
-    if num_classes > 5:
-        collection["top5"] = MulticlassAccuracy(top_k=5, average="micro", **common)
-    metrics = MetricCollection(collection, compute_groups=False).to(accelerator.device)
-    losses, images_read = [0.0], 0
-    for images, targets in loader:
-        check()
-        images, targets = images.to(accelerator.device), targets.to(accelerator.device)
-        logits, targets = accelerator.gather_for_metrics((model(images).float(), targets))
-        metrics.update(logits, targets)
-        each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-        losses += each.tolist()
-        images_read += int((targets != IGNORE).sum())
-        advance()
-    if images_read == 0:
-        return Evaluation(0.0, None, 0.0, 0, [])
-    values = metrics.compute()
-    return Evaluation(
-        top1=values["top1"].item(),
-        top5=values["top5"].item() if "top5" in values else None,
-        loss=math.fsum(losses) / images_read,  # exact: batches of any size give the same sum
-        images=images_read,
-        confusion=values["confusion"].tolist(),
-    )

@@ -78,14 +78,15 @@ def _laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> Any:
-    """Linear warm-up, then a cosine; a function of the step number alone, hence resumable."""
+    """Linear warm-up, then the schedule; a function of the step number alone, hence resumable."""
     warmup = min(config.warmup_epochs, config.epochs)
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched="cosine",
+        sched=config.schedule,
+        decay_rate=config.poly_power,  # timm's name for the power; a cosine has none
         num_epochs=max(config.epochs - warmup, 1),
         warmup_epochs=warmup,
-        warmup_prefix=True,  # the cosine starts from lr, after the warm-up
+        warmup_prefix=True,  # the schedule starts from lr, after the warm-up
         warmup_lr=min(config.warmup_lr, config.lr),
         min_lr=config.min_lr,
         step_on_epochs=False,

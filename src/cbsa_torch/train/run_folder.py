@@ -17,7 +17,7 @@ import torch
 from cbsa_torch._core.files import remove_temporary_files, write_atomically
 from cbsa_torch._version import __version__
 from cbsa_torch.train.checkpoint import Checkpoints
-from cbsa_torch.train.config import TrainConfig, dump_yaml, load_config, to_dict
+from cbsa_torch.train.config import RunConfig, dump_yaml, load_config, to_dict
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.lock import FolderLock
 from cbsa_torch.train.metrics_file import read_rows
@@ -96,7 +96,7 @@ class RunFolder:
         temporary = path.name.startswith(".") and path.suffix == ".tmp"
         return path in (self.environment, self.lock.path) or temporary
 
-    def check(self, config: TrainConfig) -> list[str]:
+    def check(self, config: RunConfig) -> list[str]:
         """Refuse a folder that this configuration may not use; touches nothing.
 
         Returns:
@@ -154,7 +154,7 @@ class RunFolder:
                 "--output"
             )
 
-    def start(self, config: TrainConfig, say: Callable[[str], None] = print) -> None:
+    def start(self, config: RunConfig, say: Callable[[str], None] = print) -> None:
         """Lock the folder and describe the run in it; that of a run with a state stays until it is loaded.
 
         A process killed in here leaves a folder that the same command accepts.
@@ -180,7 +180,7 @@ class RunFolder:
         for pattern in WRITTEN:
             yield from [path for path in self.path.glob(pattern) if path.is_file() or path.is_symlink()]
 
-    def describe(self, config: TrainConfig) -> None:
+    def describe(self, config: RunConfig) -> None:
         """Write config.yaml and environment.json."""
         # Continuing must not find the order to overwrite.
         plain = dataclasses.replace(config, resume=False, overwrite=False, accept_changes=False)
@@ -219,7 +219,7 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def changed_keys(old: TrainConfig, new: TrainConfig) -> list[str]:
+def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
     """The differences of two configurations as ``key: old -> new``."""
     before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
     return [

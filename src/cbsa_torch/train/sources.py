@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from cbsa_torch.models.hub import PREFIX
-from cbsa_torch.train.config import TrainConfig
+from cbsa_torch.train.config import RunConfig
 from cbsa_torch.train.errors import RunFolderError
 
 
-def check_sources(config: TrainConfig, output: Path) -> None:
+def check_sources(config: RunConfig, output: Path) -> None:
     """Refuse weights to start from that lie in the run's own folder, and data in one that is replaced.
 
     Raises:
         RunFolderError: with the key, the path and what to do.
     """
-    source = config.model.init_from
-    if source and not source.startswith(PREFIX) and _lies_in(Path(source), output):
+    for key in ("init_from", "encoder_from"):
+        source = getattr(config.model, key, None)
+        if not source or source.startswith(PREFIX) or not _lies_in(Path(source), output):
+            continue
         raise RunFolderError(
-            f"model.init_from {source} lies in output {output}, where the run writes its own weights; choose "
+            f"model.{key} {source} lies in output {output}, where the run writes its own weights; choose "
             "another --output (to continue a run: --resume)"
         )
     root = config.data.root

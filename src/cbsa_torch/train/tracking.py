@@ -19,7 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from accelerate.utils import LoggerType
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config import TrainConfig, to_dict
+from cbsa_torch.train.config import RunConfig, to_dict
 from cbsa_torch.train.errors import ConfigError
 
 NONE = "none"
@@ -67,7 +67,7 @@ def tracker_names(name: str) -> list[str] | None:
     return None if name == NONE else [name]
 
 
-def start_trackers(accelerator: Accelerator, config: TrainConfig, say: Say = print) -> None:
+def start_trackers(accelerator: Accelerator, config: RunConfig, say: Say = print) -> None:
     """Begin a run in every tracker of ``accelerator``, with the flat configuration as its hyperparameters.
 
     TensorBoard's events go to ``tensorboard/`` in the run's folder. A tracker that cannot start (no network, no
@@ -88,7 +88,7 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, say: Say = pri
         _report(", ".join(names), "could not start", error, say)
 
 
-def hyperparameters(config: TrainConfig) -> dict[str, bool | int | float | str]:
+def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
     """The configuration as ``{"optim.lr": 0.001, ...}``, in types that every tracker takes.
 
     Lists become text, and None becomes "none", which MLflow and TensorBoard could not hold otherwise.

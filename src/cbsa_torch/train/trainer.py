@@ -1,4 +1,4 @@
-"""Train a classifier from a configuration: everything in the order it happens."""
+"""Train from a configuration, whatever the task: everything in the order it happens."""
 
 from __future__ import annotations
 
@@ -7,37 +7,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from accelerate.utils import broadcast_object_list, gather_object
 
-from cbsa_torch._version import __version__
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
-from cbsa_torch.train.build import build_model, draft_model
 from cbsa_torch.train.checkpoint import load_state
-from cbsa_torch.train.config import TrainConfig, check_config, to_dict
-from cbsa_torch.train.data import input_spec, make_loader, open_splits, read_skipped
-from cbsa_torch.train.engine import draw_apart, new_accelerator, shard, start_epoch, training_settings
+from cbsa_torch.train.config import RunConfig, check_config
+from cbsa_torch.train.data import read_skipped
+from cbsa_torch.train.engine import new_accelerator, start_epoch, training_settings
 from cbsa_torch.train.errors import (
-    ConfigError,
     DataError,
     InterruptedRun,
     NonFiniteLossError,
-    RunFolderError,
 )
 from cbsa_torch.train.kept import what_is_kept
-from cbsa_torch.train.loop import Evaluation, Progress, evaluate, train_one_epoch
+from cbsa_torch.train.loop import Progress, train_one_epoch
 from cbsa_torch.train.model_card import write_model_card
-from cbsa_torch.train.on_main import on_main
-from cbsa_torch.train.optim import make_optimizer, make_scheduler
-from cbsa_torch.train.optim_check import check_optimizer
-from cbsa_torch.train.progress import Reporter
 from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.same_data import compare_data, data_facts
+from cbsa_torch.train.same_data import compare_data
+from cbsa_torch.train.session import Session, prepare
 from cbsa_torch.train.signals import StopRequests
-from cbsa_torch.train.speed import to_channels_last
 from cbsa_torch.train.state import (
     check_finite,
     model_state,
@@ -46,8 +34,8 @@ from cbsa_torch.train.state import (
     restore,
     restore_random_states,
 )
-from cbsa_torch.train.sync_batch_norm import synchronize_batch_norm
-from cbsa_torch.train.tracking import check_tracker, finish_trackers, log, start_trackers, tracker_names
+from cbsa_torch.train.task import Measured, task_of
+from cbsa_torch.train.tracking import check_tracker, finish_trackers, log, tracker_names
 
 
 class TrainResult(NamedTuple):
@@ -55,42 +43,11 @@ class TrainResult(NamedTuple):
 
     folder: Path
     best_epoch: int
-    best_top1: float
-    """Validation accuracy of the best epoch."""
+    best_score: float
+    """What was measured on validation after the best epoch: accuracy, or mean IoU."""
 
 
-class _Session(NamedTuple):
-    """Everything a run works with."""
-
-    config: TrainConfig
-    folder: RunFolder
-    accelerator: Accelerator
-    reporter: Reporter
-    stop: StopRequests
-    model: nn.Module
-    """As Accelerate wraps it."""
-    own: dict[str, Tensor]
-    """Names, shapes and dtypes of the bare model's state; no values."""
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    """As torch knows it: not wrapped."""
-    stepper: Any
-    """The optimiser as Accelerate wraps it."""
-    scheduler: Any
-    train_loader: DataLoader[Any]
-    val_loader: DataLoader[Any]
-    data: dict[str, Any]
-    """What a state remembers of the data."""
-    description: dict[str, Any]
-    """What a checkpoint says about itself: enough to rebuild, feed and judge the model."""
-
-    @property
-    def candidate(self) -> nn.Module:
-        """What is evaluated and kept for use: the average, if there is one. The same on every process."""
-        return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
-
-
-def train(config: TrainConfig) -> TrainResult:
+def train(config: RunConfig) -> TrainResult:
     """Train as configured, into the folder ``config.output``; a run that is there already is continued.
 
     Everything that can be refused is refused before the folder is touched. The state is saved after every
@@ -102,6 +59,8 @@ def train(config: TrainConfig) -> TrainResult:
         InterruptedRun: SIGINT or SIGTERM came; the state was saved, and calling again goes on from there.
     """
     check_config(config)
+    task = task_of(config)
+    task.check(config)
     check_tracker(config.engine.tracker)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
@@ -113,7 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
     )
     stop = StopRequests()
     try:
-        session = _prepare(config, folder, accelerator, stop)
+        session = prepare(config, task, folder, accelerator, stop)
         for line in changes:
             session.reporter.say(f"accepted change: {line}")
         try:
@@ -124,11 +83,13 @@ def train(config: TrainConfig) -> TrainResult:
     finally:
         folder.lock.release()
     kept = "" if config.optim.keep == "best" else f"; kept: the last, epoch {done.epoch}"
-    session.reporter.say(f"best validation accuracy: {done.best_top1:.4f} in epoch {done.best_epoch}{kept}")
-    return TrainResult(folder.path, done.best_epoch, done.best_top1)
+    session.reporter.say(
+        f"best validation {task.score_title}: {done.best_score:.4f} in epoch {done.best_epoch}{kept}"
+    )
+    return TrainResult(folder.path, done.best_epoch, done.best_score)
 
 
-def _run(session: _Session) -> Progress:
+def _run(session: Session) -> Progress:
     """All epochs that are left."""
     config, reporter, folder = session.config, session.reporter, session.folder
     progress = _resume(session)
@@ -149,108 +110,7 @@ def _run(session: _Session) -> Progress:
     return progress
 
 
-def _prepare(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, stop: StopRequests) -> _Session:
-    """Check everything else, then create the run's folder and wrap the model."""
-    reporter = Reporter(accelerator.is_main_process)
-    check_optimizer(config.optim, accelerator.device)
-    set_seed(config.seed)
-    batch_size = _batch_per_process(config, accelerator.num_processes)
-
-    draft = draft_model(config)
-    splits = open_splits(config.data, input_spec(draft[0]).mode, folder.skipped)
-    model, model_args = build_model(config, len(splits.class_names), draft)
-    spec = input_spec(model, config.model.image_size)
-    if config.engine.fsdp:
-        shard(accelerator, model)
-    else:
-        to_channels_last(model)
-    optimizer = make_optimizer(model, config.optim)
-    train_loader = make_loader(splits.train, spec, config.data, batch_size, train=True, seed=config.seed)
-    val_loader = make_loader(splits.val, spec, config.data, batch_size, train=False)
-    for loader in (train_loader, val_loader):
-        draw_apart(loader)
-    _check_loader(train_loader, batch_size, accelerator.num_processes)
-
-    accelerator.wait_for_everyone()  # every process has looked at the folder
-    on_main(accelerator, lambda: folder.start(config, reporter.say), (RunFolderError, OSError))
-    start_trackers(accelerator, config, reporter.say)
-
-    own = {name: value.to("meta") for name, value in model.state_dict().items()}
-    if accelerator.num_processes > 1:
-        model = synchronize_batch_norm(model, accelerator.device)
-    ema = None
-    if config.optim.ema_decay is not None:
-        ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True, device=accelerator.device)
-    if config.engine.compile:
-        model.compile()
-    parameters = sum(p.numel() for p in model.parameters())
-    reporter.say(
-        f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "
-        f"{len(train_loader.dataset):,} training and {len(val_loader.dataset):,} validation images, "  # type: ignore[arg-type]
-        f"{len(splits.class_names)} classes; {_engine(accelerator)}; folder {folder.path}"
-    )
-    model, stepper, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
-    # From here on processes draw differently (dropout), but the data comes in an order of its own.
-    set_seed(config.seed, device_specific=True)
-    steps_per_epoch = -(-len(train_loader) // config.engine.accumulate)
-    scheduler = make_scheduler(optimizer, config.optim, steps_per_epoch)
-    description = {
-        "model": config.model.name,
-        "model_args": model_args,
-        "class_names": splits.class_names,
-        "input": spec._asdict(),
-        "config": to_dict(config),
-        "cbsa_torch": __version__,
-    }
-    return _Session(
-        config,
-        folder,
-        accelerator,
-        reporter,
-        stop,
-        model,
-        own,
-        ema,
-        optimizer,
-        stepper,
-        scheduler,
-        train_loader,
-        val_loader,
-        data_facts(splits.class_names, train_loader.dataset, val_loader.dataset),
-        description,
-    )
-
-
-def _engine(accelerator: Accelerator) -> str:
-    """Where and how a run is computed, in words."""
-    if accelerator.num_processes == 1:
-        return f"device {accelerator.device}"
-    how = "sharded (FSDP2)" if accelerator.is_fsdp2 else "each with a copy (DDP)"
-    return f"{accelerator.num_processes} processes on {accelerator.device.type}, {how}"
-
-
-def _batch_per_process(config: TrainConfig, processes: int) -> int:
-    """Images per forward pass of one process; the configured batch must divide."""
-    parts = processes * config.engine.accumulate
-    if config.optim.batch_size % parts:
-        raise ConfigError(
-            f"optim.batch_size ({config.optim.batch_size}) must be divisible by processes x accumulation "
-            f"steps ({processes} x {config.engine.accumulate})"
-        )
-    return config.optim.batch_size // parts
-
-
-def _check_loader(loader: DataLoader[Any], batch_size: int, processes: int) -> None:
-    if isinstance(loader.dataset, IterableDataset) and processes > 1:
-        raise ConfigError("data sets that stream (wds, tfds, hfids) are trained in one process for now")
-    if len(loader) < processes:
-        raise DataError(
-            f"{len(loader.dataset)} training images are fewer than one batch of {batch_size} for each of "  # type: ignore[arg-type]
-            f"{processes} process(es); lower optim.batch_size"
-        )
-
-
-def _run_epoch(session: _Session, progress: Progress) -> None:
+def _run_epoch(session: Session, progress: Progress) -> None:
     """Train what is left of an epoch, validate, save, report."""
     config, epochs = session.config, session.config.optim.epochs
     epoch, batches = progress.epoch + 1, len(session.train_loader)
@@ -271,7 +131,7 @@ def _run_epoch(session: _Session, progress: Progress) -> None:
                 stepped=lambda stop: _after_step(session, progress, stop),
                 advance=advance,
             )
-    if progress.images == 0:
+    if progress.targets == 0:
         raise DataError(f"no training image of epoch {epoch} could be read{_listed(session.folder)}")
     check_finite(session.accelerator, session.model, progress.step)
     result = _validate(session, progress)
@@ -280,17 +140,18 @@ def _run_epoch(session: _Session, progress: Progress) -> None:
     if not math.isfinite(result.loss):
         raise NonFiniteLossError(f"the validation loss became {result.loss} after epoch {epoch}")
 
-    best = result.top1 > progress.best_top1
+    task = session.task
+    best = result.score > progress.best_score
     if best:
-        progress.best_epoch, progress.best_top1 = epoch, result.top1
+        progress.best_epoch, progress.best_score = epoch, result.score
     seconds = max(progress.seconds, 1e-9)
     row = {
         "epoch": epoch,
         "step": progress.step,
-        "train_loss": progress.loss / max(progress.images, 1),
+        "train_loss": progress.loss / max(progress.targets, 1),
         "lr": progress.lr,
         "val_loss": result.loss,
-        "val_top1": result.top1,
+        task.score: result.score,
         "images_per_second": progress.images / seconds,
         "data_wait": progress.waited / seconds,
     }
@@ -299,18 +160,19 @@ def _run_epoch(session: _Session, progress: Progress) -> None:
     if session.accelerator.is_main_process:
         session.folder.append_metrics(row)
     if best or config.optim.keep == "last":
-        _save_weights(session, epoch, result.top1)
+        _save_weights(session, epoch, result.score)
     _save_state(session, progress)
     session.reporter.say(
         f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  val loss {result.loss:.3f}  "
-        f"val accuracy {result.top1:.4f}{' *' if best else '  '} lr {progress.lr:.1e}  {seconds:.1f} s  "
-        f"{row['images_per_second']:.0f} images/s ({100 * row['data_wait']:.0f} % waiting for data)"
+        f"val {task.score_title} {result.score:.4f}{' *' if best else '  '} lr {progress.lr:.1e}  "
+        f"{seconds:.1f} s  {row['images_per_second']:.0f} images/s "
+        f"({100 * row['data_wait']:.0f} % waiting for data)"
     )
     if _anyone_asks_to_stop(session) and progress.epoch < epochs:
         _stop(session)
 
 
-def _validate(session: _Session, progress: Progress) -> Evaluation:
+def _validate(session: Session, progress: Progress) -> Measured:
     """Evaluate the candidate; asked to stop, save where the run is and stop."""
 
     def check() -> None:
@@ -318,13 +180,19 @@ def _validate(session: _Session, progress: Progress) -> Evaluation:
             _save_state(session, progress)
             _stop(session)
 
-    num_classes = len(session.description["class_names"])
-    loader = session.val_loader
-    with session.reporter.bar("validating", len(loader)) as advance:
-        return evaluate(session.accelerator, session.candidate, loader, num_classes, advance, check=check)
+    with session.reporter.bar("validating", len(session.val_loader)) as advance:
+        return session.task.evaluate(
+            session.config,
+            session.accelerator,
+            session.candidate,
+            session.val_loader,
+            session.description["class_names"],
+            advance,
+            check,
+        )
 
 
-def _after_step(session: _Session, progress: Progress, stop: bool) -> None:
+def _after_step(session: Session, progress: Progress, stop: bool) -> None:
     """Save the state where the configuration or a signal asks for it."""
     every = session.config.engine.checkpoint_steps
     if stop or (every is not None and progress.step % every == 0):
@@ -334,27 +202,27 @@ def _after_step(session: _Session, progress: Progress, stop: bool) -> None:
         _stop(session)
 
 
-def _anyone_asks_to_stop(session: _Session) -> bool:
+def _anyone_asks_to_stop(session: Session) -> bool:
     """Whether any process was asked to stop; to be called on every process."""
     flag = torch.tensor(float(bool(session.stop)), device=session.accelerator.device)
     return bool(session.accelerator.reduce(flag) > 0)
 
 
-def _stop(session: _Session) -> None:
+def _stop(session: Session) -> None:
     name = "another process" if session.stop.received is None else session.stop.received.name
     raise InterruptedRun(f"stopped by {name}; {what_is_kept(session.folder)}")
 
 
-def _save_weights(session: _Session, epoch: int, top1: float) -> None:
+def _save_weights(session: Session, epoch: int, score: float) -> None:
     """Keep the candidate for use; called on every process, written by one."""
     state = model_state(session.candidate)
     if session.accelerator.is_main_process:
-        info = {**session.description, "epoch": epoch, "val_top1": top1}
+        info = {**session.description, "epoch": epoch, session.task.score: score}
         save_tensors(session.folder.weights, state, info)
         write_model_card(session.folder, info, session.folder.read_metrics())
 
 
-def _save_state(session: _Session, progress: Progress) -> None:
+def _save_state(session: Session, progress: Progress) -> None:
     """Save all that going on needs; called on every process, written by one."""
     accelerator = session.accelerator
     scaler = accelerator.scaler
@@ -373,7 +241,7 @@ def _save_state(session: _Session, progress: Progress) -> None:
     accelerator.wait_for_everyone()
 
 
-def _resume(session: _Session) -> Progress:
+def _resume(session: Session) -> Progress:
     """Load the newest state that is whole, or start over if the run died before its first."""
     folder, accelerator, reporter = session.folder, session.accelerator, session.reporter
     found: list[Any] = [None, [], None]
@@ -401,10 +269,10 @@ def _resume(session: _Session) -> Progress:
     return progress
 
 
-def _restore(session: _Session, path: Path) -> Progress:
+def _restore(session: Session, path: Path) -> Progress:
     state = load_state(path)
     try:
-        progress = Progress(**state["progress"])
+        progress = Progress.from_state(state["progress"])
         for remark in compare_data(state.get("data"), session.data, progress.batch, str(path)):
             session.reporter.say(remark)
         progress.batch = min(progress.batch, len(session.train_loader))
@@ -435,7 +303,7 @@ def _restore(session: _Session, path: Path) -> Progress:
     return progress
 
 
-def _images_per_batch(config: TrainConfig) -> int:
+def _images_per_batch(config: RunConfig) -> int:
     """Images of one forward pass of all processes."""
     return config.optim.batch_size // config.engine.accumulate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from cbsa_torch.train.errors import ConfigError
@@ -21,6 +21,13 @@ def check_numbers(values: dict[str, Any], prefix: str = "") -> None:
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
                 raise ConfigError(f"{prefix}{key} must be finite, got {item}")
+
+
+def check_rules(rules: Iterable[tuple[bool, str, Any]]) -> None:
+    """Raise ConfigError for the first of (holds, rule, got) that does not hold."""
+    for holds, rule, got in rules:
+        if not holds:
+            raise ConfigError(f"{rule}, got {got}")
 
 
 def with_new_names(values: dict[Any, Any], known: Collection[str]) -> dict[Any, Any]:

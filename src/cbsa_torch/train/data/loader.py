@@ -113,9 +113,7 @@ def make_loader(
         **augment,
     )
     keep_one_bit(loader.dataset.transform)
-    if config.workers:
-        loader.multiprocessing_context = _worker_context()
-        loader.worker_init_fn = functools.partial(_start_worker, then=loader.worker_init_fn)
+    own_workers(loader)
     if train and (config.rotate or config.shift):
         # timm has no affine augmentation; it goes first, on the image as it was read
         affine = RandomAffine(
@@ -142,6 +140,13 @@ def _kill_workers() -> None:
 
 # Runs before multiprocessing asks its children to end and waits for them, as that was registered earlier.
 atexit.register(_kill_workers)
+
+
+def own_workers(loader: DataLoader[Any]) -> None:
+    """Let a loader's workers, if it has any, be ended by their trainer alone."""
+    if loader.num_workers:
+        loader.multiprocessing_context = _worker_context()
+        loader.worker_init_fn = functools.partial(_start_worker, then=loader.worker_init_fn)
 
 
 def _worker_context() -> BaseContext:

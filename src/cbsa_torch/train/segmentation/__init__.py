@@ -2,7 +2,12 @@
 
 from cbsa_torch.train.data.images import IGNORE
 from cbsa_torch.train.segmentation.colours import colour_mask, palette, write_coloured_mask
-from cbsa_torch.train.segmentation.config import ScenesConfig, SegmentationDataConfig
+from cbsa_torch.train.segmentation.config import (
+    ScenesConfig,
+    SegmentationDataConfig,
+    SegmentationTrainConfig,
+)
+from cbsa_torch.train.segmentation.evaluate import evaluate_segmenter
 from cbsa_torch.train.segmentation.masks import LabelMap, labels_from_colours, read_mask_file
 from cbsa_torch.train.segmentation.metrics import (
     ClassScore,
@@ -13,6 +18,7 @@ from cbsa_torch.train.segmentation.metrics import (
     to_record,
 )
 from cbsa_torch.train.segmentation.pairs import MaskedImages, Pair
+from cbsa_torch.train.segmentation.predict import predict_masks
 from cbsa_torch.train.segmentation.scenes import EmojiScenes, open_scenes
 from cbsa_torch.train.segmentation.splits import (
     SegmentationSplits,
@@ -38,7 +44,9 @@ __all__ = [
     "SegmentationMetric",
     "SegmentationScores",
     "SegmentationSplits",
+    "SegmentationTrainConfig",
     "colour_mask",
+    "evaluate_segmenter",
     "evaluation_transform",
     "labels_from_colours",
     "miou_without",
@@ -46,6 +54,7 @@ __all__ = [
     "open_segmentation",
     "open_segmentation_split",
     "palette",
+    "predict_masks",
     "read_mask_file",
     "scores",
     "to_record",

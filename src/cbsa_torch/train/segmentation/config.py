@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.config import ModelConfig, RunConfig
+from cbsa_torch.train.values import check_rules
 
 
 @dataclass
@@ -18,7 +20,9 @@ class ScenesConfig:
     train: int = 4000
     """Training scenes; an epoch shows each once, augmented anew."""
     val: int = 500
+    """Validation scenes, of emoji that no training scene shows."""
     test: int = 1000
+    """Test scenes, of emoji that neither of the others shows."""
     emoji: tuple[int, int] = (2, 6)
     """Fewest and most emoji pasted on a scene."""
     scale: tuple[float, float] = (0.25, 0.6)
@@ -61,6 +65,55 @@ class SegmentationDataConfig:
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
 
 
+@dataclass
+class WindowConfig:
+    """How whole images are seen in validation and evaluation: by windows, averaged where they overlap."""
+
+    size: int | None = None
+    """Side of the square windows in pixels; a shorter side of an image is taken whole.
+    Default: data.crop_size."""
+    stride: int | None = None
+    """Pixels from one window to the next. Default: the window."""
+    batch: int = 8
+    """Windows of an image at a time; changes memory and time, not the result."""
+
+
+@dataclass
+class SegmentationModelConfig(ModelConfig):
+    """The model; its args are those of `cbsa_torch.models.segmenter`: encoder, mixer, dim ..."""
+
+    name: str = "segmenter"
+    """The model of timm that has an encoder and a decoder of masks."""
+    encoder_from: str | None = None
+    """Weights that the encoder starts from: "pretrained" for those that timm has for model.args encoder; or a
+    trained classifier as for init_from, which then also says which encoder it is."""
+
+
+@dataclass(kw_only=True)
+class SegmentationTrainConfig(RunConfig):
+    """Train a segmenter: an encoder of images and a decoder of masks."""
+
+    task: ClassVar[str] = "segmentation"
+    """Its name."""
+    model: SegmentationModelConfig = field(default_factory=SegmentationModelConfig)
+    data: SegmentationDataConfig = field(default_factory=SegmentationDataConfig)
+    windows: WindowConfig = field(default_factory=WindowConfig)
+
+    def window(self) -> int:
+        """Side of the windows in pixels."""
+        return self.data.crop_size if self.windows.size is None else self.windows.size
+
+
+def check_windows(config: SegmentationTrainConfig) -> None:
+    """Refuse windows that cannot work; raises ConfigError."""
+    side, stride = config.window(), config.windows.stride
+    check_rules([
+        (side >= 1, "windows.size must be at least 1", side),
+        (stride is None or 1 <= stride <= side, f"windows.stride must be in [1, {side}], the window", stride),
+        (config.windows.batch >= 1, "windows.batch must be at least 1", config.windows.batch),
+    ])  # fmt: skip
+
+
 def check_data_config(config: SegmentationDataConfig) -> None:
     """Refuse values that cannot work; raises ConfigError."""
     scenes, share, ignore = config.scenes, config.max_class_share, config.ignore_label
@@ -85,6 +138,4 @@ def check_data_config(config: SegmentationDataConfig) -> None:
         (0 <= scenes.rotate <= 180, "data.scenes.rotate must be in [0, 180] degrees", scenes.rotate),
         (0 <= scenes.hflip <= 1, "data.scenes.hflip must be in [0, 1]", scenes.hflip),
     ]
-    for holds, rule, got in rules:
-        if not holds:
-            raise ConfigError(f"{rule}, got {got}")
+    check_rules(rules)
