@@ -1,0 +1,315 @@
+"""CBSA, MSSA and MHSA decoders on emoji-scenes: accuracy, cost, and noise on their parameters (Fig. 8).
+
+    python benchmarks/segmentation_decoders.py
+
+Trains one encoder on emoji64, then every decoder on top of it with every seed by the recipe ``emoji_scenes``,
+two runs at a time with one thread each. Finished runs are kept and read again. Writes a table, a record
+(``benchmarks/results/segmentation_decoders.json``) and a plot (``docs/images/segmentation_decoders.png``).
+Needs ``cbsa data fetch emoji64``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from rich.progress import track
+from torch import nn
+from torch.utils.data import Subset
+
+from cbsa_torch._core.files import write_atomically
+from cbsa_torch.interpret import robustness
+from cbsa_torch.interpret.capture import attention_layers
+from cbsa_torch.interpret.plots import to_png
+from cbsa_torch.models import segmenter
+from cbsa_torch.models.counting import count_model
+from cbsa_torch.train import TrainConfig, load_config
+from cbsa_torch.train.config import RunConfig, dump_yaml
+from cbsa_torch.train.evaluate import open_trained
+from cbsa_torch.train.run_folder import RunFolder, changed_keys, environment
+from cbsa_torch.train.segmentation import (
+    SegmentationTrainConfig,
+    evaluate_segmenter,
+    miou_without,
+    open_segmentation_split,
+)
+from cbsa_torch.train.segmentation.evaluate import segmenter_config, trained_windows
+from cbsa_torch.train.segmentation.measure import measure, share
+from cbsa_torch.train.segmentation.transforms import evaluation_transform
+
+MIXERS = {"cbsa": "CBSA (CBT)", "mssa": "MSSA (DEPICT)", "mhsa": "MHSA (Segmenter)"}
+COLOURS = {"cbsa": "#1f77b4", "mssa": "#ff7f0e", "mhsa": "#2ca02c"}
+REPEATED = ("Flags", "Symbols")
+"""Classes whose masks repeat between the splits."""
+SIGMAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+SIDES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Of the images whose decoder FLOPs are drawn."""
+
+
+@dataclass
+class Options:
+    """What is trained, and how much of it."""
+
+    runs: Path = Path("runs/segmentation_decoders")
+    """Folder of the runs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the decoders' runs; the encoder is the same."""
+    encoder_epochs: int = 10
+    """Epochs of the encoder on emoji64."""
+    epochs: int = 8
+    """Epochs of every decoder."""
+    scenes: int = 1000
+    """Training scenes."""
+    size: int = 96
+    """Side of the scenes in pixels."""
+    noise_scenes: int = 60
+    """Test scenes of the noise sweep."""
+    jobs: int = 2
+    """Runs at a time, one thread each."""
+    results: Path = Path("benchmarks/results/segmentation_decoders.json")
+    """The record."""
+    plot: Path = Path("docs/images/segmentation_decoders.png")
+    """The plot."""
+
+
+def encoder_configuration(options: Options) -> TrainConfig:
+    """The recipe of emoji64, shorter."""
+    recipe = load_config("emoji64")
+    assert isinstance(recipe, TrainConfig)
+    optim = replace(recipe.optim, epochs=options.encoder_epochs)
+    return replace(
+        recipe,
+        output=str(options.runs / "encoder"),
+        optim=optim,
+        engine=replace(recipe.engine, threads=options.jobs, tracker="none"),
+    )
+
+
+def configuration(options: Options, mixer: str, seed: int) -> SegmentationTrainConfig:
+    """The recipe of emoji-scenes with another decoder and seed."""
+    recipe = load_config("emoji_scenes")
+    assert isinstance(recipe, SegmentationTrainConfig)
+    args = {**recipe.model.args, "mixer": mixer}
+    scenes = replace(
+        recipe.data.scenes, size=options.size, train=options.scenes, val=options.scenes // 10, test=300
+    )
+    return replace(
+        recipe,
+        output=str(options.runs / f"{mixer}_seed{seed}"),
+        seed=seed,
+        model=replace(recipe.model, args=args, encoder_from=str(options.runs / "encoder")),
+        data=replace(recipe.data, scenes=scenes, crop_size=options.size, base_size=options.size, workers=0),
+        optim=replace(recipe.optim, epochs=options.epochs),
+        engine=replace(recipe.engine, threads=1, tracker="none"),
+    )
+
+
+def train_once(config: RunConfig) -> float:
+    """Train in a process of its own, or go on, unless that is done; the seconds that it took."""
+    folder = RunFolder(config.output)
+    done = folder.read_metrics() if folder.config.exists() else []
+    if (
+        done
+        and not changed_keys(load_config(folder.config), config)
+        and done[-1]["epoch"] == config.optim.epochs
+    ):
+        return 0.0
+    source = folder.path.with_suffix(".yaml")
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(dump_yaml(config))
+    command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--config", str(source), "--overwrite"]
+    start = time.perf_counter()
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(config.engine.threads)},
+    )
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    return time.perf_counter() - start
+
+
+def test_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
+    """Mean IoU on the test scenes, with all classes and less those that repeat."""
+    result = evaluate_segmenter(configuration(options, mixer, seed).output)
+    return {
+        "miou": result.scores.miou,
+        "miou_without_repeated": miou_without(result.scores, REPEATED),
+        "pixel_accuracy": result.scores.pixel_accuracy,
+        "iou": {name: one.iou for name, one in result.scores.classes.items()},
+    }
+
+
+def sweep_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
+    """Mean IoU on the first test scenes under noise on the decoder's attention layers alone."""
+    trained = open_trained(configuration(options, mixer, seed).output)
+    config = segmenter_config(trained)
+    dataset = open_segmentation_split(config.data, trained.spec.mode, "test", trained.class_names)
+    dataset.transform = evaluation_transform(trained.spec.mean, trained.spec.std)  # type: ignore[attr-defined]
+    accelerator = Accelerator(cpu=True)
+    scenes: Any = Subset(dataset, range(options.noise_scenes))
+
+    def miou(model: nn.Module) -> float:
+        images = share(scenes, 0, accelerator)
+        return measure(accelerator, model, images, trained.class_names, trained_windows(config)).score
+
+    layers = [name for name in attention_layers(trained.model) if name.startswith("decoder.")]
+    measured = robustness(trained.model, miou, sigmas=SIGMAS, layers=layers)
+    return {"clean": measured.clean, "values": measured.values}
+
+
+def decoder_cost(mixer: str, side: int, args: dict[str, Any]) -> dict[str, int]:
+    """FLOPs and similarities of the decoder's layers, and its parameters."""
+    model = segmenter(**{**args, "mixer": mixer, "num_classes": 10})
+    layers = [one for one in count_model(model, (3, side, side)).layers if one.name.startswith("decoder")]
+    return {
+        "flops": sum(one.counts.flops for one in layers),
+        "similarities": sum(one.counts.similarities for one in layers),
+        "parameters": sum(one.parameters for one in layers),
+    }
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Train, test, disturb and count."""
+    torch.set_num_threads(options.jobs)
+    start = time.perf_counter()
+    print("training the encoder")
+    seconds = {"encoder": train_once(encoder_configuration(options))}
+    pairs = list(itertools.product(MIXERS, options.seeds))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        spent = pool.map(lambda pair: train_once(configuration(options, *pair)), pairs)
+        for (mixer, seed), each in zip(pairs, track(spent, "training decoders", total=len(pairs)), strict=True):
+            seconds[f"{mixer}_seed{seed}"] = each
+    rows = []
+    for mixer in track(MIXERS, "testing and disturbing"):
+        args = open_trained(configuration(options, mixer, options.seeds[0]).output).info["model_args"]
+        tests = [test_once(options, mixer, seed) for seed in options.seeds]
+        rows.append(
+            {
+                "mixer": mixer,
+                "tests": tests,
+                **{key: summary([test[key] for test in tests]) for key in ("miou", "miou_without_repeated")},
+                "noise": [sweep_once(options, mixer, seed) for seed in options.seeds],
+                "cost": decoder_cost(mixer, options.size, args),
+                "flops_by_side": [decoder_cost(mixer, side, args)["flops"] for side in SIDES],
+            }
+        )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(),
+        "options": {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()},
+        "sigmas": SIGMAS,
+        "sides": SIDES,
+        "rows": rows,
+        "training_seconds": seconds,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def summary(values: list[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation."""
+    return {
+        "mean": statistics.mean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def left_under_noise(row: dict[str, Any]) -> list[float]:
+    """The share of its clean mean IoU that a decoder keeps at every sigma, over seeds and draws of noise."""
+    return [
+        statistics.mean(value / sweep["clean"] for sweep in row["noise"] for value in sweep["values"][index])
+        for index in range(len(SIGMAS))
+    ]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table."""
+    lines = [
+        "| decoder | test mIoU | less Flags and Symbols | MFLOPs | similarities | parameters | kept at σ = 0.1 | "
+        "at σ = 1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        kept = left_under_noise(row)
+        cost = row["cost"]
+        lines.append(
+            f"| {MIXERS[row['mixer']]} | {percent(row['miou'])} | {percent(row['miou_without_repeated'])} | "
+            f"{cost['flops'] / 1e6:.0f} | {cost['similarities']:,} | {cost['parameters']:,} | "
+            f"{100 * kept[SIGMAS.index(1e-1)]:.0f} % | {100 * kept[SIGMAS.index(1.0)]:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def percent(value: dict[str, float | None]) -> str:
+    """Mean ± standard deviation in percent."""
+    mean, sd = value["mean"], value["sd"]
+    assert mean is not None
+    return f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+
+
+def draw(record: dict[str, Any]) -> Figure:
+    """Noise at the left, cost at the right."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    noise, cost = figure.subplots(1, 2)
+    for row in record["rows"]:
+        name, colour = MIXERS[row["mixer"]], COLOURS[row["mixer"]]
+        clean = [sweep["clean"] for sweep in row["noise"]]
+        means, spreads = [statistics.mean(clean)], [statistics.pstdev(clean)]
+        for index in range(len(SIGMAS)):
+            values = [value for sweep in row["noise"] for value in sweep["values"][index]]
+            means.append(statistics.mean(values))
+            spreads.append(statistics.pstdev(values))
+        places = [SIGMAS[0] / 3, *SIGMAS]
+        noise.errorbar(
+            places, [100 * m for m in means], [100 * s for s in spreads], color=colour, label=name, capsize=2
+        )
+        cost.plot(SIDES, [flops / 1e9 for flops in row["flops_by_side"]], ".-", color=colour, label=name)
+    noise.set(
+        xscale="log",
+        xlabel="standard deviation σ of the noise on the decoder's attention",
+        ylabel="mean IoU on test scenes (%)",
+        title="Noise on the parameters",
+    )
+    noise.set_xticks([SIGMAS[0] / 3, 1e-3, 1e-2, 1e-1, 1], ["none", "0.001", "0.01", "0.1", "1"])
+    noise.minorticks_off()
+    cost.set(
+        xscale="log", yscale="log", xlabel="side of the image (pixels)", ylabel="GFLOPs", title="Decoder cost"
+    )
+    cost.set_xticks(SIDES[::2], [str(side) for side in SIDES[::2]])
+    cost.minorticks_off()
+    for axes in (noise, cost):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def main() -> None:
+    """Run, write, print."""
+    options = tyro.cli(Options, description=__doc__)
+    record = run(options)
+    for path in (options.results, options.plot):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.results, json.dumps(record, indent=2).encode())
+    write_atomically(options.plot, to_png(draw(record)))
+    print(markdown(record))
+    print(f"{record['seconds'] / 60:.1f} minutes; record: {options.results}, plot: {options.plot}")
+
+
+if __name__ == "__main__":
+    main()
