@@ -241,8 +241,8 @@ def left_under_noise(row: dict[str, Any]) -> list[float]:
 def markdown(record: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        "| decoder | test mIoU | less Flags and Symbols | MFLOPs | similarities | parameters | kept at σ = 0.1 | "
-        "at σ = 1 |",
+        "| decoder | test mIoU | less Flags and Symbols | MFLOPs | similarities | parameters | kept at 0.1 | "
+        "kept at 1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -282,7 +282,7 @@ def draw(record: dict[str, Any]) -> Figure:
         cost.plot(SIDES, [flops / 1e9 for flops in row["flops_by_side"]], ".-", color=colour, label=name)
     noise.set(
         xscale="log",
-        xlabel="standard deviation σ of the noise on the decoder's attention",
+        xlabel="standard deviation of the noise on the decoder's attention",
         ylabel="mean IoU on test scenes (%)",
         title="Noise on the parameters",
     )
