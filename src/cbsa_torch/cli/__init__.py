@@ -10,9 +10,9 @@ from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.optional import require
 
 COMMANDS = {
-    "train": "Train an image classifier (default: the embedded digits).",
+    "train": "Train a classifier or a segmenter (default: the embedded digits).",
     "eval": "Evaluate a trained model.",
-    "predict": "Classify image files.",
+    "predict": "Classify or segment image files.",
     "report": "Write a page about a trained model: accuracy, curves, coding rates, attention maps.",
     "compare": "Show several trained models side by side on one page.",
     "count": "Count parameters, FLOPs and pairwise similarities of models.",

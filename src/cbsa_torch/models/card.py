@@ -30,15 +30,16 @@ class Kind(NamedTuple):
     task: str
     """The Hub's name."""
     metric: str
-    noun: str
     title: str
     short: str
 
 
 KINDS = (
-    Kind("val_top1", "image-classification", "accuracy", "image classifier", "Top-1 accuracy", "accuracy"),
-    Kind("val_miou", "image-segmentation", "mean_iou", "image segmenter", "Mean IoU", "mean IoU"),
+    Kind("val_top1", "image-classification", "accuracy", "Top-1 accuracy", "accuracy"),
+    Kind("val_miou", "image-segmentation", "mean_iou", "Mean IoU", "mean IoU"),
 )
+SEGMENTER_DEFAULTS = {"encoder": "vit_tiny_patch16_224", "mixer": "cbsa"}
+"""Of the constructor's arguments that a card tells."""
 
 
 def kind_of(info: Mapping[str, Any]) -> Kind:
@@ -59,7 +60,7 @@ def model_card(info: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = (
     name = clean(info["model"])
     parts = [
         f"# {escape(name)}",
-        _what_it_is(name, kind_of(info).noun),
+        _what_it_is(name) if kind_of(info).key == "val_top1" else _what_a_segmenter_is(info["model_args"]),
         _how_to_load(),
         _classes(info.get("class_names") or []),
         _input(info.get("input") or {}),
@@ -136,10 +137,19 @@ def _papers(model: str) -> list[str]:
     return [] if family is None else list(dict.fromkeys([FAMILIES[family].paper, PAPER]))
 
 
-def _what_it_is(model: str, noun: str) -> str:
+def _what_a_segmenter_is(args: Mapping[str, Any]) -> str:
+    encoder, mixer = (escape(clean(args.get(key, default))) for key, default in SEGMENTER_DEFAULTS.items())
+    return (
+        f"An image segmenter: encoder {encoder} of [timm](https://github.com/huggingface/pytorch-image-models), "
+        f"and a decoder of masks with {mixer.upper()} layers; implemented in cbsa-torch, the library for CBSA "
+        f"(Contract-and-Broadcast Self-Attention). Described in [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})."
+    )
+
+
+def _what_it_is(model: str) -> str:
     family = _family(model)
     if family is None:
-        return f"An {noun}: `{model}` of [timm](https://github.com/huggingface/pytorch-image-models)."
+        return f"An image classifier: `{model}` of [timm](https://github.com/huggingface/pytorch-image-models)."
     papers = ", ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in _papers(model))
     return (
         f"An {noun}: {escape(FAMILIES[family].summary)}; implemented in cbsa-torch, the library for "
