@@ -140,7 +140,8 @@ def _papers(model: str) -> list[str]:
 def _what_a_segmenter_is(args: Mapping[str, Any]) -> str:
     encoder, mixer = (escape(clean(args.get(key, default))) for key, default in SEGMENTER_DEFAULTS.items())
     return (
-        f"An image segmenter: encoder {encoder} of [timm](https://github.com/huggingface/pytorch-image-models), "
+        f"An image segmenter: encoder {encoder} of "
+        "[timm](https://github.com/huggingface/pytorch-image-models), "
         f"and a decoder of masks with {mixer.upper()} layers; implemented in cbsa-torch, the library for CBSA "
         f"(Contract-and-Broadcast Self-Attention). Described in [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})."
     )
@@ -152,7 +153,7 @@ def _what_it_is(model: str) -> str:
         return f"An image classifier: `{model}` of [timm](https://github.com/huggingface/pytorch-image-models)."
     papers = ", ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in _papers(model))
     return (
-        f"An {noun}: {escape(FAMILIES[family].summary)}; implemented in cbsa-torch, the library for "
+        f"An image classifier: {escape(FAMILIES[family].summary)}; implemented in cbsa-torch, the library for "
         f"CBSA (Contract-and-Broadcast Self-Attention). Described in {papers}."
     )
 
