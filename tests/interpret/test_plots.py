@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_torch.interpret import AttentionRanks, ReducedRates, Robustness, Sparsity, _look, overlays, plots
+from cbsa_torch.interpret import (
+    AttentionRanks,
+    ReducedRates,
+    Robustness,
+    Sparsity,
+    _look,
+    figures,
+    overlays,
+    plots,
+)
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn"]
 TOKENS, LEARNED, ACROSS = [[0.1, -0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, -0.8]], [[9.0, 8.0], [7.0, 6.0]]
@@ -177,3 +186,10 @@ def test_nearly_equal_losses_keep_a_distance_from_the_top(several):
     low, high = figure.axes[0].get_ylim()
     assert low == 0
     assert 2.4 < high < 3
+
+
+def test_places_of_a_grid_that_stay_empty_are_no_panels():
+    """Seven layers fill one row of six, and one place of the second."""
+    maps = {str(i): torch.rand(2, 2) for i in range(7)}
+    found = figures.draw(plots.coherence_maps(maps), "coherence", "cosines")
+    assert sum(map(len, found.rows)) == 7 + 1  # and the colour bar

@@ -13,7 +13,7 @@ from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import ComparedRun, compare
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import Trained, evaluate_checkpoint
+from cbsa_torch.train.evaluate import Trained, classifier_config, evaluate_checkpoint
 from cbsa_torch.train.run_folder import RunFolder
 
 
@@ -56,6 +56,7 @@ def compare_runs(
     known: dict[Path, str] = {}
     for checkpoint in checkpoints:
         trained = runs.open_run(checkpoint)
+        classifier_config(trained)
         first = known.setdefault(trained.path.resolve(), checkpoint)
         if checkpoint in opened or first != checkpoint:
             raise ConfigError(f"a run is given twice: {first} and {checkpoint}")

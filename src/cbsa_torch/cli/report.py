@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -12,8 +13,11 @@ from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import report
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import evaluate_checkpoint
+from cbsa_torch.train.evaluate import Trained, evaluate_checkpoint
 from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.segmentation.config import SegmentationTrainConfig
+from cbsa_torch.train.segmentation.evaluate import evaluate_segmenter
+from cbsa_torch.train.task import task_of
 
 
 @dataclass
@@ -29,8 +33,8 @@ class _ReportArgs(PageOptions):
 def run_report(args: list[str]) -> None:
     """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
     options = parse(_ReportArgs, args, "report")
-    accuracy, page = report_run(options.checkpoint, options.files, **options.counts())
-    print(f"test accuracy: {accuracy:.4f}")
+    score, page = report_run(options.checkpoint, options.files, **options.counts())
+    print(f"test {task_of(runs.open_run(options.checkpoint).config).score_title}: {score:.4f}")
     print(f"report: {page}")
 
 
@@ -52,7 +56,7 @@ def report_run(
         robustness_images: how many of them the robustness curve uses; 0 leaves it out.
 
     Returns:
-        The accuracy and the path of ``report.html``.
+        The accuracy (of a segmenter the mean IoU) and the path of ``report.html``.
     """
     for file in files:
         if Path(file).is_dir():  # cbsa compare takes runs by place, so it is easily confused
@@ -61,7 +65,7 @@ def report_run(
     further = runs.read_pictures(trained, files)  # a bad file stops before anything takes time
     folder = RunFolder(trained.path.parent)
     split = runs.evaluated_split(trained)
-    evaluation = evaluate_checkpoint(trained.path, split=split)
+    measured = _evaluate(trained, split)
     inputs, pictures, labels = runs.sample_images(trained, split, images)
     written = report(
         trained.model,
@@ -71,11 +75,24 @@ def report_run(
         title=f"{trained.info['model']} on {trained.config.data.name}",
         facts=runs.facts(trained, folder),
         history=folder.read_metrics(print),
-        evaluation={**evaluation._asdict(), "split": split, "class_names": trained.class_names},
+        evaluation={**measured, "split": split, "class_names": trained.class_names},
         image_titles=runs.titles(trained, inputs[:shown], labels[:shown]),
-        labels=labels,
+        labels=labels or None,
         further=further,
         shown=shown,
         robustness_images=robustness_images,
     )
-    return evaluation.top1, written.page
+    return measured["miou" if "miou" in measured else "top1"], written.page
+
+
+def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
+    """What the page says of a split: top1 or miou, loss, images, confusion."""
+    if not isinstance(trained.config, SegmentationTrainConfig):
+        return evaluate_checkpoint(trained.path, split=split)._asdict()
+    result = evaluate_segmenter(trained.path, split=split)
+    return {
+        "miou": result.score,
+        "loss": result.loss,
+        "images": result.images,
+        "confusion": result.scores.confusion,
+    }

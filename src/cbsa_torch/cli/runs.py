@@ -17,12 +17,14 @@ from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.evaluate import Trained, classifier_config, open_trained
 from cbsa_torch.train.predict import eval_transform, read_image
 from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.segmentation.config import SegmentationTrainConfig
+from cbsa_torch.train.segmentation.splits import open_segmentation, open_segmentation_split
+from cbsa_torch.train.task import task_of
 
 
 def open_run(checkpoint: str | Path) -> Trained:
     """Open a run whose model has layers to look into."""
     trained = open_trained(checkpoint)
-    classifier_config(trained)
     try:
         with capture(trained.model):
             pass
@@ -33,14 +35,28 @@ def open_run(checkpoint: str | Path) -> Trained:
 
 def evaluated_split(trained: Trained) -> str:
     """The split a page is about: test, or validation where there is none."""
+    if isinstance(trained.config, SegmentationTrainConfig):
+        return "val" if open_segmentation(trained.config.data, trained.spec.mode).test is None else "test"
     return "val" if open_splits(classifier_config(trained).data, trained.spec.mode).test is None else "test"
 
 
 def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.ndarray, list[int]]:
     """Inputs, pictures in [0, 1] and labels of readable images, evenly spread over a split.
 
-    In an order of their own: folders come class by class, and the first few should be of all classes.
+    In an order of their own: folders come class by class, and the first few should be of all classes. What a
+    segmenter is shown are squares from the centre, and there are no labels.
     """
+    if isinstance(trained.config, SegmentationTrainConfig):
+        scenes: Any = open_segmentation_split(
+            trained.config.data, trained.spec.mode, split, trained.class_names
+        )
+        count = min(count, len(scenes))
+        squares = [
+            eval_transform(trained.spec)(scenes[i * len(scenes) // count][0])
+            for i in torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+        ]
+        stacked = torch.stack(squares)
+        return stacked, to_pictures(trained, stacked), []
     dataset: Any = open_split(classifier_config(trained).data, trained.spec.mode, split, trained.class_names)
     count = min(count, len(dataset))
     transform = eval_transform(trained.spec)
@@ -68,8 +84,9 @@ def read_pictures(trained: Trained, files: Sequence[str]) -> Pictures | None:
 
 @torch.inference_mode()
 def predict(trained: Trained, inputs: Tensor) -> list[int]:
-    """The most likely class of each image."""
-    classes: list[int] = trained.model(inputs).argmax(-1).tolist()
+    """The most likely class of each image; of a segmenter, the one of most pixels."""
+    found = trained.model(inputs).argmax(1)
+    classes: list[int] = found.tolist() if found.ndim == 1 else found.flatten(1).mode(1).values.tolist()
     return classes
 
 
@@ -84,6 +101,8 @@ def to_pictures(trained: Trained, inputs: Tensor) -> np.ndarray:
 def titles(trained: Trained, inputs: Tensor, labels: Sequence[int]) -> list[str]:
     """What the model takes images for, and what they are where that differs."""
     names = trained.class_names
+    if not labels:  # of a segmenter
+        return [f"mostly {names[p]}" for p in predict(trained, inputs)]
     return [
         names[p] if p == t else f"{names[p]} (is {names[t]})"
         for p, t in zip(predict(trained, inputs), labels, strict=True)
@@ -92,7 +111,8 @@ def titles(trained: Trained, inputs: Tensor, labels: Sequence[int]) -> list[str]
 
 def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
     """The model card."""
-    optim = trained.config.optim
+    optim, task = trained.config.optim, task_of(trained.config)
+    score = trained.info[task.score]
     channels, height, width = trained.spec.input_size
     counts = count_model(trained.model, trained.spec.input_size)
     card = {
@@ -106,7 +126,7 @@ def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
             f"{optim.epochs} epoch{'s' if optim.epochs > 1 else ''} of {optim.name}, lr {optim.lr:g}, "
             f"batch {optim.batch_size}, seed {trained.config.seed}"
         ),
-        "weights": f"epoch {trained.info['epoch']}, validation accuracy {100 * trained.info['val_top1']:.2f} %",
+        "weights": f"epoch {trained.info['epoch']}, validation {task.score_title} {100 * score:.2f} %",
     }
     environment = folder.read_environment()
     known = [

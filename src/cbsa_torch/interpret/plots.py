@@ -22,8 +22,17 @@ RATE, NORMALIZED_RATE = "$R^c(Z^\\ell\\,|\\,U^\\ell)$ (nats)", "normalised $R^c$
 """Labels of the two compression terms."""
 
 
+SCORES = {"val_top1": "accuracy", "val_miou": "mean IoU"}
+"""What runs are judged by: the column of ``metrics.jsonl``, and the same for people."""
+
+
+def score_of(history: Sequence[Mapping[str, Any]]) -> str:
+    """The column of the score: the first of ``SCORES`` that a row has."""
+    return next((key for key in SCORES if any(key in row for row in history)), "val_top1")
+
+
 def learning_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and validation accuracy against the epoch; a gap where a value is missing or not finite."""
+    """Loss and validation score against the epoch; a gap where a value is missing or not finite."""
     figure = Figure(figsize=(7.5, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
@@ -32,8 +41,9 @@ def learning_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     left.set(xlabel="epoch", ylabel="loss")
     left.set_ylim(0, 1.05 * left.get_ylim()[1])  # nearly equal losses keep a distance from the top
     _look.legend(left)
-    _look.curve(right, epochs, 100 * series(history, "val_top1"), color=BLUE)
-    right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    score = score_of(history)
+    _look.curve(right, epochs, 100 * series(history, score), color=BLUE)
+    right.set(xlabel="epoch", ylabel=f"validation {SCORES[score]} (%)")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return _look.finish(figure)

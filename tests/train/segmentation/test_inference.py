@@ -152,8 +152,20 @@ def test_windows_that_cannot_work_are_refused(run, options, message):
         trained_windows(segmenter_config(open_trained(run.output)), **options)
 
 
-def test_reports_are_of_classifiers(run, capsys):
-    assert main(["report", "--checkpoint", run.output]) == 1
+def test_a_report_shows_the_layers_of_encoder_and_decoder(run, capsys):
+    arguments = ["report", "--checkpoint", run.output, "--shown", "2", "--images", "4"]
+    assert main(arguments) == 0
+    assert "test mean IoU: " in capsys.readouterr().out
+    record = json.loads((Path(run.output) / "report.json").read_text())
+    assert record["coding_rate"]["layers"] == ["encoder.blocks.0.attn", "decoder.layers.0.attn"]
+    assert record["evaluation"]["miou"] == evaluate_segmenter(run.output).score
+    page = (Path(run.output) / "report.html").read_text()
+    assert "mean IoU on the 4 images of the test split" in page
+    assert "Best validation mean IoU" in page
+
+
+def test_comparisons_are_of_classifiers(run, capsys):
+    assert main(["compare", run.output, run.output]) == 1
     assert "is of the task 'segmentation'" in capsys.readouterr().err
 
 

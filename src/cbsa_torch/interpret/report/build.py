@@ -56,8 +56,9 @@ def report(
         images: the same images to look at, ``(B, height, width[, 3])`` in [0, 1].
         title: heading of the page.
         facts: the model card, name to value.
-        history: one row per epoch with epoch, train_loss, val_loss, val_top1; NaN and None leave gaps.
-        evaluation: top1, loss, images, confusion, class_names, split of a test.
+        history: one row per epoch with epoch, train_loss, val_loss and val_top1 or val_miou; NaN and None
+            leave gaps.
+        evaluation: top1 or miou, loss, images, confusion, class_names, split of a test.
         image_titles: captions of the images.
         labels: their classes, for the robustness curve. Without them it shows how many predictions stay the
             same.
@@ -85,6 +86,8 @@ def report(
         title=title,
         facts=facts,
         evaluation=evaluation,
+        score="miou" if evaluation and "miou" in evaluation else "top1",
+        score_title=plots.SCORES[plots.score_of(history)],
         best=_best(history),
         measures=measures,
         places=page.numbers(measures),
@@ -144,7 +147,9 @@ def check_counts(shown: int, batch_size: int, robustness_images: int) -> None:
         raise ValueError(f"robustness_images must be at least 0, got {robustness_images}")
 
 
-def _best(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The epoch of the highest validation accuracy; None if there is none."""
-    known = [row for row in history if row.get("val_top1") is not None and math.isfinite(row["val_top1"])]
-    return max(known, key=lambda row: row["val_top1"], default=None)
+def _best(history: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
+    """The epoch of the highest validation score, and that; None if there is none."""
+    key = plots.score_of(history)
+    known = [row for row in history if row.get(key) is not None and math.isfinite(row[key])]
+    best = max(known, key=lambda row: row[key], default=None)
+    return None if best is None else (best["epoch"], best[key])

@@ -30,7 +30,7 @@ NAMES = {
 """Of the sections, where one is left out."""
 
 LABELS = {
-    "learning_curves": "Loss and validation accuracy against the epoch",
+    "learning_curves": "Loss and validation score against the epoch",
     "coding_rate": "Compression term against the layer",
     "reduced_rates": "Rate reduced on tokens against rate reduced on representatives",
     "gap": "Constraint gap per layer",
