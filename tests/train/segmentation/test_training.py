@@ -206,7 +206,7 @@ def test_a_single_class_is_refused(config):
         ("data", "crop_size", 0, r"data\.crop_size must be at least 1, got 0"),
         ("data", "name", "ade", r"data\.name must be one of .*, got 'ade'"),
         ("model", "name", "cbt_tiny_patch16_224", r"model\.name must be 'segmenter'"),
-        ("model", "encoder_from", "nowhere", "nowhere"),
+        ("model", "encoder_from", "nowhere", r"model\.encoder_from: no checkpoint at nowhere"),
         ("optim", "poly_power", 0.0, r"optim\.poly_power must be positive, got 0.0"),
     ],
 )
