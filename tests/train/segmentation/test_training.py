@@ -119,6 +119,22 @@ def test_another_encoder_than_that_of_its_weights_is_refused(config, classifier)
     assert not Path(config.output).exists()
 
 
+def test_a_segmenter_is_no_encoder(config, tmp_path):
+    train(config)
+    further = tiny_segmentation(Path(config.data.root), tmp_path / "further")
+    further.model.args, further.model.encoder_from = {}, config.output
+    with pytest.raises(ConfigError, match=r"must be a classifier, .* use model\.init_from"):
+        train(further)
+
+
+def test_an_encoder_of_one_size_is_refused_before_the_folder_is_touched(config):
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    config.model.args = {"encoder": "beit_base_patch16_224", "encoder_args": sizes, "dim": 8, "num_heads": 1}
+    with pytest.raises(ConfigError, match=r"data\.crop_size 32 does not fit the model: .* \(224, 224\)"):
+        train(config)
+    assert not Path(config.output).exists()
+
+
 def test_weights_of_another_shape_are_refused(config, classifier, monkeypatch):
     config.model.encoder_from, config.model.args = classifier, {}
     small = timm.create_model("cbt_nano_patch4_32", **{**ENCODER, "embed_dim": 8}).state_dict()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
@@ -67,6 +68,7 @@ class Segmentation:
             known.interpolation,
             1.0,
         )
+        _check_size(model, spec.input_size)
         splits.train.transform = training_transform(own.data, spec.mean, spec.std)  # type: ignore[attr-defined]
         splits.val.transform = evaluation_transform(spec.mean, spec.std)  # type: ignore[attr-defined]
         return Opened(model, model_args, splits.class_names, spec, splits.train, splits.val)
@@ -103,6 +105,16 @@ class Segmentation:
         own = _own(config)
         windows = Windows(own.window(), own.windows.stride, own.windows.batch)
         return measure(accelerator, model, loader, class_names, windows, advance, check)
+
+
+@torch.no_grad()
+def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Let a crop through, before a run touches anything: some encoders take images of one size only."""
+    model.eval()
+    try:
+        model(torch.zeros(1, *input_size))
+    except ValueError as error:
+        raise ConfigError(f"data.crop_size {input_size[1]} does not fit the model: {error}") from error
 
 
 def _own(config: RunConfig) -> SegmentationTrainConfig:
