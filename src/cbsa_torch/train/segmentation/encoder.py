@@ -33,8 +33,8 @@ def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
     _, info, path = open_source("model.encoder_from", source)
     if info["model"] == "segmenter":
         raise ConfigError(
-            f"model.encoder_from must be a classifier, and {path} holds a segmenter: to start from all of it, use "
-            "model.init_from"
+            f"model.encoder_from must be a classifier, and {path} holds a segmenter: to start from all of it, "
+            "use model.init_from"
         )
     for key, found in (("encoder", info["model"]), ("encoder_args", None)):
         if key in args and args[key] != found:
