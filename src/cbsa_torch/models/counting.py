@@ -154,7 +154,7 @@ def _is_counted(module: nn.Module) -> bool:
 def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Counts:
     if isinstance(module, TokenMixer):
         called = module.named_arguments(*args, **kwargs)
-        counts = module.counts(called["x"], called["grid_size"], called["token_mask"])
+        counts = module.counts(called["x"], called["grid_size"], called["token_mask"], called["rope"])
         return counts.times(called["x"].shape[0])
     x: Tensor = args[0]
     if isinstance(module, nn.Linear):
