@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_floating, check_number
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch.interpret.capture import LayerRecord
-from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AdaptedCBSA, AgentAttention, LinearCBSA, TokenMixer
 from cbsa_torch.ops.cbsa.reference import masked_softmax
 from cbsa_torch.ops.masking import real_tokens
 from cbsa_torch.ops.tssa import tssa_memberships
@@ -178,7 +178,7 @@ def _row(record: LayerRecord, token: int) -> Tensor:
     if record.stages is not None:
         attention = record.stages.attention  # (B, H, M, N)
         return torch.einsum("bhm,bhmn->bhn", attention[..., token], attention)
-    if isinstance(layer, AgentAttention):
+    if isinstance(layer, AgentAttention) and not isinstance(layer, AdaptedCBSA):
         return _agent_row(record, token)
     if isinstance(layer, LinearCBSA):
         return _filter_row(record, token, layer.eps, layer.average, diagonal=False)

@@ -78,14 +78,20 @@ class _FollowsGrid(Protocol):
     grid_source: GridSource | None
 
 
-def follow_grid(model: nn.Module) -> int:
-    """Let the token mixers in a model of timm take their grid from its patch embedding.
+def follow_grid(
+    model: nn.Module, *, embedding: nn.Module | None = None, num_prefix_tokens: int | None = None
+) -> int:
+    """Let the token mixers in a model take their grid from its patch embedding.
 
     timm's constructors with ``attn_layer=`` do this by themselves; call it after you put a layer into a model
-    that is already there. A grid that a layer was given (``set_input_size``) goes first.
+    that is already there, or for models of another make. A grid that a layer was given (``set_input_size``) goes
+    first.
 
     Args:
-        model: with a ``patch_embed`` and, if there are any prefix tokens, ``num_prefix_tokens``.
+        model: what holds the layers.
+        embedding: called before them, with a ``(B, C, height, width)`` output, or tokens and an attribute
+            ``grid_size``, as timm's. Default: ``model.patch_embed``.
+        num_prefix_tokens: class and register tokens. Default: ``model.num_prefix_tokens``, else 0.
 
     Returns:
         How many layers follow.
@@ -93,13 +99,14 @@ def follow_grid(model: nn.Module) -> int:
     Raises:
         ValueError: no patch embedding.
     """
-    embedding = model._modules.get(EMBEDDING)
+    embedding = model._modules.get(EMBEDDING) if embedding is None else embedding
     if embedding is None:
         raise ValueError(
-            f"model must have a {EMBEDDING}, as timm's ViTs have, got {type(model).__name__}; "
+            f"model must have a {EMBEDDING}, as timm's ViTs have, got {type(model).__name__}; pass embedding, or "
             "tell layers their grid by set_input_size"
         )
-    return _follow(model, embedding, list(model.modules()))
+    prefix = getattr(model, "num_prefix_tokens", 0) if num_prefix_tokens is None else num_prefix_tokens
+    return _follow(embedding, prefix, list(model.modules()))
 
 
 def listen() -> None:
@@ -123,10 +130,11 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
         source.built_for = getattr(child, "grid_size", None)
         child.register_forward_hook(source)
     elif name != EMBEDDING:
-        _follow(module, embedding, list(child.modules()))
+        # Again with every part: a subclass may add prefix tokens after its blocks.
+        _follow(embedding, getattr(module, "num_prefix_tokens", 0), list(child.modules()))
 
 
-def _follow(model: nn.Module, embedding: nn.Module, modules: list[nn.Module]) -> int:
+def _follow(embedding: nn.Module, num_prefix_tokens: int, modules: list[nn.Module]) -> int:
     mixers = [cast(_FollowsGrid, m) for m in modules if hasattr(m, "grid_source")]
     source = _source(embedding)
     if source is None:
@@ -134,8 +142,7 @@ def _follow(model: nn.Module, embedding: nn.Module, modules: list[nn.Module]) ->
             return 0
         source = GridSource()
         embedding.register_forward_hook(source)
-    # Again with every part: a subclass may add prefix tokens after its blocks.
-    source.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+    source.num_prefix_tokens = num_prefix_tokens
     source.built_for = getattr(embedding, "grid_size", None)
     for mixer in mixers:
         mixer.grid_source = source
