@@ -12,6 +12,7 @@ from timm.models.eva import EvaAttention
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.nn import TokenMixer
 
 STANDARD: tuple[type[nn.Module], ...] = (Attention,)
@@ -21,7 +22,7 @@ ROTARY: tuple[type[nn.Module], ...] = (AttentionRope, EvaAttention)
 
 ADAPTABLE = (
     "the self-attention of timm's ViTs (Attention, AttentionRope, EvaAttention: ViT, DeiT, DeiT-3, DINOv2, DINOv3, "
-    "EVA, CLIP, SigLIP, hybrids) and of transformers' ViTModel and Dinov2Model"
+    "EVA, CLIP, SigLIP, hybrids) and of transformers' ViTModel and Dinov2Model (5.0 or newer)"
 )
 
 LAYER_CHOICES = ("all", "latter_half")
@@ -31,7 +32,6 @@ _POOLS = re.compile(r"AttentionPool|AttnPool|MultiheadAttentionPoolingHead")
 _ATTENTION = re.compile(r"Attn|Attention|ParallelScalingBlock")
 _REASONS = {
     "WindowAttention": "it attends within windows, with a bias by relative position",
-    "RelPosAttention": "its bias by relative position needs all pairs of tokens",
     "ParallelScalingBlock": "one layer projects queries, keys, values and the MLP together",
     "DiffParallelScalingBlock": "one layer projects queries, keys, values and the MLP together",
     "DiffAttention": "it is the difference of two softmaxes",
@@ -59,7 +59,7 @@ def find_attention(model: nn.Module) -> list[Found]:
 def _search(module: nn.Module, name: str, found: list[Found]) -> None:
     kind = type(module).__name__
     # The model itself may have attention in its name.
-    if name and isinstance(module, (*STANDARD, *ROTARY, TokenMixer)):
+    if name and _is_known(module):
         found.append(Found(name, module, obstacle(module)))
     elif name and _POOLS.search(kind):
         found.append(Found(name, module, "attention pooling of a head has queries of its own", is_pool=True))
@@ -71,7 +71,11 @@ def _search(module: nn.Module, name: str, found: list[Found]) -> None:
 
 
 def _holds_adaptable(module: nn.Module) -> bool:
-    return any(isinstance(m, (*STANDARD, *ROTARY, TokenMixer)) for m in module.modules())
+    return any(_is_known(m) for m in module.modules())
+
+
+def _is_known(module: nn.Module) -> bool:
+    return isinstance(module, (*STANDARD, *ROTARY, TokenMixer)) or is_hugging_face(module)
 
 
 def obstacle(module: nn.Module) -> str:
@@ -79,9 +83,13 @@ def obstacle(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, TokenMixer):
         return f"it is {kind} of cbsa_torch already"
+    if is_hugging_face(module):
+        return ""
     base = next((base for base in (*STANDARD, *ROTARY) if isinstance(module, base)), None)
     if base is None:
-        return _REASONS.get(kind, f"{kind} is not the standard attention of ViTs")
+        biased = any("rel" in name and "pos" in name for name, _ in module.named_parameters())
+        other = "its bias by relative position needs all pairs of tokens" if biased else ""
+        return _REASONS.get(kind, other or f"{kind} is not the standard attention of ViTs")
     if type(module).forward is not base.forward or "forward" in vars(module):
         return f"it has a forward of its own, not that of {base.__name__}"
     if getattr(module, "gate", None) is not None:

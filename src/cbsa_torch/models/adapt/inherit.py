@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch.models.adapt.find import ROTARY
-from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS
+from cbsa_torch.models.adapt.hugging_face import PAIRED_MIXERS, is_hugging_face
+from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS, SeparateHeads
 from cbsa_torch.nn import MSSA, TSSA, AdaptedCBSA, AgentAttention, LinearAttention, LinearCBSA, TokenMixer
 
 
@@ -65,28 +67,26 @@ class Inherited(NamedTuple):
 def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited:
     """Our mixer with the weights of ``source``, which keeps them, too: parameters are shared, not copied."""
     kind = KINDS[mixer]
-    rotary = isinstance(source, ROTARY)
-    projection = cast(nn.Linear, source.proj)
+    projection = cast(nn.Linear, source.o_proj if is_hugging_face(source) else source.proj)
     first = cast(nn.Linear, source.q_proj if getattr(source, "qkv", None) is None else source.qkv)
-    like = {"device": projection.weight.device, "dtype": projection.weight.dtype}
     layer = _build(
         mixer,
         options,
         first.in_features,
-        cast(int, source.num_heads),
-        rotary=rotary,
+        cast(int, source.num_attention_heads if is_hugging_face(source) else source.num_heads),
+        variants=PAIRED_MIXERS if is_hugging_face(source) else ROTARY_MIXERS if isinstance(source, ROTARY) else {},
         head_dim=cast(int, source.head_dim),
         dim_out=projection.out_features,
         device="meta",
     )
-    if rotary:
-        layer.inherit_projections(source)  # type: ignore[operator]
+    if isinstance(layer, SeparateHeads):
+        layer.inherit_projections(source)
     else:
         layer.proj, layer.norm, layer.proj_drop = projection, source.norm, source.proj_drop  # type: ignore[assignment]
         layer.qkv = _values(first) if kind.shared else first
         if not kind.shared:
             layer.q_norm, layer.k_norm = source.q_norm, source.k_norm  # type: ignore[assignment]
-    new = _start(layer, options, like)
+    new = _start(layer, options, projection.weight)
     layer.train(source.training)
     names = {name for name, _ in source.named_parameters()}
     kept = [name for name, _ in layer.named_parameters() if name in names]
@@ -94,7 +94,8 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
     if kind.shared:
         kept = [f"{name} (values)" if name.startswith("qkv.") else name for name in kept]
         dropped = ["queries and keys of qkv", *dropped]
-    rate = cast(nn.Dropout, source.attn_drop).p
+    dropout = getattr(source, "attn_drop", None)
+    rate = dropout.p if isinstance(dropout, nn.Dropout) else getattr(source, "attention_dropout", 0.0)
     if rate and not layer.compares_tokens:
         dropped.append(f"attention dropout of {rate}")
     elif rate:
@@ -103,15 +104,19 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
 
 
 def _build(
-    mixer: str, options: dict[str, Any], dim: int, num_heads: int, *, rotary: bool = False, **sizes: Any
+    mixer: str,
+    options: dict[str, Any],
+    dim: int,
+    num_heads: int,
+    *,
+    variants: Mapping[type[TokenMixer], type[TokenMixer]] | None = None,
+    **sizes: Any,
 ) -> TokenMixer:
     kind, options = KINDS[mixer], dict(options)
     maker: type[TokenMixer] = kind.mixer
     if mixer == "cbsa_agent" and options.pop("broadcast", "softmax") != "softmax":
         maker, options = AdaptedCBSA, {**options, "broadcast": "shared", "contraction": "none"}
-    if rotary:
-        maker = ROTARY_MIXERS[maker]
-    return maker(dim, num_heads, **options, **sizes)
+    return (variants or {}).get(maker, maker)(dim, num_heads, **options, **sizes)
 
 
 def _values(qkv: nn.Linear) -> nn.Linear:
@@ -125,12 +130,12 @@ def _values(qkv: nn.Linear) -> nn.Linear:
     return values
 
 
-def _start(layer: TokenMixer, options: dict[str, Any], like: dict[str, Any]) -> dict[str, float]:
+def _start(layer: TokenMixer, options: dict[str, Any], like: Tensor) -> dict[str, float]:
     """Give the parameters that are new their first values: every step and temperature 1, or as asked."""
     values: dict[str, float] = {}
     for name, parameter in list(layer.named_parameters()):
         if parameter.is_meta:
             values[name] = options.get("contraction_step", 1.0) if name == "step_contraction" else 1.0
-            full: Tensor = torch.full(parameter.shape, values[name], **like)
+            full = torch.full(parameter.shape, values[name], dtype=like.dtype, device=like.device)
             setattr(layer, name, nn.Parameter(full))
     return values

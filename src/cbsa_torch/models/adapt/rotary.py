@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
@@ -14,14 +12,8 @@ from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, T
 from cbsa_torch.nn.tokens import TokenInput
 
 
-class _RotaryHeads(TokenMixer):
-    """Reads queries, keys and values as timm's ``AttentionRope`` and ``EvaAttention`` do.
-
-    Queries and keys are rotated before representatives are pooled from the queries: a representative has the mean
-    rotation of its cell.
-    """
-
-    rotates = True
+class SeparateHeads(TokenMixer):
+    """Reads queries, keys and values as timm's ``AttentionRope`` and ``EvaAttention`` do."""
 
     q_proj: nn.Linear | None
     k_proj: nn.Linear | None
@@ -32,13 +24,17 @@ class _RotaryHeads(TokenMixer):
 
     def inherit_projections(self, source: nn.Module) -> None:
         """Take over the layers of ``source``, and how it uses them."""
-        for name in ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop"):
+        self._take(source, ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop"))
+
+    def _take(self, source: nn.Module, layers: tuple[str, ...]) -> None:
+        self.qkv = None  # type: ignore[assignment]
+        for name in layers:
             setattr(self, name, getattr(source, name))
         self.q_bias, self.v_bias = getattr(source, "q_bias", None), getattr(source, "v_bias", None)
         self.register_buffer("k_bias", getattr(source, "k_bias", None), persistent=False)
         self.num_kv_heads: int = getattr(source, "num_kv_heads", self.num_heads)
         self.rotate_half: bool = getattr(source, "rotate_half", False)
-        self.num_unrotated = cast(int, source.num_prefix_tokens)
+        self.num_unrotated: int = getattr(source, "num_prefix_tokens", 0)
         """Prefix tokens, which have no position."""
 
     def _project(
@@ -84,6 +80,16 @@ class _RotaryHeads(TokenMixer):
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
         prefix, grid = x[:, :, : self.num_unrotated], x[:, :, self.num_unrotated :]
         return torch.cat([prefix, apply_rot_embed_cat(grid, rope, half=self.rotate_half)], dim=2)
+
+
+class _RotaryHeads(SeparateHeads):
+    """With rotary embeddings.
+
+    Queries and keys are rotated before representatives are pooled from the queries: a representative has the mean
+    rotation of its cell.
+    """
+
+    rotates = True
 
 
 class RotaryCBSA(_RotaryHeads, AdaptedCBSA):

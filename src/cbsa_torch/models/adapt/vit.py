@@ -10,6 +10,7 @@ from torch import nn
 from cbsa_torch._core.checks import check_bool
 from cbsa_torch._core.types import Broadcast, Contraction, Layout
 from cbsa_torch.models.adapt.find import ADAPTABLE, ROTARY, Found, Layers, choose, find_attention
+from cbsa_torch.models.adapt.hugging_face import hugging_face_towers, is_hugging_face
 from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit
 from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
 from cbsa_torch.nn import follow_grid
@@ -87,9 +88,10 @@ def adapt_vit(
     plan = _plan(model, mixer, layers)
     if not inplace:
         model = copy.deepcopy(model)
+    towers = _towers(model)
     reports = tuple(_carry_out(model, item, mixer, options) for item in plan)
-    for tower in _towers(model):
-        follow_grid(tower)
+    for tower, embedding, prefix in towers:
+        follow_grid(tower, embedding=embedding, num_prefix_tokens=prefix)
     return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, reports))
 
 
@@ -106,7 +108,7 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
     if not any(not layer.is_pool for layer in found):
         raise ValueError(f"model has no attention layers: {type(model).__name__}; adapt_vit takes {ADAPTABLE}")
     chosen = choose(found, layers)
-    covered = {id(module) for tower in _towers(model) for module in tower.modules()}
+    covered = {id(module) for tower, *_ in _towers(model) for module in tower.modules()}
     items = []
     for layer in found:
         reason = layer.obstacle or _unfit(layer.module, mixer, id(layer.module) in covered)
@@ -116,11 +118,15 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
         items.append(_Item(layer, reason, asked and bool(reason)))
     refusals = [item for item in items if item.refused]
     if len(refusals) == len(chosen) or (refusals and not isinstance(layers, str)):
-        reasons = list(dict.fromkeys(f"{item.found.name} ({item.reason})" for item in refusals))
-        more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        by_reason: dict[str, list[str]] = {}
+        for item in refusals:
+            by_reason.setdefault(item.reason, []).append(item.found.name)
+        reasons = "; ".join(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
+            for reason, names in by_reason.items()
+        )
         raise ValueError(
-            f"model {type(model).__name__} has layers that cannot be adapted: {', '.join(reasons[:3])}{more}; "
-            f"adapt_vit takes {ADAPTABLE}"
+            f"model {type(model).__name__} has layers that cannot be adapted: {reasons}. adapt_vit takes {ADAPTABLE}"
         )
     return items
 
@@ -128,16 +134,21 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
 def _unfit(module: nn.Module, mixer: str, has_grid: bool) -> str:
     """Why this mixer cannot replace a layer that others can."""
     kind = KINDS[mixer]
-    if kind.shared and isinstance(module, ROTARY):
-        return f"{mixer!r} has no separate queries and keys for its rotary embeddings and biases"
+    if kind.shared and (isinstance(module, ROTARY) or is_hugging_face(module)):
+        return f"{mixer!r} has one projection, and cannot take rotary embeddings or separate layers"
     if kind.needs_grid and not has_grid:
         return f"{mixer!r} pools over a grid, which no {EMBEDDING} tells here; 'linear' needs none"
     return ""
 
 
-def _towers(model: nn.Module) -> list[nn.Module]:
-    """The parts of the model with a patch embedding of their own."""
-    return [module for module in model.modules() if module._modules.get(EMBEDDING) is not None]
+def _towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
+    """The parts of the model with a patch embedding of their own, that, and how many prefix tokens there are."""
+    towers = hugging_face_towers(model)
+    for module in model.modules():
+        embedding = module._modules.get(EMBEDDING)
+        if embedding is not None:
+            towers.append((module, embedding, getattr(module, "num_prefix_tokens", 0)))
+    return towers
 
 
 def _carry_out(model: nn.Module, item: _Item, mixer: str, options: dict[str, Any]) -> LayerReport:
