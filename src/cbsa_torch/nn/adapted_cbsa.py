@@ -38,8 +38,8 @@ class AdaptedCBSA(AgentAttention):
         contraction_step: gamma at the start; 1 is the contraction as the paper states it. Not of ``"none"``.
         eps: epsilon of ``"exact"``. Default: 0.1.
         broadcast: ``"softmax"``, B = a fresh softmax of queries over the pooled queries, or ``"shared"``, B = A
-            of the extraction times N / M: the entries of A sum to M over N tokens, so that without this factor a
-            token's weights would sum to M / N and not to 1 on average, and less the larger the image.
+            of the extraction times N / M: the entries of A sum to M over N tokens, so that without this factor
+            a token's weights would sum to M / N and not to 1 on average, and less the larger the image.
         layout: ``"official"`` pools as the research code does, see :class:`cbsa_torch.CBSA`.
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` raise.
 
@@ -64,7 +64,9 @@ class AdaptedCBSA(AgentAttention):
         check_choice("broadcast", broadcast, BROADCASTS)
         check_number("contraction_step", contraction_step)
         if contraction == "none" and contraction_step != 1.0:
-            raise ValueError(f"contraction_step is of a contraction; contraction='none', got {contraction_step}")
+            raise ValueError(
+                f"contraction_step is of a contraction; contraction='none', got {contraction_step}"
+            )
         if eps is not None:
             check_positive("eps", eps)
             if contraction != "exact":
@@ -129,14 +131,14 @@ class AdaptedCBSA(AgentAttention):
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count extraction, contraction and broadcast."""
-        n, m, sizes = heads.tokens.shape[2], self.agents(heads).values.shape[2], self._sizes()
-        counts = counting.cbsa(n, m, contraction=self.contraction, **sizes)
+        n, m = heads.tokens.shape[2], self.agents(heads).values.shape[2]
+        counts = counting.cbsa(
+            n, m, num_heads=self.num_heads, head_dim=self.head_dim, contraction=self.contraction
+        )
         if self.broadcast == "shared":
             return counts
-        return counts.plus(counting.Counts(2 * self.num_heads * n * m * self.head_dim, 0, self.num_heads * n * m))
-
-    def _sizes(self) -> dict[str, int]:
-        return {"num_heads": self.num_heads, "head_dim": self.head_dim}
+        pairs = self.num_heads * n * m
+        return counts.plus(counting.Counts(2 * pairs * self.head_dim, 0, pairs))
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

@@ -1,8 +1,8 @@
 """How the layers of a model learn the grid of its images: from the patch embedding, which knows it.
 
-timm hands its attention layers tokens without a grid, and a number of tokens does not tell one: 16 patches may be
-4 x 4 or 2 x 8. Every way through a model (``forward``, ``forward_features``, ``forward_intermediates``, feature
-extractors) calls its patch embedding first, so a forward hook there sees the grid of every input.
+timm hands its attention layers tokens without a grid, and a number of tokens does not tell one: 16 patches may
+be 4 x 4 or 2 x 8. Every way through a model (``forward``, ``forward_features``, ``forward_intermediates``,
+feature extractors) calls its patch embedding first, so a forward hook there sees the grid of every input.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class GridSource:
             if len(self._in_flight.get(cells, ())) > 1:
                 grids = ", ".join(str(grid) for grid in sorted(self._in_flight[cells]))
                 raise RuntimeError(
-                    f"cannot recompute a layer: the forward passes before this backward pass had the grids {grids} "
-                    f"of {cells} cells each, and tokens do not tell which; call backward after each forward pass, "
-                    "or turn gradient checkpointing off"
+                    f"cannot recompute a layer: the forward passes before this backward pass had the grids "
+                    f"{grids} of {cells} cells each, and tokens do not tell which; call backward after each "
+                    "forward pass, or turn gradient checkpointing off"
                 )
         grid = self.seen.get(cells)
         if grid is None and self.built_for is not None and math.prod(self.built_for) == cells:
@@ -84,8 +84,8 @@ def follow_grid(
     """Let the token mixers in a model take their grid from its patch embedding.
 
     timm's constructors with ``attn_layer=`` do this by themselves; call it after you put a layer into a model
-    that is already there, or for models of another make. A grid that a layer was given (``set_input_size``) goes
-    first.
+    that is already there, or for models of another make. A grid that a layer was given (``set_input_size``)
+    goes first.
 
     Args:
         model: what holds the layers.
@@ -102,8 +102,8 @@ def follow_grid(
     embedding = model._modules.get(EMBEDDING) if embedding is None else embedding
     if embedding is None:
         raise ValueError(
-            f"model must have a {EMBEDDING}, as timm's ViTs have, got {type(model).__name__}; pass embedding, or "
-            "tell layers their grid by set_input_size"
+            f"model must have a {EMBEDDING}, as timm's ViTs have, got {type(model).__name__}; pass embedding, "
+            "or tell layers their grid by set_input_size"
         )
     prefix = getattr(model, "num_prefix_tokens", 0) if num_prefix_tokens is None else num_prefix_tokens
     return _follow(embedding, prefix, list(model.modules()))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class LinearAttention(TokenMixer):
-    """Linear attention that a pretrained ViT can become (:func:`cbsa_torch.ops.linear_attention`); O(N), no grid.
+    """Linear attention that a pretrained ViT can become (:func:`cbsa_torch.ops.linear_attention`); O(N), no
+    grid.
 
     The baseline beside CBSA in the adaptation of pretrained ViTs. :class:`cbsa_torch.LinearCBSA` is the paper's
     linear attention (12), with one projection for all three. Use it as ``x + LinearAttention(norm(x))``.

@@ -1,4 +1,4 @@
-"""Linear attention with features that follow softmax attention to first order (Hedgehog, Zhang et al., ICLR 2024)."""
+"""Linear attention with features that follow softmax attention (Hedgehog, Zhang et al., ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def linear_attention(
     temperature: Tensor | float = 1.0,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) with phi(x) = [exp(g x), exp(-g x)], g = temperature P^(1/4). O(N).
+    """phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) with phi(x) = [exp(g x), exp(-g x)]; O(N).
 
-    The features of Hedgehog without its learned projection: phi(q) . phi(k) = 2 sum_c cosh(g (q_c + k_c)), which
-    to second order is 2 P (1 + q . k / P^(1/2) + ...): the slope of softmax attention's exp(q . k / P^(1/2)),
-    besides terms in |q|^2, which cancel, and |k|^2. Not to be confused with :func:`cbsa_torch.ops.linear_cbsa` (12),
-    which has one tensor for queries, keys and values.
+    g = temperature P^(1/4). The features of Hedgehog without its learned projection: phi(q) . phi(k) =
+    2 sum_c cosh(g (q_c + k_c)), to second order 2 P (1 + q . k / P^(1/2) + ...), has the slope of softmax
+    attention's exp(q . k / P^(1/2)), besides terms in |q|^2, which cancel, and |k|^2. Not to be confused with
+    :func:`cbsa_torch.ops.linear_cbsa` (12), which has one tensor for queries, keys and values.
 
     Args:
         queries: ``(B, H, N, P)``.
         keys: ``(B, H, K, P)``.
         values: ``(B, H, K, V)``.
         temperature: a number or ``(H,)``.
-        key_mask: ``(B, K)`` bool, True = a real key; the others are ignored, whatever they hold. An item without
-            any gets zeros.
+        key_mask: ``(B, K)`` bool, True = a real key; the others are ignored, whatever they hold. An item
+            without any gets zeros.
 
     Returns:
         ``(B, H, N, V)`` in the dtype of the inputs, computed in float32 or better. An autocast context has no
@@ -62,7 +62,8 @@ def linear_attention(
             # The lowest number and not -inf: an item without any key stays finite.
             logits_k = logits_k.masked_fill(hidden, torch.finfo(dtype).min)
             v = v.masked_fill(hidden, 0.0)
-        # What is taken from a feature of all keys is given back to that of the queries, whose own largest cancels.
+        # What is taken from a feature of all keys is given back to that of the queries, whose own largest
+        # cancels.
         largest = logits_k.detach().amax(-2, keepdim=True)
         features_k = torch.exp(logits_k - largest)
         shifted = logits_q + largest

@@ -16,13 +16,13 @@ from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.nn import TokenMixer
 
 STANDARD: tuple[type[nn.Module], ...] = (Attention,)
-"""Softmax attention with one ``qkv`` projection: what our mixers with separate queries, keys and values replace."""
+"""Softmax attention with one ``qkv`` layer for queries, keys and values, as our mixers have it."""
 ROTARY: tuple[type[nn.Module], ...] = (AttentionRope, EvaAttention)
 """The same with rotary embeddings, projections of their own or odd biases: EVA, DINOv3, Perception Encoder."""
 
 ADAPTABLE = (
-    "the self-attention of timm's ViTs (Attention, AttentionRope, EvaAttention: ViT, DeiT, DeiT-3, DINOv2, DINOv3, "
-    "EVA, CLIP, SigLIP, hybrids) and of transformers' ViTModel and Dinov2Model (5.0 or newer)"
+    "the self-attention of timm's ViTs (Attention, AttentionRope, EvaAttention: ViT, DeiT, DeiT-3, DINOv2, "
+    "DINOv3, EVA, CLIP, SigLIP, hybrids) and of transformers' ViTModel and Dinov2Model (5.0 or newer)"
 )
 
 LAYER_CHOICES = ("all", "latter_half")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -74,7 +75,7 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
         options,
         first.in_features,
         cast(int, source.num_attention_heads if is_hugging_face(source) else source.num_heads),
-        variants=PAIRED_MIXERS if is_hugging_face(source) else ROTARY_MIXERS if isinstance(source, ROTARY) else {},
+        variants=_variants(source),
         head_dim=cast(int, source.head_dim),
         dim_out=projection.out_features,
         device="meta",
@@ -100,7 +101,15 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
         dropped.append(f"attention dropout of {rate}")
     elif rate:
         layer.attn_drop = rate
-    return Inherited(layer, tuple(kept), tuple(f"{name} = {value:g}" for name, value in new.items()), tuple(dropped))
+    values = tuple(f"{name} = {value:g}" for name, value in new.items())
+    return Inherited(layer, tuple(kept), values, tuple(dropped))
+
+
+def _variants(source: nn.Module) -> Mapping[type[TokenMixer], type[TokenMixer]]:
+    """The forms of our mixers that read their heads and are called as ``source`` is."""
+    if is_hugging_face(source):
+        return PAIRED_MIXERS
+    return ROTARY_MIXERS if isinstance(source, ROTARY) else {}
 
 
 def _build(
@@ -109,14 +118,14 @@ def _build(
     dim: int,
     num_heads: int,
     *,
-    variants: Mapping[type[TokenMixer], type[TokenMixer]] | None = None,
+    variants: Mapping[type[TokenMixer], type[TokenMixer]] = MappingProxyType({}),
     **sizes: Any,
 ) -> TokenMixer:
     kind, options = KINDS[mixer], dict(options)
     maker: type[TokenMixer] = kind.mixer
     if mixer == "cbsa_agent" and options.pop("broadcast", "softmax") != "softmax":
         maker, options = AdaptedCBSA, {**options, "broadcast": "shared", "contraction": "none"}
-    return (variants or {}).get(maker, maker)(dim, num_heads, **options, **sizes)
+    return variants.get(maker, maker)(dim, num_heads, **options, **sizes)
 
 
 def _values(qkv: nn.Linear) -> nn.Linear:

@@ -42,6 +42,8 @@ class AdaptReport:
     mixer: str
     options: dict[str, Any]
     """Of the mixer, those that were given."""
+    asked: str | tuple[int, ...]
+    """The layers that were asked for."""
     layers: tuple[LayerReport, ...]
     """Every attention layer, in order."""
 
@@ -54,6 +56,22 @@ class AdaptReport:
     def refused(self) -> tuple[LayerReport, ...]:
         """The layers that were asked for and cannot be adapted."""
         return tuple(layer for layer in self.layers if layer.refused)
+
+    def model_args(self, base: str, **base_args: Any) -> dict[str, Any]:
+        """What rebuilds the model: ``timm.create_model("adapted_vit", **report.model_args("vit_...", ...))``.
+
+        Args:
+            base: timm's name of the model that was adapted.
+            **base_args: the arguments it was created with, ``num_classes`` and the like; not ``pretrained``.
+
+        Returns:
+            JSON, to be saved by :func:`cbsa_torch.models.save_checkpoint` with ``"model": "adapted_vit"``.
+        """
+        common = ("num_classes", "in_chans", "img_size", "global_pool")
+        args: dict[str, Any] = {"base": base, "mixer": self.mixer, "mixer_args": self.options}
+        args["layers"] = self.asked if isinstance(self.asked, str) else list(self.asked)
+        args |= {name: base_args.pop(name) for name in common if name in base_args}
+        return {**args, "base_args": base_args}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

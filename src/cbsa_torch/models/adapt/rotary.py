@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, TokenMixer
@@ -24,7 +23,9 @@ class SeparateHeads(TokenMixer):
 
     def inherit_projections(self, source: nn.Module) -> None:
         """Take over the layers of ``source``, and how it uses them."""
-        self._take(source, ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop"))
+        self._take(
+            source, ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop")
+        )
 
     def _take(self, source: nn.Module, layers: tuple[str, ...]) -> None:
         self.qkv = None  # type: ignore[assignment]
@@ -67,12 +68,11 @@ class SeparateHeads(TokenMixer):
             assert self.v_proj is not None
             projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         else:
-            if self.q_bias is None:
-                joint = self.qkv(x)
-            else:
+            joint = self.qkv(x)
+            if self.q_bias is not None:
                 assert self.k_bias is not None
                 assert self.v_bias is not None
-                joint = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+                joint = joint + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(joint.dtype)
             projected = joint.chunk(3, -1)
         queries, keys, values = (t.view(b, n, -1, self.head_dim).transpose(1, 2) for t in projected)
         return queries, keys, values
@@ -85,8 +85,8 @@ class SeparateHeads(TokenMixer):
 class _RotaryHeads(SeparateHeads):
     """With rotary embeddings.
 
-    Queries and keys are rotated before representatives are pooled from the queries: a representative has the mean
-    rotation of its cell.
+    Queries and keys are rotated before representatives are pooled from the queries: a representative has the
+    mean rotation of its cell.
     """
 
     rotates = True

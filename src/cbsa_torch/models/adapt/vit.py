@@ -41,18 +41,19 @@ def adapt_vit(
 ) -> AdaptedModel:
     """Replace the attention of a pretrained ViT, and keep its weights (paper, section 4.2).
 
-    Queries, keys, values, output projection and norms are inherited under their names; what is new are steps, one
-    number per head, that start so that the model begins close to the original (docs/adapt.md). Everything else of
-    the model, its other layers included, stays as it is. The grid of patches is that of every image, of any size
-    and aspect that the model takes.
+    Queries, keys, values, output projection and norms are inherited under their names; what is new are steps,
+    one number per head, that start so that the model begins close to the original (docs/adapt.md). Everything
+    else of the model, its other layers included, stays as it is. The grid of patches is that of every image, of
+    any size and aspect that the model takes.
 
     Args:
-        model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, hybrid, ...), a model that holds one,
-            or transformers' ``ViTModel`` or ``Dinov2Model``.
+        model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, hybrid, ...), a model that
+            holds one, or transformers' ``ViTModel`` or ``Dinov2Model``.
         mixer: ``"cbsa"`` (CBSA*: pooled queries are representatives that collect values by the keys, are
             contracted, and broadcast), ``"cbsa_agent"`` (CBSA∨: without contraction, agent attention),
-            ``"linear"`` (:class:`cbsa_torch.nn.LinearAttention`), or one with a single projection, which inherits
-            that of the values alone: ``"linear_cbsa"`` (12), ``"mssa"`` (9), ``"tssa"``.
+            ``"linear"`` (:class:`cbsa_torch.nn.LinearAttention`), or one with a single projection, which
+            inherits
+            that of the values: ``"linear_cbsa"`` (12), ``"mssa"`` (9), ``"tssa"``.
         layers: ``"all"``, ``"latter_half"``, or indices of attention layers, negative ones from the end.
         num_representatives: of ``"cbsa"`` and ``"cbsa_agent"``. Default: 64.
         broadcast: of ``"cbsa"`` and ``"cbsa_agent"``: ``"softmax"`` (default), a fresh softmax of queries over
@@ -92,7 +93,8 @@ def adapt_vit(
     reports = tuple(_carry_out(model, item, mixer, options) for item in plan)
     for tower, embedding, prefix in towers:
         follow_grid(tower, embedding=embedding, num_prefix_tokens=prefix)
-    return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, reports))
+    asked = layers if isinstance(layers, str) else tuple(layers)
+    return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, asked, reports))
 
 
 class _Item(NamedTuple):
@@ -126,7 +128,8 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
             for reason, names in by_reason.items()
         )
         raise ValueError(
-            f"model {type(model).__name__} has layers that cannot be adapted: {reasons}. adapt_vit takes {ADAPTABLE}"
+            f"model {type(model).__name__} has layers that cannot be adapted: {reasons}. "
+            f"adapt_vit takes {ADAPTABLE}"
         )
     return items
 
@@ -142,7 +145,7 @@ def _unfit(module: nn.Module, mixer: str, has_grid: bool) -> str:
 
 
 def _towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
-    """The parts of the model with a patch embedding of their own, that, and how many prefix tokens there are."""
+    """The parts of the model with a patch embedding of their own, that, and their numbers of prefix tokens."""
     towers = hugging_face_towers(model)
     for module in model.modules():
         embedding = module._modules.get(EMBEDDING)
@@ -158,6 +161,4 @@ def _carry_out(model: nn.Module, item: _Item, mixer: str, options: dict[str, Any
     result = inherit(model.get_submodule(name), mixer, options)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, result.mixer)
-    return LayerReport(
-        name, before, type(result.mixer).__name__, result.inherited, result.new, result.dropped
-    )
+    return LayerReport(name, before, type(result.mixer).__name__, result.inherited, result.new, result.dropped)
