@@ -15,7 +15,7 @@ from cbsa_torch.nn.agent_attention import AgentAttention
 from cbsa_torch.nn.mixer import Heads, MixerOptions
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
-from cbsa_torch.ops.cbsa.contraction import contract
+from cbsa_torch.ops.cbsa.contraction import contract, zero_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -123,7 +123,8 @@ class AdaptedCBSA(AgentAttention):
         return output.to(heads.tokens.dtype)
 
     def _contract(self, extracted: Tensor, mask: Tensor | None) -> Tensor:
-        """C of the representatives ``(B, H, M, P)``."""
+        """C of the representatives ``(B, H, M, P)``, those that exist."""
+        extracted = zero_rows(extracted, mask)
         if self.step_contraction is None:
             return extracted
         contracted = contract(extracted, self.contraction, self.head_dim**-0.5, self.eps, mask)

@@ -29,8 +29,9 @@ class GridSource:
         self.seen: dict[int, GridSize] = {}
         """The last grid of every number of cells."""
         self._in_flight: dict[int, set[GridSize]] = {}
-        """The grids of forward passes that may still be recomputed."""
+        """The grids, by number of cells, of forward passes that may still be recomputed."""
         self._recomputed = False
+        self._differentiated = False
 
     def __call__(self, embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Note the grid that ``embedding`` made of its input."""
@@ -39,11 +40,10 @@ class GridSource:
             return
         cells = math.prod(grid)
         self.seen[cells] = grid
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if self._recomputed:  # a backward pass has been: what went before it is done with
-                self._in_flight.clear()
-                self._recomputed = False
-            self._in_flight.setdefault(cells, set()).add(grid)
+        self._differentiated = torch.is_grad_enabled()
+        if self._recomputed:  # a backward pass has been: what went before it is done with
+            self._in_flight.clear()
+            self._recomputed = False
 
     def grid_of(self, num_tokens: int) -> GridSize:
         """The grid behind ``num_tokens`` tokens.
@@ -53,15 +53,8 @@ class GridSource:
                 several grids with as many cells.
         """
         cells = num_tokens - self.num_prefix_tokens
-        if not torch.compiler.is_compiling() and _in_backward():
-            self._recomputed = True
-            if len(self._in_flight.get(cells, ())) > 1:
-                grids = ", ".join(str(grid) for grid in sorted(self._in_flight[cells]))
-                raise RuntimeError(
-                    f"cannot recompute a layer: the forward passes before this backward pass had the grids "
-                    f"{grids} of {cells} cells each, and tokens do not tell which; call backward after each "
-                    "forward pass, or turn gradient checkpointing off"
-                )
+        if not torch.compiler.is_compiling():
+            self._watch(cells)
         grid = self.seen.get(cells)
         if grid is None and self.built_for is not None and math.prod(self.built_for) == cells:
             grid = self.built_for
@@ -72,6 +65,21 @@ class GridSource:
                 f"patches make grids of {known}; pass grid_size, and drop no patches (patch_drop_rate)"
             )
         return grid
+
+    def _watch(self, cells: int) -> None:
+        """Refuse to recompute a layer for a backward pass where it is not known with which grid."""
+        if not _in_backward():
+            if _is_checkpointed(self._differentiated) and cells in self.seen:
+                self._in_flight.setdefault(cells, set()).add(self.seen[cells])
+            return
+        self._recomputed = True
+        if len(self._in_flight.get(cells, ())) > 1:
+            grids = ", ".join(str(grid) for grid in sorted(self._in_flight[cells]))
+            raise RuntimeError(
+                f"cannot recompute a layer: the forward passes before this backward pass had the grids {grids} of "
+                f"{cells} cells each, and tokens do not tell which; call backward after each forward pass, or turn "
+                "gradient checkpointing off"
+            )
 
 
 class _FollowsGrid(Protocol):
@@ -173,3 +181,14 @@ def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> Gr
 def _in_backward() -> bool:
     """Whether a forward pass is part of a backward pass: a checkpointed one, computed again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_checkpointed(differentiated: bool) -> bool:
+    """Whether a forward pass keeps inputs only, to be computed again.
+
+    Checkpointing replaces what is saved for the backward pass, or (``use_reentrant``) switches gradients off
+    inside, although the model around is ``differentiated``.
+    """
+    if not torch.is_grad_enabled():
+        return differentiated
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
