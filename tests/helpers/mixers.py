@@ -79,8 +79,8 @@ MIXERS = {
     "agent": of(AgentAttention, num_representatives=4),
     "agent shared": of(AgentAttention, num_representatives=4, qkv="shared"),
     "linear attention": of(LinearAttention),
-    "adapted": of(AdaptedCBSA, num_representatives=4),
-    "adapted shared": of(AdaptedCBSA, num_representatives=4, broadcast="shared"),
+    "adapted": of(AdaptedCBSA, num_representatives=4, contraction_step=1.0),
+    "adapted shared": of(AdaptedCBSA, num_representatives=4, broadcast="shared", contraction_step=1.0),
     "adapted exact": of(AdaptedCBSA, num_representatives=4, contraction="exact", eps=0.8, contraction_step=0.5),
     "agent learned": of(AgentAttention, num_representatives=4, representatives="learned"),
 }

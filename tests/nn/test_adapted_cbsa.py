@@ -20,14 +20,14 @@ X = torch.randn(2, 17, DIM, generator=torch.Generator().manual_seed(3)).double()
 
 def test_without_contraction_it_starts_as_agent_attention():
     agent = AgentAttention(DIM, HEADS, num_representatives=4).double()
-    for layer in (built(contraction_step=0.0), built(contraction="none")):
+    for layer in (built(), built(contraction="none")):
         layer.load_state_dict(agent.state_dict(), strict=False)
         assert_close(layer(X), agent(X), 1e-12)
 
 
 @pytest.mark.parametrize(("contraction", "eps"), [("softmax", None), ("exact", 0.7)])
 def test_shared_broadcast_is_the_operator_with_the_attention_given(contraction, eps):
-    layer = built(contraction=contraction, eps=eps, broadcast="shared")
+    layer = built(contraction=contraction, eps=eps, broadcast="shared", contraction_step=1.0)
     heads, agents = layer.heads(X), layer.agents(layer.heads(X)).values
     attention = torch.softmax(agents @ heads.keys.mT * layer.head_dim**-0.5, -1)
     expected = ops.cbsa(
@@ -42,7 +42,7 @@ def test_shared_broadcast_is_the_operator_with_the_attention_given(contraction, 
 
 def test_the_exact_contraction_fades_with_epsilon():
     plain = built(contraction="none")
-    exact = built(contraction="exact", eps=1e5)
+    exact = built(contraction="exact", eps=1e5, contraction_step=1.0)
     exact.load_state_dict(plain.state_dict(), strict=False)
     assert_close(exact(X), plain(X), 1e-8)
 

@@ -117,6 +117,14 @@ def test_gradient_checkpointing_recomputes_the_same_grid():
     for image, expected in zip(IMAGES, plain, strict=True):
         for name, gradient in gradients(model, image).items():
             assert_close(gradient, expected[name], 1e-5)
+    loss = model(WIDE).square().sum()
+    model.set_grad_checkpointing(False)
+    with torch.no_grad():
+        model(SQUARE)  # between forward and backward, and no part of them
+    model.zero_grad()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, plain[1][name], 1e-5)
 
 
 @pytest.mark.usefixtures("_reentrant")

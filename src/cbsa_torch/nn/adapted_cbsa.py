@@ -27,15 +27,17 @@ class AdaptedCBSA(AgentAttention):
     Representatives begin as pooled queries and collect values, R = A^T V with A the softmax over tokens (5).
     Queries and values of a pretrained ViT live in different spaces, so R is not added to the queries, as
     :class:`cbsa_torch.CBSA` does within its one subspace. Then C = R + gamma (contract(R) - R), with the
-    contraction of Eq. 8 or 7, and the tokens receive kappa B C. At the start gamma is ``contraction_step`` and
-    kappa 1: with gamma = 0 and a fresh broadcast the layer starts as :class:`cbsa_torch.AgentAttention`.
+    contraction of Eq. 8 or 7, and the tokens receive kappa B C. At the start kappa is 1 and gamma 0: with a
+    fresh broadcast the layer starts as :class:`cbsa_torch.AgentAttention`, which is as close to softmax
+    attention as it comes, and learns how much to contract.
 
     Args:
         dim: channels of input and output.
         num_heads: number of heads H.
         num_representatives: M, see :class:`cbsa_torch.CBSA`. Default: 64.
         contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7) or ``"none"``.
-        contraction_step: gamma at the start; 1 is the contraction as the paper states it. Not of ``"none"``.
+        contraction_step: gamma at the start. 0 is none; 1 is the contraction as the paper states it, which makes
+            representatives alike where values are small. Not of ``"none"``.
         eps: epsilon of ``"exact"``. Default: 0.1.
         broadcast: ``"softmax"``, B = a fresh softmax of queries over the pooled queries, or ``"shared"``, B = A
             of the extraction times N / M: the entries of A sum to M over N tokens, so that without this factor
@@ -54,7 +56,7 @@ class AdaptedCBSA(AgentAttention):
         *,
         num_representatives: int | None = None,
         contraction: Contraction = "softmax",
-        contraction_step: float = 1.0,
+        contraction_step: float = 0.0,
         eps: float | None = None,
         broadcast: Broadcast = "softmax",
         layout: Layout = "standard",
@@ -63,7 +65,7 @@ class AdaptedCBSA(AgentAttention):
         check_choice("contraction", contraction, CONTRACTIONS)
         check_choice("broadcast", broadcast, BROADCASTS)
         check_number("contraction_step", contraction_step)
-        if contraction == "none" and contraction_step != 1.0:
+        if contraction == "none" and contraction_step:
             raise ValueError(
                 f"contraction_step is of a contraction; contraction='none', got {contraction_step}"
             )

@@ -53,9 +53,9 @@ class GridSource:
                 several grids with as many cells.
         """
         cells = num_tokens - self.num_prefix_tokens
-        if not torch.compiler.is_compiling():
-            self._watch(cells)
         grid = self.seen.get(cells)
+        if not torch.compiler.is_compiling():
+            grid = self._watched(cells, grid)
         if grid is None and self.built_for is not None and math.prod(self.built_for) == cells:
             grid = self.built_for
         if grid is None:
@@ -66,20 +66,21 @@ class GridSource:
             )
         return grid
 
-    def _watch(self, cells: int) -> None:
-        """Refuse to recompute a layer for a backward pass where it is not known with which grid."""
+    def _watched(self, cells: int, latest: GridSize | None) -> GridSize | None:
+        """The grid, of the pass that is computed again if one is; else the latest."""
         if not _in_backward():
-            if _is_checkpointed(self._differentiated) and cells in self.seen:
-                self._in_flight.setdefault(cells, set()).add(self.seen[cells])
-            return
+            if latest is not None and _is_checkpointed(self._differentiated):
+                self._in_flight.setdefault(cells, set()).add(latest)
+            return latest
         self._recomputed = True
-        if len(self._in_flight.get(cells, ())) > 1:
-            grids = ", ".join(str(grid) for grid in sorted(self._in_flight[cells]))
+        candidates = sorted(self._in_flight.get(cells, ()))
+        if len(candidates) > 1:
             raise RuntimeError(
-                f"cannot recompute a layer: the forward passes before this backward pass had the grids {grids} of "
-                f"{cells} cells each, and tokens do not tell which; call backward after each forward pass, or turn "
-                "gradient checkpointing off"
+                "cannot recompute a layer: the forward passes before this backward pass had the grids "
+                f"{', '.join(map(str, candidates))} of {cells} cells each, and tokens do not tell which; call "
+                "backward after each forward pass, or turn gradient checkpointing off"
             )
+        return candidates[0] if candidates else latest
 
 
 class _FollowsGrid(Protocol):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice
+from cbsa_torch._core.types import BROADCASTS
 from cbsa_torch.models.adapt.find import ROTARY
 from cbsa_torch.models.adapt.hugging_face import PAIRED_MIXERS, is_hugging_face
 from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS, SeparateHeads
@@ -47,6 +48,8 @@ MIXERS = tuple(KINDS)
 def check_options(mixer: str, options: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless ``mixer`` is known, takes the options and can be built with them."""
     check_choice("mixer", mixer, MIXERS)
+    if "broadcast" in options:
+        check_choice("broadcast", options["broadcast"], BROADCASTS)
     for name in options:
         if name not in KINDS[mixer].options:
             takers = ", ".join(repr(kind) for kind in MIXERS if name in KINDS[kind].options)
@@ -140,11 +143,11 @@ def _values(qkv: nn.Linear) -> nn.Linear:
 
 
 def _start(layer: TokenMixer, options: dict[str, Any], like: Tensor) -> dict[str, float]:
-    """Give the parameters that are new their first values: every step and temperature 1, or as asked."""
+    """Give the parameters that are new their first values: no contraction or as asked, all else 1."""
     values: dict[str, float] = {}
     for name, parameter in list(layer.named_parameters()):
         if parameter.is_meta:
-            values[name] = options.get("contraction_step", 1.0) if name == "step_contraction" else 1.0
+            values[name] = options.get("contraction_step", 0.0) if name == "step_contraction" else 1.0
             full = torch.full(parameter.shape, values[name], dtype=like.dtype, device=like.device)
             setattr(layer, name, nn.Parameter(full))
     return values

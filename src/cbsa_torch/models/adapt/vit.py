@@ -59,8 +59,8 @@ def adapt_vit(
         broadcast: of ``"cbsa"`` and ``"cbsa_agent"``: ``"softmax"`` (default), a fresh softmax of queries over
             representatives, or ``"shared"``, the attention of the extraction.
         contraction: of ``"cbsa"``: ``"softmax"`` (default, Eq. 8) or ``"exact"`` (Eq. 7).
-        contraction_step: of ``"cbsa"``: how much contraction there is at the start: 1 (default), as in the
-            paper, or 0, none, so that the model starts as with ``"cbsa_agent"`` and learns how much it wants.
+        contraction_step: of ``"cbsa"``: how much contraction there is at the start: 0 (default), none, so that
+            the model starts as with ``"cbsa_agent"`` and learns how much it wants, up to 1, as in the paper.
         eps: of the exact contraction (default 0.1) and of ``"linear_cbsa"`` (default 1).
         layout: ``"official"`` pools as the research code does, see :class:`cbsa_torch.CBSA`.
         inplace: change ``model`` itself instead of a copy.
