@@ -36,8 +36,8 @@ class AdaptedCBSA(AgentAttention):
         num_heads: number of heads H.
         num_representatives: M, see :class:`cbsa_torch.CBSA`. Default: 64.
         contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7) or ``"none"``.
-        contraction_step: gamma at the start. 0 is none; 1 is the contraction as the paper states it, which makes
-            representatives alike where values are small. Not of ``"none"``.
+        contraction_step: gamma at the start: 0 is none; 1 is the contraction as the paper states it, which
+            makes representatives alike where values are small. Not of ``"none"``.
         eps: epsilon of ``"exact"``. Default: 0.1.
         broadcast: ``"softmax"``, B = a fresh softmax of queries over the pooled queries, or ``"shared"``, B = A
             of the extraction times N / M: the entries of A sum to M over N tokens, so that without this factor
