@@ -14,16 +14,19 @@ from cbsa_torch._version import __version__
 from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 
 _LAZY = ("interpret", "models", "train")
+_FROM_MODELS = ("adapt_vit",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FROM_MODELS:
+        return getattr(importlib.import_module("cbsa_torch.models"), name)
     if name in _LAZY:
         return importlib.import_module(f"cbsa_torch.{name}")
     raise AttributeError(f"module 'cbsa_torch' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_FROM_MODELS])
 
 
 __all__ = [

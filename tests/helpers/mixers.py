@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cbsa_torch import CBSA, ops
-from cbsa_torch.nn import MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.nn import MHSA, MSSA, TSSA, AdaptedCBSA, AgentAttention, LinearAttention, LinearCBSA
 from cbsa_torch.ops import Representatives
 from tests.helpers.compare import assert_close
 
@@ -78,6 +78,10 @@ MIXERS = {
     "linear sum": of(LinearCBSA, average=False),
     "agent": of(AgentAttention, num_representatives=4),
     "agent shared": of(AgentAttention, num_representatives=4, qkv="shared"),
+    "linear attention": of(LinearAttention),
+    "adapted": of(AdaptedCBSA, num_representatives=4, contraction_step=1.0),
+    "adapted shared": of(AdaptedCBSA, num_representatives=4, broadcast="shared", contraction_step=1.0),
+    "adapted exact": of(AdaptedCBSA, num_representatives=4, contraction="exact", eps=0.8, contraction_step=0.5),
     "agent learned": of(AgentAttention, num_representatives=4, representatives="learned"),
 }
 

@@ -5,7 +5,7 @@ from timm.layers.attention import Attention
 from torch import nn
 
 from cbsa_torch import CBSA, interpret, ops
-from cbsa_torch.nn import MHSA, MSSA, TSSA, LinearCBSA, TokenMixer
+from cbsa_torch.nn import MHSA, MSSA, TSSA, LinearAttention, LinearCBSA, TokenMixer
 from tests.helpers.compare import assert_close
 from tests.helpers.mixers import DIM, HEAD_DIM, HEADS, MIXERS, merge, split
 
@@ -38,6 +38,10 @@ def explicit(record, x):
         return a @ a.mT
     if isinstance(layer, (MSSA, MHSA, Attention)):
         return torch.softmax(scale * z @ k.mT, -1)
+    if isinstance(layer, LinearAttention):
+        gain = layer.temperature.detach()[:, None, None, None] * HEAD_DIM**0.25
+        weights = torch.cosh(gain * (z[..., :, None, :] + k[..., None, :, :])).sum(-1)
+        return weights / weights.sum(-1, keepdim=True)
     gram = z.mT @ z
     if isinstance(layer, LinearCBSA):
         eps2 = layer.eps**2 * (N if layer.average else 1)
@@ -52,6 +56,9 @@ def explicit(record, x):
         pi = torch.softmax(layer.temperature.detach()[:, None] * share, 1)
         return pi[..., :, None] * pi[..., None, :] / pi.sum(-1)[..., None, None]
     agents = record.agents.values
+    if getattr(layer, "broadcast", None) == "shared":
+        a = torch.softmax(scale * agents @ k.mT, -1).mT
+        return a @ a.mT
     return torch.softmax(scale * z @ agents.mT, -1) @ torch.softmax(scale * agents @ k.mT, -1)
 
 

@@ -13,7 +13,17 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_floating, check_number
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch.interpret.capture import LayerRecord
-from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
+from cbsa_torch.nn import (
+    CBSA,
+    MHSA,
+    MSSA,
+    TSSA,
+    AdaptedCBSA,
+    AgentAttention,
+    LinearAttention,
+    LinearCBSA,
+    TokenMixer,
+)
 from cbsa_torch.ops.cbsa.reference import masked_softmax
 from cbsa_torch.ops.masking import real_tokens
 from cbsa_torch.ops.tssa import tssa_memberships
@@ -30,6 +40,8 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
     - CBSA: A A^T (paper, section 4.1), the sum over representatives i of A[token, i] A[n, i].
     - AgentAttention: the product of its two softmaxes, tokens over agents times agents over tokens. A row
       sums to 1.
+    - AdaptedCBSA: the one or the other, as it broadcasts. As for CBSA, the contraction is left out.
+    - LinearAttention: its weights phi(q) . phi(k), normalised. A row sums to 1.
     - MSSA, MHSA, timm's Attention: the softmax over tokens, of this query alone. A row sums to 1. Attention
       dropout is left out.
     - LinearCBSA: S = W (eps^2 I + W^T W)^-1 W^T, that is W F W^T / eps^2 with the filter
@@ -178,6 +190,11 @@ def _row(record: LayerRecord, token: int) -> Tensor:
     if record.stages is not None:
         attention = record.stages.attention  # (B, H, M, N)
         return torch.einsum("bhm,bhmn->bhn", attention[..., token], attention)
+    if isinstance(layer, AdaptedCBSA) and layer.broadcast == "shared":
+        attention = _agents_over_tokens(record)
+        return torch.einsum("bhm,bhmn->bhn", attention[..., token], attention)
+    if isinstance(layer, LinearAttention):
+        return _feature_row(record, token, layer.temperature)
     if isinstance(layer, AgentAttention):
         return _agent_row(record, token)
     if isinstance(layer, LinearCBSA):
@@ -190,7 +207,8 @@ def _row(record: LayerRecord, token: int) -> Tensor:
         return membership[..., token, None] * weights
     if isinstance(layer, (MSSA, MHSA)) or not isinstance(layer, TokenMixer):
         return _softmax_row(record, token)
-    known = ", ".join(kind.__name__ for kind in (CBSA, AgentAttention, LinearCBSA, MHSA, MSSA, TSSA))
+    kinds = (CBSA, AdaptedCBSA, AgentAttention, LinearAttention, LinearCBSA, MHSA, MSSA, TSSA)
+    known = ", ".join(kind.__name__ for kind in kinds)
     raise ValueError(
         f"record must be of {known} or timm's Attention to have a map; {record.name} is {type(layer).__name__}"
     )
@@ -231,6 +249,16 @@ def _agents_over_tokens(record: LayerRecord) -> Tensor:
     real = None if record.token_mask is None else record.token_mask[:, None, None]
     weights = masked_softmax(agents.values.to(dtype) @ keys.mT * keys.shape[-1] ** -0.5, real)
     return weights if agents.mask is None else weights.masked_fill(~agents.mask[:, None, :, None], 0.0)
+
+
+def _feature_row(record: LayerRecord, token: int, temperature: Tensor) -> Tensor:
+    """The weights of linear attention, log sum exp over its features in place of their product."""
+    dtype = compute_dtype(record.tokens.dtype)
+    query, keys = record.tokens[:, :, token, None].to(dtype), cast(Tensor, record.keys).to(dtype)
+    gain = temperature.detach().to(dtype)[:, None, None] * query.shape[-1] ** 0.25
+    sums = gain * (query + keys)  # (B, H, N, P)
+    real = None if record.token_mask is None else record.token_mask[:, None]
+    return masked_softmax(torch.logsumexp(torch.cat([sums, -sums], -1), -1), real)
 
 
 def _filter_row(record: LayerRecord, token: int, eps: float, average: bool, *, diagonal: bool) -> Tensor:

@@ -165,7 +165,7 @@ def _read_mixer(
     layer = cast(TokenMixer, layer)
     called = layer.named_arguments(*args, **kwargs)
     x, grid_size = called["x"], called["grid_size"]
-    heads = layer.heads(x, grid_size, called["token_mask"], called["attn_mask"])
+    heads = layer.heads(x, grid_size, called["token_mask"], called["attn_mask"], called["rope"])
     located = layer.token_grid(x, grid_size) or around.grid(name, heads.tokens.shape[2])
     grid, prefix = located or (None, layer.num_prefix_tokens or 0)
     mask = heads.token_mask

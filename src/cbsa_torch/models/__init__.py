@@ -6,6 +6,7 @@ require("timm", extra="models")
 
 import cbsa_torch.ops.cbsa.flops  # noqa: E402, F401  (lets torch count the operations of our operators)
 from cbsa_torch.models import registry  # noqa: E402  (registers the models)
+from cbsa_torch.models.adapt import AdaptedModel, AdaptReport, adapt_vit  # noqa: E402
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402
 from cbsa_torch.models.hub import HubModel, from_pretrained, push_to_hub  # noqa: E402
@@ -19,10 +20,13 @@ from cbsa_torch.models.segmentation import (  # noqa: E402
 from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
 __all__ = [
+    "AdaptReport",
+    "AdaptedModel",
     "HubModel",
     "MaskTransformerDecoder",
     "Segmenter",
     "WhiteBoxTransformer",
+    "adapt_vit",
     "from_pretrained",
     "load_checkpoint",
     "load_official",

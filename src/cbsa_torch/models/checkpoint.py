@@ -29,6 +29,7 @@ FETCHING_ARGS = {
     "pretrained_cfg",
     "pretrained_cfg_overlay",
     "pretrained_encoder",
+    "pretrained_base",
     "checkpoint_path",
     "cache_dir",
 }

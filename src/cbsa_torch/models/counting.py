@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention
+from timm.layers.attention import AttentionRope
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.models.segmentation.decoder import CosineSimilarity
 from cbsa_torch.nn import ISTA, TokenMixer
 from cbsa_torch.ops import counting
@@ -44,9 +47,10 @@ class ModelCounts(NamedTuple):
 def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCounts:
     """Count what one image costs, part by part.
 
-    Counted are linear layers, convolutions, ISTA, our token mixers, timm's attention and the similarities of a
-    segmentation decoder's masks, by the formulas of :mod:`cbsa_torch.ops.counting`. Other modules count with
-    their parameters only; whether something is missed shows in ``torch_flops``.
+    Counted are linear layers, convolutions, ISTA, our token mixers, the softmax attention of timm's and
+    transformers' ViTs and the similarities of a segmentation decoder's masks, by the formulas of
+    :mod:`cbsa_torch.ops.counting`. Other modules count with their parameters only; whether something is missed
+    shows in ``torch_flops``.
 
     Args:
         model: any model of images. It is run once, without gradients, on a batch of one, and left as it was.
@@ -126,7 +130,8 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-_PARTS = (TokenMixer, ISTA, Attention, CosineSimilarity)
+_SOFTMAX = (Attention, AttentionRope, EvaAttention)
+_PARTS = (TokenMixer, ISTA, *_SOFTMAX, CosineSimilarity)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -135,9 +140,13 @@ def _parts(model: nn.Module, name: str = "") -> list[str]:
     names = [name]
     for child_name, child in model.named_children():
         full = f"{name}.{child_name}".lstrip(".")
-        holds_parts = any(isinstance(m, _PARTS) for m in child.modules() if m is not child)
-        names += _parts(child, full) if holds_parts and not isinstance(child, _PARTS) else [full]
+        holds_parts = any(_is_part(m) for m in child.modules() if m is not child)
+        names += _parts(child, full) if holds_parts and not _is_part(child) else [full]
     return names
+
+
+def _is_part(module: nn.Module) -> bool:
+    return isinstance(module, _PARTS) or is_hugging_face(module)
 
 
 def _part_of(name: str, parts: list[str]) -> str:
@@ -148,13 +157,13 @@ def _part_of(name: str, parts: list[str]) -> str:
 
 
 def _is_counted(module: nn.Module) -> bool:
-    return isinstance(module, (*_PARTS, *_CONVOLUTIONS, nn.Linear))
+    return isinstance(module, (*_CONVOLUTIONS, nn.Linear)) or _is_part(module)
 
 
 def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Counts:
     if isinstance(module, TokenMixer):
         called = module.named_arguments(*args, **kwargs)
-        counts = module.counts(called["x"], called["grid_size"], called["token_mask"])
+        counts = module.counts(called["x"], called["grid_size"], called["token_mask"], called["rope"])
         return counts.times(called["x"].shape[0])
     x: Tensor = args[0]
     if isinstance(module, nn.Linear):
@@ -162,11 +171,23 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         return counting.linear(tokens, module.in_features, module.out_features)
     if isinstance(module, ISTA):
         return counting.ista(x.numel() // x.shape[-1], x.shape[-1])
-    if isinstance(module, Attention):
-        heads = {"num_heads": module.num_heads, "head_dim": module.head_dim}
-        return counting.softmax_attention(x.shape[1], **heads).times(x.shape[0])
+    if isinstance(module, _SOFTMAX) or is_hugging_face(module):
+        return _count_softmax(module, x)
     if isinstance(module, CosineSimilarity):
         classes: Tensor = args[1]
         return counting.linear(x.shape[0] * x.shape[1], x.shape[2], classes.shape[1])
     weight: Tensor = module.weight  # type: ignore[assignment]
     return counting.linear(output.numel() // weight.shape[0], weight[0].numel(), weight.shape[0])
+
+
+def _count_softmax(module: Any, x: Tensor) -> Counts:
+    """Softmax attention of others: all but the layers that it calls."""
+    num_heads = getattr(module, "num_heads", None) or module.num_attention_heads
+    inside = counting.softmax_attention(x.shape[1], num_heads=num_heads, head_dim=module.head_dim)
+    counts = inside.times(x.shape[0])
+    if getattr(module, "q_bias", None) is None or module.qkv_bias_separate:
+        return counts
+    # EVA with biases multiplies with the weight of its layer, but does not call that.
+    return counts.plus(
+        counting.linear(x.shape[0] * x.shape[1], module.qkv.in_features, module.qkv.out_features)
+    )

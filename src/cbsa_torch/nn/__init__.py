@@ -1,9 +1,12 @@
 """Modules: parameters around the functions of :mod:`cbsa_torch.ops`. Needs torch alone."""
 
+from cbsa_torch.nn.adapted_cbsa import AdaptedCBSA
 from cbsa_torch.nn.agent_attention import AgentAttention
 from cbsa_torch.nn.block import ResidualBlock, WhiteBoxBlock
 from cbsa_torch.nn.cbsa import CBSA
+from cbsa_torch.nn.grids import follow_grid
 from cbsa_torch.nn.ista import ISTA
+from cbsa_torch.nn.linear_attention import LinearAttention
 from cbsa_torch.nn.linear_cbsa import LinearCBSA
 from cbsa_torch.nn.mixer import Heads, TokenMixer
 from cbsa_torch.nn.representatives import (
@@ -23,12 +26,14 @@ __all__ = [
     "MHSA",
     "MSSA",
     "TSSA",
+    "AdaptedCBSA",
     "AgentAttention",
     "AllTokens",
     "BasisDirections",
     "ConvStem",
     "Heads",
     "LearnedRepresentatives",
+    "LinearAttention",
     "LinearCBSA",
     "LinearStem",
     "PooledRepresentatives",
@@ -36,4 +41,5 @@ __all__ = [
     "ResidualBlock",
     "TokenMixer",
     "WhiteBoxBlock",
+    "follow_grid",
 ]

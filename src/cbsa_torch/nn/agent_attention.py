@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cbsa_torch import ops
-from cbsa_torch._core.types import QKV, RepresentativeKind, Representatives, Strategy
+from cbsa_torch._core.checks import check_choice
+from cbsa_torch._core.types import LAYOUTS, QKV, Layout, RepresentativeKind, Representatives, Strategy
 from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.ops import counting
@@ -30,6 +31,7 @@ class AgentAttention(TokenMixer):
             :class:`cbsa_torch.CBSA`; not one that brings an attention with it.
         qkv: ``"separate"`` projections for queries, keys and values, as in the original, or one ``"shared"``
             projection, as the white-box layers have. Agents are made from the queries.
+        layout: ``"official"`` pools as the research code's adapted ViTs do, see :class:`cbsa_torch.CBSA`.
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` need
             ``qkv="shared"``.
     """
@@ -42,9 +44,14 @@ class AgentAttention(TokenMixer):
         num_representatives: int | None = None,
         representatives: RepresentativeKind | Strategy = "pool",
         qkv: QKV = "separate",
+        layout: Layout = "standard",
         **options: Unpack[MixerOptions],
     ) -> None:
+        check_choice("layout", layout, LAYOUTS)
+        if layout == "official" and representatives != "pool":
+            raise ValueError("layout='official' is a way of pooling; it needs representatives='pool'")
         super().__init__(dim, num_heads, qkv=qkv, **options)
+        self.layout: Layout = layout
         self.representatives = make_representatives(
             representatives,
             num_heads,
@@ -75,7 +82,7 @@ class AgentAttention(TokenMixer):
 
     def agents(self, heads: Heads) -> Representatives:
         """The agents that :meth:`mix` uses: values ``(B, H, M, P)`` and which of them exist."""
-        agents = self._represent(self.representatives, heads)
+        agents = self._represent(self.representatives, heads, official=self.layout == "official")
         if agents.attention is not None:
             raise ValueError("representatives must not return an attention: agents attend by softmax")
         return agents

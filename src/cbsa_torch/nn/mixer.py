@@ -6,6 +6,7 @@ A mixer is this and one function of :mod:`cbsa_torch.ops` between the projection
 from __future__ import annotations
 
 import abc
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
-from cbsa_torch.nn.orthonormal import keep_rows_orthonormal
+from cbsa_torch.nn.grids import GridSource, listen
+from cbsa_torch.nn.orthonormal import check_factorable, keep_rows_orthonormal
 from cbsa_torch.nn.tokens import TokenInput, as_token_mask, is_token_mask, read_tokens, resolve_grid
 from cbsa_torch.ops.counting import Counts
 from cbsa_torch.ops.representatives import check_grid
@@ -112,6 +114,9 @@ class TokenMixer(nn.Module, abc.ABC):
     compares_tokens = False
     """Whether every token is compared with every other: masks may then differ from query to query."""
 
+    rotates = False
+    """Whether it takes rotary position embeddings."""
+
     def __init__(
         self,
         dim: int,
@@ -139,6 +144,7 @@ class TokenMixer(nn.Module, abc.ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        listen()
         check_bool("recompute", recompute)
         self.recompute = recompute
         check_positive_int("dim", dim)
@@ -186,13 +192,14 @@ class TokenMixer(nn.Module, abc.ABC):
         self.shared_qkv = qkv == "shared"
         self.attn_drop = attn_drop
         self.grid_size: GridSize | None = None
+        self.grid_source: GridSource | None = None
         self.num_prefix_tokens: int | None = None
         self.set_input_size(grid_size, num_prefix_tokens)
         self.channels_first = channels_first
 
         self.qkv = nn.Linear(dim, inner * (1 if self.shared_qkv else 3), qkv_bias, device, dtype)
         if orthogonal:
-            _check_factorable(self.qkv.weight)
+            check_factorable(self.qkv.weight)
             keep_rows_orthonormal(self.qkv)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
@@ -248,6 +255,7 @@ class TokenMixer(nn.Module, abc.ABC):
         token_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """Mix the tokens.
 
@@ -260,6 +268,7 @@ class TokenMixer(nn.Module, abc.ABC):
                 ``token_mask``. Any other, ``(N, N)`` or ``(B, 1 or H, N, N)``, only for mixers that compare
                 tokens with tokens (MSSA, MHSA): the others form no N x N matrix.
             is_causal: let no token attend to later ones; for the same mixers.
+            rope: timm's rotary position embeddings; only for layers adapted from such a model.
 
         Returns:
             The update, in the layout of ``x``: use it as ``x + mixer(norm(x))``.
@@ -272,7 +281,7 @@ class TokenMixer(nn.Module, abc.ABC):
             raise ValueError(
                 f"is_causal must be False: {type(self).__name__} summarises all tokens before it updates any"
             )
-        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal)
+        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal, rope)
         arguments = source, grid_size, token_mask, attn_mask
         if self.recompute and torch.is_grad_enabled() and not is_transformed():
             out = checkpoint(self._update, *arguments, use_reentrant=False)
@@ -295,26 +304,22 @@ class TokenMixer(nn.Module, abc.ABC):
         with parametrize.cached() if self.tied and self.orthogonal else nullcontext():
             return self.mix_and_project(self._project(source, grid_size, token_mask, attn_mask))
 
-    @staticmethod
-    def named_arguments(
+    @classmethod
+    def named_arguments(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of :meth:`forward` by name, for hooks that see how it was called."""
+        bound = inspect.signature(cls.forward).bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        return {name: value for name, value in bound.arguments.items() if name != "self"}
+
+    def counts(
+        self,
         x: Tensor,
         grid_size: GridSize | None = None,
         token_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> dict[str, Any]:
-        """The arguments of :meth:`forward` by name, for hooks that see how it was called."""
-        return {
-            "x": x,
-            "grid_size": grid_size,
-            "token_mask": token_mask,
-            "attn_mask": attn_mask,
-            "is_causal": is_causal,
-        }
-
-    def counts(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Counts:
+        rope: Tensor | None = None,
+    ) -> Counts:
         """What :meth:`forward` costs per item of ``x`` between the projections (those are linear layers)."""
-        source, token_mask, _ = self._read(x, token_mask, None)
+        source, token_mask, _ = self._read(x, token_mask, None, rope=rope)
         counts = self.count_heads(self._project(source, grid_size, token_mask))
         if self.proj is not None:
             return counts
@@ -327,9 +332,10 @@ class TokenMixer(nn.Module, abc.ABC):
         grid_size: GridSize | None = None,
         token_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        rope: Tensor | None = None,
     ) -> Heads:
         """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
-        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask)
+        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, rope=rope)
         return self._project(source, grid_size, token_mask, attn_mask)
 
     def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int] | None:
@@ -346,10 +352,17 @@ class TokenMixer(nn.Module, abc.ABC):
         return False
 
     def _read(
-        self, x: Tensor, token_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool = False
+        self,
+        x: Tensor,
+        token_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
     ) -> tuple[TokenInput, Tensor | None, Tensor | None]:
         """The input as tokens, its token mask, and what else there is of a mask."""
-        source = read_tokens(x, self.dim, self.channels_first, token_mask)
+        if rope is not None and not self.rotates:
+            raise ValueError(f"rope must be None: {type(self).__name__} has no rotary position embeddings")
+        source = read_tokens(x, self.dim, self.channels_first, token_mask)._replace(rope=rope)
         b, n, _ = source.tokens.shape
         if is_causal:
             if attn_mask is not None:
@@ -378,7 +391,7 @@ class TokenMixer(nn.Module, abc.ABC):
             x = x.masked_fill(~token_mask[..., None], 0.0)
         keys = values = None
         if self.orthogonal:
-            _check_factorable(next(self.qkv.parameters()))
+            check_factorable(next(self.qkv.parameters()))
         if self.shared_qkv:
             tokens = self.qkv(x).view(b, n, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, P)
         else:
@@ -423,6 +436,8 @@ class TokenMixer(nn.Module, abc.ABC):
         grid_size = self.grid_size if grid_size is None else grid_size
         if grid_size is None and not self.needs_grid:
             return None
+        if grid_size is None and self.grid_source is not None:
+            grid_size = self.grid_source.grid_of(n)
         return resolve_grid(n, grid_size, self.num_prefix_tokens)
 
     def extra_repr(self) -> str:
@@ -431,9 +446,3 @@ class TokenMixer(nn.Module, abc.ABC):
             f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"tied={self.tied}, orthogonal={self.orthogonal}"
         )
-
-
-def _check_factorable(weight: Tensor) -> None:
-    """Householder products exist in full precision only."""
-    if weight.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"orthogonal needs float32 or float64 parameters, got {weight.dtype}; use autocast")

@@ -39,3 +39,9 @@ class OrthonormalRows(nn.Module):
 def keep_rows_orthonormal(module: nn.Linear) -> None:
     """Make ``module.weight`` orthonormal and keep it so; it is a computed attribute from now on."""
     parametrize.register_parametrization(module, "weight", OrthonormalRows(module.weight))
+
+
+def check_factorable(weight: Tensor) -> None:
+    """Raise ``ValueError`` where Householder products do not exist: below full precision."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"orthogonal needs float32 or float64 parameters, got {weight.dtype}; use autocast")

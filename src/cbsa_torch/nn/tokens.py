@@ -27,6 +27,8 @@ class TokenInput(NamedTuple):
     """The grid of the feature map it came from, or None if the input was tokens."""
     token_mask: Tensor | None
     """``(B, N)`` bool, True = a real token."""
+    rope: Tensor | None = None
+    """Rotary position embeddings of the grid tokens, as timm makes them."""
 
     def restore(self, tokens: Tensor) -> Tensor:
         """Give ``tokens`` the layout of the input again."""

@@ -117,6 +117,12 @@ def linear_cbsa(num_tokens: int, *, num_heads: int, head_dim: int, solver: Linea
     return Counts(num_heads * products, num_heads * factorizations, num_heads * n * p)
 
 
+def linear_attention(num_tokens: int, *, num_heads: int, head_dim: int) -> Counts:
+    """Linear attention with 2 P features: values gathered by them, given back, and the normaliser."""
+    n, p = num_tokens, head_dim
+    return Counts(num_heads * (8 * n * p**2 + 4 * n * p), 0, 2 * num_heads * n * p)
+
+
 def principal_directions(num_tokens: int, *, num_heads: int, head_dim: int) -> Counts:
     """Principal directions: the Gram matrix, its eigenvectors, and how far every token reaches along them."""
     n, p = num_tokens, head_dim
@@ -196,6 +202,7 @@ __all__ = [
     "ista",
     "layer",
     "linear",
+    "linear_attention",
     "linear_cbsa",
     "principal_directions",
     "softmax_attention",

@@ -1,0 +1,133 @@
+"""Find the attention layers of a model, and say of each whether it can be adapted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from timm.layers import Attention
+from timm.layers.attention import AttentionRope
+from timm.models.eva import EvaAttention
+from torch import nn
+
+from cbsa_torch._core.checks import nearest
+from cbsa_torch.models.adapt.hugging_face import is_hugging_face
+from cbsa_torch.nn import TokenMixer
+
+STANDARD: tuple[type[nn.Module], ...] = (Attention,)
+"""Softmax attention with one ``qkv`` layer for queries, keys and values, as our mixers have it."""
+ROTARY: tuple[type[nn.Module], ...] = (AttentionRope, EvaAttention)
+"""The same with rotary embeddings, projections of their own or odd biases: EVA, DINOv3, Perception Encoder."""
+
+ADAPTABLE = (
+    "the self-attention of timm's ViTs (Attention, AttentionRope, EvaAttention: ViT, DeiT, DeiT-3, DINOv2, "
+    "DINOv3, EVA, CLIP, SigLIP, hybrids) and of transformers' ViTModel and Dinov2Model (5.0 or newer)"
+)
+
+LAYER_CHOICES = ("all", "latter_half")
+Layers = str | Sequence[int]
+
+_POOLS = re.compile(r"AttentionPool|AttnPool|MultiheadAttentionPoolingHead")
+_ATTENTION = re.compile(r"Attn|Attention|ParallelScalingBlock")
+_REASONS = {
+    "WindowAttention": "it attends within windows, with a bias by relative position",
+    "ParallelScalingBlock": "one layer projects queries, keys, values and the MLP together",
+    "DiffParallelScalingBlock": "one layer projects queries, keys, values and the MLP together",
+    "DiffAttention": "it is the difference of two softmaxes",
+}
+
+
+class Found(NamedTuple):
+    """An attention layer."""
+
+    name: str
+    module: nn.Module
+    obstacle: str
+    """Why it cannot be adapted; empty if it can."""
+    is_pool: bool = False
+    """Whether it pools tokens in a head: not one of the layers to choose from."""
+
+
+def find_attention(model: nn.Module) -> list[Found]:
+    """Every attention layer of ``model`` in order, those that cannot be adapted included."""
+    found: list[Found] = []
+    _search(model, "", found)
+    return found
+
+
+def _search(module: nn.Module, name: str, found: list[Found]) -> None:
+    kind = type(module).__name__
+    # The model itself may have attention in its name.
+    if name and _is_known(module):
+        found.append(Found(name, module, obstacle(module)))
+    elif name and _POOLS.search(kind):
+        found.append(Found(name, module, "attention pooling of a head has queries of its own", is_pool=True))
+    elif name and _ATTENTION.search(kind) and not _holds_adaptable(module):
+        found.append(Found(name, module, obstacle(module)))
+    else:
+        for child_name, child in module.named_children():
+            _search(child, f"{name}.{child_name}".lstrip("."), found)
+
+
+def _holds_adaptable(module: nn.Module) -> bool:
+    return any(_is_known(m) for m in module.modules())
+
+
+def _is_known(module: nn.Module) -> bool:
+    return isinstance(module, (*STANDARD, *ROTARY, TokenMixer)) or is_hugging_face(module)
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why an attention layer cannot be adapted, or nothing."""
+    kind = type(module).__name__
+    if isinstance(module, TokenMixer):
+        return f"it is {kind} of cbsa_torch already"
+    if is_hugging_face(module):
+        return ""
+    base = next((base for base in (*STANDARD, *ROTARY) if isinstance(module, base)), None)
+    if base is None:
+        biased = any("rel" in name and "pos" in name for name, _ in module.named_parameters())
+        other = "its bias by relative position needs all pairs of tokens" if biased else ""
+        return _REASONS.get(kind, other or f"{kind} is not the standard attention of ViTs")
+    if type(module).forward is not base.forward or "forward" in vars(module):
+        return f"it has a forward of its own, not that of {base.__name__}"
+    if getattr(module, "gate", None) is not None:
+        return "its output gate has no place in our mixers"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which would be lost; remove them first"
+    return ""
+
+
+def choose(found: list[Found], layers: Layers) -> set[str]:
+    """The names of the layers that ``layers`` asks for.
+
+    Raises:
+        ValueError, TypeError: not ``"all"``, ``"latter_half"`` or distinct indices that exist.
+    """
+    names = [layer.name for layer in found if not layer.is_pool]
+    count = len(names)
+    if isinstance(layers, str):
+        if layers not in LAYER_CHOICES:
+            raise ValueError(
+                f"layers must be 'all', 'latter_half' or a sequence of indices, got {layers!r}"
+                f"{nearest(layers, LAYER_CHOICES)}"
+            )
+        return set(names if layers == "all" else names[count // 2 :])
+    if not isinstance(layers, Sequence):
+        raise TypeError(f"layers must be 'all', 'latter_half' or a sequence of indices, got {layers!r}")
+    chosen: list[str] = []
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"layers must hold ints, got {index!r} of type {type(index).__name__}")
+        if not -count <= index < count:
+            raise ValueError(
+                f"layers must hold indices from {-count} to {count - 1}, for the model has {count} attention "
+                f"layers; got {index}"
+            )
+        if names[index] in chosen:
+            raise ValueError(f"layers must not name a layer twice, got {list(layers)}")
+        chosen.append(names[index])
+    if not chosen:
+        raise ValueError("layers must not be empty")
+    return set(chosen)

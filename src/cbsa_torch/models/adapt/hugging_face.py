@@ -1,0 +1,76 @@
+"""Our mixers in place of the attention of transformers' ``ViTModel`` and ``Dinov2Model``.
+
+Found by the names of the classes: transformers need not be installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from cbsa_torch.models.adapt.rotary import SeparateHeads
+from cbsa_torch.nn import AdaptedCBSA, AgentAttention, LinearAttention, TokenMixer
+
+CLASSES = ("ViTAttention", "Dinov2Attention", "Dinov2WithRegistersAttention")
+
+
+def is_hugging_face(module: nn.Module) -> bool:
+    """Whether it is an attention layer of transformers (5.0 or newer) that we know."""
+    kind = type(module)
+    ours = kind.__module__.startswith("transformers.") and kind.__name__ in CLASSES
+    return ours and isinstance(getattr(module, "o_proj", None), nn.Linear)
+
+
+def hugging_face_towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
+    """The parts of the model that hold such layers, their patch embeddings, their numbers of prefix tokens."""
+    found = []
+    for module in model.modules():
+        embeddings = module._modules.get("embeddings")
+        projection = getattr(getattr(embeddings, "patch_embeddings", None), "projection", None)
+        if isinstance(projection, nn.Module) and any(is_hugging_face(m) for m in module.modules()):
+            found.append((module, projection, 1 + getattr(module.config, "num_register_tokens", 0)))
+    return found
+
+
+class _PairedOutput(SeparateHeads):
+    """Called and answering as a layer of transformers: (output, weights), and the weights are None."""
+
+    def inherit_projections(self, source: nn.Module) -> None:
+        """Take over the layers of ``source``."""
+        self._take(source, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        del self._modules["proj"]
+
+    @property
+    def proj(self) -> nn.Linear:  # type: ignore[override]
+        """The output projection, which has another name there."""
+        return cast(nn.Linear, self._modules["o_proj"])
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:  # type: ignore[override]
+        """Mix ``(B, N, C)`` tokens; a mask must be one of keys, as timm's ``attn_mask``."""
+        return super().forward(hidden_states, attn_mask=attention_mask), None
+
+    @classmethod
+    def named_arguments(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of :meth:`TokenMixer.forward`, by its names."""
+        called = super().named_arguments(*args, **kwargs)
+        return TokenMixer.named_arguments(called["hidden_states"], attn_mask=called["attention_mask"])
+
+
+class PairedCBSA(_PairedOutput, AdaptedCBSA):
+    """:class:`cbsa_torch.nn.AdaptedCBSA` in a model of transformers."""
+
+
+class PairedAgentAttention(_PairedOutput, AgentAttention):
+    """:class:`cbsa_torch.AgentAttention` in a model of transformers."""
+
+
+class PairedLinearAttention(_PairedOutput, LinearAttention):
+    """:class:`cbsa_torch.nn.LinearAttention` in a model of transformers."""
+
+
+PAIRED_MIXERS: dict[type[TokenMixer], type[_PairedOutput]] = {
+    AdaptedCBSA: PairedCBSA,
+    AgentAttention: PairedAgentAttention,
+    LinearAttention: PairedLinearAttention,
+}

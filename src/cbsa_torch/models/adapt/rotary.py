@@ -1,0 +1,111 @@
+"""Our mixers with the projections of timm's rotary attention (EVA, DINOv3): heads by theirs, mixing by ours."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import apply_rot_embed_cat
+from torch import Tensor, nn
+
+from cbsa_torch._core.types import GridSize
+from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, TokenMixer
+from cbsa_torch.nn.tokens import TokenInput
+
+
+class SeparateHeads(TokenMixer):
+    """Reads queries, keys and values as timm's ``AttentionRope`` and ``EvaAttention`` do."""
+
+    q_proj: nn.Linear | None
+    k_proj: nn.Linear | None
+    v_proj: nn.Linear | None
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+
+    def inherit_projections(self, source: nn.Module) -> None:
+        """Take over the layers of ``source``, and how it uses them."""
+        self._take(
+            source, ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop")
+        )
+
+    def _take(self, source: nn.Module, layers: tuple[str, ...]) -> None:
+        self.qkv = None  # type: ignore[assignment]
+        for name in layers:
+            setattr(self, name, getattr(source, name))
+        self.q_bias, self.v_bias = getattr(source, "q_bias", None), getattr(source, "v_bias", None)
+        self.register_buffer("k_bias", getattr(source, "k_bias", None), persistent=False)
+        self.num_kv_heads: int = getattr(source, "num_kv_heads", self.num_heads)
+        self.rotate_half: bool = getattr(source, "rotate_half", False)
+        self.num_unrotated: int = getattr(source, "num_prefix_tokens", 0)
+        """Prefix tokens, which have no position."""
+
+    def _project(
+        self,
+        source: TokenInput,
+        grid_size: GridSize | None,
+        token_mask: Tensor | None,
+        attn_mask: Tensor | None = None,
+    ) -> Heads:
+        x = source.tokens
+        if token_mask is not None:
+            x = x.masked_fill(~token_mask[..., None], 0.0)
+        queries, keys, values = self._queries_keys_values(x)
+        queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if source.rope is not None:
+            queries, keys = self._rotated(queries, source.rope), self._rotated(keys, source.rope)
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+        groups = self.num_heads // self.num_kv_heads
+        if groups > 1:
+            keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
+        if grid_size is not None:
+            self._locate(x.shape[1], source.map_grid, grid_size)
+        return Heads(queries, keys, values, token_mask, source.map_grid, grid_size, attn_mask)
+
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(B, H, N, P)`` each, keys and values with as many heads as they have."""
+        b, n, _ = x.shape
+        if self.q_proj is not None:
+            assert self.k_proj is not None
+            assert self.v_proj is not None
+            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            joint = self.qkv(x)
+            if self.q_bias is not None:
+                assert self.k_bias is not None
+                assert self.v_bias is not None
+                joint = joint + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(joint.dtype)
+            projected = joint.chunk(3, -1)
+        queries, keys, values = (t.view(b, n, -1, self.head_dim).transpose(1, 2) for t in projected)
+        return queries, keys, values
+
+    def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
+        prefix, grid = x[:, :, : self.num_unrotated], x[:, :, self.num_unrotated :]
+        return torch.cat([prefix, apply_rot_embed_cat(grid, rope, half=self.rotate_half)], dim=2)
+
+
+class _RotaryHeads(SeparateHeads):
+    """With rotary embeddings.
+
+    Queries and keys are rotated before representatives are pooled from the queries: a representative has the
+    mean rotation of its cell.
+    """
+
+    rotates = True
+
+
+class RotaryCBSA(_RotaryHeads, AdaptedCBSA):
+    """:class:`cbsa_torch.nn.AdaptedCBSA` on the projections of timm's rotary attention."""
+
+
+class RotaryAgentAttention(_RotaryHeads, AgentAttention):
+    """:class:`cbsa_torch.AgentAttention` on the projections of timm's rotary attention."""
+
+
+class RotaryLinearAttention(_RotaryHeads, LinearAttention):
+    """:class:`cbsa_torch.nn.LinearAttention` on the projections of timm's rotary attention."""
+
+
+ROTARY_MIXERS: dict[type[TokenMixer], type[_RotaryHeads]] = {
+    AdaptedCBSA: RotaryCBSA,
+    AgentAttention: RotaryAgentAttention,
+    LinearAttention: RotaryLinearAttention,
+}

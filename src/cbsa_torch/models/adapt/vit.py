@@ -1,0 +1,164 @@
+"""One call that gives a pretrained ViT another attention on the weights it has."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from cbsa_torch._core.checks import check_bool
+from cbsa_torch._core.types import Broadcast, Contraction, Layout
+from cbsa_torch.models.adapt.find import ADAPTABLE, ROTARY, Found, Layers, choose, find_attention
+from cbsa_torch.models.adapt.hugging_face import hugging_face_towers, is_hugging_face
+from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit
+from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
+from cbsa_torch.nn import follow_grid
+from cbsa_torch.nn.grids import EMBEDDING
+
+MixerName = Literal["cbsa", "cbsa_agent", "linear", "linear_cbsa", "mssa", "tssa"]
+
+
+class AdaptedModel(NamedTuple):
+    """What :func:`adapt_vit` returns."""
+
+    model: nn.Module
+    report: AdaptReport
+
+
+def adapt_vit(
+    model: nn.Module,
+    mixer: MixerName = "cbsa",
+    *,
+    layers: Layers = "all",
+    num_representatives: int | None = None,
+    broadcast: Broadcast | None = None,
+    contraction: Contraction | None = None,
+    contraction_step: float | None = None,
+    eps: float | None = None,
+    layout: Layout | None = None,
+    inplace: bool = False,
+) -> AdaptedModel:
+    """Replace the attention of a pretrained ViT, and keep its weights (paper, section 4.2).
+
+    Queries, keys, values, output projection and norms are inherited under their names; what is new are steps,
+    one number per head, that start so that the model begins close to the original (docs/adapt.md). Everything
+    else of the model, its other layers included, stays as it is. The grid of patches is that of every image, of
+    any size and aspect that the model takes.
+
+    Args:
+        model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, hybrid, ...), a model that
+            holds one, or transformers' ``ViTModel`` or ``Dinov2Model``.
+        mixer: ``"cbsa"`` (CBSA*: pooled queries are representatives that collect values by the keys, are
+            contracted, and broadcast), ``"cbsa_agent"`` (CBSA∨: without contraction, agent attention),
+            ``"linear"`` (:class:`cbsa_torch.nn.LinearAttention`), or one with a single projection, which
+            inherits
+            that of the values: ``"linear_cbsa"`` (12), ``"mssa"`` (9), ``"tssa"``.
+        layers: ``"all"``, ``"latter_half"``, or indices of attention layers, negative ones from the end.
+        num_representatives: of ``"cbsa"`` and ``"cbsa_agent"``. Default: 64.
+        broadcast: of ``"cbsa"`` and ``"cbsa_agent"``: ``"softmax"`` (default), a fresh softmax of queries over
+            representatives, or ``"shared"``, the attention of the extraction.
+        contraction: of ``"cbsa"``: ``"softmax"`` (default, Eq. 8) or ``"exact"`` (Eq. 7).
+        contraction_step: of ``"cbsa"``: how much contraction there is at the start: 0 (default), none, so that
+            the model starts as with ``"cbsa_agent"`` and learns how much it wants, up to 1, as in the paper.
+        eps: of the exact contraction (default 0.1) and of ``"linear_cbsa"`` (default 1).
+        layout: ``"official"`` pools as the research code does, see :class:`cbsa_torch.CBSA`.
+        inplace: change ``model`` itself instead of a copy.
+
+    Returns:
+        The model and a report: ``model, report = adapt_vit(vit)``. Layers that were asked for by name ("all",
+        "latter_half") and cannot be adapted are in the report with the reason.
+
+    Raises:
+        ValueError: no layer can be adapted, a layer asked for by its index cannot, or options that do not fit.
+            TypeError: options of the wrong type. Nothing was changed then.
+    """
+    given = {
+        "num_representatives": num_representatives,
+        "broadcast": broadcast,
+        "contraction": contraction,
+        "contraction_step": contraction_step,
+        "eps": eps,
+        "layout": layout,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_options(mixer, options)
+    check_bool("inplace", inplace)
+    plan = _plan(model, mixer, layers)
+    if not inplace:
+        model = copy.deepcopy(model)
+    towers = _towers(model)
+    reports = tuple(_carry_out(model, item, mixer, options) for item in plan)
+    for tower, embedding, prefix in towers:
+        follow_grid(tower, embedding=embedding, num_prefix_tokens=prefix)
+    asked = layers if isinstance(layers, str) else tuple(layers)
+    return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, asked, reports))
+
+
+class _Item(NamedTuple):
+    found: Found
+    reason: str
+    """Why the layer stays as it is; empty if it is replaced."""
+    refused: bool
+
+
+def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
+    """What to do with each attention layer; raises where nothing, or not what was asked for, can be done."""
+    found = find_attention(model)
+    if not any(not layer.is_pool for layer in found):
+        raise ValueError(f"model has no attention layers: {type(model).__name__}; adapt_vit takes {ADAPTABLE}")
+    chosen = choose(found, layers)
+    covered = {id(module) for tower, *_ in _towers(model) for module in tower.modules()}
+    items = []
+    for layer in found:
+        reason = layer.obstacle or _unfit(layer.module, mixer, id(layer.module) in covered)
+        asked = layer.name in chosen
+        if not asked and not layer.is_pool:
+            reason = "not asked for"
+        items.append(_Item(layer, reason, asked and bool(reason)))
+    refusals = [item for item in items if item.refused]
+    if len(refusals) == len(chosen) or (refusals and not isinstance(layers, str)):
+        by_reason: dict[str, list[str]] = {}
+        for item in refusals:
+            by_reason.setdefault(item.reason, []).append(item.found.name)
+        reasons = "; ".join(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
+            for reason, names in by_reason.items()
+        )
+        raise ValueError(
+            f"model {type(model).__name__} has layers that cannot be adapted: {reasons}. "
+            f"adapt_vit takes {ADAPTABLE}"
+        )
+    return items
+
+
+def _unfit(module: nn.Module, mixer: str, has_grid: bool) -> str:
+    """Why this mixer cannot replace a layer that others can."""
+    kind = KINDS[mixer]
+    if kind.shared and (isinstance(module, ROTARY) or is_hugging_face(module)):
+        return f"{mixer!r} has one projection, and cannot take rotary embeddings or separate layers"
+    if kind.needs_grid and not has_grid:
+        return f"{mixer!r} pools over a grid, which no {EMBEDDING} tells here; 'linear' needs none"
+    return ""
+
+
+def _towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
+    """The parts of the model with a patch embedding of their own, that, and their numbers of prefix tokens."""
+    towers = hugging_face_towers(model)
+    for module in model.modules():
+        embedding = module._modules.get(EMBEDDING)
+        if embedding is not None:
+            towers.append((module, embedding, getattr(module, "num_prefix_tokens", 0)))
+    return towers
+
+
+def _carry_out(model: nn.Module, item: _Item, mixer: str, options: dict[str, Any]) -> LayerReport:
+    name, before = item.found.name, type(item.found.module).__name__
+    if item.reason:
+        return LayerReport(name, before, reason=item.reason, refused=item.refused)
+    result = inherit(model.get_submodule(name), mixer, options)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, result.mixer)
+    return LayerReport(name, before, type(result.mixer).__name__, result.inherited, result.new, result.dropped)

@@ -1,0 +1,172 @@
+"""CBSA on the queries, keys and values of a pretrained ViT (paper, section 4.2: CBSA* and CBSA∨)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_torch import ops
+from cbsa_torch._core.checks import check_choice, check_number, check_positive
+from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, Broadcast, Contraction, Layout
+from cbsa_torch.nn.agent_attention import AgentAttention
+from cbsa_torch.nn.mixer import Heads, MixerOptions
+from cbsa_torch.ops import counting
+from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch.ops.cbsa.contraction import contract, zero_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AdaptedCBSA(AgentAttention):
+    """Agent attention with a contraction of what the agents collect: CBSA for inherited projections; O(N).
+
+    Representatives begin as pooled queries and collect values, R = A^T V with A the softmax over tokens (5).
+    Queries and values of a pretrained ViT live in different spaces, so R is not added to the queries, as
+    :class:`cbsa_torch.CBSA` does within its one subspace. Then C = R + gamma (contract(R) - R), with the
+    contraction of Eq. 8 or 7, and the tokens receive kappa B C. At the start kappa is 1 and gamma 0: with a
+    fresh broadcast the layer starts as :class:`cbsa_torch.AgentAttention`, which is as close to softmax
+    attention as it comes, and learns how much to contract.
+
+    Args:
+        dim: channels of input and output.
+        num_heads: number of heads H.
+        num_representatives: M, see :class:`cbsa_torch.CBSA`. Default: 64.
+        contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7) or ``"none"``.
+        contraction_step: gamma at the start: 0 is none; 1 is the contraction as the paper states it, which
+            makes representatives alike where values are small. Not of ``"none"``.
+        eps: epsilon of ``"exact"``. Default: 0.1.
+        broadcast: ``"softmax"``, B = a fresh softmax of queries over the pooled queries, or ``"shared"``, B = A
+            of the extraction times N / M: the entries of A sum to M over N tokens, so that without this factor
+            a token's weights would sum to M / N and not to 1 on average, and less the larger the image.
+        layout: ``"official"`` pools as the research code does, see :class:`cbsa_torch.CBSA`.
+        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` raise.
+
+    Attributes:
+        step_tokens: kappa, ``(H,)``. step_contraction: gamma, ``(H,)``, None without contraction. Both learned.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_representatives: int | None = None,
+        contraction: Contraction = "softmax",
+        contraction_step: float = 0.0,
+        eps: float | None = None,
+        broadcast: Broadcast = "softmax",
+        layout: Layout = "standard",
+        **options: Unpack[MixerOptions],
+    ) -> None:
+        check_choice("contraction", contraction, CONTRACTIONS)
+        check_choice("broadcast", broadcast, BROADCASTS)
+        check_number("contraction_step", contraction_step)
+        if contraction == "none" and contraction_step:
+            raise ValueError(
+                f"contraction_step is of a contraction; contraction='none', got {contraction_step}"
+            )
+        if eps is not None:
+            check_positive("eps", eps)
+            if contraction != "exact":
+                raise ValueError(
+                    f"eps is of contraction='exact'; contraction={contraction!r} has none, got {eps}"
+                )
+        super().__init__(
+            dim, num_heads, num_representatives=num_representatives, qkv="separate", layout=layout, **options
+        )
+        self.contraction: Contraction = contraction
+        self.contraction_step = contraction_step
+        self.eps = DEFAULT_EPS if eps is None else eps
+        self.broadcast: Broadcast = broadcast
+        per_head = torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype"))
+        self.step_tokens = nn.Parameter(per_head)
+        self.step_contraction = None if contraction == "none" else nn.Parameter(torch.empty_like(per_head))
+        self.reset_steps()
+
+    def reset_steps(self) -> None:
+        """Give the steps their values of the start."""
+        nn.init.ones_(self.step_tokens)
+        if self.step_contraction is not None:
+            nn.init.constant_(self.step_contraction, self.contraction_step)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        super().reset_parameters()
+        self.reset_steps()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that should not decay: the steps."""
+        steps = {"step_tokens"} | (set() if self.step_contraction is None else {"step_contraction"})
+        return super().no_weight_decay() | steps
+
+    def mix(self, heads: Heads) -> Tensor:
+        """Extract, contract, broadcast: ``(B, H, N, P)`` in float32 or better, in the dtype of the tokens."""
+        agents, mask = self.agents(heads), heads.token_mask
+        dtype = compute_dtype(heads.tokens.dtype)
+        assert heads.keys is not None  # the projections are separate
+        assert heads.values is not None
+        initial, queries, keys, values = (
+            t.to(dtype) for t in (agents.values, heads.tokens, heads.keys, heads.values)
+        )
+        with no_autocast(queries):
+            if self.broadcast == "softmax":
+                extracted = ops.softmax_attention(initial, keys, values, key_mask=mask)  # (B, H, M, P)
+                contracted = self._contract(extracted, agents.mask)
+                output = ops.softmax_attention(queries, initial, contracted, key_mask=agents.mask)
+            else:
+                attention = _attention(initial, keys, mask, agents.mask, self.head_dim**-0.5)  # (B, H, M, N)
+                contracted = self._contract(attention @ values, agents.mask)
+                output = _balance(attention, mask, agents.mask) * (attention.mT @ contracted)
+            output = self.step_tokens.to(dtype)[:, None, None] * output
+        return output.to(heads.tokens.dtype)
+
+    def _contract(self, extracted: Tensor, mask: Tensor | None) -> Tensor:
+        """C of the representatives ``(B, H, M, P)``, those that exist."""
+        extracted = zero_rows(extracted, mask)
+        if self.step_contraction is None:
+            return extracted
+        contracted = contract(extracted, self.contraction, self.head_dim**-0.5, self.eps, mask)
+        return torch.lerp(extracted, contracted, self.step_contraction.to(extracted.dtype)[:, None, None])
+
+    def count_heads(self, heads: Heads) -> counting.Counts:
+        """Count extraction, contraction and broadcast."""
+        n, m = heads.tokens.shape[2], self.agents(heads).values.shape[2]
+        counts = counting.cbsa(
+            n, m, num_heads=self.num_heads, head_dim=self.head_dim, contraction=self.contraction
+        )
+        if self.broadcast == "shared":
+            return counts
+        pairs = self.num_heads * n * m
+        return counts.plus(counting.Counts(2 * pairs * self.head_dim, 0, pairs))
+
+    def extra_repr(self) -> str:
+        """Show the options when the module is printed."""
+        return f"{super().extra_repr()}, contraction={self.contraction!r}, broadcast={self.broadcast!r}"
+
+
+def _attention(
+    initial: Tensor, keys: Tensor, token_mask: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
+    """A^T of Eq. 5, ``(B, H, M, N)``; zero for tokens and representatives that do not exist."""
+    logits = scale * (initial @ keys.mT)
+    if token_mask is None:
+        return torch.softmax(logits, -1)
+    absent = ~token_mask[:, None, None, :]
+    if mask is not None:
+        absent = absent | ~mask[:, None, :, None]
+    lowest = torch.finfo(logits.dtype).min  # a row without any entry stays finite
+    return torch.softmax(logits.masked_fill(absent, lowest), -1).masked_fill(absent, 0.0)
+
+
+def _balance(attention: Tensor, token_mask: Tensor | None, mask: Tensor | None) -> Tensor | float:
+    """N / M, of those that exist."""
+    m, n = attention.shape[-2:]
+    if token_mask is None:
+        return n / m
+    tokens = token_mask.sum(-1).to(attention.dtype)
+    count = torch.full_like(tokens, m) if mask is None else mask.sum(-1).clamp(min=1).to(attention.dtype)
+    return (tokens / count)[:, None, None, None]

@@ -1,0 +1,76 @@
+"""Linear attention with features that follow softmax attention (Hedgehog, Zhang et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cbsa_torch._core.checks import check_floating, check_mask, check_same_kind, check_shape
+from cbsa_torch._core.precision import compute_dtype, no_autocast
+
+
+def linear_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """phi(Q) (phi(K)^T V) / (phi(Q) phi(K)^T 1) with phi(x) = [exp(g x), exp(-g x)]; O(N).
+
+    g = temperature P^(1/4). The features of Hedgehog without its learned projection: phi(q) . phi(k) =
+    2 sum_c cosh(g (q_c + k_c)), to second order 2 P (1 + q . k / P^(1/2) + ...), has the slope of softmax
+    attention's exp(q . k / P^(1/2)), besides terms in |q|^2, which cancel, and |k|^2. Not to be confused with
+    :func:`cbsa_torch.ops.linear_cbsa` (12), which has one tensor for queries, keys and values.
+
+    Args:
+        queries: ``(B, H, N, P)``.
+        keys: ``(B, H, K, P)``.
+        values: ``(B, H, K, V)``.
+        temperature: a number or ``(H,)``.
+        key_mask: ``(B, K)`` bool, True = a real key; the others are ignored, whatever they hold. An item
+            without any gets zeros.
+
+    Returns:
+        ``(B, H, N, V)`` in the dtype of the inputs, computed in float32 or better. An autocast context has no
+        effect inside.
+
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
+    """
+    check_floating("queries", queries)
+    check_shape("queries", queries, (None, None, None, None), "(B, H, N, P)")
+    b, h, _, p = queries.shape
+    check_floating("keys", keys)
+    check_shape("keys", keys, (b, h, None, p), "(B, H, K, P)")
+    check_same_kind("keys", keys, "queries", queries)
+    check_floating("values", values)
+    check_shape("values", values, (b, h, keys.shape[2], None), "(B, H, K, V)")
+    check_same_kind("values", values, "queries", queries)
+    if isinstance(temperature, Tensor):
+        check_shape("temperature", temperature, (h,), "(H,)")
+    if key_mask is not None:
+        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
+    dtype = compute_dtype(queries.dtype)
+    with no_autocast(queries):
+        q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
+        gain = temperature.to(dtype)[:, None, None] if isinstance(temperature, Tensor) else temperature
+        logits_q, logits_k = (torch.cat([x, -x], -1) * (gain * p**0.25) for x in (q, k))  # (B, H, ., 2 P)
+        if key_mask is not None:
+            hidden = ~key_mask[:, None, :, None]
+            # The lowest number and not -inf: an item without any key stays finite.
+            logits_k = logits_k.masked_fill(hidden, torch.finfo(dtype).min)
+            v = v.masked_fill(hidden, 0.0)
+        # What is taken from a feature of all keys is given back to that of the queries, whose own largest
+        # cancels.
+        largest = logits_k.detach().amax(-2, keepdim=True)
+        features_k = torch.exp(logits_k - largest)
+        shifted = logits_q + largest
+        features_q = torch.exp(shifted - shifted.detach().amax(-1, keepdim=True))
+        total = features_k.sum(-2)[..., None]  # (B, H, 2 P, 1), at least 1
+        output = (features_q @ (features_k.mT @ v)) / (features_q @ total)
+    return output.to(queries.dtype)
+
+
+__all__ = ["linear_attention"]

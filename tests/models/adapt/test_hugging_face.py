@@ -1,0 +1,104 @@
+"""Vision Transformers of transformers with random weights, adapted."""
+
+import pytest
+import torch
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from cbsa_torch import adapt_vit, interpret
+from cbsa_torch.models.counting import count_model
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+MODELS = {
+    "vit": lambda: ViTModel(ViTConfig(**SIZES, intermediate_size=64)),
+    "vit classifier": lambda: ViTForImageClassification(ViTConfig(**SIZES, intermediate_size=64)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES)),
+    "dinov2 registers": lambda: Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**SIZES, num_register_tokens=4)
+    ),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def built(name):
+    model = MODELS[name]()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+def output(model, image, **options):
+    return model(image, **options)[0]
+
+
+@pytest.mark.parametrize("mixer", ["cbsa", "cbsa_agent", "linear"])
+@each_model
+def test_forward_backward_reload_and_any_size(name, mixer):
+    model, image = built(name), torch.randn(2, 3, 32, 32)
+    original = output(model, image)
+    adapted, report = adapt_vit(model, mixer)
+    assert len(report.adapted) == 2
+    assert torch.equal(output(model, image), original)
+    out = output(adapted, image)
+    assert out.shape == original.shape
+    assert not torch.equal(out, original)
+    out.square().sum().backward()
+    for layer in report.adapted:
+        for part in layer.inherited:
+            if "k_proj.bias" not in part or mixer == "linear":  # softmax does not see it
+                assert adapted.get_parameter(f"{layer.name}.{part}").grad.abs().sum() > 0
+    assert model.state_dict().keys() <= adapted.state_dict().keys()
+    again = adapt_vit(built(name), mixer).model
+    torch.nn.init.zeros_(again.get_parameter(f"{report.adapted[0].name}.o_proj.weight"))
+    again.load_state_dict(adapted.state_dict())
+    assert torch.equal(output(again, image), out)
+    options = {} if "dinov2" in name else {"interpolate_pos_encoding": True}
+    output(adapted, torch.randn(1, 3, 16, 64), **options)
+    layer = adapted.get_submodule(report.adapted[0].name)
+    prefix = 5 if "registers" in name else 1
+    if mixer != "linear":
+        assert layer.token_grid(torch.randn(1, prefix + 16, 32)) == ((2, 8), prefix)
+
+
+@each_model
+def test_counted_and_looked_into(name):
+    model = built(name)
+    for either in (model, adapt_vit(model, num_representatives=4).model):
+        counts = count_model(either, (3, 32, 32))
+        assert counts.total.counts.products == counts.torch_flops
+    with interpret.capture(either) as records, torch.no_grad():
+        either(torch.randn(1, 3, 32, 32))
+    assert len(records) == 2
+    assert interpret.cls_attention_maps(next(iter(records.values()))).shape == (1, 2, 4, 4)
+
+
+def test_gradient_checkpointing():
+    model = adapt_vit(built("vit")).model.train()
+    image = torch.randn(1, 3, 32, 32)
+    output(model, image).square().sum().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    output(model, image).square().sum().backward()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+def test_one_projection_is_refused():
+    with pytest.raises(ValueError, match="'mssa' has one projection"):
+        adapt_vit(built("vit"), "mssa")

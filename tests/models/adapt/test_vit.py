@@ -1,0 +1,320 @@
+"""adapt_vit: parity with the authors' code, where adapted models start, reports, options, refusals."""
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from torch import nn
+
+import cbsa_torch.models  # noqa: F401  (registers our models)
+from cbsa_torch import CBSA, AgentAttention, adapt_vit, interpret
+from cbsa_torch.nn import AdaptedCBSA
+from tests.helpers import golden
+from tests.helpers.compare import assert_close
+
+IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+
+
+def vit(name="vit_tiny_patch16_224", **options):
+    sizes = {"embed_dim": 32, "num_heads": 2, "depth": 4, "num_classes": 3, "img_size": 64}
+    return timm.create_model(name, **{**sizes, **options}).eval()
+
+
+class Tower(nn.Module):
+    """The least that adapt_vit takes: a patch embedding, and attention."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.patch_embed, self.attn, self.num_prefix_tokens = nn.Identity(), attn, 1
+        self.patch_embed.grid_size = (12, 12)
+
+    def forward(self, x):
+        return self.attn(x)
+
+
+def test_the_authors_adapted_attention():
+    data, about = golden.load("vit_adapted_attention")
+    attn = Attention(**about["constructor"]).double()
+    attn.load_state_dict({k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")})
+    model = adapt_vit(Tower(attn), "cbsa_agent", layout="official").model
+    assert type(model.attn) is AgentAttention
+    x = data["input"].clone().requires_grad_()
+    out = model(x)
+    out.backward(data["grad_output"])
+    assert_close(out, data["output"], 1e-10)
+    assert_close(x.grad, data["grad_input"], 1e-10)
+    for name, parameter in model.attn.named_parameters():
+        assert_close(parameter.grad, data[f"grad.{name}"], 1e-10)
+
+
+# --- where adapted models start ---
+
+
+def peaked(sharpness):
+    """A layer that attends to nearby tokens, as trained ones do: queries and keys are positions."""
+    torch.manual_seed(0)
+    attn = Attention(32, 2).double()
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 12)] * 2, indexing="ij"), -1).reshape(1, 144, 2)
+    waves = torch.cat([f(grid.double() * k) for k in (1.5, 3.0, 4.5, 6.0) for f in (torch.sin, torch.cos)], -1)
+    x = torch.cat([waves, torch.randn(1, 144, 16).double()], -1)
+    with torch.no_grad():
+        attn.qkv.weight.zero_()
+        for part in (0, 1):  # each head: the waves as queries and keys
+            for head in (0, 1):
+                rows = slice(32 * part + 16 * head, 32 * part + 16 * head + 16)
+                attn.qkv.weight[rows, :16] = torch.eye(16) * sharpness
+        attn.qkv.weight[64:, 16:] = torch.randn(32, 16) / 4
+    return attn, torch.cat([torch.zeros(1, 1, 32).double(), x], 1)
+
+
+def distance(mixer, sharpness=2.0, **options):
+    """Between the outputs of the adapted layer and of the original, over how much that varies by token."""
+    attn, x = peaked(sharpness)
+    model = Tower(attn)
+    adapted = adapt_vit(model, mixer, **options).model
+    adapted.attn.set_input_size((12, 12), 1)
+    expected = model(x)[:, 1:]
+    varies = (expected - expected.mean(1, keepdim=True)).norm()
+    return ((adapted(x)[:, 1:] - expected).norm() / varies).item()
+
+
+def test_contraction_costs_closeness_and_starts_at_none():
+    agent, full = distance("cbsa_agent"), distance("cbsa", contraction_step=1.0)
+    assert distance("cbsa") == pytest.approx(agent, abs=1e-9)
+    assert agent < distance("cbsa", contraction_step=0.5) < full < 1
+
+
+def test_a_fresh_broadcast_starts_closer_than_the_shared_one():
+    for mixer in ("cbsa", "cbsa_agent"):
+        assert distance(mixer) < distance(mixer, broadcast="shared")
+
+
+def test_with_a_representative_for_every_token_sharp_attention_is_softmax_attention():
+    agent = [distance("cbsa_agent", num_representatives=m) for m in (4, 36, 144)]
+    assert agent == sorted(agent, reverse=True)
+    for mixer in ("cbsa", "cbsa_agent"):
+        assert distance(mixer, 6.0, num_representatives=144) < 1e-2
+
+
+def test_every_form_that_inherits_queries_and_keys_starts_closer_than_no_attention():
+    for mixer in ("cbsa", "cbsa_agent", "linear"):
+        assert distance(mixer) < 1
+
+
+# --- what it returns ---
+
+
+def test_a_copy_or_the_model_itself():
+    model = vit()
+    first = model.blocks[0].attn.qkv.weight
+    copied = adapt_vit(model).model
+    assert copied is not model
+    assert isinstance(model.blocks[0].attn, Attention)
+    changed = adapt_vit(model, inplace=True).model
+    assert changed is model
+    assert model.blocks[0].attn.qkv.weight is first  # an optimiser that has it keeps it
+    assert torch.equal(model(IMAGE), copied(IMAGE))
+
+
+def test_reports_say_what_happened():
+    model = vit(reg_tokens=1, global_pool="map", attn_drop_rate=0.1, qk_norm=True)
+    _, report = adapt_vit(model, layers=[1, -1], num_representatives=4, contraction_step=0.5)
+    assert [layer.name for layer in report.adapted] == ["blocks.1.attn", "blocks.3.attn"]
+    assert report.refused == ()
+    layer = report.adapted[0]
+    assert (layer.before, layer.after) == ("Attention", "AdaptedCBSA")
+    assert {"qkv.weight", "qkv.bias", "q_norm.weight", "k_norm.bias", "proj.weight"} <= set(layer.inherited)
+    assert layer.new == ("step_tokens = 1", "step_contraction = 0.5")
+    assert layer.dropped == ("attention dropout of 0.1",)
+    text = str(report)
+    assert "2 of 5 attention layers are now 'cbsa', num_representatives=4, contraction_step=0.5" in text
+    assert "blocks.0.attn  Attention left: not asked for" in text
+    assert "AttentionPoolLatent left: attention pooling of a head" in text
+    assert json.loads(json.dumps(report.to_dict()))["layers"][1]["after"] == "AdaptedCBSA"
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"), [("all", "0123"), ("latter_half", "23"), ([0], "0"), ((-1, 1), "13")]
+)
+def test_chosen_layers(layers, names):
+    report = adapt_vit(vit(), layers=layers).report
+    assert [layer.name for layer in report.adapted] == [f"blocks.{i}.attn" for i in names]
+
+
+@pytest.mark.parametrize("mixer", ["linear_cbsa", "mssa", "tssa"])
+def test_one_projection_inherits_the_values(mixer):
+    model = vit(attn_drop_rate=0.1)
+    adapted, report = adapt_vit(model, mixer)
+    assert torch.equal(adapted.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight[64:])
+    assert "qkv.weight (values)" in report.adapted[0].inherited
+    assert "queries and keys of qkv" in report.adapted[0].dropped
+    assert (adapted.blocks[0].attn.attn_drop == 0.1) == (mixer == "mssa")
+    adapted(IMAGE).sum().backward()
+    assert adapted.blocks[0].attn.qkv.weight.grad is not None
+
+
+def test_frozen_weights_stay_frozen_and_dtypes_stay():
+    model = vit().to(torch.bfloat16).requires_grad_(False).train()
+    adapted = adapt_vit(model).model
+    new = {n for n, p in adapted.named_parameters() if p.requires_grad}
+    assert new == {f"blocks.{i}.attn.{step}" for i in range(4) for step in ("step_tokens", "step_contraction")}
+    assert {p.dtype for p in adapted.parameters()} == {torch.bfloat16}
+    assert all(block.attn.training for block in adapted.blocks)
+
+
+def test_adapted_layers_compile_train_and_can_be_looked_into():
+    adapted = adapt_vit(vit("eva02_tiny_patch14_224", img_size=56, depth=1), num_representatives=4).model
+    image = torch.randn(1, 3, 56, 56)
+    compiled = torch.compile(adapted, backend="eager", fullgraph=True)
+    assert_close(compiled(image), adapted(image), 1e-5)
+    with interpret.capture(adapted) as records, torch.no_grad():
+        adapted(image)
+    record = records["blocks.0.attn"]
+    assert interpret.cls_attention_maps(record).shape == (1, 2, 4, 4)
+    heads = adapted.blocks[0].attn.heads(torch.randn(1, 17, 32), rope=adapted.rope.get_embed())
+    assert heads.keys.shape == record.keys.shape
+
+
+def test_models_around_a_vit():
+    class Clip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual, self.text = vit(dynamic_img_size=True), nn.Linear(4, 3)
+
+        def forward(self, image):
+            return self.visual(image) + self.text(torch.zeros(4))
+
+    adapted, report = adapt_vit(Clip())
+    assert report.adapted[0].name == "visual.blocks.0.attn"
+    assert adapted(torch.randn(1, 3, 32, 128)).shape == (1, 3)
+    segmenter = timm.create_model(
+        "segmenter", encoder="vit_tiny_patch16_224", img_size=64, num_classes=3, encoder_args={"depth": 1}
+    )
+    adapted, report = adapt_vit(segmenter, layers=[0])
+    assert [layer.name for layer in report.adapted] == ["encoder.blocks.0.attn"]
+
+
+def test_twice_is_two_halves():
+    half = adapt_vit(vit(), layers=[0, 1]).model
+    both, report = adapt_vit(half, "linear", layers="all")
+    assert [layer.name for layer in report.refused] == ["blocks.0.attn", "blocks.1.attn"]
+    assert "it is AdaptedCBSA of cbsa_torch already" in str(report)
+    assert both(IMAGE).shape == (2, 3)
+
+
+# --- refusals ---
+
+
+REFUSED = [
+    (
+        "resnet18",
+        {},
+        "model has no attention layers: ResNet; adapt_vit takes the self-attention of timm's ViTs",
+    ),
+    ("swin_tiny_patch4_window7_224", {}, r"layers.0.blocks.0.attn and 11 more \(it attends within windows"),
+    ("beit_base_patch16_224", {"depth": 1}, "its bias by relative position needs all pairs of tokens"),
+    (
+        "vit_relpos_small_patch16_224",
+        {"depth": 1},
+        "RelPosAttention is not the standard attention|relative position",
+    ),
+    ("vit_pwee_patch16_reg1_gap_256", {"depth": 1}, "one layer projects queries, keys, values and the MLP"),
+    ("vit_dwee_patch16_reg1_gap_256", {"depth": 1}, "it is the difference of two softmaxes"),
+    ("xcit_nano_12_p16_224", {}, "ClassAttentionBlock is not the standard attention"),
+    ("cbt_pico_patch1_8", {}, "it is CBSA of cbsa_torch already"),
+    ("naflexvit_base_patch16_gap", {"depth": 1}, "pools over a grid, which no patch_embed tells here"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), REFUSED)
+def test_models_that_cannot_be_adapted_say_why(name, options, message):
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        adapt_vit(model, inplace=True)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_layers_that_cannot_be_adapted_say_why():
+    class Own(Attention):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return super().forward(x) * 2
+
+    model = vit()
+    model.blocks[0].attn = Own(32, 2)
+    model.blocks[1].attn = Attention(32, 2, gated=True)
+    model.blocks[2].attn.register_forward_hook(lambda *_: None)
+    report = adapt_vit(model).report
+    reasons = [layer.reason for layer in report.refused]
+    assert "forward of its own" in reasons[0]
+    assert "output gate" in reasons[1]
+    assert "forward hooks" in reasons[2]
+    with pytest.raises(ValueError, match="blocks.0.attn .it has a forward of its own"):
+        adapt_vit(model, layers=[0, 3])
+    with pytest.raises(ValueError, match="'mssa' has one projection"):
+        adapt_vit(vit("eva02_tiny_patch14_224", img_size=56), "mssa")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mixer": "cbsaa"}, ValueError, "mixer must be one of 'cbsa', .*; did you mean 'cbsa'"),
+        (
+            {"layers": "last_half"},
+            ValueError,
+            "layers must be 'all', 'latter_half'.*did you mean 'latter_half'",
+        ),
+        ({"layers": [4]}, ValueError, "layers must hold indices from -4 to 3, .*has 4 attention layers; got 4"),
+        ({"layers": [-5]}, ValueError, "layers must hold indices from -4 to 3"),
+        ({"layers": [3, -1]}, ValueError, "layers must not name a layer twice"),
+        ({"layers": []}, ValueError, "layers must not be empty"),
+        ({"layers": [True]}, TypeError, "layers must hold ints, got True"),
+        ({"layers": [1.0]}, TypeError, "layers must hold ints"),
+        ({"layers": 3}, TypeError, "layers must be 'all', 'latter_half' or a sequence"),
+        ({"num_representatives": 0}, ValueError, "num_representatives must be at least 1, got 0"),
+        ({"num_representatives": 4.0}, TypeError, "num_representatives must be an int"),
+        (
+            {"mixer": "linear", "num_representatives": 4},
+            ValueError,
+            "an option of mixer='cbsa', 'cbsa_agent', not",
+        ),
+        (
+            {"mixer": "cbsa_agent", "contraction": "exact"},
+            ValueError,
+            "contraction is an option of mixer='cbsa'",
+        ),
+        ({"contraction": "none"}, ValueError, "that is mixer='cbsa_agent'"),
+        ({"contraction": "hard"}, ValueError, "contraction must be one of"),
+        ({"broadcast": "fresh"}, ValueError, "broadcast must be one of"),
+        ({"mixer": "cbsa_agent", "broadcast": "fresh"}, ValueError, "broadcast must be one of"),
+        ({"eps": 0.1}, ValueError, "eps is of contraction='exact'"),
+        ({"mixer": "linear_cbsa", "eps": -1.0}, ValueError, "eps must be positive"),
+        ({"contraction_step": float("nan")}, ValueError, "contraction_step must be finite"),
+        ({"layout": "offical"}, ValueError, "did you mean 'official'"),
+        ({"inplace": 1}, TypeError, "inplace must be True or False"),
+    ],
+)
+def test_bad_options_are_named_and_change_nothing(options, error, message):
+    model = vit()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        adapt_vit(model, **{"inplace": True, **options})
+    assert all(isinstance(block.attn, Attention) for block in model.blocks)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+        adapt_vit("vit_tiny_patch16_224")
+
+
+def test_other_options_have_their_effect():
+    exact = adapt_vit(vit(), contraction="exact", eps=0.5).model.blocks[0].attn
+    assert (exact.contraction, exact.eps) == ("exact", 0.5)
+    shared = adapt_vit(vit(), "cbsa_agent", broadcast="shared").model.blocks[0].attn
+    assert (type(shared), shared.contraction, shared.broadcast) == (AdaptedCBSA, "none", "shared")
+    assert not isinstance(shared, CBSA)

@@ -1,0 +1,118 @@
+"""CBSA on separate queries, keys and values, and linear attention, against what they should be."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cbsa_torch import AgentAttention, ops
+from cbsa_torch.nn import AdaptedCBSA, LinearAttention
+from tests.helpers.compare import assert_close
+
+DIM, HEADS = 12, 3
+
+
+def built(**options):
+    return AdaptedCBSA(DIM, HEADS, num_representatives=4, **options).double()
+
+
+X = torch.randn(2, 17, DIM, generator=torch.Generator().manual_seed(3)).double()
+
+
+def test_without_contraction_it_starts_as_agent_attention():
+    agent = AgentAttention(DIM, HEADS, num_representatives=4).double()
+    for layer in (built(), built(contraction="none")):
+        layer.load_state_dict(agent.state_dict(), strict=False)
+        assert_close(layer(X), agent(X), 1e-12)
+
+
+@pytest.mark.parametrize(("contraction", "eps"), [("softmax", None), ("exact", 0.7)])
+def test_shared_broadcast_is_the_operator_with_the_attention_given(contraction, eps):
+    layer = built(contraction=contraction, eps=eps, broadcast="shared", contraction_step=1.0)
+    heads, agents = layer.heads(X), layer.agents(layer.heads(X)).values
+    attention = torch.softmax(agents @ heads.keys.mT * layer.head_dim**-0.5, -1)
+    expected = ops.cbsa(
+        heads.keys,
+        attention @ heads.values,
+        attention=attention,
+        contraction=contraction,
+        **({} if eps is None else {"eps": eps}),
+    )
+    assert_close(layer.mix(heads), expected * 17 / 4, 1e-12)
+
+
+def test_the_exact_contraction_fades_with_epsilon():
+    plain = built(contraction="none")
+    exact = built(contraction="exact", eps=1e5, contraction_step=1.0)
+    exact.load_state_dict(plain.state_dict(), strict=False)
+    assert_close(exact(X), plain(X), 1e-8)
+
+
+def test_the_shared_broadcast_keeps_its_size_on_larger_grids():
+    layer = built(broadcast="shared", contraction="none")
+    small = X[:, 1:].reshape(2, 4, 4, DIM).movedim(-1, 1)
+    large = F.interpolate(small, scale_factor=4)  # every token sixteen times
+    assert_close(layer(large), F.interpolate(layer(small), scale_factor=4), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"broadcast": "share"}, ValueError, "did you mean 'shared'"),
+        ({"contraction": "sofmax"}, ValueError, "did you mean 'softmax'"),
+        ({"contraction": "none", "contraction_step": 0.5}, ValueError, "contraction_step is of a contraction"),
+        ({"contraction_step": "full"}, TypeError, "contraction_step must be a number"),
+        ({"eps": 0.1}, ValueError, "eps is of contraction='exact'"),
+        ({"layout": "offical"}, ValueError, "did you mean 'official'"),
+    ],
+)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        built(**options)
+
+
+def test_linear_attention_is_its_explicit_matrix():
+    layer = LinearAttention(DIM, HEADS).double()
+    torch.nn.init.uniform_(layer.temperature, 0.5, 1.5)
+    heads = layer.heads(X)
+    gain = layer.temperature[:, None, None] * layer.head_dim**0.25
+    q, k = (torch.cat([t * gain, -t * gain], -1).exp() for t in (heads.tokens, heads.keys))
+    weights = q @ k.mT
+    assert_close(layer.mix(heads), weights @ heads.values / weights.sum(-1, keepdim=True), 1e-12)
+
+
+def test_linear_attention_has_the_slope_of_softmax_attention():
+    q, k, v = (torch.randn(1, 2, 50, 16).double() for _ in range(3))
+    k = F.normalize(k, dim=-1)  # the term in |k|^2 is then the same for all
+    mean = v.mean(2, keepdim=True)
+    for size in (1e-2, 1e-3):
+        linear = ops.linear_attention(size * q, size * k, v) - mean
+        softmax = ops.softmax_attention(size * q, size * k, v) - mean
+        assert_close(linear, softmax, 20 * size)
+
+
+def test_linear_attention_of_huge_numbers_stays_finite():
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    q, k, v = (t.requires_grad_() for t in (1e4 * q, 1e4 * k, v))
+    out = ops.linear_attention(q, k, v)
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(t.grad).all() for t in (v,))
+    mask = torch.zeros(1, 9, dtype=torch.bool)
+    assert (ops.linear_attention(q, k, v, key_mask=mask) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"queries": torch.zeros(1, 2, 3)}, ValueError, "queries must have shape"),
+        ({"keys": torch.zeros(1, 2, 5, 3)}, ValueError, "keys must have shape"),
+        ({"values": torch.zeros(1, 2, 4, 4)}, ValueError, "values must have shape"),
+        ({"values": torch.zeros(1, 2, 5, 4).double()}, TypeError, "values must have the dtype"),
+        ({"temperature": torch.ones(3)}, ValueError, "temperature must have shape"),
+        ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, ValueError, "key_mask must have shape"),
+    ],
+)
+def test_bad_operands_of_linear_attention_are_named(change, error, message):
+    good = {name: torch.zeros(1, 2, 5, 4) for name in ("queries", "keys", "values")}
+    with pytest.raises(error, match=message):
+        ops.linear_attention(**{**good, **change})
