@@ -29,7 +29,6 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import nn
-from torch.utils.data import Subset
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.interpret import robustness
@@ -163,7 +162,7 @@ def sweep_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
     dataset = open_segmentation_split(config.data, trained.spec.mode, "test", trained.class_names)
     dataset.transform = evaluation_transform(trained.spec.mean, trained.spec.std)  # type: ignore[attr-defined]
     accelerator = Accelerator(cpu=True)
-    scenes: Any = Subset(dataset, range(options.noise_scenes))
+    scenes: Any = [dataset[i] for i in range(options.noise_scenes)]  # drawn once for all
 
     def miou(model: nn.Module) -> float:
         images = share(scenes, 0, accelerator)
