@@ -115,6 +115,7 @@ def test_public_names():
     assert cbsa_torch.__version__
     for name in cbsa_torch.__all__:
         assert hasattr(cbsa_torch, name)
-    assert {"models", "interpret", "train"} <= set(dir(cbsa_torch))
+    assert {"models", "interpret", "train", "adapt_vit"} <= set(dir(cbsa_torch))
+    assert cbsa_torch.adapt_vit is cbsa_torch.models.adapt_vit
     with pytest.raises(AttributeError, match="no attribute 'modles'"):
         cbsa_torch.modles  # noqa: B018

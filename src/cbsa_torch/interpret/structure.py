@@ -62,7 +62,8 @@ def subspace_coherence(model: nn.Module) -> dict[str, Tensor]:
 
 def _coherence(layer: nn.Module) -> Tensor:
     heads, size = int(layer.num_heads), int(layer.head_dim)  # type: ignore[arg-type]
-    weight = layer.qkv.weight  # type: ignore[union-attr]
+    # A layer adapted from a rotary one may have a projection of its own for queries.
+    weight = (layer.q_proj if layer.qkv is None else layer.qkv).weight  # type: ignore[union-attr]
     assert isinstance(weight, Tensor)
     bases = weight[: heads * size].detach().double().cpu().view(heads, size, -1)  # (H, P, C)
     broken = ~bases.isfinite().all(-1).all(-1)

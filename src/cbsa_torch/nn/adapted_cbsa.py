@@ -104,32 +104,38 @@ class AdaptedCBSA(AgentAttention):
         return super().no_weight_decay() | steps
 
     def mix(self, heads: Heads) -> Tensor:
-        """Extract, contract, broadcast: ``(B, H, N, P)`` in float32 or better, in the dtype of the tokens."""
-        agents, mask = self.agents(heads), heads.token_mask
-        dtype = compute_dtype(heads.tokens.dtype)
+        """Extract, contract, broadcast: ``(B, H, N, P)``."""
+        agents = self.agents(heads)
+        mix = self._mix_afresh if self.broadcast == "softmax" else self._mix_shared
+        output = mix(heads, agents.values, agents.mask)
+        return self.step_tokens.to(output.dtype)[:, None, None] * output
+
+    def _mix_afresh(self, heads: Heads, initial: Tensor, mask: Tensor | None) -> Tensor:
         assert heads.keys is not None  # the projections are separate
         assert heads.values is not None
-        initial, queries, keys, values = (
-            t.to(dtype) for t in (agents.values, heads.tokens, heads.keys, heads.values)
-        )
-        with no_autocast(queries):
-            if self.broadcast == "softmax":
-                extracted = ops.softmax_attention(initial, keys, values, key_mask=mask)  # (B, H, M, P)
-                contracted = self._contract(extracted, agents.mask)
-                output = ops.softmax_attention(queries, initial, contracted, key_mask=agents.mask)
-            else:
-                attention = _attention(initial, keys, mask, agents.mask, self.head_dim**-0.5)  # (B, H, M, N)
-                contracted = self._contract(attention @ values, agents.mask)
-                output = _balance(attention, mask, agents.mask) * (attention.mT @ contracted)
-            output = self.step_tokens.to(dtype)[:, None, None] * output
-        return output.to(heads.tokens.dtype)
+        extracted = ops.softmax_attention(initial, heads.keys, heads.values, key_mask=heads.token_mask)
+        contracted = self._contract(extracted, mask).to(initial.dtype)  # (B, H, M, P)
+        return ops.softmax_attention(heads.tokens, initial, contracted, key_mask=mask)
+
+    def _mix_shared(self, heads: Heads, initial: Tensor, mask: Tensor | None) -> Tensor:
+        assert heads.keys is not None
+        assert heads.values is not None
+        dtype = compute_dtype(initial.dtype)
+        with no_autocast(initial):
+            attention = _attention(
+                initial.to(dtype), heads.keys.to(dtype), heads.token_mask, mask, self.head_dim**-0.5
+            )  # (B, H, M, N)
+            contracted = self._contract(attention @ heads.values.to(dtype), mask)
+            output = _balance(attention, heads.token_mask, mask) * (attention.mT @ contracted)
+        return output.to(initial.dtype)
 
     def _contract(self, extracted: Tensor, mask: Tensor | None) -> Tensor:
-        """C of the representatives ``(B, H, M, P)``, those that exist."""
-        extracted = zero_rows(extracted, mask)
+        """C of the representatives ``(B, H, M, P)``, those that exist, in float32 or better."""
+        extracted = zero_rows(extracted, mask).to(compute_dtype(extracted.dtype))
         if self.step_contraction is None:
             return extracted
-        contracted = contract(extracted, self.contraction, self.head_dim**-0.5, self.eps, mask)
+        with no_autocast(extracted):
+            contracted = contract(extracted, self.contraction, self.head_dim**-0.5, self.eps, mask)
         return torch.lerp(extracted, contracted, self.step_contraction.to(extracted.dtype)[:, None, None])
 
     def count_heads(self, heads: Heads) -> counting.Counts:

@@ -166,7 +166,7 @@ def test_frozen_weights_stay_frozen_and_dtypes_stay():
 
 
 def test_adapted_layers_compile_train_and_can_be_looked_into():
-    adapted = adapt_vit(vit("eva02_tiny_patch14_224", img_size=56, depth=1), num_representatives=4).model
+    adapted = adapt_vit(vit("eva02_base_patch14_224", img_size=56, depth=1), num_representatives=4).model
     image = torch.randn(1, 3, 56, 56)
     compiled = torch.compile(adapted, backend="eager", fullgraph=True)
     assert_close(compiled(image), adapted(image), 1e-5)
@@ -174,8 +174,30 @@ def test_adapted_layers_compile_train_and_can_be_looked_into():
         adapted(image)
     record = records["blocks.0.attn"]
     assert interpret.cls_attention_maps(record).shape == (1, 2, 4, 4)
+    assert interpret.subspace_coherence(adapted)["blocks.0.attn"].shape == (2, 2)
     heads = adapted.blocks[0].attn.heads(torch.randn(1, 17, 32), rope=adapted.rope.get_embed())
     assert heads.keys.shape == record.keys.shape
+
+
+@pytest.mark.parametrize("mixer", ["cbsa", "cbsa_agent", "linear"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_low_precision_and_export(name, mixer):
+    size = 56 if "14" in name else 64
+    model = adapt_vit(vit(name, img_size=size, depth=1, qk_norm=name.startswith("vit")), mixer).model
+    image = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        expected = model(image)
+        assert_close(torch.export.export(model, (image,)).module()(image), expected, 1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close(model(image).float(), expected, 5e-2)
+        assert_close(model.to(torch.bfloat16)(image.to(torch.bfloat16)).float(), expected, 5e-2)
+
+
+def test_models_without_values():
+    with torch.device("meta"):
+        adapted = adapt_vit(vit("eva02_base_patch14_224", img_size=56), "cbsa").model
+    assert all(parameter.is_meta for parameter in adapted.parameters())
+    assert adapted(torch.empty(1, 3, 56, 56, device="meta")).shape == (1, 3)
 
 
 def test_models_around_a_vit():

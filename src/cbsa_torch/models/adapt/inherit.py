@@ -90,9 +90,9 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
         layer.qkv = _values(first) if kind.shared else first
         if not kind.shared:
             layer.q_norm, layer.k_norm = source.q_norm, source.k_norm  # type: ignore[assignment]
-    new = _start(layer, options, projection.weight)
-    layer.train(source.training)
     names = {name for name, _ in source.named_parameters()}
+    new = _start(layer, names, options, projection.weight)
+    layer.train(source.training)
     kept = [name for name, _ in layer.named_parameters() if name in names]
     dropped = sorted(names - set(kept))
     if kind.shared:
@@ -142,11 +142,11 @@ def _values(qkv: nn.Linear) -> nn.Linear:
     return values
 
 
-def _start(layer: TokenMixer, options: dict[str, Any], like: Tensor) -> dict[str, float]:
-    """Give the parameters that are new their first values: no contraction or as asked, all else 1."""
+def _start(layer: TokenMixer, names: set[str], options: dict[str, Any], like: Tensor) -> dict[str, float]:
+    """Give the parameters that are not among ``names`` their first values: all 1, but for the contraction."""
     values: dict[str, float] = {}
     for name, parameter in list(layer.named_parameters()):
-        if parameter.is_meta:
+        if name not in names:
             values[name] = options.get("contraction_step", 0.0) if name == "step_contraction" else 1.0
             full = torch.full(parameter.shape, values[name], dtype=like.dtype, device=like.device)
             setattr(layer, name, nn.Parameter(full))
