@@ -186,7 +186,7 @@ def decoder_cost(mixer: str, side: int, args: dict[str, Any]) -> dict[str, int]:
 
 def run(options: Options) -> dict[str, Any]:
     """Train, test, disturb and count."""
-    torch.set_num_threads(options.jobs)
+    torch.set_num_threads(1)  # of this process, which tests small models
     start = time.perf_counter()
     print("training the encoder")
     seconds = {"encoder": train_once(encoder_configuration(options))}
