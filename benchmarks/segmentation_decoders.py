@@ -67,9 +67,9 @@ class Options:
     """Folder of the runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the decoders' runs; the encoder is the same."""
-    encoder_epochs: int = 10
+    encoder_epochs: int = 20
     """Epochs of the encoder on emoji64."""
-    epochs: int = 8
+    epochs: int = 10
     """Epochs of every decoder."""
     scenes: int = 1000
     """Training scenes."""
