@@ -16,7 +16,7 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.cli.compare import run_compare
 from cbsa_torch.cli.count import CURVE_TOKENS, as_dict, count_named, flops_curves, mixer_sizes
 from cbsa_torch.cli.inference import run_eval, run_predict
-from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.cli.options import at_least, parse, take_option
 from cbsa_torch.cli.report import run_report
 from cbsa_torch.interpret import plots
 from cbsa_torch.models import registry
@@ -60,33 +60,22 @@ Later options win.
 """
 
 
-def _take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:
-    """The value of ``--name VALUE`` or ``--name=VALUE``, and the arguments without it."""
-    for i, arg in enumerate(args):
-        if arg.startswith(f"{name}="):
-            return arg.partition("=")[2], args[:i] + args[i + 1 :]
-        if arg == name:
-            if i + 1 == len(args):
-                raise errors.ConfigError(f"{name} needs a value")
-            return args[i + 1], args[:i] + args[i + 2 :]
-    return None, args
-
-
 def run_train(args: list[str]) -> None:
     """Train a classifier or a segmenter, as the configuration says (default: the embedded digits)."""
-    source, rest = _take_option("--config", args)
-    model, rest = _take_option("--model", rest)
+    source, rest = take_option("--config", args)
+    model, rest = take_option("--model", rest)
     if model is not None:
         rest = ["--model.name", model, *rest]
     if source is None and "--resume" in rest:
         # A resumed run is configured by its own folder.
-        output = _take_option("--output", rest)[0] or load_config("digits").output
+        output = take_option("--output", rest)[0] or load_config("digits").output
         own = RunFolder(output).config
         source = str(own) if own.exists() else None
     default = load_config("digits" if source is None else source)
     if {"-h", "--help"} & set(rest):
         print(TRAIN_USAGE)
-    train(parse(type(default), rest, "train", default))
+    config = parse(type(default), rest, "train", default)
+    train(config)
 
 
 @dataclass

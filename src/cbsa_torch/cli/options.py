@@ -39,3 +39,15 @@ def at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, and the arguments without it."""
+    for i, arg in enumerate(args):
+        if arg.startswith(f"{name}="):
+            return arg.partition("=")[2], args[:i] + args[i + 1 :]
+        if arg == name:
+            if i + 1 == len(args):
+                raise ConfigError(f"{name} needs a value")
+            return args[i + 1], args[:i] + args[i + 2 :]
+    return None, args

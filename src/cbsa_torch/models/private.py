@@ -6,7 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-PRIVATE = {"output": (), "data": ("root",), "model": ("init_from",), "resume": (), "overwrite": ()}
+PRIVATE = {
+    "output": (),
+    "data": ("root",),
+    "model": ("init_from", "encoder_from", "original"),
+    "distill": ("teacher",),
+    "resume": (),
+    "overwrite": (),
+}
 """Settings that tell of the machine, by section; an empty tuple stands for the whole."""
 
 

@@ -220,9 +220,11 @@ def load_config(source: str | Path) -> RunConfig:
 
 def read_config(values: Any, where: str) -> RunConfig:
     """A configuration of the task that a mapping names, from its values; see :func:`from_dict`."""
-    from cbsa_torch.train.segmentation.config import SegmentationTrainConfig  # builds on this module
+    from cbsa_torch.train.adaptation.config import AdaptTrainConfig  # these build on this module
+    from cbsa_torch.train.segmentation.config import SegmentationTrainConfig
 
-    tasks: dict[str, type[RunConfig]] = {cls.task: cls for cls in (TrainConfig, SegmentationTrainConfig)}
+    known: tuple[type[RunConfig], ...] = (TrainConfig, SegmentationTrainConfig, AdaptTrainConfig)
+    tasks = {cls.task: cls for cls in known}
     if not isinstance(values, dict) or "task" not in values:
         return from_dict(TrainConfig, values, where)
     task = values["task"]

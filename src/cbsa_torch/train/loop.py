@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from cbsa_torch.train.config import OptimConfig
 from cbsa_torch.train.data import IGNORE
 from cbsa_torch.train.errors import NonFiniteLossError
+from cbsa_torch.train.task import Loss
 
 
 @dataclass
@@ -72,6 +73,15 @@ def mean_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> 
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
+def cross_entropy(label_smoothing: float) -> Loss:
+    """:func:`mean_loss` of a model's outputs."""
+
+    def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return mean_loss(model(images).float(), targets, label_smoothing)
+
+    return loss
+
+
 def train_one_epoch(
     accelerator: Accelerator,
     model: nn.Module,
@@ -81,6 +91,7 @@ def train_one_epoch(
     config: OptimConfig,
     progress: Progress,
     *,
+    loss_of: Loss | None = None,
     first_step: int = 0,
     ema: ModelEmaV3 | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -91,6 +102,7 @@ def train_one_epoch(
 
     Args:
         progress: counted on as the epoch goes.
+        loss_of: what is minimised. Default: the cross-entropy of the model's outputs.
         first_step: where the epoch begins in the schedule. Not ``progress.step``, which also counts the steps
             of epochs that were trained with another batch size.
         stop: whether this process was asked to stop.
@@ -100,6 +112,8 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: before the bad loss reaches the weights, on every process alike.
     """
+    if loss_of is None:
+        loss_of = cross_entropy(config.label_smoothing)
     model.train()
     parts: list[Tensor] = []
     before = time.perf_counter()
@@ -108,8 +122,7 @@ def train_one_epoch(
         with accelerator.accumulate(model):
             done = progress.batch // accelerator.gradient_accumulation_steps
             scheduler.step_update(first_step + done)
-            logits = model(images)
-            loss = mean_loss(logits.float(), targets, config.label_smoothing)
+            loss = loss_of(model, images, targets)
             known = targets != IGNORE
             count, seen = known.sum(), known.reshape(len(known), -1).any(1).sum()
             parts.append(torch.stack([loss.detach() * count, count.to(loss.dtype), seen.to(loss.dtype)]))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
@@ -15,11 +17,16 @@ from cbsa_torch.train.config import OptimConfig
 from cbsa_torch.train.errors import ConfigError
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, lr_scales: Mapping[str, float] = MappingProxyType({})
+) -> torch.optim.Optimizer:
     """The optimiser, with weight decay on matrices only unless ``decay_everything``.
 
     Torch's one-kernel step is used where torch has one (AdamW, Adam, SGD, Adagrad): see
     ``benchmarks/profile_step.py`` for what it saves. Lion is timm's, and has none.
+
+    Args:
+        lr_scales: factors on the learning rate, by parameter, none of which decays.
     """
     known = list_optimizers()
     if config.name not in known:
@@ -28,8 +35,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         )
     fused = has_fused(config.name)
     optimizer = create_optimizer_v2(
-        # given the model, timm asks it which parameters should not decay
-        model.parameters() if config.decay_everything else model,
+        _groups(model, config, lr_scales),
         opt=config.name,
         lr=config.lr,
         weight_decay=config.weight_decay,
@@ -38,6 +44,27 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     if fused:
         _keep_layouts(optimizer)
     return optimizer
+
+
+def _groups(model: nn.Module, config: OptimConfig, lr_scales: Mapping[str, float]) -> Any:
+    """What timm takes: a model, parameters, or groups of them with options."""
+    if not lr_scales:
+        # given the model, timm asks it which parameters should not decay
+        return model.parameters() if config.decay_everything else model
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scaled = {named[name]: scale for name, scale in lr_scales.items() if name in named}
+    if config.decay_everything:
+        groups: list[dict[str, Any]] = [{"params": list(named.values())}]
+    else:
+        spared: set[str] = getattr(model, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=spared)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in scaled]
+    for scale in sorted(set(scaled.values())):
+        own = [p for p, factor in scaled.items() if factor == scale]
+        # timm's schedulers multiply by lr_scale
+        groups.append({"params": own, "weight_decay": 0.0, "lr_scale": scale})
+    return [group for group in groups if group["params"]]
 
 
 def has_fused(name: str) -> bool:

@@ -24,7 +24,7 @@ from cbsa_torch.train.same_data import data_facts
 from cbsa_torch.train.signals import StopRequests
 from cbsa_torch.train.speed import to_channels_last
 from cbsa_torch.train.sync_batch_norm import synchronize_batch_norm
-from cbsa_torch.train.task import Task
+from cbsa_torch.train.task import Loss, Task
 from cbsa_torch.train.tracking import start_trackers
 
 
@@ -52,6 +52,8 @@ class Session(NamedTuple):
     """What the task evaluates on."""
     data: dict[str, Any]
     """What a state remembers of the data."""
+    loss: Loss | None
+    """What is minimised, where it is not the cross-entropy."""
     description: dict[str, Any]
     """What a checkpoint says about itself: enough to rebuild, feed and judge the model."""
 
@@ -77,7 +79,7 @@ def prepare(
         shard(accelerator, model)
     else:
         to_channels_last(model)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, opened.lr_scales)
     train_loader = task.training_loader(config, opened, batch_size)
     draw_apart(train_loader)
     _check_loader(train_loader, batch_size, accelerator.num_processes)
@@ -94,6 +96,8 @@ def prepare(
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True, device=accelerator.device)
     if config.engine.compile:
         model.compile()
+    if opened.note:
+        reporter.say(opened.note)
     parameters = sum(p.numel() for p in model.parameters())
     reporter.say(
         f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "
@@ -130,6 +134,7 @@ def prepare(
         train_loader,
         val_loader,
         data_facts(opened.class_names, train_loader.dataset, opened.val),
+        opened.loss,
         description,
     )
 

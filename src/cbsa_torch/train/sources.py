@@ -15,7 +15,7 @@ def check_sources(config: RunConfig, output: Path) -> None:
     Raises:
         RunFolderError: with the key, the path and what to do.
     """
-    for key in ("init_from", "encoder_from"):
+    for key in ("init_from", "encoder_from", "original"):
         source = getattr(config.model, key, None)
         if not source or source.startswith(PREFIX) or not _lies_in(Path(source), output):
             continue

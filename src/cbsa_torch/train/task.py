@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cbsa_torch.train.config import RunConfig
 from cbsa_torch.train.data import InputSpec
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""What is minimised, of (model, images, targets): a mean over the targets that are not ``IGNORE``."""
 
 
 class Opened(NamedTuple):
@@ -25,6 +28,12 @@ class Opened(NamedTuple):
     spec: InputSpec
     train: Dataset[Any]
     val: Dataset[Any]
+    loss: Loss | None = None
+    """Default: the cross-entropy of the model's outputs."""
+    lr_scales: Mapping[str, float] = {}
+    """Factors on the learning rate, by parameter."""
+    note: str = ""
+    """What people should know before training begins."""
 
 
 class Measured(Protocol):
@@ -46,7 +55,7 @@ class Measured(Protocol):
 class Task(Protocol):
     """A kind of training. Batches are (images, targets), targets of any shape with ``IGNORE`` among them.
 
-    The loss is the mean cross-entropy over the targets (:func:`cbsa_torch.train.loop.mean_loss`).
+    Unless :class:`Opened` says otherwise, the loss is the mean cross-entropy over the targets.
     """
 
     score: str
@@ -94,8 +103,12 @@ class Task(Protocol):
 
 def task_of(config: RunConfig) -> Task:
     """The task that a configuration is for."""
-    from cbsa_torch.train.classification import Classification  # tasks build on this module
+    from cbsa_torch.train.adaptation.config import AdaptTrainConfig  # tasks build on this module
+    from cbsa_torch.train.adaptation.task import Adaptation
+    from cbsa_torch.train.classification import Classification
     from cbsa_torch.train.config import TrainConfig
     from cbsa_torch.train.segmentation.task import Segmentation
 
+    if isinstance(config, AdaptTrainConfig):
+        return Adaptation()
     return Classification() if isinstance(config, TrainConfig) else Segmentation()

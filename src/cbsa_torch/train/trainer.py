@@ -125,6 +125,7 @@ def _run_epoch(session: Session, progress: Progress) -> None:
                 session.scheduler,
                 config.optim,
                 progress,
+                loss_of=session.loss,
                 first_step=progress.epoch * -(-batches // config.engine.accumulate),
                 ema=session.ema,
                 stop=lambda: bool(session.stop),

@@ -1,0 +1,70 @@
+"""`cbsa adapt`: other attention for a pretrained ViT, and the training that recovers its accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from cbsa_torch.cli.options import parse, take_option
+from cbsa_torch.models.checkpoint import read_info
+from cbsa_torch.models.hub import PREFIX, weights_path
+from cbsa_torch.train import errors
+from cbsa_torch.train.adaptation import AdaptTrainConfig, recover
+from cbsa_torch.train.config import RunConfig, TrainConfig, load_config, read_config
+from cbsa_torch.train.run_folder import RunFolder
+
+USAGE = """usage: cbsa adapt --model RUN_OR_TIMM_NAME [--data NAME] [--config RECIPE_OR_YAML] [options]
+
+  --model         short for --model.original
+  --data          short for --data.name. Default: the data and the augmentation that a run was trained with
+  --config        a recipe or YAML file of the task adaptation: the defaults that are shown below. Default: the
+                  paper's recipe (section 4.2)
+  --stage-epochs  adapt layer by layer, from the last to the first, and train so long after each; the last
+                  stage trains for --optim.epochs
+
+Later options win.
+"""
+
+
+def run_adapt(args: list[str]) -> None:
+    """Adapt a ViT and recover its accuracy."""
+    source, rest = take_option("--config", args)
+    model, rest = take_option("--model", rest)
+    data, rest = take_option("--data", rest)
+    staged, rest = take_option("--stage-epochs", rest)
+    if staged is not None and not staged.isdigit():
+        raise errors.ConfigError(f"--stage-epochs must be a whole number, got {staged!r}")
+    if source is None and "--resume" in rest:
+        # A resumed run is configured by its own folder.
+        own = RunFolder(take_option("--output", rest)[0] or AdaptTrainConfig().output).config
+        source = str(own) if own.exists() else None
+    default = AdaptTrainConfig() if source is None else adaptation_config(load_config(source), source)
+    if model is not None:
+        if source is None:
+            default = with_data_of(default, model)
+        rest = ["--model.original", model, *rest]
+    if data is not None:
+        rest = ["--data.name", data, *rest]
+    if {"-h", "--help"} & set(rest):
+        print(USAGE)
+    recover(parse(AdaptTrainConfig, rest, "adapt", default), None if staged is None else int(staged))
+
+
+def adaptation_config(config: RunConfig, source: str) -> AdaptTrainConfig:
+    """The configuration, if it is of the task.
+
+    Raises:
+        ConfigError: it is of another.
+    """
+    if not isinstance(config, AdaptTrainConfig):
+        raise errors.ConfigError(f"--config {source} is of the task {config.task!r}, not 'adaptation'")
+    return config
+
+
+def with_data_of(config: AdaptTrainConfig, model: str) -> AdaptTrainConfig:
+    """The configuration with the data and the augmentation that a model was trained with, where it says."""
+    if model.startswith(PREFIX) or not Path(model).exists():
+        return config
+    info = read_info(weights_path(model))
+    trained = read_config(info["config"], f"{model}: config") if "config" in info else None
+    return dataclasses.replace(config, data=trained.data) if isinstance(trained, TrainConfig) else config

@@ -1,0 +1,112 @@
+"""The loss of a recovery: labels, and what the original says, in its logits and after its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cbsa_torch.models.adapt.find import find_attention
+from cbsa_torch.train.adaptation.config import DistillConfig
+from cbsa_torch.train.data import IGNORE
+from cbsa_torch.train.loop import mean_loss
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Distillation:
+    """A loss for :class:`cbsa_torch.train.task.Opened`.
+
+    Args:
+        student: the model that is trained, bare; the loop hands over what Accelerate made of it.
+        teacher: the original; its weights stay as they are.
+        config: the weights of the parts.
+        label_smoothing: of the labels.
+        precision: of ``engine.precision``; the teacher computes as the student does.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        config: DistillConfig,
+        label_smoothing: float = 0.0,
+        precision: str = "no",
+    ) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.config, self.label_smoothing, self.dtype = config, label_smoothing, AUTOCAST.get(precision)
+        names = blocks_with_attention(teacher) if config.features else []
+        self.blocks = [student.get_submodule(name) for name in names]
+        self.teacher_blocks = [teacher.get_submodule(name) for name in names]
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """The weighted sum, a mean over the images with a known target."""
+        config, known = self.config, targets != IGNORE
+        with recorded(self.blocks) as features:
+            logits = model(images).float()
+        # also where it weighs nothing: every parameter then has a gradient, as processes expect
+        loss = config.labels * mean_loss(logits, targets, self.label_smoothing)
+        if not known.any():
+            return loss
+        self.teacher.to(images.device)
+        autocast: Any = (
+            nullcontext() if self.dtype is None else torch.autocast(images.device.type, dtype=self.dtype)
+        )
+        with torch.no_grad(), autocast, recorded(self.teacher_blocks) as wanted:
+            teacher_logits = self.teacher(images).float()
+        if config.logits:
+            loss = loss + config.logits * divergence(logits[known], teacher_logits[known], config.temperature)
+        if config.features:
+            pairs = zip(features, wanted, strict=True)
+            each = [relative_error(own[known], other[known]) for own, other in pairs]
+            loss = loss + config.features * torch.stack(each).mean()
+        return loss
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(softmax(teacher / T) || softmax(logits / T)), mean over the images.
+
+    The factor keeps gradients of one size at any temperature (Hinton et al., arXiv 1503.02531, section 2).
+
+    Args:
+        logits, teacher: ``(B, classes)``.
+        temperature: T.
+    """
+    student_log, teacher_log = (F.log_softmax(values / temperature, dim=-1) for values in (logits, teacher))
+    return temperature**2 * F.kl_div(student_log, teacher_log, log_target=True, reduction="batchmean")
+
+
+def relative_error(features: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of two tensors of one shape, over the second's squared norm."""
+    features, teacher = features.float(), teacher.float()
+    return (features - teacher).square().sum() / teacher.square().sum().clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
+
+
+def blocks_with_attention(model: nn.Module) -> list[str]:
+    """Names of the modules that hold the attention layers, in order; of parallel attention, what holds all."""
+    names: list[str] = []
+    for layer in find_attention(model):
+        name = layer.name.rpartition(".")[0]
+        while name and isinstance(model.get_submodule(name), (nn.ModuleList, nn.Sequential)):
+            name = name.rpartition(".")[0]
+        if name and not layer.is_pool and name not in names:
+            names.append(name)
+    return names
+
+
+@contextmanager
+def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The outputs of ``modules``, in the order they are called within."""
+    outputs: list[Tensor] = []
+    handles = [module.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

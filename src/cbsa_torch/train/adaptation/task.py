@@ -1,0 +1,110 @@
+"""The task of recovering an adapted classifier: classification with a model of two origins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from cbsa_torch.train.adaptation.config import AdaptTrainConfig, check_adaptation
+from cbsa_torch.train.adaptation.distill import Distillation
+from cbsa_torch.train.adaptation.original import Adapted, Original, adapt_original, open_original
+from cbsa_torch.train.classification import Classification
+from cbsa_torch.train.config import RunConfig
+from cbsa_torch.train.data import input_spec, open_splits
+from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.task import Loss, Opened
+
+
+class Adaptation(Classification):
+    """One class for every image, by a ViT whose attention is replaced."""
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse settings of data, model and distillation that cannot work."""
+        super().check(config)
+        check_adaptation(_own(config))
+
+    def open(self, config: RunConfig, skipped: Path, *, continued: bool) -> Opened:
+        """The data, the adapted model, and the loss with its teacher."""
+        own = _own(config)
+        original = open_original("model.original", str(own.model.original), own.model.image_size)
+        splits = open_splits(own.data, input_spec(original.model).mode, skipped)
+        adapted = adapt_original(original, own.model)
+        new_head = _head_for(splits.class_names, original, adapted)
+        loss = _distillation(own, original, adapted, new_head)
+        _freeze(own.tune, adapted, new_head)
+        scale = 1.0 if own.new_lr is None else own.new_lr / own.optim.lr
+        return Opened(
+            adapted.model,
+            adapted.args,
+            splits.class_names,
+            input_spec(adapted.model, own.model.image_size),
+            splits.train,
+            splits.val,
+            loss,
+            {} if scale == 1 else dict.fromkeys(adapted.new, scale),
+            str(adapted.report),
+        )
+
+
+def _own(config: RunConfig) -> AdaptTrainConfig:
+    return cast(AdaptTrainConfig, config)
+
+
+def _head_for(class_names: list[str], original: Original, adapted: Adapted) -> bool:
+    """Give the adapted model a new head, unless the original's is for these classes; whether that was done."""
+    known = original.class_names
+    same = getattr(original.model, "num_classes", None) == len(class_names) and known in (None, class_names)
+    if same:
+        return False
+    model: Any = adapted.model
+    model.reset_classifier(len(class_names))
+    adapted.args["num_classes"] = len(class_names)
+    return True
+
+
+def _distillation(
+    config: AdaptTrainConfig, original: Original, adapted: Adapted, new_head: bool
+) -> Loss | None:
+    """The loss with a teacher; None if none is wanted."""
+    distill = config.distill
+    if not distill.wanted:
+        return None
+    teacher = original
+    if distill.teacher is not None:
+        teacher = open_original("distill.teacher", distill.teacher, config.model.image_size)
+    classes = [getattr(model, "num_classes", None) for model in (teacher.model, adapted.model)]
+    if distill.logits and (new_head or classes[0] != classes[1]):
+        raise ConfigError(
+            "distill.logits needs a teacher of the same classes: the data have others than the original was "
+            "trained on; distill.features works"
+        )
+    try:
+        loss = Distillation(
+            adapted.model, teacher.model, distill, config.optim.label_smoothing, config.engine.precision
+        )
+    except AttributeError as error:
+        raise ConfigError(f"distill.teacher must have the blocks of the original: {error}") from None
+    return loss
+
+
+def _freeze(tune: str, adapted: Adapted, new_head: bool) -> None:
+    """Leave only what is to be trained with gradients."""
+    if tune == "all":
+        return
+    model: Any = adapted.model
+    model.requires_grad_(False)
+    if tune == "attention":
+        for layer in adapted.layers:
+            model.get_submodule(layer).requires_grad_(True)
+    else:
+        for name in adapted.new:
+            model.get_parameter(name).requires_grad_(True)
+    if new_head:
+        cast(nn.Module, model.get_classifier()).requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"tune {tune!r} leaves nothing to train: {adapted.report.mixer!r} adds no parameters here; "
+            'use "attention" or "all"'
+        )
