@@ -74,8 +74,7 @@ def run_train(args: list[str]) -> None:
     default = load_config("digits" if source is None else source)
     if {"-h", "--help"} & set(rest):
         print(TRAIN_USAGE)
-    config = parse(type(default), rest, "train", default)
-    train(config)
+    train(parse(type(default), rest, "train", default))
 
 
 @dataclass

@@ -83,9 +83,8 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def relative_error(features: Tensor, teacher: Tensor) -> Tensor:
     """Squared distance of two tensors of one shape, over the second's squared norm."""
     features, teacher = features.float(), teacher.float()
-    return (features - teacher).square().sum() / teacher.square().sum().clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
+    norm = teacher.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return (features - teacher).square().sum() / norm
 
 
 def blocks_with_attention(model: nn.Module) -> list[str]:

@@ -115,8 +115,8 @@ def _extend(original: Original, mixer: str, options: dict[str, Any], layers: Any
     before = {"mixer": args.get("mixer", "cbsa"), "mixer_args": args.get("mixer_args") or {}}
     if before != {"mixer": mixer, "mixer_args": options}:
         raise ValueError(
-            f"it is adapted already, to {before['mixer']!r} with {before['mixer_args']}; more layers can only be "
-            f"adapted likewise, got {mixer!r} with {options}"
+            f"it is adapted already, to {before['mixer']!r} with {before['mixer_args']}; more layers can "
+            f"only be adapted likewise, got {mixer!r} with {options}"
         )
     found = [layer for layer in find_attention(original.model) if not layer.is_pool]
     asked = choose(found, layers)
