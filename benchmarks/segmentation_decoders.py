@@ -21,7 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -69,7 +69,7 @@ class Options:
     """Of the decoders' runs; the encoder is the same."""
     encoder_epochs: int = 20
     """Epochs of the encoder on emoji64."""
-    epochs: int = 10
+    epochs: int = 7
     """Epochs of every decoder."""
     scenes: int = 1000
     """Training scenes."""
@@ -173,6 +173,21 @@ def sweep_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
     return {"clean": measured.clean, "values": measured.values}
 
 
+class Outcome(NamedTuple):
+    """Of one decoder with one seed."""
+
+    seconds: float
+    """Of its training."""
+    test: dict[str, Any]
+    noise: dict[str, Any]
+
+
+def run_once(options: Options, mixer: str, seed: int) -> Outcome:
+    """Train, test and disturb one decoder."""
+    seconds = train_once(configuration(options, mixer, seed))
+    return Outcome(seconds, test_once(options, mixer, seed), sweep_once(options, mixer, seed))
+
+
 def decoder_cost(mixer: str, side: int, args: dict[str, Any]) -> dict[str, int]:
     """FLOPs and similarities of the decoder's layers, and its parameters."""
     model = segmenter(**{**args, "mixer": mixer, "num_classes": 10})
@@ -185,26 +200,28 @@ def decoder_cost(mixer: str, side: int, args: dict[str, Any]) -> dict[str, int]:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Train, test, disturb and count."""
+    """Everything, and count."""
     torch.set_num_threads(1)  # of this process, which tests small models
     start = time.perf_counter()
     print("training the encoder")
     seconds = {"encoder": train_once(encoder_configuration(options))}
     pairs = list(itertools.product(MIXERS, options.seeds))
+    outcomes: dict[tuple[str, int], Outcome] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        spent = pool.map(lambda pair: train_once(configuration(options, *pair)), pairs)
-        for (mixer, seed), each in zip(pairs, track(spent, "training decoders", total=len(pairs)), strict=True):
-            seconds[f"{mixer}_seed{seed}"] = each
+        done = pool.map(lambda pair: run_once(options, *pair), pairs)
+        for pair, outcome in zip(pairs, track(done, "decoders", total=len(pairs)), strict=True):
+            outcomes[pair] = outcome
+            seconds[f"{pair[0]}_seed{pair[1]}"] = outcome.seconds
     rows = []
-    for mixer in track(MIXERS, "testing and disturbing"):
+    for mixer in MIXERS:
         args = open_trained(configuration(options, mixer, options.seeds[0]).output).info["model_args"]
-        tests = [test_once(options, mixer, seed) for seed in options.seeds]
+        tests = [outcomes[mixer, seed].test for seed in options.seeds]
         rows.append(
             {
                 "mixer": mixer,
                 "tests": tests,
                 **{key: summary([test[key] for test in tests]) for key in ("miou", "miou_without_repeated")},
-                "noise": [sweep_once(options, mixer, seed) for seed in options.seeds],
+                "noise": [outcomes[mixer, seed].noise for seed in options.seeds],
                 "cost": decoder_cost(mixer, options.size, args),
                 "flops_by_side": [decoder_cost(mixer, side, args)["flops"] for side in SIDES],
             }
