@@ -44,13 +44,19 @@ def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
     """Read from a timm model what images it expects."""
     config = resolve_model_data_config(model)
     channels = _channels(model, config["input_size"][0])
-    height, width = config["input_size"][1:] if image_size is None else (image_size, image_size)
+    height, width = _size(model, config["input_size"]) if image_size is None else (image_size, image_size)
     mean, std = config["mean"], config["std"]
     if len(mean) != channels:
         mean, std = (float(np.mean(mean)),) * channels, (float(np.mean(std)),) * channels
     return InputSpec(
         (channels, height, width), tuple(mean), tuple(std), config["interpolation"], config["crop_pct"]
     )
+
+
+def _size(model: nn.Module, default: tuple[int, int, int]) -> tuple[int, int]:
+    """Height and width that the model was built for: its configuration does not know of ``img_size``."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return (size[0], size[1]) if isinstance(size, tuple) and len(size) == 2 else default[1:]
 
 
 def _channels(model: nn.Module, default: int) -> int:
