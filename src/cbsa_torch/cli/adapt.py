@@ -32,7 +32,7 @@ def run_adapt(args: list[str]) -> None:
     model, rest = take_option("--model", rest)
     data, rest = take_option("--data", rest)
     staged, rest = take_option("--stage-epochs", rest)
-    if staged is not None and not staged.isdigit():
+    if staged is not None and not staged.isdecimal():
         raise errors.ConfigError(f"--stage-epochs must be a whole number, got {staged!r}")
     if source is None and "--resume" in rest:
         # A resumed run is configured by its own folder.

@@ -93,15 +93,15 @@ def restore(
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:8])}")
     whole = StateDictOptions(full_state_dict=True)
-    decays = [group.get("weight_decay") for group in optimizer.param_groups]
+    settings = ("weight_decay", "lr_scale")
+    configured = [{key: group[key] for key in settings if key in group} for group in optimizer.param_groups]
     # The optimiser first: to make its state, torch lets it take a step of length zero.
     try:
         set_optimizer_state_dict(model, optimizer, optimizer_values, options=whole)
     except KeyError as error:
         raise CheckpointError(f"{source} has the state of another optimiser: no {error} in it") from error
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        if decay is not None:  # as configured now, like the learning rate, which the schedule sets
-            group["weight_decay"] = decay
+    for group, own_settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(own_settings)  # as configured now, like the learning rate, which the schedule sets
     set_model_state_dict(model, dict(model_values), options=whole)
 
 

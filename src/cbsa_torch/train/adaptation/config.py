@@ -51,7 +51,7 @@ class DistillConfig:
     """Logits of both are divided by it."""
     features: float = 0.0
     """Weight of the difference after every block with attention: its square over that of the teacher's
-    features, mean over the blocks."""
+    features, mean over the images and the blocks."""
     teacher: str | None = None
     """As model.original. Default: that."""
 

@@ -81,10 +81,16 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def relative_error(features: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance of two tensors of one shape, over the second's squared norm."""
-    features, teacher = features.float(), teacher.float()
-    norm = teacher.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return (features - teacher).square().sum() / norm
+    """Squared distance over the teacher's squared norm, mean over the images.
+
+    Each image by itself: a step in parts, or shared between processes, then has the loss of the whole batch.
+
+    Args:
+        features, teacher: ``(B, ...)`` of one shape.
+    """
+    features, teacher = features.float().flatten(1), teacher.float().flatten(1)
+    norm = teacher.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((features - teacher).square().sum(1) / norm).mean()
 
 
 def blocks_with_attention(model: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from cbsa_torch.models.adapt.find import choose, find_attention, obstacle
 from cbsa_torch.train.adaptation.config import AdaptTrainConfig, check_adaptation
@@ -66,7 +67,7 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
         result.append(
             dataclasses.replace(
                 config,
-                output=config.output if last else f"{config.output}_stages/{number}",
+                output=config.output if last else f"{Path(config.output)}_stages/{number}",
                 model=dataclasses.replace(config.model, original=source, layers=layers),
                 optim=optim,
                 distill=distill,
