@@ -69,7 +69,7 @@ class Options:
     """Of the decoders' runs; the encoder is the same."""
     encoder_epochs: int = 20
     """Epochs of the encoder on emoji64."""
-    epochs: int = 7
+    epochs: int = 10
     """Epochs of every decoder."""
     scenes: int = 1000
     """Training scenes."""
