@@ -15,12 +15,15 @@ def check_sources(config: RunConfig, output: Path) -> None:
     Raises:
         RunFolderError: with the key, the path and what to do.
     """
-    for key in ("init_from", "encoder_from", "original"):
-        source = getattr(config.model, key, None)
+    given = {
+        f"model.{key}": getattr(config.model, key, None) for key in ("init_from", "encoder_from", "original")
+    }
+    given["distill.teacher"] = getattr(getattr(config, "distill", None), "teacher", None)
+    for key, source in given.items():
         if not source or source.startswith(PREFIX) or not _lies_in(Path(source), output):
             continue
         raise RunFolderError(
-            f"model.{key} {source} lies in output {output}, where the run writes its own weights; choose "
+            f"{key} {source} lies in output {output}, where the run writes its own weights; choose "
             "another --output (to continue a run: --resume)"
         )
     root = config.data.root

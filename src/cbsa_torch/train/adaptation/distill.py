@@ -39,9 +39,29 @@ class Distillation:
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.config, self.label_smoothing, self.dtype = config, label_smoothing, AUTOCAST.get(precision)
-        names = blocks_with_attention(teacher) if config.features else []
+        names = blocks_with_attention(student) if config.features else []
         self.blocks = [student.get_submodule(name) for name in names]
         self.teacher_blocks = [teacher.get_submodule(name) for name in names]
+
+    @torch.no_grad()
+    def check(self, student: nn.Module, input_size: tuple[int, int, int]) -> None:
+        """Let an empty image through both, before a run touches anything.
+
+        Raises:
+            ValueError: the teacher does not take the image, or its features have another shape.
+        """
+        image = torch.zeros(1, *input_size)
+        student.eval()
+        with recorded(self.blocks) as features:
+            student(image)
+        try:
+            with recorded(self.teacher_blocks) as wanted:
+                self.teacher(image)
+        except Exception as error:  # any model of timm, fed with anything
+            raise ValueError(f"it does not take an image of {input_size}: {error}") from error
+        shapes = [[tuple(tensor.shape) for tensor in both] for both in (features, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"its features have shapes {shapes[1]}, those of the model {shapes[0]}")
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """The weighted sum, a mean over the images with a known target."""

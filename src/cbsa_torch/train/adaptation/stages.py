@@ -10,6 +10,7 @@ from cbsa_torch.train.adaptation.config import AdaptTrainConfig, check_adaptatio
 from cbsa_torch.train.adaptation.original import open_original
 from cbsa_torch.train.config import check_config
 from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.run_folder import RunFolder
 from cbsa_torch.train.trainer import TrainResult, train
 
 
@@ -26,6 +27,8 @@ def recover(config: AdaptTrainConfig, stage_epochs: int | None = None) -> TrainR
         What :func:`cbsa_torch.train.train` raises.
     """
     runs = [config] if stage_epochs is None else stages(config, stage_epochs)
+    for stage in runs:  # before the first is trained
+        RunFolder(stage.output).check(stage)
     for number, stage in enumerate(runs, 1):
         if len(runs) > 1:
             print(f"stage {number} of {len(runs)}: layers {stage.model.layers}", flush=True)
@@ -41,6 +44,8 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
     """
     if epochs < 1:
         raise ConfigError(f"stage_epochs must be at least 1, got {epochs}")
+    if config.resume:
+        raise ConfigError("resume is not for stages: without it, stages that were trained already are kept")
     check_config(config)
     check_adaptation(config)
     source = str(config.model.original)

@@ -84,8 +84,9 @@ def _distillation(
         loss = Distillation(
             adapted.model, teacher.model, distill, config.optim.label_smoothing, config.engine.precision
         )
-    except AttributeError as error:
-        raise ConfigError(f"distill.teacher must have the blocks of the original: {error}") from None
+        loss.check(adapted.model, input_spec(adapted.model, config.model.image_size).input_size)
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"distill.teacher must be built as the original is: {error}") from None
     return loss
 
 
