@@ -12,6 +12,7 @@ from cbsa_torch._core.optional import require
 COMMANDS = {
     "train": "Train a classifier or a segmenter (default: the embedded digits).",
     "adapt": "Give a pretrained ViT linear attention, and recover its accuracy.",
+    "adapt-table": "Compare ways to adapt a ViT: accuracy, parameters, FLOPs, speed, memory.",
     "eval": "Evaluate a trained model.",
     "predict": "Classify or segment image files.",
     "report": "Write a page about a trained model: accuracy, curves, coding rates, attention maps.",
@@ -24,7 +25,7 @@ COMMANDS = {
     "list": "List our models and recipes.",
 }
 
-HOMES = {"adapt": "adapt", "bench": "bench", "data": "data", "push": "push"}
+HOMES = {"adapt": "adapt", "adapt-table": "adapt_table", "bench": "bench", "data": "data", "push": "push"}
 """Modules of commands that are not in ``commands``."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         home = importlib.import_module(f"cbsa_torch.cli.{HOMES.get(args[0], 'commands')}")
-        getattr(home, f"run_{args[0]}")(args[1:])
+        getattr(home, f"run_{args[0].replace('-', '_')}")(args[1:])
     except InterruptedRun as error:
         print(f"cbsa: {error}", file=sys.stderr)
         leave_process_group()
@@ -73,4 +74,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: cbsa COMMAND [options]     (cbsa COMMAND --help lists them)", ""]
-    return "\n".join([*lines, *(f"  {name:<9}{summary}" for name, summary in COMMANDS.items())])
+    return "\n".join([*lines, *(f"  {name:<13}{summary}" for name, summary in COMMANDS.items())])

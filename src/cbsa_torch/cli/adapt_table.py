@@ -1,0 +1,240 @@
+"""`cbsa adapt-table`: ways to adapt a ViT beside each other and their original."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cbsa_torch._core.files import write_atomically
+from cbsa_torch.bench import adapted as bench
+from cbsa_torch.cli.adapt import adaptation_config, with_data_of
+from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.models.adapt.inherit import MIXERS
+from cbsa_torch.train.adaptation import AdaptedModelConfig, AdaptTrainConfig, open_original, recover
+from cbsa_torch.train.adaptation.before import accuracy_before
+from cbsa_torch.train.config import load_config
+from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.evaluate import evaluate_checkpoint
+from cbsa_torch.train.run_folder import environment
+
+Recovery = Literal["plain", "distilled"]
+CBSA_STAR = "cbsa contraction_step=1"
+
+
+@dataclass
+class _TableArgs:
+    """Compare ways to adapt a ViT: accuracy before and after recovery, parameters, FLOPs, speed, memory.
+
+    Writes a .json and a .md file. Runs that are there already are kept.
+    """
+
+    model: str
+    """The original, as of `cbsa adapt`. For accuracies a run of ours."""
+    config: str | None = None
+    """A recipe or YAML file of the task adaptation. Default: the paper's recipe, with the data of the run."""
+    variants: tuple[str, ...] = (CBSA_STAR, "cbsa", "cbsa_agent", "linear")
+    """Mixers with their options (layers is one), e.g. "cbsa contraction_step=1 broadcast=shared"."""
+    recoveries: tuple[Recovery, ...] = ("plain", "distilled")
+    """How accuracy is recovered: from the labels alone, or with the original as a teacher, too."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the recoveries. None: no accuracies, costs alone."""
+    epochs: int | None = None
+    """Of the recoveries. Default: as configured."""
+    lr: float | None = None
+    """Learning rate of the recoveries. Default: as configured."""
+    batch_size: int | None = None
+    """Of the recoveries. Default: as configured."""
+    logits: float = 1.0
+    """Weight of the teacher's logits in distilled recoveries."""
+    features: float = 1.0
+    """Weight of the teacher's features in distilled recoveries."""
+    split: Literal["val", "test"] = "test"
+    """The images of the accuracies; the epoch is chosen on validation."""
+    image_sizes: tuple[int, ...] = (224, 384, 1024)
+    """Sides in pixels at which cost is measured. None: no costs."""
+    batches: tuple[int, ...] = (8, 4, 1)
+    """Images at a time, for each size."""
+    cost_of: str | None = None
+    """A ViT of timm whose cost is measured. Default: the original."""
+    device: str = "cpu"
+    """Where cost is measured."""
+    threads: int = 2
+    """CPU threads."""
+    budget: float = 20.0
+    """Seconds of timing for one variant at one size."""
+    output: str = "runs/adapt_table"
+    """Folder of the runs; the files are OUTPUT.json and OUTPUT.md."""
+
+
+def run_adapt_table(args: list[str]) -> None:
+    """Compare ways to adapt a ViT."""
+    options: _TableArgs = parse(_TableArgs, args, "adapt-table")
+    variants = {text: parse_variant(text) for text in options.variants}
+    if len(options.batches) < len(options.image_sizes):
+        raise ConfigError("--batches must have one entry for each of --image-sizes")
+    for name in ("epochs", "batch_size"):
+        if getattr(options, name) is not None:
+            at_least(1, **{name: getattr(options, name)})
+    at_least(1, threads=options.threads)
+    torch.set_num_threads(options.threads)
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(),
+        "options": dataclasses.asdict(options),
+        "accuracy": _accuracies(options, variants) if options.seeds else [],
+        "cost": _costs(options, variants) if options.image_sizes else [],
+    }
+    write_atomically(Path(f"{options.output}.json"), (json.dumps(record, indent=1) + "\n").encode())
+    tables = [list(_accuracy_table(record["accuracy"])), list(_cost_table(record["cost"]))]
+    write_atomically(Path(f"{options.output}.md"), "\n".join(_markdown(rows) for rows in tables).encode())
+    for rows in tables:
+        if len(rows) > 1:
+            _show(rows)
+    print(f"record: {options.output}.json, tables: {options.output}.md")
+
+
+def parse_variant(text: str) -> bench.Variant:
+    """``"MIXER option=value ..."``.
+
+    Raises:
+        ConfigError: another form, or no such mixer.
+    """
+    mixer, *rest = text.split()
+    pairs = [part.partition("=") for part in rest]
+    if mixer not in MIXERS or not all(equals and value for _, equals, value in pairs):
+        raise ConfigError(
+            f"--variants must be one of {', '.join(MIXERS)} and perhaps option=value, got {text!r}"
+        )
+    given = {name: value for name, _, value in pairs}
+    try:
+        layers = AdaptedModelConfig(layers=given.pop("layers", "all")).layers_asked()
+    except ConfigError as error:
+        raise ConfigError(f"--variants {text!r}: {error}") from None
+    return bench.Variant(mixer, layers, {k: yaml.safe_load(v) for k, v in given.items()})  # type: ignore[arg-type]
+
+
+def _configuration(
+    options: _TableArgs, variant: bench.Variant, name: str, recovery: Recovery, seed: int
+) -> AdaptTrainConfig:
+    if options.config is None:
+        base = with_data_of(AdaptTrainConfig(), options.model)
+    else:
+        base = adaptation_config(load_config(options.config), options.config)
+    layers = variant.layers if isinstance(variant.layers, str) else ",".join(map(str, variant.layers))
+    changes: dict[str, Any] = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
+    given = {key: value for key, value in changes.items() if value is not None}
+    distill = base.distill
+    if recovery == "distilled":
+        distill = dataclasses.replace(distill, logits=options.logits, features=options.features)
+    return dataclasses.replace(
+        base,
+        output=f"{options.output}/{name.replace(' ', '_')}_{recovery}_seed{seed}",
+        seed=seed,
+        model=dataclasses.replace(
+            base.model,
+            original=options.model,
+            mixer=variant.mixer,
+            layers=layers,
+            args={**base.model.args, **variant.options},
+        ),
+        optim=dataclasses.replace(base.optim, **given),
+        engine=dataclasses.replace(base.engine, tracker="none", threads=options.threads),
+        distill=distill,
+    )
+
+
+def _accuracies(options: _TableArgs, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
+    """The original, then every variant: before, and after each recovery with each seed."""
+    rows: list[dict[str, Any]] = []
+    for name, variant in variants.items():
+        before = accuracy_before(
+            _configuration(options, variant, name, "plain", options.seeds[0]), options.split
+        )
+        rows = rows or [{"name": bench.ORIGINAL, "before": before.original}]
+        row: dict[str, Any] = {"name": name, "before": before.adapted}
+        for recovery in options.recoveries:
+            row[recovery] = []
+            for seed in options.seeds:
+                result = recover(_configuration(options, variant, name, recovery, seed))
+                row[recovery].append(evaluate_checkpoint(result.folder, split=options.split).top1)
+        rows.append(row)
+    return rows
+
+
+def _costs(options: _TableArgs, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
+    base, args = options.cost_of, {}
+    if base is None:
+        original = open_original("--model", options.model)
+        base, args = original.name, original.args
+    console = Console()
+    with console.status("") as status:
+        rows = bench.compare(
+            base,
+            args,
+            variants,
+            image_sizes=options.image_sizes,
+            batches=options.batches[: len(options.image_sizes)],
+            device=options.device,
+            budget=options.budget,
+            progress=status.update,
+        )
+    return [row._asdict() for row in rows]
+
+
+def _accuracy_table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    kinds = [key for key in (rows[-1] if rows else {}) if key not in ("name", "before")]
+    yield ["", "accuracy before (%)", *(f"after, {kind} (%)" for kind in kinds)]
+    for row in rows:
+        yield [row["name"], f"{100 * row['before']:.1f}", *(_spread(row.get(kind)) for kind in kinds)]
+
+
+def _spread(values: list[float] | None) -> str:
+    """Mean ± sample standard deviation in percent; nothing for the original."""
+    if not values:
+        return ""
+    sd = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{sd}"
+
+
+def _cost_table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    yield ["image", "", "parameters", "GFLOPs", "images/s", "over original", "peak MiB"]
+    for row in rows:
+        size = row["image_size"]
+        own = next(r for r in rows if r["image_size"] == size and r["name"] == bench.ORIGINAL)
+        yield [
+            f"{size}²",
+            row["name"],
+            f"{row['parameters']:,}",
+            f"{row['flops'] / 1e9:.4g}",
+            f"{row['images_per_second']:.3g}",
+            f"{row['images_per_second'] / own['images_per_second']:.2f}",
+            f"{row['peak_mib']:.3g}",
+        ]
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    if not body:
+        return ""
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _show(rows: list[list[str]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)
