@@ -35,8 +35,8 @@ def test_recipes_load_and_pass_the_checks(name):
 
 def test_the_recipes_are_those_documented():
     assert recipe_names() == [
-        "animals28", "digits", "emoji64", "emoji_scenes", "finetune_cifar10", "finetune_cifar100", "finetune_flowers102",
-        "finetune_folder", "finetune_pets", "folder", "imagenet", "segmenter_ade20k",
+        "animals28", "animals28_vit", "digits", "emoji64", "emoji64_vit", "emoji_scenes", "finetune_cifar10",
+        "finetune_cifar100", "finetune_flowers102", "finetune_folder", "finetune_pets", "folder", "imagenet", "segmenter_ade20k",
     ]  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_model_arguments_may_be_values_of_python(tmp_path):
 
 
 def test_a_missing_file_names_the_recipes_and_the_nearest():
-    with pytest.raises(ConfigError, match=r"'digit'.*digits, emoji64, emoji_scenes, .*did you mean 'digits'"):
+    with pytest.raises(ConfigError, match=r"'digit'.*digits, emoji64, emoji64_vit, emoji_scenes, .*did you mean 'digits'"):
         load_config("digit")
 
 
