@@ -142,7 +142,9 @@ def test_model_arguments_may_be_values_of_python(tmp_path):
 
 
 def test_a_missing_file_names_the_recipes_and_the_nearest():
-    with pytest.raises(ConfigError, match=r"'digit'.*digits, emoji64, emoji64_vit, emoji_scenes, .*did you mean 'digits'"):
+    with pytest.raises(
+        ConfigError, match=r"'digit'.*digits, emoji64, emoji64_vit, emoji_scenes, .*did you mean 'digits'"
+    ):
         load_config("digit")
 
 
