@@ -16,6 +16,14 @@ from cbsa_torch.train.signals import StopRequests
 from tests.helpers.runs import STEPS, assert_same_tensors, during_training_step, last, measured, states
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """Ctrl-C is not ignored, as it is where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number):
     def act(loss, logits):
         os.kill(os.getpid(), number)
