@@ -67,13 +67,13 @@ class Options:
     """Folder of the runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the decoders' runs; the encoder is the same."""
-    encoder_epochs: int = 20
+    encoder_epochs: int = 12
     """Epochs of the encoder on emoji64."""
-    epochs: int = 10
+    epochs: int = 8
     """Epochs of every decoder."""
     scenes: int = 1000
     """Training scenes."""
-    size: int = 96
+    size: int = 80
     """Side of the scenes in pixels."""
     noise_scenes: int = 60
     """Test scenes of the noise sweep."""
