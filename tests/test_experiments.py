@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import digits_family
+from benchmarks import digits_family, segmentation_decoders
 from examples import compress_lines
+
+from cbsa_torch.cli.adapt_table import markdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,3 +70,19 @@ def test_the_docs_state_the_recorded_digits():
     docs = (ROOT / digits_family.DOCS).read_text()
     begin, end = digits_family.MARKERS
     assert docs.split(begin)[1].split(end)[0].strip() == digits_family.markdown(record)
+
+
+def test_the_docs_state_the_recorded_decoders():
+    record = json.loads((ROOT / segmentation_decoders.Options.results).read_text())
+    assert [row["mixer"] for row in record["rows"]] == list(segmentation_decoders.MIXERS)
+    assert segmentation_decoders.markdown(record) in (ROOT / "docs/segmentation.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["animals28", "emoji64", "cost"])
+def test_the_docs_state_the_recorded_adapted_vits(name):
+    """The record, its table, and the page hold the same."""
+    results = ROOT / "benchmarks/results"
+    record = json.loads((results / f"adapted_{name}.json").read_text())
+    table = markdown(record)
+    assert (results / f"adapted_{name}.md").read_text() == table
+    assert table.strip() in (ROOT / "docs/adapt.md").read_text()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cbsa_torch.cli import main
+from cbsa_torch.cli.adapt_table import markdown
 from cbsa_torch.train import evaluate_checkpoint, train
 from cbsa_torch.train.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 
@@ -32,7 +33,9 @@ def test_the_table(vit, tmp_path, capsys):
     record = json.loads(output.with_suffix(".json").read_text())
     original, agent, linear = record["accuracy"]
     test = evaluate_checkpoint(vit, output=tmp_path / "e.json").top1
-    assert original == {"name": "original", "before": test}
+    assert original.keys() == {"name", "before", "plain"}  # it has no teacher
+    assert original["before"] == test
+    assert len(original["plain"]) == 2
     for row in (agent, linear):
         assert len(row["plain"]) == len(row["distilled"]) == 2
     run = f"{output}/{AGENT.replace(' ', '_')}_distilled_seed1"
@@ -42,6 +45,7 @@ def test_the_table(vit, tmp_path, capsys):
     assert sizes[AGENT, 8]["parameters"] == sizes["original", 8]["parameters"]
     assert sizes["linear layers=-1", 16]["parameters"] == sizes["original", 16]["parameters"] + 2
     text = output.with_suffix(".md").read_text()
+    assert text == markdown(record)
     assert "| original |" in text
     assert f"| 16² | {AGENT} |" in text
     capsys.readouterr()

@@ -23,10 +23,11 @@ from cbsa_torch.cli.options import at_least, parse
 from cbsa_torch.models.adapt.inherit import MIXERS
 from cbsa_torch.train.adaptation import AdaptedModelConfig, AdaptTrainConfig, open_original, recover
 from cbsa_torch.train.adaptation.before import accuracy_before
-from cbsa_torch.train.config import load_config
+from cbsa_torch.train.config import ModelConfig, TrainConfig, load_config
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.run_folder import environment
+from cbsa_torch.train.trainer import train
 
 Recovery = Literal["plain", "distilled"]
 CBSA_STAR = "cbsa contraction_step=1"
@@ -96,11 +97,9 @@ def run_adapt_table(args: list[str]) -> None:
         "cost": _costs(options, variants) if options.image_sizes else [],
     }
     write_atomically(Path(f"{options.output}.json"), (json.dumps(record, indent=1) + "\n").encode())
-    tables = [list(_accuracy_table(record["accuracy"])), list(_cost_table(record["cost"]))]
-    write_atomically(Path(f"{options.output}.md"), "\n".join(_markdown(rows) for rows in tables).encode())
-    for rows in tables:
-        if len(rows) > 1:
-            _show(rows)
+    write_atomically(Path(f"{options.output}.md"), markdown(record).encode())
+    for rows in _tables(record):
+        _show(rows)
     print(f"record: {options.output}.json, tables: {options.output}.md")
 
 
@@ -127,13 +126,8 @@ def parse_variant(text: str) -> bench.Variant:
 def _configuration(
     options: _TableArgs, variant: bench.Variant, name: str, recovery: Recovery, seed: int
 ) -> AdaptTrainConfig:
-    if options.config is None:
-        base = with_data_of(AdaptTrainConfig(), options.model)
-    else:
-        base = adaptation_config(load_config(options.config), options.config)
+    base = _base(options)
     layers = variant.layers if isinstance(variant.layers, str) else ",".join(map(str, variant.layers))
-    changes: dict[str, Any] = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
-    given = {key: value for key, value in changes.items() if value is not None}
     distill = base.distill
     if recovery == "distilled":
         distill = dataclasses.replace(distill, logits=options.logits, features=options.features)
@@ -148,20 +142,54 @@ def _configuration(
             layers=layers,
             args={**base.model.args, **variant.options},
         ),
-        optim=dataclasses.replace(base.optim, **given),
-        engine=dataclasses.replace(base.engine, tracker="none", threads=options.threads),
         distill=distill,
     )
 
 
+def _base(options: _TableArgs) -> AdaptTrainConfig:
+    """What all recoveries have in common."""
+    if options.config is None:
+        base = with_data_of(AdaptTrainConfig(), options.model)
+    else:
+        base = adaptation_config(load_config(options.config), options.config)
+    optim: dict[str, Any] = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
+    given = {key: value for key, value in optim.items() if value is not None}
+    return dataclasses.replace(
+        base,
+        optim=dataclasses.replace(base.optim, **given),
+        engine=dataclasses.replace(base.engine, tracker="none", threads=options.threads),
+    )
+
+
+def _tuned_original(options: _TableArgs, seed: int) -> Path:
+    """The run in which the original itself is trained further as the others are: what training alone brings."""
+    base, original = _base(options), open_original("--model", options.model)
+    config = TrainConfig(
+        output=f"{options.output}/{bench.ORIGINAL}_plain_seed{seed}",
+        seed=seed,
+        model=ModelConfig(original.name, image_size=base.model.image_size, init_from=options.model),
+        data=base.data,
+        optim=base.optim,
+        engine=base.engine,
+    )
+    return train(config).folder
+
+
 def _accuracies(options: _TableArgs, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
-    """The original, then every variant: before, and after each recovery with each seed."""
+    """The original, then every variant: before, and after each recovery with each seed.
+
+    The original is trained as long, too, from the labels alone.
+    """
     rows: list[dict[str, Any]] = []
     for name, variant in variants.items():
         before = accuracy_before(
             _configuration(options, variant, name, "plain", options.seeds[0]), options.split
         )
-        rows = rows or [{"name": bench.ORIGINAL, "before": before.original}]
+        if not rows:
+            rows.append({"name": bench.ORIGINAL, "before": before.original})
+            if "plain" in options.recoveries:
+                tuned = [_tuned_original(options, seed) for seed in options.seeds]
+                rows[0]["plain"] = [evaluate_checkpoint(run, split=options.split).top1 for run in tuned]
         row: dict[str, Any] = {"name": name, "before": before.adapted}
         for recovery in options.recoveries:
             row[recovery] = []
@@ -200,7 +228,7 @@ def _accuracy_table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def _spread(values: list[float] | None) -> str:
-    """Mean ± sample standard deviation in percent; nothing for the original."""
+    """Mean ± sample standard deviation in percent; nothing where nothing was trained."""
     if not values:
         return ""
     sd = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -223,12 +251,16 @@ def _cost_table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
         ]
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = rows
-    if not body:
-        return ""
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _tables(record: dict[str, Any]) -> list[list[list[str]]]:
+    """Rows of those of the two tables that were asked for."""
+    tables = (list(_accuracy_table(record["accuracy"])), list(_cost_table(record["cost"])))
+    return [rows for rows in tables if len(rows) > 1]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The tables of a record."""
+    tables = ([head, ["---"] * len(head), *body] for head, *body in _tables(record))
+    return "\n".join("".join(f"| {' | '.join(line)} |\n" for line in table) for table in tables)
 
 
 def _show(rows: list[list[str]]) -> None:

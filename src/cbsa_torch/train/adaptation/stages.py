@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from cbsa_torch.models.adapt.find import choose, find_attention, obstacle
@@ -30,7 +31,7 @@ def recover(config: AdaptTrainConfig, stage_epochs: int | None = None) -> TrainR
     for stage in runs:  # before the first is trained
         RunFolder(stage.output).check(stage)
     for number, stage in enumerate(runs, 1):
-        if len(runs) > 1:
+        if len(runs) > 1 and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"stage {number} of {len(runs)}: layers {stage.model.layers}", flush=True)
         result = train(stage)
     return result
