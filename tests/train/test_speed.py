@@ -49,6 +49,8 @@ def test_which_optimisers_are_fused():
         "sgd",
     ]
     assert not has_fused("fusedadam")  # of apex, which is not installed
+    assert has_fused("adamw", sharded=True)
+    assert not has_fused("momentum", sharded=True)
     assert optimizer_of(build(False), "adamw").param_groups[0]["fused"]
     assert "fused" not in optimizer_of(build(False), "lion").param_groups[0]
 

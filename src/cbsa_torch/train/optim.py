@@ -18,7 +18,11 @@ from cbsa_torch.train.errors import ConfigError
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimConfig, lr_scales: Mapping[str, float] = MappingProxyType({})
+    model: nn.Module,
+    config: OptimConfig,
+    lr_scales: Mapping[str, float] = MappingProxyType({}),
+    *,
+    sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimiser, with weight decay on matrices only unless ``decay_everything``.
 
@@ -27,13 +31,14 @@ def make_optimizer(
 
     Args:
         lr_scales: factors on the learning rate, by parameter, none of which decays.
+        sharded: the model's parameters will be sharded (FSDP2).
     """
     known = list_optimizers()
     if config.name not in known:
         raise ConfigError(
             f"optim.name must be an optimiser of timm, got {config.name!r}{nearest(config.name, known)}"
         )
-    fused = has_fused(config.name)
+    fused = has_fused(config.name, sharded=sharded)
     optimizer = create_optimizer_v2(
         _groups(model, config, lr_scales),
         opt=config.name,
@@ -67,11 +72,13 @@ def _groups(model: nn.Module, config: OptimConfig, lr_scales: Mapping[str, float
     return [group for group in groups if group["params"]]
 
 
-def has_fused(name: str) -> bool:
-    """Whether the optimiser ``name`` of timm is one of torch's that has a fused step."""
+def has_fused(name: str, *, sharded: bool = False) -> bool:
+    """Whether the optimiser ``name`` of timm is one of torch's that has a fused step (for sharded parameters)."""
     cls = get_optimizer_info(name).opt_class
     if isinstance(cls, str):  # of another package, not imported before it is used
         return False
+    if sharded and cls not in (torch.optim.Adam, torch.optim.AdamW):
+        return False  # the kernels of the others do not know shards (torch 2.14)
     return cls.__module__.startswith("torch.optim") and "fused" in inspect.signature(cls).parameters
 
 

@@ -79,7 +79,7 @@ def prepare(
         shard(accelerator, model)
     else:
         to_channels_last(model)
-    optimizer = make_optimizer(model, config.optim, opened.lr_scales)
+    optimizer = make_optimizer(model, config.optim, opened.lr_scales, sharded=config.engine.fsdp)
     train_loader = task.training_loader(config, opened, batch_size)
     draw_apart(train_loader)
     _check_loader(train_loader, batch_size, accelerator.num_processes)

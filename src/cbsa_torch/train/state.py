@@ -93,7 +93,7 @@ def restore(
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:8])}")
     whole = StateDictOptions(full_state_dict=True)
-    settings = ("weight_decay", "lr_scale")
+    settings = ("weight_decay", "lr_scale", "fused")
     configured = [{key: group[key] for key in settings if key in group} for group in optimizer.param_groups]
     # The optimiser first: to make its state, torch lets it take a step of length zero.
     try:
