@@ -73,7 +73,7 @@ def _groups(model: nn.Module, config: OptimConfig, lr_scales: Mapping[str, float
 
 
 def has_fused(name: str, *, sharded: bool = False) -> bool:
-    """Whether the optimiser ``name`` of timm is one of torch's that has a fused step (for sharded parameters)."""
+    """Whether the optimiser ``name`` of timm is one of torch's with a fused step (for sharded parameters)."""
     cls = get_optimizer_info(name).opt_class
     if isinstance(cls, str):  # of another package, not imported before it is used
         return False
