@@ -52,6 +52,8 @@ from cbsa_torch.train.segmentation.transforms import evaluation_transform
 
 MIXERS = {"cbsa": "CBSA (CBT)", "mssa": "MSSA (DEPICT)", "mhsa": "MHSA (Segmenter)"}
 COLOURS = {"cbsa": "#1f77b4", "mssa": "#ff7f0e", "mhsa": "#2ca02c"}
+LINES = {"cbsa": "-", "mssa": "-", "mhsa": "--"}
+"""MSSA and MHSA cost nearly the same."""
 REPEATED = ("Flags", "Symbols")
 """Classes whose masks repeat between the splits."""
 SIGMAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -85,6 +87,11 @@ class Options:
     """The plot."""
 
 
+def encoder_folder(options: Options) -> Path:
+    """Of the encoder's run, whose name the decoders' configurations hold: with another they train anew."""
+    return options.runs / f"encoder_{options.encoder_epochs}_epochs"
+
+
 def encoder_configuration(options: Options) -> TrainConfig:
     """The recipe of emoji64, shorter."""
     recipe = load_config("emoji64")
@@ -92,7 +99,7 @@ def encoder_configuration(options: Options) -> TrainConfig:
     optim = replace(recipe.optim, epochs=options.encoder_epochs)
     return replace(
         recipe,
-        output=str(options.runs / "encoder"),
+        output=str(encoder_folder(options)),
         optim=optim,
         engine=replace(recipe.engine, threads=options.jobs, tracker="none"),
     )
@@ -110,7 +117,7 @@ def configuration(options: Options, mixer: str, seed: int) -> SegmentationTrainC
         recipe,
         output=str(options.runs / f"{mixer}_seed{seed}"),
         seed=seed,
-        model=replace(recipe.model, args=args, encoder_from=str(options.runs / "encoder")),
+        model=replace(recipe.model, args=args, encoder_from=str(encoder_folder(options))),
         data=replace(recipe.data, scenes=scenes, crop_size=options.size, base_size=options.size, workers=0),
         optim=replace(recipe.optim, epochs=options.epochs),
         engine=replace(recipe.engine, threads=1, tracker="none"),
@@ -118,19 +125,21 @@ def configuration(options: Options, mixer: str, seed: int) -> SegmentationTrainC
 
 
 def train_once(config: RunConfig) -> float:
-    """Train in a process of its own, or go on, unless that is done; the seconds that it took."""
+    """Train in a process of its own, or go on, unless that is done; the seconds that it took in all."""
     folder = RunFolder(config.output)
-    done = folder.read_metrics() if folder.config.exists() else []
-    if (
-        done
-        and not changed_keys(load_config(folder.config), config)
-        and done[-1]["epoch"] == config.optim.epochs
-    ):
-        return 0.0
+    taken = folder.path.with_suffix(".seconds")
+    before = 0.0
+    changed = folder.config.exists() and bool(changed_keys(load_config(folder.config), config))
+    if folder.config.exists() and not changed:
+        before = float(taken.read_text()) if taken.exists() else 0.0
+        done = folder.read_metrics()
+        if done and done[-1]["epoch"] == config.optim.epochs:
+            return before
     source = folder.path.with_suffix(".yaml")
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(dump_yaml(config))
-    command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--config", str(source), "--overwrite"]
+    command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--config", str(source)]
+    command += ["--overwrite"] if changed else []
     start = time.perf_counter()
     result = subprocess.run(
         command,
@@ -139,9 +148,12 @@ def train_once(config: RunConfig) -> float:
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": str(config.engine.threads)},
     )
+    seconds = before + time.perf_counter() - start
+    if folder.config.exists():
+        taken.write_text(str(seconds))
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-    return time.perf_counter() - start
+    return seconds
 
 
 def test_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
@@ -225,7 +237,7 @@ def run(options: Options) -> dict[str, Any]:
                 **{key: summary([test[key] for test in tests]) for key in ("miou", "miou_without_repeated")},
                 "noise": [outcomes[mixer, seed].noise for seed in options.seeds],
                 "cost": decoder_cost(mixer, options.size, args),
-                "flops_by_side": [decoder_cost(mixer, side, args)["flops"] for side in SIDES],
+                "cost_by_side": [decoder_cost(mixer, side, args) for side in SIDES],
             }
         )
     return {
@@ -282,9 +294,9 @@ def percent(value: dict[str, float | None]) -> str:
 
 
 def draw(record: dict[str, Any]) -> Figure:
-    """Noise at the left, cost at the right."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    noise, cost = figure.subplots(1, 2)
+    """Noise, FLOPs, similarities."""
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    noise, flops, similarities = figure.subplots(1, 3)
     for row in record["rows"]:
         name, colour = MIXERS[row["mixer"]], COLOURS[row["mixer"]]
         clean = [sweep["clean"] for sweep in row["noise"]]
@@ -297,7 +309,16 @@ def draw(record: dict[str, Any]) -> Figure:
         noise.errorbar(
             places, [100 * m for m in means], [100 * s for s in spreads], color=colour, label=name, capsize=2
         )
-        cost.plot(SIDES, [flops / 1e9 for flops in row["flops_by_side"]], ".-", color=colour, label=name)
+        line = LINES[row["mixer"]]
+        for axes, key, unit in ((flops, "flops", 1e9), (similarities, "similarities", 1e6)):
+            axes.plot(
+                SIDES,
+                [cost[key] / unit for cost in row["cost_by_side"]],
+                line,
+                marker=".",
+                color=colour,
+                label=name,
+            )
     noise.set(
         xscale="log",
         xlabel="standard deviation of the noise on the decoder's attention",
@@ -306,12 +327,13 @@ def draw(record: dict[str, Any]) -> Figure:
     )
     noise.set_xticks([SIGMAS[0] / 3, 1e-3, 1e-2, 1e-1, 1], ["none", "0.001", "0.01", "0.1", "1"])
     noise.minorticks_off()
-    cost.set(
-        xscale="log", yscale="log", xlabel="side of the image (pixels)", ylabel="GFLOPs", title="Decoder cost"
-    )
-    cost.set_xticks(SIDES[::2], [str(side) for side in SIDES[::2]])
-    cost.minorticks_off()
-    for axes in (noise, cost):
+    flops.set(ylabel="GFLOPs", title="Decoder FLOPs")
+    similarities.set(ylabel="millions", title="Pairwise similarities")
+    for axes in (flops, similarities):
+        axes.set(xscale="log", yscale="log", xlabel="side of the image (pixels)")
+        axes.set_xticks(SIDES[::2], [str(side) for side in SIDES[::2]])
+        axes.minorticks_off()
+    for axes in (noise, flops, similarities):
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

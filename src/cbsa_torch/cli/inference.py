@@ -61,7 +61,10 @@ class _EvalArgs(_WindowOptions):
     split: Literal["train", "val", "test"] = "test"
     """The images to evaluate on."""
     root: str | None = None
-    """Evaluate on this folder (of images, or of images and masks) instead of the data that was trained on."""
+    """Evaluate on the data in this folder instead of where the training data lay."""
+    data: str | None = None
+    """What lies there. Default: for classifiers "folder"; for segmenters what was trained on, e.g. "ade20k";
+    "folder" is for images and masks of your own."""
     max_bad_images: int | None = None
     """Unreadable images that are left out, counted and listed; one more stops. Default: as in training."""
     batch_size: int | None = None
@@ -76,7 +79,9 @@ def run_eval(args: list[str]) -> None:
     options = parse(_EvalArgs, args, "eval")
     changes: dict[str, Any] = {}
     if options.root is not None:
-        changes = {"name": "folder", "root": options.root}
+        changes["root"] = options.root
+    if options.data is not None:
+        changes["name"] = options.data
     if options.max_bad_images is not None:
         at_least(0, max_bad_images=options.max_bad_images)
         changes["max_bad_images"] = options.max_bad_images
@@ -87,6 +92,8 @@ def run_eval(args: list[str]) -> None:
         _eval_segmenter(options, trained, changes)
         return
     options.refuse()
+    if options.root is not None:
+        changes.setdefault("name", "folder")
     result = evaluate_checkpoint(
         options.checkpoint,
         split=options.split,
@@ -140,8 +147,10 @@ class _PredictArgs(_WindowOptions):
     """Classifiers: how many classes to name."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What to do about an unreadable image."""
-    masks: str = "masks"
+    masks: str = "predicted_masks"
     """Segmenters: the folder for NAME_mask.png (coloured, with a legend) and NAME_labels.png (numbers)."""
+    overwrite: bool = False
+    """Segmenters: replace files of these names."""
     output: str | None = None
     """Also write the predictions to this JSON file."""
 
@@ -159,12 +168,15 @@ def run_predict(args: list[str]) -> None:
             options.masks,
             windows=options.windows(trained),
             on_bad_image=options.on_bad_image,
+            overwrite=options.overwrite,
         )
         rows = [(item.image, list(item.shares.items()), item.error) for item in masks]
         _show(rows, "share of pixels", masks, options.output)
         print(f"masks: {options.masks}")
         return
     options.refuse()
+    if options.overwrite:
+        raise ConfigError("--overwrite is for segmenters; this checkpoint is a classifier")
     found = predict_images(trained, options.images, top=options.top, on_bad_image=options.on_bad_image)
     classes = [
         (item.image, list(zip(item.classes, item.probabilities, strict=True)), item.error) for item in found

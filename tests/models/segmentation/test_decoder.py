@@ -170,6 +170,10 @@ def test_new_classes():
     assert all(torch.equal(p, before[name]) for name, p in model.layers.state_dict().items())
     model.reset_classes(1)
     assert isinstance(model.mask_norm, ScaleShift)
+    model = decoder(5, mixer=lambda dim, *_, **__: torch.nn.Identity())
+    with pytest.raises(TypeError, match="mixer Identity cannot be told another number of classes"):
+        model.reset_classes(3)
+    assert model.num_classes == 5
 
 
 def test_weight_decay_spares_embeddings_and_steps():
@@ -209,6 +213,7 @@ def test_compiles_in_one_graph_and_exports():
         ({"mixer": 3}, TypeError, "mixer must be a name or a constructor, got 3"),
         ({"learned_step": 1}, TypeError, "learned_step must be True or False"),
         ({"mixer": "mssa", "num_representatives": 9}, TypeError, "num_representatives"),
+        ({"num_prefix_tokens": 9}, TypeError, "num_prefix_tokens is no option here"),
         ({"contraction": "exat"}, ValueError, "did you mean 'exact'"),
     ],
 )

@@ -154,6 +154,13 @@ def test_one_scale_without_flip_has_the_windows_probabilities():
     assert_close(found.softmax(1), sliding_logits(model, images, 6).softmax(1), 1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_images_of_low_precision_are_resized(dtype):
+    model, exact = Positional(), multi_scale_logits(Positional(), IMAGES)
+    found = multi_scale_logits(model, IMAGES.to(dtype))
+    torch.testing.assert_close(found, exact, atol=0.05, rtol=0.05)
+
+
 def test_flips_make_it_symmetric():
     model = Positional().eval()
     images = torch.randn(1, 3, 9, 8, dtype=torch.float64)
@@ -197,6 +204,8 @@ IMAGES = torch.zeros(1, 3, 4, 4)
         ([IMAGES], {}, ValueError, r"each of images must have shape \(C, height, width\)"),
         ([], {}, ValueError, "images must not be empty"),
         (IMAGES.byte(), {}, TypeError, "images must have a floating-point dtype"),
+        ([IMAGES[0], IMAGES[0, :1]], {}, ValueError, "images must have one number of channels and one dtype"),
+        ([IMAGES[0], IMAGES[0].double()], {}, ValueError, "of torch.float32 and .* of torch.float64"),
     ],
 )
 def test_bad_arguments_are_named(images, options, kind, message):
@@ -205,8 +214,9 @@ def test_bad_arguments_are_named(images, options, kind, message):
 
 
 def test_bad_scales_and_models_are_named():
-    with pytest.raises(ValueError, match="scales must not be empty"):
-        multi_scale_logits(Positional(), IMAGES, scales=())
+    for scales in ((), 0.5):
+        with pytest.raises(ValueError, match="scales must be a sequence of numbers above 0"):
+            multi_scale_logits(Positional(), IMAGES, scales=scales)
     with pytest.raises(ValueError, match="scales must be positive"):
         multi_scale_logits(Positional(), IMAGES, scales=(0.0,))
     with pytest.raises(

@@ -70,6 +70,14 @@ def test_a_long_legend_goes_into_columns(tmp_path):
         assert {tuple(c) for c in palette(150).tolist()} <= colours(picture)
 
 
+def test_a_flat_image_has_a_whole_legend(tmp_path):
+    mask = np.arange(400 * 10).reshape(10, 400) // 500
+    write_coloured_mask(Image.new("RGB", (400, 10)), mask, names(8), tmp_path / "m.png")
+    with Image.open(tmp_path / "m.png") as picture:
+        assert picture.height >= 8 * 20
+        assert {tuple(c) for c in palette(8).tolist()} <= colours(picture.crop((824, 0, *picture.size)))
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [

@@ -123,6 +123,31 @@ def test_the_command_writes_masks(run, tmp_path, capsys):
     assert "share of pixels" in capsys.readouterr().out
 
 
+def test_masks_that_are_there_stay(run, tmp_path, capsys):
+    image, masks = str(Path(run.data.root) / "test/images/0.png"), tmp_path / "masks"
+    masks.mkdir()
+    (masks / "0_labels.png").write_bytes(b"work of days")
+    arguments = ["predict", "--checkpoint", run.output, image, "--masks", str(masks)]
+    assert main(arguments) == 1
+    assert "0_labels.png is there already" in capsys.readouterr().err
+    assert [path.read_bytes() for path in masks.iterdir()] == [b"work of days"]
+    assert main([*arguments, "--overwrite"]) == 0
+    assert len(list(masks.iterdir())) == 2
+    with pytest.raises(ValueError, match="on_bad_image must be one of"):
+        predict_masks(run.output, [image], tmp_path / "other", on_bad_image="sikp")
+
+
+def test_the_same_data_elsewhere_keep_their_layout(run, tmp_path, capsys):
+    arguments = ["eval", "--checkpoint", run.output, "--output", str(tmp_path / "e.json")]
+    root = str(write_masked_folder(tmp_path / "moved"))
+    assert main([*arguments, "--root", root, "--data", "ade20k"]) == 1
+    assert "moved/images is not a folder" in capsys.readouterr().err
+    assert main([*arguments, "--root", root, "--data", "ade2k"]) == 1
+    assert "did you mean 'ade20k'" in capsys.readouterr().err
+    config = segmenter_config(open_trained(run.output))
+    assert config.data.name == "folder"
+
+
 def test_images_of_one_name_are_refused_before_any_is_read(run, tmp_path):
     with pytest.raises(ConfigError, match=r"would both be written as a_mask\.png"):
         predict_masks(run.output, ["x/a.png", "y/a.jpg"], tmp_path / "masks")

@@ -207,6 +207,10 @@ def test_a_bad_class_list_is_refused(pairs, text, message):
 def test_settings_that_cannot_work_are_refused(pairs, tmp_path):
     with pytest.raises(ConfigError, match=r"ignore_label must not be .*, got 1, which is 'water'"):
         open_segmentation(config(pairs, ignore_label=1))
+    with pytest.raises(ConfigError, match=r"ignore_label is of data\.name 'folder'; 'voc' has its own"):
+        open_segmentation(config(pairs, "voc", ignore_label=255))
+    with pytest.raises(ConfigError, match=r"split must be one of .*, got 'validation'"):
+        open_segmentation_split(config(pairs), "RGB", "validation", [])
     with pytest.raises(ConfigError, match=r"'ade2k'; did you mean 'ade20k'\?"):
         open_segmentation(config(pairs, "ade2k"))
     with pytest.raises(DataError, match="data.root is required"):
@@ -223,6 +227,12 @@ def test_settings_that_cannot_work_are_refused(pairs, tmp_path):
     ):
         with pytest.raises(DataError, match=part):
             open_segmentation(config(tmp_path, name))
+
+
+def test_hidden_folders_hold_no_images(pairs):
+    before = len(open_segmentation(config(pairs)).train)
+    write(pairs / "train" / "images" / ".checkpoints" / "train_0.jpg")
+    assert len(open_segmentation(config(pairs)).train) == before
 
 
 def test_two_files_of_one_name_are_refused(pairs):

@@ -81,6 +81,26 @@ def test_grey_of_4_bits_which_pillow_stretches_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        (b"P5 3 1 2\n\x00\x01\x02", [[0, 128, 255]]),
+        (b"P5 2 1 1\n\x00\x01", [[0, 255]]),
+        (b"P4 2 1\n\x40", [[True, False]]),
+    ],
+    ids=["stretched", "two", "inverted"],
+)
+def test_small_pgm_and_pbm_are_refused(tmp_path, content, read):
+    path = tmp_path / "m.pgm"
+    path.write_bytes(content)
+    with Image.open(path) as image:
+        assert np.asarray(image).tolist() == read  # else the refusal is no longer needed
+    with pytest.raises(UnreadableImageError, match="PBM or PGM mask of fewer than 8 bits"):
+        read_mask_file(path)
+    path.write_bytes(b"P5 3 1 255\n\x00\x01\x02")
+    assert read_mask_file(path).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
     ("name", "mode", "reason"),
     [
         ("m.png", "RGB", r"mode RGB, where one number per pixel is expected.*labels_from_colours"),

@@ -62,7 +62,8 @@ class MaskTransformerDecoder(nn.Module):
         num_heads: of the mixer. Default: 3, 6 or 9, by ``dim``; see :func:`default_num_heads`.
         head_dim: dimension of each. None: ``dim / num_heads``.
         mixer: a name of :data:`MIXERS`, or a constructor called as
-            ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=K, device=..., dtype=..., **options)``.
+            ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=K, device=..., dtype=..., **options)``;
+            :meth:`reset_classes` also calls its ``set_input_size(None, K)``.
         encoder_dim: channels of the features. Default: ``dim``; otherwise a linear layer comes first.
         learned_step: a learned step size per layer, x <- x + step * mixer(LN(x)), standard normal at first, as
             in DEPICT. The steps of CBSA are its own.
@@ -95,6 +96,8 @@ class MaskTransformerDecoder(nn.Module):
             check_positive_int(name, value)
         check_positive_int("encoder_dim", encoder_dim)
         check_bool("learned_step", learned_step)
+        if "num_prefix_tokens" in options:
+            raise TypeError("num_prefix_tokens is no option here: the class embeddings are the prefix tokens")
         num_heads = default_num_heads(dim) if num_heads is None else num_heads
         make = functools.partial(_constructor(mixer), **options)
         if _pools(mixer, options):
@@ -140,6 +143,12 @@ class MaskTransformerDecoder(nn.Module):
     def reset_classes(self, num_classes: int) -> None:
         """Start with other classes: new embeddings and a new norm over them; the layers stay."""
         check_positive_int("num_classes", num_classes)
+        for layer in self.layers:
+            if not hasattr(layer.attn, "set_input_size"):
+                raise TypeError(
+                    f"mixer {type(layer.attn).__name__} cannot be told another number of classes: it has no "
+                    "set_input_size(grid, num_prefix_tokens)"
+                )
         like = self.class_embed
         kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.num_classes = num_classes

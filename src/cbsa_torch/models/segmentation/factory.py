@@ -6,6 +6,7 @@ Its arguments are values of JSON, so that a checkpoint can say how to rebuild th
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,6 +96,11 @@ def segmenter(
             f"encoder_args must not hold {', '.join(sorted(refused))}: use pretrained_encoder=True, or load "
             "weights into model.encoder"
         )
+    taken = (
+        mixer_args.keys() & inspect.signature(MaskTransformerDecoder).parameters.keys() if mixer_args else None
+    )
+    if taken:
+        raise ValueError(f"mixer_args must hold options of the mixer, not {', '.join(sorted(taken))}")
     kind: dict[str, Any] = {"device": device, "dtype": dtype}
     given = {"in_chans": in_chans, "img_size": img_size, **kind}
     encoder_args |= {name: value for name, value in given.items() if value is not None}

@@ -74,7 +74,7 @@ class Segmenter(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Features ``(B, C, h, w)`` of images, padded to whole patches."""
         check_floating("images", x)
-        if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
+        if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape:
             raise ValueError(
                 f"images must have shape (B, {self.in_chans}, height, width), got {tuple(x.shape)}"
             )

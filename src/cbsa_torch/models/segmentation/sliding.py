@@ -144,8 +144,8 @@ def multi_scale_logits(
         The logarithm of the mean probability of every class, hence logits whose softmax is that mean, in the
         shape of :func:`sliding_logits`. Of one class: the logit of the mean of the sigmoids.
     """
-    if not len(scales):
-        raise ValueError("scales must not be empty")
+    if not isinstance(scales, Sequence) or not scales:
+        raise ValueError(f"scales must be a sequence of numbers above 0, got {scales!r}")
     for scale in scales:
         check_positive("scales", scale)
     check_bool("flip", flip)
@@ -180,7 +180,8 @@ def _scaled(image: Tensor, scale: float) -> tuple[int, int]:
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if size == tuple(image.shape[1:]):
         return image
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    exact = image[None].to(compute_dtype(image.dtype))  # half precision has no such kernel on the CPU
+    return F.interpolate(exact, size, mode="bilinear", antialias=True)[0].to(image.dtype)
 
 
 def _windows(
@@ -234,6 +235,12 @@ def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         check_floating("images", image)
         if image.ndim != 3 or 0 in image.shape:
             raise ValueError(f"each of images must have shape (C, height, width), got {tuple(image.shape)}")
+        first = listed[0]
+        if image.shape[0] != first.shape[0] or image.dtype != first.dtype:
+            raise ValueError(
+                f"images must have one number of channels and one dtype, got {first.shape[0]} of {first.dtype} "
+                f"and {image.shape[0]} of {image.dtype}"
+            )
     return listed
 
 

@@ -79,7 +79,10 @@ def open_split(
             f"the data's {len(splits.class_names)} classes ({', '.join(splits.class_names[:5])}, ...) are not "
             f"the model's {len(class_names)} ({', '.join(class_names[:5])}, ...)"
         )
-    dataset = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
+    opened = {"train": splits.train, "val": splits.val, "test": splits.test}
+    if split not in opened:
+        raise ConfigError(f"split must be one of {', '.join(opened)}, got {split!r}{nearest(split, opened)}")
+    dataset = opened[split]
     if dataset is None:
         raise DataError(f"this data set has no {split} split; choose another")
     return dataset

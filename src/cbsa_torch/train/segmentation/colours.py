@@ -18,6 +18,7 @@ _IGNORED = (128, 128, 128)
 _DIFFERENT = 720
 _SMALLEST_SIDE, _LINE, _SWATCH, _GAP = 256, 20, 12, 8
 _COLUMN_CHARACTERS = 28
+_FEWEST_ROWS = 8
 
 
 def palette(count: int) -> np.ndarray:
@@ -100,7 +101,8 @@ def _picture(image: Image.Image, labels: np.ndarray, class_names: list[str]) -> 
     width, height = image.size[0] * factor, image.size[1] * factor
     panels = [panel.resize((width, height), Image.Resampling.NEAREST) for panel in panels]
     legend = _legend(labels, class_names, height)
-    page = Image.new("RGB", (2 * width + legend.width + 4 * _GAP, height + 2 * _GAP), "white")
+    page_size = 2 * width + legend.width + 4 * _GAP, max(height, legend.height) + 2 * _GAP
+    page = Image.new("RGB", page_size, "white")
     for i, panel in enumerate(panels):
         page.paste(panel, (_GAP + i * (width + _GAP), _GAP))
     page.paste(legend, (2 * width + 3 * _GAP, _GAP))
@@ -108,12 +110,12 @@ def _picture(image: Image.Image, labels: np.ndarray, class_names: list[str]) -> 
 
 
 def _legend(labels: np.ndarray, class_names: list[str], height: int) -> Image.Image:
-    """Entries in columns of the height of the image."""
+    """Entries in columns of the height of the image, or of a few entries where it is flat."""
     values, counts = np.unique(labels, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     colours = {IGNORE: _IGNORED, **{i: tuple(c) for i, c in enumerate(palette(len(class_names)).tolist())}}
     names = {IGNORE: "(ignored)", **dict(enumerate(class_names))}
-    rows = max(1, height // _LINE)
+    rows = max(_FEWEST_ROWS, height // _LINE)
     font = ImageFont.load_default(size=13)
     entries = [
         (colours[int(values[i])], f"{_short(names[int(values[i])])}  {100 * counts[i] / labels.size:.1f} %")
@@ -121,7 +123,9 @@ def _legend(labels: np.ndarray, class_names: list[str], height: int) -> Image.Im
     ]
     widest = max((font.getlength(text) for _, text in entries), default=0)
     column = int(widest) + _SWATCH + 3 * _GAP
-    legend = Image.new("RGB", (column * max(1, -(-len(entries) // rows)), height), "white")
+    legend = Image.new(
+        "RGB", (column * max(1, -(-len(entries) // rows)), min(rows, len(entries)) * _LINE), "white"
+    )
     draw = ImageDraw.Draw(legend)
     for i, (colour, text) in enumerate(entries):
         x, y = column * (i // rows), _LINE * (i % rows)

@@ -128,6 +128,11 @@ def check_data_config(config: SegmentationDataConfig) -> None:
         (share is None or 0 < share <= 1, "data.max_class_share must be in (0, 1]", share),
         (0 <= config.hflip <= 1, "data.hflip must be in [0, 1]", config.hflip),
         (ignore is None or 0 <= ignore <= 0xFFFF, "data.ignore_label must be in [0, 65535]", ignore),
+        (
+            ignore is None or config.name == "folder",
+            f"data.ignore_label is of data.name 'folder'; {config.name!r} has its own",
+            ignore,
+        ),
         (scenes.seed >= 0, "data.scenes.seed must not be negative", scenes.seed),
         (scenes.size >= 8, "data.scenes.size must be at least 8", scenes.size),
         (scenes.train >= 1, "data.scenes.train must be at least 1", scenes.train),

@@ -166,7 +166,8 @@ def _by_key(folder: Path, end: str | None = None) -> dict[str, Path]:
         raise DataError(f"{folder} is not a folder")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.name.startswith(".") or not path.name.endswith(end or ""):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.name.endswith(end or ""):
             continue
         if end is None and path.suffix.lower() not in EXTENSIONS:
             continue

@@ -1,7 +1,8 @@
 """From a mask file to class labels: one whole number per pixel, every one of them known.
 
 Pillow decodes. Refused is whatever would make up labels: colours, transparency, JPEG and GIF, grey of 2 or 4
-bits (which Pillow stretches to 0..255), and values that the data set does not know.
+bits and small PGM (which Pillow stretches to 0..255), PBM (inverted), and values that the data set does not
+know.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ def _refuse_ambiguous(image: Image.Image) -> None:
             f"a mask in mode {image.mode}, where one number per pixel is expected (mode L or P); if its "
             "colours stand for classes, convert it once with "
             "cbsa_torch.train.segmentation.labels_from_colours and save the result as PNG"
+        )
+    if image.format == "PPM" and (image.mode == "1" or image.tile[0].codec_name != "raw"):
+        raise UnreadableImageError(
+            "a PBM or PGM mask of fewer than 8 bits, which is read stretched or inverted; make it anew as PNG"
         )
     raw_mode = str(image.tile[0].args) if image.tile else ""
     if "L;2" in raw_mode or "L;4" in raw_mode:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.train.data import read_image_file
 from cbsa_torch.train.errors import ConfigError, DataError
@@ -40,7 +41,8 @@ def predict_masks(
     folder: str | Path,
     *,
     windows: Windows | None = None,
-    on_bad_image: str = "stop",
+    on_bad_image: Literal["stop", "skip"] = "stop",
+    overwrite: bool = False,
 ) -> list[MaskPrediction]:
     """Segment image files of any size, one by one, and write ``NAME_mask.png`` and ``NAME_labels.png`` of each.
 
@@ -50,10 +52,13 @@ def predict_masks(
         folder: where the masks are written; created if need be.
         windows: how images are seen. Default: as in validation.
         on_bad_image: "stop" raises DataError; "skip" reports the error in that image's prediction.
+        overwrite: replace files of these names, which may be somebody's masks.
 
     Raises:
-        ConfigError: two images of one name, a checkpoint that is no segmenter.
+        ConfigError: two images of one name, files that are there already, a checkpoint that is no segmenter.
+            Nothing was written then.
     """
+    check_choice("on_bad_image", on_bad_image, ("stop", "skip"))
     trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint)
     windows = trained_windows(segmenter_config(trained)) if windows is None else windows
     folder = Path(folder)
@@ -64,6 +69,9 @@ def predict_masks(
         other = taken.setdefault(path.stem, path)
         if other is not path:
             raise ConfigError(f"{other} and {path} would both be written as {path.stem}_mask.png in {folder}")
+    present = [path for stem in taken for path in _targets(folder, stem) if path.exists()]
+    if present and not overwrite:
+        raise ConfigError(f"{present[0]} is there already; choose another folder (--masks), or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     predictions = []
     for path in taken.values():
@@ -74,6 +82,11 @@ def predict_masks(
                 raise
             predictions.append(MaskPrediction(str(path), {}, error=str(error)))
     return predictions
+
+
+def _targets(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The files of an image's coloured mask and of its labels."""
+    return folder / f"{stem}_mask.png", folder / f"{stem}_labels.png"
 
 
 def _predict(trained: Trained, path: Path, folder: Path, windows: Windows) -> MaskPrediction:
@@ -89,7 +102,7 @@ def _predict(trained: Trained, path: Path, folder: Path, windows: Windows) -> Ma
     device = next(trained.model.parameters()).device
     with torch.inference_mode():
         labels = windows.logits(trained.model, pixels.to(device)).argmax(0).cpu().numpy()
-    mask, raw = folder / f"{path.stem}_mask.png", folder / f"{path.stem}_labels.png"
+    mask, raw = _targets(folder, path.stem)
     write_coloured_mask(image, labels, names, mask)
     buffer = io.BytesIO()
     Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.uint16)).save(buffer, "PNG")

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.train.data.fetch import load
+from cbsa_torch.train.data.folder import SPLIT_NAMES
 from cbsa_torch.train.data.images import SkippedImages
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.segmentation import layouts
@@ -79,6 +80,10 @@ def open_segmentation_split(
         DataError: other classes, or no such split. Otherwise as :func:`open_segmentation`.
     """
     check_data_config(config)
+    if split not in SPLIT_NAMES:
+        raise ConfigError(
+            f"split must be one of {', '.join(SPLIT_NAMES)}, got {split!r}{nearest(split, SPLIT_NAMES)}"
+        )
     if config.name in NAMES and config.name != "emoji-scenes":
         layout = open_layout(config)
         if split in layout.splits and not (split == "train" and "val" not in layout.splits):

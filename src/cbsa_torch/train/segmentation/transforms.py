@@ -2,7 +2,7 @@
 
 Training follows the recipe of Segmenter (Strudel et al. 2021, after MMSegmentation): a random scale, a random
 crop in which no class has too large a share, a horizontal flip, photometric distortion, normalisation. Padding
-has the mean colour and is ignored. Evaluation keeps the whole image.
+has the mean colour, before the distortion, and is ignored. Evaluation keeps the whole image.
 
 Masks are resized by taking the nearest pixel, so that no label comes up that was not there.
 """
