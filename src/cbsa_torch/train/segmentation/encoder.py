@@ -61,9 +61,10 @@ def encoder_weights(config: SegmentationTrainConfig) -> dict[str, Tensor] | None
     refused = sorted(FETCHING_ARGS & set(encoder_args))
     if refused:
         raise ConfigError(f"model.args encoder_args must not hold {refused[0]}")
-    size: dict[str, Any] = {} if config.model.image_size is None else {"img_size": config.model.image_size}
+    given = {"img_size": config.model.image_size, "in_chans": args.get("in_chans")}
+    given = {key: value for key, value in given.items() if value is not None}
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **size, **encoder_args)
+        model = timm.create_model(name, pretrained=True, num_classes=0, **given, **encoder_args)
     except Exception as error:  # any model of timm, and the network
         raise ConfigError(f"model.encoder_from: timm has no weights for {name} here: {error}") from error
     return model.state_dict()
