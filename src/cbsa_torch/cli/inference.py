@@ -71,7 +71,7 @@ class _EvalArgs(_WindowOptions):
     """Images (of segmenters: windows) per forward pass; changes memory and time, not the result. Default: 256,
     or as in validation."""
     output: str | None = None
-    """The JSON file. Default: eval_<split>.json beside the checkpoint."""
+    """The JSON file. Default: eval_<split>.json beside the checkpoint (eval_<split>_multi_scale.json)."""
 
 
 def run_eval(args: list[str]) -> None:

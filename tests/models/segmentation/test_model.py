@@ -259,6 +259,8 @@ def test_bad_parts_are_named():
         segmenter(mixr="cbsa")
     with pytest.raises(TypeError, match="dropth"):
         segmenter(encoder_args={"dropth": 3})
+    with pytest.raises(ValueError, match="'segmenter' has a decoder already"):
+        segmenter(encoder="segmenter")
     with pytest.raises(TypeError, match="freeze_encoder must be True or False"):
         segmenter(freeze_encoder=1)
 

@@ -73,7 +73,8 @@ def test_evaluation_equals_a_count_by_hand(run, options):
     assert result.scores.confusion == counts.tolist()
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert result.images == COUNTS["test"]
-    record = json.loads((Path(run.output) / "eval_test.json").read_text())
+    several = "_multi_scale" if "scales" in options else ""
+    record = json.loads((Path(run.output) / f"eval_test{several}.json").read_text())
     assert record["miou"] == result.score
     assert list(record["classes"]) == NAMES
 
@@ -83,7 +84,8 @@ def test_the_command_prints_every_class(run, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in NAMES)
     assert "val mean IoU: " in printed
-    assert json.loads((Path(run.output) / "eval_val.json").read_text())["windows"]["size"] == 24
+    record = json.loads((Path(run.output) / "eval_val_multi_scale.json").read_text())
+    assert record["windows"]["size"] == 24
 
 
 def test_other_data_is_given_by_its_folder(run, tmp_path, capsys):

@@ -149,9 +149,15 @@ def _towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
     towers = hugging_face_towers(model)
     for module in model.modules():
         embedding = module._modules.get(EMBEDDING)
-        if embedding is not None:
+        if embedding is not None and _tells_grid(module, embedding):
             towers.append((module, embedding, getattr(module, "num_prefix_tokens", 0)))
     return towers
+
+
+def _tells_grid(model: nn.Module, embedding: nn.Module) -> bool:
+    """Whether all layers see its grid: not of several embeddings (CrossViT), nor an odd class token (PiT)."""
+    counted = hasattr(model, "num_prefix_tokens") or not hasattr(model, "cls_token")
+    return counted and not isinstance(embedding, nn.ModuleList)
 
 
 def _carry_out(model: nn.Module, item: _Item, mixer: str, options: dict[str, Any]) -> LayerReport:

@@ -143,6 +143,8 @@ def _encoder(name: str, pretrained: bool, args: dict[str, Any], norm_eps: float 
     if not isinstance(name, str) or not timm.is_model(name):
         suggestion = nearest(name, [*names(), *timm.list_models()])
         raise ValueError(f"encoder must be a model of timm, got {name!r}{suggestion}")
+    if name.split(".", maxsplit=1)[0] == "segmenter":
+        raise ValueError(f"encoder must be a model of features, and {name!r} has a decoder already")
     create = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
     if name.split(".", maxsplit=1)[0] in names():
         encoder = create(**args)

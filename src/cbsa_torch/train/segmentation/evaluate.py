@@ -61,7 +61,7 @@ def evaluate_segmenter(
     windows: Windows | None = None,
     output: str | Path | None = None,
 ) -> SegmentationEvaluation:
-    """Evaluate and write ``eval_<split>.json`` beside the checkpoint.
+    """Evaluate and write ``eval_<split>.json`` beside the checkpoint; ``_multi_scale`` with scales or flips.
 
     Args:
         checkpoint: a run folder or a ``.safetensors`` file of one.
@@ -74,7 +74,9 @@ def evaluate_segmenter(
     config = segmenter_config(trained)
     data = config.data if data is None else data
     windows = trained_windows(config) if windows is None else windows
-    output = trained.path.parent / f"eval_{split}.json" if output is None else Path(output)
+    plain = windows.scales == (1.0,) and not windows.flip
+    name = f"eval_{split}{'' if plain else '_multi_scale'}.json"
+    output = trained.path.parent / name if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
     accelerator = new_accelerator(mixed_precision="no")
     reporter = Reporter(accelerator.is_main_process)
