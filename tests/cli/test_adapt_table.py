@@ -61,10 +61,14 @@ def test_the_table(vit, tmp_path, capsys):
         (["--variants", "cbsaa"], "--variants must be one of cbsa,"),
         (["--variants", "cbsa contraction_step"], "--variants must be one of"),
         (["--variants", "linear layers=x"], "layers must be"),
+        (["--variants", ""], "--variants must be one of"),
+        (["--variants", "cbsa eps=["], "--variants 'cbsa eps=['"),
+        (["--variants", AGENT, "linear eps=1"], "--variants 'linear eps=1': eps is an option of"),
         (["--batches", "1"], "--batches must have one entry"),
+        (["--batches", "1", "0", "1"], "--batches must be at least 1, got 0"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--model", "vit_tinny", "--seeds"], "--model: 'vit_tinny' is neither"),
-        (["--variants", "linear eps=1", "--image-sizes"], "eps is an option of"),
     ],
 )
 def test_bad_commands(vit, tmp_path, capsys, args, message):

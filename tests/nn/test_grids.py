@@ -144,6 +144,28 @@ def test_dropped_patches_are_refused():
         model(SQUARE)
 
 
+@pytest.mark.parametrize("built", [64, 128])
+@torch.no_grad()
+def test_dropped_patches_are_no_other_grid(built):
+    """A quarter of 8 x 8 patches are as many as those that the model was built for, or saw before."""
+    model = vit(patch_drop_rate=0.75, dynamic_img_size=True, img_size=built)
+    model(SQUARE)
+    with pytest.raises(ValueError, match="drop no patches"):
+        model.train()(torch.randn(1, 3, 128, 128))
+
+
+@pytest.mark.parametrize("mixer", [CBSA, AgentAttention, MSSA, TSSA, LinearCBSA])
+@torch.no_grad()
+def test_masked_patches_change_nothing_else(mixer):
+    model, other = vit(mixer), SQUARE.clone()
+    other[..., 32:, :] = 5.0
+    real = torch.ones(1, 1, 1, 17, dtype=torch.bool)
+    real[..., 9:] = False
+    first, second = model.forward_features(torch.cat([SQUARE, other]), attn_mask=real)  # one mask for both
+    assert_close(first[:9], second[:9], 1e-5)
+    assert not torch.allclose(first[9:], second[9:])
+
+
 def test_layers_put_in_later_follow_when_told():
     model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, img_size=(32, 128))
     model.blocks[1].attn = CBSA(24, 2)

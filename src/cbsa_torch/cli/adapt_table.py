@@ -20,8 +20,14 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import adapted as bench
 from cbsa_torch.cli.adapt import adaptation_config, with_data_of
 from cbsa_torch.cli.options import at_least, parse
-from cbsa_torch.models.adapt.inherit import MIXERS
-from cbsa_torch.train.adaptation import AdaptedModelConfig, AdaptTrainConfig, open_original, recover
+from cbsa_torch.models.adapt.inherit import MIXERS, check_options
+from cbsa_torch.train.adaptation import (
+    AdaptedModelConfig,
+    AdaptTrainConfig,
+    DistillConfig,
+    open_original,
+    recover,
+)
 from cbsa_torch.train.adaptation.before import accuracy_before
 from cbsa_torch.train.config import ModelConfig, TrainConfig, load_config
 from cbsa_torch.train.errors import ConfigError
@@ -88,6 +94,12 @@ def run_adapt_table(args: list[str]) -> None:
         if getattr(options, name) is not None:
             at_least(1, **{name: getattr(options, name)})
     at_least(1, threads=options.threads)
+    for name in ("image_sizes", "batches"):
+        for value in getattr(options, name):
+            at_least(1, **{name: value})
+    if options.image_sizes:
+        _check_device(options.device)
+    _base(options)
     torch.set_num_threads(options.threads)
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -103,13 +115,20 @@ def run_adapt_table(args: list[str]) -> None:
     print(f"record: {options.output}.json, tables: {options.output}.md")
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ConfigError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
 def parse_variant(text: str) -> bench.Variant:
     """``"MIXER option=value ..."``.
 
     Raises:
         ConfigError: another form, or no such mixer.
     """
-    mixer, *rest = text.split()
+    mixer, *rest = text.split() or [""]
     pairs = [part.partition("=") for part in rest]
     if mixer not in MIXERS or not all(equals and value for _, equals, value in pairs):
         raise ConfigError(
@@ -120,7 +139,12 @@ def parse_variant(text: str) -> bench.Variant:
         layers = AdaptedModelConfig(layers=given.pop("layers", "all")).layers_asked()
     except ConfigError as error:
         raise ConfigError(f"--variants {text!r}: {error}") from None
-    return bench.Variant(mixer, layers, {k: yaml.safe_load(v) for k, v in given.items()})  # type: ignore[arg-type]
+    try:
+        values = {key: yaml.safe_load(value) for key, value in given.items()}
+        check_options(mixer, values)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"--variants {text!r}: {error}") from None
+    return bench.Variant(mixer, layers, values)  # type: ignore[arg-type]
 
 
 def _configuration(
@@ -128,9 +152,9 @@ def _configuration(
 ) -> AdaptTrainConfig:
     base = _base(options)
     layers = variant.layers if isinstance(variant.layers, str) else ",".join(map(str, variant.layers))
-    distill = base.distill
+    distill = DistillConfig()
     if recovery == "distilled":
-        distill = dataclasses.replace(distill, logits=options.logits, features=options.features)
+        distill = dataclasses.replace(base.distill, logits=options.logits, features=options.features)
     return dataclasses.replace(
         base,
         output=f"{options.output}/{name.replace(' ', '_')}_{recovery}_seed{seed}",
@@ -140,7 +164,7 @@ def _configuration(
             original=options.model,
             mixer=variant.mixer,
             layers=layers,
-            args={**base.model.args, **variant.options},
+            args=dict(variant.options),
         ),
         distill=distill,
     )
@@ -152,6 +176,10 @@ def _base(options: _TableArgs) -> AdaptTrainConfig:
         base = with_data_of(AdaptTrainConfig(), options.model)
     else:
         base = adaptation_config(load_config(options.config), options.config)
+        if base.model.args:
+            raise ConfigError(
+                f"options of mixers belong into --variants, not into model.args of {options.config}"
+            )
     optim: dict[str, Any] = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
     given = {key: value for key, value in optim.items() if value is not None}
     return dataclasses.replace(

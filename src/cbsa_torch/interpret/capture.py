@@ -15,7 +15,7 @@ from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
 from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.interpret.surroundings import Surroundings
 from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
-from cbsa_torch.nn.tokens import is_token_mask
+from cbsa_torch.nn.tokens import as_token_mask, is_token_mask
 
 
 class LayerRecord(NamedTuple):
@@ -216,7 +216,7 @@ def _read_timm_arguments(
     queries, keys = layer.q_norm(queries), layer.k_norm(keys)
     token_mask = None
     if attn_mask is not None and attn_mask.ndim == 4 and is_token_mask(attn_mask, b, n):
-        token_mask, attn_mask = attn_mask.reshape(b, n), None
+        token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
     queries, keys = (_own(_zero_masked(t, token_mask), layer) for t in (queries, keys))
     located = around.grid(name, n, square=True)
     grid, prefix = located or (None, around.num_prefix_tokens(name) or 0)

@@ -28,6 +28,7 @@ class GridSource:
         self.built_for: GridSize | None = None
         self.seen: dict[int, GridSize] = {}
         """The last grid of every number of cells."""
+        self._latest: GridSize | None = None
         self._in_flight: dict[int, set[GridSize]] = {}
         """The grids, by number of cells, of forward passes that may still be recomputed."""
         self._recomputed = False
@@ -39,7 +40,7 @@ class GridSource:
         if grid is None:
             return
         cells = math.prod(grid)
-        self.seen[cells] = grid
+        self.seen[cells] = self._latest = grid
         self._differentiated = torch.is_grad_enabled()
         if self._recomputed:  # a backward pass has been: what went before it is done with
             self._in_flight.clear()
@@ -49,14 +50,14 @@ class GridSource:
         """The grid behind ``num_tokens`` tokens.
 
         Raises:
-            ValueError: no input had that many. RuntimeError: recomputed for a backward pass, after inputs of
-                several grids with as many cells.
+            ValueError: the last input had another number: its patches were dropped, say.
+            RuntimeError: recomputed for a backward pass, after inputs of several grids with as many cells.
         """
         cells = num_tokens - self.num_prefix_tokens
         grid = self.seen.get(cells)
         if not torch.compiler.is_compiling():
             grid = self._watched(cells, grid)
-        if grid is None and self.built_for is not None and math.prod(self.built_for) == cells:
+        if not self.seen and self.built_for is not None and math.prod(self.built_for) == cells:
             grid = self.built_for
         if grid is None:
             known = ", ".join(str(grid) for grid in self.seen.values()) or str(self.built_for)
@@ -69,6 +70,8 @@ class GridSource:
     def _watched(self, cells: int, latest: GridSize | None) -> GridSize | None:
         """The grid, of the pass that is computed again if one is; else the latest."""
         if not _in_backward():
+            if latest != self._latest:  # as many as patches of an earlier input: no grid of this one
+                return None
             if latest is not None and _is_checkpointed(self._differentiated):
                 self._in_flight.setdefault(cells, set()).add(latest)
             return latest

@@ -100,7 +100,8 @@ def resolve_grid(
 
 def is_token_mask(attn_mask: Tensor, b: int, n: int) -> bool:
     """Whether timm's ``attn_mask`` is a token mask: bool, the same for every query."""
-    shaped = isinstance(attn_mask, Tensor) and tuple(attn_mask.shape) in ((b, 1, n), (b, 1, 1, n))
+    shapes = ((b, 1, n), (b, 1, 1, n), (1, 1, 1, n))
+    shaped = isinstance(attn_mask, Tensor) and tuple(attn_mask.shape) in shapes
     return shaped and attn_mask.dtype == torch.bool
 
 
@@ -117,4 +118,4 @@ def as_token_mask(attn_mask: Tensor, b: int, n: int) -> Tensor:
             "attn_mask must be a boolean key-padding mask of shape (B, 1, N) or (B, 1, 1, N): this attention "
             f"forms no N x N matrix; got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}"
         )
-    return attn_mask.reshape(b, n)
+    return attn_mask.reshape(-1, n).expand(b, n)

@@ -56,12 +56,13 @@ def linear_attention(
     with no_autocast(queries):
         q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
         gain = temperature.to(dtype)[:, None, None] if isinstance(temperature, Tensor) else temperature
+        hidden = None if key_mask is None else ~key_mask[:, None, :, None]
+        if hidden is not None:  # before anything is computed of them: NaN times 0 is NaN
+            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
         logits_q, logits_k = (torch.cat([x, -x], -1) * (gain * p**0.25) for x in (q, k))  # (B, H, ., 2 P)
-        if key_mask is not None:
-            hidden = ~key_mask[:, None, :, None]
+        if hidden is not None:
             # The lowest number and not -inf: an item without any key stays finite.
             logits_k = logits_k.masked_fill(hidden, torch.finfo(dtype).min)
-            v = v.masked_fill(hidden, 0.0)
         # What is taken from a feature of all keys is given back to that of the queries, whose own largest
         # cancels.
         largest = logits_k.detach().amax(-2, keepdim=True)

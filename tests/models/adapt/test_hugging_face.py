@@ -76,6 +76,44 @@ def test_forward_backward_reload_and_any_size(name, mixer):
 
 
 @each_model
+@torch.no_grad()
+def test_queries_keys_and_values_are_those_of_the_original(name):
+    model, called = built(name), {}
+    adapted, report = adapt_vit(model, "linear")
+    source, layer = (either.get_submodule(report.adapted[-1].name) for either in (model, adapted))
+    source.register_forward_hook(lambda _, args, out: called.update(x=args[0], out=out[0]))
+    output(model, torch.randn(2, 3, 32, 32))
+    heads = layer.heads(called["x"])
+    mixed = torch.nn.functional.scaled_dot_product_attention(heads.tokens, heads.keys, heads.values)
+    torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2)), called["out"])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("mixer", ["cbsa", "cbsa_agent", "linear"])
+@torch.no_grad()
+def test_masks_are_honoured(mixer, implementation):
+    model = built("vit")
+    model.set_attn_implementation(implementation)
+    adapted, image = adapt_vit(model, mixer).model, torch.randn(1, 3, 32, 32)
+    other = image.clone()
+    other[..., 16:, :] = 5.0
+    mask = torch.ones(1, 17, dtype=torch.int64)
+    mask[:, 9:] = 0
+    for either in (model, adapted):
+        first, second = (output(either, x, attention_mask=mask)[:, :9] for x in (image, other))
+        torch.testing.assert_close(first, second)
+
+
+def test_masks_of_queries_are_refused():
+    model, report = adapt_vit(built("vit"), "linear")
+    layer, x = model.get_submodule(report.adapted[0].name), torch.randn(1, 5, 32)
+    with pytest.raises(ValueError, match="attention_mask must be the same for every query"):
+        layer(x, torch.ones(5, 5, dtype=torch.bool).tril()[None, None])
+    with pytest.raises(ValueError, match=r"attention_mask must keep keys \(0\) or hide them"):
+        layer(x, torch.full((1, 1, 5, 5), -1.0))
+
+
+@each_model
 def test_counted_and_looked_into(name):
     model = built(name)
     for either in (model, adapt_vit(model, num_representatives=4).model):
@@ -97,6 +135,14 @@ def test_gradient_checkpointing():
     output(model, image).square().sum().backward()
     for name, gradient in plain.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+def test_layers_with_hooks_are_refused():
+    model = built("vit")
+    layer = model.get_submodule(adapt_vit(model).report.adapted[0].name)
+    layer.register_forward_hook(lambda *_: None)
+    (refused,) = adapt_vit(model).report.refused
+    assert "it has hooks" in refused.reason
 
 
 def test_one_projection_is_refused():

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from cbsa_torch.cli import main
-from cbsa_torch.models import save_checkpoint
+from cbsa_torch.models import load_checkpoint, save_checkpoint
 from cbsa_torch.train import train
 from cbsa_torch.train.adaptation import recover
+from cbsa_torch.train.adaptation.stages import stages
 from cbsa_torch.train.config import TrainConfig, load_config
 from cbsa_torch.train.errors import ConfigError, RunFolderError
 from cbsa_torch.train.evaluate import open_trained
@@ -29,7 +30,7 @@ def another_vit(config, tmp_path, **args):
     return str(train(plain).folder)
 
 
-@pytest.mark.parametrize("args", [{"embed_dim": "24"}, {"depth": "2"}, {"patch_size": "4"}])
+@pytest.mark.parametrize("args", [{"embed_dim": "24"}, {"depth": "2"}, {"depth": "4"}, {"patch_size": "4"}])
 def test_a_teacher_of_another_shape_is_named_before_anything_is_written(config, tmp_path, args):
     config.distill.teacher = another_vit(config, tmp_path, **args)
     with pytest.raises(ConfigError, match=r"distill\.teacher must be built as the original is"):
@@ -73,6 +74,47 @@ def test_other_classes_get_a_head_of_their_own(config, tmp_path):
     assert after["head.weight"].shape == (2, 48)
     changed = {name for name in before if name in after and not torch.equal(before[name], after[name])}
     assert changed == {"head.weight", "head.bias"}
+
+
+def test_a_teacher_of_these_classes_teaches_a_new_head(config, tmp_path):
+    for classes in ("ab", "xy"):
+        folder_of(tmp_path / classes, classes)
+    config.data = dataclasses.replace(config.data, name="folder", root=str(tmp_path / "xy"))
+    config.optim.batch_size, config.distill.features = 8, 0.0
+    config.distill.teacher = another_vit(config, tmp_path)
+    config.data = dataclasses.replace(config.data, root=str(tmp_path / "ab"))
+    with pytest.raises(ConfigError, match=r"distill\.teacher was trained on others than the data have"):
+        recover(config)
+    assert not Path(config.output).exists()
+    config.data = dataclasses.replace(config.data, root=str(tmp_path / "xy"))
+    assert recover(config).best_epoch == 1
+
+
+def test_the_head_of_new_classes_is_trained_in_every_stage(config, tmp_path):
+    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "images", "ab"))
+    config.optim.batch_size, config.tune, config.distill.logits = 8, "new", 0.0
+    assert [stage.tune_head for stage in stages(config, 1)] == [True] * 3
+    recover(config, stage_epochs=1)
+    heads = [
+        load_checkpoint(RunFolder(folder).weights)[0].get_parameter("head.weight")
+        for folder in (f"{config.output}_stages/1", f"{config.output}_stages/2", config.output)
+    ]
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])
+    config.data = dataclasses.replace(config.data, name="digits", root=None)
+    assert not any(stage.tune_head for stage in stages(config, 1))
+
+
+def test_both_heads_of_a_distilled_deit_are_trained(config, tmp_path):
+    args = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    config.model.original = str(tmp_path / "deit.safetensors")
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **args)
+    info = {"model": "deit_tiny_distilled_patch16_224", "model_args": {"num_classes": 3, **args}}
+    save_checkpoint(config.model.original, model, info)
+    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "images", "ab"))
+    config.optim.batch_size, config.tune = 8, "new"
+    config.distill = dataclasses.replace(config.distill, logits=0.0, features=0.0)
+    assert recover(config).best_epoch == 1
 
 
 def test_stages_are_refused_before_the_first_where_the_last_could_not_be_written(config):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from timm.layers import Attention
 from timm.layers.attention import AttentionRope
@@ -84,18 +85,31 @@ def obstacle(module: nn.Module) -> str:
     if isinstance(module, TokenMixer):
         return f"it is {kind} of cbsa_torch already"
     if is_hugging_face(module):
-        return ""
+        return _changed(module)
     base = next((base for base in (*STANDARD, *ROTARY) if isinstance(module, base)), None)
     if base is None:
         biased = any("rel" in name and "pos" in name for name, _ in module.named_parameters())
         other = "its bias by relative position needs all pairs of tokens" if biased else ""
         return _REASONS.get(kind, other or f"{kind} is not the standard attention of ViTs")
-    if type(module).forward is not base.forward or "forward" in vars(module):
+    if type(module).forward is not base.forward:
         return f"it has a forward of its own, not that of {base.__name__}"
     if getattr(module, "gate", None) is not None:
         return "its output gate has no place in our mixers"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which would be lost; remove them first"
+    return _changed(module)
+
+
+def _changed(module: nn.Module) -> str:
+    """What was done to a layer after it was built that another could not keep, or nothing."""
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )  # fmt: skip
+    if any(hooks):
+        return "it has hooks, which would be lost; remove them first"
+    scale = getattr(module, "scale", getattr(module, "scaling", None))
+    if isinstance(scale, float) and not math.isclose(scale, cast(int, module.head_dim) ** -0.5):
+        return f"its logits are scaled by {scale:g}, not by head_dim^-1/2"
     return ""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from cbsa_torch.models.adapt.rotary import SeparateHeads
@@ -47,14 +48,32 @@ class _PairedOutput(SeparateHeads):
         return cast(nn.Linear, self._modules["o_proj"])
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:  # type: ignore[override]
-        """Mix ``(B, N, C)`` tokens; a mask must be one of keys, as timm's ``attn_mask``."""
-        return super().forward(hidden_states, attn_mask=attention_mask), None
+        """Mix ``(B, N, C)`` tokens; a mask must be one of keys, the same for every query."""
+        return super().forward(hidden_states, attn_mask=_of_keys(attention_mask)), None
 
     @classmethod
     def named_arguments(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments of :meth:`TokenMixer.forward`, by its names."""
         called = super().named_arguments(*args, **kwargs)
-        return TokenMixer.named_arguments(called["hidden_states"], attn_mask=called["attention_mask"])
+        return TokenMixer.named_arguments(called["hidden_states"], attn_mask=_of_keys(called["attention_mask"]))
+
+
+def _of_keys(mask: Tensor | None) -> Tensor | None:
+    """A mask as transformers makes them of ``(B, N)``, ``(B, 1, N, N)`` bool or 0 and lowest, as one of keys.
+
+    Raises:
+        ValueError: it differs from query to query, or weighs keys.
+    """
+    if mask is None or mask.ndim != 4:
+        return mask
+    keys = mask[:, :, :1]
+    if not torch.equal(mask, keys.expand_as(mask)):
+        raise ValueError("attention_mask must be the same for every query: there is no N x N matrix here")
+    if keys.dtype == torch.bool:
+        return keys
+    if not ((keys == 0) | (keys <= -1e4)).all():
+        raise ValueError("attention_mask must keep keys (0) or hide them (the lowest number), got others")
+    return keys == 0
 
 
 class PairedCBSA(_PairedOutput, AdaptedCBSA):

@@ -88,6 +88,8 @@ class AdaptTrainConfig(TrainConfig):
     tune: Literal["all", "attention", "new"] = "all"
     """What is trained: everything; the adapted layers; or what they have that the original has not. With new
     classes the head is trained, too."""
+    tune_head: bool = False
+    """Also train the head where `tune` leaves the rest as it was."""
     new_lr: float | None = 1e-2
     """Peak learning rate of what adaptation added, one number per head each, which the paper's rate would
     hardly move. None: optim.lr."""

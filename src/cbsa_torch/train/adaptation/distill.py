@@ -40,6 +40,10 @@ class Distillation:
         self.teacher = teacher.eval().requires_grad_(False)
         self.config, self.label_smoothing, self.dtype = config, label_smoothing, AUTOCAST.get(precision)
         names = blocks_with_attention(student) if config.features else []
+        if config.features and blocks_with_attention(teacher) != names:
+            raise ValueError(
+                f"it has {len(blocks_with_attention(teacher))} blocks with attention, the model {len(names)}"
+            )
         self.blocks = [student.get_submodule(name) for name in names]
         self.teacher_blocks = [teacher.get_submodule(name) for name in names]
 

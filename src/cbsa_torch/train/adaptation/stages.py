@@ -9,7 +9,9 @@ from pathlib import Path
 from cbsa_torch.models.adapt.find import choose, find_attention, obstacle
 from cbsa_torch.train.adaptation.config import AdaptTrainConfig, check_adaptation
 from cbsa_torch.train.adaptation.original import open_original
+from cbsa_torch.train.adaptation.task import knows
 from cbsa_torch.train.config import check_config
+from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run_folder import RunFolder
 from cbsa_torch.train.trainer import TrainResult, train
@@ -50,9 +52,8 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
     check_config(config)
     check_adaptation(config)
     source = str(config.model.original)
-    found = [
-        layer for layer in find_attention(open_original("model.original", source).model) if not layer.is_pool
-    ]
+    original = open_original("model.original", source)
+    found = [layer for layer in find_attention(original.model) if not layer.is_pool]
     try:
         asked = choose(found, config.model.layers_asked())
     except (ValueError, TypeError) as error:
@@ -63,6 +64,10 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
     distill = config.distill
     if distill.wanted and distill.teacher is None:
         distill = dataclasses.replace(distill, teacher=source)
+    # Later stages start from runs of this one, whose head is for the data's classes already.
+    tune_head = config.tune_head
+    if config.tune != "all" and not tune_head:
+        tune_head = not knows(original, open_splits(config.data, input_spec(original.model).mode).class_names)
     result: list[AdaptTrainConfig] = []
     for number in range(1, len(indices) + 1):
         last = number == len(indices)
@@ -77,6 +82,7 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
                 model=dataclasses.replace(config.model, original=source, layers=layers),
                 optim=optim,
                 distill=distill,
+                tune_head=tune_head,
             )
         )
         source = result[-1].output

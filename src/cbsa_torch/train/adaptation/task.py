@@ -32,8 +32,8 @@ class Adaptation(Classification):
         splits = open_splits(own.data, input_spec(original.model).mode, skipped)
         adapted = adapt_original(original, own.model)
         new_head = _head_for(splits.class_names, original, adapted)
-        loss = _distillation(own, original, adapted, new_head)
-        _freeze(own.tune, adapted, new_head)
+        loss = _distillation(own, original, adapted, splits.class_names)
+        _freeze(own.tune, adapted, head=new_head or own.tune_head)
         scale = 1.0 if own.new_lr is None else own.new_lr / own.optim.lr
         return Opened(
             adapted.model,
@@ -54,9 +54,7 @@ def _own(config: RunConfig) -> AdaptTrainConfig:
 
 def _head_for(class_names: list[str], original: Original, adapted: Adapted) -> bool:
     """Give the adapted model a new head, unless the original's is for these classes; whether that was done."""
-    known = original.class_names
-    same = getattr(original.model, "num_classes", None) == len(class_names) and known in (None, class_names)
-    if same:
+    if knows(original, class_names):
         return False
     model: Any = adapted.model
     model.reset_classifier(len(class_names))
@@ -64,21 +62,27 @@ def _head_for(class_names: list[str], original: Original, adapted: Adapted) -> b
     return True
 
 
+def knows(original: Original, class_names: list[str]) -> bool:
+    """Whether it was trained on these classes, as far as it says."""
+    count = getattr(original.model, "num_classes", None)
+    return count == len(class_names) and original.class_names in (None, class_names)
+
+
 def _distillation(
-    config: AdaptTrainConfig, original: Original, adapted: Adapted, new_head: bool
+    config: AdaptTrainConfig, original: Original, adapted: Adapted, class_names: list[str]
 ) -> Loss | None:
     """The loss with a teacher; None if none is wanted."""
     distill = config.distill
     if not distill.wanted:
         return None
-    teacher = original
+    teacher, key = original, "model.original"
     if distill.teacher is not None:
-        teacher = open_original("distill.teacher", distill.teacher, config.model.image_size)
-    classes = [getattr(model, "num_classes", None) for model in (teacher.model, adapted.model)]
-    if distill.logits and (new_head or classes[0] != classes[1]):
+        key = "distill.teacher"
+        teacher = open_original(key, distill.teacher, config.model.image_size)
+    if distill.logits and not knows(teacher, class_names):
         raise ConfigError(
-            "distill.logits needs a teacher of the same classes: the data have others than the original was "
-            "trained on; distill.features works"
+            f"distill.logits needs a teacher of the same classes: {key} was trained on others than the data "
+            "have; distill.features works"
         )
     try:
         loss = Distillation(
@@ -90,7 +94,7 @@ def _distillation(
     return loss
 
 
-def _freeze(tune: str, adapted: Adapted, new_head: bool) -> None:
+def _freeze(tune: str, adapted: Adapted, *, head: bool) -> None:
     """Leave only what is to be trained with gradients."""
     if tune == "all":
         return
@@ -102,8 +106,10 @@ def _freeze(tune: str, adapted: Adapted, new_head: bool) -> None:
     else:
         for name in adapted.new:
             model.get_parameter(name).requires_grad_(True)
-    if new_head:
-        cast(nn.Module, model.get_classifier()).requires_grad_(True)
+    if head:
+        classifiers = model.get_classifier()  # two of a distilled DeiT
+        for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+            cast(nn.Module, classifier).requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             f"tune {tune!r} leaves nothing to train: {adapted.report.mixer!r} adds no parameters here; "
