@@ -277,9 +277,9 @@ def test_layers_that_cannot_be_adapted_say_why():
     assert "forward of its own" in reasons[0]
     assert "output gate" in reasons[1]
     assert "it has hooks" in reasons[2]
-    model = vit()
-    model.blocks[1].attn.scale = 1.0
-    assert "scaled by 1, not by" in adapt_vit(model).report.refused[0].reason
+    scaled = vit()
+    scaled.blocks[1].attn.scale = 1.0
+    assert "scaled by 1, not by" in adapt_vit(scaled).report.refused[0].reason
     with pytest.raises(ValueError, match="blocks.0.attn .it has a forward of its own"):
         adapt_vit(model, layers=[0, 3])
     with pytest.raises(ValueError, match="'mssa' has one projection"):
