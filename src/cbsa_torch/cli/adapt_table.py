@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 import yaml
 from rich.console import Console
@@ -20,6 +21,7 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import adapted as bench
 from cbsa_torch.cli.adapt import adaptation_config, with_data_of
 from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
 from cbsa_torch.train.adaptation import (
     AdaptedModelConfig,
@@ -99,6 +101,8 @@ def run_adapt_table(args: list[str]) -> None:
             at_least(1, **{name: value})
     if options.image_sizes:
         _check_device(options.device)
+    if options.cost_of is not None:
+        _check_cost_of(options.cost_of, options.image_sizes)
     _base(options)
     torch.set_num_threads(options.threads)
     record: dict[str, Any] = {
@@ -120,6 +124,16 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ConfigError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def _check_cost_of(name: str, image_sizes: tuple[int, ...]) -> None:
+    """Raise ConfigError unless timm builds it at these sizes, with attention in it."""
+    try:
+        for size in image_sizes:
+            with torch.device("meta"):
+                adapt_vit(timm.create_model(name, img_size=size), "linear", inplace=True)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"--cost-of {name} cannot be measured: {error}") from None
 
 
 def parse_variant(text: str) -> bench.Variant:

@@ -300,6 +300,13 @@ def test_a_bad_mask_is_ignored_and_listed_and_nothing_else_is_lost(pairs, tmp_pa
     assert np.asarray(data[3][0]).std() > 0  # the image itself is kept
 
 
+def test_the_list_of_what_is_left_out_may_be_named_by_a_string(pairs, tmp_path):
+    no_mask(pairs / "train")
+    train = open_segmentation(config(pairs), skipped=str(tmp_path / "left_out.txt")).train
+    assert np.unique(train[3][1]).tolist() == [IGNORE]
+    assert "no mask" in (tmp_path / "left_out.txt").read_text()
+
+
 @pytest.mark.parametrize("missing", [True, False])
 def test_a_bad_image_is_blank_and_ignored(pairs, tmp_path, missing):
     path = pairs / "train" / "images" / "train_3.jpg"

@@ -53,6 +53,8 @@ def check_options(mixer: str, options: dict[str, Any]) -> None:
     for name in options:
         if name not in KINDS[mixer].options:
             takers = ", ".join(repr(kind) for kind in MIXERS if name in KINDS[kind].options)
+            if not takers:
+                raise ValueError(f"{name} is no option of any mixer")
             raise ValueError(f"{name} is an option of mixer={takers}, not of {mixer!r}")
     if options.get("contraction") == "none":
         raise ValueError("contraction must be 'softmax' or 'exact', got 'none'; that is mixer='cbsa_agent'")

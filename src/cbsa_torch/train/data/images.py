@@ -27,8 +27,8 @@ class SkippedImages:
         limit: how many images may be left out.
     """
 
-    def __init__(self, path: Path | None, limit: int) -> None:
-        self.path, self.limit = path, limit
+    def __init__(self, path: str | Path | None, limit: int) -> None:
+        self.path, self.limit = None if path is None else Path(path), limit
         self._own: dict[str, str] = {}
 
     def add(self, name: str, why: str) -> None:

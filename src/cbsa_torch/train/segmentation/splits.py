@@ -32,7 +32,7 @@ class SegmentationSplits(NamedTuple):
 
 
 def open_segmentation(
-    config: SegmentationDataConfig, mode: str = "RGB", skipped: Path | None = None
+    config: SegmentationDataConfig, mode: str = "RGB", skipped: str | Path | None = None
 ) -> SegmentationSplits:
     """Open a data set.
 
@@ -72,7 +72,7 @@ def open_segmentation_split(
     mode: str,
     split: str,
     class_names: list[str],
-    skipped: Path | None = None,
+    skipped: str | Path | None = None,
 ) -> Dataset[Any]:
     """One split for a model trained on ``class_names``; of a folder, no other split need exist.
 
