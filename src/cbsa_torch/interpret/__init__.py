@@ -24,7 +24,7 @@ from cbsa_torch.interpret.rates import (  # noqa: E402
     reduced_rates,
 )
 from cbsa_torch.interpret.report import ComparedRun, Pictures, compare, report  # noqa: E402
-from cbsa_torch.interpret.robustness import Robustness, parameter_noise, robustness  # noqa: E402
+from cbsa_torch.interpret.robustness import Robustness, noisy_copy, robustness  # noqa: E402
 from cbsa_torch.interpret.structure import (  # noqa: E402
     AttentionRanks,
     Sparsity,
@@ -56,8 +56,8 @@ __all__ = [
     "image_rates",
     "ista_sparsity",
     "measure_rates",
+    "noisy_copy",
     "overlay",
-    "parameter_noise",
     "read_pairs",
     "read_voc",
     "receptive_fields",

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch._core.modes import evaluating
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.models.segmentation.decoder import CosineSimilarity
 from cbsa_torch.nn import ISTA, TokenMixer
@@ -79,7 +80,7 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
 
     like = next(model.parameters(), torch.empty(0))
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
-    with _at_rest(model):
+    with _countable(model):
         try:
             for name, module in model.named_modules():
                 if _is_counted(module):
@@ -110,22 +111,18 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and afterwards everything as it was."""
-    training = [module for module in model.modules() if module.training]
+def _countable(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in which hooks and torch's counter see every product; afterwards everything as it was."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the parts of a layer from hooks and counter
         for parameter in trainable:  # no_grad is not enough for torch's counter, which hooks what requires one
             parameter.requires_grad_(False)
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module in training:
-            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_bool, check_floating, check_positive, check_positive_int
+from cbsa_torch._core.modes import evaluating
 from cbsa_torch._core.precision import compute_dtype
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -89,7 +89,7 @@ def sliding_logits(
         for place in _windows(i, (image.shape[1], image.shape[2]), window, stride):
             by_size[place.height, place.width].append(place)
     sums: dict[int, Tensor] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for places in by_size.values():
             for start in range(0, len(places), batch_size):
                 _add(model, listed, places[start : start + batch_size], sums)
@@ -259,16 +259,3 @@ def _pair(name: str, value: Size) -> tuple[int, int]:
     for side in pair:
         check_positive_int(name, side)
     return pair
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and afterwards every module as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
