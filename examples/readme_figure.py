@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from cbsa_torch import interpret
-from cbsa_torch.cli.runs import sample_images
+from cbsa_torch.cli.runs import pictures, sample_images
 from cbsa_torch.train.evaluate import open_trained
 
 SHOWN = 4
@@ -17,18 +17,19 @@ SHOWN = 4
 
 def main(run: str, output: str) -> None:
     trained = open_trained(run)
-    inputs, pictures, _ = sample_images(trained, "test", 360)
+    inputs, _ = sample_images(trained, "test", 360)
     rates = interpret.coding_rates(trained.model, inputs.split(64))
     with torch.no_grad(), interpret.capture(trained.model) as records:
         model_output = trained.model(inputs[:SHOWN])
     labels = [trained.class_names[i] for i in model_output.argmax(-1).tolist()]
+    images = pictures(trained, inputs[:SHOWN], labels).images
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1], squeeze=False)[0]
     left.suptitle("where the class token looks, layer by layer", fontsize=10)
     axes = left.subplots(SHOWN, 1 + len(records))
     for i, row in enumerate(axes):
-        row[0].imshow(pictures[i], cmap="gray", vmin=0, vmax=1)
+        row[0].imshow(images[i], cmap="gray", vmin=0, vmax=1)
         row[0].set_ylabel(f"read as {labels[i]}", fontsize=8)
         for axis, record in zip(row[1:], records.values(), strict=True):
             axis.imshow(interpret.cls_attention_maps(record).mean(1)[i], cmap="magma")

@@ -10,10 +10,10 @@ import cbsa_torch.models  # noqa: F401
 from cbsa_torch import interpret
 
 CBSA_ONLY = {"Reduced rates", "Rank of the extraction attention"}
-BLACK_BOX = {*CBSA_ONLY, "Step sizes", "Coherence of the subspaces", "Sparsity"}
+NOT_OF_A_VIT = {*CBSA_ONLY, "Step sizes", "Coherence of the subspaces", "Sparsity"}
 """Sections that a page leaves out."""
 
-ODD = ["$x_{", "</script><b>", "\u732b \U0001f408", '"quoted" & \\']
+ODD_NAMES = ["$x_{", "</script><b>", "\u732b \U0001f408", '"quoted" & \\']
 """Names with a formula, markup, letters that the font of figures lacks."""
 
 HISTORY = [{"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_top1": 1 - 0.5 / e} for e in (1, 2, 3)]
@@ -38,6 +38,6 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in {path}"))
 
 
-def compared(name, model, inputs, images, **changes):
-    run = interpret.ComparedRun(name, model, inputs, images, [0, 1, 2, 0], name, 10, 10**9, 0.5)
+def compared(name, model, images, **changes):
+    run = interpret.ComparedRun(name, model, images, [0, 1, 2, 0], None, name, 10**9, 0.5)
     return run._replace(**changes)

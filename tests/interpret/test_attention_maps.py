@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from timm.layers.attention import Attention
@@ -205,18 +204,6 @@ def test_upsampling_by_hand():
     assert interpret.upsample_maps(torch.ones(2, 3, 2, 2, 2), (3, 4, 5)).mean() == 1
 
 
-def test_overlay_by_hand():
-    image = np.full((2, 2), 0.5)
-    attention = np.array([[0.0, 1.0], [2.0, 4.0]])
-    over = interpret.overlay(image, attention, colormap="gray", alpha=0.25)
-    assert over.shape == (2, 2, 3)
-    expected = 0.75 * 0.5 + 0.25 * attention / 4
-    np.testing.assert_allclose(over, np.repeat(expected[..., None], 3, -1), atol=1 / 255)
-    color = np.random.rand(4, 6, 3)
-    np.testing.assert_allclose(interpret.overlay(color, attention, alpha=0), color, atol=1e-6)
-    assert interpret.overlay(color, np.ones((2, 3)), colormap="gray", alpha=1).max() == 0
-
-
 class Mine(TokenMixer):
     def mix(self, heads):
         return heads.tokens
@@ -248,15 +235,6 @@ RECORD, _, _ = recorded(MIXERS["cbsa"]())
         (lambda: interpret.upsample_maps(torch.ones(2, 2), 4), ValueError, "size must be 1 to 3"),
         (lambda: interpret.upsample_maps(torch.ones(2), (4, 4)), ValueError, "maps must have shape"),
         (lambda: interpret.upsample_maps(torch.ones(2, 2).long(), (4, 4)), TypeError, "floating-point"),
-        (lambda: interpret.overlay(np.ones((2, 2, 4)), np.ones((2, 2))), ValueError, "image must be"),
-        (lambda: interpret.overlay(np.full((2, 2), 255), np.ones((2, 2))), ValueError, r"in \[0, 1\]"),
-        (lambda: interpret.overlay(np.ones((2, 2)), np.full((2, 2), np.nan)), ValueError, "attention_map"),
-        (lambda: interpret.overlay(np.ones((2, 2)), np.ones((2, 2)), alpha=2), ValueError, "alpha must be in"),
-        (
-            lambda: interpret.overlay(np.ones((2, 2)), np.ones((2, 2)), colormap="magmma"),
-            ValueError,
-            "colormap must be a name",
-        ),
     ],
 )
 def test_bad_arguments_are_named(call, kind, message):

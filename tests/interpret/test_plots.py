@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_torch.interpret import (
-    AttentionRanks,
-    ReducedRates,
-    Robustness,
-    Sparsity,
-    _look,
-    figures,
-    overlays,
-    plots,
-)
+from cbsa_torch import interpret
+from cbsa_torch.interpret import AttentionRanks, ReducedRates, Robustness, Sparsity, _style, plots
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn"]
 TOKENS, LEARNED, ACROSS = [[0.1, -0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, -0.8]], [[9.0, 8.0], [7.0, 6.0]]
@@ -108,7 +100,7 @@ def test_robustness_curve_draws_means_seeds_and_the_clean_value():
     assert list(mean.get_ydata()) == pytest.approx([0.9, 0.7, 0.15])
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["CBT", "ViT"]
     assert axis.get_ylabel() == "accuracy"
-    alone = drawn(plots.robustness_curve({"CBT": first}, "accuracy"))[0]
+    alone = drawn(plots.robustness_curve({"": first}, "accuracy"))[0]
     assert alone.get_legend() is None
 
 
@@ -116,8 +108,8 @@ def test_names_are_shown_as_they_are():
     image = np.zeros((1, 4, 4))
     panel = plots.attention_panel(image, [("layer 1", image)], titles=["from_$5_to_$6.png"])
     assert plots.to_png(panel)  # a formula would not parse
-    assert _look.run_label("_run").strip() == "_run"
-    assert _look.legible("cat \u732b\n$") == "cat \N{WHITE SQUARE} $"
+    assert _style.run_label("_run").strip() == "_run"
+    assert _style.legible("cat \u732b\n$") == "cat \N{WHITE SQUARE} $"
     measured = Robustness([0.1], [[0.5]], 0.5, LAYERS)
     figure = plots.robustness_curve({"$x_{": measured, "_\u732b": measured}, "share of $")
     drawn(figure)  # neither error nor warning
@@ -135,7 +127,7 @@ def test_layers_keep_the_numbers_they_are_given(reduced):
     assert [text.get_text() for text in legend.get_texts()] == ["3", "7"]
     ticks = drawn(plots.step_sizes(TOKENS, [3, 7]))[0].get_xticklabels()
     assert [text.get_text() for text in ticks] == ["3", "7"]
-    assert _look.layer_ticks(range(1, 14)) == [1, 3, 5, 7, 9, 11, 13]
+    assert _style.layer_ticks(range(1, 14)) == [1, 3, 5, 7, 9, 11, 13]
 
 
 def test_values_that_are_not_finite_leave_gaps(reduced):
@@ -144,52 +136,73 @@ def test_values_that_are_not_finite_leave_gaps(reduced):
     rows = [[math.nan, 1.0], [2.0, math.nan]]
     drawn(plots.reduced_rates_panel(reduced._replace(tokens=rows, output=rows)))
     history = [{"epoch": 1, "train_loss": math.inf, "val_loss": None}]
-    axes = drawn(plots.learning_curves(history))
+    axes = drawn(plots.learning_curves({"": history}))
     assert np.isnan(axes[0].lines[0].get_ydata()).all()
 
 
 def test_no_minus_zero():
-    assert _look.signed(-0.001) == "0.00"
-    assert _look.signed(-0.006) == "\N{MINUS SIGN}0.01"
+    assert _style.signed(-0.001) == "0.00"
+    assert _style.signed(-0.006) == "\N{MINUS SIGN}0.01"
 
 
-@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("kept", [[1], [2], [1, 3]])
-def test_an_epoch_without_neighbours_is_a_dot_at_a_whole_number(several, kept):
+def test_an_epoch_without_neighbours_is_a_dot_at_a_whole_number(kept):
     history = [
         {"epoch": e, **dict.fromkeys(("train_loss", "val_loss", "val_top1"), 0.5 if e in kept else math.nan)}
         for e in range(1, max(kept) + 1)
     ]
-    figure = (
-        overlays.learning_curves({"a": history}, {"a": "red"}) if several else plots.learning_curves(history)
-    )
+    figure = plots.learning_curves({"a": history})
     figure.draw_without_rendering()
     for axis in figure.axes:
         assert all(tick == round(tick) for tick in axis.get_xticks())
         for line in axis.lines:
             assert line.get_marker() == "o"
             assert [int(line.get_xdata()[i]) for i in line.get_markevery()] == kept
-    whole = plots.learning_curves([{**history[0], "epoch": e, "val_loss": 0.5} for e in (1, 2)])
+    whole = plots.learning_curves({"a": [{**history[0], "epoch": e, "val_loss": 0.5} for e in (1, 2)]})
     assert whole.axes[0].lines[1].get_marker() == "None"  # a line shows these
 
 
+def test_learning_curves_are_of_the_score_that_runs_have():
+    rows = [{"epoch": e, "train_loss": 2.0, "val_loss": 1.0, "val_miou": 0.1 * e} for e in (1, 2)]
+    left, right = drawn(plots.learning_curves({"a": rows, "b": rows[:1]}))
+    assert right.get_ylabel() == "validation mean IoU (%)"
+    assert list(right.lines[0].get_ydata()) == [10, 20]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "b"]
+
+
 def test_runs_of_every_family_have_colours_of_their_own():
-    assert len(set(_look.run_colors("abcdefghij").values())) == 10
+    assert len(set(_style.run_colors("abcdefghij").values())) == 10
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_nearly_equal_losses_keep_a_distance_from_the_top(several):
+def test_nearly_equal_losses_keep_a_distance_from_the_top():
     history = [{"epoch": 1, "train_loss": 2.31, "val_loss": 2.30, "val_top1": 0.1}]
-    figure = (
-        overlays.learning_curves({"a": history}, {"a": "red"}) if several else plots.learning_curves(history)
-    )
-    low, high = figure.axes[0].get_ylim()
+    low, high = plots.learning_curves({"": history}).axes[0].get_ylim()
     assert low == 0
     assert 2.4 < high < 3
 
 
-def test_places_of_a_grid_that_stay_empty_are_no_panels():
-    """Seven layers fill one row of six, and one place of the second."""
-    maps = {str(i): torch.rand(2, 2) for i in range(7)}
-    found = figures.draw(plots.coherence_maps(maps), "coherence", "cosines")
-    assert sum(map(len, found.rows)) == 7 + 1  # and the colour bar
+def test_overlay_by_hand():
+    image = np.full((2, 2), 0.5)
+    attention = np.array([[0.0, 1.0], [2.0, 4.0]])
+    over = interpret.overlay(image, attention, colormap="gray", alpha=0.25)
+    assert over.shape == (2, 2, 3)
+    expected = 0.75 * 0.5 + 0.25 * attention / 4
+    np.testing.assert_allclose(over, np.repeat(expected[..., None], 3, -1), atol=1 / 255)
+    color = np.random.rand(4, 6, 3)
+    np.testing.assert_allclose(interpret.overlay(color, attention, alpha=0), color, atol=1e-6)
+    assert interpret.overlay(color, np.ones((2, 3)), colormap="gray", alpha=1).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": np.ones((2, 2, 4))}, "image must be"),
+        ({"image": np.full((2, 2), 255)}, r"in \[0, 1\]"),
+        ({"attention_map": np.full((2, 2), np.nan)}, "attention_map"),
+        ({"alpha": 2}, "alpha must be in"),
+        ({"colormap": "magmma"}, "colormap must be a name"),
+    ],
+)
+def test_overlays_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        interpret.overlay(**{"image": np.ones((2, 2)), "attention_map": np.ones((2, 2)), **changes})

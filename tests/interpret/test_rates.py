@@ -9,7 +9,7 @@ from torch import nn
 
 import cbsa_torch.models  # noqa: F401
 from cbsa_torch import CBSA, ISTA, interpret, ops
-from cbsa_torch.interpret._statistics import rank_correlation
+from cbsa_torch.interpret.rates import rank_correlation
 from tests.helpers.compare import assert_close
 
 EPS = 0.1

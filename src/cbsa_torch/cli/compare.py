@@ -67,26 +67,24 @@ def compare_runs(
     compared = []
     for checkpoint, trained in opened.items():
         evaluation = evaluate_checkpoint(trained.path, split=split)
-        inputs, pictures, labels = runs.sample_images(trained, split, images)
-        counts = count_model(trained.model, trained.spec.input_size).total
+        inputs, labels = runs.sample_images(trained, split, images)
+        titles = runs.titles(trained, inputs[:shown], labels[:shown])
         compared.append(
             ComparedRun(
                 name=names[checkpoint],
                 model=trained.model,
-                inputs=inputs,
-                images=pictures,
+                images=inputs,
                 labels=labels,
-                kind=trained.info["model"],
-                parameters=counts.parameters,
-                flops=counts.counts.flops,
+                pictures=runs.pictures(trained, inputs[:shown], titles),
+                architecture=trained.info["model"],
+                flops=count_model(trained.model, trained.spec.input_size).total.counts.flops,
                 accuracy=evaluation.top1,
-                image_titles=runs.titles(trained, inputs[:shown], labels[:shown]),
                 history=RunFolder(trained.path.parent).read_metrics(print),
             )
         )
     data = opened[checkpoints[0]].config.data.name
     title = f"{len(compared)} models on {data}, {split} split"
-    return compare(compared, output, title=title, shown=shown, robustness_images=robustness_images).page
+    return compare(compared, output, title=title, robustness_images=robustness_images).page
 
 
 def _check_same_data(opened: dict[str, Trained]) -> None:

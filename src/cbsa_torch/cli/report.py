@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from cbsa_torch.cli import runs
@@ -62,24 +63,22 @@ def report_run(
         if Path(file).is_dir():  # cbsa compare takes runs by place, so it is easily confused
             raise ConfigError(f"{file} is a folder, not an image; a run is named by --checkpoint {file}")
     trained = runs.open_run(checkpoint)
-    further = runs.read_pictures(trained, files)  # a bad file stops before anything takes time
+    given, given_titles = runs.read_inputs(trained, files)  # a bad file stops before anything takes time
     folder = RunFolder(trained.path.parent)
     split = runs.evaluated_split(trained)
     measured = _evaluate(trained, split)
-    inputs, pictures, labels = runs.sample_images(trained, split, images)
+    inputs, labels = runs.sample_images(trained, split, images)
+    titles = [*given_titles, *runs.titles(trained, inputs[:shown], labels[:shown])]
     written = report(
         trained.model,
         inputs,
-        pictures,
         folder.path,
         title=f"{trained.info['model']} on {trained.config.data.name}",
         facts=runs.facts(trained, folder),
         history=folder.read_metrics(print),
         evaluation={**measured, "split": split, "class_names": trained.class_names},
-        image_titles=runs.titles(trained, inputs[:shown], labels[:shown]),
+        pictures=runs.pictures(trained, torch.cat([given, inputs[:shown]]), titles),
         labels=labels or None,
-        further=further,
-        shown=shown,
         robustness_images=robustness_images,
     )
     return measured["miou" if "miou" in measured else "top1"], written.page

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +39,8 @@ def evaluated_split(trained: Trained) -> str:
     return "val" if open_splits(classifier_config(trained).data, trained.spec.mode).test is None else "test"
 
 
-def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.ndarray, list[int]]:
-    """Inputs, pictures in [0, 1] and labels of readable images, evenly spread over a split.
+def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, list[int]]:
+    """Inputs and labels of readable images, evenly spread over a split.
 
     In an order of their own: folders come class by class, and the first few should be of all classes. What a
     segmenter is shown are squares from the centre, and there are no labels.
@@ -55,8 +54,7 @@ def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.
             eval_transform(trained.spec)(scenes[i * len(scenes) // count][0])
             for i in torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
         ]
-        stacked = torch.stack(squares)
-        return stacked, to_pictures(trained, stacked), []
+        return torch.stack(squares), []
     dataset: Any = open_split(classifier_config(trained).data, trained.spec.mode, split, trained.class_names)
     count = min(count, len(dataset))
     transform = eval_transform(trained.spec)
@@ -68,18 +66,16 @@ def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, np.
             labels.append(label)
     if not inputs:
         raise DataError(f"none of {count} images of the {split} split could be read")
-    batch = torch.stack(inputs)
-    return batch, to_pictures(trained, batch), labels
+    return torch.stack(inputs), labels
 
 
-def read_pictures(trained: Trained, files: Sequence[str]) -> Pictures | None:
-    """Image files as the model is fed them, titled with what it takes them for; None without files."""
+def read_inputs(trained: Trained, files: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Image files as the model is fed them, and titles with what it takes them for."""
     if not files:
-        return None
+        return torch.zeros(0, *trained.spec.input_size), []
     inputs = torch.cat([read_image(file, trained.spec) for file in files])
     predicted = [trained.class_names[i] for i in predict(trained, inputs)]
-    titles = [f"{Path(file).name}: {name}" for file, name in zip(files, predicted, strict=True)]
-    return Pictures(inputs, to_pictures(trained, inputs), titles)
+    return inputs, [f"{Path(file).name}: {name}" for file, name in zip(files, predicted, strict=True)]
 
 
 @torch.inference_mode()
@@ -90,12 +86,9 @@ def predict(trained: Trained, inputs: Tensor) -> list[int]:
     return classes
 
 
-def to_pictures(trained: Trained, inputs: Tensor) -> np.ndarray:
-    """Inputs without their normalisation: ``(B, height, width[, 3])`` in [0, 1]."""
-    mean = torch.tensor(trained.spec.mean).view(1, -1, 1, 1)
-    std = torch.tensor(trained.spec.std).view(1, -1, 1, 1)
-    pictures = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+def pictures(trained: Trained, inputs: Tensor, titles: Sequence[str]) -> Pictures:
+    """Inputs to be shown without their normalisation."""
+    return Pictures.of(inputs, titles, mean=trained.spec.mean, std=trained.spec.std)
 
 
 def titles(trained: Trained, inputs: Tensor, labels: Sequence[int]) -> list[str]:

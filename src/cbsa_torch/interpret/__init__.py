@@ -1,19 +1,29 @@
-"""See the compression happen: capture, rates, attention maps, report. Imports neither models nor train."""
+"""Look into models: what each layer does to the coding rate, and where it looks. Works on any module tree.
+
+- Records: :func:`capture` (a :class:`LayerRecord` for each attention layer and forward pass).
+- Coding rates, Fig. 5 and 6: :func:`measure_rates` (:class:`Rates`), or :func:`coding_rates`
+  (:class:`LayerRates`) and :func:`reduced_rates` (:class:`ReducedRates`) alone; of every image
+  :func:`image_rates` (:class:`ImageRates`).
+- Structure: :func:`subspace_coherence`, :func:`attention_ranks` (:class:`AttentionRanks`),
+  :func:`ista_sparsity` (:class:`Sparsity`).
+- Attention maps, Fig. 7: :func:`cls_attention_maps`, :func:`receptive_fields`, :func:`upsample_maps`,
+  :func:`overlay`.
+- Robustness, Fig. 8: :func:`robustness` (:class:`Robustness`), :func:`noisy_copy`.
+- Zero-shot segmentation, Tables 5 and 6: :func:`zero_shot_iou` (:class:`ZeroShot`), of images with masks
+  that :func:`read_pairs` and :func:`read_voc` read (:class:`ImagePairs`, :class:`SegmentedImage`).
+- Pages: :func:`report`, :func:`compare` (:class:`ComparedRun`), :class:`Pictures`.
+
+The numbers in names of figures and tables are the paper's. Records, rates, structure, maps and robustness need
+torch alone; overlays, zero-shot segmentation and pages need the extra ``interpret``, at their first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from cbsa_torch._core.optional import require
-
-for _module in ("matplotlib", "jinja2"):
-    require(_module, extra="interpret")
-
-from cbsa_torch.interpret.attention_maps import (  # noqa: E402
-    cls_attention_maps,
-    overlay,
-    receptive_fields,
-    upsample_maps,
-)
-from cbsa_torch.interpret.capture import LayerRecord, capture  # noqa: E402
-from cbsa_torch.interpret.image_pairs import ImagePairs, SegmentedImage, read_pairs, read_voc  # noqa: E402
-from cbsa_torch.interpret.rates import (  # noqa: E402
+from cbsa_torch.interpret.attention_maps import cls_attention_maps, receptive_fields, upsample_maps
+from cbsa_torch.interpret.capture import LayerRecord, capture
+from cbsa_torch.interpret.rates import (
     ImageRates,
     LayerRates,
     Rates,
@@ -23,16 +33,20 @@ from cbsa_torch.interpret.rates import (  # noqa: E402
     measure_rates,
     reduced_rates,
 )
-from cbsa_torch.interpret.report import ComparedRun, Pictures, compare, report  # noqa: E402
-from cbsa_torch.interpret.robustness import Robustness, noisy_copy, robustness  # noqa: E402
-from cbsa_torch.interpret.structure import (  # noqa: E402
+from cbsa_torch.interpret.robustness import Robustness, noisy_copy, robustness
+from cbsa_torch.interpret.structure import (
     AttentionRanks,
     Sparsity,
     attention_ranks,
     ista_sparsity,
     subspace_coherence,
 )
-from cbsa_torch.interpret.zero_shot import ZeroShot, zero_shot_iou  # noqa: E402
+
+if TYPE_CHECKING:
+    from cbsa_torch.interpret.image_pairs import ImagePairs, SegmentedImage, read_pairs, read_voc
+    from cbsa_torch.interpret.pages import ComparedRun, Pictures, compare, report
+    from cbsa_torch.interpret.plots import overlay
+    from cbsa_torch.interpret.zero_shot import ZeroShot, zero_shot_iou
 
 __all__ = [
     "AttentionRanks",
@@ -68,3 +82,24 @@ __all__ = [
     "upsample_maps",
     "zero_shot_iou",
 ]
+
+_NEED_EXTRA = {
+    "image_pairs": ("ImagePairs", "SegmentedImage", "read_pairs", "read_voc"),
+    "pages": ("ComparedRun", "Pictures", "compare", "report"),
+    "plots": ("overlay",),
+    "zero_shot": ("ZeroShot", "zero_shot_iou"),
+}
+"""Module to its names that are imported at first use."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _NEED_EXTRA.items():
+        if name in names:
+            for package in ("matplotlib", "jinja2"):
+                require(package, extra="interpret")
+            return getattr(importlib.import_module(f"cbsa_torch.interpret.{module}"), name)
+    raise AttributeError(f"module 'cbsa_torch.interpret' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

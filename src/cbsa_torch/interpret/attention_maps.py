@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cbsa_torch._core.checks import check_floating, check_number
+from cbsa_torch._core.checks import check_floating
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch.interpret.capture import LayerRecord
 from cbsa_torch.nn import (
@@ -137,45 +136,6 @@ def upsample_maps(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     flat = maps.reshape(1, -1, *maps.shape[lead:])
     resized = F.interpolate(flat, size=sides, mode=_INTERPOLATION[len(sides)], align_corners=False)
     return resized.reshape(*maps.shape[:lead], *sides)
-
-
-def overlay(
-    image: np.ndarray, attention_map: np.ndarray, *, colormap: str = "magma", alpha: float = 0.5
-) -> np.ndarray:
-    """Lay an attention map over an image, in the colours of matplotlib.
-
-    Args:
-        image: ``(height, width)`` or ``(height, width, 3)`` in [0, 1].
-        attention_map: ``(rows, columns)``, resized to the image and scaled from its least to its largest value;
-            a constant map takes the colour of the least.
-        colormap: a name that matplotlib knows.
-        alpha: share of the map in the blend, 0 to 1.
-
-    Returns:
-        ``(height, width, 3)`` float32 in [0, 1].
-
-    Raises:
-        ValueError: shapes, values or names that do not fit.
-    """
-    import matplotlib as mpl
-
-    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:
-        raise ValueError(f"image must be (height, width) or (height, width, 3), got shape {image.shape}")
-    if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
-        raise ValueError("image must hold values in [0, 1]; divide 8-bit values by 255")
-    if attention_map.ndim != 2 or not np.isfinite(attention_map).all():
-        raise ValueError(f"attention_map must be finite (rows, columns), got shape {attention_map.shape}")
-    check_number("alpha", alpha)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if colormap not in mpl.colormaps:
-        raise ValueError(f"colormap must be a name in matplotlib.colormaps, got {colormap!r}")
-    resized = upsample_maps(torch.from_numpy(np.asarray(attention_map, np.float64)), image.shape[:2]).numpy()
-    spread = resized.max() - resized.min()
-    scaled = (resized - resized.min()) / spread if spread > 0 else np.zeros_like(resized)
-    colors = mpl.colormaps[colormap](scaled)[..., :3]
-    base = image if image.ndim == 3 else image[..., None]
-    return ((1 - alpha) * base + alpha * colors).astype(np.float32)
 
 
 def _grid(record: LayerRecord) -> tuple[int, ...]:

@@ -1,19 +1,24 @@
-"""Figures from measurements. Draws only: nothing is computed here."""
+"""Figures of measurements, and of attention maps over images. Everything measured is measured elsewhere."""
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from cbsa_torch.interpret import _look
-from cbsa_torch.interpret._look import BLUE, GREY, ORANGE, layer_ticks, signed
+from cbsa_torch._core.checks import check_number
+from cbsa_torch.interpret import _style
+from cbsa_torch.interpret._style import BLUE, GREY, ORANGE, layer_ticks, signed
+from cbsa_torch.interpret.attention_maps import upsample_maps
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates
 from cbsa_torch.interpret.robustness import Robustness
 from cbsa_torch.interpret.structure import AttentionRanks, Sparsity
@@ -21,38 +26,84 @@ from cbsa_torch.interpret.structure import AttentionRanks, Sparsity
 RATE, NORMALIZED_RATE = "$R^c(Z^\\ell\\,|\\,U^\\ell)$ (nats)", "normalised $R^c$ (nats)"
 """Labels of the two compression terms."""
 
-
 SCORES = {"val_top1": "accuracy", "val_miou": "mean IoU"}
-"""What runs are judged by: the column of ``metrics.jsonl``, and the same for people."""
+"""The validation score of a run: its column in ``metrics.jsonl``, and what it is called."""
+
+
+class Curve(NamedTuple):
+    """A value per layer."""
+
+    numbers: Sequence[int]
+    """Of the layers, from 1."""
+    values: Sequence[float]
 
 
 def score_of(history: Sequence[Mapping[str, Any]]) -> str:
-    """The column of the score: the first of ``SCORES`` that a row has."""
+    """The column of the validation score: the first of :data:`SCORES` that a row has."""
     return next((key for key in SCORES if any(key in row for row in history)), "val_top1")
 
 
-def learning_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and validation score against the epoch; a gap where a value is missing or not finite."""
-    figure = Figure(figsize=(7.5, 2.9), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    _look.curve(left, epochs, series(history, "train_loss"), color=GREY, label="training")
-    _look.curve(left, epochs, series(history, "val_loss"), color=BLUE, label="validation")
-    left.set(xlabel="epoch", ylabel="loss")
-    left.set_ylim(0, 1.05 * left.get_ylim()[1])  # nearly equal losses keep a distance from the top
-    _look.legend(left)
-    score = score_of(history)
-    _look.curve(right, epochs, 100 * series(history, score), color=BLUE)
+def learning_curves(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], colors: Mapping[str, str] | None = None
+) -> Figure:
+    """Loss and validation score against the epoch; the training loss is dotted.
+
+    Args:
+        histories: name of a run to its rows, one per epoch, with epoch, train_loss, val_loss and a score
+            (:data:`SCORES`). Values that are missing or not finite leave gaps. The legend leaves out a run
+            whose name is empty.
+        colors: of each name. Default: those of :func:`cbsa_torch.interpret._style.run_colors`.
+    """
+    figure, (left, right) = _figure(2, len(histories))
+    colors = _style.run_colors(histories) if colors is None else colors
+    score = score_of([*itertools.chain(*histories.values())])
+    for name, history in histories.items():
+        epochs, color = [row["epoch"] for row in history], colors[name]
+        _style.curve(left, epochs, _series(history, "train_loss"), ":", color=color, linewidth=1.1)
+        _style.curve(left, epochs, _series(history, "val_loss"), color=color, label=_style.run_label(name))
+        _style.curve(right, epochs, 100 * _series(history, score), color=color)
+    left.set(xlabel="epoch", ylabel="loss (dotted: training)")
+    _style.from_zero(left)
     right.set(xlabel="epoch", ylabel=f"validation {SCORES[score]} (%)")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return _look.finish(figure)
+    _style.runs_legend(left)
+    return _style.finish(figure)
 
 
-def series(history: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """One value of every epoch, NaN where it is missing or not finite: a loss that diverged."""
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """One value of every epoch, NaN where it is missing or not finite, as the loss of a run that diverged."""
     values = np.array([np.nan if row.get(key) is None else row[key] for row in history], dtype=np.float64)
     return np.where(np.isfinite(values), values, np.nan)
+
+
+def layer_curves(
+    panels: Mapping[str, Mapping[str, Curve]], colors: Mapping[str, str], *, from_zero: bool = False
+) -> Figure:
+    """Values of several runs against the layer, a panel for each kind of value.
+
+    Args:
+        panels: label of a vertical axis to the curves of runs, by name.
+        colors: of each name.
+        from_zero: vertical axes begin at 0.
+    """
+    figure, axes = _figure(len(panels), max(len(curves) for curves in panels.values()))
+    for axis, (label, curves) in zip(axes, panels.items(), strict=True):
+        for name, curve in curves.items():
+            _style.line(axis, curve.numbers, curve.values, color=colors[name], label=_style.run_label(name))
+        ticks = layer_ticks([number for curve in curves.values() for number in curve.numbers])
+        axis.set(xlabel="layer", ylabel=label, xticks=ticks)
+        if from_zero:
+            _style.from_zero(axis)
+    _style.runs_legend(axes[0])
+    return _style.finish(figure)
+
+
+def _figure(panels: int, runs: int) -> tuple[Figure, Any]:
+    """A figure of one or two panels with room for the legend of ``runs``, and its axes."""
+    height = 2.8 + 0.16 * runs  # about 0.16 inches a line
+    figure = Figure(figsize=(7.5 if panels > 1 else 6.4, height), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def rates_per_layer(rates: LayerRates) -> Figure:
@@ -68,37 +119,42 @@ def rates_per_layer(rates: LayerRates) -> Figure:
         axis.fill_between(
             layers, np.subtract(mean, std), np.add(mean, std), color=color, alpha=0.15, linewidth=0
         )
-        _look.line(axis, layers, mean, color=color)
+        _style.line(axis, layers, mean, color=color)
         axis.set(xlabel="layer", ylabel=label, xticks=layer_ticks(layers))
-    return _look.finish(figure)
+    return _style.finish(figure)
 
 
-MECHANISM_LOOK = {
+MECHANISM_STYLES = {
     "cbsa": ("CBSA (8)", BLUE, "-", 2.4),
     "linear_cbsa": ("linear attention (12)", BLUE, "--", 1.2),
     "mhsa": ("MHSA", ORANGE, "-", 1.6),
     "mssa": ("MSSA (9)", ORANGE, "--", 1.2),
     "mlp": ("MLP", GREY, "-", 1.2),
 }
-"""Label, colour, line and width of those that are drawn: blue is linear in N, orange quadratic."""
+"""Label, colour, line and width of every curve: blue is linear in N, orange quadratic."""
 
 
 def flops_against_tokens(
     tokens: Sequence[int], curves: Mapping[str, Sequence[int]], sizes: Mapping[str, int]
 ) -> Figure:
-    """FLOPs of one layer of each mechanism against the number of tokens (the paper's Fig. 2 and 9)."""
+    """FLOPs of one layer of each mechanism against the number of tokens (the paper's Fig. 2 and 9).
+
+    Args:
+        tokens: numbers of tokens N.
+        curves: name of each of :data:`MECHANISM_STYLES` to its FLOPs at every N.
+        sizes: ``dim`` and ``num_heads`` of the layer, for the title.
+    """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    for name in sorted(
-        MECHANISM_LOOK, key=lambda name: -curves[name][-1]
-    ):  # the legend in the order of the lines' ends
-        label, color, line, width = MECHANISM_LOOK[name]
+    # The legend is in the order in which the lines end.
+    for name in sorted(MECHANISM_STYLES, key=lambda name: -curves[name][-1]):
+        label, color, line, width = MECHANISM_STYLES[name]
         axis.plot(tokens, curves[name], line, color=color, linewidth=width, label=label)
     title = f"one layer, {sizes['dim']} channels, {sizes['num_heads']} heads, 64 representatives"
     axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="FLOPs (2 per multiply-add)", title=title)
     axis.title.set_fontsize(9)
-    _look.legend(axis)
-    return _look.finish(figure)
+    _style.legend(axis)
+    return _style.finish(figure)
 
 
 def attention_panel(
@@ -111,22 +167,79 @@ def attention_panel(
         maps: per layer its name and ``(B, rows, columns)``.
         titles: one per image.
     """
-    count, columns = len(images), 1 + len(maps)
-    figure = Figure(figsize=(1.35 * columns, 1.5 * count), layout="constrained")
-    grid = figure.subplots(count, columns, squeeze=False)
-    for i, row in enumerate(grid):
-        row[0].imshow(images[i], cmap="gray", vmin=0, vmax=1)
-        if titles is not None:
-            row[0].set_ylabel(_look.legible(titles[i]), fontsize=8, parse_math=False)
-        for axis, (name, values) in zip(row[1:], maps, strict=True):
-            axis.imshow(values[i], cmap="magma")
-            if i == 0:
-                axis.set_title(name, fontsize=8)
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    grid[0][0].set_title("image", fontsize=8)
+    rows = [(image, [values[i] for _, values in maps]) for i, image in enumerate(images)]
+    figure = _image_grid(rows, titles or [""] * len(images), cell=(1.35, 1.5), fontsize=8)
+    for axis, name in zip(figure.axes, ("image", *(name for name, _ in maps)), strict=False):
+        axis.set_title(name, fontsize=8)
     return figure
+
+
+def receptive_field_panel(image: np.ndarray, fields: Sequence[tuple[str, np.ndarray]]) -> Figure:
+    """A row per layer: the image, then the receptive field of each representative.
+
+    Args:
+        image: ``(height, width[, 3])`` in [0, 1].
+        fields: per layer its name and ``(M, rows, columns)``.
+    """
+    rows = [(image, [*values]) for _, values in fields]
+    return _image_grid(rows, [name for name, _ in fields], cell=(0.62, 0.8), fontsize=7)
+
+
+def _image_grid(
+    rows: Sequence[tuple[np.ndarray, list[np.ndarray]]],
+    labels: Sequence[str],
+    cell: tuple[float, float],
+    fontsize: int,
+) -> Figure:
+    """Rows of an image and maps; ``cell`` is the width and height of one in inches."""
+    columns = 1 + max(len(maps) for _, maps in rows)
+    figure = Figure(figsize=(cell[0] * columns, cell[1] * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, (image, maps), label in zip(grid, rows, labels, strict=True):
+        axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+        axes[0].set_ylabel(_style.legible(label), fontsize=fontsize, parse_math=False)
+        for axis, values in zip(axes[1:], maps, strict=False):
+            axis.imshow(values, cmap="magma")
+        for axis in axes:
+            _style.hide_axes(axis)
+    return figure
+
+
+def overlay(
+    image: np.ndarray, attention_map: np.ndarray, *, colormap: str = "magma", alpha: float = 0.5
+) -> np.ndarray:
+    """Lay an attention map over an image, in the colours of matplotlib.
+
+    Args:
+        image: ``(height, width)`` or ``(height, width, 3)`` in [0, 1].
+        attention_map: ``(rows, columns)``, resized to the image and scaled from its least to its largest value;
+            a constant map takes the colour of the least.
+        colormap: a name that matplotlib knows.
+        alpha: share of the map in the blend, 0 to 1.
+
+    Returns:
+        ``(height, width, 3)`` float32 in [0, 1].
+
+    Raises:
+        ValueError: shapes, values or names that do not fit.
+    """
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:
+        raise ValueError(f"image must be (height, width) or (height, width, 3), got shape {image.shape}")
+    if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
+        raise ValueError("image must hold values in [0, 1]; divide 8-bit values by 255")
+    if attention_map.ndim != 2 or not np.isfinite(attention_map).all():
+        raise ValueError(f"attention_map must be finite (rows, columns), got shape {attention_map.shape}")
+    check_number("alpha", alpha)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if colormap not in mpl.colormaps:
+        raise ValueError(f"colormap must be a name in matplotlib.colormaps, got {colormap!r}")
+    resized = upsample_maps(torch.from_numpy(np.asarray(attention_map, np.float64)), image.shape[:2]).numpy()
+    spread = resized.max() - resized.min()
+    scaled = (resized - resized.min()) / spread if spread > 0 else np.zeros_like(resized)
+    colors = mpl.colormaps[colormap](scaled)[..., :3]
+    base = image if image.ndim == 3 else image[..., None]
+    return ((1 - alpha) * base + alpha * colors).astype(np.float32)
 
 
 def to_svg(figure: Figure) -> str:
@@ -147,31 +260,29 @@ def to_png(figure: Figure, dpi: int = 200) -> bytes:
 def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int] | None = None) -> Figure:
     """Rates that CBSA reduces, tokens against representatives (the paper's Fig. 6).
 
-    Above: per layer, the mean over heads and the heads' range; what loses all its rate to the contraction
-    (left) and what a step changes a little (right) have scales of their own. Below: every head of every layer,
-    for each of the three readings of "after CBSA", with its rank correlation.
+    Above: per layer, the mean over heads and the heads' range; the left panel, of what loses most of its rate,
+    and the right one, of what a step changes a little, have scales of their own. Below: every head of every
+    layer, for three readings of "after CBSA" (see :func:`cbsa_torch.interpret.reduced_rates`), with its rank
+    correlation.
 
     Args:
         reduced: the measurement.
-        numbers: of its layers among all of the model, from 1. Default: there are no others.
+        numbers: the number of each of its layers among all attention layers of the model, from 1. Default:
+            1, 2, ...
     """
     figure = Figure(figsize=(9.2, 5.6), layout="constrained")
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.15))
     layers = _numbers(numbers, reduced.layers)
+    left, right = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
     curves = (
-        (figure.add_subplot(grid[0, :3]), reduced.representatives, ORANGE, "representatives: Q, then C"),
-        (figure.axes[0], reduced.output, BLUE, "output: W, then A C"),
-        (
-            figure.add_subplot(grid[0, 3:]),
-            reduced.tokens,
-            BLUE,
-            "tokens, $\\kappa = 1$: W, then W \N{MINUS SIGN} A C",
-        ),
-        (figure.axes[1], reduced.tokens_learned, GREY, "tokens, $\\kappa$ learned: W, then W + $\\kappa$ A C"),
+        (left, reduced.representatives, ORANGE, "representatives: Q, then C"),
+        (left, reduced.output, BLUE, "output: W, then A C"),
+        (right, reduced.tokens, BLUE, "tokens, $\\kappa = 1$: W, then W \N{MINUS SIGN} A C"),
+        (right, reduced.tokens_learned, GREY, "tokens, $\\kappa$ learned: W, then W + $\\kappa$ A C"),
     )
     for axis, heads, color, label in curves:
-        _look.band(axis, layers, heads, color, label)
-    for axis in figure.axes:
+        _style.band(axis, layers, heads, color, label)
+    for axis in (left, right):
         axis.axhline(0, color=GREY, linewidth=0.8)
         axis.set(xlabel="layer", ylabel="rate reduced (nats)", xticks=layer_ticks(layers))
         axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
@@ -182,7 +293,7 @@ def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int] | None = N
     )
     for column, (ours, title, correlation) in enumerate(panels):
         axis = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
-        rows = zip(ours, reduced.representatives, _look.layer_colors(len(layers)), layers, strict=True)
+        rows = zip(ours, reduced.representatives, _style.layer_colors(len(layers)), layers, strict=True)
         for row, across, color, layer in rows:
             axis.scatter(across, row, s=24, color=color, label=f"{layer}", edgecolors="white", linewidths=0.4)
         if column > 0:
@@ -200,7 +311,7 @@ def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int] | None = N
         handletextpad=0.1,
         columnspacing=0.8,
     )
-    return _look.finish(figure)
+    return _style.finish(figure)
 
 
 def step_sizes(steps: Sequence[Sequence[float]], numbers: Sequence[int] | None = None) -> Figure:
@@ -226,7 +337,7 @@ def coherence_maps(
     coherence: Mapping[str, Tensor], numbers: Sequence[int] | None = None, columns: int = 6
 ) -> Figure:
     """Largest cosine between the subspaces of every two heads, a square per layer; 0 is orthogonal."""
-    places = _numbers(numbers, coherence)
+    layers = _numbers(numbers, coherence)
     count = len(coherence)
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -234,19 +345,16 @@ def coherence_maps(
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.set_visible(False)
-    for axis, values, number in zip(axes, coherence.values(), places, strict=False):
+    for axis, values, number in zip(axes, coherence.values(), layers, strict=False):
         image = axis.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=1)
         heads = np.arange(len(values))
         axis.set_title(f"layer {number}", fontsize=8)
-        axis.set(xticks=heads, yticks=heads)
-        shown = [str(h + 1) if len(heads) <= 8 or h % 4 == 3 else "" for h in heads]
-        axis.set_xticklabels(shown, fontsize=7)
-        axis.set_yticklabels(shown, fontsize=7)
+        labels = [str(h + 1) if len(heads) <= 8 or h % 4 == 3 else "" for h in heads]
+        axis.set_xticks(heads, labels, fontsize=7)
+        axis.set_yticks(heads, labels, fontsize=7)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.8, aspect=18)
-    bar.set_label("largest cosine", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    _color_bar(figure.colorbar(image, ax=list(axes), shrink=0.8, aspect=18), "largest cosine")
     return figure
 
 
@@ -254,21 +362,21 @@ def gap_per_layer(reduced: ReducedRates, numbers: Sequence[int] | None = None) -
     """The constraint gap, the tau of Eq. 4, against the layer: mean over heads, with the heads' range."""
     figure = Figure(figsize=(6.4, 2.7), layout="constrained")
     axis, layers = figure.subplots(), _numbers(numbers, reduced.layers)
-    _look.band(axis, layers, reduced.gap, BLUE)
+    _style.band(axis, layers, reduced.gap, BLUE)
     axis.set(xlabel="layer", ylabel="constraint gap (nats)", ylim=(0, None), xticks=layer_ticks(layers))
-    return _look.finish(figure)
+    return _style.finish(figure)
 
 
 def ranks_per_layer(ranks: AttentionRanks, numbers: Sequence[int] | None = None) -> Figure:
     """Rank and effective rank of A against the layer: mean over heads, with the heads' range."""
     figure = Figure(figsize=(6.4, 2.9), layout="constrained")
     axis, layers = figure.subplots(), _numbers(numbers, ranks.layers)
-    _look.band(axis, layers, ranks.rank, GREY, "numerical rank")
-    _look.band(axis, layers, ranks.effective_rank, BLUE, "effective rank")
+    _style.band(axis, layers, ranks.rank, GREY, "numerical rank")
+    _style.band(axis, layers, ranks.effective_rank, BLUE, "effective rank")
     axis.set(xlabel="layer", ylabel="rank of A", ylim=(0, None), xticks=layer_ticks(layers))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _look.legend(axis)
-    return _look.finish(figure)
+    _style.legend(axis)
+    return _style.finish(figure)
 
 
 def sparsity_per_layer(sparsity: Sparsity, numbers: Sequence[int] | None = None) -> Figure:
@@ -277,7 +385,7 @@ def sparsity_per_layer(sparsity: Sparsity, numbers: Sequence[int] | None = None)
     axis, layers = figure.subplots(), _numbers(numbers, sparsity.layers)
     axis.bar(layers, [100 * share for share in sparsity.zeros], color=BLUE, width=0.7)
     axis.set(xlabel="layer", ylabel="exact zeros after ISTA (%)", ylim=(0, 100), xticks=layer_ticks(layers))
-    _look.finish(figure)
+    _style.finish(figure)
     axis.grid(visible=False, axis="x")
     axis.set_axisbelow(True)
     return figure
@@ -289,69 +397,39 @@ def robustness_curve(
     """A metric against the noise on the parameters: mean over seeds, the seeds' range shaded, each a dot.
 
     Args:
-        curves: name of a model to its measurement; the names make a legend if there are several.
+        curves: name of a model to its measurement. The legend leaves out a model whose name is empty.
         metric: label of the vertical axis. A dashed line shows it without noise.
-        colors: of each name. Default: in the order of the curves.
+        colors: of each name. Default: those of :func:`cbsa_torch.interpret._style.run_colors`.
     """
-    # Room for the legend: about 0.16 inches a line.
-    figure = Figure(figsize=(6.4, 3.0 + 0.16 * len(curves)), layout="constrained")
-    axis = figure.subplots()
-    colors = _look.run_colors(curves) if colors is None else colors
+    figure, (axis,) = _figure(1, len(curves))
+    colors = _style.run_colors(curves) if colors is None else colors
     for name, measured in curves.items():
         color = colors[name]
         order = np.argsort(measured.sigmas)
         sigmas, values = np.asarray(measured.sigmas)[order], np.asarray(measured.values)[order]
         axis.fill_between(sigmas, values.min(1), values.max(1), color=color, alpha=0.15, linewidth=0)
-        axis.plot(sigmas, values.mean(1), color=color, label=_look.run_label(name))
+        axis.plot(sigmas, values.mean(1), color=color, label=_style.run_label(name))
         axis.plot(sigmas, values, ".", color=color, markersize=4)
         axis.axhline(measured.clean, color=color, linestyle="--", linewidth=0.9)
     positive = [sigma for measured in curves.values() for sigma in measured.sigmas if sigma > 0]
-    if positive:  # sigma = 0 keeps its place left of the smallest
+    if positive:  # a logarithmic axis that still has a place for sigma = 0
         axis.set_xscale("symlog", linthresh=min(positive))
         axis.set_xlim(0 if any(0 in m.sigmas for m in curves.values()) else min(positive) / 1.15, None)
     axis.set_xlabel("standard deviation $\\sigma$ of the noise on attention parameters")
     axis.set_ylabel(metric, parse_math=False)
-    if len(curves) > 1:
-        _look.runs_legend(axis)
-    return _look.finish(figure)
-
-
-def receptive_field_panel(image: np.ndarray, fields: Sequence[tuple[str, np.ndarray]]) -> Figure:
-    """An image, then where each representative looks: a row per layer.
-
-    Args:
-        image: ``(height, width[, 3])`` in [0, 1].
-        fields: per layer its name and ``(M, rows, columns)``.
-    """
-    count = max(len(values) for _, values in fields)
-    figure = Figure(figsize=(0.62 * (count + 1), 0.8 * len(fields)), layout="constrained")
-    grid = figure.subplots(len(fields), count + 1, squeeze=False)
-    for row, (name, values) in zip(grid, fields, strict=True):
-        row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(name, fontsize=7, parse_math=False)
-        for axis, value in zip(row[1:], values, strict=False):
-            axis.imshow(value, cmap="magma")
-        for axis in row:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    return figure
+    _style.runs_legend(axis)
+    return _style.finish(figure)
 
 
 def _numbers(given: Sequence[int] | None, layers: Collection[Any]) -> list[int]:
     return list(range(1, len(layers) + 1) if given is None else given)
 
 
-def _as_grid(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    """``(layers, heads)``, NaN where a layer has fewer heads and for what is not finite."""
-    grid = np.full((len(rows), max(len(row) for row in rows)), np.nan)
-    for index, row in enumerate(rows):
-        grid[index, : len(row)] = row
-    return np.where(np.isfinite(grid), grid, np.nan)
-
-
 def _heat_map(rows: Sequence[Sequence[float]], numbers: Sequence[int], label: str) -> Figure:
     """A cell per layer (across) and head (down) with its value written in it: orange below zero, blue above."""
-    grid = _as_grid(rows)
+    grid = np.full((len(rows), max(len(row) for row in rows)), np.nan)  # some layers may have fewer heads
+    for index, row in enumerate(rows):
+        grid[index, : len(row)] = np.where(np.isfinite(row), row, np.nan)
     layers, heads = grid.shape
     most = max(float(np.nan_to_num(np.abs(grid)).max()), 1e-12)
     colors = LinearSegmentedColormap.from_list("signed", [ORANGE, "#f4f4f4", BLUE])
@@ -360,22 +438,20 @@ def _heat_map(rows: Sequence[Sequence[float]], numbers: Sequence[int], label: st
     image = axis.imshow(grid.T, cmap=colors, vmin=-most, vmax=most, aspect="auto")
     for (layer, head), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            strong = abs(value) > 0.6 * most
-            axis.text(
-                layer,
-                head,
+            text, color = (
                 signed(value, 2 if most < 10 else 0),
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if strong else "#333333",
+                "white" if abs(value) > 0.6 * most else "#333333",
             )
-    axis.set(xlabel="layer", ylabel="head", xticks=np.arange(layers), yticks=np.arange(heads))
-    axis.set_xticklabels([str(number) for number in numbers])
-    axis.set_yticklabels([str(i + 1) for i in range(heads)])
+            axis.text(layer, head, text, ha="center", va="center", fontsize=7, color=color)
+    axis.set(xlabel="layer", ylabel="head")
+    axis.set_xticks(np.arange(layers), [str(number) for number in numbers])
+    axis.set_yticks(np.arange(heads), [str(i + 1) for i in range(heads)])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axis, aspect=14)
+    _color_bar(figure.colorbar(image, ax=axis, aspect=14), label)
+    return figure
+
+
+def _color_bar(bar: Any, label: str) -> None:
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    return figure

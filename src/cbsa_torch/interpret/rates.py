@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,6 @@ from cbsa_torch import ops
 from cbsa_torch._core.checks import check_positive
 from cbsa_torch._core.precision import no_autocast, solve_dtype
 from cbsa_torch.interpret._batches import captured_batches
-from cbsa_torch.interpret._statistics import rank_correlation
 from cbsa_torch.interpret.capture import LayerRecord, attention_layers
 from cbsa_torch.nn import CBSA
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
@@ -301,3 +301,27 @@ def _reduced_rates(model: nn.Module, per_image: dict[str, ImageRates]) -> Reduce
 
 def _flat(rows: list[list[float]]) -> list[float]:
     return [value for row in rows for value in row]
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation: Pearson's of the ranks, tied values sharing the mean of theirs.
+
+    NaN where it is undefined: fewer than two pairs, a NaN among the values, or all values of one side equal.
+
+    Raises:
+        ValueError: sequences of different lengths.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"x and y must be of one length, got {len(x)} and {len(y)}")
+    both = torch.tensor([list(x), list(y)], dtype=torch.float64)
+    if len(x) < 2 or both.isnan().any():
+        return math.nan
+    a, b = _centred_ranks(both[0]), _centred_ranks(both[1])
+    norm = (a @ a * (b @ b)).sqrt()
+    return (a @ b / norm).clamp(-1, 1).item() if norm > 0 else math.nan
+
+
+def _centred_ranks(values: Tensor) -> Tensor:
+    _, position, count = values.unique(return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count - 1) / 2).double()[position]
+    return rank - rank.mean()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_torch.interpret.report.numbers import dump, finite
+from cbsa_torch.interpret.pages.numbers import dump, finite
 
 
 class Pair(NamedTuple):

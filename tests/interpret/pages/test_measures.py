@@ -7,21 +7,16 @@ import pytest
 import torch
 
 import cbsa_torch
-from cbsa_torch.interpret.report import measure
+from cbsa_torch.interpret.pages import measures
 from tests.helpers.pages import build, vit
 
 
-@pytest.fixture
-def inputs():
-    return torch.randn(4, 1, 8, 8)
-
-
 @pytest.mark.parametrize("family", ["cbt", "stem_vit", "vit", "mixed"])
-def test_notes_say_what_the_rates_of_separate_projections_are_of(family, inputs):
+def test_notes_say_what_the_rates_of_separate_projections_are_of(family, images):
     model = vit() if family == "vit" else build("cbt" if family == "mixed" else family)
     if family == "mixed":
         model.blocks[1].attn = cbsa_torch.CBSA(8, 2, num_representatives=16, qkv="separate").eval()
-    notes = measure.measure(model, inputs, robustness_images=0).notes
+    notes = measures.measure_model(model, images, robustness_images=0).notes
     if family == "cbt":
         assert notes == []
     else:
@@ -29,13 +24,13 @@ def test_notes_say_what_the_rates_of_separate_projections_are_of(family, inputs)
         assert [note.startswith(which) and note.endswith("of the queries.") for note in notes] == [True]
 
 
-def test_measures_call_layers_the_same_compiled_or_not(inputs):
-    plain = measure.measure(build("crate_cbt"), inputs, robustness_images=0)
+def test_measures_call_layers_the_same_compiled_or_not(images):
+    plain = measures.measure_model(build("crate_cbt"), images, robustness_images=0)
     model = build("crate_cbt")
     for block in model.blocks:
         block.attn = torch.compile(block.attn, backend="eager")
         block.ista = torch.compile(block.ista, backend="eager")
-    compiled = measure.measure(model, inputs, robustness_images=1)
+    compiled = measures.measure_model(model, images, robustness_images=1)
     assert compiled.rates.layers == plain.rates.layers == ["blocks.0.attn", "blocks.1.attn"]
     assert compiled.robustness.layers == compiled.rates.layers
     assert compiled.sparsity.layers == plain.sparsity.layers == ["blocks.0.ista", "blocks.1.ista"]
@@ -44,11 +39,11 @@ def test_measures_call_layers_the_same_compiled_or_not(inputs):
     assert list(compiled.coherence) == compiled.rates.layers
 
 
-def test_numbers_of_a_model_that_went_wrong_are_none(inputs):
+def test_numbers_of_a_model_that_went_wrong_are_none(images):
     model = build()
     with torch.no_grad():
         model.blocks[1].attn.step_tokens[0] = math.nan
-    numbers = measure.as_numbers(measure.measure(model, inputs, robustness_images=0))
+    numbers = measures.as_numbers(measures.measure_model(model, images, robustness_images=0))
     assert numbers["reduced"]["tokens_learned"][1][0] is None
     assert numbers["steps"]["blocks.1.attn"][0] is None
     assert "NaN" not in json.dumps(numbers)

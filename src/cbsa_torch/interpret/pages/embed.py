@@ -1,4 +1,4 @@
-"""Figures on a page: cut into panels that fit a phone, and arrays as data URLs. Files get the whole figure."""
+"""Figures and images inside a page: SVG panels that fit a phone, data URLs; and whole figures as files."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ SINGLE_WIDTH = 4.8
 """Inches: a figure of one panel gets no wider, so that its text stays readable on a phone."""
 
 
-class Drawn(NamedTuple):
+class Panels(NamedTuple):
     """A figure as it goes on a page."""
 
     rows: list[list[str]]
     """Inline SVG elements; a row of them wraps where it does not fit."""
-    heat: bool
-    """Whether it shows colour-coded values, whose colours must not change in the dark."""
+    color_coded: bool
+    """Whether colours stand for values, so that a dark page must not change them."""
 
 
-def draw(figure: Figure, name: str, label: str) -> Drawn:
+def cut(figure: Figure, name: str, label: str) -> Panels:
     """Cut a figure into SVG panels, one per axes (with its colour bar) or legend of the figure.
 
     Args:
         figure: its layout is computed here and fixed.
         name: a prefix of the ids within, unique on the page.
-        label: what screen readers say.
+        label: the text alternative, for screen readers.
     """
-    groups = _panels(figure)
+    groups = _panel_artists(figure)
     width, height = figure.get_size_inches()
     if len(groups) == 1 and width > SINGLE_WIDTH:
         figure.set_size_inches(SINGLE_WIDTH, height)
@@ -52,7 +52,7 @@ def draw(figure: Figure, name: str, label: str) -> Drawn:
     boxes = [Bbox.union([artist.get_tightbbox() for artist in group]) for group in groups]
     rows = [_row(group[0]) for group in groups]
     everything = [artist for group in groups for artist in group]
-    cut: dict[tuple[int, ...] | None, list[str]] = {}
+    panels: dict[tuple[int, ...] | None, list[str]] = {}
     for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
         # Panels of one row are cut to one height, so that their axes line up.
         level = [box for box, other in zip(boxes, rows, strict=True) if other == row]
@@ -64,14 +64,14 @@ def draw(figure: Figure, name: str, label: str) -> Drawn:
         inches = box.transformed(figure.dpi_scale_trans.inverted())
         panel = _inline(_svg(figure, inches, f"{name}-{i}"), f"{name}-{i}", label)
         # What has no row (a shared colour bar, a legend) stands at the end of the last.
-        cut.setdefault(row if row is not None or not cut else [*cut][-1], []).append(panel)
+        panels.setdefault(row if row is not None or not panels else [*panels][-1], []).append(panel)
     for artist in everything:
         artist.set_visible(True)
     meshes = (isinstance(item, QuadMesh) for axis in figure.axes for item in axis.collections)
-    return Drawn(list(cut.values()), any(axis.images for axis in figure.axes) or any(meshes))
+    return Panels(list(panels.values()), any(axis.images for axis in figure.axes) or any(meshes))
 
 
-def _panels(figure: Figure) -> list[list[Any]]:
+def _panel_artists(figure: Figure) -> list[list[Any]]:
     bars: dict[Any, Any] = {}
     for axis in figure.axes:
         for item in (*axis.images, *axis.collections):
@@ -88,7 +88,7 @@ def _panels(figure: Figure) -> list[list[Any]]:
 
 
 def _row(artist: Any) -> tuple[int, ...] | None:
-    """The rows of the figure's grid that axes span; None for what is placed freely."""
+    """The rows of the figure's grid that axes span; None for what is not placed in a grid."""
     place = artist.get_subplotspec() if hasattr(artist, "get_subplotspec") else None
     return None if place is None else tuple(place.rowspan)
 
@@ -104,7 +104,7 @@ def _svg(figure: Figure, inches: Bbox, salt: str) -> str:
 
 
 def _inline(svg: str, prefix: str, label: str) -> str:
-    """Make ids unique on the page, and the size one of CSS."""
+    """Make ids unique on the page, and give the width in CSS pixels in place of points."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)

@@ -1,19 +1,12 @@
-"""What a page says of its figures, true as measured."""
-
 import math
 
 import pytest
 import torch
 
 from cbsa_torch import interpret
+from cbsa_torch.interpret.pages import sentences
 from cbsa_torch.interpret.rates import LayerRates, reduced_rates
-from cbsa_torch.interpret.report import statements
 from tests.helpers.pages import build
-
-
-@pytest.fixture
-def inputs():
-    return torch.randn(4, 1, 8, 8)
 
 
 def rates(*values):
@@ -22,7 +15,7 @@ def rates(*values):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "expected"),
     [
         (
             (1, 9, 8, 7),
@@ -41,17 +34,17 @@ def rates(*values):
         ((math.nan, 9, 8, 7), "compresses, layer by layer"),
     ],
 )
-def test_whether_the_later_half_compresses(values, said):
-    assert said in statements.later_half_sentence(rates(*values))
+def test_whether_the_later_half_compresses(values, expected):
+    assert expected in sentences.later_half_sentence(rates(*values))
 
 
 def test_a_normalised_rate_that_is_no_number_is_not_printed():
-    said = statements.later_half_sentence(rates(9, 8, 7)._replace(normalized=[1.0, math.nan, 1.0]))
-    assert said.endswith("changes by -12.5 % (normalised: cannot be said).")
+    sentence = sentences.later_half_sentence(rates(9, 8, 7)._replace(normalized=[1.0, math.nan, 1.0]))
+    assert sentence.endswith("changes by -12.5 % (normalised: cannot be said).")
 
 
 @pytest.mark.parametrize(
-    ("correlation", "said"),
+    ("correlation", "expected"),
     [
         (
             0.8,
@@ -63,9 +56,9 @@ def test_a_normalised_rate_that_is_no_number_is_not_printed():
         (math.nan, "cannot be said: Spearman's rank correlation is undefined over"),
     ],
 )
-def test_whether_the_two_move_together(inputs, correlation, said):
-    reduced = reduced_rates(build(), [inputs])
-    sentence = statements.together_sentence(
+def test_whether_the_two_move_together(images, correlation, expected):
+    reduced = reduced_rates(build(), [images])
+    sentence = sentences.together_sentence(
         reduced._replace(
             correlation=correlation,
             correlation_learned=0.11,
@@ -73,34 +66,34 @@ def test_whether_the_two_move_together(inputs, correlation, said):
             correlation_added=-0.33,
         )
     )
-    assert said in sentence
+    assert expected in sentence
     assert "+0.11 at the learned κ, W + κ A C; undefined for CBSA's output" in sentence
     assert "-0.33 for a step against Eq. 6, W + A C." in sentence
     assert "nan" not in sentence
 
 
-def test_heads_that_compress_are_counted(inputs):
-    reduced = reduced_rates(build(), [inputs])
+def test_heads_that_compress_are_counted(images):
+    reduced = reduced_rates(build(), [images])
     reduced = reduced._replace(
         tokens_learned=[[1.0, -1.0], [2.0, 3.0]], step_tokens=[[1.0, -1.0], [-2.0, -3.0]]
     )
-    said = statements.heads_sentence(reduced)
-    assert "3 of 4 heads lower" in said
-    assert "1 raise" in said
-    assert "positive in 1." in said
-    assert "cannot be said" not in said
-    said = statements.heads_sentence(reduced._replace(tokens_learned=[[1.0, math.nan], [-2.0, 3.0]]))
-    assert "2 of 4 heads lower" in said
-    assert "of 1 it cannot be said" in said
+    sentence = sentences.heads_sentence(reduced)
+    assert "3 of 4 heads lower" in sentence
+    assert "1 raise" in sentence
+    assert "positive in 1." in sentence
+    assert "cannot be said" not in sentence
+    sentence = sentences.heads_sentence(reduced._replace(tokens_learned=[[1.0, math.nan], [-2.0, 3.0]]))
+    assert "2 of 4 heads lower" in sentence
+    assert "of 1 it cannot be said" in sentence
 
 
-def test_the_gap_is_the_largest_of_any_image_and_the_mean(inputs):
+def test_the_gap_is_the_largest_of_any_image_and_the_mean(images):
     model = build()
-    reduced = reduced_rates(model, [inputs])
-    gaps = torch.stack([layer.gap for layer in interpret.image_rates(model, [inputs]).values()])
-    said = statements.gap_sentence(reduced)
-    assert f"from τ = {gaps.max():.1f} nats on" in said
-    assert f"the mean gap is {gaps.mean():.1f} nats" in said
+    reduced = reduced_rates(model, [images])
+    gaps = torch.stack([layer.gap for layer in interpret.image_rates(model, [images]).values()])
+    sentence = sentences.gap_sentence(reduced)
+    assert f"from τ = {gaps.max():.1f} nats on" in sentence
+    assert f"the mean gap is {gaps.mean():.1f} nats" in sentence
     assert gaps.max() > gaps.mean() + 0.1  # the two are told apart
     for broken in (reduced._replace(gap_max=[[math.nan]]), reduced._replace(gap=[[math.inf]])):
-        assert "cannot be said" in statements.gap_sentence(broken)
+        assert "cannot be said" in sentences.gap_sentence(broken)

@@ -1,4 +1,4 @@
-"""Numbers for JSON, which knows neither NaN nor infinity."""
+"""Measurements as JSON, which knows neither NaN nor infinity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def finite(value: Any) -> Any:
 
 
 def dump(numbers: Any) -> str:
-    """``numbers`` as JSON that every reader takes, made of what :func:`finite` leaves.
+    """``numbers`` as JSON: what :func:`finite` makes of them.
 
     Raises:
         TypeError: something in it that JSON has no form for.

@@ -1,4 +1,4 @@
-"""What all figures share: colours, ticks of layers, legends, text that breaks nothing."""
+"""What all figures share: colours, ticks of layers, legends, text that matplotlib shows as it is."""
 
 from __future__ import annotations
 
@@ -16,30 +16,35 @@ RUN_COLORS = (
     *(BLUE, ORANGE, GREY, "#3b8f5a", "#7a4fa3", "#b8901d"),
     *("#17a2b0", "#d0569b", "#6b4a34", "#9ac23c"),
 )
-"""Of the runs of a comparison; repeated if there are more."""
+"""Colours of the runs of a comparison; they repeat if there are more runs."""
 
 LABEL_LENGTH = 30
 """Characters of a run's name in a legend."""
 
 MOST_TICKS = 12
-"""Layers with a tick each; of more, every second gets one."""
+"""Up to so many layers each have a tick on the axis; of more, every second one has."""
 
 
 def run_colors(names: Iterable[str]) -> dict[str, str]:
-    """The colour of each run, the same in every figure whatever else that shows."""
+    """The colour of each run, to be used in every figure."""
     return {name: RUN_COLORS[i % len(RUN_COLORS)] for i, name in enumerate(names)}
 
 
 def finish(figure: Figure) -> Figure:
-    """Take frames away and lay a light grid."""
+    """Remove the upper and right frame of all axes and draw a light grid."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
     return figure
 
 
+def from_zero(axis: Any) -> None:
+    """Let the vertical axis begin at 0 and end a little above the largest value."""
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+
+
 def legend(axis: Any, **options: Any) -> Any:
-    """A legend that shows names as they are: no formulas."""
+    """A legend that shows ``$`` and ``_`` in names as they are, not as a formula."""
     shown = axis.legend(**{"frameon": False, "fontsize": 8, **options})
     for text in shown.get_texts():
         text.set_parse_math(False)
@@ -47,7 +52,7 @@ def legend(axis: Any, **options: Any) -> Any:
 
 
 def runs_legend(axis: Any) -> None:
-    """A legend above the lines, of which there may be many."""
+    """A legend of runs above the axes; none if no run has a name."""
     labels = axis.get_legend_handles_labels()[1]
     if labels:
         columns = 2 if max(map(len, labels)) <= LABEL_LENGTH // 2 else 1
@@ -55,13 +60,13 @@ def runs_legend(axis: Any) -> None:
 
 
 def run_label(name: str) -> str:
-    """A run's name as a legend can show it: its end, which tells runs of many folders apart."""
+    """A run's name for a legend: of a long one the end, which tells paths of run folders apart."""
     shown = legible(name if len(name) <= LABEL_LENGTH else f"…{name[1 - LABEL_LENGTH :]}")
     return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides what begins with an underscore
 
 
 def legible(text: str) -> str:
-    """The text on one line, with a box for what the font of figures lacks."""
+    """The text on one line, with a box for every character that the font of figures lacks."""
     known = _characters()
     return "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in " ".join(text.split()))
 
@@ -85,23 +90,29 @@ def layer_colors(count: int) -> list[Any]:
 def band(
     axis: Any, numbers: Sequence[int], heads: Sequence[Sequence[float]], color: Any, label: str = ""
 ) -> None:
-    """A line of the mean over heads, in a band from the least head to the largest."""
+    """A line through the mean over heads, in a band from the smallest head to the largest."""
     low, high = [np.min(row) for row in heads], [np.max(row) for row in heads]
     axis.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
     line(axis, numbers, [float(np.mean(row)) for row in heads], color=color, label=label)
 
 
-def line(axis: Any, numbers: Sequence[int], values: Sequence[float], **look: Any) -> None:
-    """A dot for each layer, joined."""
-    axis.plot(numbers, values, marker="o", markersize=4, **look)
+def line(axis: Any, numbers: Sequence[int], values: Sequence[float], **style: Any) -> None:
+    """A dot for each layer, joined by a line."""
+    axis.plot(numbers, values, marker="o", markersize=4, **style)
 
 
-def curve(axis: Any, epochs: Sequence[float], values: np.ndarray, style: str = "-", **look: Any) -> None:
+def curve(axis: Any, epochs: Sequence[float], values: np.ndarray, linestyle: str = "-", **style: Any) -> None:
     """A line over epochs; a value without neighbours, which no line shows, is a dot."""
     finite = np.pad(np.isfinite(values), 1)
     lone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
     dots = {"marker": "o", "markersize": 4, "markevery": lone.tolist()} if len(lone) else {}
-    axis.plot(epochs, values, linestyle=style, **dots, **look)
+    axis.plot(epochs, values, linestyle=linestyle, **dots, **style)
+
+
+def hide_axes(axis: Any) -> None:
+    """Remove frame and ticks: for images."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
 
 
 def signed(value: float, digits: int = 2) -> str:

@@ -1,4 +1,4 @@
-"""Attention maps and receptive fields as small numbers that a page can draw."""
+"""Attention maps and receptive fields of some images, measured, and as bytes that the page's script draws."""
 
 from __future__ import annotations
 
@@ -12,24 +12,66 @@ from torch import Tensor, nn
 
 from cbsa_torch.interpret.attention_maps import cls_attention_maps, receptive_fields
 from cbsa_torch.interpret.capture import LayerRecord, capture
-from cbsa_torch.interpret.figures import colors, image_url
+from cbsa_torch.interpret.pages.embed import colors, image_url
 from cbsa_torch.nn import TSSA, AgentAttention, LinearCBSA
 
+MOST_PICTURES = 6
+"""How many images get attention maps by default."""
+
 MOST_FIELDS = 16
-"""Representatives whose receptive fields are shown."""
+"""At most so many representatives of a layer have their receptive fields shown."""
 
 FIELD_BUDGET = 300_000
-"""Bytes of receptive fields on a page; above, only their mean over heads."""
+"""Bytes of receptive fields on a page; if there are more, only their mean over heads is shown."""
 
 
 class Pictures(NamedTuple):
-    """Images to look at."""
+    """Images whose attention maps are shown; :meth:`of` makes them from the model's inputs."""
 
     inputs: Tensor
     """``(B, C, height, width)`` what the model is fed."""
     images: np.ndarray
-    """``(B, height, width[, 3])`` the same in [0, 1]."""
-    titles: list[str]
+    """``(B, height, width[, 3])`` the same images in [0, 1], as people see them."""
+    titles: Sequence[str]
+    """A caption for each."""
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Tensor,
+        titles: Sequence[str] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Pictures:
+        """Show what the model is fed.
+
+        Args:
+            inputs: ``(B, C, height, width)`` with 1 or 3 channels.
+            titles: a caption for each. Default: image 1, image 2, ...
+            mean: per channel, what the inputs were normalised by; with ``std``, this is undone. Default: every
+                image is scaled from its smallest value to its largest.
+            std: per channel; both or neither.
+
+        Raises:
+            ValueError: inputs of another shape, one of ``mean`` and ``std`` alone.
+        """
+        if inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images must be (B, 1 or 3, height, width) to be shown, got {tuple(inputs.shape)}; "
+                "pass pictures= to show something else"
+            )
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std must both be given or neither, got mean={mean} and std={std}")
+        values = inputs.detach().float().cpu()
+        if mean is None or std is None:
+            low, high = values.amin((1, 2, 3), keepdim=True), values.amax((1, 2, 3), keepdim=True)
+            values = (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+        else:
+            values = values * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
+        images = values.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        names = [f"image {i + 1}" for i in range(len(inputs))] if titles is None else titles
+        return cls(inputs, images[..., 0] if images.shape[-1] == 1 else images, names)
 
 
 class LayerMaps(NamedTuple):
@@ -40,6 +82,7 @@ class LayerMaps(NamedTuple):
     number: int
     """Counted from 1 among the captured layers."""
     kind: str
+    """The layer's class."""
     maps: np.ndarray
     """``(B, 1 + H, rows, columns)``: the mean over heads, then every head."""
     fields: np.ndarray | None
@@ -55,15 +98,25 @@ class Maps(NamedTuple):
     layers: list[LayerMaps]
     missing: dict[str, str]
     """Layer to the reason why it has no map."""
-    first: str = "class token"
-    """What the token is whose maps they are: "class token", "first token" or "first patch"."""
-    notes: Sequence[str] = ()
+    token: str
+    """Whose maps they are: "class token", "first token" or "first patch"."""
+    notes: Sequence[str]
     """Sentences about maps that are not the row of an attention matrix."""
 
 
 @torch.no_grad()
 def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
-    """Run the model on ``pictures`` and lay out where its first token looks."""
+    """Run the model on ``pictures`` and take the maps of its first token.
+
+    Raises:
+        ValueError: pictures that are none, or whose inputs, images and titles differ in number.
+    """
+    numbers = [len(of) for of in pictures]
+    if min(numbers) == 0 or len(set(numbers)) > 1:
+        raise ValueError(
+            "pictures must have as many inputs as images and titles, and at least one; "
+            f"got {numbers[0]} inputs, {numbers[1]} images and {numbers[2]} titles"
+        )
     layers, missing, prefixes = [], {}, set()
     notes: dict[str, None] = {}
     with capture(model) as records:
@@ -83,10 +136,10 @@ def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
         prefixes.add(record.num_prefix_tokens)
         notes.update(dict.fromkeys(_notes(record.layer)))
         layers.append(LayerMaps(record.name, number, kind, _with_mean(heads, 1), fields, count))
-    return Maps(layers, missing, _first(model, prefixes), list(notes))
+    return Maps(layers, missing, _token(model, prefixes), list(notes))
 
 
-def _first(model: nn.Module, prefixes: set[int]) -> str:
+def _token(model: nn.Module, prefixes: set[int]) -> str:
     """What the first token is."""
     if prefixes == {0}:
         return "first patch"
@@ -96,7 +149,7 @@ def _first(model: nn.Module, prefixes: set[int]) -> str:
 
 
 def _notes(layer: nn.Module) -> list[str]:
-    """What a map of the layer is where it is not the row of a softmax or of A Aᵀ."""
+    """What the layer's map is, if it is neither a row of a softmax nor one of A Aᵀ."""
     if isinstance(layer, TSSA) and layer.form == "tost":
         return [
             "TSSA compares no token with another: its maps show how much each token belongs to a head, which "
@@ -127,7 +180,7 @@ def _fields(record: LayerRecord) -> tuple[np.ndarray | None, int]:
     except ValueError:  # a mixer without representatives
         return None, 0
     count = fields.shape[1]
-    return _with_mean(fields[:, spread(count, MOST_FIELDS)], 0), count
+    return _with_mean(fields[:, evenly_spaced(count, MOST_FIELDS)], 0), count
 
 
 def _with_mean(values: Tensor, heads: int) -> np.ndarray:
@@ -136,7 +189,7 @@ def _with_mean(values: Tensor, heads: int) -> np.ndarray:
     return torch.cat([values.mean(heads, keepdim=True), values], heads).cpu().numpy()
 
 
-def spread(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """At most ``most`` of ``count`` indices, evenly spread, first and last included."""
     if count <= most:
         return list(range(count))
@@ -144,7 +197,7 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def page_data(maps: Maps, pictures: Pictures) -> dict[str, Any]:
-    """What the page's script draws: bytes in base64, each map scaled to its own range."""
+    """What the page's script (maps.js) draws: bytes in base64, each map scaled to its own range."""
     size = sum(layer.fields.size for layer in maps.layers if layer.fields is not None)
     heads = slice(None) if size <= FIELD_BUDGET else slice(1)
     return {
@@ -176,8 +229,3 @@ def _bytes(values: np.ndarray) -> str:
     low, high = values.min((-2, -1), keepdims=True), values.max((-2, -1), keepdims=True)
     scaled = (values - low) / np.where(high > low, high - low, 1)
     return base64.b64encode(np.round(255 * scaled).astype(np.uint8).tobytes()).decode()
-
-
-def mean_maps(maps: Maps, layers: Sequence[int]) -> list[tuple[str, np.ndarray]]:
-    """The mean over heads of some layers, for a static panel."""
-    return [(f"layer {maps.layers[i].number}", maps.layers[i].maps[:, 0]) for i in layers]

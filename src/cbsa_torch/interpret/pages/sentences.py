@@ -1,4 +1,4 @@
-"""What the figures show, in sentences that are true as measured: the paper's observations may not hold."""
+"""What the figures show, in sentences: whether the paper's observations hold for what was measured."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import itertools
 import math
 from typing import NamedTuple
 
+from cbsa_torch.interpret.pages.measures import Measures
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates
 
 STRONG, WEAK = 0.5, 0.2
-"""Rank correlations from which two things move together, or weakly so."""
+"""From these rank correlations on, two things are said to move together, or only weakly."""
 
 HARDLY = 0.01
-"""Share of the rate below which it is said to hardly change."""
+"""A change by less than this share of the rate is called hardly any."""
+
+
+def sentences(measures: Measures) -> dict[str, str]:
+    """Everything that can be said of a model, by the section that it stands in."""
+    found = {"later_half": later_half_sentence(measures.rates)}
+    if measures.reduced is not None:
+        found["together"] = together_sentence(measures.reduced)
+        found["gap"] = gap_sentence(measures.reduced)
+        found["heads"] = heads_sentence(measures.reduced)
+    return found
 
 
 class LaterHalf(NamedTuple):

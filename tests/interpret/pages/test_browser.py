@@ -1,13 +1,12 @@
 """The page in a real browser: nothing fails, nothing is fetched, the chooser works, a phone needs no scrolling."""
 
-import numpy as np
 import pytest
-import timm
 import torch
 
-import cbsa_torch.models  # noqa: F401
 from cbsa_torch import interpret
+from tests.helpers import pages as models
 from tests.helpers.browser import find_browser, visit
+from tests.helpers.pages import HISTORY, compared
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
@@ -55,20 +54,16 @@ return {
 """
 
 
-def build(family, **options):
+def build(family):
     family = "crate_cbt" if "hybrid" in family else family
-    options = {"embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 3, **options}
-    return timm.create_model(f"{family}_pico_patch1_8", **options).eval()
+    return models.build(family, embed_dim=16, depth=3)
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """A report and a comparison."""
     torch.manual_seed(0)
-    folder, inputs = tmp_path_factory.mktemp("pages"), torch.randn(3, 1, 8, 8)
-    images, history = np.random.default_rng(0).random((3, 8, 8)), []
-    for e in (1, 2, 3):
-        history.append({"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_top1": 1 - 0.5 / e})
+    folder, images = tmp_path_factory.mktemp("pages"), torch.randn(3, 1, 8, 8)
     evaluation = {
         "top1": 0.9,
         "loss": 0.3,
@@ -80,22 +75,17 @@ def pages(tmp_path_factory):
     card = {"a fact": "with a word that is much too long for a phone: " + "x" * 90}
     report = interpret.report(
         build("cbt"),
-        inputs,
         images,
         folder,
         title="A model",
         facts=card,
-        history=history,
+        history=HISTORY,
         evaluation=evaluation,
         labels=[0, 1, 2],
     )
-    runs = [
-        interpret.ComparedRun(
-            name, build(name), inputs, images, [0, 1, 2], name, 10**6, 10**9, 0.5, history=history
-        )
-        for name in ("cbt", "stem_vit", "a_hybrid_with_a_name_too_long_for_a_phone_" + "x" * 40)
-    ]
-    return {"report": report.page, "compare": interpret.compare(runs, folder, title="Two").page}
+    names = ("cbt", "stem_vit", "a_hybrid_with_a_name_too_long_for_a_phone_" + "x" * 40)
+    runs = [compared(name, build(name), images, labels=[0, 1, 2], history=HISTORY) for name in names]
+    return {"report": report.page, "compare": interpret.compare(runs, folder).page}
 
 
 @pytest.mark.parametrize("name", ["report", "compare"])

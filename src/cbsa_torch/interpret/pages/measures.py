@@ -1,4 +1,4 @@
-"""Everything that a page reports about a model, measured; what does not exist for it, with the reason."""
+"""Every measure that a page shows of a model, and for each that the model does not have, the reason."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.interpret.capture import attention_layers
+from cbsa_torch.interpret.pages.numbers import finite
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
-from cbsa_torch.interpret.report.numbers import finite
 from cbsa_torch.interpret.robustness import Robustness, robustness
 from cbsa_torch.interpret.structure import (
     AttentionRanks,
@@ -24,7 +25,7 @@ from cbsa_torch.nn import CBSA, ISTA, TokenMixer
 
 SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SEEDS = (0, 1, 2)
-"""Of the parameter noise."""
+"""Standard deviations and seeds of the noise on the parameters."""
 
 T = TypeVar("T")
 
@@ -49,28 +50,22 @@ class Measures(NamedTuple):
     """Sentences about how to read the rates of this model."""
 
 
-def measure(
+def measure_model(
     model: nn.Module,
-    inputs: Tensor,
+    images: Tensor,
     *,
     labels: Sequence[int] | None = None,
     batch_size: int = 64,
     robustness_images: int = 128,
 ) -> Measures:
-    """Measure a model on images.
-
-    Args:
-        model: in eval mode; with layers that can be captured.
-        inputs: ``(B, C, height, width)`` what the model is fed.
-        labels: B class indices. Without them, robustness is how many predictions stay the same.
-        batch_size: images per forward pass.
-        robustness_images: how many of the images (the first) the robustness curve uses; 0 leaves it out.
-
-    Raises:
-        ValueError: labels of another number than images; a model without layers to capture.
-    """
-    if labels is not None and len(labels) != len(inputs):
-        raise ValueError(f"labels must be those of inputs: got {len(labels)} labels and {len(inputs)} inputs")
+    """Measure a model on images; arguments and errors are those of :func:`cbsa_torch.interpret.report`."""
+    check_positive_int("batch_size", batch_size)
+    if isinstance(robustness_images, bool) or not isinstance(robustness_images, int):
+        raise TypeError(f"robustness_images must be an int, got {robustness_images!r}")
+    if robustness_images < 0:
+        raise ValueError(f"robustness_images must be at least 0, got {robustness_images}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"labels must be those of images: got {len(labels)} labels and {len(images)} images")
     missing: dict[str, str] = {}
 
     def measured(name: str, reason: str | None, function: Callable[[], T]) -> T | None:
@@ -82,7 +77,7 @@ def measure(
         missing[name] = reason
         return None
 
-    batches = inputs.split(batch_size)
+    batches = images.split(batch_size)
     kinds = {type(module).__name__ for module in model.modules() if isinstance(module, TokenMixer)}
     layers = f"the attention here is {', '.join(sorted(kinds)) or 'of another library'}"
     no_cbsa = None if _has(model, CBSA) else f"only CBSA contracts representatives; {layers}"
@@ -97,8 +92,8 @@ def measure(
     if not steps:
         missing["steps"] = f"there is no learned step; {layers}"
     rates = measure_rates(model, batches)
-    few = inputs[:robustness_images]
-    off = "switched off" if robustness_images == 0 else _not_classes(model, inputs)
+    few = images[:robustness_images]
+    off = "switched off" if robustness_images == 0 else _no_classes(model, images)
     return Measures(
         rates=rates.coding,
         reduced=measured("reduced", no_cbsa, lambda: rates.reduced),
@@ -126,6 +121,7 @@ def as_numbers(measures: Measures) -> dict[str, Any]:
 
 
 def _notes(model: nn.Module, measured: list[str]) -> list[str]:
+    """A sentence about the ``measured`` layers that have no one basis of the tokens, if there are any."""
     modules = attention_layers(model)
     separate = [name for name in measured if not getattr(modules[name], "shared_qkv", False)]  # timm's are, too
     if not separate:
@@ -146,19 +142,22 @@ def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 @torch.no_grad()
-def _not_classes(model: nn.Module, inputs: Tensor) -> str | None:
-    output = model(inputs[:1])
+def _no_classes(model: nn.Module, images: Tensor) -> str | None:
+    """Why there are no predictions to compare under noise; None if there are."""
+    output = model(images[:1])
     if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1:
         return None
     return "the model's output is not (images, classes)"
 
 
 def _metric(
-    model: nn.Module, inputs: Tensor, labels: Sequence[int] | None, batch_size: int
+    model: nn.Module, images: Tensor, labels: Sequence[int] | None, batch_size: int
 ) -> Callable[[nn.Module], float]:
+    """The accuracy on ``images``; without labels, the share of predictions that are those of ``model``."""
+
     @torch.no_grad()
     def predict(module: nn.Module) -> Tensor:
-        return torch.cat([module(batch).argmax(-1).cpu() for batch in inputs.split(batch_size)])
+        return torch.cat([module(batch).argmax(-1).cpu() for batch in images.split(batch_size)])
 
-    right = predict(model) if labels is None else torch.tensor(labels[: len(inputs)])
-    return lambda module: (predict(module) == right).double().mean().item()
+    expected = predict(model) if labels is None else torch.tensor(labels[: len(images)])
+    return lambda module: (predict(module) == expected).double().mean().item()

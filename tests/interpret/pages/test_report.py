@@ -1,0 +1,182 @@
+"""The page about one model: what it says, holds and writes."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+import cbsa_torch
+from cbsa_torch import interpret
+from tests.helpers.pages import CBSA_ONLY, HISTORY, NOT_OF_A_VIT, ODD_NAMES, build, headings, strict, vit
+
+FAMILIES = {
+    "cbt": set(),
+    "crate_cbt": set(),
+    "crate": {*CBSA_ONLY, "Step sizes"},
+    "tost": {*CBSA_ONLY, "Step sizes"},
+    "agent": {*CBSA_ONLY, "Step sizes"},
+    "linear_cbt": CBSA_ONLY,
+    "stem_vit": NOT_OF_A_VIT,
+    "vit": NOT_OF_A_VIT,
+}
+SECTIONS = {
+    "Reduced rates": "Contracting a few",
+    "Rank of the extraction attention": "Rank of the extraction",
+    "Step sizes": "Step sizes: which",
+    "Coherence of the subspaces": "Coherence of the subspaces",
+    "Sparsity": "Sparsity",
+}
+
+
+def test_everything_is_on_one_page_that_loads_nothing(images, tmp_path):
+    evaluation = {
+        "top1": 0.9,
+        "loss": 0.3,
+        "images": 10,
+        "confusion": [[5, 0], [1, 4]],
+        "class_names": ["<cat>", "dog"],
+        "split": "test",
+    }
+    files = interpret.report(
+        build(),
+        images,
+        tmp_path,
+        title="A <b>model</b>",
+        facts={"data": "5 & more"},
+        history=HISTORY,
+        evaluation=evaluation,
+        pictures=interpret.Pictures.of(images[:2], ["</script>", "b"]),
+        labels=[0, 1, 2, 0],
+    )
+    page = files.page.read_text()
+    assert "&lt;cat&gt;" in page
+    assert "<b>model</b>" not in page
+    assert page.count("</script>") == page.count("<script") == 2  # a title ends no script
+    assert "90.00 %" in page
+    assert "Best validation accuracy: 83.33 % in epoch 3" in page
+    assert re.findall(r"""\b(?:src|href)=["'](?!data:|#)([^"']+)""", page) == []  # nothing outside the file
+    assert "@import" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))  # figures share no ids, or one would take the other's clip paths
+    assert {a or b for a, b in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)} <= set(ids)
+    names = (
+        "learning_curves coding_rate reduced_rates gap step_sizes compressing_heads ranks coherence sparsity "
+        "robustness attention_maps receptive_fields"
+    )
+    expected = {f"{name}{suffix}" for name in names.split() for suffix in (".png", ".svg")}
+    assert {path.name for path in files.figures} == expected
+    assert all(path.stat().st_size > 1000 for path in files.figures)
+    numbers = strict(files.numbers)
+    assert numbers["coding_rate"]["layers"] == ["blocks.0.attn", "blocks.1.attn"]
+    assert numbers["statements"]["together"].replace("'", "&#39;") in page
+    assert numbers["robustness"]["clean"] in (0, 0.25, 0.5, 0.75, 1)
+    assert numbers["robustness_metric"] == "accuracy"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gets_the_sections_it_has_and_reasons_for_the_others(family, images, tmp_path):
+    """With the model, images and a folder alone."""
+    model, missing = vit() if family == "vit" else build(family), FAMILIES[family]
+    files = interpret.report(model, images, tmp_path)
+    page = files.page.read_text()
+    left_out = dict(re.findall(r"<li>(.*?): (.*?)\.</li>", page))
+    assert set(left_out) == {*missing, "Learning curves"}
+    assert left_out["Learning curves"] == "no history was given"
+    shown = " ".join(headings(page))
+    assert {name for name, heading in SECTIONS.items() if heading not in shown} == missing
+    assert "Where the class token looks" in shown
+    assert "Learning curves" not in shown
+    numbers = strict(files.numbers)
+    assert numbers["robustness_metric"] == "share of predictions that stay the same"
+    assert numbers["title"] == numbers["facts"]["model"] == type(model).__name__
+    assert int(numbers["facts"]["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
+
+
+def test_without_robustness_or_a_grid_the_page_says_so(images, tmp_path):
+    layers = torch.nn.Sequential(cbsa_torch.CBSA(8, 2, representatives="learned", num_representatives=4))
+    tokens = torch.randn(2, 7, 8)
+    pictures = interpret.Pictures.of(images[:2])._replace(inputs=tokens)
+    page = interpret.report(layers, tokens, tmp_path, pictures=pictures).page.read_text()
+    assert "Attention maps of 0: its tokens have no grid." in page
+    assert "Robustness: the model&#39;s output is not (images, classes)." in page
+    assert '<div class="maps">' not in page
+
+
+def test_pictures_may_be_others_than_what_is_measured(images, tmp_path):
+    model = vit()
+    plain = interpret.report(model, images, tmp_path / "a", robustness_images=0)
+    pictures = interpret.Pictures.of(torch.randn(1, 1, 8, 8), ["mine.png"])
+    with_it = interpret.report(model, images, tmp_path / "b", pictures=pictures, robustness_images=0)
+    assert strict(plain.numbers)["coding_rate"] == strict(with_it.numbers)["coding_rate"]
+    shown = [
+        json.loads(re.search(r'<script type="application/json">(.*?)</script>', files.page.read_text())[1])
+        for files in (plain, with_it)
+    ]
+    titles = [[image["title"] for image in data["images"]] for data in shown]
+    assert titles == [["image 1", "image 2", "image 3", "image 4"], ["mine.png"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": torch.randn(4, 2, 8, 8)}, r"images must be \(B, 1 or 3, height, width\) to be shown"),
+        ({"pictures": interpret.Pictures.of(torch.ones(2, 1, 8, 8), ["a"])}, "2 inputs, 2 images and 1 titles"),
+        ({"pictures": interpret.Pictures.of(torch.ones(0, 1, 8, 8))}, "at least one; got 0 inputs"),
+        ({"labels": [1]}, "1 labels and 4 images"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"robustness_images": -1}, "robustness_images must be at least 0"),
+        ({"robustness_images": 2.5}, "robustness_images must be an int"),
+        ({"model": torch.nn.Flatten()}, "Flatten has no CBSA layer"),
+    ],
+)
+def test_bad_arguments_are_named(images, tmp_path, changes, message):
+    arguments = {"model": build(), "images": images, "folder": tmp_path, **changes}
+    with pytest.raises((ValueError, TypeError), match=message):
+        interpret.report(**arguments)
+
+
+DIVERGED = [
+    {"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_top1": 0.4},
+    {"epoch": 2, "train_loss": math.nan, "val_loss": math.inf, "val_top1": math.nan},
+    {"epoch": 3, "train_loss": None, "val_loss": None, "val_top1": None},
+]
+
+
+@pytest.mark.parametrize(("rows", "best"), [(DIVERGED, "40.00 % in epoch 1"), (DIVERGED[1:], None)])
+def test_a_history_that_diverged_is_drawn_and_valid_json(rows, best, images, tmp_path):
+    files = interpret.report(vit(), images, tmp_path, history=rows, robustness_images=0)
+    page = files.page.read_text()
+    assert best in page if best else "Best validation accuracy" not in page
+    gap = {"epoch": 2, "train_loss": None, "val_loss": None, "val_top1": None}
+    assert gap in strict(files.numbers)["history"]
+
+
+def test_odd_names_break_nothing(images, tmp_path):
+    facts, pictures = {ODD_NAMES[1]: ODD_NAMES[2]}, interpret.Pictures.of(images, ODD_NAMES)
+    files = interpret.report(vit(), images, tmp_path, title=ODD_NAMES[0], facts=facts, pictures=pictures)
+    page = files.page.read_text()
+    assert "<b>" not in page
+    assert "\u732b" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "heading"),
+    [
+        ({}, "class token"),
+        ({"class_token": False, "global_pool": "avg"}, "first patch"),
+        ({"class_token": False, "global_pool": "avg", "reg_tokens": 2}, "first token"),
+    ],
+)
+def test_maps_are_headed_by_whose_they_are(options, heading, images, tmp_path):
+    page = interpret.report(vit(**options), images, tmp_path, robustness_images=0).page.read_text()
+    assert f"Where the {heading} looks" in headings(page)
+    assert ("There is no class token" in page) == (heading == "first patch")
+
+
+def test_notes_on_rates_and_maps_are_printed(images, tmp_path):
+    page = interpret.report(vit(), images, tmp_path, robustness_images=0).page.read_text()
+    assert page.count("the rates are of the queries.") == 1
+    page = interpret.report(build("tost"), images, tmp_path, robustness_images=0).page.read_text()
+    assert page.count("TSSA compares no token with another") == 1
