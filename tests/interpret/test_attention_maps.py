@@ -73,6 +73,15 @@ def test_maps_are_rows_of_the_explicit_matrix(name):
     assert not maps.requires_grad
 
 
+def test_prefix_tokens_are_rows_but_not_on_the_map():
+    layer = CBSA(DIM, HEADS, num_representatives=4, num_prefix_tokens=1)
+    record, _, _ = recorded(layer, x=torch.randn(2, 1 + N, DIM).double())
+    full = record.stages.attention.mT @ record.stages.attention
+    for token in (0, 7):
+        expected = full[:, :, token, 1:].unflatten(-1, (4, 4))
+        assert_close(interpret.cls_attention_maps(record, token), expected, 1e-12)
+
+
 @pytest.mark.parametrize("name", ["mssa", "mhsa", "agent", "agent shared", "agent learned", "timm"])
 def test_softmax_rows_make_the_layers_output(name):
     """What the layer puts out is the matrix times the values, projected."""

@@ -1,13 +1,10 @@
-"""The benchmark of the costs: that it measures, and what it measured against the limits."""
+"""benchmarks/interpret_cost.py: that it measures, and that capture keeps its limit."""
 
-import json
 import sys
-from pathlib import Path
 
 import pytest
 from benchmarks import interpret_cost
 
-ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
 
@@ -21,20 +18,6 @@ def test_costs_of_a_small_model(monkeypatch):
     assert len(found["ratios"]) == 3
     assert found["ratio"] > 1
     assert found["memory_holds"]
-
-
-def test_the_recorded_costs_keep_the_limits_and_are_those_of_the_docs():
-    found = json.loads((ROOT / "benchmarks/results/interpret_cost.json").read_text())
-    assert found["options"]["model"] == "cbt_small_patch16_224"
-    assert (found["options"]["batch_size"], found["options"]["image_size"]) == ("16", "224")
-    assert found["gib"]["plain"] < found["gib"]["capture"] < found["gib"]["capture_training"] <= 3
-    assert sorted(found["ratios"])[len(found["ratios"]) // 2] == found["ratio"] <= 3
-    assert found["memory_holds"]
-    assert found["time_holds"]
-    docs = (ROOT / "docs/interpret.md").read_text()
-    gib = found["gib"]
-    assert f"{gib['capture']:.1f} GiB ({gib['capture_training']:.1f} GiB with gradients on)" in docs
-    assert f"{found['ratio']:.1f} times the plain forward pass" in docs
 
 
 @linux

@@ -266,6 +266,11 @@ def test_batches_may_be_an_iterator_of_several_sizes(model, images):
     assert interpret.coding_rates(model, [images[:0], images]).images == 5
 
 
+def test_rates_need_no_grid():
+    layer, x = CBSA(8, 2, representatives="learned", num_representatives=4), torch.randn(2, 7, 8)
+    assert interpret.coding_rates(nn.Sequential(layer), [x]).images == 2
+
+
 def test_autocast_changes_little(model, images):
     plain = interpret.measure_rates(model, [images])
     with torch.autocast("cpu", torch.bfloat16):

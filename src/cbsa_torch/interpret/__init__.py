@@ -83,21 +83,17 @@ __all__ = [
     "zero_shot_iou",
 ]
 
-_NEED_EXTRA = {
-    "image_pairs": ("ImagePairs", "SegmentedImage", "read_pairs", "read_voc"),
-    "pages": ("ComparedRun", "Pictures", "compare", "report"),
-    "plots": ("overlay",),
-    "zero_shot": ("ZeroShot", "zero_shot_iou"),
-}
-"""Module to its names that are imported at first use."""
+_NEED_EXTRA = ("image_pairs", "pages", "plots", "zero_shot")
+"""Modules whose names in ``__all__`` are imported at first use."""
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _NEED_EXTRA.items():
-        if name in names:
-            for package in ("matplotlib", "jinja2"):
-                require(package, extra="interpret")
-            return getattr(importlib.import_module(f"cbsa_torch.interpret.{module}"), name)
+    if name in __all__:
+        for package in ("matplotlib", "jinja2"):
+            require(package, extra="interpret")
+        for module in (importlib.import_module(f"cbsa_torch.interpret.{module}") for module in _NEED_EXTRA):
+            if hasattr(module, name):
+                return getattr(module, name)
     raise AttributeError(f"module 'cbsa_torch.interpret' has no attribute {name!r}")
 
 

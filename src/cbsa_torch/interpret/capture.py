@@ -1,16 +1,18 @@
-"""Capture: what every attention layer of a model computes, as typed records, without touching the model."""
+"""Record what every attention layer of a model computes, by hooks that are removed again."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.modes import uncompiled
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
 from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.interpret.surroundings import Surroundings
@@ -79,28 +81,47 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
     chosen = choose_layers(attention_layers(model), layers)
     around = Surroundings(model)
     records: dict[str, LayerRecord] = {}
-    handles = []
 
-    def record(name: str) -> Any:
-        @torch.no_grad()
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            records.pop(name, None)  # not two of them at once
-            read = _read_mixer if isinstance(module, TokenMixer) else _read_timm
-            records[name] = read(name, module, around, args, kwargs)
+    @torch.no_grad()
+    def record(
+        name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        records.pop(name, None)  # not two of them at once
+        read: Any = _read_mixer if isinstance(layer, TokenMixer) else _read_timm
+        records[name] = read(name, layer, around, *args, **kwargs)
 
-        return hook
+    with ExitStack() as hooks, uncompiled():
+        for handle in around.watch(chosen):
+            hooks.enter_context(handle)
+        for name, layer in chosen.items():
+            hook = functools.partial(record, name)
+            hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+        yield records
 
-    try:
-        handles += around.watch(chosen)
-        for name, module in chosen.items():
-            handles.append(module.register_forward_hook(record(name), with_kwargs=True))
-        # Compiled code does not see hooks that are new.
-        compiled = "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield records
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def captured_batches(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[dict[str, LayerRecord]]:
+    """Run ``model`` on every batch and yield its records; errors as :func:`check_batches`."""
+    for batch in check_batches(batches):
+        with torch.no_grad(), capture(model) as records:
+            model(batch)
+        yield records
+
+
+def check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the ``batches`` that are not empty.
+
+    Raises:
+        TypeError: a batch is not a tensor. ValueError: there is none, or none with an image.
+    """
+    count = 0
+    for batch in batches:
+        if not isinstance(batch, Tensor):
+            raise TypeError(f"batches must yield tensors, the model's inputs; got {type(batch).__name__}")
+        if len(batch):
+            count += 1
+            yield batch
+    if not count:
+        raise ValueError("batches must hold at least one batch with at least one image, got none")
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -159,10 +180,7 @@ def _is_timm_attention(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind) and type(module).forward is kind.forward
 
 
-def _read_mixer(
-    name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LayerRecord:
-    layer = cast(TokenMixer, layer)
+def _read_mixer(name: str, layer: TokenMixer, around: Surroundings, *args: Any, **kwargs: Any) -> LayerRecord:
     called = layer.named_arguments(*args, **kwargs)
     x, grid_size = called["x"], called["grid_size"]
     heads = layer.heads(x, grid_size, called["token_mask"], called["attn_mask"], called["rope"])
@@ -178,31 +196,24 @@ def _read_mixer(
     if isinstance(layer, AgentAttention):
         agents = layer.agents(heads)
         agents = agents._replace(values=_own(agents.values, layer))
-    keys = None if heads.keys is None else _own(_zero_masked(heads.keys, mask), layer)
     return LayerRecord(
-        name,
-        layer,
-        tokens,
-        keys,
-        stages,
-        grid,
-        prefix,
-        mask,
-        agents,
-        heads.attn_mask,
-        called["is_causal"],
-        _step(layer, "step_tokens"),
-        _step(layer, "step_representatives"),
+        name=name,
+        layer=layer,
+        tokens=tokens,
+        keys=None if heads.keys is None else _own(_zero_masked(heads.keys, mask), layer),
+        stages=stages,
+        grid_size=grid,
+        num_prefix_tokens=prefix,
+        token_mask=mask,
+        agents=agents,
+        attn_mask=heads.attn_mask,
+        is_causal=called["is_causal"],
+        step_tokens=_step(layer, "step_tokens"),
+        step_representatives=_step(layer, "step_representatives"),
     )
 
 
 def _read_timm(
-    name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LayerRecord:
-    return _read_timm_arguments(name, cast(Any, layer), around, *args, **kwargs)
-
-
-def _read_timm_arguments(
     name: str,
     layer: Any,
     around: Surroundings,

@@ -242,10 +242,11 @@ def overlay(
     return ((1 - alpha) * base + alpha * colors).astype(np.float32)
 
 
-def to_svg(figure: Figure) -> str:
-    """The figure as an inline SVG element."""
+def to_svg(figure: Figure, salt: str = "", **options: Any) -> str:
+    """The figure as an SVG element; the same figure, ``salt`` and options of ``savefig`` give the same text."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, **options)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

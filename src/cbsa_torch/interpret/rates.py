@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_positive
 from cbsa_torch._core.precision import no_autocast, solve_dtype
-from cbsa_torch.interpret._batches import captured_batches
-from cbsa_torch.interpret.capture import LayerRecord, attention_layers
+from cbsa_torch.interpret.capture import LayerRecord, attention_layers, captured_batches
 from cbsa_torch.nn import CBSA
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 from cbsa_torch.ops.coding_rate import rate_of_gram
@@ -285,22 +285,22 @@ def _reduced_rates(model: nn.Module, per_image: dict[str, ImageRates]) -> Reduce
 
     reduced = ImageRates._fields[2:]  # not the rate itself and its normalised form
     mean = {quantity: [values.mean(0).tolist() for values in of(quantity)] for quantity in reduced}
-    representatives = _flat(mean["representatives"])
+
+    def correlation(quantity: str) -> float:
+        flat = [list(itertools.chain(*mean[of])) for of in (quantity, "representatives")]
+        return rank_correlation(*flat)
+
     return ReducedRates(
         layers=list(cbsa),
         step_tokens=[cast(Tensor, modules[name].step_tokens).tolist() for name in cbsa],
-        correlation=rank_correlation(_flat(mean["tokens"]), representatives),
-        correlation_learned=rank_correlation(_flat(mean["tokens_learned"]), representatives),
-        correlation_output=rank_correlation(_flat(mean["output"]), representatives),
-        correlation_added=rank_correlation(_flat(mean["tokens_added"]), representatives),
+        correlation=correlation("tokens"),
+        correlation_learned=correlation("tokens_learned"),
+        correlation_output=correlation("output"),
+        correlation_added=correlation("tokens_added"),
         images=len(of("tokens")[0]),
         gap_max=[values.amax(0).tolist() for values in of("gap")],
         **mean,
     )
-
-
-def _flat(rows: list[list[float]]) -> list[float]:
-    return [value for row in rows for value in row]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:

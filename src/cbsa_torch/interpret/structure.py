@@ -1,18 +1,18 @@
-"""What layers are like: how far heads' subspaces overlap, the rank of A, and how sparse ISTA's codes are."""
+"""Properties of layers: overlap of the heads' subspaces, rank of A, sparsity of ISTA's codes."""
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch.interpret._batches import captured_batches, check_batches
+from cbsa_torch._core.modes import uncompiled
 from cbsa_torch.interpret._names import named_modules
-from cbsa_torch.interpret.capture import attention_layers
+from cbsa_torch.interpret.capture import attention_layers, captured_batches, check_batches
 from cbsa_torch.nn import CBSA, ISTA
 
 
@@ -96,26 +96,23 @@ def attention_ranks(model: nn.Module, batches: Iterable[Tensor]) -> AttentionRan
     """
     if not any(isinstance(module, CBSA) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no CBSA layer, whose attention to take the rank of")
-    ranks: dict[str, list[Tensor]] = {}
-    effective: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor]] = {}  # (2, B, H) of each batch
     for records in captured_batches(model, batches):
         for name, record in records.items():
             if record.stages is not None:
-                rank, entropy_rank = _ranks(record.stages.attention)
-                ranks.setdefault(name, []).append(rank)
-                effective.setdefault(name, []).append(entropy_rank)
-    joined = [torch.cat(values) for values in ranks.values()]
+                found.setdefault(name, []).append(_ranks(record.stages.attention))
+    ranks = [torch.cat(parts, 1) for parts in found.values()]
     return AttentionRanks(
-        layers=list(ranks),
-        rank=[values.mean(0).tolist() for values in joined],
-        effective_rank=[torch.cat(values).mean(0).tolist() for values in effective.values()],
-        images=len(joined[0]) if joined else 0,
+        layers=list(found),
+        rank=[rank.mean(0).tolist() for rank, _ in ranks],
+        effective_rank=[effective.mean(0).tolist() for _, effective in ranks],
+        images=ranks[0].shape[1] if ranks else 0,
     )
 
 
 @torch.no_grad()
-def _ranks(attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank and effective rank ``(B, H)`` of ``(B, H, M, N)`` matrices, NaN where they are not finite."""
+def _ranks(attention: Tensor) -> Tensor:
+    """Rank and effective rank, ``(2, B, H)``, of ``(B, H, M, N)`` matrices; NaN where they are not finite."""
     matrix = attention.double().cpu()  # svdvals has no batched kernel on some devices, and mps no float64
     broken = ~matrix.isfinite().all(-1).all(-1)
     values = torch.linalg.svdvals(matrix.masked_fill(broken[..., None, None], 0.0))
@@ -125,7 +122,7 @@ def _ranks(attention: Tensor) -> tuple[Tensor, Tensor]:
     share = values / total.where(total > 0, 1.0)
     entropy = -torch.special.xlogy(share, share).sum(-1)
     effective = entropy.exp().where(total[..., 0] > 0, 0.0)
-    return rank.masked_fill(broken, float("nan")), effective.masked_fill(broken, float("nan"))
+    return torch.stack([rank, effective]).masked_fill(broken, float("nan"))
 
 
 def ista_sparsity(model: nn.Module, batches: Iterable[Tensor]) -> Sparsity:
@@ -147,24 +144,15 @@ def ista_sparsity(model: nn.Module, batches: Iterable[Tensor]) -> Sparsity:
     counts: dict[str, list[int]] = {}
     images = 0
 
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen = counts.setdefault(name, [0, 0])
-            seen[0] += output.numel() - int(output.count_nonzero())
-            seen[1] += output.numel()
+    def count(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        seen = counts.setdefault(name, [0, 0])
+        seen[0] += output.numel() - int(output.count_nonzero())
+        seen[1] += output.numel()
 
-        return hook
-
-    handles: list[Any] = []
-    try:
-        handles.extend(module.register_forward_hook(count(name)) for name, module in found.items())
-        # Compiled code does not see hooks that are new.
-        compiled = "torch._dynamo" in sys.modules
-        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            for batch in check_batches(batches):
-                model(batch)
-                images += len(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), uncompiled():
+        for name, module in found.items():
+            hooks.enter_context(module.register_forward_hook(functools.partial(count, name)))
+        for batch in check_batches(batches):
+            model(batch)
+            images += len(batch)
     return Sparsity(list(counts), [zeros / total for zeros, total in counts.values()], images)

@@ -262,7 +262,7 @@ def _column(item: MeasuredRun) -> dict[str, str]:
         "correlation, output": _number(reduced and reduced.correlation_output, "+.2f"),
         "heads that compress": f"{sum(e > 0 for e in effects)} of {len(effects)}" if effects else NOTHING,
         "zeros after ISTA, mean": _percent(sparsity and _mean(sparsity.zeros)),
-        f"{kept} at \N{GREEK SMALL LETTER SIGMA} = {SIGMA}": _percent(noisy and _mean(noisy)),
+        f"{kept} at \N{GREEK SMALL LETTER SIGMA} = {SIGMA}": _percent(None if noisy is None else _mean(noisy)),
     }
 
 

@@ -62,7 +62,8 @@ def cut(figure: Figure, name: str, label: str) -> Panels:
         for artist in everything:
             artist.set_visible(artist in group)
         inches = box.transformed(figure.dpi_scale_trans.inverted())
-        panel = _inline(_svg(figure, inches, f"{name}-{i}"), f"{name}-{i}", label)
+        svg = plots.to_svg(figure, f"{name}-{i}", bbox_inches=inches, pad_inches=0, transparent=True)
+        panel = _inline(svg, f"{name}-{i}", label)
         # What has no row (a shared colour bar, a legend) stands at the end of the last.
         panels.setdefault(row if row is not None or not panels else [*panels][-1], []).append(panel)
     for artist in everything:
@@ -93,16 +94,6 @@ def _row(artist: Any) -> tuple[int, ...] | None:
     return None if place is None else tuple(place.rowspan)
 
 
-def _svg(figure: Figure, inches: Bbox, salt: str) -> str:
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):  # the same figure gives the same file
-        figure.savefig(
-            buffer, format="svg", bbox_inches=inches, pad_inches=0, transparent=True, metadata={"Date": None}
-        )
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def _inline(svg: str, prefix: str, label: str) -> str:
     """Make ids unique on the page, and give the width in CSS pixels in place of points."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -125,8 +116,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     write_atomically(paths[0], plots.to_png(figure, dpi=150))
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        write_atomically(paths[1], plots.to_svg(figure).encode())
+    write_atomically(paths[1], plots.to_svg(figure, name).encode())
     figure.set_layout_engine(engine)
     return paths
 
