@@ -86,6 +86,8 @@ def test_the_bare_package_needs_torch_alone():
     code = BLOCK.format(extras=EXTRAS) + (
         "import torch, cbsa_torch\n"
         "assert cbsa_torch.CBSA(8, 2)(torch.randn(1, 9, 8)).shape == (1, 9, 8)\n"
+        "rates = cbsa_torch.interpret.measure_rates(cbsa_torch.CBSA(8, 2), [torch.randn(2, 9, 8)])\n"
+        "assert rates.coding.images == 2\n"
         "assert not {'timm', 'accelerate', 'matplotlib', 'triton'} & set(sys.modules)\n"
     )
     result = run(code)
@@ -93,7 +95,7 @@ def test_the_bare_package_needs_torch_alone():
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("models", "models"), ("interpret", "interpret"), ("train", "train")]
+    ("module", "extra"), [("models", "models"), ("interpret.report", "interpret"), ("train", "train")]
 )
 def test_a_missing_extra_says_what_to_install(module, extra):
     # find_spec of a blocked package must behave as if it were not installed

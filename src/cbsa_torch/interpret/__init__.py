@@ -44,7 +44,9 @@ from cbsa_torch.interpret.structure import (
 
 if TYPE_CHECKING:
     from cbsa_torch.interpret.image_pairs import ImagePairs, SegmentedImage, read_pairs, read_voc
-    from cbsa_torch.interpret.pages import ComparedRun, Pictures, compare, report
+    from cbsa_torch.interpret.pages.compare import ComparedRun, compare
+    from cbsa_torch.interpret.pages.maps import Pictures
+    from cbsa_torch.interpret.pages.report import report
     from cbsa_torch.interpret.plots import overlay
     from cbsa_torch.interpret.zero_shot import ZeroShot, zero_shot_iou
 
@@ -83,7 +85,7 @@ __all__ = [
     "zero_shot_iou",
 ]
 
-_NEED_EXTRA = ("image_pairs", "pages", "plots", "zero_shot")
+_NEED_EXTRA = ("image_pairs", "plots", "zero_shot", "pages.maps", "pages.report", "pages.compare")
 """Modules whose names in ``__all__`` are imported at first use."""
 
 
