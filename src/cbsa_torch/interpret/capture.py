@@ -86,7 +86,7 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
     def record(
         name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
-        records.pop(name, None)  # not two of them at once
+        records.pop(name, None)  # frees the record of the last call before another is made
         read: Any = _read_mixer if isinstance(layer, TokenMixer) else _read_timm
         records[name] = read(name, layer, around, *args, **kwargs)
 

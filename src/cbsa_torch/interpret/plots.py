@@ -360,36 +360,38 @@ def coherence_maps(
 
 
 def gap_per_layer(reduced: ReducedRates, numbers: Sequence[int] | None = None) -> Figure:
-    """The constraint gap, the tau of Eq. 4, against the layer: mean over heads, with the heads' range."""
-    figure = Figure(figsize=(6.4, 2.7), layout="constrained")
-    axis, layers = figure.subplots(), _numbers(numbers, reduced.layers)
-    _style.band(axis, layers, reduced.gap, BLUE)
-    axis.set(xlabel="layer", ylabel="constraint gap (nats)", ylim=(0, None), xticks=layer_ticks(layers))
-    return _style.finish(figure)
+    """The constraint gap (Eq. 4 bounds it by tau) against the layer: mean over heads, with the heads' range."""
+    figure, (axis,) = _figure(1, 0)
+    _style.band(axis, _numbers(numbers, reduced.layers), reduced.gap, BLUE)
+    return _finish_layers(figure, axis, _numbers(numbers, reduced.layers), "constraint gap (nats)")
 
 
 def ranks_per_layer(ranks: AttentionRanks, numbers: Sequence[int] | None = None) -> Figure:
     """Rank and effective rank of A against the layer: mean over heads, with the heads' range."""
-    figure = Figure(figsize=(6.4, 2.9), layout="constrained")
-    axis, layers = figure.subplots(), _numbers(numbers, ranks.layers)
-    _style.band(axis, layers, ranks.rank, GREY, "numerical rank")
-    _style.band(axis, layers, ranks.effective_rank, BLUE, "effective rank")
-    axis.set(xlabel="layer", ylabel="rank of A", ylim=(0, None), xticks=layer_ticks(layers))
+    figure, (axis,) = _figure(1, 0)
+    _style.band(axis, _numbers(numbers, ranks.layers), ranks.rank, GREY, "numerical rank")
+    _style.band(axis, _numbers(numbers, ranks.layers), ranks.effective_rank, BLUE, "effective rank")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     _style.legend(axis)
-    return _style.finish(figure)
+    return _finish_layers(figure, axis, _numbers(numbers, ranks.layers), "rank of A")
 
 
 def sparsity_per_layer(sparsity: Sparsity, numbers: Sequence[int] | None = None) -> Figure:
     """Share of exact zeros after each ISTA."""
-    figure = Figure(figsize=(6.4, 2.7), layout="constrained")
-    axis, layers = figure.subplots(), _numbers(numbers, sparsity.layers)
+    figure, (axis,) = _figure(1, 0)
+    layers = _numbers(numbers, sparsity.layers)
     axis.bar(layers, [100 * share for share in sparsity.zeros], color=BLUE, width=0.7)
-    axis.set(xlabel="layer", ylabel="exact zeros after ISTA (%)", ylim=(0, 100), xticks=layer_ticks(layers))
-    _style.finish(figure)
+    _finish_layers(figure, axis, layers, "exact zeros after ISTA (%)")
+    axis.set_ylim(0, 100)
     axis.grid(visible=False, axis="x")
     axis.set_axisbelow(True)
     return figure
+
+
+def _finish_layers(figure: Figure, axis: Any, numbers: Sequence[int], label: str) -> Figure:
+    """Name the axes of values that begin at 0 against the layer."""
+    axis.set(xlabel="layer", ylabel=label, ylim=(0, None), xticks=layer_ticks(numbers))
+    return _style.finish(figure)
 
 
 def robustness_curve(

@@ -38,67 +38,62 @@ class LayerRates(NamedTuple):
 
 
 class ReducedRates(NamedTuple):
-    """What each head of each CBSA layer reduces the coding rate by, in nats.
+    """What each head of each CBSA layer reduces the coding rate by, in nats: :class:`ImageRates`, summarised.
 
-    Lists of lists are ``[layer][head]``, means over images unless it says otherwise; a negative reduction is
-    an increase.
+    Lists of lists are ``[layer][head]``, means over images of the field of that name. Correlations are
+    Spearman's rank correlation of a reduction of the tokens with that of the representatives, over layers and
+    heads; NaN where it is undefined.
     """
 
     layers: list[str]
     tokens: list[list[float]]
-    """Of the tokens by one step of Eq. 6 with kappa = 1: R(W) - R(W - A C), W = U_k^T Z."""
     tokens_learned: list[list[float]]
-    """Of the tokens by the step that the layer takes: R(W) - R(W + kappa A C), kappa learned."""
     representatives: list[list[float]]
-    """Of the representatives by their contraction: R(U_k^T Q) - R(C)."""
     step_tokens: list[list[float]]
-    """kappa."""
+    """kappa, as learned."""
     gap: list[list[float]]
-    """|R(U_k^T Q) - R(U_k^T Z)|, which Eq. 4 bounds by tau."""
     correlation: float
-    """Spearman's rank correlation of ``tokens`` and ``representatives`` over layers and heads; NaN where it is
-    undefined."""
+    """Of ``tokens``."""
     correlation_learned: float
-    """The same of ``tokens_learned`` and ``representatives``."""
+    """Of ``tokens_learned``."""
     images: int
     output: list[list[float]]
-    """By CBSA's output in place of the tokens, no residual: R(W) - R(A C), kappa = 1."""
     correlation_output: float
-    """The same of ``output`` and ``representatives``."""
+    """Of ``output``."""
     tokens_added: list[list[float]]
-    """Of the tokens by one step the other way, that of a layer with kappa = 1: R(W) - R(W + A C)."""
     correlation_added: float
-    """The same of ``tokens_added`` and ``representatives``."""
+    """Of ``tokens_added``."""
     gap_max: list[list[float]]
-    """The largest ``gap`` of any image: the largest number here is the tau of Eq. 4 that would just do."""
+    """The largest ``gap`` of any image. The largest number here is the smallest tau for which Eq. 4 holds."""
 
 
 class ImageRates(NamedTuple):
     """What one layer measures on every image: ``(images, H)`` float64 tensors on the CPU, in nats.
 
-    The names are those of :class:`ReducedRates`, whose numbers are means of these over images.
+    W = U_k^T Z are the tokens in the subspace of head k, A is the attention of Eq. 5, Q are the extracted
+    representatives in the subspace and C their contraction (Eq. 7 or 8). A negative reduction is an increase.
     """
 
     rate: Tensor
-    """R(U_k^T Z); the sum over heads is the compression term R^c(Z | U) of the image (2)."""
+    """R(W); the sum over heads is the compression term R^c(Z | U) of the image (Eq. 2)."""
     normalized: Tensor
     """The same with every projected token scaled to unit norm."""
     tokens: Tensor | None = None
-    """R(W) - R(W - A C). None for layers that are not CBSA, and so are the following."""
+    """By one step of Eq. 6 with kappa = 1: R(W) - R(W - A C). None for layers other than CBSA, as all below."""
     tokens_learned: Tensor | None = None
-    """R(W) - R(W + kappa A C)."""
+    """By the step that the layer takes, with its learned kappa: R(W) - R(W + kappa A C)."""
     representatives: Tensor | None = None
-    """R(U_k^T Q) - R(C)."""
+    """By the contraction of the representatives: R(Q) - R(C)."""
     gap: Tensor | None = None
-    """|R(U_k^T Q) - R(U_k^T Z)|."""
+    """|R(Q) - R(W)|, which Eq. 4 bounds by tau."""
     output: Tensor | None = None
-    """R(W) - R(A C)."""
+    """By CBSA's output with kappa = 1 in place of the tokens, no residual: R(W) - R(A C)."""
     tokens_added: Tensor | None = None
-    """R(W) - R(W + A C)."""
+    """By one step the other way, that of a layer with kappa = 1: R(W) - R(W + A C)."""
 
 
 class Rates(NamedTuple):
-    """Both measurements of one pass."""
+    """What :func:`coding_rates` and :func:`reduced_rates` measure, of one pass."""
 
     coding: LayerRates
     reduced: ReducedRates | None
@@ -108,15 +103,15 @@ class Rates(NamedTuple):
 def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DEFAULT_EPS) -> LayerRates:
     """Measure how compressed the tokens are in each layer's subspaces (Fig. 5).
 
-    At layer l the tokens are those its attention receives (after the layer's normalisation), projected by
-    that layer's own bases: R^c(Z^l | U^l) = sum over heads of R(U_k^T Z), Eq. 2. With separate projections
-    the queries stand for U_k^T Z. For single images see :func:`image_rates`.
+    At layer l the tokens are those that its attention receives (after normalisation), projected by that
+    layer's own bases: R^c(Z^l | U^l) = sum over heads of R(U_k^T Z), Eq. 2. Of layers that project queries,
+    keys and values separately, the queries are taken for U_k^T Z. For single images see :func:`image_rates`.
 
     Args:
         model: a model with attention layers that ``capture`` records; it is run as it is (call ``.eval()``
             first).
         batches: inputs of the model.
-        eps: quantisation precision.
+        eps: quantisation precision of the coding rate. Default: 0.1.
 
     Raises:
         TypeError: a batch is not a tensor. ValueError: no batch, a model without attention layers, ``eps``
@@ -128,21 +123,20 @@ def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DE
 def reduced_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DEFAULT_EPS) -> ReducedRates:
     """Measure what CBSA reduces the rates of tokens and of representatives by (Fig. 6).
 
-    With W = U_k^T Z the tokens in a subspace, A the attention of Eq. 5, Q the extracted representatives and
-    C their contraction (Eq. 7 or 8), tokens after the layer's step are
+    In the terms of :class:`ImageRates`, the tokens after the layer's step are
 
-    - for ``tokens``: W - A C. This is Eq. 6, Z - kappa CBSA(Z), at kappa = 1, whatever kappa the layer learned.
-    - for ``tokens_learned``: W + kappa A C with the layer's own ``step_tokens``, which is what
-      x + CBSA(norm(x)) adds, as if it projected back by the tied orthonormal bases.
-    - for ``tokens_added``: W + A C, what the layer would add at kappa = 1.
-    - for ``output``: A C alone, without the residual. "After CBSA" in Fig. 6 can be read this way too, and the
-      official code does not say; here tokens and representatives are treated alike, Q becoming C and W
+    - W - A C for ``tokens``: Eq. 6, Z - kappa CBSA(Z), at kappa = 1, whatever kappa the layer learned.
+    - W + kappa A C for ``tokens_learned``, with the layer's own ``step_tokens``: what x + CBSA(norm(x)) adds,
+      as if the layer projected back by the tied orthonormal bases.
+    - W + A C for ``tokens_added``: what the layer would add at kappa = 1.
+    - A C for ``output``, without the residual. "After CBSA" in Fig. 6 can be read this way too, and the
+      official code does not say; tokens and representatives are then treated alike, Q becoming C and W
       becoming A C.
 
     Mind the sign: Eq. 6 subtracts and the layer adds, so a negative kappa is a step in the direction of
-    Eq. 6. With the exact contraction (7) that direction compresses. The softmax contraction (8) stands for
-    the inverse only up to sign and scale, which kappa absorbs: C is there an average of representatives, and
-    which sign compresses is for the measurement to say (``tokens_learned``), not for kappa alone.
+    Eq. 6. With the exact contraction (Eq. 7) that direction compresses. The softmax contraction (Eq. 8) stands
+    for the inverse only up to sign and scale, which kappa absorbs: there C is an average of representatives,
+    and the sign of kappa does not tell whether the step compresses; ``tokens_learned`` does.
 
     The contraction ``"none"`` has C = Q, so its representatives are reduced by zero.
 
@@ -177,7 +171,7 @@ def measure_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = D
 def image_rates(
     model: nn.Module, batches: Iterable[Tensor], *, eps: float = DEFAULT_EPS
 ) -> dict[str, ImageRates]:
-    """What :func:`measure_rates` takes the means of: every rate of every image, layer and head.
+    """Measure the rates of every image, layer and head; :func:`measure_rates` gives their means over images.
 
     Returns:
         Layer name to :class:`ImageRates`, in the order of evaluation, images in that of ``batches``. With one
@@ -210,7 +204,7 @@ def _joined(parts: list[ImageRates]) -> ImageRates:
 
 
 def _rates_of(record: LayerRecord, eps: float, reduced: bool) -> ImageRates:
-    """Those of one layer and batch, ``(B, H)`` each."""
+    """The rates of one layer and batch, ``(B, H)`` each."""
 
     def rate(x: Tensor, mask: Tensor | None = record.token_mask, normalize: bool = False) -> Tensor:
         return ops.coding_rate(x, eps=eps, normalize=normalize, token_mask=mask)
@@ -243,8 +237,8 @@ def _rates_along(
 ) -> list[Tensor]:
     """R(W), R(S) and R(W + t S) for every t of ``lengths``.
 
-    All from three products, (W + t S)^T (W + t S) = W^T W + t (W^T S + S^T W) + t^2 S^T S, on the smaller
-    side; they are what takes time.
+    All from three products, which take most of the time: (W + t S)^T (W + t S) = W^T W + t (W^T S + S^T W) +
+    t^2 S^T S, or the same of the transposes if that is smaller.
     """
     w, count = real_tokens(w, mask, w.dtype)
     step, _ = real_tokens(step, mask, w.dtype)
@@ -259,9 +253,8 @@ def _rates_along(
 
 
 def _layer_rates(per_image: dict[str, ImageRates]) -> LayerRates:
-    layers = list(per_image.values())
-    raw = [rates.rate.sum(1) for rates in layers]
-    normalized = [rates.normalized.sum(1) for rates in layers]
+    layers = per_image.values()
+    raw, normalized = [r.rate.sum(1) for r in layers], [r.normalized.sum(1) for r in layers]
     return LayerRates(
         layers=list(per_image),
         rate=[r.mean().item() for r in raw],
@@ -269,8 +262,8 @@ def _layer_rates(per_image: dict[str, ImageRates]) -> LayerRates:
         normalized=[r.mean().item() for r in normalized],
         normalized_std=[r.std(correction=0).item() for r in normalized],
         images=len(raw[0]) if raw else 0,
-        per_head=[rates.rate.mean(0).tolist() for rates in layers],
-        per_head_normalized=[rates.normalized.mean(0).tolist() for rates in layers],
+        per_head=[r.rate.mean(0).tolist() for r in layers],
+        per_head_normalized=[r.normalized.mean(0).tolist() for r in layers],
     )
 
 

@@ -44,7 +44,7 @@ def subspace_coherence(model: nn.Module) -> dict[str, Tensor]:
     U_j (the rows of ``layer.qkv.weight``): the largest singular value of Q_i^T Q_j for orthonormal bases Q_i
     of the two. The theory asks for 0 off the diagonal (U_i^T U_j = 0, section 2 of the paper). Random
     subspaces are not orthogonal either: for large P and C with P / C = r <= 1/2 the value is near
-    2 sqrt(r (1 - r)), so 0.75 for 6 heads of 64 in 384 channels.
+    2 sqrt(r (1 - r)), which is 0.75 for 6 heads of 64 in 384 channels.
 
     Args:
         model: a model with mixers of this library or timm's ``Attention``; nothing is run. With separate
@@ -69,7 +69,7 @@ def _coherence(layer: nn.Module) -> Tensor:
     broken = ~bases.isfinite().all(-1).all(-1)
     # The SVD is a QR that also says which directions a basis of low rank does not have.
     _, values, rows = torch.linalg.svd(bases.masked_fill(broken[:, None, None], 0.0), full_matrices=False)
-    # Bases come in the weight's precision: what that rounds to zero is none.
+    # Directions whose singular value is rounding error of the weight's precision do not count.
     smallest = max(bases.shape[1:]) * torch.finfo(weight.dtype).eps * values[:, :1]
     directions = rows * (values > smallest)[..., None]  # (H, min(P, C), C), zero where there is none
     first, second = torch.triu_indices(heads, heads)
@@ -82,10 +82,10 @@ def _coherence(layer: nn.Module) -> Tensor:
 
 
 def attention_ranks(model: nn.Module, batches: Iterable[Tensor]) -> AttentionRanks:
-    """Measure the rank of every head's A: how many representatives are really there (Appendix A).
+    """Measure the rank of every head's A: how many representatives differ from one another (Appendix A).
 
-    A full rank, M, is what pooled representatives should give; learned ones collapse to few directions. An
-    image without any real token has rank 0.
+    Pooled representatives should give full rank, M; learned ones collapse to few directions. An image whose
+    tokens are all masked has rank 0.
 
     Args:
         model: a model with CBSA layers, run as it is; layers of other kinds are left out.

@@ -21,6 +21,7 @@ RULES: tuple[str, ...] = get_args(Rule)
 
 DINO_SHARE = 0.6
 """The share of the attention mass that DINO (Caron et al., 2021) keeps."""
+
 BOUNDARY_SHARE = 0.02
 """Half the width of the boundary band over the mask's diagonal, as in Boundary IoU (Cheng et al., 2021)."""
 
@@ -62,13 +63,13 @@ def zero_shot_iou(
     resized: bool = False,
     batch_size: int = 16,
 ) -> ZeroShot:
-    """Measure how well single attention heads find objects that nobody told them of.
+    """Measure how well single attention heads segment objects, without any training to do so.
 
     Each head's map of ``token`` (:func:`cls_attention_maps`) is upsampled linearly to the mask's size, and the
     pixels above a threshold are compared with each region by intersection over union. For each layer and
     region the best head counts. The default is one fixed threshold, DINO's: the pixels of largest attention
     that hold 60 % of the map's mass. With several ``thresholds``, each head takes its best for the data set.
-    The paper does not state its protocol, so compare models under one of them.
+    The paper does not state its protocol: compare only figures that were measured with the same options.
 
     Negative entries (only LinearCBSA, TSSA's channel form and representatives by directions have them) count
     as none, and pixels without any attention are never kept. Void pixels are treated as if they were not there.
@@ -87,8 +88,8 @@ def zero_shot_iou(
             ``boundary_width`` of a pixel on the other side of the mask's edge, rows and columns counted; the
             image's border is no edge).
         boundary_width: in pixels. Default: 2 % of the mask's diagonal, at least 1.
-        resized: images may have another size than their masks: each shows all of the other, resized.
-        batch_size: most images in a forward pass; images of one size that follow one another share it.
+        resized: images may have another size than their masks, as the same picture at another size.
+        batch_size: at most so many images in a forward pass, which takes images of one size in succession.
 
     Raises:
         ValueError: values or sizes that do not fit, no pairs, a region that no mask has, maps with NaN.

@@ -34,10 +34,10 @@ SECTIONS = {
 FIGURE_LABELS = {
     "learning_curves": "Loss and validation score against the epoch",
     "coding_rate": "Compression term against the layer",
-    "reduced_rates": "Rate reduced on tokens against rate reduced on representatives",
+    "reduced_rates": "Reduction of the tokens' rate against that of the representatives'",
     "gap": "Constraint gap per layer",
     "step_sizes": "Learned step sizes per layer and head",
-    "compressing_heads": "Rate that each head's learned step takes off the tokens",
+    "compressing_heads": "Reduction of the tokens' rate by each head's learned step",
     "ranks": "Rank and effective rank of A per layer",
     "coherence": "Coherence between heads per layer",
     "sparsity": "Share of zeros after each ISTA",
