@@ -27,15 +27,18 @@ def sentences(measures: Measures) -> dict[str, str]:
 
 
 class LaterHalf(NamedTuple):
-    """How the compression term goes in the later half of the layers (Fig. 5)."""
+    """How the compression term changes over the later half of the layers (Fig. 5)."""
 
     first: int
+    """The middle layer, counted from 1."""
     last: int
-    """Layers, from 1: the middle one and the last."""
+    """The last layer."""
     change: float
-    """Share by which the term changes from the one to the other; negative = compressed."""
+    """Share by which the term changes from the first of them to the last; negative = compressed."""
     change_normalized: float
+    """The same of the term with every token scaled to unit norm."""
     compresses: bool
+    """The term is lower at the last than at the first."""
     steadily: bool
     """Every layer's term is below that of the layer before."""
 
