@@ -83,7 +83,7 @@ def _panel_artists(figure: Figure) -> list[list[Any]]:
     groups = [
         [axis, *(bar for bar, owner in bars.items() if owner is axis and bar not in shared)]
         for axis in figure.axes
-        if axis not in bars and axis.get_visible()  # places of a grid may be left empty
+        if axis not in bars and axis.get_visible()  # cells of a grid may be left empty
     ]
     return [*groups, *([bar] for bar in shared), *([legend] for legend in figure.legends)]
 
