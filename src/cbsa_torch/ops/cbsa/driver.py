@@ -223,10 +223,11 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, o: Problem) -
                 d_keys=d_keys[group],
                 d_values=None if d_values is None else d_values[group],
             )
+        new_empty = o.keys.new_empty
         return Gradients(
             zero_rows(d_queries, o.representative_mask).to(o.representatives.dtype).contiguous(),
             d_keys,
-            o.keys.new_empty(0) if d_values is None else d_values,
+            new_empty(0) if d_values is None else d_values,
             d_eta.to(o.step_representatives.dtype),
             d_kappa.to(o.step_tokens.dtype),
             o.keys.new_empty(0)
