@@ -1,10 +1,9 @@
 """CBSA with a shared broadcast in memory linear in N: nothing of size M x N is kept, forward or backward.
 
 Forward, one pass over the tokens extracts, a second computes the attention again and broadcasts. Backward, one
-pass collects A dO and, after the derivative of the contraction, one does the rest. Passes are
-:class:`~cbsa_torch.ops.cbsa.tiles.Tiles` (plain PyTorch) or Triton kernels; the work between them, here, is of
-size M x P per head. Saved for the backward pass are the inputs, the picked tokens R and the normaliser of the
-softmax.
+pass collects A dO and, after the derivative of the contraction, one does the rest. Passes are ``Tiles`` (plain
+PyTorch) or ``TritonPasses``, two classes with the same methods; the work between them, here, is of size M x P
+per head. Saved for the backward pass are the inputs, the picked tokens R and the normaliser of the softmax.
 
 Inputs of low precision are computed in float32, except for products over tokens: the Triton kernels multiply in
 the dtype of the keys, and a product with an output projection is bfloat16 for bfloat16 keys.
@@ -13,8 +12,7 @@ the dtype of the keys, and a product with an output projection is bfloat16 for b
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +21,9 @@ from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
 from cbsa_torch.ops.cbsa.tiles import Tiles
 from cbsa_torch.ops.masking import zero_rows
+
+if TYPE_CHECKING:
+    from cbsa_torch.ops.cbsa.triton.passes import TritonPasses
 
 
 class Problem(NamedTuple):
@@ -78,70 +79,7 @@ class Gradients(NamedTuple):
     out_bias: Tensor
 
 
-class Passes(Protocol):
-    """The passes over the tokens of a few items.
-
-    Args:
-        queries: ``(B, H, M, P)``, in the dtype to compute in.
-        keys: ``(B, H, N, P)``, any strides and dtype.
-        values: like ``keys``, or None if they are the keys.
-        mask: ``(B, N)`` bool; rows of masked tokens are read as zeros, whatever they hold.
-        scale: factor on the logits.
-        normalizer: of an earlier :meth:`extract`; None before it.
-    """
-
-    def __init__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor | None,
-        mask: Tensor | None,
-        scale: float,
-        normalizer: Tensor | None = None,
-    ) -> None: ...
-
-    @staticmethod
-    def groups(b: int, n: int) -> Iterator[slice]:
-        """The items that are handled together."""
-        ...
-
-    @staticmethod
-    def normalizer_size(n: int) -> int:
-        """A bound on S for N tokens, by arithmetic alone: N may be a symbol."""
-        ...
-
-    def extract(self) -> tuple[Tensor, Tensor]:
-        """R = A V ``(B, H, M, P)`` and the normalizer ``(B, H, M, S)``; zeros for items without real tokens."""
-        ...
-
-    def broadcast(self, carried: Tensor, bias: Tensor | None, output: Tensor) -> None:
-        """Write A^T ``carried`` into ``output``."""
-        ...
-
-    def collect(self, gradient: Tensor) -> Tensor:
-        """A dO, ``(B, H, M, P)`` or ``(B, H, M, C)``, from a gradient shaped like the output."""
-        ...
-
-    def differentiate(
-        self,
-        gradient: Tensor,
-        *,
-        carried: Tensor,
-        collected: Tensor,
-        d_picked: Tensor,
-        picked: Tensor,
-        d_keys: Tensor,
-        d_values: Tensor | None,
-    ) -> Tensor:
-        """Write dK and dV (dK + dV without ``d_values``); return the gradient of Q through A.
-
-        ``collected`` is A dO, ``d_picked`` the gradient of R. D_i = sum_n A_in dA_in needs no pass of its own:
-        it is made of tensors of size M x P.
-        """
-        ...
-
-
-def passes_of(impl: str) -> type[Passes]:
+def passes_of(impl: str) -> type[Tiles] | type[TritonPasses]:
     """The passes of an implementation. Triton is imported only here, since it is optional."""
     if impl == "tiled":
         return Tiles
@@ -179,8 +117,8 @@ def forward(o: Problem) -> Results:
         bias = None if o.out_bias is None else o.out_bias.to(o.keys.dtype)
         results = empty_results(o)
         for group in passes.groups(o.keys.shape[0], o.keys.shape[2]):
-            keys, values, mask, exists = _items(group, o.keys, o.values, o.key_mask, o.representative_mask)
-            part = passes(queries[group], keys, values, mask, o.scale)
+            values, mask, exists = (_of(t, group) for t in (o.values, o.key_mask, o.representative_mask))
+            part = passes(queries[group], o.keys[group], values, mask, o.scale)
             picked, normalizer = part.extract()
             results.picked[group], results.normalizer[group, ..., : normalizer.shape[-1]] = picked, normalizer
             rep = zero_rows(queries[group] + eta * picked, exists)
@@ -202,8 +140,8 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, o: Problem) -
         d_eta, d_kappa = (queries.new_zeros(o.keys.shape[1]) for _ in range(2))
         d_weight = torch.zeros_like(queries.new_empty(0) if weight is None else weight)
         for group in passes.groups(o.keys.shape[0], o.keys.shape[2]):
-            keys, values, mask, exists = _items(group, o.keys, o.values, o.key_mask, o.representative_mask)
-            part = passes(queries[group], keys, values, mask, o.scale, normalizer[group])
+            values, mask, exists = (_of(t, group) for t in (o.values, o.key_mask, o.representative_mask))
+            part = passes(queries[group], o.keys[group], values, mask, o.scale, normalizer[group])
             rep = zero_rows(queries[group] + eta * picked[group], exists)
             c = contract(rep, o.contraction, o.scale, o.eps, exists)
             carried = kappa * c if weight is None else (kappa * c) @ weight
@@ -221,7 +159,7 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, o: Problem) -
                 d_picked=eta * d_rep,
                 picked=picked[group],
                 d_keys=d_keys[group],
-                d_values=None if d_values is None else d_values[group],
+                d_values=_of(d_values, group),
             )
         new_empty = o.keys.new_empty
         return Gradients(
@@ -249,5 +187,5 @@ def _operands(o: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     return queries, eta, kappa, o.out_weight.t().unflatten(0, (o.keys.shape[1], o.keys.shape[3])).to(dtype)
 
 
-def _items(group: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor[group] for tensor in tensors]
+def _of(rows: Tensor | None, group: slice) -> Tensor | None:
+    return None if rows is None else rows[group]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.ops.cbsa import driver
 from cbsa_torch.ops.cbsa.driver import Gradients, Problem, Results
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
@@ -34,8 +33,8 @@ def cbsa_linear_memory(
         inputs.representatives,
         inputs.keys,
         None if inputs.values is inputs.keys else inputs.values,
-        _per_head(inputs.step_representatives, inputs),
-        _per_head(inputs.step_tokens, inputs),
+        inputs.step_representatives,
+        inputs.step_tokens,
         inputs.key_mask,
         inputs.representative_mask,
         out_weight,
@@ -47,14 +46,6 @@ def cbsa_linear_memory(
     )
     output: Tensor = cbsa_op(*problem)[0]
     return output
-
-
-def _per_head(step: Tensor | float, inputs: CBSAInputs) -> Tensor:
-    """A step size as ``(H,)``."""
-    if isinstance(step, Tensor):
-        return step
-    dtype = compute_dtype(inputs.tokens.dtype)
-    return torch.full((inputs.tokens.shape[1],), float(step), dtype=dtype, device=inputs.tokens.device)
 
 
 @torch.library.custom_op(
@@ -84,18 +75,13 @@ def _(*problem: Any) -> Results:
 def _(gradient: Tensor, picked: Tensor, normalizer: Tensor, *problem: Any) -> Gradients:
     o = Problem(*problem)
 
-    def like(tensor: Tensor | None) -> Tensor:
-        return o.keys.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+    def like(name: str) -> Tensor:
+        tensor = getattr(o, name)
+        if tensor is None:
+            return o.keys.new_empty(0)
+        return driver.like_tokens(tensor) if name in ("keys", "values") else tensor.new_empty(tensor.shape)
 
-    return Gradients(
-        like(o.representatives),
-        driver.like_tokens(o.keys),
-        like(None) if o.values is None else driver.like_tokens(o.keys),
-        like(o.step_representatives),
-        like(o.step_tokens),
-        like(o.out_weight),
-        like(o.out_bias),
-    )
+    return Gradients(*map(like, Gradients._fields))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,24 +92,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = inputs[_TENSORS:]
 
 
-def _differentiate(ctx: Any, gradient: Tensor | None, *_: Any) -> Problem:
-    """The gradients in the places of their inputs; those of inputs that are None are discarded."""
-    nothing = Problem(*[None] * len(Problem._fields))  # type: ignore[arg-type]
+def _differentiate(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradients in the places of their inputs, None for what has none."""
     if gradient is None:
-        return nothing
+        return (None,) * len(Problem._fields)
     *tensors, picked, normalizer = ctx.saved_tensors  # unpacked once: checkpointing allows no more
     problem = Problem(*tensors, *ctx.options)
     if torch.is_grad_enabled():  # create_graph=True: somebody differentiates the gradients
-        return nothing._replace(**_by_reference(gradient, problem, ctx.needs_input_grad))
-    found = Gradients(*cbsa_backward_op(gradient, picked, normalizer, *problem))
-    return nothing._replace(**{k: g for k, g in found._asdict().items() if getattr(problem, k) is not None})
+        found = _by_reference(gradient, problem, ctx.needs_input_grad)
+    else:
+        found = Gradients(*cbsa_backward_op(gradient, picked, normalizer, *problem))._asdict()
+    return tuple(None if t is None else found.get(name) for name, t in problem._asdict().items())
 
 
 def _by_reference(gradient: Tensor, problem: Problem, needed: tuple[bool, ...]) -> dict[str, Tensor]:
     """The gradients by name, as functions of inputs and gradient, which can be differentiated again."""
     # Each a node of its own: representatives may be made from the keys, and what reaches the keys through them
     # is not this operator's to add.
-    o = Problem(*(t.view_as(t) if isinstance(t, Tensor) else t for t in problem))
+    o: Any = Problem(*(t.view_as(t) if isinstance(t, Tensor) else t for t in problem))  # type: ignore[arg-type]
     inputs = CBSAInputs(
         o.keys,
         o.representatives,
@@ -133,7 +119,7 @@ def _by_reference(gradient: Tensor, problem: Problem, needed: tuple[bool, ...]) 
         step_representatives=o.step_representatives,
         step_tokens=o.step_tokens,
         scale=o.scale,
-        contraction=o.contraction,  # type: ignore[arg-type]
+        contraction=o.contraction,
         broadcast="shared",
         eps=o.eps,
         token_mask=o.key_mask,
