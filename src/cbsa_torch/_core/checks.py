@@ -100,7 +100,7 @@ def check_same_kind(name: str, tensor: Tensor, reference_name: str, reference: T
 def check_rows(
     name: str, tensor: Tensor, expected: Sequence[int | None], axes: str, reference_name: str, reference: Tensor
 ) -> None:
-    """Raise unless ``tensor`` has shape ``expected`` and the (floating-point) dtype and device of ``reference``."""
+    """Raise unless ``tensor`` is floating-point, of the expected shape, and like ``reference`` in dtype and device."""
     check_floating(name, tensor)
     check_shape(name, tensor, expected, axes)
     check_same_kind(name, tensor, reference_name, reference)
