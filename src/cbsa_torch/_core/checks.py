@@ -100,7 +100,7 @@ def check_same_kind(name: str, tensor: Tensor, reference_name: str, reference: T
 def check_rows(
     name: str, tensor: Tensor, expected: Sequence[int | None], axes: str, reference_name: str, reference: Tensor
 ) -> None:
-    """Raise unless ``tensor`` is floating-point, of the expected shape, and like ``reference`` in dtype and device."""
+    """:func:`check_floating`, :func:`check_shape` and :func:`check_same_kind` of the reference."""
     check_floating(name, tensor)
     check_shape(name, tensor, expected, axes)
     check_same_kind(name, tensor, reference_name, reference)

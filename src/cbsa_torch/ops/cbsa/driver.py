@@ -99,58 +99,68 @@ def like_tokens(tokens: Tensor) -> Tensor:
     return tokens.new_empty(b, n, h, p).transpose(1, 2)
 
 
-def empty_results(o: Problem) -> Results:
+def empty_results(problem: Problem) -> Results:
     """Tensors for what the forward pass returns."""
-    b, _, n, _ = o.keys.shape
-    output = like_tokens(o.keys) if o.out_weight is None else o.keys.new_empty(b, n, o.out_weight.shape[0])
-    sizes, dtype = o.representatives.shape, compute_dtype(o.keys.dtype)
-    picked = o.keys.new_empty(sizes, dtype=dtype)
-    normalizer = o.keys.new_zeros(*sizes[:3], passes_of(o.impl).normalizer_size(n), dtype=dtype)
+    b, _, n, _ = problem.keys.shape
+    output = (
+        like_tokens(problem.keys)
+        if problem.out_weight is None
+        else problem.keys.new_empty(b, n, problem.out_weight.shape[0])
+    )
+    sizes, dtype = problem.representatives.shape, compute_dtype(problem.keys.dtype)
+    picked = problem.keys.new_empty(sizes, dtype=dtype)
+    normalizer = problem.keys.new_zeros(*sizes[:3], passes_of(problem.impl).normalizer_size(n), dtype=dtype)
     return Results(output, picked, normalizer)
 
 
-def forward(o: Problem) -> Results:
+def forward(problem: Problem) -> Results:
     """Extract, contract, broadcast."""
-    passes = passes_of(o.impl)
-    with no_autocast(o.keys):
-        queries, eta, kappa, weight = _operands(o)
-        bias = None if o.out_bias is None else o.out_bias.to(o.keys.dtype)
-        results = empty_results(o)
-        for group in passes.groups(o.keys.shape[0], o.keys.shape[2]):
-            values, mask, exists = (_of(t, group) for t in (o.values, o.key_mask, o.representative_mask))
-            part = passes(queries[group], o.keys[group], values, mask, o.scale)
+    passes = passes_of(problem.impl)
+    with no_autocast(problem.keys):
+        queries, eta, kappa, weight = _operands(problem)
+        bias = None if problem.out_bias is None else problem.out_bias.to(problem.keys.dtype)
+        results = empty_results(problem)
+        for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
+            values, mask, exists = (
+                _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask)
+            )
+            part = passes(queries[group], problem.keys[group], values, mask, problem.scale)
             picked, normalizer = part.extract()
             results.picked[group], results.normalizer[group, ..., : normalizer.shape[-1]] = picked, normalizer
             rep = zero_rows(queries[group] + eta * picked, exists)
-            carried = kappa * contract(rep, o.contraction, o.scale, o.eps, exists)
+            carried = kappa * contract(rep, problem.contraction, problem.scale, problem.eps, exists)
             if weight is not None:
                 carried = carried @ weight
             part.broadcast(carried, bias, results.output[group])
         return results
 
 
-def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, o: Problem) -> Gradients:
+def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Problem) -> Gradients:
     """Gradients from that of the output; ``picked`` and ``normalizer`` are of the forward pass."""
-    passes = passes_of(o.impl)
-    with no_autocast(o.keys):
-        queries, eta, kappa, weight = _operands(o)
+    passes = passes_of(problem.impl)
+    with no_autocast(problem.keys):
+        queries, eta, kappa, weight = _operands(problem)
         d_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        d_keys = like_tokens(o.keys)
-        d_values = None if o.values is None else like_tokens(o.keys)
-        d_eta, d_kappa = (queries.new_zeros(o.keys.shape[1]) for _ in range(2))
+        d_keys = like_tokens(problem.keys)
+        d_values = None if problem.values is None else like_tokens(problem.keys)
+        d_eta, d_kappa = (queries.new_zeros(problem.keys.shape[1]) for _ in range(2))
         d_weight = torch.zeros_like(queries.new_empty(0) if weight is None else weight)
-        for group in passes.groups(o.keys.shape[0], o.keys.shape[2]):
-            values, mask, exists = (_of(t, group) for t in (o.values, o.key_mask, o.representative_mask))
-            part = passes(queries[group], o.keys[group], values, mask, o.scale, normalizer[group])
+        for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
+            values, mask, exists = (
+                _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask)
+            )
+            part = passes(queries[group], problem.keys[group], values, mask, problem.scale, normalizer[group])
             rep = zero_rows(queries[group] + eta * picked[group], exists)
-            c = contract(rep, o.contraction, o.scale, o.eps, exists)
+            c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)
             carried = kappa * c if weight is None else (kappa * c) @ weight
             d_carried = collected = part.collect(gradient[group])
             if weight is not None:
                 d_carried = collected @ weight.mT
                 d_weight += ((kappa * c).mT @ collected).sum(0)
             d_kappa += (d_carried * c).sum((0, 2, 3))
-            d_rep = contract_backward(kappa * d_carried, rep, o.contraction, o.scale, o.eps, exists)
+            d_rep = contract_backward(
+                kappa * d_carried, rep, problem.contraction, problem.scale, problem.eps, exists
+            )
             d_eta += (d_rep * picked[group]).sum((0, 2, 3))
             d_queries[group] = d_rep + part.differentiate(
                 gradient[group],
@@ -161,30 +171,36 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, o: Problem) -
                 d_keys=d_keys[group],
                 d_values=_of(d_values, group),
             )
-        new_empty = o.keys.new_empty
-        return Gradients(
-            zero_rows(d_queries, o.representative_mask).to(o.representatives.dtype).contiguous(),
+        d_out_weight = d_out_bias = None
+        if problem.out_weight is not None:
+            d_out_weight = d_weight.flatten(0, 1).t().to(problem.out_weight).contiguous()
+        if problem.out_bias is not None:
+            d_out_bias = gradient.sum((0, 1), dtype=queries.dtype).to(problem.out_bias)
+        found = (
+            zero_rows(d_queries, problem.representative_mask).to(problem.representatives.dtype).contiguous(),
             d_keys,
-            new_empty(0) if d_values is None else d_values,
-            d_eta.to(o.step_representatives.dtype),
-            d_kappa.to(o.step_tokens.dtype),
-            o.keys.new_empty(0)
-            if o.out_weight is None
-            else d_weight.flatten(0, 1).t().to(o.out_weight).contiguous(),
-            o.keys.new_empty(0)
-            if o.out_bias is None
-            else gradient.sum((0, 1), dtype=queries.dtype).to(o.out_bias),
+            d_values,
+            d_eta.to(problem.step_representatives.dtype),
+            d_kappa.to(problem.step_tokens.dtype),
+            d_out_weight,
+            d_out_bias,
         )
+        return Gradients(*(problem.keys.new_empty(0) if d is None else d for d in found))
 
 
-def _operands(o: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In the dtype to compute in: queries, both steps ``(H, 1, 1)``, projection ``(H, P, C)``."""
-    dtype = compute_dtype(o.keys.dtype)
-    queries = zero_rows(o.representatives.to(dtype), o.representative_mask)
-    eta, kappa = (step.to(dtype)[:, None, None] for step in (o.step_representatives, o.step_tokens))
-    if o.out_weight is None:
+    dtype = compute_dtype(problem.keys.dtype)
+    queries = zero_rows(problem.representatives.to(dtype), problem.representative_mask)
+    eta, kappa = (step.to(dtype)[:, None, None] for step in (problem.step_representatives, problem.step_tokens))
+    if problem.out_weight is None:
         return queries, eta, kappa, None
-    return queries, eta, kappa, o.out_weight.t().unflatten(0, (o.keys.shape[1], o.keys.shape[3])).to(dtype)
+    return (
+        queries,
+        eta,
+        kappa,
+        problem.out_weight.t().unflatten(0, (problem.keys.shape[1], problem.keys.shape[3])).to(dtype),
+    )
 
 
 def _of(rows: Tensor | None, group: slice) -> Tensor | None:

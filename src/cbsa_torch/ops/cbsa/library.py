@@ -1,4 +1,7 @@
-"""The driver as operators of ``torch.library``: opaque to compilers, differentiable twice."""
+"""The driver as operators of ``torch.library``, opaque to compilers.
+
+First derivatives are the driver's backward pass, also an operator; further ones are those of the reference.
+"""
 
 from __future__ import annotations
 
@@ -73,12 +76,12 @@ def _(*problem: Any) -> Results:
 
 @cbsa_backward_op.register_fake
 def _(gradient: Tensor, picked: Tensor, normalizer: Tensor, *problem: Any) -> Gradients:
-    o = Problem(*problem)
+    inputs = Problem(*problem)
 
     def like(name: str) -> Tensor:
-        tensor = getattr(o, name)
+        tensor = getattr(inputs, name)
         if tensor is None:
-            return o.keys.new_empty(0)
+            return inputs.keys.new_empty(0)
         return driver.like_tokens(tensor) if name in ("keys", "values") else tensor.new_empty(tensor.shape)
 
     return Gradients(*map(like, Gradients._fields))
@@ -109,27 +112,27 @@ def _by_reference(gradient: Tensor, problem: Problem, needed: tuple[bool, ...]) 
     """The gradients by name, as functions of inputs and gradient, which can be differentiated again."""
     # Each a node of its own: representatives may be made from the keys, and what reaches the keys through them
     # is not this operator's to add.
-    o: Any = Problem(*(t.view_as(t) if isinstance(t, Tensor) else t for t in problem))  # type: ignore[arg-type]
+    own: Any = Problem(*(t.view_as(t) if isinstance(t, Tensor) else t for t in problem))  # type: ignore[arg-type]
     inputs = CBSAInputs(
-        o.keys,
-        o.representatives,
-        o.keys,
-        o.keys if o.values is None else o.values,
+        own.keys,
+        own.representatives,
+        own.keys,
+        own.keys if own.values is None else own.values,
         attention=None,
-        step_representatives=o.step_representatives,
-        step_tokens=o.step_tokens,
-        scale=o.scale,
-        contraction=o.contraction,
+        step_representatives=own.step_representatives,
+        step_tokens=own.step_tokens,
+        scale=own.scale,
+        contraction=own.contraction,
         broadcast="shared",
-        eps=o.eps,
-        token_mask=o.key_mask,
-        key_mask=o.key_mask,
-        representative_mask=o.representative_mask,
+        eps=own.eps,
+        token_mask=own.key_mask,
+        key_mask=own.key_mask,
+        representative_mask=own.representative_mask,
     )
-    output = cbsa_stages(inputs).output.to(o.keys.dtype)
-    if o.out_weight is not None:
-        output = project_out(output, o.out_weight, o.out_bias)
-    wanted = {name: t for (name, t), need in zip(o._asdict().items(), needed, strict=True) if need}
+    output = cbsa_stages(inputs).output.to(own.keys.dtype)
+    if own.out_weight is not None:
+        output = project_out(output, own.out_weight, own.out_bias)
+    wanted = {name: t for (name, t), need in zip(own._asdict().items(), needed, strict=True) if need}
     found = torch.autograd.grad(output, list(wanted.values()), gradient, create_graph=True, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
 
