@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_positive
 from cbsa_torch._core.precision import no_autocast, solve_dtype
+from cbsa_torch._core.types import DEFAULT_EPS
 from cbsa_torch.interpret.capture import LayerRecord, attention_layers, captured_batches
 from cbsa_torch.nn import CBSA
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 from cbsa_torch.ops.coding_rate import rate_of_gram
 from cbsa_torch.ops.masking import real_tokens
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from cbsa_torch import ops
 from cbsa_torch._core.checks import check_choice, check_positive
 from cbsa_torch._core.types import (
     CONTRACTIONS,
+    DEFAULT_EPS,
     IMPLS,
     LAYOUTS,
     QKV,
@@ -27,7 +27,9 @@ from cbsa_torch._core.types import (
 from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
 from cbsa_torch.nn.representatives import PrincipalDirections, make_representatives
 from cbsa_torch.ops import counting
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch.ops.cbsa.api import run, run_and_project
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, attention_inputs, cbsa_inputs
+from cbsa_torch.ops.cbsa.reference import cbsa_stages
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -142,14 +144,14 @@ class CBSA(TokenMixer):
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.cbsa`."""
-        return ops.cbsa(**self._operands(heads), impl=self.impl)
+        return run(self._inputs(heads), self.impl)
 
     def mix_and_project(self, heads: Heads) -> Tensor:
         """Hand the output projection to the operator where nothing comes between."""
         if not isinstance(self.norm, nn.Identity) or not (self.proj is None or _is_plain(self.proj)):
             return super().mix_and_project(heads)
         weight, bias = (self.qkv.weight.t(), None) if self.proj is None else (self.proj.weight, self.proj.bias)
-        return ops.cbsa(**self._operands(heads), out_weight=weight, out_bias=bias, impl=self.impl)
+        return run_and_project(self._inputs(heads), weight, bias, self.impl)
 
     def stages(
         self,
@@ -163,7 +165,7 @@ class CBSA(TokenMixer):
 
     def stages_in(self, heads: Heads) -> CBSAStages:
         """:meth:`stages` from the tokens in their subspaces, see :meth:`heads`."""
-        return ops.cbsa_stages(**self._operands(heads))
+        return cbsa_stages(self._inputs(heads))
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count making the representatives, extraction, contraction and broadcast."""
@@ -172,34 +174,37 @@ class CBSA(TokenMixer):
         extracted = self.step_representatives is not None
         counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, **sizes)
         count_strategy = getattr(self.representatives, "counts", None)
-        return counts if count_strategy is None else counts.plus(count_strategy(n, **sizes))
+        return counts if count_strategy is None else counts + count_strategy(n, **sizes)
 
     def _choose(self, heads: Heads) -> Representatives:
         return self._represent(self.representatives, heads, official=self.layout == "official")
 
-    def _operands(self, heads: Heads) -> dict[str, Any]:
-        """The operator's arguments: tokens in the heads, representatives, options."""
+    def _inputs(self, heads: Heads) -> CBSAInputs:
+        """The operator's inputs: tokens in the heads, representatives, options."""
         chosen = self._choose(heads)
-        operands: dict[str, Any] = {
-            "tokens": heads.tokens,
-            "representatives": chosen.values,
-            "keys": heads.keys,
-            "values": heads.values,
-            "attention": chosen.attention,
+        if (chosen.attention is None) != (self.step_representatives is not None):
+            raise ValueError(
+                "representatives must set gives_attention = True if and only if they return an attention, "
+                f"got {'none' if chosen.attention is None else 'one'}"
+            )
+        options: dict[str, Any] = {
             "step_tokens": self.step_tokens,
             "contraction": self.contraction,
             "eps": self.eps,
             "token_mask": heads.token_mask,
             "representative_mask": chosen.mask,
         }
-        if (chosen.attention is None) != (self.step_representatives is not None):
-            raise ValueError(
-                "representatives must set gives_attention = True if and only if they return an attention, "
-                f"got {'none' if chosen.attention is None else 'one'}"
-            )
-        if self.step_representatives is not None:
-            operands["step_representatives"] = self.step_representatives
-        return operands
+        if chosen.attention is not None:
+            return attention_inputs(heads.tokens, chosen.values, chosen.attention, **options)
+        assert self.step_representatives is not None
+        return cbsa_inputs(
+            heads.tokens,
+            chosen.values,
+            keys=heads.keys,
+            values=heads.values,
+            step_representatives=self.step_representatives,
+            **options,
+        )
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

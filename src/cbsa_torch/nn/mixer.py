@@ -324,7 +324,7 @@ class TokenMixer(nn.Module, abc.ABC):
         if self.proj is not None:
             return counts
         inner = self.num_heads * self.head_dim
-        return counts.plus(Counts(products=2 * source.tokens.shape[1] * inner * self.dim))
+        return counts + Counts(products=2 * source.tokens.shape[1] * inner * self.dim)
 
     def heads(
         self,

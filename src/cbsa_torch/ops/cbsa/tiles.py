@@ -25,25 +25,8 @@ KEEP = 2**23
 them again: 32 MiB in float32, about what a last-level cache holds."""
 
 
-def groups(b: int, n: int) -> Iterator[slice]:
-    """Items that are handled together: short ones together, long ones alone."""
-    step = max(1, GROUP // max(1, n))
-    for first in range(0, b, step):
-        yield slice(first, min(first + step, b))
-
-
-def count(n: int) -> int:
-    """How many tiles cover ``n`` tokens."""
-    return max(1, (n + TILE // 2) // TILE)
-
-
-def most(n: int) -> int:
-    """A bound on :func:`count`, for shapes: no comparison, never one, so that exported programs keep N open."""
-    return n // TILE + 2
-
-
 class Tiles:
-    """A group of items and the passes over their tokens.
+    """The passes over the tokens of a few items.
 
     Args:
         queries: ``(B, H, M, P)``, in the dtype to compute in.
@@ -51,7 +34,7 @@ class Tiles:
         values: like ``keys``, or None if they are the keys.
         mask: ``(B, N)`` bool; rows of masked tokens are read as zeros, whatever they hold.
         scale: factor on the logits.
-        shares: of earlier passes, what :meth:`extract` returned.
+        normalizer: what :meth:`extract` returned for them: the share exp(l_tile - l) of every tile.
     """
 
     def __init__(
@@ -61,23 +44,37 @@ class Tiles:
         values: Tensor | None,
         mask: Tensor | None,
         scale: float,
-        shares: Tensor | None = None,
+        normalizer: Tensor | None = None,
     ) -> None:
         b, h, m, _ = queries.shape
         n = keys.shape[2]
         self.queries = scale * queries
         self.keys, self.values, self.mask, self.scale = keys, values, mask, scale
-        self.shares = shares
-        tiles = count(n)
+        self.shares = normalizer
+        tiles = self._count(n)
         self.places = [slice(i * n // tiles, (i + 1) * n // tiles) for i in range(tiles)]
-        self.keeps = tiles == 1 or (shares is None and b * h * m * n <= KEEP)
+        self.keeps = tiles == 1 or (normalizer is None and b * h * m * n <= KEEP)
         self.kept: dict[int, Tensor] = {}
 
-    def extract(self) -> tuple[Tensor, Tensor]:
-        """R = A V ``(B, H, M, P)`` and the shares exp(l_tile - l) ``(B, H, M, tiles)``.
+    @staticmethod
+    def groups(b: int, n: int) -> Iterator[slice]:
+        """Items that are handled together: short ones together, long ones alone."""
+        step = max(1, GROUP // max(1, n))
+        for first in range(0, b, step):
+            yield slice(first, min(first + step, b))
 
-        Items without any real token get zeros.
-        """
+    @staticmethod
+    def normalizer_size(n: int) -> int:
+        """A bound on the number of tiles: no comparison, never one, so that exported programs keep N open."""
+        return n // TILE + 2
+
+    @staticmethod
+    def _count(n: int) -> int:
+        """How many tiles cover ``n`` tokens."""
+        return max(1, (n + TILE // 2) // TILE)
+
+    def extract(self) -> tuple[Tensor, Tensor]:
+        """R = A V ``(B, H, M, P)``, zero for items without real tokens, and the shares ``(B, H, M, tiles)``."""
         parts, lses = [], []
         for i, place in enumerate(self.places):
             keys = self._read(self.keys, place)

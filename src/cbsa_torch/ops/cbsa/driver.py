@@ -1,0 +1,207 @@
+"""CBSA with a shared broadcast in memory linear in N: nothing of size M x N is kept, forward or backward.
+
+Forward, one pass over the tokens extracts, a second computes the attention again and broadcasts. Backward, one
+pass collects A dO and, after the derivative of the contraction, one does the rest. Passes are ``Tiles`` (plain
+PyTorch) or ``TritonPasses``, two classes with the same methods; the work between them, here, is of size M x P
+per head. Saved for the backward pass are the inputs, the picked tokens R and the normaliser of the softmax.
+
+Inputs of low precision are computed in float32, except for products over tokens: the Triton kernels multiply in
+the dtype of the keys, and a product with an output projection is bfloat16 for bfloat16 keys.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
+from cbsa_torch.ops.cbsa.tiles import Tiles
+from cbsa_torch.ops.masking import zero_rows
+
+if TYPE_CHECKING:
+    from cbsa_torch.ops.cbsa.triton.passes import TritonPasses
+
+
+class Problem(NamedTuple):
+    """What is to be computed, in arguments that an operator of ``torch.library`` can take."""
+
+    representatives: Tensor
+    """``(B, H, M, P)``."""
+    keys: Tensor
+    """``(B, H, N, P)``."""
+    values: Tensor | None
+    """``(B, H, N, P)``, or None if they are the keys."""
+    step_representatives: Tensor
+    """eta ``(H,)``."""
+    step_tokens: Tensor
+    """kappa ``(H,)``."""
+    key_mask: Tensor | None
+    """``(B, N)`` bool."""
+    representative_mask: Tensor | None
+    """``(B, M)`` bool."""
+    out_weight: Tensor | None
+    """``(C, H * P)`` projects out: the output is ``(B, N, C)``, not ``(B, H, N, P)``. For ``"tiled"`` only."""
+    out_bias: Tensor | None
+    """``(C,)``."""
+    contraction: str
+    scale: float
+    """Factor on the logits."""
+    eps: float
+    """Of the exact contraction."""
+    impl: str
+    """Whose passes: ``"tiled"`` or ``"triton"``."""
+
+
+class Results(NamedTuple):
+    """What the forward pass returns."""
+
+    output: Tensor
+    """``(B, H, N, P)``, or ``(B, N, C)`` with ``out_weight``."""
+    picked: Tensor
+    """R = A V, ``(B, H, M, P)``."""
+    normalizer: Tensor
+    """``(B, H, M, S)`` what turns the logits into A in the next passes; its meaning is the passes' own."""
+
+
+class Gradients(NamedTuple):
+    """What the backward pass returns, shaped like the inputs; empty for those that are None."""
+
+    representatives: Tensor
+    keys: Tensor
+    values: Tensor
+    step_representatives: Tensor
+    step_tokens: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+def passes_of(impl: str) -> type[Tiles] | type[TritonPasses]:
+    """The passes of an implementation. Triton is imported only here, since it is optional."""
+    if impl == "tiled":
+        return Tiles
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError(
+            "impl='triton' needs 'triton', which is not installed; PyTorch for CUDA brings it on Linux, "
+            "elsewhere install it with: pip install triton"
+        )
+    from cbsa_torch.ops.cbsa.triton.passes import TritonPasses
+
+    return TritonPasses
+
+
+def like_tokens(tokens: Tensor) -> Tensor:
+    """Empty ``(B, H, N, P)``, laid out so that joining the heads is no copy."""
+    b, h, n, p = tokens.shape
+    return tokens.new_empty(b, n, h, p).transpose(1, 2)
+
+
+def empty_results(problem: Problem) -> Results:
+    """Tensors for what the forward pass returns."""
+    b, _, n, _ = problem.keys.shape
+    output = (
+        like_tokens(problem.keys)
+        if problem.out_weight is None
+        else problem.keys.new_empty(b, n, problem.out_weight.shape[0])
+    )
+    sizes, dtype = problem.representatives.shape, compute_dtype(problem.keys.dtype)
+    picked = problem.keys.new_empty(sizes, dtype=dtype)
+    normalizer = problem.keys.new_zeros(*sizes[:3], passes_of(problem.impl).normalizer_size(n), dtype=dtype)
+    return Results(output, picked, normalizer)
+
+
+def forward(problem: Problem) -> Results:
+    """Extract, contract, broadcast."""
+    passes = passes_of(problem.impl)
+    with no_autocast(problem.keys):
+        queries, eta, kappa, weight = _operands(problem)
+        bias = None if problem.out_bias is None else problem.out_bias.to(problem.keys.dtype)
+        results = empty_results(problem)
+        for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
+            values, mask, exists = (
+                _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask)
+            )
+            part = passes(queries[group], problem.keys[group], values, mask, problem.scale)
+            picked, normalizer = part.extract()
+            results.picked[group], results.normalizer[group, ..., : normalizer.shape[-1]] = picked, normalizer
+            rep = zero_rows(queries[group] + eta * picked, exists)
+            carried = kappa * contract(rep, problem.contraction, problem.scale, problem.eps, exists)
+            if weight is not None:
+                carried = carried @ weight
+            part.broadcast(carried, bias, results.output[group])
+        return results
+
+
+def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Problem) -> Gradients:
+    """Gradients from that of the output; ``picked`` and ``normalizer`` are of the forward pass."""
+    passes = passes_of(problem.impl)
+    with no_autocast(problem.keys):
+        queries, eta, kappa, weight = _operands(problem)
+        d_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        d_keys = like_tokens(problem.keys)
+        d_values = None if problem.values is None else like_tokens(problem.keys)
+        d_eta, d_kappa = (queries.new_zeros(problem.keys.shape[1]) for _ in range(2))
+        d_weight = torch.zeros_like(queries.new_empty(0) if weight is None else weight)
+        for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
+            values, mask, exists = (
+                _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask)
+            )
+            part = passes(queries[group], problem.keys[group], values, mask, problem.scale, normalizer[group])
+            rep = zero_rows(queries[group] + eta * picked[group], exists)
+            c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)
+            carried = kappa * c if weight is None else (kappa * c) @ weight
+            d_carried = collected = part.collect(gradient[group])
+            if weight is not None:
+                d_carried = collected @ weight.mT
+                d_weight += ((kappa * c).mT @ collected).sum(0)
+            d_kappa += (d_carried * c).sum((0, 2, 3))
+            d_rep = contract_backward(
+                kappa * d_carried, rep, problem.contraction, problem.scale, problem.eps, exists
+            )
+            d_eta += (d_rep * picked[group]).sum((0, 2, 3))
+            d_queries[group] = d_rep + part.differentiate(
+                gradient[group],
+                carried=carried,
+                collected=collected,
+                d_picked=eta * d_rep,
+                picked=picked[group],
+                d_keys=d_keys[group],
+                d_values=_of(d_values, group),
+            )
+        d_out_weight = d_out_bias = None
+        if problem.out_weight is not None:
+            d_out_weight = d_weight.flatten(0, 1).t().to(problem.out_weight).contiguous()
+        if problem.out_bias is not None:
+            d_out_bias = gradient.sum((0, 1), dtype=queries.dtype).to(problem.out_bias)
+        found = (
+            zero_rows(d_queries, problem.representative_mask).to(problem.representatives.dtype).contiguous(),
+            d_keys,
+            d_values,
+            d_eta.to(problem.step_representatives.dtype),
+            d_kappa.to(problem.step_tokens.dtype),
+            d_out_weight,
+            d_out_bias,
+        )
+        return Gradients(*(problem.keys.new_empty(0) if d is None else d for d in found))
+
+
+def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """In the dtype to compute in: queries, both steps ``(H, 1, 1)``, projection ``(H, P, C)``."""
+    dtype = compute_dtype(problem.keys.dtype)
+    queries = zero_rows(problem.representatives.to(dtype), problem.representative_mask)
+    eta, kappa = (step.to(dtype)[:, None, None] for step in (problem.step_representatives, problem.step_tokens))
+    if problem.out_weight is None:
+        return queries, eta, kappa, None
+    return (
+        queries,
+        eta,
+        kappa,
+        problem.out_weight.t().unflatten(0, (problem.keys.shape[1], problem.keys.shape[3])).to(dtype),
+    )
+
+
+def _of(rows: Tensor | None, group: slice) -> Tensor | None:
+    return None if rows is None else rows[group]
