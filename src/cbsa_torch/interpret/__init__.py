@@ -1,9 +1,8 @@
-"""See the compression happen: capture, rates, attention maps, report. Imports neither models nor train."""
+"""Look inside models: capture, coding rates, attention maps, report. Imports neither models nor train."""
 
 from cbsa_torch._core.optional import require
 
-for _module in ("matplotlib", "jinja2"):
-    require(_module, extra="interpret")
+require("interpret")
 
 from cbsa_torch.interpret.attention_maps import (  # noqa: E402
     cls_attention_maps,
