@@ -1,19 +1,22 @@
 import os
 
-import pytest
-import torch
+# Read when torch is imported, hence before it: tests run side by side, with one thread each, as do the processes
+# that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Kernels in Triton run in its interpreter then. Triton reads this when it is imported, hence here.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    torch.set_num_threads(1)  # a test that trained with more leaves it so
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
-
-
-def pytest_configure(config):
-    # pytest-xdist runs several processes: one thread each
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
