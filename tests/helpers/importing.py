@@ -35,7 +35,11 @@ def state():
         "dtype and device": (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()),
         "precision": (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
         "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
-        "random numbers": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "random numbers": (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+        ),
         "environment": sorted(os.environ.items()),
         "folder and locale": (os.getcwd(), locale.setlocale(locale.LC_ALL)),  # noqa: PTH109
         "Pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
@@ -72,7 +76,9 @@ def main(others, ours):
     after = state()
     changed = {name: [value, after.get(name)] for name, value in before.items() if after.get(name) != value}
     # A logger of ours may be new, its handlers may not.
-    new = {n: [None, value] for n, value in after.items() if n.startswith("logger cbsa_torch") and "[<" in value}
+    new = {
+        n: [None, value] for n, value in after.items() if n.startswith("logger cbsa_torch") and "[<" in value
+    }
     print(json.dumps(changed | new))
 
 
