@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -43,9 +44,8 @@ def main(names: list[str]) -> int:
             python = make_environment(folder / name, wheel, name, folder / "torch")
             if call([python, ROOT / "scripts" / "extra_promises.py", name], folder):
                 failed.append(name)
-            print(
-                f"{name}: {'FAILED' if name in failed else 'ok'} ({time.monotonic() - begin:.0f} s)", flush=True
-            )
+            outcome = "FAILED" if name in failed else "ok"
+            print(f"{name}: {outcome} ({time.monotonic() - begin:.0f} s)", flush=True)
             shutil.rmtree(folder / name)
     return 1 if failed else 0
 
@@ -92,13 +92,22 @@ def make_environment(folder: Path, wheel: Path, name: str, torch_folder: Path) -
     constraints = folder / "constraints.txt"
     constraints.write_text(f"torch=={importlib.metadata.version('torch')}\n")
     target = str(wheel) if name == "base" else f"{wheel}[{name}]"
-    install = [*PIP, "--python", python, "install", "--quiet", "--constraint", constraints, target]
+    install: list[str | Path] = [
+        *PIP,
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--constraint",
+        constraints,
+        target,
+    ]
     if call(install, folder):
         raise SystemExit(f"{target} could not be installed")
     return python
 
 
-def call(command: list[str | Path], folder: Path) -> int:
+def call(command: Sequence[str | Path], folder: Path) -> int:
     """Run a command in ``folder``, without what this environment would add to its imports."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
