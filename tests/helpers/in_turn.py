@@ -1,5 +1,7 @@
 """Several runs in one process, one after the other: the ``main`` of tests.helpers.processes."""
 
+import sys
+
 from cbsa_torch.train import load_config, train
 from cbsa_torch.train.engine import leave_process_group
 
@@ -9,3 +11,7 @@ def main(paths):
     for path in paths:
         train(load_config(path))
     leave_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -53,11 +53,11 @@ def run(count, *args, main=cli.main, timeout=120):
         return command.wait(timeout)
 
 
-def train(count, config, command="train"):
+def train(count, config, command="train", timeout=120):
     """Run the training of a configuration in ``count`` processes; it must succeed."""
     path = Path(f"{config.output}.yaml")
     path.write_text(dump_yaml(config))
-    result = run(count, command, "--config", str(path))
+    result = run(count, command, "--config", str(path), timeout=timeout)
     assert result.returncode == 0, result.stderr
     return result
 
