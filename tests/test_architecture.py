@@ -147,9 +147,9 @@ sys.modules.update(dict.fromkeys(sys.argv[1:]))  # Python finds none of them
 import torch, cbsa_torch
 assert cbsa_torch.CBSA(8, 2)(torch.randn(1, 9, 8)).shape == (1, 9, 8)
 assert "triton" not in sys.modules
-for extra in ("models", "interpret", "train"):
+for use in (lambda: cbsa_torch.models, lambda: cbsa_torch.interpret.report, lambda: cbsa_torch.train):
     try:
-        getattr(cbsa_torch, extra)
+        use()
     except ImportError as error:
         print(error)
 """
