@@ -3,26 +3,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow lint format bench gpu-check docs clean help
+.PHONY: demo test test-slow check-extras lint format bench gpu-check docs clean help
 
 help:
-	@echo "make demo       train on real digits (2 minutes), evaluate, write a report page"
-	@echo "make test       lint and all tests"
-	@echo "make lint       ruff and mypy         make format  let ruff format the code"
-	@echo "make test-slow  the tests that take minutes (accuracy over three seeds)"
-	@echo "make bench      time layers, models   make gpu-check  tests and timings on a CUDA device"
-	@echo "make docs       build the documentation into site/"
+	@echo "make demo          train on real digits (2 minutes), evaluate, write a report page"
+	@echo "make test          lint and all tests but the slow ones"
+	@echo "make test-slow     the slow tests (accuracy over three seeds, ...)"
+	@echo "make check-extras  install the wheel with each extra into a fresh environment and try it there"
+	@echo "make lint          ruff and mypy            make format     let ruff format the code"
+	@echo "make bench         time layers and models   make gpu-check  tests and timings on a CUDA device"
+	@echo "make docs          build the documentation into site/"
 
 demo: $(VENV)/.installed
 	$(BIN)/cbsa train --config digits --output runs/demo --overwrite
 	$(BIN)/cbsa report --checkpoint runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
+
+check-extras: $(VENV)/.installed-dev
+	$(BIN)/python scripts/check_extras.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

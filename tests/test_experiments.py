@@ -1,8 +1,10 @@
 """Committed experiments: they run, measure what they say, and the docs state what they measured."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from benchmarks import digits_family, segmentation_decoders
 from examples import compress_lines
 
 from cbsa_torch.cli.adapt_table import markdown
+from tests.helpers import processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,9 +42,15 @@ def test_angles_are_to_lines_not_to_rays():
     assert found["separation"] == pytest.approx(90)
 
 
-def test_members_train_by_one_command_and_are_counted(tmp_path):
+def test_members_train_by_one_command_and_are_counted(tmp_path, monkeypatch):
+    def run(command, **_):
+        assert command[:3] == [sys.executable, "-m", "cbsa_torch.cli"]
+        return processes.run(1, *command[3:])
+
+    monkeypatch.setattr(digits_family, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(digits_family, "STEPS", 2)
     options = digits_family.Options(
-        members=("linear_cbt", "cbt_exact"), seeds=(0,), epochs=1, runs=tmp_path, jobs=2
+        members=("linear_cbt", "cbt_exact"), seeds=(0,), epochs=1, runs=tmp_path, threads=1
     )
     record = digits_family.measure(options)
     assert [row["member"] for row in record["rows"]] == ["linear_cbt", "cbt_exact"]

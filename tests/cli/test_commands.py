@@ -85,12 +85,12 @@ def test_an_unknown_command_names_the_nearest(capsys):
 
 
 def test_a_missing_dependency_says_which_extra(monkeypatch, capsys):
-    def missing(module, extra):
-        raise ImportError(f"{module} is missing: pip install cbsa-torch[{extra}]")
+    def missing(extra):
+        raise ImportError(f"pip install cbsa-torch[{extra}]")
 
     monkeypatch.setattr("cbsa_torch.cli.require", missing)
     assert main(["list"]) == 1
-    assert capsys.readouterr().err == "cbsa: tyro is missing: pip install cbsa-torch[train]\n"
+    assert capsys.readouterr().err == "cbsa: pip install cbsa-torch[train]\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

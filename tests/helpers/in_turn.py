@@ -1,11 +1,17 @@
-"""``python -m tests.helpers.in_turn A.yaml B.yaml``: several runs in one process, one after the other."""
+"""Several runs in one process, one after the other: the ``main`` of tests.helpers.processes."""
 
 import sys
 
 from cbsa_torch.train import load_config, train
 from cbsa_torch.train.engine import leave_process_group
 
-if __name__ == "__main__":
-    for path in sys.argv[1:]:
+
+def main(paths):
+    """Train by each of the YAML files."""
+    for path in paths:
         train(load_config(path))
     leave_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

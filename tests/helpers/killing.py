@@ -1,6 +1,5 @@
 """Kill a training process at a chosen moment: during a step, or before, within and after every write."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -9,9 +8,7 @@ import torch
 
 from cbsa_torch._core import files
 from cbsa_torch.train import loop, train
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+from tests.helpers.processes import CONTEXT
 
 
 class _Events:

@@ -5,5 +5,5 @@
 
 from cbsa_torch._core.optional import require
 
-for _module, _extra in (("timm", "models"), ("matplotlib", "interpret")):
-    require(_module, extra=_extra)
+require("models")
+require("interpret")  # for the plots

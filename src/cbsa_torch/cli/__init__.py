@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cbsa: no command {args[0]!r}{nearest(args[0], COMMANDS)}\n\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        require("tyro", extra="train")
+        require("train")
         from cbsa_torch.cli import commands
         from cbsa_torch.train.engine import leave_process_group
         from cbsa_torch.train.errors import InterruptedRun

@@ -91,8 +91,7 @@ _NEED_EXTRA = ("image_pairs", "plots", "zero_shot", "pages.maps", "pages.report"
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for package in ("matplotlib", "jinja2"):
-            require(package, extra="interpret")
+        require("interpret")
         for module in (importlib.import_module(f"cbsa_torch.interpret.{module}") for module in _NEED_EXTRA):
             if hasattr(module, name):
                 return getattr(module, name)

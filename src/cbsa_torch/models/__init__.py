@@ -2,7 +2,7 @@
 
 from cbsa_torch._core.optional import require
 
-require("timm", extra="models")
+require("models")
 
 import cbsa_torch.ops.cbsa.flops  # noqa: E402, F401  (lets torch count the operations of our operators)
 from cbsa_torch.models import registry  # noqa: E402  (registers the models)

@@ -2,8 +2,7 @@
 
 from cbsa_torch._core.optional import require
 
-for _module in ("timm", "accelerate", "torchmetrics", "yaml", "rich"):
-    require(_module, extra="train")
+require("train")
 
 from cbsa_torch.train.config import TrainConfig, load_config  # noqa: E402
 from cbsa_torch.train.evaluate import evaluate_checkpoint  # noqa: E402
