@@ -37,18 +37,18 @@ from cbsa_torch.interpret.plots import to_png
 from cbsa_torch.models import segmenter
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train import TrainConfig, load_config
-from cbsa_torch.train.config import RunConfig, dump_yaml
+from cbsa_torch.train.config.base import RunConfig, dump_yaml
 from cbsa_torch.train.evaluate import open_trained
-from cbsa_torch.train.run_folder import RunFolder, changed_keys, environment
-from cbsa_torch.train.segmentation import (
+from cbsa_torch.train.run.folder import RunFolder, changed_keys, environment
+from cbsa_torch.train.tasks.segmentation import (
     SegmentationTrainConfig,
     evaluate_segmenter,
     miou_without,
     open_segmentation_split,
 )
-from cbsa_torch.train.segmentation.evaluate import segmenter_config, trained_windows
-from cbsa_torch.train.segmentation.measure import measure, share
-from cbsa_torch.train.segmentation.transforms import evaluation_transform
+from cbsa_torch.train.tasks.segmentation.evaluate import segmenter_config, trained_windows
+from cbsa_torch.train.tasks.segmentation.measure import measure, share
+from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform
 
 MIXERS = {"cbsa": "CBSA (CBT)", "mssa": "MSSA (DEPICT)", "mhsa": "MHSA (Segmenter)"}
 COLOURS = {"cbsa": "#1f77b4", "mssa": "#ff7f0e", "mhsa": "#2ca02c"}

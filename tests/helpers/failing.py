@@ -4,8 +4,9 @@ import os
 import sys
 
 from cbsa_torch.cli import main
-from cbsa_torch.train import classification, loop
+from cbsa_torch.train import loop
 from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.tasks import classification
 
 ERRORS = {
     "setup": DataError("only here"),

@@ -5,8 +5,8 @@ import json
 import torch
 
 from cbsa_torch.train import loop
-from cbsa_torch.train.checkpoint import load_state
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.checkpoint import load_state
+from cbsa_torch.train.run.folder import RunFolder
 
 STEPS = 3
 """Steps of one epoch of the tiny configuration."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cbsa_torch.train.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from cbsa_torch.train.config.base import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from cbsa_torch.train.trainer import TrainResult, train
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}

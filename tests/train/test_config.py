@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cbsa_torch.train.build import build_model
-from cbsa_torch.train.config import (
+from cbsa_torch.train.config.base import (
     ModelConfig,
     TrainConfig,
     check_config,

@@ -12,8 +12,8 @@ import torch
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import train, trainer
-from cbsa_torch.train.checkpoint import Checkpoints
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.checkpoint import Checkpoints
+from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers.runs import assert_same_tensors, last, measured
 
 CONTEXT = multiprocessing.get_context("forkserver")

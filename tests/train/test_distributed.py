@@ -14,8 +14,8 @@ import torch
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config import dump_yaml
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.config.base import dump_yaml
+from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers.runs import assert_same_tensors, last, measured, rows, states
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -14,7 +14,7 @@ from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import evaluate_checkpoint, predict_images, train
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.evaluate import open_trained
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cbsa_torch.train.config import load_config
+from cbsa_torch.train.config.base import load_config
 from cbsa_torch.train.data import read_skipped
 from tests.helpers.imagenet_folder import CLASSES, write_imagenet_folder
 

@@ -6,7 +6,7 @@ import pytest
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import train
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers.killing import train_and_kill
 from tests.helpers.runs import assert_same_tensors, last, measured
 

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from cbsa_torch.models import from_pretrained, hub, load_checkpoint
 from cbsa_torch.train.build import build_model
 from cbsa_torch.train.model_card import write_model_card
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 
 
 def test_the_card_of_a_run_says_what_the_run_measured(finished, tmp_path):

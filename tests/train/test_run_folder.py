@@ -11,8 +11,8 @@ from cbsa_torch.cli import main
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import train
 from cbsa_torch.train.errors import ConfigError, RunFolderError
-from cbsa_torch.train.metrics_file import read_rows
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.metrics_file import read_rows
 from tests.helpers.runs import STEPS, during_training_step, interrupt, last, rows, states
 
 

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from cbsa_torch.train import classification, train, trainer
-from cbsa_torch.train.config import dump_yaml
+from cbsa_torch.train import train, trainer
+from cbsa_torch.train.config.base import dump_yaml
 from cbsa_torch.train.errors import InterruptedRun
-from cbsa_torch.train.signals import StopRequests
+from cbsa_torch.train.run.signals import StopRequests
+from cbsa_torch.train.tasks import classification
 from tests.helpers.runs import STEPS, assert_same_tensors, during_training_step, last, measured, states
 
 

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from cbsa_torch.models import load_checkpoint
-from cbsa_torch.train import classification, evaluate_checkpoint, load_config, predict_images, train
-from cbsa_torch.train.config import ModelConfig, OptimConfig
+from cbsa_torch.train import evaluate_checkpoint, load_config, predict_images, train
+from cbsa_torch.train.config.base import ModelConfig, OptimConfig
+from cbsa_torch.train.engine.optim import make_optimizer
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError, RunFolderError
-from cbsa_torch.train.optim import make_optimizer
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks import classification
 from tests.helpers.runs import (
     STEPS,
     assert_same_tensors,
@@ -94,7 +95,9 @@ def test_the_best_checkpoint_says_what_it_is(finished):
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_or_the_last_weights_are_kept(config, monkeypatch, keep):
-    monkeypatch.setattr("cbsa_torch.train.classification.evaluate", falling_accuracy(classification.evaluate))
+    monkeypatch.setattr(
+        "cbsa_torch.train.tasks.classification.evaluate", falling_accuracy(classification.evaluate)
+    )
     config.optim.keep = keep
     assert train(config).best_epoch == 1
     model, info = load_checkpoint(RunFolder(config.output).weights)

@@ -10,11 +10,11 @@ from timm.data.auto_augment import AugmentOp
 
 from cbsa_torch.cli import main
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config import DataConfig, TrainConfig, check_config, from_dict
+from cbsa_torch.train.config.base import DataConfig, TrainConfig, check_config, from_dict
 from cbsa_torch.train.data import InputSpec, make_loader
 from cbsa_torch.train.data.images import PlainImages
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 
 FLOATS = [
     (section.name, item.name)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require("tyro", extra="train")
         from cbsa_torch.cli import commands
-        from cbsa_torch.train.engine import leave_process_group
+        from cbsa_torch.train.engine.accelerator import leave_process_group
         from cbsa_torch.train.errors import InterruptedRun
     except ImportError as error:
         print(f"cbsa: {error}", file=sys.stderr)

@@ -9,9 +9,9 @@ from cbsa_torch.cli.options import parse, take_option
 from cbsa_torch.models.checkpoint import read_info
 from cbsa_torch.models.hub import PREFIX, weights_path
 from cbsa_torch.train import errors
-from cbsa_torch.train.adaptation import AdaptTrainConfig, recover
-from cbsa_torch.train.config import RunConfig, TrainConfig, load_config, read_config
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.config.base import RunConfig, TrainConfig, load_config, read_config
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.adaptation import AdaptTrainConfig, recover
 
 USAGE = """usage: cbsa adapt --model RUN_OR_TIMM_NAME [--data NAME] [--config RECIPE_OR_YAML] [options]
 

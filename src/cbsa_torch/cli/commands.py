@@ -24,8 +24,8 @@ from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.convert import convert_official
 from cbsa_torch.models.counting import LayerCounts
 from cbsa_torch.train import errors
-from cbsa_torch.train.config import load_config, recipe_names
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.config.base import load_config, recipe_names
+from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.trainer import train
 
 __all__ = [

@@ -14,7 +14,7 @@ from cbsa_torch.interpret import ComparedRun, compare
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import Trained, classifier_config, evaluate_checkpoint
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import tyro
 
 from cbsa_torch.train.data.fetch import fetch
-from cbsa_torch.train.progress import Reporter
+from cbsa_torch.train.engine.console import Reporter
 
 
 @dataclass

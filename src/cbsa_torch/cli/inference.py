@@ -18,10 +18,10 @@ from cbsa_torch.cli.options import at_least, parse
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import Trained, classifier_config, evaluate_checkpoint, open_trained
 from cbsa_torch.train.predict import predict_images
-from cbsa_torch.train.segmentation.config import SegmentationTrainConfig
-from cbsa_torch.train.segmentation.evaluate import evaluate_segmenter, segmenter_config, trained_windows
-from cbsa_torch.train.segmentation.measure import Windows
-from cbsa_torch.train.segmentation.predict import predict_masks
+from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig
+from cbsa_torch.train.tasks.segmentation.evaluate import evaluate_segmenter, segmenter_config, trained_windows
+from cbsa_torch.train.tasks.segmentation.measure import Windows
+from cbsa_torch.train.tasks.segmentation.predict import predict_masks
 
 
 @dataclass

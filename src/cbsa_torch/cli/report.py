@@ -14,10 +14,10 @@ from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import report
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import Trained, evaluate_checkpoint
-from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.segmentation.config import SegmentationTrainConfig
-from cbsa_torch.train.segmentation.evaluate import evaluate_segmenter
-from cbsa_torch.train.task import task_of
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.base import task_of
+from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig
+from cbsa_torch.train.tasks.segmentation.evaluate import evaluate_segmenter
 
 
 @dataclass

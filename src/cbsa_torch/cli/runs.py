@@ -16,10 +16,10 @@ from cbsa_torch.train.data import open_split, open_splits
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.evaluate import Trained, classifier_config, open_trained
 from cbsa_torch.train.predict import eval_transform, read_image
-from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.segmentation.config import SegmentationTrainConfig
-from cbsa_torch.train.segmentation.splits import open_segmentation, open_segmentation_split
-from cbsa_torch.train.task import task_of
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.base import task_of
+from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig
+from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
 
 
 def open_run(checkpoint: str | Path) -> Trained:

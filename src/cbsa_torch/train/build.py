@@ -15,7 +15,7 @@ from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import FETCHING_ARGS, PICKLE_SUFFIXES, load_checkpoint
 from cbsa_torch.models.convert import read_official
 from cbsa_torch.models.hub import PREFIX, fetch_weights, weights_path
-from cbsa_torch.train.config import RunConfig
+from cbsa_torch.train.config.base import RunConfig
 from cbsa_torch.train.errors import ConfigError
 
 Built = tuple[nn.Module, dict[str, Any]]

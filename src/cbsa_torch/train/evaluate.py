@@ -11,13 +11,13 @@ from torch import nn
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint
-from cbsa_torch.train.classification import Evaluation, evaluate
-from cbsa_torch.train.config import DataConfig, RunConfig, TrainConfig, read_config
+from cbsa_torch.train.config.base import DataConfig, RunConfig, TrainConfig, read_config
 from cbsa_torch.train.data import InputSpec, make_loader, open_split, read_skipped
-from cbsa_torch.train.engine import new_accelerator
+from cbsa_torch.train.engine.accelerator import new_accelerator
+from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import ConfigError, DataError
-from cbsa_torch.train.progress import Reporter
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.classification import Evaluation, evaluate
 
 
 class Trained(NamedTuple):

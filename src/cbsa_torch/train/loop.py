@@ -14,10 +14,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cbsa_torch.train.config import OptimConfig
+from cbsa_torch.train.config.base import OptimConfig
 from cbsa_torch.train.data import IGNORE
 from cbsa_torch.train.errors import NonFiniteLossError
-from cbsa_torch.train.task import Loss
+from cbsa_torch.train.tasks.base import Loss
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.card import model_card
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 
 
 def write_model_card(folder: RunFolder, info: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:

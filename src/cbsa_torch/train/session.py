@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from cbsa_torch._version import __version__
-from cbsa_torch.train.config import RunConfig, to_dict
-from cbsa_torch.train.engine import draw_apart, shard
+from cbsa_torch.train.config.base import RunConfig, to_dict
+from cbsa_torch.train.engine.accelerator import draw_apart, shard
+from cbsa_torch.train.engine.console import Reporter
+from cbsa_torch.train.engine.on_main import on_main
+from cbsa_torch.train.engine.optim import make_optimizer, make_scheduler
+from cbsa_torch.train.engine.optim_check import check_optimizer
+from cbsa_torch.train.engine.speed import to_channels_last
+from cbsa_torch.train.engine.sync_batch_norm import synchronize_batch_norm
+from cbsa_torch.train.engine.tracking import start_trackers
 from cbsa_torch.train.errors import ConfigError, DataError, RunFolderError
-from cbsa_torch.train.on_main import on_main
-from cbsa_torch.train.optim import make_optimizer, make_scheduler
-from cbsa_torch.train.optim_check import check_optimizer
-from cbsa_torch.train.progress import Reporter
-from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.same_data import data_facts
-from cbsa_torch.train.signals import StopRequests
-from cbsa_torch.train.speed import to_channels_last
-from cbsa_torch.train.sync_batch_norm import synchronize_batch_norm
-from cbsa_torch.train.task import Loss, Task
-from cbsa_torch.train.tracking import start_trackers
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.same_data import data_facts
+from cbsa_torch.train.run.signals import StopRequests
+from cbsa_torch.train.tasks.base import Loss, Task
 
 
 class Session(NamedTuple):

@@ -10,23 +10,23 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
-from cbsa_torch.train.checkpoint import load_state
-from cbsa_torch.train.config import RunConfig, check_config
+from cbsa_torch.train.config.base import RunConfig, check_config
 from cbsa_torch.train.data import read_skipped
-from cbsa_torch.train.engine import new_accelerator, start_epoch, training_settings
+from cbsa_torch.train.engine.accelerator import new_accelerator, start_epoch, training_settings
+from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import (
     DataError,
     InterruptedRun,
     NonFiniteLossError,
 )
-from cbsa_torch.train.kept import what_is_kept
 from cbsa_torch.train.loop import Progress, train_one_epoch
 from cbsa_torch.train.model_card import write_model_card
-from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.same_data import compare_data
-from cbsa_torch.train.session import Session, prepare
-from cbsa_torch.train.signals import StopRequests
-from cbsa_torch.train.state import (
+from cbsa_torch.train.run.checkpoint import load_state
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.kept import what_is_kept
+from cbsa_torch.train.run.same_data import compare_data
+from cbsa_torch.train.run.signals import StopRequests
+from cbsa_torch.train.run.state import (
     check_finite,
     model_state,
     optimizer_state,
@@ -34,8 +34,8 @@ from cbsa_torch.train.state import (
     restore,
     restore_random_states,
 )
-from cbsa_torch.train.task import Measured, task_of
-from cbsa_torch.train.tracking import check_tracker, finish_trackers, log, tracker_names
+from cbsa_torch.train.session import Session, prepare
+from cbsa_torch.train.tasks.base import Measured, task_of
 
 
 class TrainResult(NamedTuple):
