@@ -11,6 +11,7 @@ import hashlib
 import json
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ FETCHING_ARGS = {
     "cache_dir",
 }
 """Arguments of ``timm.create_model`` that read other files or the network: refused in a file's metadata."""
+
+
+def refuse_fetching(name: str, args: Mapping[str, Any], instead: str) -> None:
+    """Raise ``ValueError`` if ``args``, an argument called ``name``, would read other files or the network."""
+    refused = FETCHING_ARGS & args.keys()
+    if refused:
+        raise ValueError(f"{name} must not hold {', '.join(sorted(refused))}: {instead}")
 
 
 class CheckpointError(ValueError):
