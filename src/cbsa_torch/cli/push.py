@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cbsa_torch.cli.options import parse
-from cbsa_torch.models.hub import push_to_hub
+from cbsa_torch.train.hub import push_to_hub
 
 
 @dataclass

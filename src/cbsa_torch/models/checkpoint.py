@@ -114,6 +114,14 @@ def read_info(path: Path) -> dict[str, Any]:
     return info
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a ``.safetensors`` file says that this library wrote it; a damaged one may be."""
+    try:
+        return "cbsa_torch" in _metadata(path)
+    except SafetensorError:
+        return True  # reading it tells what is wrong
+
+
 def _metadata(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}

@@ -12,9 +12,8 @@ from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import FETCHING_ARGS, PICKLE_SUFFIXES, load_checkpoint
-from cbsa_torch.models.convert import read_official
-from cbsa_torch.models.hub import PREFIX, fetch_weights, weights_path
+from cbsa_torch.models.checkpoint import FETCHING_ARGS
+from cbsa_torch.models.hub import PREFIX, fetch_weights, open_weights, weights_path
 from cbsa_torch.train.config.base import RunConfig
 from cbsa_torch.train.errors import ConfigError
 
@@ -89,7 +88,7 @@ def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any]
     path = fetch_weights(source) if source.startswith(PREFIX) else weights_path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{key}: no checkpoint at {path}")
-    model, info = (read_official if path.suffix in PICKLE_SUFFIXES else load_checkpoint)(path)
+    model, info = open_weights(path)
     return model, info, path
 
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
+from cbsa_torch.train.card import model_card
 from cbsa_torch.train.config.base import RunConfig, check_config
 from cbsa_torch.train.data import read_skipped
 from cbsa_torch.train.engine.accelerator import new_accelerator, start_epoch, training_settings
@@ -20,7 +22,6 @@ from cbsa_torch.train.errors import (
     NonFiniteLossError,
 )
 from cbsa_torch.train.loop import Progress, train_one_epoch
-from cbsa_torch.train.model_card import write_model_card
 from cbsa_torch.train.run.checkpoint import load_state
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.kept import what_is_kept
@@ -220,7 +221,8 @@ def _save_weights(session: Session, epoch: int, score: float) -> None:
     if session.accelerator.is_main_process:
         info = {**session.description, "epoch": epoch, session.task.score: score}
         save_tensors(session.folder.weights, state, info)
-        write_model_card(session.folder, info, session.folder.read_metrics())
+        card = model_card(info, session.folder.read_metrics())
+        write_atomically(session.folder.card, card.encode())
 
 
 def _save_state(session: Session, progress: Progress) -> None:

@@ -27,6 +27,10 @@ def _one_line(value: Any) -> str:
     return text.removesuffix("\n...\n").removesuffix("\n")
 
 
+LOCAL = {"local": True}
+"""Metadata of settings that tell of a machine or a run's folder, not of the model: they are not published."""
+
+
 @dataclass
 class ModelConfig:
     """The model."""
@@ -37,7 +41,7 @@ class ModelConfig:
     """Side in pixels that images are resized to. Default: what the model was designed for."""
     args: dict[str, str | int | float | bool] = field(default_factory=dict)
     """Further constructor arguments, e.g. num_representatives 49 contraction exact."""
-    init_from: str | None = None
+    init_from: str | None = field(default=None, metadata=LOCAL)
     """Start from the weights of this run folder, .safetensors file of ours, released checkpoint (.pth,
     .pth.tar) of the official code, or hf-hub:owner/name (fine-tuning)."""
 
@@ -64,15 +68,15 @@ class DataConfig:
     name: str = "folder"
     """"digits" (embedded), "animals28" or "emoji64" (`cbsa data fetch`), "folder", "flowers102" or "pets", or a
     name for timm's dataset factory, e.g. "torch/cifar10"."""
-    root: str | None = None
+    root: str | None = field(default=None, metadata=LOCAL)
     """Folder with train/, val/ and perhaps test/, each holding one folder of images per class; or, for a
     timm data set, where its files are; or, for a fetched one, its folder (default: $CBSA_DATA, else
     ~/.cache/cbsa_torch)."""
     val_fraction: float = 0.1
     """Share of the training images held out for validation if there is no val split."""
-    download: bool = False
+    download: bool = field(default=False, metadata=LOCAL)
     """Let timm or torchvision download the data set, if they can."""
-    workers: int = 4
+    workers: int = field(default=4, metadata=LOCAL)
     """Processes that read images; 0: the training process itself."""
     max_bad_images: int = 10
     """Unreadable images that are left out, counted and listed; one more stops the run. 0: the first does."""
@@ -137,11 +141,11 @@ class EngineConfig:
 
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
-    cpu: bool = False
+    cpu: bool = field(default=False, metadata=LOCAL)
     """Use the CPU although there is a GPU."""
     accumulate: int = 1
     """Gradient accumulation steps."""
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata=LOCAL)
     """CPU threads of torch."""
     compile: bool = False
     """torch.compile the model."""
@@ -151,7 +155,7 @@ class EngineConfig:
     """Save the state also every this many optimiser steps, besides after every epoch."""
     keep_checkpoints: int = 2
     """How many of the last states are kept."""
-    tracker: str = "tensorboard"
+    tracker: str = field(default="tensorboard", metadata=LOCAL)
     """Any tracker that Accelerate knows ("wandb", "mlflow", "trackio" ...), or "none"."""
 
 
@@ -162,16 +166,16 @@ class RunConfig:
     task: ClassVar[str]
     """The key ``task`` of a YAML file; without it a file is about classification."""
 
-    output: str = "runs/latest"
+    output: str = field(default="runs/latest", metadata=LOCAL)
     """The run's folder."""
     seed: int = 0
     """Of everything drawn at random: first weights, order of the images, augmentation, dropout. From 0 on."""
-    resume: bool = False
+    resume: bool = field(default=False, metadata=LOCAL)
     """Take the configuration from the run in the output folder, which must exist. Without it, a run of the
     same configuration is continued, too."""
-    accept_changes: bool = False
+    accept_changes: bool = field(default=False, metadata=LOCAL)
     """Continue the run in the output folder although its configuration is another."""
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=LOCAL)
     """Replace the run in the output folder."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSource

@@ -46,6 +46,7 @@ class Classification:
 
     score = "val_top1"
     score_title = "accuracy"
+    hub_task, hub_metric = "image-classification", "accuracy"
 
     def check(self, config: RunConfig) -> None:
         """Refuse settings of the data that cannot work."""

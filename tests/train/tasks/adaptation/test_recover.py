@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from cbsa_torch.models import load_checkpoint
-from cbsa_torch.models.private import without_paths
 from cbsa_torch.train import evaluate_checkpoint
 from cbsa_torch.train.engine.optim import make_optimizer, make_scheduler
 from cbsa_torch.train.errors import ConfigError, RunFolderError
@@ -155,11 +154,3 @@ def test_an_original_within_the_output_and_stages_of_no_epoch(config, vit):
     config.output = str(vit)
     with pytest.raises(RunFolderError, match=r"model\.original .* lies in output"):
         recover(config)
-
-
-def test_pushed_descriptions_name_no_folder():
-    config = {
-        "model": {"name": "x", "encoder_from": "runs/a", "original": "runs/b"},
-        "distill": {"teacher": "runs/c", "logits": 1.0},
-    }
-    assert without_paths({"config": config})["config"] == {"model": {"name": "x"}, "distill": {"logits": 1.0}}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from cbsa_torch.models.adapt.vit import MixerName
-from cbsa_torch.train.config.base import ModelConfig, OptimConfig, TrainConfig
+from cbsa_torch.train.config.base import LOCAL, ModelConfig, OptimConfig, TrainConfig
 from cbsa_torch.train.config.checks import check_rules
 from cbsa_torch.train.errors import ConfigError
 
@@ -19,7 +19,7 @@ class AdaptedModelConfig(ModelConfig):
 
     name: str = ENTRY
     """The model of timm that rebuilds an adapted one."""
-    original: str | None = None
+    original: str | None = field(default=None, metadata=LOCAL)
     """The ViT that is adapted: a run's folder, a .safetensors file of ours, hf-hub:owner/name, or the name of a
     timm model, whose pretrained weights are fetched. An adapted one gets more layers adapted."""
     mixer: MixerName = "cbsa"
@@ -52,7 +52,7 @@ class DistillConfig:
     features: float = 0.0
     """Weight of the difference after every block with attention: its square over that of the teacher's
     features, mean over the images and the blocks."""
-    teacher: str | None = None
+    teacher: str | None = field(default=None, metadata=LOCAL)
     """As model.original. Default: that."""
 
     @property
@@ -80,7 +80,7 @@ class AdaptTrainConfig(TrainConfig):
 
     task: ClassVar[str] = "adaptation"
     """Its name."""
-    output: str = "runs/adapted"
+    output: str = field(default="runs/adapted", metadata=LOCAL)
     """The run's folder."""
     model: AdaptedModelConfig = field(default_factory=AdaptedModelConfig)
     optim: OptimConfig = field(default_factory=paper_optimiser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cbsa_torch.train.config.base import ModelConfig, RunConfig
+from cbsa_torch.train.config.base import LOCAL, ModelConfig, RunConfig
 from cbsa_torch.train.config.checks import check_rules
 
 
@@ -39,14 +39,14 @@ class SegmentationDataConfig:
 
     name: str = "folder"
     """"folder", "ade20k", "voc", "pascal_context", "pascal_context_59", "cityscapes" or "emoji-scenes"."""
-    root: str | None = None
+    root: str | None = field(default=None, metadata=LOCAL)
     """Folder of the data set; of emoji-scenes that of emoji64.npz (default: $CBSA_DATA, else
     ~/.cache/cbsa_torch)."""
     ignore_label: int | None = None
     """Pixel value of a "folder"'s masks that stands for no class. Default: there is none."""
     val_fraction: float = 0.1
     """Share of a "folder"'s training images held out for validation if there is no val split."""
-    workers: int = 4
+    workers: int = field(default=4, metadata=LOCAL)
     """Processes that read images; 0: the training process itself."""
     max_bad_images: int = 10
     """Unreadable images and bad masks that are left out, counted and listed; one more stops the run."""
@@ -84,7 +84,7 @@ class SegmentationModelConfig(ModelConfig):
 
     name: str = "segmenter"
     """The model of timm that has an encoder and a decoder of masks."""
-    encoder_from: str | None = None
+    encoder_from: str | None = field(default=None, metadata=LOCAL)
     """Weights that the encoder starts from: "pretrained" for those that timm has for model.args encoder; or a
     trained classifier as for init_from, which then also says which encoder it is."""
 

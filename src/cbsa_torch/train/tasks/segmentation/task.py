@@ -34,6 +34,7 @@ class Segmentation:
 
     score = "val_miou"
     score_title = "mean IoU"
+    hub_task, hub_metric = "image-segmentation", "mean_iou"
 
     def check(self, config: RunConfig) -> None:
         """Refuse settings of data, windows and model that cannot work."""

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from cbsa_torch.models.card import MOST_ROWS, clean, data_title, model_card
+from cbsa_torch.models import from_pretrained
+from cbsa_torch.train.card import MOST_ROWS, clean, data_title, model_card
 
 INFO = {
     "model": "crate_cbt_pico_patch1_8",
@@ -68,7 +69,7 @@ def test_the_text_says_what_was_measured_and_how_to_load():
     assert classes[1:] == [["0", "cat"], ["1", "dog"]]
     assert ["mean", "[0.25]"] in fed
     assert ["optim.lr", "0.001"] in recipe
-    assert ["model.args contraction", "exact"] in recipe
+    assert ["model.args.contraction", "exact"] in recipe
     assert ["data.hflip", "0.25"] in recipe
     assert not any("root" in row[0] or "clip_grad" in row[0] for row in recipe)
 
@@ -137,3 +138,13 @@ def check_names(names: list[str], root: str) -> None:
     assert result.dataset_name == data_title(config)
     assert tables(card.text)[0][1:] == [[str(i), clean(name)] for i, name in enumerate(names)]
     assert ["data", data_title(config)] in tables(card.text)[2]
+
+
+def test_the_card_of_a_run_says_what_the_run_measured(finished):
+    _, result = finished
+    text = (result.folder / "README.md").read_text()
+    assert f"**{100 * result.best_score:.2f} %**, after epoch {result.best_epoch}" in text
+    assert ModelCard(text).data.eval_results[0].metric_value == pytest.approx(result.best_score, abs=1e-6)
+    assert all(f"| {name} |" in text for name in ("blue", "green", "red"))
+    assert str(result.folder.parent) not in text
+    assert from_pretrained(result.folder).info["class_names"] == ["blue", "green", "red"]
