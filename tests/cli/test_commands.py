@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 import cbsa_torch
 from cbsa_torch.cli import COMMANDS, main
 from cbsa_torch.models import load_checkpoint
-from cbsa_torch.train.config.base import recipe_names
+from cbsa_torch.train.registry import recipe_names
 
 TINY = [
     *("--optim.batch-size", "128", "--optim.warmup-epochs", "0", "--optim.epochs", "1"),

@@ -3,7 +3,7 @@
 import sys
 
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.engine.accelerator import leave_process_group
+from cbsa_torch.train.engine.accelerate import leave_process_group
 
 if __name__ == "__main__":
     for path in sys.argv[1:]:

@@ -28,7 +28,7 @@ from cbsa_torch.train.data import (
 )
 from cbsa_torch.train.data.images import SkippedImages
 from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.loop import mean_loss
+from cbsa_torch.train.losses import mean_loss
 
 SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
 

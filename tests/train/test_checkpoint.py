@@ -21,8 +21,7 @@ from torch import Tensor
 from cbsa_torch.models import load_checkpoint, load_official, read_tensors, save_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError, load_strictly, write_atomically
 from cbsa_torch.models.convert import convert_official
-from cbsa_torch.train.run.checkpoint import MAGIC, load_state, save_state
-from cbsa_torch.train.run.state import random_states, restore_random_states
+from cbsa_torch.train.run.state import MAGIC, load_state, random_states, restore_random_states, save_state
 
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_representatives": 4}
 

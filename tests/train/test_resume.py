@@ -12,10 +12,10 @@ import torch
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import load_config, train, trainer
-from cbsa_torch.train.engine.accelerator import new_accelerator
+from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import RunFolderError
-from cbsa_torch.train.run.checkpoint import load_state, save_state
 from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.state import load_state, save_state
 from tests.helpers.runs import (
     STEPS,
     assert_same_tensors,

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cbsa_torch.train.config.base import TrainConfig
 from cbsa_torch.train.engine import tracking
-from cbsa_torch.train.engine.accelerator import new_accelerator
+from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.tracking import (
     check_tracker,
     finish_trackers,
@@ -141,7 +141,7 @@ def test_tensorboard_events_read_back(tmp_path):
 FULL_DISK = """
 import resource, sys
 from cbsa_torch.train.config.base import TrainConfig
-from cbsa_torch.train.engine.accelerator import new_accelerator
+from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.tracking import finish_trackers, log, start_trackers
 config, said = TrainConfig(output=sys.argv[1]), []
 accelerator = new_accelerator(cpu=True, log_with="tensorboard", project_dir=sys.argv[1])

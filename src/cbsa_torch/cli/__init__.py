@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         require("tyro", extra="train")
-        from cbsa_torch.cli import commands
-        from cbsa_torch.train.engine.accelerator import leave_process_group
-        from cbsa_torch.train.errors import InterruptedRun
+        from cbsa_torch.train.engine.accelerate import leave_process_group
+        from cbsa_torch.train.errors import EXPECTED_ERRORS, InterruptedRun
+
+        home = importlib.import_module(f"cbsa_torch.cli.{HOMES.get(args[0], 'commands')}")
     except ImportError as error:
         print(f"cbsa: {error}", file=sys.stderr)
         return 1
     try:
-        home = importlib.import_module(f"cbsa_torch.cli.{HOMES.get(args[0], 'commands')}")
         getattr(home, f"run_{args[0].replace('-', '_')}")(args[1:])
     except InterruptedRun as error:
         print(f"cbsa: {error}", file=sys.stderr)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cbsa: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except commands.EXPECTED_ERRORS as error:
+    except EXPECTED_ERRORS as error:
         print(f"cbsa: {error}", file=sys.stderr)
         return 1
     leave_process_group()

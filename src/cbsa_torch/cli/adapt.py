@@ -9,9 +9,11 @@ from cbsa_torch.cli.options import parse, take_option
 from cbsa_torch.models.checkpoint import read_info
 from cbsa_torch.models.hub import PREFIX, weights_path
 from cbsa_torch.train import errors
-from cbsa_torch.train.config.base import RunConfig, TrainConfig, load_config, read_config
+from cbsa_torch.train.config.base import RunConfig, TrainConfig
+from cbsa_torch.train.registry import load_config, read_config
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.adaptation import AdaptTrainConfig, recover
+from cbsa_torch.train.tasks.adaptation.config import AdaptTrainConfig
+from cbsa_torch.train.tasks.adaptation.stages import recover
 
 USAGE = """usage: cbsa adapt --model RUN_OR_TIMM_NAME [--data NAME] [--config RECIPE_OR_YAML] [options]
 

@@ -23,18 +23,15 @@ from cbsa_torch.cli.adapt import adaptation_config, with_data_of
 from cbsa_torch.cli.options import at_least, parse
 from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
-from cbsa_torch.train.config.base import ModelConfig, TrainConfig, load_config
+from cbsa_torch.train.config.base import ModelConfig, TrainConfig
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
+from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import environment
-from cbsa_torch.train.tasks.adaptation import (
-    AdaptedModelConfig,
-    AdaptTrainConfig,
-    DistillConfig,
-    open_original,
-    recover,
-)
 from cbsa_torch.train.tasks.adaptation.before import accuracy_before
+from cbsa_torch.train.tasks.adaptation.config import AdaptedModelConfig, AdaptTrainConfig, DistillConfig
+from cbsa_torch.train.tasks.adaptation.stages import recover
+from cbsa_torch.train.tasks.adaptation.task import open_original
 from cbsa_torch.train.trainer import train
 
 Recovery = Literal["plain", "distilled"]

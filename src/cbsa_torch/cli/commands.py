@@ -20,16 +20,14 @@ from cbsa_torch.cli.options import at_least, parse, take_option
 from cbsa_torch.cli.report import run_report
 from cbsa_torch.interpret import plots
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.convert import convert_official
 from cbsa_torch.models.counting import LayerCounts
 from cbsa_torch.train import errors
-from cbsa_torch.train.config.base import load_config, recipe_names
+from cbsa_torch.train.registry import load_config, recipe_names
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.trainer import train
 
 __all__ = [
-    "EXPECTED_ERRORS",
     "run_compare",
     "run_convert",
     "run_count",
@@ -39,17 +37,6 @@ __all__ = [
     "run_report",
     "run_train",
 ]
-
-EXPECTED_ERRORS = (
-    CheckpointError,
-    errors.ConfigError,
-    errors.DataError,
-    errors.RunFolderError,
-    errors.NonFiniteLossError,
-    OSError,
-)
-"""Errors with a message meant for the user; anything else is a bug and keeps its traceback."""
-
 
 TRAIN_USAGE = """usage: cbsa train [--config RECIPE_OR_YAML] [--model NAME] [options]
 

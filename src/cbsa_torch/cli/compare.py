@@ -13,8 +13,9 @@ from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import ComparedRun, compare
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import Trained, classifier_config, evaluate_checkpoint
+from cbsa_torch.train.evaluate import evaluate_split, open_eval_split
 from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.base import Trained
 
 
 @dataclass
@@ -56,36 +57,41 @@ def compare_runs(
     known: dict[Path, str] = {}
     for checkpoint in checkpoints:
         trained = runs.open_run(checkpoint)
-        classifier_config(trained)
+        if not trained.task.one_class_per_image:
+            raise ConfigError(
+                f"{trained.path} is of the task {trained.config.task!r}, and compare is for classifiers; cbsa "
+                "report knows both"
+            )
         first = known.setdefault(trained.path.resolve(), checkpoint)
         if checkpoint in opened or first != checkpoint:
             raise ConfigError(f"a run is given twice: {first} and {checkpoint}")
         opened[checkpoint] = trained
     _check_same_data(opened)
     names = _short_names(checkpoints)
-    split = runs.evaluated_split(opened[checkpoints[0]])
     compared = []
     for checkpoint, trained in opened.items():
-        evaluation = evaluate_checkpoint(trained.path, split=split)
-        inputs, pictures, labels = runs.sample_images(trained, split, images)
+        folder = trained.path.parent
+        split = open_eval_split(trained, None, folder / "eval_report.skipped.txt")
+        inputs, labels = trained.task.sample(split.dataset, trained.spec, images)
+        evaluation = evaluate_split(trained, split, folder / f"eval_{split.name}.json")
         counts = count_model(trained.model, trained.spec.input_size).total
         compared.append(
             ComparedRun(
                 name=names[checkpoint],
                 model=trained.model,
                 inputs=inputs,
-                images=pictures,
+                images=runs.to_pictures(trained, inputs),
                 labels=labels,
                 kind=trained.info["model"],
                 parameters=counts.parameters,
                 flops=counts.counts.flops,
-                accuracy=evaluation.top1,
+                accuracy=evaluation.score,
                 image_titles=runs.titles(trained, inputs[:shown], labels[:shown]),
-                history=RunFolder(trained.path.parent).read_metrics(print),
+                history=RunFolder(folder).read_metrics(print),
             )
         )
     data = opened[checkpoints[0]].config.data.name
-    title = f"{len(compared)} models on {data}, {split} split"
+    title = f"{len(compared)} models on {data}, {split.name} split"
     return compare(compared, output, title=title, shown=shown, robustness_images=robustness_images).page
 
 

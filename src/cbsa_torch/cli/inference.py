@@ -1,10 +1,9 @@
-"""`cbsa eval` and `cbsa predict`: of a classifier or of a segmenter, as the checkpoint says."""
+"""`cbsa eval` and `cbsa predict`: of whatever task the trained model is."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,44 +15,12 @@ from rich.table import Table
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.cli.options import at_least, parse
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import Trained, classifier_config, evaluate_checkpoint, open_trained
-from cbsa_torch.train.predict import predict_images
-from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig
-from cbsa_torch.train.tasks.segmentation.evaluate import evaluate_segmenter, segmenter_config, trained_windows
-from cbsa_torch.train.tasks.segmentation.measure import Windows
-from cbsa_torch.train.tasks.segmentation.predict import predict_masks
+from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained, predict_images
+from cbsa_torch.train.tasks.base import WindowOptions
 
 
 @dataclass
-class _WindowOptions:
-    """How a segmenter sees whole images; classifiers know none of it."""
-
-    window: int | None = None
-    """Segmenters: side of the windows in pixels. Default: as in validation."""
-    stride: int | None = None
-    """Segmenters: pixels from one window to the next. Default: as in validation, or the window."""
-    scales: tuple[float, ...] = (1.0,)
-    """Segmenters: resize images by these factors and average, e.g. 0.5 0.75 1.0 1.25 1.5 1.75."""
-    flip: bool = False
-    """Segmenters: average with the mirrored image, too."""
-
-    def windows(self, trained: Trained) -> Windows:
-        """For a trained segmenter."""
-        return trained_windows(segmenter_config(trained), self.window, self.stride, self.scales, self.flip)
-
-    def refuse(self) -> None:
-        """Raise ConfigError if one was given for a classifier."""
-        given = [
-            option.name
-            for option in dataclasses.fields(_WindowOptions)
-            if getattr(self, option.name) != option.default
-        ]
-        if given:
-            raise ConfigError(f"--{given[0]} is for segmenters; this checkpoint is a classifier")
-
-
-@dataclass
-class _EvalArgs(_WindowOptions):
+class _EvalArgs(WindowOptions):
     """Evaluate a trained model; writes eval_<split>.json beside the checkpoint."""
 
     checkpoint: str = "runs/digits"
@@ -77,66 +44,37 @@ class _EvalArgs(_WindowOptions):
 def run_eval(args: list[str]) -> None:
     """Evaluate a trained model."""
     options = parse(_EvalArgs, args, "eval")
-    changes: dict[str, Any] = {}
-    if options.root is not None:
-        changes["root"] = options.root
-    if options.data is not None:
-        changes["name"] = options.data
+    changes: dict[str, Any] = {"root": options.root, "name": options.data}
+    changes["max_bad_images"] = options.max_bad_images
+    changes = {key: value for key, value in changes.items() if value is not None}
     if options.max_bad_images is not None:
         at_least(0, max_bad_images=options.max_bad_images)
-        changes["max_bad_images"] = options.max_bad_images
     if options.batch_size is not None:
         at_least(1, batch_size=options.batch_size)
     trained = open_trained(options.checkpoint)
-    if isinstance(trained.config, SegmentationTrainConfig):
-        _eval_segmenter(options, trained, changes)
-        return
-    options.refuse()
-    if options.root is not None:
-        changes.setdefault("name", "folder")
+    if options.root is not None and trained.task.data_name_elsewhere is not None:
+        changes.setdefault("name", trained.task.data_name_elsewhere)
     result = evaluate_checkpoint(
-        options.checkpoint,
+        trained,
         split=options.split,
-        data=dataclasses.replace(classifier_config(trained).data, **changes),
-        batch_size=256 if options.batch_size is None else options.batch_size,
+        data=dataclasses.replace(trained.config.data, **changes),
+        batch_size=options.batch_size,
+        windows=options,
         output=options.output,
     )
-    top5 = "" if result.top5 is None else f"  top-5: {result.top5:.4f}"
-    print(
-        f"{options.split} accuracy: {result.top1:.4f}{top5}  loss: {result.loss:.4f}  images: {result.images}"
-    )
-
-
-def _eval_segmenter(options: _EvalArgs, trained: Trained, changes: dict[str, Any]) -> None:
-    windows = options.windows(trained)
-    if options.batch_size is not None:
-        windows = windows._replace(batch=options.batch_size)
-    result = evaluate_segmenter(
-        options.checkpoint,
-        split=options.split,
-        data=dataclasses.replace(segmenter_config(trained).data, **changes),
-        windows=windows,
-        output=options.output,
-    )
-    table = Table("class", "IoU", "accuracy", "pixels", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, one in result.scores.classes.items():
-        table.add_row(name, _percent(one.iou), _percent(one.accuracy), f"{one.pixels:,}")
-    Console().print(table)
-    scores = result.scores
-    print(
-        f"{options.split} mean IoU: {scores.miou:.4f}  pixel accuracy: {scores.pixel_accuracy:.4f}  "
-        f"mean accuracy: {scores.mean_accuracy:.4f}  loss: {result.loss:.4f}  images: {result.images}"
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
+    rows = result.class_table()
+    if rows:
+        table = Table(rows[0][0], box=None, pad_edge=False)
+        for heading in rows[0][1:]:
+            table.add_column(heading, justify="right")
+        for row in rows[1:]:
+            table.add_row(*row)
+        Console().print(table)
+    print(f"{options.split} {result.summary()}")
 
 
 @dataclass
-class _PredictArgs(_WindowOptions):
+class _PredictArgs(WindowOptions):
     """Classify or segment image files."""
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -147,8 +85,9 @@ class _PredictArgs(_WindowOptions):
     """Classifiers: how many classes to name."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What to do about an unreadable image."""
-    masks: str = "predicted_masks"
-    """Segmenters: the folder for NAME_mask.png (coloured, with a legend) and NAME_labels.png (numbers)."""
+    masks: str | None = None
+    """Segmenters: the folder for NAME_mask.png (coloured, with a legend) and NAME_labels.png (numbers).
+    Default: predicted_masks."""
     overwrite: bool = False
     """Segmenters: replace files of these names."""
     output: str | None = None
@@ -161,43 +100,23 @@ def run_predict(args: list[str]) -> None:
     if not options.images:
         raise ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
     trained = open_trained(options.checkpoint)
-    if isinstance(trained.config, SegmentationTrainConfig):
-        masks = predict_masks(
-            trained,
-            options.images,
-            options.masks,
-            windows=options.windows(trained),
-            on_bad_image=options.on_bad_image,
-            overwrite=options.overwrite,
-        )
-        rows = [(item.image, list(item.shares.items()), item.error) for item in masks]
-        _show(rows, "share of pixels", masks, options.output)
-        print(f"masks: {options.masks}")
-        return
-    options.refuse()
-    if options.overwrite:
-        raise ConfigError("--overwrite is for segmenters; this checkpoint is a classifier")
-    found = predict_images(trained, options.images, top=options.top, on_bad_image=options.on_bad_image)
-    classes = [
-        (item.image, list(zip(item.classes, item.probabilities, strict=True)), item.error) for item in found
-    ]
-    _show(classes, "probability", found, options.output)
-
-
-def _show(
-    rows: Sequence[tuple[str, list[tuple[str, float]], str | None]],
-    number: str,
-    records: Sequence[Any],
-    output: str | None,
-) -> None:
-    """Print images, classes and a number each, and write the records where asked for."""
-    table = Table("image", "class", number)
-    for image, classes, error in rows:
-        if error is not None:
-            table.add_row(image, error, "")
-        for i, (name, value) in enumerate(classes):
-            table.add_row(image if i == 0 else "", name, f"{value:.4f}")
+    predictions = predict_images(
+        trained,
+        options.images,
+        top=options.top,
+        on_bad_image=options.on_bad_image,
+        masks=options.masks,
+        overwrite=options.overwrite,
+        windows=options,
+    )
+    table = Table("image", "class", trained.task.share_title)
+    for prediction in predictions:
+        if prediction.error is not None:
+            table.add_row(prediction.image, prediction.error, "")
+        for i, (name, value) in enumerate(prediction.class_shares()):
+            table.add_row(prediction.image if i == 0 else "", name, f"{value:.4f}")
     Console().print(table)
-    if output is not None:
-        write_atomically(Path(output), json.dumps([item._asdict() for item in records], indent=2).encode())
-        print(f"predictions: {output}")
+    if options.output is not None:
+        record = [prediction._asdict() for prediction in predictions]
+        write_atomically(Path(options.output), json.dumps(record, indent=2).encode())
+        print(f"predictions: {options.output}")

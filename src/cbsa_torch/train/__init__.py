@@ -1,13 +1,55 @@
-"""Training and evaluation of image classifiers: configuration, data, loop, checkpoints."""
+"""Training and evaluation of image classifiers, segmenters and adapted ViTs, from a configuration."""
 
 from cbsa_torch._core.optional import require
 
 for _module in ("timm", "accelerate", "torchmetrics", "yaml", "rich"):
     require(_module, extra="train")
 
-from cbsa_torch.train.config.base import TrainConfig, load_config  # noqa: E402
-from cbsa_torch.train.evaluate import evaluate_checkpoint  # noqa: E402
-from cbsa_torch.train.predict import predict_images  # noqa: E402
-from cbsa_torch.train.trainer import train  # noqa: E402
+from cbsa_torch.train.config.base import (  # noqa: E402
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained, predict_images  # noqa: E402
+from cbsa_torch.train.registry import load_config  # noqa: E402
+from cbsa_torch.train.tasks.adaptation.config import (  # noqa: E402
+    AdaptedModelConfig,
+    AdaptTrainConfig,
+    DistillConfig,
+)
+from cbsa_torch.train.tasks.adaptation.stages import recover  # noqa: E402
+from cbsa_torch.train.tasks.base import WindowOptions  # noqa: E402
+from cbsa_torch.train.tasks.segmentation.config import (  # noqa: E402
+    ScenesConfig,
+    SegmentationDataConfig,
+    SegmentationModelConfig,
+    SegmentationTrainConfig,
+    WindowConfig,
+)
+from cbsa_torch.train.trainer import TrainResult, train  # noqa: E402
 
-__all__ = ["TrainConfig", "evaluate_checkpoint", "load_config", "predict_images", "train"]
+__all__ = [
+    "AdaptTrainConfig",
+    "AdaptedModelConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ScenesConfig",
+    "SegmentationDataConfig",
+    "SegmentationModelConfig",
+    "SegmentationTrainConfig",
+    "TrainConfig",
+    "TrainResult",
+    "WindowConfig",
+    "WindowOptions",
+    "evaluate_checkpoint",
+    "load_config",
+    "open_trained",
+    "predict_images",
+    "recover",
+    "train",
+]

@@ -234,9 +234,7 @@ def _what_it_is(info: Mapping[str, Any]) -> str:
     timm = "[timm](https://github.com/huggingface/pytorch-image-models)"
     if model == SegmentationTrainConfig().model.name:
         encoder, mixer = (_shown(args.get(key, default)) for key, default in SEGMENTER_DEFAULTS.items())
-        what = (
-            f"An image segmenter: encoder {encoder} of {timm}, decoder of masks with {mixer.upper()} layers"
-        )
+        what = f"An image segmenter: encoder {encoder} of {timm}, decoder of masks with {mixer.upper()} layers"
     elif family is not None:
         what = f"An image classifier: {_shown(FAMILIES[family].summary)}"
     else:

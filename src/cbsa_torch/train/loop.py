@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cbsa_torch.train.config.base import OptimConfig
 from cbsa_torch.train.data import IGNORE
 from cbsa_torch.train.errors import NonFiniteLossError
-from cbsa_torch.train.tasks.base import Loss
+from cbsa_torch.train.session import Session
 
 
 @dataclass
@@ -50,70 +46,32 @@ class Progress:
         self.epoch += 1
         self.batch, self.loss, self.targets, self.images, self.seconds, self.waited = 0, 0.0, 0.0, 0.0, 0.0, 0.0
 
-    @classmethod
-    def from_state(cls, values: dict[str, Any]) -> Progress:
-        """What a state saved, also one from before segmentation, where every target was an image."""
-        if "targets" not in values:
-            values = {**values, "targets": values["images"], "best_score": values["best_top1"]}
-            del values["best_top1"]
-        return cls(**values)
-
-
-def mean_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the targets that are known.
-
-    Args:
-        logits: ``(B, classes)`` of images, or ``(B, classes, height, width)`` of pixels.
-        targets: ``(B)`` or ``(B, height, width)``, a class or ``IGNORE`` each.
-        label_smoothing: share of a target that is spread over all classes.
-    """
-    total = F.cross_entropy(
-        logits, targets, label_smoothing=label_smoothing, ignore_index=IGNORE, reduction="sum"
-    )
-    return total / (targets != IGNORE).sum().clamp(min=1)
-
-
-def cross_entropy(label_smoothing: float) -> Loss:
-    """:func:`mean_loss` of a model's outputs."""
-
-    def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        return mean_loss(model(images).float(), targets, label_smoothing)
-
-    return loss
-
 
 def train_one_epoch(
-    accelerator: Accelerator,
-    model: nn.Module,
-    loader: Iterable[Any],
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    config: OptimConfig,
+    session: Session,
     progress: Progress,
+    loader: Iterable[Any],
     *,
-    loss_of: Loss | None = None,
-    first_step: int = 0,
-    ema: ModelEmaV3 | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    stepped: Callable[[bool], None] = lambda stop: None,
-    advance: Callable[[], None] = lambda: None,
+    after_step: Callable[[bool], None],
+    advance: Callable[[], None],
 ) -> None:
     """Train on every batch of ``loader``, which holds those that ``progress`` says are left of the epoch.
 
     Args:
+        session: the run.
         progress: counted on as the epoch goes.
-        loss_of: what is minimised. Default: the cross-entropy of the model's outputs.
-        first_step: where the epoch begins in the schedule. Not ``progress.step``, which also counts the steps
-            of epochs that were trained with another batch size.
-        stop: whether this process was asked to stop.
-        stepped: called after every optimiser step with whether any process was asked to stop; it may raise.
+        loader: of (images, targets).
+        after_step: called after every optimiser step with whether any process was asked to stop; it may raise.
         advance: called after every batch (progress bar).
 
     Raises:
         NonFiniteLossError: before the bad loss reaches the weights, on every process alike.
     """
-    if loss_of is None:
-        loss_of = cross_entropy(config.label_smoothing)
+    accelerator, model, optimizer = session.accelerator, session.model, session.prepared_optimizer
+    clip_grad = session.config.optim.clip_grad
+    # Where the epoch begins in the schedule. progress.step also counts steps of other batch sizes, if the
+    # configuration was changed between epochs.
+    first_step = progress.epoch * session.steps_per_epoch
     model.train()
     parts: list[Tensor] = []
     before = time.perf_counter()
@@ -121,15 +79,15 @@ def train_one_epoch(
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.accumulate(model):
             done = progress.batch // accelerator.gradient_accumulation_steps
-            scheduler.step_update(first_step + done)
-            loss = loss_of(model, images, targets)
+            session.scheduler.step_update(first_step + done)
+            loss = session.loss(model, images, targets)
             known = targets != IGNORE
             count, seen = known.sum(), known.reshape(len(known), -1).any(1).sum()
             parts.append(torch.stack([loss.detach() * count, count.to(loss.dtype), seen.to(loss.dtype)]))
             if accelerator.sync_gradients:
                 # One exchange between the processes a step: sums, and whether one was asked to stop.
-                flag = loss.new_tensor([float(stop())])
-                sums = _on_its_way(accelerator.reduce(torch.cat([torch.stack(parts).sum(0), flag])))
+                flag = loss.new_tensor([float(bool(session.stop))])
+                sums = _start_copy(accelerator.reduce(torch.cat([torch.stack(parts).sum(0), flag])))
                 parts = []
             # Each part weighs as many targets as it has; how many the step has is known only at its end.
             accelerator.backward(loss * (count / targets.numel()))
@@ -142,8 +100,8 @@ def train_one_epoch(
                     )
                 nominal = targets.numel() * accelerator.num_processes * accelerator.gradient_accumulation_steps
                 _scale_gradients(model, nominal / max(everyone, 1))
-                if config.clip_grad is not None:
-                    accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+                if clip_grad is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), clip_grad)
             optimizer.step()
             optimizer.zero_grad()
         progress.seconds += time.perf_counter() - before
@@ -154,13 +112,13 @@ def train_one_epoch(
             progress.images += images_seen
             progress.lr = optimizer.param_groups[0]["lr"]
             progress.step += 1
-            if ema is not None:
-                ema.update(accelerator.unwrap_model(model), step=progress.step)
-            stepped(stops > 0)
+            if session.ema is not None:
+                session.ema.update(accelerator.unwrap_model(model), step=progress.step)
+            after_step(stops > 0)
         before = time.perf_counter()
 
 
-def _on_its_way(values: Tensor) -> Callable[[], list[float]]:
+def _start_copy(values: Tensor) -> Callable[[], list[float]]:
     """Start to copy numbers to the host; the function returned waits for them, not for what is queued later.
 
     So a GPU has the backward pass to work on while the host waits for the loss.

@@ -12,23 +12,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
 from cbsa_torch.train.card import model_card
-from cbsa_torch.train.config.base import RunConfig, check_config
+from cbsa_torch.train.config.base import RunConfig
+from cbsa_torch.train.config.checks import check_config
 from cbsa_torch.train.data import read_skipped
-from cbsa_torch.train.engine.accelerator import new_accelerator, start_epoch, training_settings
+from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, training_settings
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
-from cbsa_torch.train.errors import (
-    DataError,
-    InterruptedRun,
-    NonFiniteLossError,
-)
+from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.loop import Progress, train_one_epoch
-from cbsa_torch.train.run.checkpoint import load_state
-from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.run.kept import what_is_kept
-from cbsa_torch.train.run.same_data import compare_data
+from cbsa_torch.train.registry import task_of
+from cbsa_torch.train.run.folder import RunFolder, describe_last_checkpoint
 from cbsa_torch.train.run.signals import StopRequests
 from cbsa_torch.train.run.state import (
     check_finite,
+    compare_data,
+    load_state,
     model_state,
     optimizer_state,
     random_states,
@@ -36,7 +33,7 @@ from cbsa_torch.train.run.state import (
     restore_random_states,
 )
 from cbsa_torch.train.session import Session, prepare
-from cbsa_torch.train.tasks.base import Measured, task_of
+from cbsa_torch.train.tasks.base import EvalResult
 
 
 class TrainResult(NamedTuple):
@@ -61,7 +58,7 @@ def train(config: RunConfig) -> TrainResult:
     """
     check_config(config)
     task = task_of(config)
-    task.check(config)
+    task.check()
     check_tracker(config.engine.tracker)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
@@ -73,7 +70,7 @@ def train(config: RunConfig) -> TrainResult:
     )
     stop = StopRequests()
     try:
-        session = prepare(config, task, folder, accelerator, stop)
+        session = prepare(task, folder, accelerator, stop)
         for line in changes:
             session.reporter.say(f"accepted change: {line}")
         try:
@@ -98,11 +95,11 @@ def _run(session: Session) -> Progress:
         while progress.epoch < config.optim.epochs:
             _run_epoch(session, progress)
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; {what_is_kept(folder)}") from None
+        raise NonFiniteLossError(f"{error}; {describe_last_checkpoint(folder)}") from None
     except OSError as error:
-        raise OSError(f"{error}; {what_is_kept(folder)}") from error
+        raise OSError(f"{error}; {describe_last_checkpoint(folder)}") from error
     except KeyboardInterrupt:
-        reporter.say(f"\ninterrupted; {what_is_kept(folder)}")
+        reporter.say(f"\ninterrupted; {describe_last_checkpoint(folder)}")
         raise
     finally:
         skipped = read_skipped(folder.skipped)
@@ -119,18 +116,10 @@ def _run_epoch(session: Session, progress: Progress) -> None:
         loader = start_epoch(session.accelerator, session.train_loader, progress.epoch, progress.batch)
         with session.reporter.bar(f"epoch {epoch}/{epochs}", len(loader)) as advance:
             train_one_epoch(
-                session.accelerator,
-                session.model,
-                loader,
-                session.stepper,
-                session.scheduler,
-                config.optim,
+                session,
                 progress,
-                loss_of=session.loss,
-                first_step=progress.epoch * -(-batches // config.engine.accumulate),
-                ema=session.ema,
-                stop=lambda: bool(session.stop),
-                stepped=lambda stop: _after_step(session, progress, stop),
+                loader,
+                after_step=lambda stop: _after_step(session, progress, stop),
                 advance=advance,
             )
     if progress.targets == 0:
@@ -174,23 +163,22 @@ def _run_epoch(session: Session, progress: Progress) -> None:
         _stop(session)
 
 
-def _validate(session: Session, progress: Progress) -> Measured:
-    """Evaluate the candidate; asked to stop, save where the run is and stop."""
+def _validate(session: Session, progress: Progress) -> EvalResult:
+    """Evaluate; asked to stop, save where the run is and stop."""
 
-    def check() -> None:
+    def before_batch() -> None:
         if _anyone_asks_to_stop(session):
             _save_state(session, progress)
             _stop(session)
 
     with session.reporter.bar("validating", len(session.val_loader)) as advance:
         return session.task.evaluate(
-            session.config,
             session.accelerator,
-            session.candidate,
+            session.eval_model,
             session.val_loader,
             session.description["class_names"],
-            advance,
-            check,
+            advance=advance,
+            before_batch=before_batch,
         )
 
 
@@ -212,12 +200,12 @@ def _anyone_asks_to_stop(session: Session) -> bool:
 
 def _stop(session: Session) -> None:
     name = "another process" if session.stop.received is None else session.stop.received.name
-    raise InterruptedRun(f"stopped by {name}; {what_is_kept(session.folder)}")
+    raise InterruptedRun(f"stopped by {name}; {describe_last_checkpoint(session.folder)}")
 
 
 def _save_weights(session: Session, epoch: int, score: float) -> None:
-    """Keep the candidate for use; called on every process, written by one."""
-    state = model_state(session.candidate)
+    """Write the weights file; called on every process, written by one."""
+    state = model_state(session.eval_model)
     if session.accelerator.is_main_process:
         info = {**session.description, "epoch": epoch, session.task.score: score}
         save_tensors(session.folder.weights, state, info)
@@ -232,7 +220,7 @@ def _save_state(session: Session, progress: Progress) -> None:
     state = {
         "progress": dict(vars(progress)),
         "batch_size": _images_per_batch(session.config),
-        "data": session.data,
+        "data": session.data_facts,
         "model": model_state(session.model),
         "ema": None if session.ema is None else session.ema.module.state_dict(),
         "optimizer": optimizer_state(session.model, session.optimizer),
@@ -275,15 +263,17 @@ def _resume(session: Session) -> Progress:
 def _restore(session: Session, path: Path) -> Progress:
     state = load_state(path)
     try:
-        progress = Progress.from_state(state["progress"])
-        for remark in compare_data(state.get("data"), session.data, progress.batch, str(path)):
+        progress = Progress(**state["progress"])
+        for remark in compare_data(state["data"], session.data_facts, progress.batch, str(path)):
             session.reporter.say(remark)
         progress.batch = min(progress.batch, len(session.train_loader))
-        restore(session.model, session.optimizer, state["model"], state["optimizer"], session.own, str(path))
+        restore(
+            session.model, session.optimizer, state["model"], state["optimizer"], session.state_spec, str(path)
+        )
         if session.ema is not None:
             if state["ema"] is None:
                 raise CheckpointError(f"{path} has no average of the weights: leave optim.ema_decay unset")
-            check_fit(state["ema"], session.own, str(path), exact_dtype=True)
+            check_fit(state["ema"], session.state_spec, str(path), exact_dtype=True)
             session.ema.module.load_state_dict(state["ema"])
         if session.accelerator.scaler is not None and state["scaler"] is not None:
             session.accelerator.scaler.load_state_dict(state["scaler"])

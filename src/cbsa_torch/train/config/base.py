@@ -6,16 +6,13 @@ A recipe is a YAML file with the same names, for the keys it sets. Unknown keys 
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import types
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config.checks import check_numbers, check_rules, with_new_names
 from cbsa_torch.train.errors import ConfigError
 
 T = TypeVar("T")
@@ -193,52 +190,6 @@ class TrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    folder = importlib.resources.files("cbsa_torch.train") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-
-
-def load_config(source: str | Path) -> RunConfig:
-    """Read a configuration from a YAML file, or from a recipe by name."""
-    if str(source) in recipe_names():
-        folder = importlib.resources.files("cbsa_torch.train") / "recipes"
-        content, name = (folder / f"{source}.yaml").read_bytes(), f"recipe {source}"
-    elif Path(source).is_file():
-        content, name = Path(source).read_bytes(), str(source)
-    else:
-        raise ConfigError(
-            f"no configuration {str(source)!r}: neither a file nor a recipe "
-            f"({', '.join(recipe_names())}){nearest(source, recipe_names())}"
-        )
-    try:
-        values = yaml.safe_load(content.decode())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is not a text file in UTF-8: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
-        raise ConfigError(f"{name} is not valid YAML: {error}") from error
-    if values is None:
-        raise ConfigError(f"{name} is empty; a configuration of defaults alone is {{}}")
-    return read_config(values, name)
-
-
-def read_config(values: Any, where: str) -> RunConfig:
-    """A configuration of the task that a mapping names, from its values; see :func:`from_dict`."""
-    from cbsa_torch.train.tasks.adaptation.config import AdaptTrainConfig  # these build on this module
-    from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig
-
-    known: tuple[type[RunConfig], ...] = (TrainConfig, SegmentationTrainConfig, AdaptTrainConfig)
-    tasks = {cls.task: cls for cls in known}
-    if not isinstance(values, dict) or "task" not in values:
-        return from_dict(TrainConfig, values, where)
-    task = values["task"]
-    if task not in tasks:
-        raise ConfigError(
-            f"{where}: task must be one of {', '.join(map(repr, tasks))}, got {task!r}{nearest(task, tasks)}"
-        )
-    return from_dict(tasks[task], {key: value for key, value in values.items() if key != "task"}, where)
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Everything as plain values, for YAML and JSON; the task is named where it is not classification."""
     # replaced by itself: arguments that were set later get their one form, too
@@ -248,7 +199,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML that :func:`load_config` reads back."""
+    """The whole configuration as YAML that :func:`cbsa_torch.train.load_config` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -258,7 +209,6 @@ def from_dict(cls: type[T], values: Any, where: str) -> T:
         raise ConfigError(f"{where} must be a mapping of keys to values, got {type(values).__name__}")
     fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = {name: hint for name, hint in get_type_hints(cls).items() if name in fields}
-    values = with_new_names(values, hints)
     unknown = [key for key in values if key not in hints]
     if unknown:
         raise ConfigError(
@@ -302,72 +252,18 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     raise ConfigError(f"{where} must be {hint.__name__}, got {value!r} of type {type(value).__name__}")
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: ``{"optim.lr": 0.001, ...}``."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        result |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return result
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def check_config(config: RunConfig) -> None:
-    """Refuse values that cannot work, before anything is read or written; the data are the task's to check."""
-    check_numbers(to_dict(config))
-    optim, data = config.optim, config.data
-    threads, every, keep = config.engine.threads, config.engine.checkpoint_steps, config.engine.keep_checkpoints
-    size, model = config.model.image_size, config.model
-    check_rules([
-        (0 <= config.seed < 2**31, "seed must be in [0, 2**31)", config.seed),
-        (size is None or size >= 1, "model.image_size must be at least 1", size),
-        (
-            "num_classes" not in model.args,
-            "model.args num_classes must be left out (the data gives the number of classes)",
-            model.args.get("num_classes"),
-        ),
-        (
-            size is None or "img_size" not in model.args,
-            "model.args img_size must be left out beside model.image_size",
-            model.args.get("img_size"),
-        ),
-        (optim.batch_size >= 1, "optim.batch_size must be at least 1", optim.batch_size),
-        (optim.epochs >= 1, "optim.epochs must be at least 1", optim.epochs),
-        (optim.lr > 0, "optim.lr must be positive", optim.lr),
-        (optim.weight_decay >= 0, "optim.weight_decay must not be negative", optim.weight_decay),
-        (optim.warmup_epochs >= 0, "optim.warmup_epochs must not be negative", optim.warmup_epochs),
-        (0 <= optim.label_smoothing < 1, "optim.label_smoothing must be in [0, 1)", optim.label_smoothing),
-        (
-            optim.ema_decay is None or 0 < optim.ema_decay < 1,
-            "optim.ema_decay must be in (0, 1)",
-            optim.ema_decay,
-        ),
-        (optim.poly_power > 0, "optim.poly_power must be positive", optim.poly_power),
-        (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
-        (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
-        (0 <= optim.min_lr <= optim.lr, "optim.min_lr must be in [0, optim.lr]", optim.min_lr),
-        (optim.warmup_lr >= 0, "optim.warmup_lr must not be negative", optim.warmup_lr),
-        (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
-        (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
-        (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
-        (keep >= 1, "engine.keep_checkpoints must be at least 1", keep),
-        (every is None or every >= 1, "engine.checkpoint_steps must be at least 1", every),
-        (
-            not (config.engine.fsdp and optim.ema_decay is not None),
-            "optim.ema_decay must be unset with engine.fsdp (sharded weights are not averaged)",
-            optim.ema_decay,
-        ),
-        (not (config.resume and config.overwrite), "resume and overwrite exclude each other", "both"),
-    ])  # fmt: skip
-
-
-def check_images(data: DataConfig) -> None:
-    """Refuse settings of a classifier's images that cannot work."""
-    scale, ratio = data.crop_scale, data.crop_ratio
-    check_rules([
-        (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
-        (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
-        (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
-        (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),
-        (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
-        (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
-        (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
-    ])  # fmt: skip

@@ -127,3 +127,24 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_
         updates_per_epoch=steps_per_epoch,
     )
     return scheduler
+
+
+def check_optimizer(config: OptimConfig, device: torch.device) -> None:
+    """Let the optimiser take one step on a model of two layers.
+
+    Some that timm lists need a package or a GPU that is not here, or gradients of gradients, and say so only
+    when they are made or used.
+
+    Raises:
+        ConfigError: timm does not know it, or it cannot be used.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(device)
+        try:
+            optimizer = make_optimizer(model, config)
+            model(torch.ones(1, 4, device=device)).sum().backward()
+            optimizer.step()
+        except ConfigError:
+            raise
+        except Exception as error:  # of any package that timm knows
+            raise ConfigError(f"optim.name {config.name!r} cannot be used here: {error}") from error

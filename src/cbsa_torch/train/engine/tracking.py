@@ -6,20 +6,17 @@ is written to, is named once and left alone from then on.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config.base import RunConfig, to_dict
+from cbsa_torch._core.random import keep_random_states
+from cbsa_torch.train.config.base import RunConfig, flat, to_dict
 from cbsa_torch.train.errors import ConfigError
 
 NONE = "none"
@@ -76,7 +73,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, say: Say = print
     names = [item.name if isinstance(item, GeneralTracker) else str(item) for item in accelerator.log_with]
     run_name = Path(config.output).resolve().name
     try:
-        with _undisturbed():
+        with keep_random_states():  # a tracker may draw, e.g. for a run's name
             accelerator.init_trackers(
                 # TensorBoard's project is a folder
                 "tensorboard" if names == ["tensorboard"] else PROJECT,
@@ -93,18 +90,9 @@ def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
 
     Lists become text, and None becomes "none", which MLflow and TensorBoard could not hold otherwise.
     """
-    return dict(_flat(to_dict(config)))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is None:
-            yield f"{prefix}{key}", NONE
-        else:
-            plain = isinstance(value, (bool, int, float, str))
-            yield f"{prefix}{key}", value if plain else str(value)
+    values = flat(to_dict(config)).items()
+    plain = (bool, int, float, str)
+    return {k: NONE if v is None else v if isinstance(v, plain) else str(v) for k, v in values}
 
 
 def log(accelerator: Accelerator, values: Mapping[str, Any], step: int, say: Say = print) -> None:
@@ -122,7 +110,7 @@ def log(accelerator: Accelerator, values: Mapping[str, Any], step: int, say: Say
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
     for tracker in list(accelerator.trackers):
         try:
-            with _undisturbed():
+            with keep_random_states():  # a tracker may draw, e.g. for a run's name
                 tracker.log(numbers, step=step)
         except Exception as error:  # a tracker raises anything
             accelerator.trackers.remove(tracker)
@@ -134,7 +122,7 @@ def finish_trackers(accelerator: Accelerator, say: Say = print) -> None:
     for tracker in list(accelerator.trackers):
         accelerator.trackers.remove(tracker)
         try:
-            with _undisturbed():
+            with keep_random_states():  # a tracker may draw, e.g. for a run's name
                 tracker.finish()
         except Exception as error:  # a tracker raises anything
             _report(tracker.name, "could not finish; what it shows may not be all", error, say)
@@ -142,15 +130,3 @@ def finish_trackers(accelerator: Accelerator, say: Say = print) -> None:
 
 def _report(name: str, what: str, error: Exception, say: Say) -> None:
     say(f"tracker {name} {what} ({type(error).__name__}: {error}); the run goes on, metrics.jsonl has all")
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Random numbers that a tracker draws (for a run's name) must not change those of training."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -1,4 +1,9 @@
-"""One run, one folder: what lies where, and who may write to it."""
+"""One run, one folder: what lies where, who may write to it, and what may not lie in it.
+
+Of the three things that may be called a checkpoint, the folder holds two: the *weights file* that is used
+(``model.safetensors``), and the *training states* that a run continues from (:mod:`.state`). The third is the
+*run folder* itself.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,13 @@ import torch
 
 from cbsa_torch._core.files import remove_temporary_files, write_atomically
 from cbsa_torch._version import __version__
-from cbsa_torch.train.config.base import RunConfig, dump_yaml, load_config, to_dict
+from cbsa_torch.models.checkpoint import CheckpointError
+from cbsa_torch.models.hub import PREFIX
+from cbsa_torch.train.config.base import RunConfig, dump_yaml, flat, to_dict
 from cbsa_torch.train.errors import RunFolderError
-from cbsa_torch.train.run.checkpoint import Checkpoints
+from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.lock import FolderLock
-from cbsa_torch.train.run.metrics_file import read_rows
-from cbsa_torch.train.run.sources import check_sources
+from cbsa_torch.train.run.state import TrainingStates, load_state
 
 NOT_COMPARED = (
     "output",
@@ -68,7 +74,7 @@ class RunFolder:
         self.card = self.path / "README.md"
         """What those weights are, for people."""
         self.checkpoints = self.path / "checkpoints"
-        """The trainer's states: everything needed to go on."""
+        """The folder of the training states: everything needed to go on."""
         self.skipped = self.path / "skipped_images.txt"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
@@ -76,9 +82,9 @@ class RunFolder:
         self.lock = FolderLock(self.path / ".run.lock")
         """Held by the process that writes."""
 
-    def states(self, keep: int = 1) -> Checkpoints:
-        """The trainer's states, of which ``keep`` are kept."""
-        return Checkpoints(self.checkpoints, keep)
+    def states(self, keep: int = 1) -> TrainingStates:
+        """The training states, of which ``keep`` are kept."""
+        return TrainingStates(self.checkpoints, keep)
 
     def holds_run(self) -> bool:
         """Whether this folder was written by a run (others have a config.yaml, too)."""
@@ -193,11 +199,22 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; ``say`` gets one line for each line that is none."""
-        rows, problems = read_rows(self.metrics)
-        if say is not None:
-            for problem in problems:
-                say(problem)
+        """All rows of metrics.jsonl.
+
+        Args:
+            say: called with one line for each broken line, which a full disk or a killed process may leave.
+        """
+        lines = self.metrics.read_bytes().split(b"\n") if self.metrics.exists() else []
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                row = {}
+            if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+                rows.append(row)
+            elif row is not None and say is not None:
+                say(f"{self.metrics}, line {number}, is left aside: it is no JSON with an epoch")
         return rows
 
     def keep_metrics_until(self, epoch: int, say: Callable[[str], None] | None = None) -> None:
@@ -221,20 +238,12 @@ def _remove_if_empty(folder: Path) -> None:
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
     """The differences of two configurations as ``key: old -> new``."""
-    before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
+    before, after = flat(to_dict(old)), flat(to_dict(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before | after)
         if before.get(key) != after.get(key) and key not in NOT_COMPARED
     ]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def environment() -> dict[str, Any]:
@@ -274,3 +283,49 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def describe_last_checkpoint(folder: RunFolder) -> str:
+    """What an interrupted run has left, as its files tell: memory may be ahead of them or behind."""
+    try:
+        path, _ = folder.states().newest()
+    except CheckpointError as error:
+        return str(error)
+    if path is None:
+        return "there is no checkpoint yet"
+    done = load_state(path)["progress"]
+    within = f" and {done['batch']} batches" if done["batch"] else ""
+    best = f", the best epoch was {done['best_epoch']}" if done["best_epoch"] else ""
+    return (
+        f"the last checkpoint is that of epoch {done['epoch']}{within}{best}; "
+        f"go on with: cbsa train --output {folder.path} --resume"
+    )
+
+
+def check_sources(config: RunConfig, output: Path) -> None:
+    """Refuse weights to start from that lie in the run's own folder, and data in one that is replaced.
+
+    Raises:
+        RunFolderError: with the key, the path and what to do.
+    """
+    given = {
+        f"model.{key}": getattr(config.model, key, None) for key in ("init_from", "encoder_from", "original")
+    }
+    given["distill.teacher"] = getattr(getattr(config, "distill", None), "teacher", None)
+    for key, source in given.items():
+        if not source or source.startswith(PREFIX) or not _lies_in(Path(source), output):
+            continue
+        raise RunFolderError(
+            f"{key} {source} lies in output {output}, where the run writes its own weights; choose "
+            "another --output (to continue a run: --resume)"
+        )
+    root = config.data.root
+    if config.overwrite and root and _lies_in(Path(root), output):
+        raise RunFolderError(
+            f"data.root {root} lies in output {output}, which is to be overwritten; choose another --output"
+        )
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or in it, whatever links are on the way."""
+    return path.resolve().is_relative_to(folder.resolve())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cbsa_torch.train.config.base import dump_yaml
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.adaptation import recover
+from cbsa_torch.train.tasks.adaptation.stages import recover
 from tests.helpers.runs import measured
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -13,8 +13,8 @@ from cbsa_torch.train.engine.optim import make_optimizer, make_scheduler
 from cbsa_torch.train.errors import ConfigError, RunFolderError
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.adaptation import distill, recover
-from cbsa_torch.train.tasks.adaptation.stages import stages
+from cbsa_torch.train.tasks.adaptation import distill
+from cbsa_torch.train.tasks.adaptation.stages import recover, stages
 from tests.helpers.runs import assert_same_tensors, last, measured
 
 

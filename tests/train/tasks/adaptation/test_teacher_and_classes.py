@@ -12,12 +12,12 @@ from PIL import Image
 from cbsa_torch.cli import main
 from cbsa_torch.models import load_checkpoint, save_checkpoint
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import TrainConfig, load_config
+from cbsa_torch.train.config.base import TrainConfig
 from cbsa_torch.train.errors import ConfigError, RunFolderError
 from cbsa_torch.train.evaluate import open_trained
+from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.adaptation import recover
-from cbsa_torch.train.tasks.adaptation.stages import stages
+from cbsa_torch.train.tasks.adaptation.stages import recover, stages
 from tests.train.tasks.adaptation.conftest import VIT
 
 

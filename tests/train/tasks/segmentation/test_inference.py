@@ -12,12 +12,9 @@ from PIL import Image
 from cbsa_torch.cli import main
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.segmentation import multi_scale_logits, sliding_logits
-from cbsa_torch.train import train
+from cbsa_torch.train import WindowOptions, evaluate_checkpoint, open_trained, predict_images, train
 from cbsa_torch.train.errors import ConfigError, DataError
-from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.segmentation import evaluate_segmenter, predict_masks
-from cbsa_torch.train.tasks.segmentation.evaluate import segmenter_config, trained_windows
 from tests.helpers.masked_folder import COUNTS, NAMES, tiny_segmentation, write_masked_folder
 from tests.train.conftest import tiny_config, write_split
 
@@ -56,18 +53,17 @@ def confusion_by_hand(run, logits_of):
     "options",
     [
         {},
-        {"size": 20, "stride": 9},
+        {"window": 20, "stride": 9},
         {"scales": (0.5, 1.0), "flip": True},
     ],
 )
 def test_evaluation_equals_a_count_by_hand(run, options):
-    windows = trained_windows(segmenter_config(open_trained(run.output)), **options)
-    result = evaluate_segmenter(run.output, windows=windows)
+    result = evaluate_checkpoint(run.output, windows=WindowOptions(**options))
 
     def logits(model, image):
         if "scales" in options:
             return multi_scale_logits(model, [image], 32, scales=(0.5, 1.0), flip=True)[0]
-        return sliding_logits(model, [image], options.get("size", 32), options.get("stride"))[0]
+        return sliding_logits(model, [image], options.get("window", 32), options.get("stride"))[0]
 
     counts, loss = confusion_by_hand(run, logits)
     assert result.scores.confusion == counts.tolist()
@@ -103,7 +99,7 @@ def test_masks_of_images_of_any_size(run, tmp_path, size):
     height, width = size
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
-    (found,) = predict_masks(run.output, [tmp_path / "photo.png"], tmp_path / "masks")
+    (found,) = predict_images(run.output, [tmp_path / "photo.png"], masks=tmp_path / "masks")
     with Image.open(found.labels) as opened:
         labels = np.asarray(opened)
     with Image.open(found.mask) as opened:
@@ -136,7 +132,7 @@ def test_masks_that_are_there_stay(run, tmp_path, capsys):
     assert main([*arguments, "--overwrite"]) == 0
     assert len(list(masks.iterdir())) == 2
     with pytest.raises(ValueError, match="on_bad_image must be one of"):
-        predict_masks(run.output, [image], tmp_path / "other", on_bad_image="sikp")
+        predict_images(run.output, [image], masks=tmp_path / "other", on_bad_image="sikp")
 
 
 def test_the_same_data_elsewhere_keep_their_layout(run, tmp_path, capsys):
@@ -146,21 +142,20 @@ def test_the_same_data_elsewhere_keep_their_layout(run, tmp_path, capsys):
     assert "moved/images is not a folder" in capsys.readouterr().err
     assert main([*arguments, "--root", root, "--data", "ade2k"]) == 1
     assert "did you mean 'ade20k'" in capsys.readouterr().err
-    config = segmenter_config(open_trained(run.output))
-    assert config.data.name == "folder"
+    assert open_trained(run.output).config.data.name == "folder"
 
 
 def test_images_of_one_name_are_refused_before_any_is_read(run, tmp_path):
     with pytest.raises(ConfigError, match=r"would both be written as a_mask\.png"):
-        predict_masks(run.output, ["x/a.png", "y/a.jpg"], tmp_path / "masks")
+        predict_images(run.output, ["x/a.png", "y/a.jpg"], masks=tmp_path / "masks")
     assert not (tmp_path / "masks").exists()
 
 
 def test_bad_images_stop_or_are_reported(run, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"bad\.png"):
-        predict_masks(run.output, [tmp_path / "bad.png"], tmp_path / "masks")
-    (found,) = predict_masks(run.output, [tmp_path / "bad.png"], tmp_path / "masks", on_bad_image="skip")
+        predict_images(run.output, [tmp_path / "bad.png"], masks=tmp_path / "masks")
+    (found,) = predict_images(run.output, [tmp_path / "bad.png"], masks=tmp_path / "masks", on_bad_image="skip")
     assert "bad.png" in found.error
     assert found.mask is None
 
@@ -168,7 +163,7 @@ def test_bad_images_stop_or_are_reported(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "window must be at least 1, got 0"),
+        ({"window": 0}, "window must be at least 1, got 0"),
         ({"stride": 40}, r"stride must be in \[1, 32\], the window, got 40"),
         ({"scales": ()}, "scales must be numbers"),
         ({"scales": (0.0,)}, "scales must be numbers"),
@@ -176,7 +171,7 @@ def test_bad_images_stop_or_are_reported(run, tmp_path):
 )
 def test_windows_that_cannot_work_are_refused(run, options, message):
     with pytest.raises(ConfigError, match=message):
-        trained_windows(segmenter_config(open_trained(run.output)), **options)
+        evaluate_checkpoint(run.output, windows=WindowOptions(**options))
 
 
 def test_a_report_shows_the_layers_of_encoder_and_decoder(run, capsys):
@@ -185,7 +180,7 @@ def test_a_report_shows_the_layers_of_encoder_and_decoder(run, capsys):
     assert "test mean IoU: " in capsys.readouterr().out
     record = json.loads((Path(run.output) / "report.json").read_text())
     assert record["coding_rate"]["layers"] == ["encoder.blocks.0.attn", "decoder.layers.0.attn"]
-    assert record["evaluation"]["miou"] == evaluate_segmenter(run.output).score
+    assert record["evaluation"]["miou"] == evaluate_checkpoint(run.output).score
     page = (Path(run.output) / "report.html").read_text()
     assert "mean IoU on the 4 images of the test split" in page
     assert "Best validation mean IoU" in page
@@ -203,6 +198,6 @@ def test_options_of_segmenters_are_refused_for_classifiers(tmp_path, capsys):
     config.engine.tracker, config.optim.epochs, config.optim.batch_size = "none", 1, 4
     train(dataclasses.replace(config))
     assert main(["eval", "--checkpoint", config.output, "--split", "val", "--flip"]) == 1
-    assert "--flip is for segmenters" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="this is for segmenters"):
-        evaluate_segmenter(config.output)
+    assert "flip is for segmenters" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="masks is for segmenters"):
+        predict_images(config.output, [tmp_path / "x.png"], masks=tmp_path)

@@ -7,11 +7,10 @@ from typing import NamedTuple
 from torch import nn
 
 from cbsa_torch.train.data import input_spec, make_loader, open_split
-from cbsa_torch.train.engine.accelerator import new_accelerator
+from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.tasks.adaptation.config import AdaptTrainConfig
-from cbsa_torch.train.tasks.adaptation.original import adapt_original, open_original
-from cbsa_torch.train.tasks.classification import evaluate
+from cbsa_torch.train.tasks.adaptation.task import Adaptation, adapt_original, open_original
 
 
 class Before(NamedTuple):
@@ -44,7 +43,7 @@ def accuracy_before(config: AdaptTrainConfig, split: str, batch_size: int = 256)
     loader = accelerator.prepare(make_loader(dataset, spec, config.data, batch_size, train=False))
 
     def top1(model: nn.Module) -> float:
-        classes = len(original.class_names or ())
-        return evaluate(accelerator, accelerator.prepare(model), loader, classes).top1
+        model = model.to(accelerator.device)
+        return Adaptation(config).evaluate(accelerator, model, loader, original.class_names or ()).top1
 
     return Before(top1(original.model), top1(adapt_original(original, config.model).model))

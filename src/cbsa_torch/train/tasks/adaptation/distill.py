@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from cbsa_torch.models.adapt.find import find_attention
 from cbsa_torch.train.data import IGNORE
-from cbsa_torch.train.loop import mean_loss
+from cbsa_torch.train.losses import mean_loss
 from cbsa_torch.train.tasks.adaptation.config import DistillConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Distillation:
-    """A loss for :class:`cbsa_torch.train.tasks.base.Opened`.
+    """A loss for :class:`cbsa_torch.train.tasks.base.TaskSetup`.
 
     Args:
         student: the model that is trained, bare; the loop hands over what Accelerate made of it.

@@ -1,13 +1,12 @@
 """Semantic segmentation: data sets of images and masks, their transforms, metrics and pictures."""
 
-from cbsa_torch.train.data.images import IGNORE
+from cbsa_torch.train.data import IGNORE
 from cbsa_torch.train.tasks.segmentation.colours import colour_mask, palette, write_coloured_mask
 from cbsa_torch.train.tasks.segmentation.config import (
     ScenesConfig,
     SegmentationDataConfig,
     SegmentationTrainConfig,
 )
-from cbsa_torch.train.tasks.segmentation.evaluate import evaluate_segmenter
 from cbsa_torch.train.tasks.segmentation.masks import LabelMap, labels_from_colours, read_mask_file
 from cbsa_torch.train.tasks.segmentation.metrics import (
     ClassScore,
@@ -18,7 +17,6 @@ from cbsa_torch.train.tasks.segmentation.metrics import (
     to_record,
 )
 from cbsa_torch.train.tasks.segmentation.pairs import MaskedImages, Pair
-from cbsa_torch.train.tasks.segmentation.predict import predict_masks
 from cbsa_torch.train.tasks.segmentation.scenes import EmojiScenes, open_scenes
 from cbsa_torch.train.tasks.segmentation.splits import (
     SegmentationSplits,
@@ -46,7 +44,6 @@ __all__ = [
     "SegmentationSplits",
     "SegmentationTrainConfig",
     "colour_mask",
-    "evaluate_segmenter",
     "evaluation_transform",
     "labels_from_colours",
     "miou_without",
@@ -54,7 +51,6 @@ __all__ = [
     "open_segmentation",
     "open_segmentation_split",
     "palette",
-    "predict_masks",
     "read_mask_file",
     "scores",
     "to_record",

@@ -1,4 +1,7 @@
-"""Measure a segmenter on whole images by windows; every image counts once, whatever the number of processes."""
+"""A segmenter measured on whole images, seen by windows: :class:`Windows`, :func:`share`, :func:`measure`.
+
+Every image counts once, whatever the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,19 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from cbsa_torch.models.segmentation.sliding import multi_scale_logits, sliding_logits
 from cbsa_torch.train.data import IGNORE
 from cbsa_torch.train.data.loader import own_workers
-from cbsa_torch.train.tasks.segmentation.metrics import SegmentationMetric, SegmentationScores
+from cbsa_torch.train.engine.accelerate import use_separate_generator
+from cbsa_torch.train.tasks.segmentation.metrics import SegmentationMetric, SegmentationScores, to_record
 
 
 class Windows(NamedTuple):
-    """How an image is seen."""
+    """How an image is seen: square windows that cover it, averaged where they overlap."""
 
     size: int
+    """Side in pixels."""
     stride: int | None = None
+    """Pixels from one window to the next. Default: the side."""
     batch: int = 8
+    """Windows in a forward pass."""
     scales: tuple[float, ...] = (1.0,)
     """Factors that the image is resized by; the mean probability counts."""
     flip: bool = False
@@ -39,7 +46,7 @@ class Windows(NamedTuple):
         )[0]
 
 
-class SegmentationEvaluation(NamedTuple):
+class SegmentationResult(NamedTuple):
     """What one pass over a data set measured."""
 
     scores: SegmentationScores
@@ -47,15 +54,42 @@ class SegmentationEvaluation(NamedTuple):
     """Mean cross-entropy of the pixels that are not ignored."""
     images: int
     """Those with such pixels."""
+    windows: Windows
+    """How they were seen."""
 
     @property
     def score(self) -> float:
         """What the best epoch is chosen by."""
         return self.scores.miou
 
+    def record(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        windows = self.windows._asdict()
+        return {**to_record(self.scores), "loss": self.loss, "images": self.images, "windows": windows}
+
+    def summary(self) -> str:
+        """In one line."""
+        scores = self.scores
+        return (
+            f"mean IoU: {scores.miou:.4f}  pixel accuracy: {scores.pixel_accuracy:.4f}  "
+            f"mean accuracy: {scores.mean_accuracy:.4f}  loss: {self.loss:.4f}  images: {self.images}"
+        )
+
+    def class_table(self) -> list[list[str]]:
+        """IoU and accuracy in percent, and true pixels."""
+        rows = [
+            [name, _percent(one.iou), _percent(one.accuracy), f"{one.pixels:,}"]
+            for name, one in self.scores.classes.items()
+        ]
+        return [["class", "IoU", "accuracy", "pixels"], *rows]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
 
 class SharedImages:
-    """The images of one process, for a loop of as many rounds as the others make; the last one may be empty."""
+    """The images of one process. Where others have one more, None comes last: all loop equally often."""
 
     def __init__(self, loader: DataLoader[Any], rounds: int, processes: int) -> None:
         self.loader, self.rounds, self.processes = loader, rounds, processes
@@ -79,7 +113,7 @@ def share(dataset: Dataset[Any], workers: int, accelerator: Accelerator) -> Shar
     count = len(dataset)  # type: ignore[arg-type]
     own = range(accelerator.process_index if processes > 1 else 0, count, processes)
     loader: DataLoader[Any] = DataLoader(Subset(dataset, own), batch_size=None, num_workers=workers)
-    loader.generator = torch.Generator()  # workers draw their seeds from it, not from the model's
+    use_separate_generator(loader)
     own_workers(loader)
     return SharedImages(loader, -(-count // processes), processes)
 
@@ -91,22 +125,21 @@ def measure(
     images: SharedImages,
     class_names: Sequence[str],
     windows: Windows,
-    advance: Callable[[], None] = lambda: None,
-    check: Callable[[], None] = lambda: None,
-) -> SegmentationEvaluation:
+    advance: Callable[[], None],
+    before_batch: Callable[[], None],
+) -> SegmentationResult:
     """Scores over a data set; the same on every process.
 
     Args:
         images: of :func:`share`, samples (image, mask) that are tensors.
         class_names: in the order of the labels.
         windows: how images are seen.
-        advance: called after every image (progress bar).
-        check: called before every image, equally often on every process; it may raise.
+        advance, before_batch: of :meth:`cbsa_torch.train.tasks.base.Task.evaluate`, called for every image.
     """
     metric = SegmentationMetric(class_names, sync=images.processes > 1).to(accelerator.device)
     losses: list[tuple[float, int]] = []
     for sample in images:
-        check()
+        before_batch()
         if sample is not None:
             image, labels = (part.to(accelerator.device) for part in sample)
             with accelerator.autocast():
@@ -118,9 +151,10 @@ def measure(
     if images.processes > 1:
         losses = gather_object(losses)
     pixels = sum(count for _, count in losses)
-    return SegmentationEvaluation(
+    return SegmentationResult(
         metric.compute(),
         # exact: any number of processes gives the same sum
         math.fsum(total for total, _ in losses) / max(pixels, 1),
         sum(count > 0 for _, count in losses),
+        windows,
     )
