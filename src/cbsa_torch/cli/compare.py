@@ -30,7 +30,7 @@ class _CompareArgs(PageOptions):
     """How many test images get attention maps."""
 
 
-def run_compare(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Show several runs side by side: every figure of their reports, on the same images."""
     options = parse(_CompareArgs, args, "compare")
     print(f"comparison: {compare_runs(options.runs, options.output, **options.counts())}")

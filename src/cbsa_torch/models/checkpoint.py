@@ -115,11 +115,13 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a ``.safetensors`` file says that this library wrote it; a damaged one may be."""
+    """Whether this library wrote a file; True of a damaged ``.safetensors``, as loading says what is wrong."""
+    if path.suffix != ".safetensors":
+        return False
     try:
         return "cbsa_torch" in _metadata(path)
     except SafetensorError:
-        return True  # reading it tells what is wrong
+        return True
 
 
 def _metadata(path: Path) -> dict[str, str]:

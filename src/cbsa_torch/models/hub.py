@@ -83,9 +83,8 @@ def open_weights(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         FileNotFoundError: no such file. CheckpointError: a file of no known kind, or damaged.
     """
     path = Path(path)
-    if path.suffix in PICKLE_SUFFIXES or (path.is_file() and not is_ours(path)):
-        return read_official(path)
-    return load_checkpoint(path)
+    known = is_ours(path) if path.is_file() else True  # what is missing is named below
+    return load_checkpoint(path) if known else read_official(path)
 
 
 def fetch_weights(source: str | Path, **download: Any) -> Path:

@@ -13,6 +13,7 @@ from cbsa_torch.train.config.base import (  # noqa: E402
     TrainConfig,
 )
 from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained, predict_images  # noqa: E402
+from cbsa_torch.train.hub import push_to_hub, save_for_hub  # noqa: E402
 from cbsa_torch.train.registry import load_config  # noqa: E402
 from cbsa_torch.train.tasks.adaptation.config import (  # noqa: E402
     AdaptedModelConfig,
@@ -50,6 +51,8 @@ __all__ = [
     "load_config",
     "open_trained",
     "predict_images",
+    "push_to_hub",
     "recover",
+    "save_for_hub",
     "train",
 ]

@@ -1,4 +1,9 @@
-"""`cbsa adapt-table`: ways to adapt a ViT beside each other and their original."""
+"""Ways to adapt a ViT beside each other: accuracy before and after recovery, parameters, FLOPs, speed, memory.
+
+    python benchmarks/adapt_table.py --model runs/animals28_vit --seeds 0 1 2
+
+Writes a .json and a .md file. Runs that are there already are kept.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +14,32 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
+import tyro
 import yaml
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import adapted as bench
 from cbsa_torch.cli.adapt import adaptation_config, with_data_of
-from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.cli.options import at_least
 from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
 from cbsa_torch.train.config.base import ModelConfig, TrainConfig
-from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.data import input_spec
+from cbsa_torch.train.engine.accelerate import new_accelerator
+from cbsa_torch.train.errors import EXPECTED_ERRORS, ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import environment
-from cbsa_torch.train.tasks.adaptation.before import accuracy_before
 from cbsa_torch.train.tasks.adaptation.config import AdaptedModelConfig, AdaptTrainConfig, DistillConfig
 from cbsa_torch.train.tasks.adaptation.stages import recover
-from cbsa_torch.train.tasks.adaptation.task import open_original
+from cbsa_torch.train.tasks.adaptation.task import Adaptation, adapt_original, open_original
 from cbsa_torch.train.trainer import train
 
 Recovery = Literal["plain", "distilled"]
@@ -39,14 +47,11 @@ CBSA_STAR = "cbsa contraction_step=1"
 
 
 @dataclass
-class _TableArgs:
-    """Compare ways to adapt a ViT: accuracy before and after recovery, parameters, FLOPs, speed, memory.
-
-    Writes a .json and a .md file. Runs that are there already are kept.
-    """
+class Options:
+    """What is compared, and how."""
 
     model: str
-    """The original, as of `cbsa adapt`. For accuracies a run of ours."""
+    """The original, as `cbsa adapt` takes it. Accuracies need one that this library trained."""
     config: str | None = None
     """A recipe or YAML file of the task adaptation. Default: the paper's recipe, with the data of the run."""
     variants: tuple[str, ...] = (CBSA_STAR, "cbsa", "cbsa_agent", "linear")
@@ -83,9 +88,20 @@ class _TableArgs:
     """Folder of the runs; the files are OUTPUT.json and OUTPUT.md."""
 
 
-def run_adapt_table(args: list[str]) -> None:
-    """Compare ways to adapt a ViT."""
-    options: _TableArgs = parse(_TableArgs, args, "adapt-table")
+def main() -> None:
+    """Measure, write, print."""
+    try:
+        compare(tyro.cli(Options, description=__doc__))
+    except EXPECTED_ERRORS as error:
+        raise SystemExit(str(error)) from None
+
+
+def compare(options: Options) -> dict[str, Any]:
+    """Measure and write the files; returns the record.
+
+    Raises:
+        ConfigError: options that cannot work.
+    """
     variants = {text: parse_variant(text) for text in options.variants}
     if len(options.batches) < len(options.image_sizes):
         raise ConfigError("--batches must have one entry for each of --image-sizes")
@@ -114,6 +130,7 @@ def run_adapt_table(args: list[str]) -> None:
     for rows in _tables(record):
         _show(rows)
     print(f"record: {options.output}.json, tables: {options.output}.md")
+    return record
 
 
 def _check_device(device: str) -> None:
@@ -159,7 +176,7 @@ def parse_variant(text: str) -> bench.Variant:
 
 
 def _configuration(
-    options: _TableArgs, variant: bench.Variant, name: str, recovery: Recovery, seed: int
+    options: Options, variant: bench.Variant, name: str, recovery: Recovery, seed: int
 ) -> AdaptTrainConfig:
     base = _base(options)
     layers = variant.layers if isinstance(variant.layers, str) else ",".join(map(str, variant.layers))
@@ -181,7 +198,7 @@ def _configuration(
     )
 
 
-def _base(options: _TableArgs) -> AdaptTrainConfig:
+def _base(options: Options) -> AdaptTrainConfig:
     """What all recoveries have in common."""
     if options.config is None:
         base = with_data_of(AdaptTrainConfig(), options.model)
@@ -200,8 +217,8 @@ def _base(options: _TableArgs) -> AdaptTrainConfig:
     )
 
 
-def _tuned_original(options: _TableArgs, seed: int) -> Path:
-    """The run in which the original itself is trained further as the others are: what training alone brings."""
+def _tuned_original(options: Options, seed: int) -> Path:
+    """The control run, in which the original itself is fine-tuned on the labels for as many epochs."""
     base, original = _base(options), open_original("--model", options.model)
     config = TrainConfig(
         output=f"{options.output}/{bench.ORIGINAL}_plain_seed{seed}",
@@ -214,11 +231,8 @@ def _tuned_original(options: _TableArgs, seed: int) -> Path:
     return train(config).folder
 
 
-def _accuracies(options: _TableArgs, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
-    """The original, then every variant: before, and after each recovery with each seed.
-
-    The original is trained as long, too, from the labels alone.
-    """
+def _accuracies(options: Options, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
+    """Top-1 accuracy of the original and of every variant: before, and after each recovery with each seed."""
     rows: list[dict[str, Any]] = []
     for name, variant in variants.items():
         before = accuracy_before(
@@ -239,7 +253,40 @@ def _accuracies(options: _TableArgs, variants: dict[str, bench.Variant]) -> list
     return rows
 
 
-def _costs(options: _TableArgs, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
+class UntrainedAccuracy(NamedTuple):
+    """Top-1 accuracy without training."""
+
+    original: float
+    adapted: float
+
+
+def accuracy_before(config: AdaptTrainConfig, split: str) -> UntrainedAccuracy:
+    """Of the original and of its adapted copy.
+
+    Args:
+        config: of the recovery.
+        split: "train", "val" or "test" of its data.
+
+    Raises:
+        ConfigError: the original does not say which classes it tells apart, or the data have others.
+    """
+    original = open_original("model.original", str(config.model.original), config.model.image_size)
+    if original.class_names is None:
+        raise ConfigError(
+            f"model.original {config.model.original} does not say which classes it knows: accuracy before "
+            "training needs a model that was trained by this library"
+        )
+    accelerator, task = new_accelerator(mixed_precision="no"), Adaptation(config)
+    spec, class_names = input_spec(original.model, config.model.image_size), original.class_names
+    loader = task.evaluation_loader(task.open_split(spec.mode, class_names, split)[1], spec, accelerator)
+
+    def top1(model: nn.Module) -> float:
+        return task.evaluate(accelerator, model.to(accelerator.device), loader, class_names).top1
+
+    return UntrainedAccuracy(top1(original.model), top1(adapt_original(original, config.model).model))
+
+
+def _costs(options: Options, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
     base, args = options.cost_of, {}
     if base is None:
         original = open_original("--model", options.model)
@@ -309,3 +356,7 @@ def _show(rows: list[list[str]]) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
