@@ -32,7 +32,7 @@ SAVED = 75
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [*(sys.argv[1:] if argv is None else argv)]  # list() is hidden by the module of that command
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0

@@ -19,7 +19,7 @@ from torch import nn
 from cbsa_torch import ops
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.cli.options import import_plots, parse
+from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import FETCHING_ARGS
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
@@ -60,7 +60,11 @@ def run(args: list[str]) -> None:
     if options.plot is not None and not options.plot.endswith((".png", ".svg")):
         raise ConfigError(f"--plot must end in .png or .svg, got {options.plot}")
     _check_distinct(options.output, options.plot)
-    plots = None if options.plot is None else import_plots("--plot")
+    if options.plot is not None:
+        try:  # before anything is counted
+            from cbsa_torch.interpret import plots
+        except ImportError as error:
+            raise ConfigError(f"--plot: {error}") from None
     table = Table("model", "input", "parameters", "GFLOPs", "similarities", box=None, pad_edge=False)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -81,7 +85,7 @@ def run(args: list[str]) -> None:
     if options.output is not None:
         write_atomically(Path(options.output), json.dumps(rows, indent=2).encode())
         print(f"counts: {options.output}")
-    if plots is not None:
+    if options.plot is not None:
         sizes = mixer_sizes(options.models[0], options.args)
         curves = flops_curves(**sizes)
         figure = plots.flops_against_tokens(CURVE_TOKENS, curves, sizes)

@@ -34,19 +34,6 @@ def parse(cls: type[Any], args: list[str], command: str, default: Any = None) ->
     return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
 
 
-def import_plots(option: str) -> Any:
-    """The module that draws, for an option that draws.
-
-    Raises:
-        ConfigError: it needs a package that is not installed.
-    """
-    try:
-        from cbsa_torch.interpret import plots
-    except ImportError as error:
-        raise ConfigError(f"{option}: {error}") from None
-    return plots
-
-
 def at_least(least: int, **options: int) -> None:
     """Raise ConfigError for an option below ``least``."""
     for name, value in options.items():

@@ -1,4 +1,4 @@
-"""What pages need from a run: its images, its model card, and that there is something to look at."""
+"""What ``cbsa report`` and ``cbsa compare`` need of a run: the model, images and titles, facts about it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def titles(trained: Trained, inputs: Tensor, labels: Sequence[int]) -> list[str]
 
 
 def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
-    """The model card."""
+    """Names and values for the table of facts about a run."""
     optim, task = trained.config.optim, trained.task
     score = trained.info[task.score]
     channels, height, width = trained.spec.input_size

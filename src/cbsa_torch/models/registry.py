@@ -21,7 +21,6 @@ from torch import nn
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models.whitebox import Mixer, WhiteBoxTransformer
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
-from cbsa_torch.nn.mixer import MixerOptions
 
 __all__: list[str] = []  # the entry points are reached by name, through timm
 
@@ -48,8 +47,8 @@ _SET_BY_MODEL = {
 }
 """Arguments of mixers that a model sets itself or has no use for."""
 _NEVER_TAKEN: dict[type[TokenMixer], set[str]] = {
-    MHSA: {"tied", "orthogonal"},  # it has three projections, for queries, keys and values
-    MSSA: {"qk_norm"},  # these have one projection for all three
+    MHSA: {"tied", "orthogonal"},  # has three projections: for queries, for keys, for values
+    MSSA: {"qk_norm"},  # these have one for all three
     TSSA: {"qk_norm"},
     LinearCBSA: {"qk_norm"},
 }
@@ -58,11 +57,17 @@ _NEVER_TAKEN: dict[type[TokenMixer], set[str]] = {
 
 @functools.cache
 def mixer_options(mixer: type[TokenMixer]) -> frozenset[str]:
-    """Options of a mixer that its models take as arguments of their own, by its signature."""
-    own = inspect.signature(mixer).parameters.values()
-    names = {parameter.name for parameter in own if parameter.kind is parameter.KEYWORD_ONLY}
-    names |= MixerOptions.__annotations__.keys() - _NEVER_TAKEN.get(mixer, set())
-    return frozenset(names - _SET_BY_MODEL - (set() if mixer.compares_tokens else {"attn_drop"}))
+    """Options of a mixer that its models take as arguments of their own: those in its signature."""
+    # of all mixers, but qkv: a mixer that offers that choice names it itself
+    shared = _keyword_only(TokenMixer) - {"qkv"} - _NEVER_TAKEN.get(mixer, set())
+    if not mixer.compares_tokens:
+        shared -= {"attn_drop"}
+    return frozenset((_keyword_only(mixer) | shared) - _SET_BY_MODEL)
+
+
+def _keyword_only(mixer: type[TokenMixer]) -> set[str]:
+    parameters = inspect.signature(mixer).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 FAMILIES = {

@@ -65,10 +65,10 @@ There are {{ class_count }}.
 
 {{ classes }}
 {% endif -%}
-{% if fed %}
+{% if input_table %}
 ## Input
 
-{{ fed }}
+{{ input_table }}
 {% endif -%}
 {% if recipe %}
 ## Recipe
@@ -119,7 +119,7 @@ def model_card(info: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = (
         repo_id=REPO_ID,
         class_count=len(names),
         classes=_table([("output", "class"), *enumerate(names[:MOST_CLASSES])]) + more,
-        fed=_input(info.get("input") or {}),
+        input_table=_input(info.get("input") or {}),
         recipe=_recipe(info) if config else "",
         score_title=f"{task.score_title[0].upper()}{task.score_title[1:]}",
         percent=None if score is None else f"{100 * float(score):.2f}",
