@@ -56,14 +56,14 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, tmp_p
 def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, tmp_path, monkeypatch):
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     train(whole)
-    evaluate = classification.evaluate
+    evaluate = classification.Classification.evaluate
     with monkeypatch.context() as patch:
 
         def patched(*args, **options):
             os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(*args, **options)
 
-        patch.setattr(classification, "evaluate", patched)
+        patch.setattr(classification.Classification, "evaluate", patched)
         with pytest.raises(InterruptedRun, match=f"epoch 0 and {STEPS} batches"):
             train(config)
     during_training_step(monkeypatch, 2 * STEPS, lambda loss, logits: pytest.fail("trained again"))
@@ -73,13 +73,13 @@ def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, tm
 
 
 def test_a_signal_in_the_last_validation_but_one_moment_too_late_ends_the_run_as_usual(config, monkeypatch):
-    save = trainer._save_weights
+    save = trainer.save_weights
 
     def patched(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         save(*args)
 
-    monkeypatch.setattr(trainer, "_save_weights", patched)
+    monkeypatch.setattr(trainer, "save_weights", patched)
     config.optim.epochs = 1
     assert train(config).best_epoch == 1
 

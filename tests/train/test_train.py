@@ -95,9 +95,8 @@ def test_the_best_checkpoint_says_what_it_is(finished):
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_or_the_last_weights_are_kept(config, monkeypatch, keep):
-    monkeypatch.setattr(
-        "cbsa_torch.train.tasks.classification.evaluate", falling_accuracy(classification.evaluate)
-    )
+    task = classification.Classification
+    monkeypatch.setattr(task, "evaluate", falling_accuracy(task.evaluate))
     config.optim.keep = keep
     assert train(config).best_epoch == 1
     model, info = load_checkpoint(RunFolder(config.output).weights)

@@ -9,8 +9,7 @@ from torch import nn
 from cbsa_torch.train.data import input_spec, make_loader, open_split
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.tasks.adaptation.config import AdaptTrainConfig
-from cbsa_torch.train.tasks.adaptation.task import Adaptation, adapt_original, open_original
+from cbsa_torch.train.tasks.adaptation.task import Adaptation, AdaptTrainConfig, adapt_original, open_original
 
 
 class Before(NamedTuple):
