@@ -14,6 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cbsa_torch.cli import main
+from cbsa_torch.train import evaluate
+from cbsa_torch.train.tasks import classification
 
 TINY = [
     *("--optim.batch-size", "256", "--optim.warmup-epochs", "0", "--optim.epochs", "1"),
@@ -55,6 +57,22 @@ def digit(tmp_path) -> Path:
     path = tmp_path / "digit.png"
     Image.fromarray(np.round(load_digits().images[0] * (255 / 16)).astype(np.uint8)).save(path)
     return path
+
+
+@pytest.mark.parametrize(("run", "split"), [("cbt", "test"), ("folder", "val")])
+def test_a_report_opens_its_weights_and_its_data_once(runs, run, split, monkeypatch, capsys):
+    calls = []
+
+    def count(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (calls.append(name), function(*a, **k))[1])
+
+    count(evaluate, "load_checkpoint")
+    count(classification, "open_splits")
+    count(classification, "open_split")
+    assert main(["report", "--checkpoint", str(runs[run]), *FEW]) == 0
+    assert calls == ["load_checkpoint", "open_splits"]
+    assert f"{split} accuracy: " in capsys.readouterr().out
 
 
 def map_data(page: Path) -> list[dict]:

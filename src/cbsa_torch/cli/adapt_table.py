@@ -31,7 +31,7 @@ from cbsa_torch.train.run.folder import environment
 from cbsa_torch.train.tasks.adaptation.before import accuracy_before
 from cbsa_torch.train.tasks.adaptation.distill import DistillConfig
 from cbsa_torch.train.tasks.adaptation.stages import recover
-from cbsa_torch.train.tasks.adaptation.task import AdaptedModelConfig, AdaptTrainConfig
+from cbsa_torch.train.tasks.adaptation.task import AdaptedModelConfig, AdaptTrainConfig, open_original
 from cbsa_torch.train.trainer import train
 
 Recovery = Literal["plain", "distilled"]

@@ -221,7 +221,7 @@ def save_state(session: Session, progress: Progress) -> None:
         "random": gather_object([random_states()]),
     }
     if accelerator.is_main_process:
-        session.folder.states(session.config.engine.keep_checkpoints).save(progress.step, state)
+        session.folder.states(session.config.engine.keep_states).save(progress.step, state)
     accelerator.wait_for_everyone()
 
 

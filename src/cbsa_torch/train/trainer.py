@@ -38,7 +38,7 @@ def train(config: RunConfig) -> TrainResult:
     """Train as configured, into the folder ``config.output``; a run that is there already is continued.
 
     Everything that can be refused is refused before the folder is touched. The state is saved after every
-    epoch, every ``engine.checkpoint_steps`` optimiser steps, and when a signal asks to stop.
+    epoch, every ``engine.save_steps`` optimiser steps, and when a signal asks to stop.
 
     Raises:
         ConfigError, DataError, RunFolderError, CheckpointError: what was asked for cannot work.
@@ -284,7 +284,7 @@ def _validate(session: Session, progress: Progress) -> EvalResult:
 
 def _after_step(session: Session, progress: Progress, stop: bool) -> None:
     """Save the state where the configuration or a signal asks for it."""
-    every = session.config.engine.checkpoint_steps
+    every = session.config.engine.save_steps
     if stop or (every is not None and progress.step % every == 0):
         check_finite(session.accelerator, session.model, progress.step)
         save_state(session, progress)
