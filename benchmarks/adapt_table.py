@@ -37,9 +37,15 @@ from cbsa_torch.train.errors import EXPECTED_ERRORS, ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import environment
-from cbsa_torch.train.tasks.adaptation.config import AdaptedModelConfig, AdaptTrainConfig, DistillConfig
+from cbsa_torch.train.tasks.adaptation.distill import DistillConfig
 from cbsa_torch.train.tasks.adaptation.stages import recover
-from cbsa_torch.train.tasks.adaptation.task import Adaptation, adapt_original, open_original
+from cbsa_torch.train.tasks.adaptation.task import (
+    Adaptation,
+    AdaptedModelConfig,
+    AdaptTrainConfig,
+    adapt_original,
+    open_original,
+)
 from cbsa_torch.train.trainer import train
 
 Recovery = Literal["plain", "distilled"]

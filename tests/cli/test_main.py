@@ -149,7 +149,7 @@ def test_a_real_ctrl_c_during_training_saves_exits_75_and_resumes(tmp_path, tiny
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75
-    line = rf"cbsa: stopped by SIGINT; the last checkpoint is that of epoch \d+.*--output {run} --resume"
+    line = rf"cbsa: stopped by SIGINT; the last training state is that of epoch \d+.*--output {run} --resume"
     assert re.fullmatch(line, err.strip().splitlines()[-1])
     assert "Traceback" not in out + err
     resumed = subprocess.run(

@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from cbsa_torch.cli import main
+from cbsa_torch.train import evaluate
+from cbsa_torch.train.tasks import classification
 from tests.helpers.pages import maps_of
 
 FEW = ["--images", "8", "--shown", "2", "--robustness-images", "4"]
@@ -30,13 +32,26 @@ def test_it_measures_and_shows_maps_of_the_images_given(run, digit, capsys):
     assert numbers["evaluation"]["top1"] == accuracy
 
 
-def test_other_mixers_and_data_without_a_test_split(trained_vit, trained_on_folder, tmp_path, capsys):
-    for i, (folder, split) in enumerate(((trained_vit, "test"), (trained_on_folder, "val"))):
-        run = tmp_path / str(i)
-        shutil.copytree(folder, run)
-        assert main(["report", "--checkpoint", str(run), *FEW, "--robustness-images", "0"]) == 0
-        assert f"{split} accuracy: " in capsys.readouterr().out
-        assert "Robustness: switched off." in (run / "report.html").read_text()
+@pytest.mark.parametrize(("name", "split"), [("trained_vit", "test"), ("trained_on_folder", "val")])
+def test_it_opens_weights_and_data_once(name, split, request, tmp_path, monkeypatch, capsys):
+    run, calls = tmp_path / "run", []
+    shutil.copytree(request.getfixturevalue(name), run)
+    for module, called in (
+        (evaluate, "load_checkpoint"),
+        (classification, "open_splits"),
+        (classification, "open_split"),
+    ):
+        original = getattr(module, called)
+
+        def counted(*args, called=called, original=original, **kwargs):
+            calls.append(called)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, called, counted)
+    assert main(["report", "--checkpoint", str(run), *FEW, "--robustness-images", "0"]) == 0
+    assert calls == ["load_checkpoint", "open_splits"]
+    assert f"{split} accuracy: " in capsys.readouterr().out
+    assert "Robustness: switched off." in (run / "report.html").read_text()
 
 
 def test_a_run_given_as_an_image_is_told_apart(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: a clear error, and the checkpoints before it intact."""
+"""A disk that is full or read-only: a clear error, and the states before it intact."""
 
 import dataclasses
 import errno
@@ -50,7 +50,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(config, tmp
     process.join(20)
     assert message is not None
     assert "File too large" in message
-    kept = "there is no checkpoint yet" if from_epoch == 0 else "the last checkpoint is that of epoch 1"
+    kept = "there is no training state yet" if from_epoch == 0 else "the last training state is that of epoch 1"
     assert kept in message
     assert str(RunFolder(config.output).path) in message
     assert len(RunFolder(config.output).states().paths()) == from_epoch

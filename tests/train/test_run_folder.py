@@ -24,7 +24,7 @@ def run(config):
 
 def test_overwriting_leaves_what_is_not_of_a_run(config, run):
     (run.path / "eval_test.json").write_text("{}")
-    foreign = [run.path / "notes.txt", run.path / "thesis" / "chapter.tex", run.checkpoints / "backup.pt"]
+    foreign = [run.path / "notes.txt", run.path / "thesis" / "chapter.tex", run.state_folder / "backup.pt"]
     for path in foreign:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
@@ -111,7 +111,7 @@ def test_a_killed_overwriting_can_be_repeated_without_environment(config, run, m
 
 
 def test_a_folder_among_the_states_is_passed_over(config, run, capsys):
-    (run.checkpoints / "step_9999999999.state").mkdir()
+    (run.state_folder / "step_9999999999.state").mkdir()
     config.optim.epochs, config.accept_changes = 3, True
     train(config)
     assert "continuing after epoch 2 of 3" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_a_folder_among_the_states_is_passed_over(config, run, capsys):
 
 
 def test_lost_states_are_not_trained_over(config, run, contents):
-    shutil.rmtree(run.checkpoints)
+    shutil.rmtree(run.state_folder)
     before = contents(run.path)
     with pytest.raises(RunFolderError, match="holds a run of 2 epochs, but no state to go on from"):
         train(config)
@@ -128,7 +128,7 @@ def test_lost_states_are_not_trained_over(config, run, contents):
     train(config)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "checkpoints"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "states"])
 def test_a_folder_in_the_place_of_a_file_and_the_reverse_are_named(config, run, name):
     path = run.path / name
     if path.is_dir():
@@ -182,7 +182,7 @@ def test_bad_lines_stop_neither_a_run_nor_its_readers(config, run, capsys):
 @pytest.fixture
 def stopped(config, monkeypatch):
     """Stopped in the second epoch, with a state of its first step."""
-    config.engine.checkpoint_steps = 1
+    config.engine.save_steps = 1
     with monkeypatch.context() as patch:
         during_training_step(patch, STEPS + 2, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -191,7 +191,7 @@ def stopped(config, monkeypatch):
 
 
 def test_other_classes_are_refused_by_name(stopped, contents):
-    before = contents(RunFolder(stopped.output).checkpoints)
+    before = contents(RunFolder(stopped.output).state_folder)
     for split in ("train", "val", "test"):
         root = Path(stopped.data.root) / split
         shutil.move(root / "red", root / "rouge")
@@ -199,7 +199,7 @@ def test_other_classes_are_refused_by_name(stopped, contents):
         CheckpointError, match="on 3 classes, the data has 3; new: 'rouge', missing: 'red'. Put"
     ):
         train(stopped)
-    assert contents(RunFolder(stopped.output).checkpoints) == before
+    assert contents(RunFolder(stopped.output).state_folder) == before
 
 
 def test_more_classes_are_refused_by_name(stopped):

@@ -12,8 +12,8 @@ from cbsa_torch.train.config.base import RunConfig, TrainConfig
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.registry import load_config, read_config
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.adaptation.config import AdaptTrainConfig
 from cbsa_torch.train.tasks.adaptation.stages import recover
+from cbsa_torch.train.tasks.adaptation.task import AdaptTrainConfig
 
 USAGE = """usage: cbsa adapt --model RUN_OR_TIMM_NAME [--data NAME] [--config RECIPE_OR_YAML] [options]
 

@@ -49,10 +49,11 @@ def run(args: list[str]) -> None:
     trained = open_trained(options.checkpoint)
     if options.root is not None and trained.task.data_name_elsewhere is not None:
         changes.setdefault("name", trained.task.data_name_elsewhere)
+    data: Any = trained.config.data  # of the task
     result = evaluate_checkpoint(
         trained,
         split=options.split,
-        data=dataclasses.replace(trained.config.data, **changes),
+        data=dataclasses.replace(data, **changes),
         batch_size=options.batch_size,
         windows=options,
         output=options.output,

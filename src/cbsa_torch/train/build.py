@@ -87,7 +87,7 @@ def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any]
     # Only by its prefix: a mistyped folder must not fetch somebody's repository of that name.
     path = fetch_weights(source) if source.startswith(PREFIX) else weights_path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"{key}: no checkpoint at {path}")
+        raise FileNotFoundError(f"{key}: no weights file at {path}")
     model, info = open_weights(path)
     return model, info, path
 

@@ -11,8 +11,7 @@ import yaml
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.train.config.base import RunConfig, TrainConfig, from_dict
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.tasks.adaptation.config import AdaptTrainConfig
-from cbsa_torch.train.tasks.adaptation.task import Adaptation
+from cbsa_torch.train.tasks.adaptation.task import Adaptation, AdaptTrainConfig
 from cbsa_torch.train.tasks.base import Task
 from cbsa_torch.train.tasks.classification import Classification
 from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig

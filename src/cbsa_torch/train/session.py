@@ -1,18 +1,25 @@
-"""Everything a run works with, checked and put together before its first step."""
+"""A run at work: what it works with, how it is set up, saved and resumed.
+
+Of the functions here, all are called on every process; files are written by the main process.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch._version import __version__
+from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
+from cbsa_torch.train.card import model_card
 from cbsa_torch.train.config.base import RunConfig, to_dict
 from cbsa_torch.train.engine.accelerate import (
     on_main,
@@ -28,8 +35,48 @@ from cbsa_torch.train.errors import ConfigError, DataError, RunFolderError
 from cbsa_torch.train.losses import Loss, cross_entropy
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.signals import StopRequests
-from cbsa_torch.train.run.state import data_facts
+from cbsa_torch.train.run.state import (
+    compare_data,
+    data_facts,
+    load_state,
+    model_state,
+    optimizer_state,
+    random_states,
+    restore,
+    restore_random_states,
+)
 from cbsa_torch.train.tasks.base import Task
+
+
+@dataclass
+class Progress:
+    """How far a run is. With the weights and the generators it is all that going on needs."""
+
+    epoch: int = 0
+    """Epochs done, validation included."""
+    step: int = 0
+    """Optimiser steps done."""
+    best_epoch: int = 0
+    best_score: float = -1.0
+    batch: int = 0
+    """Batches done of the epoch under way; the rest is of these batches."""
+    loss: float = 0.0
+    """Sum of the training loss over the targets of all processes."""
+    targets: float = 0.0
+    """How many those were: images, or pixels."""
+    images: float = 0.0
+    """Images with at least one."""
+    seconds: float = 0.0
+    """Time spent on them by the main process."""
+    waited: float = 0.0
+    """Part of the time that went by until the data was there."""
+    lr: float = 0.0
+    """Learning rate of the last step."""
+
+    def end_epoch(self) -> None:
+        """Count the epoch under way as done."""
+        self.epoch += 1
+        self.batch, self.loss, self.targets, self.images, self.seconds, self.waited = 0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 @dataclass(kw_only=True)
@@ -149,6 +196,104 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
         steps_per_epoch=steps_per_epoch,
         description=description,
     )
+
+
+def save_weights(session: Session, epoch: int, score: float) -> None:
+    """Write the weights file; called on every process, written by one."""
+    state = model_state(session.eval_model)
+    if session.accelerator.is_main_process:
+        info = {**session.description, "epoch": epoch, session.task.score: score}
+        save_tensors(session.folder.weights, state, info)
+        card = model_card(info, session.folder.read_metrics())
+        write_atomically(session.folder.card, card.encode())
+
+
+def save_state(session: Session, progress: Progress) -> None:
+    """Save all that going on needs; called on every process, written by one."""
+    accelerator = session.accelerator
+    scaler = accelerator.scaler
+    state = {
+        "progress": dict(vars(progress)),
+        "batch_size": _images_per_batch(session.config),
+        "data": session.data_facts,
+        "model": model_state(session.model),
+        "ema": None if session.ema is None else session.ema.module.state_dict(),
+        "optimizer": optimizer_state(session.model, session.optimizer),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "random": gather_object([random_states()]),
+    }
+    if accelerator.is_main_process:
+        session.folder.states(session.config.engine.keep_states).save(progress.step, state)
+    accelerator.wait_for_everyone()
+
+
+def resume(session: Session) -> Progress:
+    """Load the newest state that is whole, or start over if the run died before its first."""
+    folder, accelerator, reporter = session.folder, session.accelerator, session.reporter
+    found: list[Any] = [None, [], None]
+    if accelerator.is_main_process:
+        try:
+            found = [*folder.states().newest(), None]
+        except CheckpointError as error:
+            found[2] = str(error)
+    path, problems, failure = broadcast_object_list(found)  # the same for every process
+    if failure is not None:
+        raise CheckpointError(failure)
+    for problem in problems:
+        reporter.say(f"left aside: {problem}")
+    progress = Progress() if path is None else _restore(session, path)
+    if accelerator.is_main_process:
+        if path is not None:
+            folder.describe(session.config)  # only now: a changed configuration may not have fitted
+        folder.keep_metrics_until(progress.epoch, reporter.say)
+    accelerator.wait_for_everyone()
+    if path is not None:
+        epochs = session.config.optim.epochs
+        within = f", batch {progress.batch} of {len(session.train_loader)}" if progress.batch else ""
+        verb = "finished already:" if progress.epoch >= epochs else "continuing after"
+        reporter.say(f"{verb} epoch {progress.epoch} of {epochs}{within} ({path})")
+    return progress
+
+
+def _restore(session: Session, path: Path) -> Progress:
+    state = load_state(path)
+    try:
+        progress = Progress(**state["progress"])
+        for remark in compare_data(state["data"], session.data_facts, progress.batch, str(path)):
+            session.reporter.say(remark)
+        progress.batch = min(progress.batch, len(session.train_loader))
+        restore(
+            session.model, session.optimizer, state["model"], state["optimizer"], session.state_spec, str(path)
+        )
+        if session.ema is not None:
+            if state["ema"] is None:
+                raise CheckpointError(f"{path} has no average of the weights: leave optim.ema_decay unset")
+            check_fit(state["ema"], session.state_spec, str(path), exact_dtype=True)
+            session.ema.module.load_state_dict(state["ema"])
+        if session.accelerator.scaler is not None and state["scaler"] is not None:
+            session.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["batch_size"] != _images_per_batch(session.config):  # an accepted change
+            seen = progress.batch * state["batch_size"]
+            steps = seen // session.config.optim.batch_size  # whole ones
+            progress.batch = min(steps * session.config.engine.accumulate, len(session.train_loader))
+        states = state["random"]
+        if len(states) == session.accelerator.num_processes:
+            restore_random_states(states[session.accelerator.process_index])
+        else:
+            session.reporter.say(
+                f"the run goes on with {session.accelerator.num_processes} process(es) instead of "
+                f"{len(states)}: what dropout draws is not what it would have been"
+            )
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not fit this run: {error}") from error
+    return progress
+
+
+def _images_per_batch(config: RunConfig) -> int:
+    """Images of one forward pass of all processes."""
+    return config.optim.batch_size // config.engine.accumulate
 
 
 def _engine(accelerator: Accelerator) -> str:

@@ -148,9 +148,9 @@ class EngineConfig:
     """torch.compile the model."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
-    checkpoint_steps: int | None = None
+    save_steps: int | None = None
     """Save the state also every this many optimiser steps, besides after every epoch."""
-    keep_checkpoints: int = 2
+    keep_states: int = 2
     """How many of the last states are kept."""
     tracker: str = field(default="tensorboard", metadata=LOCAL)
     """Any tracker that Accelerate knows ("wandb", "mlflow", "trackio" ...), or "none"."""

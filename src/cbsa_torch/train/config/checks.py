@@ -32,7 +32,7 @@ def check_config(config: RunConfig) -> None:
     """Refuse values that cannot work, before anything is read or written; the data are the task's to check."""
     check_numbers(to_dict(config))
     optim, data = config.optim, config.data
-    threads, every, keep = config.engine.threads, config.engine.checkpoint_steps, config.engine.keep_checkpoints
+    threads, every, keep = config.engine.threads, config.engine.save_steps, config.engine.keep_states
     size, model = config.model.image_size, config.model
     check_rules([
         (0 <= config.seed < 2**31, "seed must be in [0, 2**31)", config.seed),
@@ -66,8 +66,8 @@ def check_config(config: RunConfig) -> None:
         (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
         (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
-        (keep >= 1, "engine.keep_checkpoints must be at least 1", keep),
-        (every is None or every >= 1, "engine.checkpoint_steps must be at least 1", every),
+        (keep >= 1, "engine.keep_states must be at least 1", keep),
+        (every is None or every >= 1, "engine.save_steps must be at least 1", every),
         (
             not (config.engine.fsdp and optim.ema_decay is not None),
             "optim.ema_decay must be unset with engine.fsdp (sharded weights are not averaged)",

@@ -37,8 +37,8 @@ NOT_COMPARED = (
     "data.download",
     "data.workers",
     "data.max_bad_images",
-    "engine.checkpoint_steps",
-    "engine.keep_checkpoints",
+    "engine.save_steps",
+    "engine.keep_states",
     "engine.tracker",
 )
 """Keys that a continued run may change: they do not change what is computed."""
@@ -48,7 +48,7 @@ WRITTEN = (
     "model.safetensors",
     "README.md",
     "skipped_images.txt",
-    "checkpoints/step_*.state",
+    "states/step_*.state",
     "tensorboard/**/events.out.tfevents.*",
     "tensorboard/**/hparams.yml",
     "report.html",
@@ -73,7 +73,7 @@ class RunFolder:
         """The weights that eval, predict and report use: of the best or of the last epoch."""
         self.card = self.path / "README.md"
         """What those weights are, for people."""
-        self.checkpoints = self.path / "checkpoints"
+        self.state_folder = self.path / "states"
         """The folder of the training states: everything needed to go on."""
         self.skipped = self.path / "skipped_images.txt"
         self.tensorboard = self.path / "tensorboard"
@@ -84,7 +84,7 @@ class RunFolder:
 
     def states(self, keep: int = 1) -> TrainingStates:
         """The training states, of which ``keep`` are kept."""
-        return TrainingStates(self.checkpoints, keep)
+        return TrainingStates(self.state_folder, keep)
 
     def holds_run(self) -> bool:
         """Whether this folder was written by a run (others have a config.yaml, too)."""
@@ -94,7 +94,7 @@ class RunFolder:
         """Whether something is here that only a run writes, besides its configuration."""
         return (
             any(path.is_file() for path in (self.lock.path, self.environment, self.metrics, self.weights))
-            or self.checkpoints.is_dir()
+            or self.state_folder.is_dir()
         )
 
     def _may_be_a_beginning(self, path: Path) -> bool:
@@ -144,8 +144,8 @@ class RunFolder:
         for path in (self.environment, self.metrics, self.weights, self.card, self.skipped):
             if path.is_dir():
                 raise RunFolderError(f"{path} is a folder, where a run writes a file; move it away")
-        if self.checkpoints.exists() and not self.checkpoints.is_dir():
-            raise RunFolderError(f"{self.checkpoints} is not a folder; move it away")
+        if self.state_folder.exists() and not self.state_folder.is_dir():
+            raise RunFolderError(f"{self.state_folder} is not a folder; move it away")
 
     def _check_states(self) -> None:
         """Epochs without a state were trained, and their states lost: starting over would replace the rest.
@@ -156,7 +156,7 @@ class RunFolder:
         if epochs > 1 and not self.states().paths():
             raise RunFolderError(
                 f"output {self.path} holds a run of {epochs} epochs, but no state to go on from in "
-                f"{self.checkpoints}: put that folder back, start over with --overwrite, or choose another "
+                f"{self.state_folder}: put that folder back, start over with --overwrite, or choose another "
                 "--output"
             )
 
@@ -171,12 +171,12 @@ class RunFolder:
         self.lock.take(say)
         self.check(config)  # again: another run may have begun and ended here since
         remove_temporary_files(self.path)
-        remove_temporary_files(self.checkpoints)
+        remove_temporary_files(self.state_folder)
         if config.overwrite and self.holds_run():
             for path in self._written():  # config.yaml stays to the end: it says that this is a run
                 path.unlink()
             events = sorted(self.tensorboard.rglob("*"), reverse=True)  # the inner ones first
-            for path in (self.checkpoints, self.figures, *events, self.tensorboard):
+            for path in (self.state_folder, self.figures, *events, self.tensorboard):
                 _remove_if_empty(path)
         if config.overwrite or not self.states().paths():
             self.describe(config)
@@ -292,12 +292,12 @@ def describe_last_checkpoint(folder: RunFolder) -> str:
     except CheckpointError as error:
         return str(error)
     if path is None:
-        return "there is no checkpoint yet"
+        return "there is no training state yet"
     done = load_state(path)["progress"]
     within = f" and {done['batch']} batches" if done["batch"] else ""
     best = f", the best epoch was {done['best_epoch']}" if done["best_epoch"] else ""
     return (
-        f"the last checkpoint is that of epoch {done['epoch']}{within}{best}; "
+        f"the last training state is that of epoch {done['epoch']}{within}{best}; "
         f"go on with: cbsa train --output {folder.path} --resume"
     )
 

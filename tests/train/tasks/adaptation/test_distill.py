@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from cbsa_torch.models import adapt_vit
 from cbsa_torch.train.data import IGNORE
-from cbsa_torch.train.tasks.adaptation.config import DistillConfig
 from cbsa_torch.train.tasks.adaptation.distill import (
     Distillation,
+    DistillConfig,
     blocks_with_attention,
     divergence,
     relative_error,

@@ -23,7 +23,7 @@ def weights(folder):
 
 
 def test_a_run_is_opened_and_goes_on_exactly(config, tmp_path, monkeypatch):
-    config.engine.checkpoint_steps = 2
+    config.engine.save_steps = 2
     result = recover(config)
     trained = open_trained(result.folder)
     assert trained.info["model_args"]["mixer"] == "cbsa"

@@ -54,7 +54,7 @@ def test_it_learns(config):
 
 
 def test_a_run_killed_within_an_epoch_goes_on_exactly(config, tmp_path, monkeypatch):
-    config.engine.checkpoint_steps = 1
+    config.engine.save_steps = 1
     train(config)
     cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
@@ -71,7 +71,7 @@ def test_a_run_killed_within_an_epoch_goes_on_exactly(config, tmp_path, monkeypa
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_encoder_stays_as_it_was(config, frozen):
     config.model.args["freeze_encoder"] = frozen
-    before = Segmentation().open(config, Path("unused"), continued=False).model
+    before = Segmentation(config).open(Path("unused"), continued=False).model
     torch.manual_seed(config.seed)
     train(config)
     states = [last(dataclasses.replace(config))["model"]]
@@ -97,7 +97,7 @@ def classifier(images, tmp_path):
 def test_the_encoder_starts_from_a_classifier(config, classifier):
     config.model.encoder_from = classifier
     config.model.args = {"depth": "1", "num_heads": "2", "head_dim": "8"}
-    opened = Segmentation().open(config, Path("unused"), continued=False)
+    opened = Segmentation(config).open(Path("unused"), continued=False)
     source, info = load_checkpoint(RunFolder(classifier).weights)
     weights, encoder = source.state_dict(), opened.model.encoder.state_dict()
     assert encoder
@@ -155,9 +155,9 @@ def test_pretrained_weights_are_fetched_for_a_new_run_only(config, monkeypatch):
     config.model.encoder_from = "pretrained"
     with monkeypatch.context() as patch:
         patch.setattr("cbsa_torch.train.tasks.segmentation.encoder.timm.create_model", fetched)
-        Segmentation().open(config, Path("unused"), continued=False)
+        Segmentation(config).open(Path("unused"), continued=False)
         assert asked.count(True) == 1
-        Segmentation().open(config, Path("unused"), continued=True)
+        Segmentation(config).open(Path("unused"), continued=True)
         assert asked.count(True) == 1
 
 
@@ -223,7 +223,7 @@ def test_a_single_class_is_refused(config):
         ("data", "crop_size", 0, r"data\.crop_size must be at least 1, got 0"),
         ("data", "name", "ade", r"data\.name must be one of .*, got 'ade'"),
         ("model", "name", "cbt_tiny_patch16_224", r"model\.name must be 'segmenter'"),
-        ("model", "encoder_from", "nowhere", r"model\.encoder_from: no checkpoint at nowhere"),
+        ("model", "encoder_from", "nowhere", r"model\.encoder_from: no weights file at nowhere"),
         ("optim", "poly_power", 0.0, r"optim\.poly_power must be positive, got 0.0"),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_run_goes_on_from_the_weights_of_another(config, tmp_path):
     train(config)
     further = tiny_segmentation(Path(config.data.root), tmp_path / "further")
     further.model.args, further.model.init_from = {}, config.output
-    opened = Segmentation().open(further, Path("unused"), continued=False)
+    opened = Segmentation(further).open(Path("unused"), continued=False)
     kept = load_checkpoint(RunFolder(config.output).weights)[0].state_dict()
     assert_same_tensors(opened.model.state_dict(), kept)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +12,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbsa_torch.models.adapt.find import find_attention
+from cbsa_torch.train.config.base import LOCAL
 from cbsa_torch.train.data import IGNORE
 from cbsa_torch.train.losses import mean_loss
-from cbsa_torch.train.tasks.adaptation.config import DistillConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class DistillConfig:
+    """What the adapted model learns from the original besides the labels. The loss is the weighted sum."""
+
+    labels: float = 1.0
+    """Weight of the cross-entropy against the labels; 0: only the teacher counts."""
+    logits: float = 0.0
+    """Weight of the Kullback-Leibler divergence from the teacher's classes, times temperature squared."""
+    temperature: float = 2.0
+    """Logits of both are divided by it."""
+    features: float = 0.0
+    """Weight of the difference after every block with attention: its square over that of the teacher's
+    features, mean over the images and the blocks."""
+    teacher: str | None = field(default=None, metadata=LOCAL)
+    """As model.original. Default: that."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a teacher is needed."""
+        return self.logits > 0 or self.features > 0
 
 
 class Distillation:
