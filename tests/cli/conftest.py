@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from cbsa_torch.cli import main
 
 TINY = [
-    *("--optim.batch-size", "128", "--optim.warmup-epochs", "0", "--optim.epochs", "1", "--data.workers", "0"),
-    *("--model.args", "embed_dim", "16", "depth", "2", "num_heads", "2"),
+    *("--optim.batch-size", "256", "--optim.warmup-epochs", "0", "--optim.epochs", "1", "--data.workers", "0"),
+    *("--model.args", "embed_dim", "8", "depth", "1", "num_heads", "2"),
 ]
 
 
@@ -25,7 +25,7 @@ def tiny() -> list[str]:
 
 
 def train(folder: Path, *options: str) -> Path:
-    assert main(["train", "--output", str(folder), *options, *TINY]) == 0
+    assert main(["train", "--output", str(folder), *TINY, *options]) == 0
     return folder
 
 
@@ -56,7 +56,8 @@ def colours(tmp_path_factory) -> Path:
 def trained_on_folder(colours, tmp_path_factory) -> Path:
     """CBSA on two classes of an image folder."""
     folder = tmp_path_factory.mktemp("runs") / "folder"
-    return train(folder, "--config", "folder", "--data.root", str(colours), "--model", "cbt_pico_patch1_8")
+    options = ["--config", "folder", "--data.root", str(colours), "--optim.batch-size", "8"]
+    return train(folder, *options, "--model", "cbt_pico_patch1_8")
 
 
 @pytest.fixture

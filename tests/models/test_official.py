@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from cbsa_torch.models import load_official
+from cbsa_torch.models import load_checkpoint, load_official
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.convert import convert_official
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
+from tests.helpers.official import official_model, official_state
 
 GOLDEN = ["cbt_tiny", "cbt_small", "crate_tiny", "tost_tiny"]
 
@@ -144,3 +146,50 @@ def test_a_stem_of_one_convolution_is_not_official():
         del state[key]
     with pytest.raises(CheckpointError, match="3 or 4 convolutions of stride 2, got one"):
         load_official(state)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".safetensors"])
+def test_an_official_checkpoint_converts(tmp_path, prefix, wrapped, suffix):
+    model = official_model()
+    state = {prefix + k: v for k, v in official_state(model).items()}
+    source, output = tmp_path / f"official{suffix}", tmp_path / "ours.safetensors"
+    if suffix == ".safetensors":
+        save_file(state, source)
+    else:
+        torch.save({"state_dict": state, "epoch": 9, "best_acc1": 0.5} if wrapped else state, source)
+    described = convert_official(source, output)
+    converted, found = load_checkpoint(output)
+    assert found == described
+    assert found["model_args"]["img_size"] == 64
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(converted(images), model(images), atol=0, rtol=0)
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    state = official_state(official_model())
+    lacking = {key: value for key, value in state.items() if "1.0.fn.to_out.bias" not in key}
+    with pytest.raises(
+        CheckpointError, match=r"missing transformer\.layers\.1\.0\.fn\.to_out\.bias; unexpected nothing"
+    ):
+        load_official(lacking)
+    torch.save(official_model().state_dict(), tmp_path / "ours.pth")
+    with pytest.raises(CheckpointError, match="is not an official checkpoint: missing pos_embedding"):
+        convert_official(tmp_path / "ours.pth", tmp_path / "converted.safetensors")
+    assert not (tmp_path / "converted.safetensors").exists()
+
+
+def test_an_official_checkpoint_with_our_names_or_wrong_dtypes_is_refused():
+    state = official_state(official_model())
+    with pytest.raises(CheckpointError, match="unexpected norm.weight"):
+        load_official({**state, "norm.weight": torch.ones(16)})
+    key = "transformer.layers.0.1.fn.weight"
+    with pytest.raises(CheckpointError, match="ista.weight is torch.int64"):
+        load_official({**state, key: state[key].long()})
+    with pytest.raises(CheckpointError, match="layers"):
+        load_official({**state, "transformer.layers.400.0.norm.weight": torch.ones(16)})
+    with pytest.raises(CheckpointError, match="step_x .* instead of"):
+        load_official({**state, "transformer.layers.0.0.fn.step_x": torch.ones(0, 1, 1)})
+    compiled = {f"_orig_mod.{key}": value for key, value in state.items()}
+    assert load_official(compiled).num_classes == load_official(state).num_classes

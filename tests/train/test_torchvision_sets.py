@@ -19,7 +19,7 @@ from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data import IGNORE, InputSpec, make_loader, open_splits, read_skipped
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.registry import load_config
-from tests.train.test_checkpoint import official_model, official_state
+from tests.helpers.official import official_model, official_state
 
 RNG = np.random.default_rng(0)
 
