@@ -6,15 +6,7 @@ import json
 import pytest
 from benchmarks.adapt_table import Options, compare, markdown
 
-from cbsa_torch.train import (
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    evaluate_checkpoint,
-    train,
-)
+from cbsa_torch import train
 from cbsa_torch.train.errors import ConfigError
 
 VIT = {"patch_size": "2", "in_chans": "1", "embed_dim": "24", "depth": "2", "num_heads": "2"}
@@ -23,39 +15,29 @@ AGENT = "cbsa_agent num_representatives=4"
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    config = TrainConfig(
-        output=str(tmp_path_factory.mktemp("vit") / "run"),
-        model=ModelConfig("vit_tiny_patch16_224", image_size=8, args=dict(VIT)),
-        data=DataConfig(name="digits", workers=0),
-        optim=OptimConfig(name="adamw", lr=1e-3, batch_size=128, epochs=1, warmup_epochs=0),
-        engine=EngineConfig(cpu=True, tracker="none"),
-    )
-    return train(config).folder
+    config = train.TrainConfig(output=str(tmp_path_factory.mktemp("vit") / "run"))
+    config.model = train.ModelConfig("vit_tiny_patch16_224", image_size=8, args=dict(VIT))
+    config.data = train.DataConfig(name="digits", workers=0)
+    config.optim = train.OptimConfig(name="adamw", lr=1e-3, batch_size=128, epochs=1, warmup_epochs=0)
+    config.engine = train.EngineConfig(cpu=True, tracker="none")
+    return train.train(config).folder
 
 
 def test_the_table(vit, tmp_path, capsys):
     output = tmp_path / "table"
-    options = Options(
-        model=str(vit),
-        variants=(AGENT, "linear layers=-1"),
-        epochs=1,
-        batch_size=256,
-        threads=1,
-        output=str(output),
-        budget=0.2,
-        image_sizes=(8, 16),
-        batches=(2, 2),
-    )
+    options = Options(str(vit), variants=(AGENT, "linear layers=-1"), epochs=1, batch_size=256, threads=1)
+    costs = {"image_sizes": (8, 16), "batches": (2, 2), "budget": 0.2}
+    options = dataclasses.replace(options, output=str(output), **costs)
     record = compare(options)
     assert json.loads(output.with_suffix(".json").read_text()) == json.loads(json.dumps(record))
     original, agent, linear = record["accuracy"]
-    test = evaluate_checkpoint(vit, output=tmp_path / "e.json").top1
+    test = train.evaluate_checkpoint(vit, output=tmp_path / "e.json").top1
     assert original.keys() == {"name", "before", "plain"}  # it has no teacher
     assert original["before"] == test
     for row in (agent, linear):
         assert len(row["plain"]) == len(row["distilled"]) == 1
     run = f"{output}/{AGENT.replace(' ', '_')}_distilled_seed0"
-    assert evaluate_checkpoint(run, output=tmp_path / "e.json").top1 == agent["distilled"][0]
+    assert train.evaluate_checkpoint(run, output=tmp_path / "e.json").top1 == agent["distilled"][0]
     sizes = {(row["name"], row["image_size"]): row for row in record["cost"]}
     assert len(sizes) == 6
     assert sizes[AGENT, 8]["parameters"] == sizes["original", 8]["parameters"]

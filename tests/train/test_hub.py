@@ -12,6 +12,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_hf_hub_args
 
 from cbsa_torch.cli import main
 from cbsa_torch.models import from_pretrained, load_checkpoint, save_checkpoint
@@ -92,6 +93,7 @@ class Api:
     def __init__(self, token=None):
         type(self).asked = {"token": token}
 
+    @validate_hf_hub_args
     def create_repo(self, repo_id, private, exist_ok):
         self.asked |= {"repo_id": repo_id, "private": private}
         return SimpleNamespace(repo_id=repo_id)
@@ -172,14 +174,15 @@ class NoNetworkError(HfHubHTTPError.__bases__[0]):
 
 
 def test_a_push_without_network_or_with_a_bad_name_is_one_line(run, api, monkeypatch, capsys):
+    with pytest.raises(HubError, match="not the name of a repository"):
+        push_to_hub(run, "me/my/mine")
+
     def refuse(self, **_):
         raise NoNetworkError("name or service not known")
 
     monkeypatch.setattr(api, "create_repo", refuse)
     assert main(["push", "--checkpoint", str(run), "--repo-id", "me/mine"]) == 1
     assert capsys.readouterr().err == "cbsa: the Hugging Face Hub and me/mine: name or service not known\n"
-    with pytest.raises(HubError, match="not the name of a repository"):
-        push_to_hub(run, "me/my/mine")
 
 
 def test_fine_tuning_starts_from_the_hub_only_when_told(finished, monkeypatch):

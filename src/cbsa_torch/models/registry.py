@@ -65,7 +65,7 @@ def mixer_options(mixer: type[TokenMixer]) -> frozenset[str]:
     return frozenset((_keyword_only(mixer) | shared) - _SET_BY_MODEL)
 
 
-def _keyword_only(mixer: type[TokenMixer]) -> set[str]:
+def _keyword_only(mixer: type[Any]) -> set[str]:
     parameters = inspect.signature(mixer).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 

@@ -148,7 +148,8 @@ def published(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_local(values: Mapping[str, Any], section: type[Any]) -> dict[str, Any]:
-    hints, kept = get_type_hints(section), {}
+    hints: dict[str, Any] = get_type_hints(section)
+    kept: dict[str, Any] = {}
     for setting in dataclasses.fields(section):
         value = values.get(setting.name)
         if setting.name not in values or setting.metadata.get("local") or _is_absolute(value):
@@ -192,7 +193,8 @@ def _task_class(info: Mapping[str, Any]) -> type[Any]:
     """The task that the description names; of a model that no run trained, the one that it is for."""
     segments = info["model"] == SegmentationTrainConfig().model.name
     likely = SegmentationTrainConfig.task if segments else TrainConfig.task
-    return TASKS.get((info.get("config") or {}).get("task"), TASKS[likely])[1]
+    named = (info.get("config") or {}).get("task")
+    return TASKS[named if named in TASKS else likely][1]
 
 
 def _front_matter(info: Mapping[str, Any], task: type[Any], score: float | None) -> ModelCardData:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from cbsa_torch.models.checkpoint import load_checkpoint, save_checkpoint
@@ -65,8 +64,6 @@ def push_to_hub(
         HubError: no network, not logged in, no permission, or not a name of a repository.
         FileNotFoundError, CheckpointError: the checkpoint cannot be read.
     """
-    with explained(repo_id):
-        validate_repo_id(repo_id)
     path = weights_path(checkpoint)
     model, info = load_checkpoint(path)
     readme = path.with_name("README.md")

@@ -118,11 +118,12 @@ def segmenter(
         )
         return Segmenter(made, decoder, freeze_encoder=freeze_encoder)
 
-    model: Segmenter = build_entry("segmenter", build, pretrained, **timm_args)
+    model: Any = build_entry("segmenter", build, pretrained, **timm_args)
     known = getattr(model.encoder, "pretrained_cfg", None) or {}
     model.pretrained_cfg |= {key: known[key] for key in _FROM_ENCODER if key in known}
     model.pretrained_cfg["num_classes"] = num_classes
-    return model
+    made: Segmenter = model
+    return made
 
 
 def _encoder(name: str, pretrained: bool, args: dict[str, Any], norm_eps: float | None) -> nn.Module:
