@@ -146,7 +146,11 @@ PRIVATE = {
         "engine": dict.fromkeys(("cpu", "threads", "tracker"), "mine"),
     },
     "adaptation": {"output": "mine", "model": {"original": "mine"}, "distill": {"teacher": "mine"}},
-    "segmentation": {"model": {"encoder_from": "mine"}, "data": {"root": "mine", "workers": "mine"}},
+    "segmentation": {
+        "model": {"encoder_from": "mine"},
+        "data": {"root": "mine", "workers": "mine"},
+        "windows": "mine",
+    },
     "unheard_of": {"seed": "mine", "data": {"where": "mine"}},
 }
 

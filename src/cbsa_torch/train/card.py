@@ -154,11 +154,14 @@ def _without_local(values: Mapping[str, Any], section: type[Any]) -> dict[str, A
         value = values.get(setting.name)
         if setting.name not in values or setting.metadata.get("local") or _is_absolute(value):
             continue
-        if isinstance(value, Mapping):
-            hint = hints[setting.name]
-            inside = _without_local(value, hint) if dataclasses.is_dataclass(hint) else value
-            value = {key: item for key, item in inside.items() if not _is_absolute(item)}
-        kept[setting.name] = value
+        hint = hints[setting.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            if isinstance(value, Mapping):
+                kept[setting.name] = _without_local(value, hint)
+        elif isinstance(value, Mapping):
+            kept[setting.name] = {key: item for key, item in value.items() if not _is_absolute(item)}
+        else:
+            kept[setting.name] = value
     return kept
 
 
