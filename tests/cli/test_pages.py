@@ -60,7 +60,7 @@ def digit(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("run", "split"), [("cbt", "test"), ("folder", "val")])
-def test_a_report_opens_its_weights_and_its_data_once(runs, run, split, monkeypatch, capsys):
+def test_a_report_opens_its_weights_and_its_data_once(runs, run, split, tmp_path, monkeypatch, capsys):
     calls = []
 
     def count(module, name):
@@ -70,7 +70,8 @@ def test_a_report_opens_its_weights_and_its_data_once(runs, run, split, monkeypa
     count(evaluate, "load_checkpoint")
     count(classification, "open_splits")
     count(classification, "open_split")
-    assert main(["report", "--checkpoint", str(runs[run]), *FEW]) == 0
+    shutil.copytree(runs[run], tmp_path / "run")
+    assert main(["report", "--checkpoint", str(tmp_path / "run"), *FEW]) == 0
     assert calls == ["load_checkpoint", "open_splits"]
     assert f"{split} accuracy: " in capsys.readouterr().out
 

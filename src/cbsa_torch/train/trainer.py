@@ -1,4 +1,4 @@
-"""Train from a configuration, whatever the task: everything in the order it happens."""
+"""Training from a configuration, whatever the task: epochs, steps, validation, in the order they happen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, tra
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.registry import task_of
-from cbsa_torch.train.run.folder import RunFolder, describe_last_checkpoint
+from cbsa_torch.train.run.folder import RunFolder, describe_last_state
 from cbsa_torch.train.run.signals import StopRequests
 from cbsa_torch.train.run.state import check_finite
 from cbsa_torch.train.session import Progress, Session, prepare, resume, save_state, save_weights
@@ -37,12 +37,12 @@ class TrainResult(NamedTuple):
 def train(config: RunConfig) -> TrainResult:
     """Train as configured, into the folder ``config.output``; a run that is there already is continued.
 
-    Everything that can be refused is refused before the folder is touched. The state is saved after every
-    epoch, every ``engine.save_steps`` optimiser steps, and when a signal asks to stop.
+    Everything that can be refused is refused before the folder is touched. The training state is saved after
+    every epoch, every ``engine.save_steps`` optimiser steps, and when a signal asks to stop.
 
     Raises:
         ConfigError, DataError, RunFolderError, CheckpointError: what was asked for cannot work.
-        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is from before.
+        NonFiniteLossError: the loss became NaN or infinite; the last training state is from before.
         InterruptedRun: SIGINT or SIGTERM came; the state was saved, and calling again goes on from there.
     """
     check_config(config)
@@ -84,11 +84,11 @@ def _run(session: Session) -> Progress:
         while progress.epoch < config.optim.epochs:
             _run_epoch(session, progress)
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; {describe_last_checkpoint(folder)}") from None
+        raise NonFiniteLossError(f"{error}; {describe_last_state(folder)}") from None
     except OSError as error:
-        raise OSError(f"{error}; {describe_last_checkpoint(folder)}") from error
+        raise OSError(f"{error}; {describe_last_state(folder)}") from error
     except KeyboardInterrupt:
-        reporter.say(f"\ninterrupted; {describe_last_checkpoint(folder)}")
+        reporter.say(f"\ninterrupted; {describe_last_state(folder)}")
         raise
     finally:
         skipped = read_skipped(folder.skipped)
@@ -148,8 +148,8 @@ def _run_epoch(session: Session, progress: Progress) -> None:
         f"{seconds:.1f} s  {row['images_per_second']:.0f} images/s "
         f"({100 * row['data_wait']:.0f} % waiting for data)"
     )
-    if _anyone_asks_to_stop(session) and progress.epoch < epochs:
-        _stop(session)
+    if _stop_requested(session) and progress.epoch < epochs:
+        _raise_interrupted(session)
 
 
 def train_one_epoch(
@@ -267,9 +267,9 @@ def _validate(session: Session, progress: Progress) -> EvalResult:
     """Evaluate; asked to stop, save where the run is and stop."""
 
     def before_batch() -> None:
-        if _anyone_asks_to_stop(session):
+        if _stop_requested(session):
             save_state(session, progress)
-            _stop(session)
+            _raise_interrupted(session)
 
     with session.reporter.bar("validating", len(session.val_loader)) as advance:
         return session.task.evaluate(
@@ -289,18 +289,18 @@ def _after_step(session: Session, progress: Progress, stop: bool) -> None:
         check_finite(session.accelerator, session.model, progress.step)
         save_state(session, progress)
     if stop:
-        _stop(session)
+        _raise_interrupted(session)
 
 
-def _anyone_asks_to_stop(session: Session) -> bool:
+def _stop_requested(session: Session) -> bool:
     """Whether any process was asked to stop; to be called on every process."""
     flag = torch.tensor(float(bool(session.stop)), device=session.accelerator.device)
     return bool(session.accelerator.reduce(flag) > 0)
 
 
-def _stop(session: Session) -> None:
+def _raise_interrupted(session: Session) -> None:
     name = "another process" if session.stop.received is None else session.stop.received.name
-    raise InterruptedRun(f"stopped by {name}; {describe_last_checkpoint(session.folder)}")
+    raise InterruptedRun(f"stopped by {name}; {describe_last_state(session.folder)}")
 
 
 def _listed(folder: RunFolder) -> str:

@@ -62,7 +62,7 @@ WRITTEN = (
 
 
 class RunFolder:
-    """``runs/<name>/``: config.yaml, environment.json, metrics.jsonl, checkpoints, report."""
+    """``runs/<name>/``: config.yaml, environment.json, metrics.jsonl, weights, training states, report."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -285,8 +285,8 @@ def _commit() -> str | None:
     return result.stdout.strip()
 
 
-def describe_last_checkpoint(folder: RunFolder) -> str:
-    """What an interrupted run has left, as its files tell: memory may be ahead of them or behind."""
+def describe_last_state(folder: RunFolder) -> str:
+    """What an interrupted run can continue from, read from its files: memory may be ahead of them or behind."""
     try:
         path, _ = folder.states().newest()
     except CheckpointError as error:
