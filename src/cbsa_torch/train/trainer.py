@@ -15,6 +15,7 @@ from cbsa_torch.train.config.base import RunConfig
 from cbsa_torch.train.config.checks import check_config
 from cbsa_torch.train.data import IGNORE, read_skipped
 from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, training_settings
+from cbsa_torch.train.engine.console import counted
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.registry import task_of
@@ -104,13 +105,7 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     if progress.batch < batches:
         loader = start_epoch(session.accelerator, session.train_loader, progress.epoch, progress.batch)
         with session.reporter.bar(f"epoch {epoch}/{epochs}", len(loader)) as advance:
-            train_one_epoch(
-                session,
-                progress,
-                loader,
-                after_step=lambda stop: _after_step(session, progress, stop),
-                advance=advance,
-            )
+            train_one_epoch(session, progress, counted(loader, advance))
     if progress.targets == 0:
         raise DataError(f"no training image of epoch {epoch} could be read{_listed(session.folder)}")
     check_finite(session.accelerator, session.model, progress.step)
@@ -152,25 +147,17 @@ def _run_epoch(session: Session, progress: Progress) -> None:
         _raise_interrupted(session)
 
 
-def train_one_epoch(
-    session: Session,
-    progress: Progress,
-    loader: Iterable[Any],
-    *,
-    after_step: Callable[[bool], None],
-    advance: Callable[[], None],
-) -> None:
-    """Train on every batch of ``loader``, which holds those that ``progress`` says are left of the epoch.
+def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]) -> None:
+    """Train on the batches that are left of an epoch, saving the state where configuration or a signal ask.
 
     Args:
         session: the run.
         progress: counted on as the epoch goes.
-        loader: of (images, targets).
-        after_step: called after every optimiser step with whether any process was asked to stop; it may raise.
-        advance: called after every batch (progress bar).
+        batches: of (images, targets).
 
     Raises:
         NonFiniteLossError: before the bad loss reaches the weights, on every process alike.
+        InterruptedRun: any process was asked to stop; the state was saved.
     """
     accelerator, model, optimizer = session.accelerator, session.model, session.prepared_optimizer
     clip_grad = session.config.optim.clip_grad
@@ -180,7 +167,7 @@ def train_one_epoch(
     model.train()
     parts: list[Tensor] = []
     before = time.perf_counter()
-    for images, targets in _timed(loader, progress):
+    for images, targets in _timed(batches, progress):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.accumulate(model):
             done = progress.batch // accelerator.gradient_accumulation_steps
@@ -210,7 +197,6 @@ def train_one_epoch(
             optimizer.step()
             optimizer.zero_grad()
         progress.seconds += time.perf_counter() - before
-        advance()
         if accelerator.sync_gradients:
             progress.loss += total
             progress.targets += everyone
@@ -219,7 +205,7 @@ def train_one_epoch(
             progress.step += 1
             if session.ema is not None:
                 session.ema.update(accelerator.unwrap_model(model), step=progress.step)
-            after_step(stops > 0)
+            _after_step(session, progress, stops > 0)
         before = time.perf_counter()
 
 
@@ -250,13 +236,13 @@ def _scale_gradients(model: nn.Module, factor: float) -> None:
                 parameter.grad.mul_(factor)
 
 
-def _timed(loader: Iterable[Any], progress: Progress) -> Iterator[Any]:
+def _timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
     """The batches, the time until each is there being counted."""
-    batches = iter(loader)
+    rest = iter(batches)
     while True:
         start = time.perf_counter()
         try:
-            batch = next(batches)
+            batch = next(rest)
         except StopIteration:
             return
         progress.waited += time.perf_counter() - start
@@ -266,19 +252,19 @@ def _timed(loader: Iterable[Any], progress: Progress) -> Iterator[Any]:
 def _validate(session: Session, progress: Progress) -> EvalResult:
     """Evaluate; asked to stop, save where the run is and stop."""
 
-    def before_batch() -> None:
-        if _stop_requested(session):
-            save_state(session, progress)
-            _raise_interrupted(session)
+    def until_stopped() -> Iterator[Any]:
+        for batch in session.val_loader:
+            if _stop_requested(session):
+                save_state(session, progress)
+                _raise_interrupted(session)
+            yield batch
 
     with session.reporter.bar("validating", len(session.val_loader)) as advance:
         return session.task.evaluate(
             session.accelerator,
             session.eval_model,
-            session.val_loader,
+            counted(until_stopped(), advance),
             session.description["class_names"],
-            advance=advance,
-            before_batch=before_batch,
         )
 
 

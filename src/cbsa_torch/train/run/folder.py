@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import timm
 import torch
+import torchvision
 
 from cbsa_torch._core.files import remove_temporary_files, write_atomically
 from cbsa_torch._version import __version__
@@ -248,10 +251,6 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and commit: what a reader needs to reproduce the run."""
-    import accelerate
-    import timm
-    import torchvision
-
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -8,7 +8,7 @@ exactly what one counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -227,8 +227,8 @@ def _percent(value: float | None) -> str:
 class SharedImages:
     """The images of one process. Where others have one more, None comes last: all loop equally often."""
 
-    def __init__(self, loader: DataLoader[Any], rounds: int, processes: int) -> None:
-        self.loader, self.rounds, self.processes = loader, rounds, processes
+    def __init__(self, loader: DataLoader[Any], rounds: int) -> None:
+        self.loader, self.rounds = loader, rounds
 
     def __len__(self) -> int:
         return self.rounds
@@ -240,29 +240,32 @@ class SharedImages:
 
 
 def share(dataset: Dataset[Any], workers: int, accelerator: Accelerator) -> SharedImages:
-    """Every n-th image for each of n processes.
-
-    Sharded weights (FSDP2) are gathered in every forward pass, which all processes must then make equally
-    often: as images have different numbers of windows, every process sees all of them.
-    """
-    processes = 1 if accelerator.is_fsdp2 else accelerator.num_processes
+    """Every n-th image for each of n processes."""
+    processes = _sharing(accelerator)
     count = len(dataset)  # type: ignore[arg-type]
     own = range(accelerator.process_index if processes > 1 else 0, count, processes)
     loader: DataLoader[Any] = DataLoader(Subset(dataset, own), batch_size=None, num_workers=workers)
     use_separate_generator(loader)
     own_workers(loader)
-    return SharedImages(loader, -(-count // processes), processes)
+    return SharedImages(loader, -(-count // processes))
+
+
+def _sharing(accelerator: Accelerator) -> int:
+    """How many processes share the images.
+
+    Sharded weights (FSDP2) are gathered in every forward pass, which all processes must then make equally
+    often: as images have different numbers of windows, every process sees all of them.
+    """
+    return 1 if accelerator.is_fsdp2 else accelerator.num_processes
 
 
 @torch.no_grad()
 def measure(
     accelerator: Accelerator,
     model: nn.Module,
-    images: SharedImages,
+    images: Iterable[tuple[Tensor, Tensor] | None],
     class_names: Sequence[str],
     windows: Windows,
-    advance: Callable[[], None],
-    before_batch: Callable[[], None],
 ) -> SegmentationResult:
     """Scores over a data set; the same on every process.
 
@@ -270,21 +273,20 @@ def measure(
         images: of :func:`share`, samples (image, mask) that are tensors.
         class_names: in the order of the labels.
         windows: how images are seen.
-        advance, before_batch: of :meth:`cbsa_torch.train.tasks.base.Task.evaluate`, called for every image.
     """
-    metric = SegmentationMetric(class_names, sync=images.processes > 1).to(accelerator.device)
+    shared = _sharing(accelerator) > 1
+    metric = SegmentationMetric(class_names, sync=shared).to(accelerator.device)
     losses: list[tuple[float, int]] = []
     for sample in images:
-        before_batch()
-        if sample is not None:
-            image, labels = (part.to(accelerator.device) for part in sample)
-            with accelerator.autocast():
-                logits = windows.logits(model, image).float()
-            metric.update(logits.argmax(0), labels)
-            total = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE, reduction="sum")
-            losses.append((total.item(), int((labels != IGNORE).sum())))
-        advance()
-    if images.processes > 1:
+        if sample is None:
+            continue
+        image, labels = (part.to(accelerator.device) for part in sample)
+        with accelerator.autocast():
+            logits = windows.logits(model, image).float()
+        metric.update(logits.argmax(0), labels)
+        total = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE, reduction="sum")
+        losses.append((total.item(), int((labels != IGNORE).sum())))
+    if shared:
         losses = gather_object(losses)
     pixels = sum(count for _, count in losses)
     return SegmentationResult(
