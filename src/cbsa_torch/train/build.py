@@ -1,4 +1,4 @@
-"""The configured model: built by timm, or taken from a checkpoint."""
+"""The configured model: built by timm, or taken from a weights file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draft_model(config: RunConfig) -> Built:
     takes no time and draws no random numbers.
     """
     if config.model.init_from is not None:
-        return _open_checkpoint(config)
+        return _open_init_from(config)
     with torch.device("meta"):
         return build_model(config, None)
 
@@ -45,11 +45,11 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     """
     settings = config.model
     if settings.init_from is not None:
-        return _fit(config, num_classes, *(_open_checkpoint(config) if draft is None else draft))
+        return _fit(config, num_classes, *(_open_init_from(config) if draft is None else draft))
     fetching = sorted(FETCHING_ARGS & settings.args.keys())
     if fetching:
         raise ConfigError(
-            f"model.args {fetching[0]} is not allowed (a checkpoint could not be opened with it); trained "
+            f"model.args {fetching[0]} is not allowed (a weights file could not be opened with it); trained "
             "weights come by model.init_from"
         )
     known = timm.list_models()
@@ -92,7 +92,7 @@ def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any]
     return model, info, path
 
 
-def _open_checkpoint(config: RunConfig) -> Built:
+def _open_init_from(config: RunConfig) -> Built:
     """The model of ``model.init_from``."""
     settings = config.model
     model, info, path = open_source("model.init_from", settings.init_from)

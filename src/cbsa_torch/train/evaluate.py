@@ -16,7 +16,7 @@ from cbsa_torch.models.hub import weights_path
 from cbsa_torch.train.config.base import DataSource
 from cbsa_torch.train.data import InputSpec, read_skipped
 from cbsa_torch.train.engine.accelerate import new_accelerator
-from cbsa_torch.train.engine.console import Reporter
+from cbsa_torch.train.engine.console import Reporter, counted
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.registry import read_config, task_of
 from cbsa_torch.train.tasks.base import EvalResult, Trained, WindowOptions
@@ -102,11 +102,10 @@ def evaluate_split(
         result = task.evaluate(
             accelerator,
             trained.model.to(accelerator.device),
-            loader,
+            counted(loader, advance),
             trained.class_names,
             windows=windows,
             batch_size=batch_size,
-            advance=advance,
         )
     trained.model.to(device)  # where it was: the caller may go on with it
     is_main = accelerator.is_main_process

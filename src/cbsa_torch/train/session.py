@@ -50,16 +50,18 @@ from cbsa_torch.train.tasks.base import Task
 
 @dataclass
 class Progress:
-    """How far a run is. With the weights and the generators it is all that going on needs."""
+    """How far a run is; part of its training state."""
 
     epoch: int = 0
     """Epochs done, validation included."""
     step: int = 0
     """Optimiser steps done."""
     best_epoch: int = 0
+    """The epoch with the best validation score so far; 0 before the first."""
     best_score: float = -1.0
+    """That score."""
     batch: int = 0
-    """Batches done of the epoch under way; the rest is of these batches."""
+    """Batches done of the current epoch. All that follows is about these batches."""
     loss: float = 0.0
     """Sum of the training loss over the targets of all processes."""
     targets: float = 0.0
@@ -67,14 +69,14 @@ class Progress:
     images: float = 0.0
     """Images with at least one."""
     seconds: float = 0.0
-    """Time spent on them by the main process."""
+    """Time that the main process spent on them."""
     waited: float = 0.0
-    """Part of the time that went by until the data was there."""
+    """The part of this time in which it waited for data."""
     lr: float = 0.0
     """Learning rate of the last step."""
 
     def end_epoch(self) -> None:
-        """Count the epoch under way as done."""
+        """Count the current epoch as done."""
         self.epoch += 1
         self.batch, self.loss, self.targets, self.images, self.seconds, self.waited = 0, 0.0, 0.0, 0.0, 0.0, 0.0
 
@@ -88,7 +90,9 @@ class Session:
     folder: RunFolder
     accelerator: Accelerator
     reporter: Reporter
+    """Prints on the main process."""
     stop: StopRequests
+    """Whether Ctrl-C or SIGTERM asked this process to stop."""
     model: nn.Module
     """As Accelerate wraps it."""
     state_spec: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Train from a configuration, whatever the task: everything in the order it happens."""
+"""Training from a configuration, whatever the task: epochs, steps, validation, in the order they happen."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from cbsa_torch.train.config.base import RunConfig
 from cbsa_torch.train.config.checks import check_config
 from cbsa_torch.train.data import IGNORE, read_skipped
 from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, training_settings
+from cbsa_torch.train.engine.console import counted
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.registry import task_of
-from cbsa_torch.train.run.folder import RunFolder, describe_last_checkpoint
+from cbsa_torch.train.run.folder import RunFolder, describe_last_state
 from cbsa_torch.train.run.signals import StopRequests
 from cbsa_torch.train.run.state import check_finite
 from cbsa_torch.train.session import Progress, Session, prepare, resume, save_state, save_weights
@@ -37,12 +38,12 @@ class TrainResult(NamedTuple):
 def train(config: RunConfig) -> TrainResult:
     """Train as configured, into the folder ``config.output``; a run that is there already is continued.
 
-    Everything that can be refused is refused before the folder is touched. The state is saved after every
-    epoch, every ``engine.save_steps`` optimiser steps, and when a signal asks to stop.
+    Everything that can be refused is refused before the folder is touched. The training state is saved after
+    every epoch, every ``engine.save_steps`` optimiser steps, and when a signal asks to stop.
 
     Raises:
         ConfigError, DataError, RunFolderError, CheckpointError: what was asked for cannot work.
-        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is from before.
+        NonFiniteLossError: the loss became NaN or infinite; the last training state is from before.
         InterruptedRun: SIGINT or SIGTERM came; the state was saved, and calling again goes on from there.
     """
     check_config(config)
@@ -84,11 +85,11 @@ def _run(session: Session) -> Progress:
         while progress.epoch < config.optim.epochs:
             _run_epoch(session, progress)
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; {describe_last_checkpoint(folder)}") from None
+        raise NonFiniteLossError(f"{error}; {describe_last_state(folder)}") from None
     except OSError as error:
-        raise OSError(f"{error}; {describe_last_checkpoint(folder)}") from error
+        raise OSError(f"{error}; {describe_last_state(folder)}") from error
     except KeyboardInterrupt:
-        reporter.say(f"\ninterrupted; {describe_last_checkpoint(folder)}")
+        reporter.say(f"\ninterrupted; {describe_last_state(folder)}")
         raise
     finally:
         skipped = read_skipped(folder.skipped)
@@ -104,13 +105,7 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     if progress.batch < batches:
         loader = start_epoch(session.accelerator, session.train_loader, progress.epoch, progress.batch)
         with session.reporter.bar(f"epoch {epoch}/{epochs}", len(loader)) as advance:
-            train_one_epoch(
-                session,
-                progress,
-                loader,
-                after_step=lambda stop: _after_step(session, progress, stop),
-                advance=advance,
-            )
+            train_one_epoch(session, progress, counted(loader, advance))
     if progress.targets == 0:
         raise DataError(f"no training image of epoch {epoch} could be read{_listed(session.folder)}")
     check_finite(session.accelerator, session.model, progress.step)
@@ -148,29 +143,21 @@ def _run_epoch(session: Session, progress: Progress) -> None:
         f"{seconds:.1f} s  {row['images_per_second']:.0f} images/s "
         f"({100 * row['data_wait']:.0f} % waiting for data)"
     )
-    if _anyone_asks_to_stop(session) and progress.epoch < epochs:
-        _stop(session)
+    if _stop_requested(session) and progress.epoch < epochs:
+        _raise_interrupted(session)
 
 
-def train_one_epoch(
-    session: Session,
-    progress: Progress,
-    loader: Iterable[Any],
-    *,
-    after_step: Callable[[bool], None],
-    advance: Callable[[], None],
-) -> None:
-    """Train on every batch of ``loader``, which holds those that ``progress`` says are left of the epoch.
+def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]) -> None:
+    """Train on the batches that are left of an epoch, saving the state where configuration or a signal ask.
 
     Args:
         session: the run.
         progress: counted on as the epoch goes.
-        loader: of (images, targets).
-        after_step: called after every optimiser step with whether any process was asked to stop; it may raise.
-        advance: called after every batch (progress bar).
+        batches: of (images, targets).
 
     Raises:
         NonFiniteLossError: before the bad loss reaches the weights, on every process alike.
+        InterruptedRun: any process was asked to stop; the state was saved.
     """
     accelerator, model, optimizer = session.accelerator, session.model, session.prepared_optimizer
     clip_grad = session.config.optim.clip_grad
@@ -180,7 +167,7 @@ def train_one_epoch(
     model.train()
     parts: list[Tensor] = []
     before = time.perf_counter()
-    for images, targets in _timed(loader, progress):
+    for images, targets in _timed(batches, progress):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.accumulate(model):
             done = progress.batch // accelerator.gradient_accumulation_steps
@@ -210,7 +197,6 @@ def train_one_epoch(
             optimizer.step()
             optimizer.zero_grad()
         progress.seconds += time.perf_counter() - before
-        advance()
         if accelerator.sync_gradients:
             progress.loss += total
             progress.targets += everyone
@@ -219,7 +205,7 @@ def train_one_epoch(
             progress.step += 1
             if session.ema is not None:
                 session.ema.update(accelerator.unwrap_model(model), step=progress.step)
-            after_step(stops > 0)
+            _after_step(session, progress, stops > 0)
         before = time.perf_counter()
 
 
@@ -250,13 +236,13 @@ def _scale_gradients(model: nn.Module, factor: float) -> None:
                 parameter.grad.mul_(factor)
 
 
-def _timed(loader: Iterable[Any], progress: Progress) -> Iterator[Any]:
+def _timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
     """The batches, the time until each is there being counted."""
-    batches = iter(loader)
+    rest = iter(batches)
     while True:
         start = time.perf_counter()
         try:
-            batch = next(batches)
+            batch = next(rest)
         except StopIteration:
             return
         progress.waited += time.perf_counter() - start
@@ -266,19 +252,19 @@ def _timed(loader: Iterable[Any], progress: Progress) -> Iterator[Any]:
 def _validate(session: Session, progress: Progress) -> EvalResult:
     """Evaluate; asked to stop, save where the run is and stop."""
 
-    def before_batch() -> None:
-        if _anyone_asks_to_stop(session):
-            save_state(session, progress)
-            _stop(session)
+    def until_stopped() -> Iterator[Any]:
+        for batch in session.val_loader:
+            if _stop_requested(session):
+                save_state(session, progress)
+                _raise_interrupted(session)
+            yield batch
 
     with session.reporter.bar("validating", len(session.val_loader)) as advance:
         return session.task.evaluate(
             session.accelerator,
             session.eval_model,
-            session.val_loader,
+            counted(until_stopped(), advance),
             session.description["class_names"],
-            advance=advance,
-            before_batch=before_batch,
         )
 
 
@@ -289,18 +275,18 @@ def _after_step(session: Session, progress: Progress, stop: bool) -> None:
         check_finite(session.accelerator, session.model, progress.step)
         save_state(session, progress)
     if stop:
-        _stop(session)
+        _raise_interrupted(session)
 
 
-def _anyone_asks_to_stop(session: Session) -> bool:
+def _stop_requested(session: Session) -> bool:
     """Whether any process was asked to stop; to be called on every process."""
     flag = torch.tensor(float(bool(session.stop)), device=session.accelerator.device)
     return bool(session.accelerator.reduce(flag) > 0)
 
 
-def _stop(session: Session) -> None:
+def _raise_interrupted(session: Session) -> None:
     name = "another process" if session.stop.received is None else session.stop.received.name
-    raise InterruptedRun(f"stopped by {name}; {describe_last_checkpoint(session.folder)}")
+    raise InterruptedRun(f"stopped by {name}; {describe_last_state(session.folder)}")
 
 
 def _listed(folder: RunFolder) -> str:

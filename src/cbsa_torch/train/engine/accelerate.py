@@ -195,7 +195,11 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -
 
 
 class _Total(torch.autograd.Function):
-    """The sum over processes. Each process' loss depends on it, so its gradient is their sum, too."""
+    """The sum over processes. Each process' loss depends on it, so its gradient is their sum, too.
+
+    ``torch.distributed.nn.functional.all_reduce`` is the same, but deprecated, and what replaces it is private
+    (torch 2.14).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

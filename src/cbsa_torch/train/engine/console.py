@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+def counted(batches: Iterable[T], advance: Callable[[], None]) -> Iterator[T]:
+    """The batches; ``advance`` is called when each is done with."""
+    for batch in batches:
+        yield batch
+        advance()
 
 
 class Reporter:

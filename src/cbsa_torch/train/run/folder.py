@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import timm
 import torch
+import torchvision
 
 from cbsa_torch._core.files import remove_temporary_files, write_atomically
 from cbsa_torch._version import __version__
@@ -62,7 +65,7 @@ WRITTEN = (
 
 
 class RunFolder:
-    """``runs/<name>/``: config.yaml, environment.json, metrics.jsonl, checkpoints, report."""
+    """``runs/<name>/``: config.yaml, environment.json, metrics.jsonl, weights, training states, report."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -248,10 +251,6 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and commit: what a reader needs to reproduce the run."""
-    import accelerate
-    import timm
-    import torchvision
-
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -285,8 +284,8 @@ def _commit() -> str | None:
     return result.stdout.strip()
 
 
-def describe_last_checkpoint(folder: RunFolder) -> str:
-    """What an interrupted run has left, as its files tell: memory may be ahead of them or behind."""
+def describe_last_state(folder: RunFolder) -> str:
+    """What an interrupted run can continue from, read from its files: memory may be ahead of them or behind."""
     try:
         path, _ = folder.states().newest()
     except CheckpointError as error:

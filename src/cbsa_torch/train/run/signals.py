@@ -1,4 +1,9 @@
-"""Asking a run to stop: a signal is noted, and acted upon where the state can be saved."""
+"""What happens on Ctrl-C (SIGINT) and SIGTERM while a run trains.
+
+The first one is noted here. :mod:`cbsa_torch.train.trainer` asks for it after every optimiser step, before
+every batch of validation and after every epoch, on all processes together. It then saves the training state and
+raises InterruptedRun, for which the command exits with code 75. The second one acts as outside of a run.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +30,8 @@ class StopRequests:
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
             # What is ignored (Ctrl-C by jobs in the background) stays so.
-            heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._note) for number in heeded}
+            not_ignored = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in not_ignored}
         return self
 
     def __exit__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -191,23 +191,19 @@ class Task(ABC):
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        loader: Any,
+        batches: Iterable[Any],
         class_names: Sequence[str],
         *,
         windows: WindowOptions | None = None,
         batch_size: int | None = None,
-        advance: Callable[[], None] = lambda: None,
-        before_batch: Callable[[], None] = lambda: None,
     ) -> EvalResult:
         """Measure the model; every image counts once, and the numbers are the same on every process.
 
         Args:
-            loader: of :meth:`evaluation_loader`.
+            batches: of :meth:`evaluation_loader`; equally many on every process.
             class_names: in the order of the model's outputs.
             windows: how images are seen. Default: as in validation.
             batch_size: windows in a forward pass, where images are seen by windows. Default: as in validation.
-            advance: called after every batch (progress bar).
-            before_batch: called before every batch, equally often on every process; it may raise.
         """
 
     @abstractmethod

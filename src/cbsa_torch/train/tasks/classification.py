@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,13 +139,11 @@ class Classification(Task):
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        loader: Any,
+        batches: Iterable[Any],
         class_names: Sequence[str],
         *,
         windows: WindowOptions | None = None,
         batch_size: int | None = None,
-        advance: Callable[[], None] = lambda: None,
-        before_batch: Callable[[], None] = lambda: None,
     ) -> ClassificationResult:
         """Accuracy and loss over the images that could be read."""
         model.eval()
@@ -163,15 +161,13 @@ class Classification(Task):
             collection["top5"] = MulticlassAccuracy(top_k=5, average="micro", **common)
         metrics = MetricCollection(collection, compute_groups=False).to(accelerator.device)
         losses, images_read = [0.0], 0
-        for images, targets in loader:
-            before_batch()
+        for images, targets in batches:
             images, targets = images.to(accelerator.device), targets.to(accelerator.device)
             logits, targets = accelerator.gather_for_metrics((model(images).float(), targets))
             metrics.update(logits, targets)
             each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
             losses += each.tolist()
             images_read += int((targets != IGNORE).sum())
-            advance()
         if images_read == 0:
             return ClassificationResult(0.0, None, 0.0, 0, [])
         values = metrics.compute()

@@ -154,7 +154,7 @@ def test_pretrained_weights_are_fetched_for_a_new_run_only(config, monkeypatch):
     create = timm.create_model
     config.model.encoder_from = "pretrained"
     with monkeypatch.context() as patch:
-        patch.setattr("cbsa_torch.train.tasks.segmentation.encoder.timm.create_model", fetched)
+        patch.setattr("cbsa_torch.train.tasks.segmentation.task.timm.create_model", fetched)
         Segmentation(config).open(Path("unused"), continued=False)
         assert asked.count(True) == 1
         Segmentation(config).open(Path("unused"), continued=True)

@@ -7,8 +7,7 @@ from cbsa_torch.train.tasks.segmentation.config import (
     SegmentationDataConfig,
     SegmentationTrainConfig,
 )
-from cbsa_torch.train.tasks.segmentation.masks import LabelMap, labels_from_colours, read_mask_file
-from cbsa_torch.train.tasks.segmentation.metrics import (
+from cbsa_torch.train.tasks.segmentation.evaluation import (
     ClassScore,
     SegmentationMetric,
     SegmentationScores,
@@ -16,6 +15,7 @@ from cbsa_torch.train.tasks.segmentation.metrics import (
     scores,
     to_record,
 )
+from cbsa_torch.train.tasks.segmentation.masks import LabelMap, labels_from_colours, read_mask_file
 from cbsa_torch.train.tasks.segmentation.pairs import MaskedImages, Pair
 from cbsa_torch.train.tasks.segmentation.scenes import EmojiScenes, open_scenes
 from cbsa_torch.train.tasks.segmentation.splits import (

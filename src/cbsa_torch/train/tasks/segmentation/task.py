@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,17 +158,14 @@ class Segmentation(Task):
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        loader: Any,
+        batches: Iterable[Any],
         class_names: Sequence[str],
         *,
         windows: WindowOptions | None = None,
         batch_size: int | None = None,
-        advance: Callable[[], None] = lambda: None,
-        before_batch: Callable[[], None] = lambda: None,
     ) -> SegmentationResult:
         """Mean IoU, by windows of the training crop's size or as configured."""
-        seen = self._windows(windows, batch_size)
-        return measure(accelerator, model, loader, class_names, seen, advance, before_batch)
+        return measure(accelerator, model, batches, class_names, self._windows(windows, batch_size))
 
     def predict(
         self,
