@@ -3,7 +3,7 @@
     python benchmarks/adapted_vits.py
 
 For animals28 and emoji64, side by side with one thread each: trains a small ViT by the recipe ``animals28_vit``
-or ``emoji64_vit``, then runs ``cbsa adapt-table`` on it with three seeds. Then times a ViT-S and its adapted
+or ``emoji64_vit``, then runs ``adapt_table.py`` on it with three seeds. Then times a ViT-S and its adapted
 forms at several image sizes, alone on the machine. Finished runs are kept and read again. Writes
 ``benchmarks/results/adapted_{animals28,emoji64,cost}.{json,md}`` and the plot
 ``docs/images/adapted_vits.png``. Needs ``cbsa data fetch animals28`` and ``cbsa data fetch emoji64``.
@@ -63,27 +63,31 @@ class Options:
     """The plot."""
 
 
-def cbsa(log: Path, *args: str) -> None:
-    """Run a command, with what it says in a file.
+CBSA = ("-m", "cbsa_torch.cli")
+TABLE = (str(Path(__file__).with_name("adapt_table.py")),)
+
+
+def run_python(log: Path, *args: str) -> None:
+    """Run Python, with what it says in a file.
 
     Raises:
         RuntimeError: it failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
-        command = [sys.executable, "-m", "cbsa_torch.cli", *args]
+        command = [sys.executable, *args]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False, env=environment)
     if result.returncode:
-        raise RuntimeError(f"cbsa {' '.join(args)} failed; its output is in {log}")
+        raise RuntimeError(f"python {' '.join(args)} failed; its output is in {log}")
 
 
 def accuracies(options: Options, name: str) -> None:
     """Train the ViT of a data set, adapt and recover it."""
     vit, table, log = (options.runs / f"{name}{end}" for end in ("_vit", "_table", ".log"))
-    cbsa(log, "train", "--config", f"{name}_vit", "--output", str(vit))
-    cbsa(
-        log, "adapt-table", "--model", str(vit), "--output", str(table), "--image-sizes", "--threads", "1",
+    run_python(log, *CBSA, "train", "--config", f"{name}_vit", "--output", str(vit))
+    run_python(
+        log, *TABLE, "--model", str(vit), "--output", str(table), "--image-sizes", "--threads", "1",
         "--seeds", *map(str, options.seeds), "--epochs", str(EPOCHS[name]), "--lr", str(options.lr),
         "--batch-size", str(options.batch_size),
     )  # fmt: skip
@@ -93,8 +97,8 @@ def accuracies(options: Options, name: str) -> None:
 def costs(options: Options) -> None:
     """Time the original and its adapted forms."""
     table = options.runs / "cost_table"
-    cbsa(
-        options.runs / "cost.log", "adapt-table", "--model", str(options.runs / "animals28_vit"),
+    run_python(
+        options.runs / "cost.log", *TABLE, "--model", str(options.runs / "animals28_vit"),
         "--cost-of", options.cost_of, "--output", str(table), "--seeds",
         "--image-sizes", *map(str, options.image_sizes),
     )  # fmt: skip

@@ -37,7 +37,7 @@ from torch import nn
 
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config
-from cbsa_torch.train.run_folder import RunFolder, environment
+from cbsa_torch.train.run.folder import RunFolder, environment
 
 MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cbt": ("cbt_pico_patch1_8", {}),

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cbsa_torch.train import evaluate_checkpoint, load_config, train
-from cbsa_torch.train.run_folder import RunFolder, environment
+from cbsa_torch.train.run.folder import RunFolder, environment
 
 RESULTS = Path("benchmarks/results/digits_implementations.json")
 

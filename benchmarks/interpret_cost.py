@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch import interpret
 from cbsa_torch.bench.measure import forward, interleaved, medians
-from cbsa_torch.train.run_folder import environment
+from cbsa_torch.train.run.folder import environment
 
 MEMORY_LIMIT_GIB = 3.0
 TIME_LIMIT = 3.0

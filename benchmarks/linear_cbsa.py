@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cbsa_torch import ops
 from cbsa_torch._core.types import LinearSolver
-from cbsa_torch.train.run_folder import environment
+from cbsa_torch.train.run.folder import environment
 
 SOLVERS: tuple[LinearSolver, ...] = ("cholesky", "eigh")
 EPSILONS = (1.0, 0.1, 0.01)

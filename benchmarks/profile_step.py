@@ -34,12 +34,12 @@ import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.bench.measure import interleaved
 from cbsa_torch.models import registry
 from cbsa_torch.train import TrainConfig, load_config
-from cbsa_torch.train.config import DataConfig, OptimConfig
+from cbsa_torch.train.config.base import DataConfig, OptimConfig
 from cbsa_torch.train.data import input_spec, make_loader, open_splits
-from cbsa_torch.train.loop import mean_loss
-from cbsa_torch.train.optim import has_fused, make_optimizer
-from cbsa_torch.train.run_folder import environment
-from cbsa_torch.train.speed import to_channels_last
+from cbsa_torch.train.engine.accelerate import to_channels_last
+from cbsa_torch.train.engine.optim import has_fused, make_optimizer
+from cbsa_torch.train.losses import mean_loss
+from cbsa_torch.train.run.folder import environment
 
 RESULTS = Path("benchmarks/results/profile_step.json")
 MARK = "part/"

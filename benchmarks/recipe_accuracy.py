@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.train import evaluate_checkpoint, load_config, train
-from cbsa_torch.train.run_folder import RunFolder, environment
+from cbsa_torch.train.run.folder import RunFolder, environment
 
 
 @dataclass

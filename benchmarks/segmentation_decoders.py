@@ -36,19 +36,16 @@ from cbsa_torch.interpret.capture import attention_layers
 from cbsa_torch.interpret.plots import to_png
 from cbsa_torch.models import segmenter
 from cbsa_torch.models.counting import count_model
-from cbsa_torch.train import TrainConfig, load_config
-from cbsa_torch.train.config import RunConfig, dump_yaml
+from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config
+from cbsa_torch.train.config.base import RunConfig, dump_yaml
 from cbsa_torch.train.evaluate import open_trained
-from cbsa_torch.train.run_folder import RunFolder, changed_keys, environment
-from cbsa_torch.train.segmentation import (
+from cbsa_torch.train.run.folder import RunFolder, changed_keys, environment
+from cbsa_torch.train.tasks.segmentation import (
     SegmentationTrainConfig,
-    evaluate_segmenter,
     miou_without,
-    open_segmentation_split,
 )
-from cbsa_torch.train.segmentation.evaluate import segmenter_config, trained_windows
-from cbsa_torch.train.segmentation.measure import measure, share
-from cbsa_torch.train.segmentation.transforms import evaluation_transform
+from cbsa_torch.train.tasks.segmentation.evaluation import share
+from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform
 
 MIXERS = {"cbsa": "CBSA (CBT)", "mssa": "MSSA (DEPICT)", "mhsa": "MHSA (Segmenter)"}
 COLOURS = {"cbsa": "#1f77b4", "mssa": "#ff7f0e", "mhsa": "#2ca02c"}
@@ -158,7 +155,7 @@ def train_once(config: RunConfig) -> float:
 
 def test_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
     """Mean IoU on the test scenes, with all classes and less those that repeat."""
-    result = evaluate_segmenter(configuration(options, mixer, seed).output)
+    result = evaluate_checkpoint(configuration(options, mixer, seed).output)
     return {
         "miou": result.scores.miou,
         "miou_without_repeated": miou_without(result.scores, REPEATED),
@@ -170,15 +167,15 @@ def test_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
 def sweep_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
     """Mean IoU on the first test scenes under noise on the decoder's attention layers alone."""
     trained = open_trained(configuration(options, mixer, seed).output)
-    config = segmenter_config(trained)
-    dataset = open_segmentation_split(config.data, trained.spec.mode, "test", trained.class_names)
-    dataset.transform = evaluation_transform(trained.spec.mean, trained.spec.std)  # type: ignore[attr-defined]
+    task = trained.task
+    dataset: Any = task.open_split(trained.spec.mode, trained.class_names, "test")[1]
+    dataset.transform = evaluation_transform(trained.spec.mean, trained.spec.std)
     accelerator = Accelerator(cpu=True)
     scenes: Any = [dataset[i] for i in range(options.noise_scenes)]  # drawn once for all
 
     def miou(model: nn.Module) -> float:
         images = share(scenes, 0, accelerator)
-        return measure(accelerator, model, images, trained.class_names, trained_windows(config)).score
+        return task.evaluate(accelerator, model, images, trained.class_names).score
 
     layers = [name for name in attention_layers(trained.model) if name.startswith("decoder.")]
     measured = robustness(trained.model, miou, sigmas=SIGMAS, layers=layers)

@@ -21,7 +21,7 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.train import TrainConfig, load_config
 from cbsa_torch.train.build import build_model
 from cbsa_torch.train.data import input_spec, make_loader, open_splits
-from cbsa_torch.train.run_folder import environment
+from cbsa_torch.train.run.folder import environment
 
 RESULTS = Path("benchmarks/results/untrained_rates.json")
 READINGS = {

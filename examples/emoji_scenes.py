@@ -13,7 +13,7 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from cbsa_torch.train.segmentation import (
+from cbsa_torch.train.tasks.segmentation import (
     ScenesConfig,
     SegmentationDataConfig,
     colour_mask,

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from cbsa_torch import interpret
-from cbsa_torch.cli.runs import pictures, sample_images
+from cbsa_torch.cli.runs import pictures
 from cbsa_torch.train.evaluate import open_trained
 
 SHOWN = 4
@@ -17,7 +17,8 @@ SHOWN = 4
 
 def main(run: str, output: str) -> None:
     trained = open_trained(run)
-    inputs, _ = sample_images(trained, "test", 360)
+    _, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test")
+    inputs, _ = trained.task.sample(dataset, trained.spec, 360)
     rates = interpret.coding_rates(trained.model, inputs.split(64))
     with torch.no_grad(), interpret.capture(trained.model) as records:
         model_output = trained.model(inputs[:SHOWN])

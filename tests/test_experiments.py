@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks import digits_family, segmentation_decoders
 from examples import compress_lines
 
-from cbsa_torch.cli.adapt_table import markdown
+from benchmarks import adapt_table, digits_family, segmentation_decoders
 from tests.helpers import processes
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +91,6 @@ def test_the_docs_state_the_recorded_adapted_vits(name):
     """The record, its table, and the page hold the same."""
     results = ROOT / "benchmarks/results"
     record = json.loads((results / f"adapted_{name}.json").read_text())
-    table = markdown(record)
+    table = adapt_table.markdown(record)
     assert (results / f"adapted_{name}.md").read_text() == table
     assert table.strip() in (ROOT / "docs/adapt.md").read_text()

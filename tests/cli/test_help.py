@@ -13,8 +13,8 @@ from cbsa_torch.cli import COMMANDS, main
 SOURCE = Path(cbsa_torch.__file__).parent
 FILES = [
     *sorted((SOURCE / "cli").glob("*.py")),
-    SOURCE / "train" / "config.py",
-    SOURCE / "train/segmentation/config.py",
+    SOURCE / "train/config/base.py",
+    SOURCE / "train/tasks/segmentation/config.py",
 ]
 
 

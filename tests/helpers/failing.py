@@ -4,8 +4,9 @@ import os
 import sys
 
 from cbsa_torch.cli import main
-from cbsa_torch.train import classification, loop
+from cbsa_torch.train import losses
 from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.tasks import classification
 
 ERRORS = {
     "setup": DataError("only here"),
@@ -26,7 +27,7 @@ def fail_at(moment):
     if moment == "setup":
         classification.open_splits = fail
         return
-    loss, count = loop.mean_loss, 0
+    loss, count = losses.mean_loss, 0
 
     def failing(logits, targets, label_smoothing=0.0):
         nonlocal count
@@ -37,7 +38,7 @@ def fail_at(moment):
             logits.register_hook(fail)
         return loss(logits, targets, label_smoothing)
 
-    loop.mean_loss = failing
+    losses.mean_loss = failing
 
 
 if __name__ == "__main__":

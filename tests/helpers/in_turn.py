@@ -3,7 +3,7 @@
 import sys
 
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.engine import leave_process_group
+from cbsa_torch.train.engine.accelerate import leave_process_group
 
 
 def main(paths):

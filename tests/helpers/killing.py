@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from cbsa_torch._core import files
-from cbsa_torch.train import loop, train
+from cbsa_torch.train import losses, train
 from tests.helpers.processes import CONTEXT
 
 
@@ -27,7 +27,7 @@ class _Events:
 def _train(config, fatal, counted):
     torch.set_num_threads(1)
     events = _Events(fatal)
-    fsync, replace, loss = os.fsync, Path.replace, loop.mean_loss
+    fsync, replace, loss = os.fsync, Path.replace, losses.mean_loss
 
     def killed_fsync(descriptor):
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):  # noqa: PTH112
@@ -52,7 +52,7 @@ def _train(config, fatal, counted):
 
     files.os.fsync = killed_fsync
     Path.replace = killed_replace
-    loop.mean_loss = killed_loss
+    losses.mean_loss = killed_loss
     train(config)
     counted.put(events.count)
 

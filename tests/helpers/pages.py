@@ -33,6 +33,12 @@ def headings(page):
     return re.findall(r"<h2>(?:<span[^>]*></span>)?(.*?)</h2>", page)
 
 
+def maps_of(page):
+    """The data of a page's attention maps, one dictionary for each panel."""
+    blocks = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text())
+    return [json.loads(block) for block in blocks]
+
+
 def strict(path):
     """JSON as it is defined: without NaN."""
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in {path}"))

@@ -4,9 +4,9 @@ import json
 
 import torch
 
-from cbsa_torch.train import loop
-from cbsa_torch.train.checkpoint import load_state
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train import losses
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.state import load_state
 
 STEPS = 3
 """Steps of one epoch of the tiny configuration."""
@@ -39,7 +39,7 @@ def assert_same_tensors(first: dict, second: dict) -> None:
 
 def during_training_step(monkeypatch, number, act) -> None:
     """Replace the loss of training step ``number`` (from 1) by ``act(loss, logits)``."""
-    original, count = loop.mean_loss, 0
+    original, count = losses.mean_loss, 0
 
     def patched(logits, targets, label_smoothing=0.0):
         nonlocal count
@@ -49,7 +49,7 @@ def during_training_step(monkeypatch, number, act) -> None:
         count += 1
         return act(loss, logits) if count == number else loss
 
-    monkeypatch.setattr(loop, "mean_loss", patched)
+    monkeypatch.setattr(losses, "mean_loss", patched)
 
 
 def interrupt(loss, logits):

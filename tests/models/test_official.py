@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from cbsa_torch.models import load_official
+from cbsa_torch.models import load_checkpoint, load_official
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.convert import convert_official
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
+from tests.helpers.official import official_model, official_state
 
 GOLDEN = ["cbt_tiny", "cbt_small", "crate_tiny", "tost_tiny"]
 
@@ -34,6 +36,7 @@ def zeros(name):
     ("name", "heads", "head_dim", "stem"),
     [
         ("cbt_base", 12, 64, "conv"),
+        ("cbt_large", 16, 64, "conv"),
         ("crate_small", 6, 64, "conv"),
         ("tost_small", 6, 64, "conv"),
         ("crate_original_small", 12, 48, "linear"),
@@ -102,45 +105,63 @@ def test_hybrids_are_told_layer_by_layer():
         load_official(as_cbsa(crate(depth=3), 0, heads=4))
 
 
-def test_odd_patches_are_refused():
-    state = crate() | {"to_patch_embedding.2.weight": torch.randn(32, 47)}
-    with pytest.raises(CheckpointError, match="47 values per patch are not a square"):
-        load_official(state, num_heads=4)
-
-
-def test_a_layer_of_no_known_kind_is_named():
-    state = crate()
-    del state["transformer.layers.1.0.fn.qkv.weight"]
-    with pytest.raises(CheckpointError, match=r"layer 1 has none of transformer\.layers\.1\.0\.fn\.step_x"):
-        load_official(state, num_heads=4)
+LAYER = "transformer.layers.1.0.fn"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"transformer.layers." + "9" * 5000 + ".0.fn.step_x": torch.ones(4, 1, 1)}, "unexpected transformer"),
+        ({"transformer.layers.400.0.norm.weight": torch.ones(16)}, "layers"),
         ({"cls_token": torch.ones(1, 1, 32).to(torch.float8_e4m3fn)}, "not dense, whole and of 16 bit or more"),
         ({"mlp_head.1.weight": torch.ones(5, 32).to_sparse()}, "not dense, whole and of 16 bit or more"),
         ({"mlp_head.1.weight": torch.ones(5, 32, device="meta")}, "not dense, whole and of 16 bit or more"),
         ({"pos_embedding": torch.ones(1).expand(1, 10**8 + 1, 32)}, "not dense, whole and of 16 bit or more"),
         ({"module.cls_token": torch.ones(1, 1, 32)}, "names differ by a module. prefix alone"),
+        ({"to_patch_embedding.2.weight": torch.randn(32, 47)}, "47 values per patch are not a square"),
+        ({f"{LAYER}.qkv.weight": None}, r"layer 1 has none of transformer\.layers\.1\.0\.fn\.step_x"),
+        (
+            {f"{LAYER}.to_out.0.bias": None},
+            r"missing transformer\.layers\.1\.0\.fn\.to_out\.0\.bias; unexpected noth",
+        ),
+        ({"pos_embedding": None}, "is not an official checkpoint: missing pos_embedding"),
+        ({"norm.weight": torch.ones(16)}, "unexpected norm.weight"),
+        ({"transformer.layers.0.1.fn.weight": torch.ones(32, 32).long()}, "ista.weight is torch.int64"),
     ],
 )
-def test_odd_tensors_are_refused(change, message):
+def test_what_does_not_fit_is_named(change, message):
+    state = {key: value for key, value in {**crate(), **change}.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
-        load_official({**crate(), **change}, num_heads=4)
+        load_official(state, num_heads=4)
 
 
-def test_steps_of_another_shape_are_refused():
-    state = as_cbsa(crate(), 1, heads=4)
-    state["transformer.layers.1.0.fn.step_rep"] = torch.ones(1, 1, 4)
-    with pytest.raises(CheckpointError, match=r"step_rep \(1, 1, 4\) instead of \(heads, 1, 1\)"):
+@pytest.mark.parametrize(("shape", "got"), [((1, 1, 4), r"\(1, 1, 4\)"), ((0, 1, 1), r"\(0, 1, 1\)")])
+def test_steps_of_another_shape_are_refused(shape, got):
+    state = as_cbsa(crate(), 1, heads=4) | {f"{LAYER}.step_rep": torch.ones(shape)}
+    with pytest.raises(CheckpointError, match=rf"step_rep {got} instead of \(heads, 1, 1\)"):
         load_official(state)
 
 
 def test_a_stem_of_one_convolution_is_not_official():
-    state = zeros("crate_small")
-    for key in [key for key in state if "embedding.proj" in key and "proj.0" not in key]:
-        del state[key]
+    state = official_state(official_model())
+    stem = [key for key in state if "embedding.proj" in key and "proj.0" not in key]
     with pytest.raises(CheckpointError, match="3 or 4 convolutions of stride 2, got one"):
-        load_official(state)
+        load_official({key: value for key, value in state.items() if key not in stem})
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize(("suffix", "wrapped"), [(".pth", False), (".pth.tar", True), (".safetensors", False)])
+def test_an_official_checkpoint_converts(tmp_path, prefix, suffix, wrapped):
+    model = official_model()
+    state = {prefix + k: v for k, v in official_state(model).items()}
+    source, output = tmp_path / f"official{suffix}", tmp_path / "ours.safetensors"
+    if suffix == ".safetensors":
+        save_file(state, source)
+    else:
+        torch.save({"state_dict": state, "epoch": 9, "best_acc1": 0.5} if wrapped else state, source)
+    described = convert_official(source, output)
+    converted, found = load_checkpoint(output)
+    assert found == described
+    assert found["model_args"]["img_size"] == 64
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(converted(images), model(images), atol=0, rtol=0)

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from cbsa_torch.train.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from cbsa_torch.train.config.base import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from cbsa_torch.train.trainer import TrainResult, train
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}
 COUNTS = {"train": 8, "val": 4, "test": 4}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are too small for more, and the tests may share the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_class(folder: Path, name: str, count: int, seed: int = 0) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import load_config, train, trainer
 from cbsa_torch.train.errors import InterruptedRun
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers.runs import STEPS, during_training_step, rows
 
 

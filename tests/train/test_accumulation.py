@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config import ModelConfig
+from cbsa_torch.train.config.base import ModelConfig
 from tests.helpers.runs import (
     STEPS,
     assert_same_tensors,
@@ -70,7 +70,7 @@ def test_every_image_weighs_the_same_when_some_cannot_be_read(config, images, tm
 def test_a_run_stopped_within_an_epoch_of_accumulated_steps_goes_on_exactly(config, tmp_path, monkeypatch):
     config.optim.name, config.optim.epochs, config.engine.accumulate = "adamw", 2, 4
     config.model.args["drop_path_rate"] = "0.2"
-    config.engine.checkpoint_steps = 1
+    config.engine.save_steps = 1
     train(config)
     cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cbsa_torch.cli import main
 from cbsa_torch.train import evaluate_checkpoint, train
-from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data import (
     IGNORE,
     InputSpec,
@@ -28,7 +28,7 @@ from cbsa_torch.train.data import (
 )
 from cbsa_torch.train.data.images import SkippedImages
 from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.loop import mean_loss
+from cbsa_torch.train.losses import mean_loss
 
 SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
 

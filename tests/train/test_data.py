@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader, open_splits
 from cbsa_torch.train.errors import DataError
 

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: a clear error, and the checkpoints before it intact."""
+"""A disk that is full or read-only: a clear error, and the states before it intact."""
 
 import dataclasses
 import errno
@@ -12,8 +12,8 @@ import torch
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import train, trainer
-from cbsa_torch.train.checkpoint import Checkpoints
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.state import TrainingStates
 from tests.helpers.runs import assert_same_tensors, last, measured
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -50,7 +50,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(config, tmp
     process.join(20)
     assert message is not None
     assert "File too large" in message
-    kept = "there is no checkpoint yet" if from_epoch == 0 else "the last checkpoint is that of epoch 1"
+    kept = "there is no training state yet" if from_epoch == 0 else "the last training state is that of epoch 1"
     assert kept in message
     assert str(RunFolder(config.output).path) in message
     assert len(RunFolder(config.output).states().paths()) == from_epoch
@@ -73,7 +73,7 @@ def test_a_read_only_folder_is_named_before_anything_is_trained(config, monkeypa
 
 
 def test_the_newest_few_states_are_kept_and_old_ones_go_last(tmp_path, monkeypatch):
-    states = Checkpoints(tmp_path, keep=2)
+    states = TrainingStates(tmp_path, keep=2)
     for step in (1, 2, 10):
         states.save(step, {"step": step})
     assert [path.name for path in states.paths()] == ["step_0000000010.state", "step_0000000002.state"]
@@ -88,12 +88,12 @@ def test_the_newest_few_states_are_kept_and_old_ones_go_last(tmp_path, monkeypat
 
 
 def test_a_broken_state_of_a_later_step_does_not_push_out_a_whole_one(tmp_path):
-    kept = Checkpoints(tmp_path, keep=2)
+    kept = TrainingStates(tmp_path, keep=2)
     for step in (10, 20):
         kept.save(step, {"step": step})
     path = kept.paths()[0]
     path.write_bytes(path.read_bytes()[:-5])
-    kept = Checkpoints(tmp_path, keep=1)
+    kept = TrainingStates(tmp_path, keep=1)
     kept.save(15, {"step": 15})
     newest, problems = kept.newest()
     assert newest == tmp_path / "step_0000000015.state"

@@ -14,8 +14,8 @@ import torch
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config import dump_yaml
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.config.base import dump_yaml
+from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers.runs import assert_same_tensors, last, measured, rows, states
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -133,7 +133,7 @@ def test_the_average_of_two_processes_is_that_of_one(digits, tmp_path):
 
 def test_a_sharded_run_goes_on_exactly_within_an_epoch(digits, tmp_path):
     """Two runs in each of the processes: the second, with copies, does not stay sharded."""
-    digits.engine.fsdp, digits.engine.checkpoint_steps, digits.engine.keep_checkpoints = True, 3, 9
+    digits.engine.fsdp, digits.engine.save_steps, digits.engine.keep_states = True, 3, 9
     digits.optim.epochs = 1
     launch_training(2, digits)
     cut = dataclasses.replace(digits, output=str(tmp_path / "cut"))
@@ -188,7 +188,7 @@ def test_sharding_needs_several_processes(digits):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_two_processes_of_which_one_is_stopped_go_on_exactly(digits, tmp_path, number):
-    digits.engine.checkpoint_steps = 3
+    digits.engine.save_steps = 3
     digits.model.args["drop_path_rate"] = "0.2"  # draws differently in every process
     digits.model.name = "vit_tiny_patch16_224"
     digits.model.args |= {"patch_size": "2", "in_chans": "1", "embed_dim": "12", "depth": "2"}

@@ -6,15 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cbsa_torch.models import load_checkpoint, save_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
-from cbsa_torch.train import evaluate_checkpoint, predict_images, train
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.train import WindowOptions, evaluate, evaluate_checkpoint, predict_images, train
+from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.evaluate import open_trained
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -123,9 +122,20 @@ def test_an_unreadable_image_stops_or_is_reported(finished, images, tmp_path, co
     assert second.classes[0] == "red"
 
 
-def test_an_opened_checkpoint_predicts_like_its_file(finished, images):
-    paths = sorted((images / "test").rglob("*.png"))
+def test_an_opened_model_evaluates_and_predicts_like_its_file(finished, images, tmp_path, monkeypatch):
+    paths, output = sorted((images / "test").rglob("*.png")), tmp_path / "e.json"
     trained = open_trained(finished[1].folder)
     assert not trained.model.training
-    with torch.random.fork_rng():
-        assert predict_images(trained, paths) == predict_images(trained.path, paths)
+    expected = predict_images(trained.path, paths), evaluate_checkpoint(trained.path, output=output)
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: pytest.fail("opened again"))
+    assert (predict_images(trained, paths), evaluate_checkpoint(trained, output=output)) == expected
+
+
+def test_a_classifier_knows_no_windows_and_no_masks(finished, tmp_path):
+    trained = open_trained(finished[1].folder)
+    with pytest.raises(ConfigError, match="window is for segmenters"):
+        evaluate_checkpoint(trained, windows=WindowOptions(window=8), output=tmp_path / "e.json")
+    for options in ({"windows": WindowOptions(flip=True)}, {"masks": tmp_path}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match=r"^(flip|masks|overwrite) is for segmenters"):
+            predict_images(trained, [], **options)
+    assert not list(tmp_path.iterdir())

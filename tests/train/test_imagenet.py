@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cbsa_torch.train.config import load_config
 from cbsa_torch.train.data import read_skipped
+from cbsa_torch.train.registry import load_config
 from tests.helpers.imagenet_folder import CLASSES, write_imagenet_folder
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import train
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers.killing import train_and_kill
 from tests.helpers.runs import assert_same_tensors, last, measured
 
@@ -17,7 +17,7 @@ PARTS = 6
 @pytest.fixture
 def killed_config(config):
     """Six steps with averaging and dropped paths, a state after every second, on augmented images."""
-    config.engine.checkpoint_steps = 2
+    config.engine.save_steps = 2
     config.optim.ema_decay = 0.9
     config.model.name, config.model.args = "vit_tiny_patch16_224", {
         "embed_dim": "12", "depth": "2", "num_heads": "2", "patch_size": "8", "drop_path_rate": "0.3",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config import dump_yaml
+from cbsa_torch.train.config.base import dump_yaml
 from cbsa_torch.train.errors import RunFolderError
-from cbsa_torch.train.lock import FolderLock
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.lock import FolderLock
 from tests.helpers.runs import rows
 
 fcntl = pytest.importorskip("fcntl", reason="no locks on this system")
@@ -21,7 +21,7 @@ fcntl = pytest.importorskip("fcntl", reason="no locks on this system")
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from cbsa_torch.train.lock import FolderLock
+from cbsa_torch.train.run.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.take(print)
 child = os.fork() if sys.argv[2] == "with a child" else 1

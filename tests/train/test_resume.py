@@ -12,10 +12,10 @@ import torch
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import load_config, train, trainer
-from cbsa_torch.train.checkpoint import load_state, save_state
-from cbsa_torch.train.engine import new_accelerator
+from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import RunFolderError
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.state import load_state, save_state
 from tests.helpers.runs import (
     STEPS,
     assert_same_tensors,
@@ -65,7 +65,7 @@ def test_the_scale_of_mixed_precision_goes_on(config, tmp_path, monkeypatch, nam
         return accelerator
 
     monkeypatch.setattr(trainer, "new_accelerator", with_scaler)
-    config.optim.name, config.optim.clip_grad, config.engine.checkpoint_steps = name, 1.0, 1
+    config.optim.name, config.optim.clip_grad, config.engine.save_steps = name, 1.0, 1
     train(config)
     assert last(config)["scaler"]["scale"] == 8.0 * 2 ** (2 * STEPS // 2)
     cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
@@ -85,12 +85,12 @@ def test_a_resumed_run_says_where_it_goes_on(config, monkeypatch, capsys):
         during_training_step(patch, STEPS + 1, interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    assert "interrupted; the last checkpoint is that of epoch 1" in capsys.readouterr().out
+    assert "interrupted; the last training state is that of epoch 1" in capsys.readouterr().out
     train(dataclasses.replace(config, resume=True))
     assert "continuing after epoch 1 of 2" in capsys.readouterr().out
 
 
-def test_ctrl_c_keeps_the_checkpoints(config, monkeypatch, contents):
+def test_ctrl_c_keeps_the_states(config, monkeypatch, contents):
     kept = {}
 
     def stop(loss, logits):
@@ -101,7 +101,7 @@ def test_ctrl_c_keeps_the_checkpoints(config, monkeypatch, contents):
     with pytest.raises(KeyboardInterrupt):
         train(config)
     after = contents(Path(config.output))
-    for name in ("checkpoints/step_0000000003.state", "model.safetensors", "metrics.jsonl", "config.yaml"):
+    for name in ("states/step_0000000003.state", "model.safetensors", "metrics.jsonl", "config.yaml"):
         assert after[name] == kept[name]
 
 
@@ -110,7 +110,7 @@ def test_a_run_interrupted_in_its_first_epoch_starts_over(config, tmp_path, monk
         during_training_step(patch, 2, interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    assert "there is no checkpoint yet" in capsys.readouterr().out
+    assert "there is no training state yet" in capsys.readouterr().out
     train(dataclasses.replace(config, resume=True))
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     train(whole)
@@ -132,7 +132,7 @@ def test_resuming_repairs_metrics_cut_short_or_ahead_of_the_checkpoint(config, m
 def test_metrics_of_a_first_epoch_without_checkpoint_are_forgotten(config):
     train(config)
     folder = RunFolder(config.output)
-    shutil.rmtree(folder.checkpoints)
+    shutil.rmtree(folder.state_folder)
     folder.keep_metrics_until(1)  # as a run leaves it that was killed before its first state
     train(dataclasses.replace(config, resume=True))
     assert [row["epoch"] for row in rows(config)] == [1, 2]
@@ -145,7 +145,7 @@ def test_resuming_a_finished_run_changes_no_checkpoint(config, contents):
     after = contents(Path(config.output))
     assert all(
         after[name] == before[name]
-        for name in ("checkpoints/step_0000000006.state", "model.safetensors", "metrics.jsonl")
+        for name in ("states/step_0000000006.state", "model.safetensors", "metrics.jsonl")
     )
 
 
@@ -172,7 +172,7 @@ def test_what_changes_no_number_may_change_without_asking(config):
     train(config)
     other = copy.deepcopy(config)
     # "--data.download the first time", say the recipes
-    other.data.workers, other.data.download, other.engine.keep_checkpoints = 1, True, 1
+    other.data.workers, other.data.download, other.engine.keep_states = 1, True, 1
     train(other)
 
 
@@ -214,11 +214,11 @@ def test_a_broken_newest_state_is_named_and_the_one_before_taken(config, tmp_pat
 
 
 def test_broken_states_left_aside_do_not_push_out_new_ones(config, monkeypatch):
-    config.optim.epochs, config.engine.keep_checkpoints = 4, 3
+    config.optim.epochs, config.engine.keep_states = 4, 3
     train(config)
     for path in states(config)[:2]:
         path.write_bytes(b"torn")
-    config.engine.keep_checkpoints, config.engine.checkpoint_steps = 2, 1
+    config.engine.keep_states, config.engine.save_steps = 2, 1
     during_training_step(monkeypatch, 3, interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(config)
@@ -228,13 +228,13 @@ def test_broken_states_left_aside_do_not_push_out_new_ones(config, monkeypatch):
 
 @pytest.mark.parametrize("content", BREAKS.values(), ids=BREAKS)
 def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, contents, content):
-    config.engine.keep_checkpoints = 1
+    config.engine.keep_states = 1
     train(config)
     path = break_newest(config, content)
-    before = contents(RunFolder(config.output).checkpoints)
-    with pytest.raises(CheckpointError, match=f"no checkpoint can be used: {path}"):
+    before = contents(RunFolder(config.output).state_folder)
+    with pytest.raises(CheckpointError, match=f"no training state can be used: {path}"):
         train(config)
-    assert contents(RunFolder(config.output).checkpoints) == before
+    assert contents(RunFolder(config.output).state_folder) == before
 
 
 def test_an_optimiser_state_of_another_shape_is_refused(config):

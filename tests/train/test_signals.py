@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from cbsa_torch.train import classification, train, trainer
-from cbsa_torch.train.config import dump_yaml
+from cbsa_torch.train import train, trainer
+from cbsa_torch.train.config.base import dump_yaml
 from cbsa_torch.train.errors import InterruptedRun
-from cbsa_torch.train.signals import StopRequests
+from cbsa_torch.train.run.signals import StopRequests
+from cbsa_torch.train.tasks import classification
 from tests.helpers.runs import STEPS, assert_same_tensors, during_training_step, last, measured, states
 
 
@@ -40,7 +41,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, tmp_p
     with monkeypatch.context() as patch:
         during_training_step(patch, STEPS + 2, send(number))
         expected = (
-            rf"stopped by {number.name}; the last checkpoint is that of epoch 1 and 2 batches, the best "
+            rf"stopped by {number.name}; the last training state is that of epoch 1 and 2 batches, the best "
             rf"epoch was 1; go on with: cbsa train --output {config.output} --resume"
         )
         with pytest.raises(InterruptedRun, match=expected):
@@ -55,14 +56,15 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, tmp_p
 def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, tmp_path, monkeypatch):
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     train(whole)
-    evaluate = classification.evaluate
+    task = classification.Classification
+    evaluate = task.evaluate
     with monkeypatch.context() as patch:
 
         def patched(*args, **options):
             os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(*args, **options)
 
-        patch.setattr(classification, "evaluate", patched)
+        patch.setattr(task, "evaluate", patched)
         with pytest.raises(InterruptedRun, match=f"epoch 0 and {STEPS} batches"):
             train(config)
     during_training_step(monkeypatch, 2 * STEPS, lambda loss, logits: pytest.fail("trained again"))
@@ -72,13 +74,13 @@ def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, tm
 
 
 def test_a_signal_in_the_last_validation_but_one_moment_too_late_ends_the_run_as_usual(config, monkeypatch):
-    save = trainer._save_weights
+    save = trainer.save_weights
 
     def patched(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         save(*args)
 
-    monkeypatch.setattr(trainer, "_save_weights", patched)
+    monkeypatch.setattr(trainer, "save_weights", patched)
     config.optim.epochs = 1
     assert train(config).best_epoch == 1
 
@@ -123,7 +125,7 @@ def test_a_handler_that_python_did_not_install_is_given_up_for_the_default(monke
 def test_the_command_says_by_its_exit_code_that_it_can_be_continued(config, tmp_path, number, workers):
     """The signal goes to all of its processes, as from a terminal, from systemd or timeout."""
     config.optim.epochs, config.data.workers = 2000, workers
-    config.optim.batch_size, config.engine.checkpoint_steps = 1, 1  # a state while the workers are at work
+    config.optim.batch_size, config.engine.save_steps = 1, 1  # a state while the workers are at work
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--config", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(
@@ -137,4 +139,4 @@ def test_the_command_says_by_its_exit_code_that_it_can_be_continued(config, tmp_
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert f"stopped by {number.name}; the last checkpoint is that of epoch" in errors
+    assert f"stopped by {number.name}; the last training state is that of epoch" in errors

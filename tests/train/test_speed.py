@@ -8,9 +8,9 @@ import torch
 
 import cbsa_torch.models  # noqa: F401
 from cbsa_torch.models import load_checkpoint, save_checkpoint
-from cbsa_torch.train.config import OptimConfig
-from cbsa_torch.train.optim import has_fused, make_optimizer
-from cbsa_torch.train.speed import to_channels_last
+from cbsa_torch.train.config.base import OptimConfig
+from cbsa_torch.train.engine.accelerate import to_channels_last
+from cbsa_torch.train.engine.optim import has_fused, make_optimizer
 
 ARGS = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_representatives": 4}
 MODEL = "cbt_nano_patch4_32"

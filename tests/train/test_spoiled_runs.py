@@ -16,7 +16,7 @@ def spoil_the_gradient(loss, logits):
 
 @pytest.mark.parametrize("clip_grad", [None, 1.0])
 def test_weights_spoiled_by_a_gradient_are_not_kept(config, monkeypatch, tmp_path, clip_grad):
-    config.engine.checkpoint_steps, config.engine.keep_checkpoints = 1, 1
+    config.engine.save_steps, config.engine.keep_states = 1, 1
     config.optim.clip_grad = clip_grad
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     train(whole)
@@ -35,7 +35,7 @@ def test_weights_spoiled_by_a_gradient_are_not_kept(config, monkeypatch, tmp_pat
 def test_weights_spoiled_by_the_last_step_are_not_evaluated(config, monkeypatch):
     config.optim.epochs = 1
     during_training_step(monkeypatch, STEPS, spoil_the_gradient)
-    with pytest.raises(NonFiniteLossError, match=f"by step {STEPS} .* there is no checkpoint yet"):
+    with pytest.raises(NonFiniteLossError, match=f"by step {STEPS} .* there is no training state yet"):
         train(config)
     assert rows(config) == []
 

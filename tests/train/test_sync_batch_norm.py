@@ -8,7 +8,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from cbsa_torch.train.sync_batch_norm import synchronize_batch_norm
+from cbsa_torch.train.engine.accelerate import synchronize_batch_norm
 
 
 @pytest.fixture

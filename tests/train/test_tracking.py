@@ -11,11 +11,10 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cbsa_torch.train import tracking
-from cbsa_torch.train.config import TrainConfig
-from cbsa_torch.train.engine import new_accelerator
-from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.tracking import (
+from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.engine import tracking
+from cbsa_torch.train.engine.accelerate import new_accelerator
+from cbsa_torch.train.engine.tracking import (
     check_tracker,
     finish_trackers,
     hyperparameters,
@@ -23,6 +22,7 @@ from cbsa_torch.train.tracking import (
     start_trackers,
     tracker_names,
 )
+from cbsa_torch.train.errors import ConfigError
 
 
 class Fake(GeneralTracker):
@@ -140,9 +140,9 @@ def test_tensorboard_events_read_back(tmp_path):
 
 FULL_DISK = """
 import resource, sys
-from cbsa_torch.train.config import TrainConfig
-from cbsa_torch.train.engine import new_accelerator
-from cbsa_torch.train.tracking import finish_trackers, log, start_trackers
+from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.engine.accelerate import new_accelerator
+from cbsa_torch.train.engine.tracking import finish_trackers, log, start_trackers
 config, said = TrainConfig(output=sys.argv[1]), []
 accelerator = new_accelerator(cpu=True, log_with="tensorboard", project_dir=sys.argv[1])
 if sys.argv[2] == "later":

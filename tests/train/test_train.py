@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from cbsa_torch.models import load_checkpoint
-from cbsa_torch.train import classification, evaluate_checkpoint, load_config, predict_images, train
-from cbsa_torch.train.config import ModelConfig, OptimConfig
+from cbsa_torch.train import evaluate_checkpoint, load_config, predict_images, train
+from cbsa_torch.train.config.base import ModelConfig, OptimConfig
+from cbsa_torch.train.engine.optim import make_optimizer
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError, RunFolderError
-from cbsa_torch.train.optim import make_optimizer
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks import classification
 from tests.helpers.runs import (
     STEPS,
     assert_same_tensors,
@@ -94,7 +95,8 @@ def test_the_best_checkpoint_says_what_it_is(finished):
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_or_the_last_weights_are_kept(config, monkeypatch, keep):
-    monkeypatch.setattr("cbsa_torch.train.classification.evaluate", falling_accuracy(classification.evaluate))
+    task = classification.Classification
+    monkeypatch.setattr(task, "evaluate", falling_accuracy(task.evaluate))
     config.optim.keep = keep
     assert train(config).best_epoch == 1
     model, info = load_checkpoint(RunFolder(config.output).weights)
@@ -259,7 +261,7 @@ def test_a_compiled_model_is_saved_like_any_other(config, monkeypatch):
 # ---- losses that are not numbers
 
 
-def test_a_nan_loss_stops_and_leaves_the_checkpoints_of_the_last_good_epoch(config, monkeypatch, contents):
+def test_a_nan_loss_stops_and_leaves_the_states_of_the_last_good_epoch(config, monkeypatch, contents):
     kept = {}
 
     def spoil(loss, logits):
@@ -268,17 +270,17 @@ def test_a_nan_loss_stops_and_leaves_the_checkpoints_of_the_last_good_epoch(conf
 
     during_training_step(monkeypatch, STEPS + 2, spoil)
     with pytest.raises(
-        NonFiniteLossError, match=r"nan in epoch 2, batch 2; the last checkpoint is that of epoch 1"
+        NonFiniteLossError, match=r"nan in epoch 2, batch 2; the last training state is that of epoch 1"
     ):
         train(config)
     after = contents(Path(config.output))
-    for name in ("checkpoints/step_0000000003.state", "model.safetensors", "metrics.jsonl"):
+    for name in ("states/step_0000000003.state", "model.safetensors", "metrics.jsonl"):
         assert after[name] == kept[name]
 
 
 def test_a_nan_loss_in_the_first_epoch_says_that_there_is_no_checkpoint(config, monkeypatch):
     during_training_step(monkeypatch, 1, lambda loss, logits: loss * float("nan"))
-    with pytest.raises(NonFiniteLossError, match="epoch 1, batch 1; there is no checkpoint yet"):
+    with pytest.raises(NonFiniteLossError, match="epoch 1, batch 1; there is no training state yet"):
         train(config)
     assert not states(config)
 
@@ -299,7 +301,7 @@ def test_weights_spoiled_by_the_last_step_of_an_epoch_are_not_kept(config, monke
     during_training_step(monkeypatch, 2 * STEPS, spoil_the_gradient)
     with pytest.raises(NonFiniteLossError):
         train(config)
-    name = "checkpoints/step_0000000003.state"
+    name = "states/step_0000000003.state"
     assert contents(Path(config.output))[name] == kept[name]
 
 

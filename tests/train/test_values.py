@@ -10,11 +10,12 @@ from timm.data.auto_augment import AugmentOp
 
 from cbsa_torch.cli import main
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config import DataConfig, TrainConfig, check_config, from_dict
+from cbsa_torch.train.config.base import DataConfig, TrainConfig
+from cbsa_torch.train.config.checks import check_config
 from cbsa_torch.train.data import InputSpec, make_loader
 from cbsa_torch.train.data.images import PlainImages
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.run.folder import RunFolder
 
 FLOATS = [
     (section.name, item.name)
@@ -161,19 +162,3 @@ def test_files_that_are_no_configuration_are_one_line(tmp_path, capsys, content,
     assert main(["train", "--config", str(path), "--output", str(tmp_path / "run")]) == 1
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("old", "limit"), [("skip", 10), ("stop", 0)])
-def test_a_key_of_old_runs_is_read_under_its_new_name(tmp_path, old, limit):
-    path = tmp_path / "config.yaml"
-    path.write_text(f"data:\n  on_bad_image: {old}\n  workers: 3\n")
-    data = load_config(path).data
-    assert (data.max_bad_images, data.workers) == (limit, 3)
-    assert from_dict(TrainConfig, {"data": {"on_bad_image": old}}, "x").data.max_bad_images == limit
-
-
-def test_another_value_of_the_old_key_says_what_to_write():
-    with pytest.raises(ConfigError, match=r"on_bad_image is data\.max_bad_images now, a number .*got 'ask'"):
-        from_dict(TrainConfig, {"data": {"on_bad_image": "ask"}}, "x")
-    with pytest.raises(ConfigError, match="unknown key 'on_bad_image'"):
-        from_dict(TrainConfig, {"data": {"on_bad_image": "skip", "max_bad_images": 3}}, "x")

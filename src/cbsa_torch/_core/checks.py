@@ -37,6 +37,16 @@ def check_positive_int(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_sides(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Return ``(height, width)`` of one side or both; raise unless they are integers of at least 1."""
+    sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be an int or (height, width), got {value!r}")
+    for side in sides:
+        check_positive_int(name, side)
+    return sides
+
+
 def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is an int or a float, and finite."""
     _check_number_type(name, value)

@@ -1,4 +1,4 @@
-"""The command ``cbsa``: dispatch here, one function per command in ``commands`` or a module of its own."""
+"""The command ``cbsa``. ``cbsa NAME`` is the function ``run`` of the module of that name beside this one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from cbsa_torch._core.optional import require
 COMMANDS = {
     "train": "Train a classifier or a segmenter (default: the embedded digits).",
     "adapt": "Give a pretrained ViT linear attention, and recover its accuracy.",
-    "adapt-table": "Compare ways to adapt a ViT: accuracy, parameters, FLOPs, speed, memory.",
     "eval": "Evaluate a trained model.",
     "predict": "Classify or segment image files.",
     "report": "Write a page about a trained model: accuracy, curves, coding rates, attention maps.",
@@ -24,9 +23,7 @@ COMMANDS = {
     "data": "Fetch a data set (animals28, emoji64) from its public packages.",
     "list": "List our models and recipes.",
 }
-
-HOMES = {"adapt": "adapt", "adapt-table": "adapt_table", "bench": "bench", "data": "data", "push": "push"}
-"""Modules of commands that are not in ``commands``."""
+"""Commands and what they do; their modules are imported when they are called."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 SAVED = 75
@@ -35,7 +32,7 @@ SAVED = 75
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [*(sys.argv[1:] if argv is None else argv)]  # list() is hidden by the module of that command
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -49,15 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         require("train")
-        from cbsa_torch.cli import commands
-        from cbsa_torch.train.engine import leave_process_group
-        from cbsa_torch.train.errors import InterruptedRun
+        from cbsa_torch.train.engine.accelerate import leave_process_group
+        from cbsa_torch.train.errors import EXPECTED_ERRORS, InterruptedRun
+
+        command = importlib.import_module(f"cbsa_torch.cli.{args[0]}")
     except ImportError as error:
         print(f"cbsa: {error}", file=sys.stderr)
         return 1
     try:
-        home = importlib.import_module(f"cbsa_torch.cli.{HOMES.get(args[0], 'commands')}")
-        getattr(home, f"run_{args[0].replace('-', '_')}")(args[1:])
+        command.run(args[1:])
     except InterruptedRun as error:
         print(f"cbsa: {error}", file=sys.stderr)
         leave_process_group()
@@ -65,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cbsa: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except commands.EXPECTED_ERRORS as error:
+    except EXPECTED_ERRORS as error:
         print(f"cbsa: {error}", file=sys.stderr)
         return 1
     leave_process_group()
@@ -74,4 +71,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: cbsa COMMAND [options]     (cbsa COMMAND --help lists them)", ""]
-    return "\n".join([*lines, *(f"  {name:<13}{summary}" for name, summary in COMMANDS.items())])
+    return "\n".join([*lines, *(f"  {name:<9}{summary}" for name, summary in COMMANDS.items())])

@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 
 from cbsa_torch.cli.options import parse, take_option
-from cbsa_torch.models.checkpoint import read_info
+from cbsa_torch.models.checkpoint import is_ours, read_info
 from cbsa_torch.models.hub import PREFIX, weights_path
-from cbsa_torch.train import errors
-from cbsa_torch.train.adaptation import AdaptTrainConfig, recover
-from cbsa_torch.train.config import RunConfig, TrainConfig, load_config, read_config
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.config.base import RunConfig, TrainConfig
+from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.registry import load_config, read_config
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.adaptation.stages import recover
+from cbsa_torch.train.tasks.adaptation.task import AdaptTrainConfig
 
 USAGE = """usage: cbsa adapt --model RUN_OR_TIMM_NAME [--data NAME] [--config RECIPE_OR_YAML] [options]
 
@@ -26,14 +28,14 @@ Later options win.
 """
 
 
-def run_adapt(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Adapt a ViT and recover its accuracy."""
     source, rest = take_option("--config", args)
     model, rest = take_option("--model", rest)
     data, rest = take_option("--data", rest)
     staged, rest = take_option("--stage-epochs", rest)
     if staged is not None and not staged.isdecimal():
-        raise errors.ConfigError(f"--stage-epochs must be a whole number, got {staged!r}")
+        raise ConfigError(f"--stage-epochs must be a whole number, got {staged!r}")
     if source is None and "--resume" in rest:
         # A resumed run is configured by its own folder.
         own = RunFolder(take_option("--output", rest)[0] or AdaptTrainConfig().output).config
@@ -57,14 +59,15 @@ def adaptation_config(config: RunConfig, source: str) -> AdaptTrainConfig:
         ConfigError: it is of another.
     """
     if not isinstance(config, AdaptTrainConfig):
-        raise errors.ConfigError(f"--config {source} is of the task {config.task!r}, not 'adaptation'")
+        raise ConfigError(f"--config {source} is of the task {config.task!r}, not 'adaptation'")
     return config
 
 
 def with_data_of(config: AdaptTrainConfig, model: str) -> AdaptTrainConfig:
     """The configuration with the data and the augmentation that a model was trained with, where it says."""
-    if model.startswith(PREFIX) or not Path(model).exists():
+    path = Path(model)
+    if model.startswith(PREFIX) or not path.exists() or not is_ours(weights_path(path)):
         return config
-    info = read_info(weights_path(model))
+    info = read_info(weights_path(path))
     trained = read_config(info["config"], f"{model}: config") if "config" in info else None
     return dataclasses.replace(config, data=trained.data) if isinstance(trained, TrainConfig) else config

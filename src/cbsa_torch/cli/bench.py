@@ -79,7 +79,7 @@ USAGE = "usage: cbsa bench layers|models [options]"
 KINDS = {"layers": LayersArgs, "models": ModelsArgs}
 
 
-def run_bench(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Time layers or models beside their baselines."""
     if args and args[0] in ("-h", "--help"):
         print(f"{USAGE}: time and memory beside baselines; cbsa bench layers --help lists the options.")

@@ -13,8 +13,9 @@ from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import ComparedRun, compare
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import Trained, classifier_config, evaluate_checkpoint
-from cbsa_torch.train.run_folder import RunFolder
+from cbsa_torch.train.evaluate import evaluate_split, open_eval_split
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.base import Trained
 
 
 @dataclass
@@ -29,7 +30,7 @@ class _CompareArgs(PageOptions):
     """How many test images get attention maps."""
 
 
-def run_compare(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Show several runs side by side: every figure of their reports, on the same images."""
     options = parse(_CompareArgs, args, "compare")
     print(f"comparison: {compare_runs(options.runs, options.output, **options.counts())}")
@@ -56,18 +57,23 @@ def compare_runs(
     known: dict[Path, str] = {}
     for checkpoint in checkpoints:
         trained = runs.open_run(checkpoint)
-        classifier_config(trained)
+        if not trained.task.one_class_per_image:
+            raise ConfigError(
+                f"{trained.path} is of the task {trained.config.task!r}, and compare is for classifiers; cbsa "
+                "report knows both"
+            )
         first = known.setdefault(trained.path.resolve(), checkpoint)
         if checkpoint in opened or first != checkpoint:
             raise ConfigError(f"a run is given twice: {first} and {checkpoint}")
         opened[checkpoint] = trained
     _check_same_data(opened)
     names = _short_names(checkpoints)
-    split = runs.evaluated_split(opened[checkpoints[0]])
     compared = []
     for checkpoint, trained in opened.items():
-        evaluation = evaluate_checkpoint(trained.path, split=split)
-        inputs, labels = runs.sample_images(trained, split, images)
+        folder = trained.path.parent
+        split = open_eval_split(trained, None, folder / "eval_report.skipped.txt")
+        inputs, labels = trained.task.sample(split.dataset, trained.spec, images)
+        evaluation = evaluate_split(trained, split, folder / f"eval_{split.name}.json")
         titles = runs.titles(trained, inputs[:shown], labels[:shown])
         compared.append(
             ComparedRun(
@@ -78,12 +84,12 @@ def compare_runs(
                 pictures=runs.pictures(trained, inputs[:shown], titles),
                 architecture=trained.info["model"],
                 flops=count_model(trained.model, trained.spec.input_size).total.counts.flops,
-                accuracy=evaluation.top1,
-                history=RunFolder(trained.path.parent).read_metrics(print),
+                accuracy=evaluation.score,
+                history=RunFolder(folder).read_metrics(print),
             )
         )
     data = opened[checkpoints[0]].config.data.name
-    title = f"{len(compared)} models on {data}, {split} split"
+    title = f"{len(compared)} models on {data}, {split.name} split"
     return compare(compared, output, title=title, robustness_images=robustness_images).page
 
 

@@ -1,18 +1,26 @@
-"""Counting models by name: what ``cbsa count`` prints, writes and draws."""
+"""``cbsa count``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import tyro
 import yaml
+from rich.console import Console
+from rich.table import Table
 from timm.layers import Mlp
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.files import write_atomically
+from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import FETCHING_ARGS
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
@@ -21,6 +29,89 @@ from cbsa_torch.train.errors import ConfigError
 
 CURVE_TOKENS = tuple(2**k for k in range(4, 17))
 """Numbers of tokens that the plot samples."""
+
+
+@dataclass
+class _CountArgs:
+    """Count parameters, FLOPs (two per multiply-add) and pairwise similarities of models, for one image.
+
+    Similarities are the distinct inner products that decide who attends to whom.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """timm model names; `cbsa list` shows ours."""
+    image_size: tuple[int, ...] = ()
+    """Side, or height and width, in pixels. Default: what each model is made for."""
+    args: dict[str, str] = field(default_factory=dict)
+    """Further constructor arguments, e.g. contraction exact."""
+    layers: bool = False
+    """Also print every layer."""
+    output: str | None = None
+    """Also write the counts, layers included, to this JSON file."""
+    plot: str | None = None
+    """Also draw the FLOPs of one layer of each mechanism against the number of tokens (.png or .svg), at the
+    width and heads of the first model."""
+
+
+def run(args: list[str]) -> None:
+    """Count parameters, FLOPs and pairwise similarities of models."""
+    options = parse(_CountArgs, args, "count")
+    if not options.models:
+        raise ConfigError("no models given: cbsa count MODEL ...")
+    if options.plot is not None and not options.plot.endswith((".png", ".svg")):
+        raise ConfigError(f"--plot must end in .png or .svg, got {options.plot}")
+    _check_distinct(options.output, options.plot)
+    if options.plot is not None:
+        try:  # before anything is counted
+            from cbsa_torch.interpret import plots
+        except ImportError as error:
+            raise ConfigError(f"--plot: {error}") from None
+    table = Table("model", "input", "parameters", "GFLOPs", "similarities", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    rows, remarks = [], []
+    for name in options.models:
+        counts, size = count_named(name, options.args, options.image_size)
+        rows.append(as_dict(name, size, counts))
+        for layer in counts.layers if options.layers else ():
+            table.add_row(f"  {layer.name}", layer.kind, *_count_cells(layer))
+        table.add_row(name, "x".join(map(str, size)), *_count_cells(counts.total))
+        if counts.torch_flops != counts.total.counts.products:
+            remarks.append(
+                f"{name}: torch's own counter sees {counts.torch_flops / 1e9:.4g} GFLOPs of products"
+            )
+    Console().print(table)
+    for remark in remarks:
+        print(remark)
+    if options.output is not None:
+        write_atomically(Path(options.output), json.dumps(rows, indent=2).encode())
+        print(f"counts: {options.output}")
+    if options.plot is not None:
+        sizes = mixer_sizes(options.models[0], options.args)
+        curves = flops_curves(**sizes)
+        figure = plots.flops_against_tokens(CURVE_TOKENS, curves, sizes)
+        data = plots.to_png(figure) if options.plot.endswith(".png") else plots.to_svg(figure).encode()
+        write_atomically(Path(options.plot), data)
+        numbers = Path(options.plot).with_suffix(".json")
+        write_atomically(
+            numbers, json.dumps({**sizes, "tokens": CURVE_TOKENS, "flops": curves}, indent=2).encode()
+        )
+        print(f"plot: {options.plot}, numbers: {numbers}")
+
+
+def _check_distinct(output: str | None, plot: str | None) -> None:
+    """The plot also writes its numbers; neither may replace the counts."""
+    if (
+        output is not None
+        and plot is not None
+        and Path(output) in (Path(plot), Path(plot).with_suffix(".json"))
+    ):
+        raise ConfigError(f"--output {output} is a file that --plot {plot} writes; give another name")
+
+
+def _count_cells(layer: LayerCounts) -> tuple[str, str, str]:
+    counts = layer.counts
+    return f"{layer.parameters:,}", f"{counts.flops / 1e9:.4g}", f"{counts.similarities:,}"
 
 
 def count_named(name: str, args: Mapping[str, str], image_size: Sequence[int]) -> tuple[ModelCounts, list[int]]:

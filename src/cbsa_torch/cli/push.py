@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cbsa_torch.cli.options import parse
-from cbsa_torch.models.hub import push_to_hub
+from cbsa_torch.train.hub import push_to_hub
 
 
 @dataclass
@@ -26,7 +26,7 @@ class _PushArgs:
     """What to push to. Default: main."""
 
 
-def run_push(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Upload a trained model to the Hugging Face Hub."""
     options = parse(_PushArgs, args, "push")
     address = push_to_hub(

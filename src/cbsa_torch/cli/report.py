@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -14,11 +14,8 @@ from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import report
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import Trained, evaluate_checkpoint
-from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.segmentation.config import SegmentationTrainConfig
-from cbsa_torch.train.segmentation.evaluate import evaluate_segmenter
-from cbsa_torch.train.task import task_of
+from cbsa_torch.train.evaluate import evaluate_split, open_eval_split
+from cbsa_torch.train.run.folder import RunFolder
 
 
 @dataclass
@@ -31,12 +28,24 @@ class _ReportArgs(PageOptions):
     """A run folder."""
 
 
-def run_report(args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
     options = parse(_ReportArgs, args, "report")
-    score, page = report_run(options.checkpoint, options.files, **options.counts())
-    print(f"test {task_of(runs.open_run(options.checkpoint).config).score_title}: {score:.4f}")
-    print(f"report: {page}")
+    result = report_run(options.checkpoint, options.files, **options.counts())
+    print(f"{result.split} {result.score_title}: {result.score:.4f}")
+    print(f"report: {result.page}")
+
+
+class RunReport(NamedTuple):
+    """The outcome of :func:`report_run`."""
+
+    split: str
+    """"test", or "val" where there is no test split."""
+    score_title: str
+    """"accuracy", or "mean IoU" of a segmenter."""
+    score: float
+    page: Path
+    """``report.html``."""
 
 
 def report_run(
@@ -46,8 +55,8 @@ def report_run(
     images: int = 256,
     shown: int = 6,
     robustness_images: int = 128,
-) -> tuple[float, Path]:
-    """Evaluate a run's kept weights on its test split (or, without one, on validation) and write its page.
+) -> RunReport:
+    """Evaluate a run's weights on its test split (or, without one, on validation) and write its page.
 
     Args:
         checkpoint: a run folder.
@@ -55,9 +64,6 @@ def report_run(
         images: how many images measure the coding rates.
         shown: how many of them get attention maps.
         robustness_images: how many of them the robustness curve uses; 0 leaves it out.
-
-    Returns:
-        The accuracy (of a segmenter the mean IoU) and the path of ``report.html``.
     """
     for file in files:
         if Path(file).is_dir():  # cbsa compare takes runs by place, so it is easily confused
@@ -65,9 +71,9 @@ def report_run(
     trained = runs.open_run(checkpoint)
     given, given_titles = runs.read_inputs(trained, files)  # a bad file stops before anything takes time
     folder = RunFolder(trained.path.parent)
-    split = runs.evaluated_split(trained)
-    measured = _evaluate(trained, split)
-    inputs, labels = runs.sample_images(trained, split, images)
+    split = open_eval_split(trained, None, folder.path / "eval_report.skipped.txt")
+    inputs, labels = trained.task.sample(split.dataset, trained.spec, images)
+    result = evaluate_split(trained, split, folder.path / f"eval_{split.name}.json")
     titles = [*given_titles, *runs.titles(trained, inputs[:shown], labels[:shown])]
     written = report(
         trained.model,
@@ -76,22 +82,9 @@ def report_run(
         title=f"{trained.info['model']} on {trained.config.data.name}",
         facts=runs.facts(trained, folder),
         history=folder.read_metrics(print),
-        evaluation={**measured, "split": split, "class_names": trained.class_names},
+        evaluation={**result.record(), "split": split.name, "class_names": trained.class_names},
         pictures=runs.pictures(trained, torch.cat([given, inputs[:shown]]), titles),
         labels=labels or None,
         robustness_images=robustness_images,
     )
-    return measured["miou" if "miou" in measured else "top1"], written.page
-
-
-def _evaluate(trained: Trained, split: str) -> dict[str, Any]:
-    """What the page says of a split: top1 or miou, loss, images, confusion."""
-    if not isinstance(trained.config, SegmentationTrainConfig):
-        return evaluate_checkpoint(trained.path, split=split)._asdict()
-    result = evaluate_segmenter(trained.path, split=split)
-    return {
-        "miou": result.score,
-        "loss": result.loss,
-        "images": result.images,
-        "confusion": result.scores.confusion,
-    }
+    return RunReport(split.name, trained.task.score_title, result.score, written.page)

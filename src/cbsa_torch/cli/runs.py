@@ -1,24 +1,19 @@
-"""What pages need from a run: its images, its model card, and that there is something to look at."""
+"""What ``cbsa report`` and ``cbsa compare`` need of a run: the model, images and titles, facts about it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cbsa_torch.interpret import Pictures, capture
 from cbsa_torch.models.counting import count_model
-from cbsa_torch.train.data import open_split, open_splits
-from cbsa_torch.train.errors import ConfigError, DataError
-from cbsa_torch.train.evaluate import Trained, classifier_config, open_trained
-from cbsa_torch.train.predict import eval_transform, read_image
-from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.segmentation.config import SegmentationTrainConfig
-from cbsa_torch.train.segmentation.splits import open_segmentation, open_segmentation_split
-from cbsa_torch.train.task import task_of
+from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.evaluate import open_trained
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.base import Trained, eval_transform, read_image
 
 
 def open_run(checkpoint: str | Path) -> Trained:
@@ -32,58 +27,20 @@ def open_run(checkpoint: str | Path) -> Trained:
     return trained
 
 
-def evaluated_split(trained: Trained) -> str:
-    """The split a page is about: test, or validation where there is none."""
-    if isinstance(trained.config, SegmentationTrainConfig):
-        return "val" if open_segmentation(trained.config.data, trained.spec.mode).test is None else "test"
-    return "val" if open_splits(classifier_config(trained).data, trained.spec.mode).test is None else "test"
-
-
-def sample_images(trained: Trained, split: str, count: int) -> tuple[Tensor, list[int]]:
-    """Inputs and labels of readable images, evenly spread over a split.
-
-    In an order of their own: folders come class by class, and the first few should be of all classes. What a
-    segmenter is shown are squares from the centre, and there are no labels.
-    """
-    if isinstance(trained.config, SegmentationTrainConfig):
-        scenes: Any = open_segmentation_split(
-            trained.config.data, trained.spec.mode, split, trained.class_names
-        )
-        count = min(count, len(scenes))
-        squares = [
-            eval_transform(trained.spec)(scenes[i * len(scenes) // count][0])
-            for i in torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-        ]
-        return torch.stack(squares), []
-    dataset: Any = open_split(classifier_config(trained).data, trained.spec.mode, split, trained.class_names)
-    count = min(count, len(dataset))
-    transform = eval_transform(trained.spec)
-    inputs, labels = [], []
-    for i in torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist():
-        image, label = dataset[i * len(dataset) // count]
-        if label >= 0:
-            inputs.append(transform(image))
-            labels.append(label)
-    if not inputs:
-        raise DataError(f"none of {count} images of the {split} split could be read")
-    return torch.stack(inputs), labels
-
-
 def read_inputs(trained: Trained, files: Sequence[str]) -> tuple[Tensor, list[str]]:
     """Image files as the model is fed them, and titles with what it takes them for."""
     if not files:
         return torch.zeros(0, *trained.spec.input_size), []
-    inputs = torch.cat([read_image(file, trained.spec) for file in files])
-    predicted = [trained.class_names[i] for i in predict(trained, inputs)]
+    transform = eval_transform(trained.spec)
+    inputs = torch.stack([transform(read_image(Path(file), trained.spec.mode)) for file in files])
+    predicted = [trained.class_names[label] for label in predict(trained, inputs)]
     return inputs, [f"{Path(file).name}: {name}" for file, name in zip(files, predicted, strict=True)]
 
 
 @torch.inference_mode()
 def predict(trained: Trained, inputs: Tensor) -> list[int]:
     """The most likely class of each image; of a segmenter, the one of most pixels."""
-    found = trained.model(inputs).argmax(1)
-    classes: list[int] = found.tolist() if found.ndim == 1 else found.flatten(1).mode(1).values.tolist()
-    return classes
+    return trained.task.main_class(trained.model(inputs))
 
 
 def pictures(trained: Trained, inputs: Tensor, titles: Sequence[str]) -> Pictures:
@@ -94,7 +51,7 @@ def pictures(trained: Trained, inputs: Tensor, titles: Sequence[str]) -> Picture
 def titles(trained: Trained, inputs: Tensor, labels: Sequence[int]) -> list[str]:
     """What the model takes images for, and what they are where that differs."""
     names = trained.class_names
-    if not labels:  # of a segmenter
+    if not trained.task.one_class_per_image:
         return [f"mostly {names[p]}" for p in predict(trained, inputs)]
     return [
         names[p] if p == t else f"{names[p]} (is {names[t]})"
@@ -103,8 +60,8 @@ def titles(trained: Trained, inputs: Tensor, labels: Sequence[int]) -> list[str]
 
 
 def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
-    """The model card."""
-    optim, task = trained.config.optim, task_of(trained.config)
+    """Names and values for the table of facts about a run."""
+    optim, task = trained.config.optim, trained.task
     score = trained.info[task.score]
     channels, height, width = trained.spec.input_size
     counts = count_model(trained.model, trained.spec.input_size)

@@ -9,7 +9,7 @@ from cbsa_torch.models import registry  # noqa: E402  (registers the models)
 from cbsa_torch.models.adapt import AdaptedModel, AdaptReport, adapt_vit  # noqa: E402
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402
-from cbsa_torch.models.hub import HubModel, from_pretrained, push_to_hub  # noqa: E402
+from cbsa_torch.models.hub import from_pretrained  # noqa: E402
 from cbsa_torch.models.segmentation import (  # noqa: E402
     MaskTransformerDecoder,
     Segmenter,
@@ -22,7 +22,6 @@ from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 __all__ = [
     "AdaptReport",
     "AdaptedModel",
-    "HubModel",
     "MaskTransformerDecoder",
     "Segmenter",
     "WhiteBoxTransformer",
@@ -31,7 +30,6 @@ __all__ = [
     "load_checkpoint",
     "load_official",
     "multi_scale_logits",
-    "push_to_hub",
     "read_tensors",
     "registry",
     "save_checkpoint",

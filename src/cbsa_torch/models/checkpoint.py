@@ -11,6 +11,7 @@ import hashlib
 import json
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ FETCHING_ARGS = {
     "cache_dir",
 }
 """Arguments of ``timm.create_model`` that read other files or the network: refused in a file's metadata."""
+
+
+def refuse_fetching(name: str, args: Mapping[str, Any], instead: str) -> None:
+    """Raise ``ValueError`` if ``args``, an argument called ``name``, would read other files or the network."""
+    refused = FETCHING_ARGS & args.keys()
+    if refused:
+        raise ValueError(f"{name} must not hold {', '.join(sorted(refused))}: {instead}")
 
 
 class CheckpointError(ValueError):
@@ -104,6 +112,16 @@ def read_info(path: Path) -> dict[str, Any]:
         ) from error
     _check_info(info, str(path))
     return info
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this library wrote a file; True of a damaged ``.safetensors``, as loading says what is wrong."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        return "cbsa_torch" in _metadata(path)
+    except SafetensorError:
+        return True
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -52,8 +52,8 @@ _MIXERS = {
     "MSSA": {"qkv.weight": "qkv.weight"},
 }
 """By mixer: our name within ``blocks.{}.attn`` to the official one within ``transformer.layers.{}.0.fn``."""
-_TELLING = {"CBSA": "step_x", "TSSA": "temp", "MSSA": "qkv.weight"}
-"""The first of these that a layer has tells its mixer."""
+_RECOGNISED_BY = {"CBSA": "step_x", "TSSA": "temp", "MSSA": "qkv.weight"}
+"""A layer's mixer is the first whose parameter here it has."""
 _FLATTENED = ("step_x", "step_rep", "temp")
 """Stored as (H, 1, 1) or (H, 1) by the official code."""
 
@@ -196,11 +196,11 @@ def _read_mixers(official: dict[str, Tensor], name: str) -> list[str]:
     mixers = []
     for i in range(len(layers)):
         prefix = f"transformer.layers.{i}.0.fn"
-        kind = next((k for k, telling in _TELLING.items() if f"{prefix}.{telling}" in official), None)
+        kind = next((k for k, parameter in _RECOGNISED_BY.items() if f"{prefix}.{parameter}" in official), None)
         if kind is None:
             raise CheckpointError(
                 f"{name} is not an official checkpoint: layer {i} has none of "
-                + ", ".join(f"{prefix}.{telling}" for telling in _TELLING.values())
+                + ", ".join(f"{prefix}.{parameter}" for parameter in _RECOGNISED_BY.values())
             )
         mixers.append(kind)
     return mixers
@@ -209,7 +209,7 @@ def _read_mixers(official: dict[str, Tensor], name: str) -> list[str]:
 def _read_sizes(
     official: dict[str, Tensor], name: str, stem: str, mixers: list[str], num_heads: int | None
 ) -> dict[str, Any]:
-    """Constructor arguments from the shapes of the tensors that determine them."""
+    """Constructor arguments, from the shapes of tensors."""
     needed = {"pos_embedding": "(1, 1 + tokens, dim)", "mlp_head.1.weight": "(classes, dim)"}
     if stem == "conv":
         needed["to_patch_embedding.proj.0.0.weight"] = "(dim / 8, channels, 3, 3)"
@@ -277,13 +277,13 @@ def _patch(patch_dim: int, name: str) -> tuple[int, int]:
 
 
 def _read_heads(official: dict[str, Tensor], name: str, stem: str, mixers: list[str], given: int | None) -> int:
-    """Heads from the layers that tell; MSSA does not, so those of the published widths are known."""
+    """Heads from the shapes of CBSA or TSSA layers; of MSSA alone, those of the published widths."""
     if given is not None:
         check_positive_int("num_heads", given)
-    telling = [(i, mixer) for i, mixer in enumerate(mixers) if mixer != "MSSA"]
-    if telling:
-        i, mixer = telling[0]
-        heads = official[f"transformer.layers.{i}.0.fn.{_TELLING[mixer]}"].shape[0]
+    layers = [(i, mixer) for i, mixer in enumerate(mixers) if mixer != "MSSA"]
+    if layers:
+        i, mixer = layers[0]
+        heads = official[f"transformer.layers.{i}.0.fn.{_RECOGNISED_BY[mixer]}"].shape[0]
         if given not in (None, heads):
             raise CheckpointError(f"{name} has {heads} heads, not num_heads={given}")
         return heads

@@ -1,15 +1,14 @@
-"""Models on the Hugging Face Hub, through its mixin: weights, a description, a card; no pickles."""
+"""Trained models by name: from the Hugging Face Hub, from a run's folder or from a file of weights."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -21,9 +20,8 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
-from cbsa_torch.models.card import REPO_ID, model_card
-from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from cbsa_torch.models.private import without_paths
+from cbsa_torch.models.checkpoint import PICKLE_SUFFIXES, CheckpointError, is_ours, load_checkpoint
+from cbsa_torch.models.convert import read_official
 
 WEIGHTS = "model.safetensors"
 PREFIX = "hf-hub:"
@@ -34,48 +32,6 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__
 
 class HubError(OSError):
     """The Hub could not be reached, or has not what was asked for; the message says which and what to do."""
-
-
-class HubModel(ModelHubMixin):
-    """A trained model as the Hub holds it: ``save_pretrained``, ``push_to_hub`` and ``from_pretrained``.
-
-    These write and read three files: ``model.safetensors``, which alone is enough to rebuild the model;
-    ``config.json``, by which timm builds it; ``README.md``, the card. Settings that tell of the machine it was
-    trained on (folders) are left out.
-
-    Args:
-        model: the module.
-        info: its description, as of :func:`cbsa_torch.models.load_checkpoint`.
-        card: text of the card. Default: made from ``info``.
-    """
-
-    def __init__(self, model: nn.Module, info: dict[str, Any], card: str | None = None) -> None:
-        self.model = model
-        self.info = info
-        self.card = card
-
-    @classmethod
-    def open(cls, checkpoint: str | Path) -> HubModel:
-        """A model from a run's folder or a ``.safetensors`` file, with the card beside it if there is one."""
-        path = weights_path(checkpoint)
-        card = path.with_name("README.md")
-        model, info = load_checkpoint(path)
-        return cls(model, info, card.read_text(encoding="utf-8") if card.is_file() else None)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        info = without_paths(self.info)
-        save_checkpoint(save_directory / WEIGHTS, self.model, info)
-        (save_directory / "config.json").write_text(json.dumps(timm_config(self.model, info), indent=2) + "\n")
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **download: Any) -> HubModel:
-        if Path(model_id).is_dir():
-            return cls.open(model_id)
-        return cls(*load_checkpoint(hf_hub_download(model_id, WEIGHTS, **download)))
-
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card, for the mixin."""
-        return ModelCard(self.card or model_card(self.info))
 
 
 def from_pretrained(
@@ -90,7 +46,8 @@ def from_pretrained(
 
     Args:
         source: ``"owner/name"`` of a repository (``"hf-hub:owner/name"`` if a folder has that name as well), a
-            folder that holds ``model.safetensors``, or such a file.
+            folder that holds ``model.safetensors``, or a file: one of this library, or a released checkpoint of
+            the official code (see :func:`cbsa_torch.models.load_official`).
         revision: branch, tag or commit of the repository.
         token: of your account, for private repositories. Default: that of ``hf auth login``.
         cache_dir: where downloads are kept. Default: huggingface_hub's.
@@ -102,12 +59,13 @@ def from_pretrained(
 
     Raises:
         HubError: no network, no such repository, revision or file, or no permission.
-        FileNotFoundError: no weights in that folder. CheckpointError: not weights of this library, or damaged.
+        FileNotFoundError: no weights in that folder. CheckpointError: weights of an unknown kind, or damaged;
+            code that a file may hold is never executed.
     """
     path = fetch_weights(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    model, info = load_checkpoint(path)
+    model, info = open_weights(path)
     model.info = info  # type: ignore[assignment]
     model.pretrained_cfg = {  # type: ignore[assignment]
         **getattr(model, "pretrained_cfg", {}),
@@ -116,48 +74,26 @@ def from_pretrained(
     return model
 
 
-def push_to_hub(
-    checkpoint: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    branch: str | None = None,
-    commit_message: str = "Upload model by cbsa-torch",
-) -> str:
-    """Upload the weights that a run keeps, with their description and card; nothing else of its folder.
+def open_weights(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a file of any known kind, in eval mode, and its description: ``model``, ``model_args``, ...
 
-    Args:
-        checkpoint: a run's folder, or a ``.safetensors`` file of this library.
-        repo_id: ``"owner/name"``; made if there is no such repository.
-        private: whether a new repository is private. Default: the owner's default.
-        token: of your account. Default: that of ``hf auth login``.
-        branch: what to push to. Default: main.
-        commit_message: of the upload.
-
-    Returns:
-        The address of the commit.
+    Kinds of files are told apart here and nowhere else.
 
     Raises:
-        HubError: no network, not logged in, no permission, or not a name of a repository.
-        FileNotFoundError, CheckpointError: the checkpoint cannot be read.
+        FileNotFoundError: no such file. CheckpointError: a file of no known kind, or damaged.
     """
-    hub_model = HubModel.open(checkpoint)
-    hub_model.card = (hub_model.card or model_card(hub_model.info)).replace(REPO_ID, repo_id)
-    with _explained(repo_id):
-        commit = hub_model.push_to_hub(
-            repo_id, private=private, token=token, branch=branch, commit_message=commit_message
-        )
-    return str(commit)
+    path = Path(path)
+    known = is_ours(path) if path.is_file() else True  # what is missing is named below
+    return load_checkpoint(path) if known else read_official(path)
 
 
 def fetch_weights(source: str | Path, **download: Any) -> Path:
-    """The ``.safetensors`` file of ``source`` (see :func:`from_pretrained`), downloaded if it is on the Hub."""
+    """The file of weights of ``source`` (see :func:`from_pretrained`), downloaded if it is on the Hub."""
     name = str(source)
     if not name.startswith(PREFIX) and (Path(source).exists() or not _may_be_a_repository(name)):
         return weights_path(source)
     name = name.removeprefix(PREFIX)
-    with _explained(name):
+    with explained(name):
         return Path(hf_hub_download(name, WEIGHTS, **download))
 
 
@@ -191,12 +127,13 @@ def timm_config(model: nn.Module, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _may_be_a_repository(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(".safetensors")
+    is_file = name.endswith((".safetensors", *PICKLE_SUFFIXES))
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not is_file
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """What the Hub's client raises, as one error that says what to do."""
+def explained(repo_id: str) -> Iterator[None]:
+    """Raise what the Hub's client raises as one :class:`HubError` that says what to do."""
     try:
         yield
     except (CheckpointError, HubError):

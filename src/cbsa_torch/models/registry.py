@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models.whitebox import Mixer, WhiteBoxTransformer
-from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
 
 __all__: list[str] = []  # the entry points are reached by name, through timm
 
@@ -30,8 +30,8 @@ class Family:
     """One token mixer in all layers, or two of them."""
 
     summary: str
-    mixer: type[nn.Module]
-    first: type[nn.Module] | None = None
+    mixer: type[TokenMixer]
+    first: type[TokenMixer] | None = None
     """The mixer of the first ``num_first_layers`` layers (default: half of them) of a hybrid."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Options of the mixer that differ from its own defaults."""
@@ -41,27 +41,34 @@ class Family:
     """The arXiv number of what it implements."""
 
 
-_PROJECTIONS = ("qkv_bias", "proj_bias", "scale_norm", "norm_layer", "proj_drop", "recompute")
-_BASES = ("tied", "orthogonal", *_PROJECTIONS)
-OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
-    CBSA: (
-        "num_representatives",
-        "representatives",
-        "contraction",
-        "eps",
-        "qkv",
-        "layout",
-        "impl",
-        "qk_norm",
-        *_BASES,
-    ),
-    MSSA: ("attn_drop", *_BASES),
-    TSSA: ("form", "eps", *_BASES),
-    LinearCBSA: ("eps", "average", "solver", *_BASES),
-    AgentAttention: ("num_representatives", "representatives", "qkv", "qk_norm", *_BASES),
-    MHSA: ("qk_norm", "attn_drop", *_PROJECTIONS),
+_SET_BY_MODEL = {
+    *("head_dim", "num_prefix_tokens", "grid_size", "channels_first"),
+    *("attn_head_dim", "dim_out", "gated", "device", "dtype"),
 }
-"""Options of a mixer that its models take as arguments of their own."""
+"""Arguments of mixers that a model sets itself or has no use for."""
+_NEVER_TAKEN: dict[type[TokenMixer], set[str]] = {
+    MHSA: {"tied", "orthogonal"},  # has three projections: for queries, for keys, for values
+    MSSA: {"qk_norm"},  # these have one for all three
+    TSSA: {"qk_norm"},
+    LinearCBSA: {"qk_norm"},
+}
+"""Options of every mixer that one of them refuses whatever their value; the layers of a hybrid may differ."""
+
+
+@functools.cache
+def mixer_options(mixer: type[TokenMixer]) -> frozenset[str]:
+    """Options of a mixer that its models take as arguments of their own: those in its signature."""
+    # of all mixers, but qkv: a mixer that offers that choice names it itself
+    shared = _keyword_only(TokenMixer) - {"qkv"} - _NEVER_TAKEN.get(mixer, set())
+    if not mixer.compares_tokens:
+        shared -= {"attn_drop"}
+    return frozenset((_keyword_only(mixer) | shared) - _SET_BY_MODEL)
+
+
+def _keyword_only(mixer: type[Any]) -> set[str]:
+    parameters = inspect.signature(mixer).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
 
 FAMILIES = {
     "cbt": Family("Contract-and-Broadcast Transformer: CBSA (Eq. 8)", CBSA),
@@ -181,7 +188,7 @@ def _create(
     **model_args: Any,
 ) -> WhiteBoxTransformer:
     """Build a model; options of its mixer go to the mixer."""
-    names = _options(family)
+    names = mixer_options(family.mixer) | (mixer_options(family.first) if family.first else set())
     _check_names(model_args, names)
     own = {name: model_args.pop(name) for name in names if name in model_args}
     if mixer is not None:
@@ -196,7 +203,7 @@ def _create(
         mixers = [family.first or family.mixer] * first + [family.mixer] * (depth - first)
         if own.get("representatives", "pool") not in ("pool", "learned"):
             mixer_defaults = {k: v for k, v in mixer_defaults.items() if k != "num_representatives"}
-        mixer = [functools.partial(m, **_of(m, {**mixer_defaults, **own})) for m in mixers]
+        mixer = [functools.partial(m, **_select(m, {**mixer_defaults, **own})) for m in mixers]
     return build_model_with_cfg(
         WhiteBoxTransformer,
         variant,
@@ -205,6 +212,26 @@ def _create(
         mixer=mixer,
         **model_args,
     )
+
+
+def build_entry(name: str, build: Callable[[], nn.Module], pretrained: bool, **timm_args: Any) -> Any:
+    """``build_model_with_cfg`` of an entry point that has read its own arguments, and refuses all others.
+
+    Args:
+        name: of the entry point.
+        build: makes the model.
+        pretrained: whether timm loads its weights.
+        **timm_args: of ``build_model_with_cfg``; what that does not know is refused.
+    """
+
+    def make(**unknown: Any) -> nn.Module:
+        if unknown:
+            raise TypeError(f"{name} has no option {', '.join(sorted(unknown))}")
+        return build()
+
+    # timm passes these defaults of the configuration on; the entry point has read its own already
+    defaults = ("num_classes", "global_pool", "in_chans")
+    return build_model_with_cfg(make, name, pretrained, kwargs_filter=defaults, **timm_args)
 
 
 def _number_of_first_layers(family: Family, given: int | None, depth: int) -> int:
@@ -218,21 +245,17 @@ def _number_of_first_layers(family: Family, given: int | None, depth: int) -> in
     return number
 
 
-def _options(family: Family) -> set[str]:
-    return {*OPTIONS[family.mixer], *(OPTIONS[family.first] if family.first else ())}
-
-
-def _of(mixer: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
+def _select(mixer: type[TokenMixer], options: dict[str, Any]) -> dict[str, Any]:
     """The options that are the mixer's; a module among them is copied, for every layer owns its parts."""
-    own = {name: value for name, value in options.items() if name in OPTIONS[mixer]}
+    own = {name: value for name, value in options.items() if name in mixer_options(mixer)}
     return {k: copy.deepcopy(v) if isinstance(v, nn.Module) else v for k, v in own.items()}
 
 
-def _check_names(given: dict[str, Any], options: set[str]) -> None:
-    """Suggest the nearest name for a misspelt option; what is none of ours is timm's to judge."""
+def _check_names(given: dict[str, Any], options: frozenset[str]) -> None:
+    """Refuse options of other mixers and misspelt ones; names unlike all of ours are left to timm."""
     ours = {*inspect.signature(WhiteBoxTransformer).parameters, *options}
     timms = {*inspect.signature(build_model_with_cfg).parameters, "cache_dir", "features_only", "out_indices"}
-    others = {name for names in OPTIONS.values() for name in names} - ours
+    others = {name for family in FAMILIES.values() for name in mixer_options(family.mixer)} - ours
     for name in given.keys() - ours - timms:
         if name in others:
             raise TypeError(f"unexpected option {name!r}: the mixer of this model has none")

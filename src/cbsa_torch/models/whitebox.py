@@ -6,16 +6,20 @@ black-box baseline. Everything else is timm's model surface.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import global_pool_nlc, resample_abs_pos_embed
+from timm.layers import global_pool_nlc
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cbsa_torch._core.checks import check_choice, check_positive_int
+from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
+from cbsa_torch._core.modules import no_weight_decay_inside
+from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
 
 Mixer = Callable[..., nn.Module]
@@ -92,22 +96,22 @@ class WhiteBoxTransformer(nn.Module):
         self.grad_checkpointing = False
 
         self.stem = STEMS[stem](in_chans, embed_dim, patch_size, device=device, dtype=dtype)
-        self.grid_size = self.stem.grid_size(_pair(img_size))
+        self.grid_size = self.stem.grid_size(check_sides("img_size", img_size))
         length = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, device=device, dtype=dtype))
         self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim, device=device, dtype=dtype))
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         prefix = self.num_prefix_tokens
         self.blocks = nn.ModuleList()
         for make in mixers:
-            attn = make(embed_dim, num_heads, head_dim=head_dim, num_prefix_tokens=prefix, **kind)
+            attn = make(embed_dim, num_heads, head_dim=head_dim, num_prefix_tokens=prefix, **factory_kwargs)
             if mlp_ratio is None:
                 block: nn.Module = WhiteBoxBlock(
-                    embed_dim, attn, step_size=step_size, sparsity=sparsity, **kind
+                    embed_dim, attn, step_size=step_size, sparsity=sparsity, **factory_kwargs
                 )
             else:
-                block = ResidualBlock(embed_dim, attn, mlp_ratio=mlp_ratio, **kind)
+                block = ResidualBlock(embed_dim, attn, mlp_ratio=mlp_ratio, **factory_kwargs)
             self.blocks.append(block)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
@@ -127,12 +131,7 @@ class WhiteBoxTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay."""
-        names = {"cls_token", "pos_embed"}
-        for prefix, module in self.named_modules():
-            listed = getattr(module, "no_weight_decay", None)
-            if prefix and listed is not None:
-                names |= {f"{prefix}.{name}" for name in listed()}
-        return names
+        return {"cls_token", "pos_embed"} | no_weight_decay_inside(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stem and layers (timm: layer-wise rates, freezing)."""
@@ -175,7 +174,7 @@ class WhiteBoxTransformer(nn.Module):
             raise ValueError(f"patch_size must stay {self.stem.patch_size}, the stem's; got {patch_size}")
         if img_size is None:
             return
-        grid_size = self.stem.grid_size(_pair(img_size))
+        grid_size = self.stem.grid_size(check_sides("img_size", img_size))
         resampled = self._resampled_pos_embed(grid_size).detach().clone()
         self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         self.grid_size = grid_size
@@ -183,12 +182,11 @@ class WhiteBoxTransformer(nn.Module):
     def _resampled_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
         if grid_size == self.grid_size:
             return self.pos_embed
-        return resample_abs_pos_embed(
-            self.pos_embed,
-            new_size=list(grid_size),
-            old_size=list(self.grid_size),
-            num_prefix_tokens=self.num_prefix_tokens,
-        )
+        prefix, patches = self.pos_embed.split([self.num_prefix_tokens, math.prod(self.grid_size)], dim=1)
+        # In channels-last memory, which timm's function leaves it in, torch (2.14) gets a width of 1 wrong.
+        patches = patches.mT.reshape(1, -1, *self.grid_size).contiguous().to(compute_dtype(patches.dtype))
+        patches = F.interpolate(patches, grid_size, mode="bicubic", antialias=True).flatten(2).mT
+        return torch.cat([prefix, patches.to(prefix.dtype)], dim=1)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``."""
@@ -288,13 +286,3 @@ class WhiteBoxTransformer(nn.Module):
 def _check_num_classes(num_classes: int) -> None:
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
         raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise ValueError(f"img_size must be an int or (height, width), got {size!r}")
-    height, width = pair
-    check_positive_int("img_size", height)
-    check_positive_int("img_size", width)
-    return height, width

@@ -1,4 +1,4 @@
-"""The configured model: built by timm, or taken from a checkpoint."""
+"""The configured model: built by timm, or taken from a weights file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import FETCHING_ARGS, PICKLE_SUFFIXES, load_checkpoint
-from cbsa_torch.models.convert import read_official
-from cbsa_torch.models.hub import PREFIX, fetch_weights, weights_path
-from cbsa_torch.train.config import RunConfig
+from cbsa_torch.models.checkpoint import FETCHING_ARGS
+from cbsa_torch.models.hub import PREFIX, fetch_weights, open_weights, weights_path
+from cbsa_torch.train.config.base import RunConfig
 from cbsa_torch.train.errors import ConfigError
 
 Built = tuple[nn.Module, dict[str, Any]]
@@ -29,7 +28,7 @@ def draft_model(config: RunConfig) -> Built:
     takes no time and draws no random numbers.
     """
     if config.model.init_from is not None:
-        return _open_checkpoint(config)
+        return _open_init_from(config)
     with torch.device("meta"):
         return build_model(config, None)
 
@@ -46,11 +45,11 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     """
     settings = config.model
     if settings.init_from is not None:
-        return _fit(config, num_classes, *(_open_checkpoint(config) if draft is None else draft))
+        return _fit(config, num_classes, *(_open_init_from(config) if draft is None else draft))
     fetching = sorted(FETCHING_ARGS & settings.args.keys())
     if fetching:
         raise ConfigError(
-            f"model.args {fetching[0]} is not allowed (a checkpoint could not be opened with it); trained "
+            f"model.args {fetching[0]} is not allowed (a weights file could not be opened with it); trained "
             "weights come by model.init_from"
         )
     known = timm.list_models()
@@ -88,12 +87,12 @@ def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any]
     # Only by its prefix: a mistyped folder must not fetch somebody's repository of that name.
     path = fetch_weights(source) if source.startswith(PREFIX) else weights_path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"{key}: no checkpoint at {path}")
-    model, info = (read_official if path.suffix in PICKLE_SUFFIXES else load_checkpoint)(path)
+        raise FileNotFoundError(f"{key}: no weights file at {path}")
+    model, info = open_weights(path)
     return model, info, path
 
 
-def _open_checkpoint(config: RunConfig) -> Built:
+def _open_init_from(config: RunConfig) -> Built:
     """The model of ``model.init_from``."""
     settings = config.model
     model, info, path = open_source("model.init_from", settings.init_from)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cbsa_torch.models.checkpoint import CheckpointError
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: an unknown key, a value of the wrong kind, a bad file."""
@@ -22,8 +24,12 @@ class RunFolderError(ValueError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the weights became NaN or infinite; no checkpoint was written of it."""
+    """The loss or the weights became NaN or infinite; no training state was saved of it."""
 
 
 class InterruptedRun(Exception):  # noqa: N818
     """A signal asked the run to stop; its state was saved, and the same command goes on from there."""
+
+
+EXPECTED_ERRORS = (CheckpointError, ConfigError, DataError, RunFolderError, NonFiniteLossError, OSError)
+"""Errors with a message meant for the user; anything else is a bug and keeps its traceback."""

@@ -1,44 +1,37 @@
-"""Evaluate a trained checkpoint on a split of its data, or of other data."""
+"""Trained models: open them, evaluate them on a split of their data or of other data, predict image files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch.utils.data import Dataset
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint
-from cbsa_torch.train.classification import Evaluation, evaluate
-from cbsa_torch.train.config import DataConfig, RunConfig, TrainConfig, read_config
-from cbsa_torch.train.data import InputSpec, make_loader, open_split, read_skipped
-from cbsa_torch.train.engine import new_accelerator
-from cbsa_torch.train.errors import ConfigError, DataError
-from cbsa_torch.train.progress import Reporter
-from cbsa_torch.train.run_folder import RunFolder
-
-
-class Trained(NamedTuple):
-    """A trained model with what its checkpoint says about it."""
-
-    model: nn.Module
-    spec: InputSpec
-    class_names: list[str]
-    config: RunConfig
-    info: dict[str, Any]
-    path: Path
-    """The checkpoint file."""
+from cbsa_torch.models.hub import weights_path
+from cbsa_torch.train.config.base import DataSource
+from cbsa_torch.train.data import InputSpec, read_skipped
+from cbsa_torch.train.engine.accelerate import new_accelerator
+from cbsa_torch.train.engine.console import Reporter, counted
+from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.registry import read_config, task_of
+from cbsa_torch.train.tasks.base import EvalResult, Trained, WindowOptions
 
 
 def open_trained(checkpoint: str | Path) -> Trained:
-    """Load the weights that a run folder keeps (``optim.keep``), or a ``.safetensors`` file of a run."""
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = RunFolder(path).weights
-        if not path.exists():
-            raise FileNotFoundError(f"{checkpoint} holds no trained model (no {path.name})")
+    """Load the weights file of a run folder (the epoch that ``optim.keep`` says), or any weights file of a run.
+
+    Args:
+        checkpoint: a run folder or a ``.safetensors`` file.
+
+    Raises:
+        FileNotFoundError: nothing is there. CheckpointError: it was not written by a training run.
+    """
+    path = weights_path(checkpoint)
     model, info = load_checkpoint(path)
     try:
         fed = info["input"]
@@ -49,71 +42,168 @@ def open_trained(checkpoint: str | Path) -> Trained:
             fed["interpolation"],
             fed["crop_pct"],
         )
-        config = read_config(info["config"], f"{path}: config")
-        return Trained(model, spec, list(info["class_names"]), config, info, path)
+        task = task_of(read_config(info["config"], f"{path}: config"))
+        return Trained(model, spec, list(info["class_names"]), task, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
 
 
-def classifier_config(trained: Trained) -> TrainConfig:
-    """The configuration of a trained classifier.
+class EvalSplit(NamedTuple):
+    """A split of images, opened to evaluate a trained model on."""
 
-    Raises:
-        ConfigError: it was trained for something else.
-    """
-    if not isinstance(trained.config, TrainConfig):
-        raise ConfigError(
-            f"{trained.path} is of the task {trained.config.task!r}, and this is for classifiers; `cbsa eval` "
-            "and `cbsa predict` know both"
-        )
-    return trained.config
+    name: str
+    """"train", "val" or "test"."""
+    dataset: Dataset[Any]
+    """Samples without a transform, until they are evaluated."""
+    skipped: Path
+    """The file that lists images that could not be read."""
 
 
-def evaluate_checkpoint(
-    checkpoint: str | Path,
-    *,
-    split: str = "test",
-    data: DataConfig | None = None,
-    batch_size: int = 256,
-    output: str | Path | None = None,
-) -> Evaluation:
-    """Evaluate and write ``eval_<split>.json`` beside the checkpoint.
+def open_eval_split(trained: Trained, split: str | None, skipped: Path) -> EvalSplit:
+    """Open a split of the data of ``trained.task``.
 
     Args:
-        checkpoint: a run folder or a ``.safetensors`` file of one.
-        split: "train", "val" or "test".
-        data: where the images are. Default: what the model was trained on.
-        batch_size: images per forward pass.
-        output: the JSON file. Default: beside the checkpoint.
+        trained: the model; the data must have its classes.
+        split: "train", "val" or "test". None: the test split, or the validation split where there is none.
+        skipped: the file that will list images that cannot be read.
+
+    Raises:
+        ConfigError, DataError: the data cannot be opened, or have no such split or other classes.
     """
-    trained = open_trained(checkpoint)
-    data = classifier_config(trained).data if data is None else data
-    output = trained.path.parent / f"eval_{split}.json" if output is None else Path(output)
-    skipped = output.with_suffix(".skipped.txt")
-    dataset = open_split(data, trained.spec.mode, split, trained.class_names, skipped)
+    name, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
+    return EvalSplit(name, dataset, skipped)
+
+
+def evaluate_split(
+    trained: Trained,
+    split: EvalSplit,
+    output: Path,
+    *,
+    batch_size: int | None = None,
+    windows: WindowOptions | None = None,
+) -> EvalResult:
+    """Evaluate on a split that is open, and write what was measured to the JSON file ``output``.
+
+    Args:
+        batch_size, windows: as for :func:`evaluate_checkpoint`.
+
+    Raises:
+        DataError: no image could be read, or more are unreadable than allowed.
+    """
+    task, skipped = trained.task, split.skipped
     accelerator = new_accelerator(mixed_precision="no")
     reporter = Reporter(accelerator.is_main_process)
     if accelerator.is_main_process:
         skipped.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    loader = make_loader(dataset, trained.spec, data, batch_size, train=False)
-    model, loader = accelerator.prepare(trained.model, loader)
-    with reporter.bar(f"evaluating {split}", len(loader)) as advance:
-        result = evaluate(accelerator, model, loader, len(trained.class_names), advance)
+    loader = task.evaluation_loader(split.dataset, trained.spec, accelerator, batch_size)
+    device = next(trained.model.parameters()).device
+    with reporter.bar(f"evaluating {split.name}", len(loader)) as advance:
+        result = task.evaluate(
+            accelerator,
+            trained.model.to(accelerator.device),
+            counted(loader, advance),
+            trained.class_names,
+            windows=windows,
+            batch_size=batch_size,
+        )
+    trained.model.to(device)  # where it was: the caller may go on with it
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()
     unread = read_skipped(skipped)
     if unread:
         reporter.say(f"{len(unread)} unreadable image(s) were left out, listed in {skipped}")
     if result.images == 0:
-        raise DataError(f"no image of the {split} split could be read")
+        raise DataError(f"no image of the {split.name} split could be read")
     if is_main:
         record = {
             "checkpoint": trained.path.name,
-            "split": split,
-            **result._asdict(),
+            "split": split.name,
+            **result.record(),
             "skipped_images": unread,
             "class_names": trained.class_names,
         }
         write_atomically(output, json.dumps(record, indent=2).encode())
     return result
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path | Trained,
+    *,
+    split: str = "test",
+    data: DataSource | None = None,
+    batch_size: int | None = None,
+    windows: WindowOptions | None = None,
+    output: str | Path | None = None,
+) -> Any:
+    """Evaluate a trained model and write ``eval_<split>.json`` beside its weights.
+
+    Args:
+        checkpoint: a run folder, a ``.safetensors`` file of one, or what :func:`open_trained` opened.
+        split: "train", "val" or "test".
+        data: where the images are: a ``DataConfig``, for segmenters a ``SegmentationDataConfig``. Default: what
+            the model was trained on.
+        batch_size: images (of segmenters: windows) in a forward pass; the result does not depend on it.
+            Default: 256, for segmenters as in validation.
+        windows: how a segmenter sees whole images. Default: as in validation.
+        output: the JSON file. Default: beside the weights; with several scales or flips its name ends in
+            ``_multi_scale.json``.
+
+    Returns:
+        The task's :class:`~cbsa_torch.train.tasks.base.EvalResult`, e.g. with ``top1`` of a classifier.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, FileNotFoundError: what was asked for cannot work.
+    """
+    trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint)
+    if data is not None:
+        trained = trained._replace(task=trained.task.with_data(data))
+    windows = WindowOptions() if windows is None else windows
+    trained.task.check_windows(windows)
+    name = f"eval_{split}{'_multi_scale' if windows.multi_scale else ''}.json"
+    output = trained.path.parent / name if output is None else Path(output)
+    opened = open_eval_split(trained, split, output.with_suffix(".skipped.txt"))
+    return evaluate_split(trained, opened, output, batch_size=batch_size, windows=windows)
+
+
+def predict_images(
+    checkpoint: str | Path | Trained,
+    images: Sequence[str | Path],
+    *,
+    top: int = 5,
+    on_bad_image: str = "stop",
+    masks: str | Path | None = None,
+    overwrite: bool = False,
+    windows: WindowOptions | None = None,
+) -> Sequence[Any]:
+    """Classify or segment image files one by one.
+
+    Args:
+        checkpoint: a run folder, a ``.safetensors`` file of one, or what :func:`open_trained` opened.
+        images: files.
+        top: how many classes of an image a classifier names.
+        on_bad_image: "stop" raises DataError; "skip" reports the error in that image's prediction.
+        masks: folder for a segmenter's ``NAME_mask.png`` (coloured, with a legend) and ``NAME_labels.png`` (the
+            numbers of the classes); created if need be. The images' names without suffix must differ. Default:
+            ``predicted_masks``.
+        overwrite: replace mask files of these names, which may be somebody's work.
+        windows: how a segmenter sees whole images. Default: as in validation.
+
+    Returns:
+        A prediction for each image: of a classifier ``classes`` and ``probabilities``, of a segmenter the
+        ``shares`` of classes and the paths ``mask`` and ``labels``.
+
+    Raises:
+        ConfigError: options that cannot work, two images of one name, masks that are there already; nothing was
+            written then. DataError: an image that cannot be read.
+    """
+    trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint)
+    return trained.task.predict(
+        trained,
+        images,
+        top=top,
+        on_bad_image=on_bad_image,
+        masks=masks,
+        overwrite=overwrite,
+        windows=WindowOptions() if windows is None else windows,
+    )

@@ -1,34 +1,88 @@
-"""Everything a run works with, checked and put together before its first step."""
+"""A run at work: what it works with, how it is set up, saved and resumed.
+
+Of the functions here, all are called on every process; files are written by the main process.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from cbsa_torch._core.files import write_atomically
 from cbsa_torch._version import __version__
-from cbsa_torch.train.config import RunConfig, to_dict
-from cbsa_torch.train.engine import draw_apart, shard
+from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
+from cbsa_torch.train.card import model_card
+from cbsa_torch.train.config.base import RunConfig, to_dict
+from cbsa_torch.train.engine.accelerate import (
+    on_main,
+    shard,
+    synchronize_batch_norm,
+    to_channels_last,
+    use_separate_generator,
+)
+from cbsa_torch.train.engine.console import Reporter
+from cbsa_torch.train.engine.optim import check_optimizer, make_optimizer, make_scheduler
+from cbsa_torch.train.engine.tracking import start_trackers
 from cbsa_torch.train.errors import ConfigError, DataError, RunFolderError
-from cbsa_torch.train.on_main import on_main
-from cbsa_torch.train.optim import make_optimizer, make_scheduler
-from cbsa_torch.train.optim_check import check_optimizer
-from cbsa_torch.train.progress import Reporter
-from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.same_data import data_facts
-from cbsa_torch.train.signals import StopRequests
-from cbsa_torch.train.speed import to_channels_last
-from cbsa_torch.train.sync_batch_norm import synchronize_batch_norm
-from cbsa_torch.train.task import Loss, Task
-from cbsa_torch.train.tracking import start_trackers
+from cbsa_torch.train.losses import Loss, cross_entropy
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.run.signals import StopRequests
+from cbsa_torch.train.run.state import (
+    compare_data,
+    data_facts,
+    load_state,
+    model_state,
+    optimizer_state,
+    random_states,
+    restore,
+    restore_random_states,
+)
+from cbsa_torch.train.tasks.base import Task
 
 
-class Session(NamedTuple):
+@dataclass
+class Progress:
+    """How far a run is; part of its training state."""
+
+    epoch: int = 0
+    """Epochs done, validation included."""
+    step: int = 0
+    """Optimiser steps done."""
+    best_epoch: int = 0
+    """The epoch with the best validation score so far; 0 before the first."""
+    best_score: float = -1.0
+    """That score."""
+    batch: int = 0
+    """Batches done of the current epoch. All that follows is about these batches."""
+    loss: float = 0.0
+    """Sum of the training loss over the targets of all processes."""
+    targets: float = 0.0
+    """How many those were: images, or pixels."""
+    images: float = 0.0
+    """Images with at least one."""
+    seconds: float = 0.0
+    """Time that the main process spent on them."""
+    waited: float = 0.0
+    """The part of this time in which it waited for data."""
+    lr: float = 0.0
+    """Learning rate of the last step."""
+
+    def end_epoch(self) -> None:
+        """Count the current epoch as done."""
+        self.epoch += 1
+        self.batch, self.loss, self.targets, self.images, self.seconds, self.waited = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+@dataclass(kw_only=True)
+class Session:
     """Everything a run works with."""
 
     config: RunConfig
@@ -36,59 +90,67 @@ class Session(NamedTuple):
     folder: RunFolder
     accelerator: Accelerator
     reporter: Reporter
+    """Prints on the main process."""
     stop: StopRequests
+    """Whether Ctrl-C or SIGTERM asked this process to stop."""
     model: nn.Module
     """As Accelerate wraps it."""
-    own: dict[str, Tensor]
+    state_spec: dict[str, Tensor]
     """Names, shapes and dtypes of the bare model's state; no values."""
     ema: ModelEmaV3 | None
+    """The moving average of the weights, if one is kept."""
     optimizer: torch.optim.Optimizer
     """As torch knows it: not wrapped."""
-    stepper: Any
+    prepared_optimizer: Any
     """The optimiser as Accelerate wraps it."""
     scheduler: Any
     train_loader: DataLoader[Any]
     val_loader: Any
     """What the task evaluates on."""
-    data: dict[str, Any]
-    """What a state remembers of the data."""
-    loss: Loss | None
-    """What is minimised, where it is not the cross-entropy."""
+    data_facts: dict[str, Any]
+    """What a training state remembers of the data."""
+    loss: Loss
+    """What is minimised."""
+    steps_per_epoch: int
+    """Optimiser steps; the last one of an epoch may have fewer parts."""
     description: dict[str, Any]
-    """What a checkpoint says about itself: enough to rebuild, feed and judge the model."""
+    """What a weights file says about itself: enough to rebuild, feed and judge the model."""
 
     @property
-    def candidate(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """What is evaluated and kept for use: the average, if there is one. The same on every process."""
         return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
 
 
-def prepare(
-    config: RunConfig, task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopRequests
-) -> Session:
-    """Check everything else, then create the run's folder and wrap the model."""
-    reporter = Reporter(accelerator.is_main_process)
+def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopRequests) -> Session:
+    """Check everything else, then create the run's folder and wrap the model.
+
+    Raises:
+        ConfigError, DataError: something cannot work; the folder was not touched.
+        RunFolderError: the folder changed, or another process writes to it.
+    """
+    config, reporter = task.config, Reporter(accelerator.is_main_process)
     check_optimizer(config.optim, accelerator.device)
     set_seed(config.seed)
     batch_size = _batch_per_process(config, accelerator.num_processes)
 
     continued = not config.overwrite and bool(folder.states().paths())
-    opened = task.open(config, folder.skipped, continued=continued)
-    model = opened.model
+    setup = task.open(folder.skipped, continued=continued)
+    model = setup.model
     if config.engine.fsdp:
         shard(accelerator, model)
     else:
         to_channels_last(model)
-    optimizer = make_optimizer(model, config.optim, opened.lr_scales, sharded=config.engine.fsdp)
-    train_loader = task.training_loader(config, opened, batch_size)
-    draw_apart(train_loader)
+    optimizer = make_optimizer(model, config.optim, setup.lr_scales, sharded=config.engine.fsdp)
+    train_loader = task.training_loader(setup, batch_size)
+    use_separate_generator(train_loader)
     _check_loader(train_loader, batch_size, accelerator.num_processes)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder
     on_main(accelerator, lambda: folder.start(config, reporter.say), (RunFolderError, OSError))
     start_trackers(accelerator, config, reporter.say)
 
-    own = {name: value.to("meta") for name, value in model.state_dict().items()}
+    state_spec = {name: value.to("meta") for name, value in model.state_dict().items()}
     if accelerator.num_processes > 1:
         model = synchronize_batch_norm(model, accelerator.device)
     ema = None
@@ -96,47 +158,146 @@ def prepare(
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True, device=accelerator.device)
     if config.engine.compile:
         model.compile()
-    if opened.note:
-        reporter.say(opened.note)
+    if setup.note:
+        reporter.say(setup.note)
     parameters = sum(p.numel() for p in model.parameters())
     reporter.say(
         f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "
-        f"{len(train_loader.dataset):,} training and {len(opened.val):,} validation images, "  # type: ignore[arg-type]
-        f"{len(opened.class_names)} classes; {_engine(accelerator)}; folder {folder.path}"
+        f"{len(train_loader.dataset):,} training and {len(setup.val):,} validation images, "  # type: ignore[arg-type]
+        f"{len(setup.class_names)} classes; {_engine(accelerator)}; folder {folder.path}"
     )
-    model, stepper, train_loader = accelerator.prepare(model, optimizer, train_loader)
-    val_loader = task.validation_loader(config, opened, batch_size, accelerator)
+    model, prepared_optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    val_loader = task.evaluation_loader(setup.val, setup.spec, accelerator, batch_size)
     # From here on processes draw differently (dropout), but the data comes in an order of its own.
     set_seed(config.seed, device_specific=True)
     steps_per_epoch = -(-len(train_loader) // config.engine.accumulate)
     scheduler = make_scheduler(optimizer, config.optim, steps_per_epoch)
     description = {
         "model": config.model.name,
-        "model_args": opened.model_args,
-        "class_names": opened.class_names,
-        "input": opened.spec._asdict(),
+        "model_args": setup.model_args,
+        "class_names": setup.class_names,
+        "input": setup.spec._asdict(),
         "config": to_dict(config),
         "cbsa_torch": __version__,
     }
     return Session(
-        config,
-        task,
-        folder,
-        accelerator,
-        reporter,
-        stop,
-        model,
-        own,
-        ema,
-        optimizer,
-        stepper,
-        scheduler,
-        train_loader,
-        val_loader,
-        data_facts(opened.class_names, train_loader.dataset, opened.val),
-        opened.loss,
-        description,
+        config=config,
+        task=task,
+        folder=folder,
+        accelerator=accelerator,
+        reporter=reporter,
+        stop=stop,
+        model=model,
+        state_spec=state_spec,
+        ema=ema,
+        optimizer=optimizer,
+        prepared_optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        data_facts=data_facts(setup.class_names, train_loader.dataset, setup.val),
+        loss=cross_entropy(config.optim.label_smoothing) if setup.loss is None else setup.loss,
+        steps_per_epoch=steps_per_epoch,
+        description=description,
     )
+
+
+def save_weights(session: Session, epoch: int, score: float) -> None:
+    """Write the weights file; called on every process, written by one."""
+    state = model_state(session.eval_model)
+    if session.accelerator.is_main_process:
+        info = {**session.description, "epoch": epoch, session.task.score: score}
+        save_tensors(session.folder.weights, state, info)
+        card = model_card(info, session.folder.read_metrics())
+        write_atomically(session.folder.card, card.encode())
+
+
+def save_state(session: Session, progress: Progress) -> None:
+    """Save all that going on needs; called on every process, written by one."""
+    accelerator = session.accelerator
+    scaler = accelerator.scaler
+    state = {
+        "progress": dict(vars(progress)),
+        "batch_size": _images_per_batch(session.config),
+        "data": session.data_facts,
+        "model": model_state(session.model),
+        "ema": None if session.ema is None else session.ema.module.state_dict(),
+        "optimizer": optimizer_state(session.model, session.optimizer),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "random": gather_object([random_states()]),
+    }
+    if accelerator.is_main_process:
+        session.folder.states(session.config.engine.keep_states).save(progress.step, state)
+    accelerator.wait_for_everyone()
+
+
+def resume(session: Session) -> Progress:
+    """Load the newest state that is whole, or start over if the run died before its first."""
+    folder, accelerator, reporter = session.folder, session.accelerator, session.reporter
+    found: list[Any] = [None, [], None]
+    if accelerator.is_main_process:
+        try:
+            found = [*folder.states().newest(), None]
+        except CheckpointError as error:
+            found[2] = str(error)
+    path, problems, failure = broadcast_object_list(found)  # the same for every process
+    if failure is not None:
+        raise CheckpointError(failure)
+    for problem in problems:
+        reporter.say(f"left aside: {problem}")
+    progress = Progress() if path is None else _restore(session, path)
+    if accelerator.is_main_process:
+        if path is not None:
+            folder.describe(session.config)  # only now: a changed configuration may not have fitted
+        folder.keep_metrics_until(progress.epoch, reporter.say)
+    accelerator.wait_for_everyone()
+    if path is not None:
+        epochs = session.config.optim.epochs
+        within = f", batch {progress.batch} of {len(session.train_loader)}" if progress.batch else ""
+        verb = "finished already:" if progress.epoch >= epochs else "continuing after"
+        reporter.say(f"{verb} epoch {progress.epoch} of {epochs}{within} ({path})")
+    return progress
+
+
+def _restore(session: Session, path: Path) -> Progress:
+    state = load_state(path)
+    try:
+        progress = Progress(**state["progress"])
+        for remark in compare_data(state["data"], session.data_facts, progress.batch, str(path)):
+            session.reporter.say(remark)
+        progress.batch = min(progress.batch, len(session.train_loader))
+        restore(
+            session.model, session.optimizer, state["model"], state["optimizer"], session.state_spec, str(path)
+        )
+        if session.ema is not None:
+            if state["ema"] is None:
+                raise CheckpointError(f"{path} has no average of the weights: leave optim.ema_decay unset")
+            check_fit(state["ema"], session.state_spec, str(path), exact_dtype=True)
+            session.ema.module.load_state_dict(state["ema"])
+        if session.accelerator.scaler is not None and state["scaler"] is not None:
+            session.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["batch_size"] != _images_per_batch(session.config):  # an accepted change
+            seen = progress.batch * state["batch_size"]
+            steps = seen // session.config.optim.batch_size  # whole ones
+            progress.batch = min(steps * session.config.engine.accumulate, len(session.train_loader))
+        states = state["random"]
+        if len(states) == session.accelerator.num_processes:
+            restore_random_states(states[session.accelerator.process_index])
+        else:
+            session.reporter.say(
+                f"the run goes on with {session.accelerator.num_processes} process(es) instead of "
+                f"{len(states)}: what dropout draws is not what it would have been"
+            )
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not fit this run: {error}") from error
+    return progress
+
+
+def _images_per_batch(config: RunConfig) -> int:
+    """Images of one forward pass of all processes."""
+    return config.optim.batch_size // config.engine.accumulate
 
 
 def _engine(accelerator: Accelerator) -> str:

@@ -1,41 +1,29 @@
-"""Train from a configuration, whatever the task: everything in the order it happens."""
+"""Training from a configuration, whatever the task: epochs, steps, validation, in the order they happen."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
 
-from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
-from cbsa_torch.train.checkpoint import load_state
-from cbsa_torch.train.config import RunConfig, check_config
-from cbsa_torch.train.data import read_skipped
-from cbsa_torch.train.engine import new_accelerator, start_epoch, training_settings
-from cbsa_torch.train.errors import (
-    DataError,
-    InterruptedRun,
-    NonFiniteLossError,
-)
-from cbsa_torch.train.kept import what_is_kept
-from cbsa_torch.train.loop import Progress, train_one_epoch
-from cbsa_torch.train.model_card import write_model_card
-from cbsa_torch.train.run_folder import RunFolder
-from cbsa_torch.train.same_data import compare_data
-from cbsa_torch.train.session import Session, prepare
-from cbsa_torch.train.signals import StopRequests
-from cbsa_torch.train.state import (
-    check_finite,
-    model_state,
-    optimizer_state,
-    random_states,
-    restore,
-    restore_random_states,
-)
-from cbsa_torch.train.task import Measured, task_of
-from cbsa_torch.train.tracking import check_tracker, finish_trackers, log, tracker_names
+from cbsa_torch.train.config.base import RunConfig
+from cbsa_torch.train.config.checks import check_config
+from cbsa_torch.train.data import IGNORE, read_skipped
+from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, training_settings
+from cbsa_torch.train.engine.console import counted
+from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
+from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
+from cbsa_torch.train.registry import task_of
+from cbsa_torch.train.run.folder import RunFolder, describe_last_state
+from cbsa_torch.train.run.signals import StopRequests
+from cbsa_torch.train.run.state import check_finite
+from cbsa_torch.train.session import Progress, Session, prepare, resume, save_state, save_weights
+from cbsa_torch.train.tasks.base import EvalResult
 
 
 class TrainResult(NamedTuple):
@@ -50,17 +38,17 @@ class TrainResult(NamedTuple):
 def train(config: RunConfig) -> TrainResult:
     """Train as configured, into the folder ``config.output``; a run that is there already is continued.
 
-    Everything that can be refused is refused before the folder is touched. The state is saved after every
-    epoch, every ``engine.checkpoint_steps`` optimiser steps, and when a signal asks to stop.
+    Everything that can be refused is refused before the folder is touched. The training state is saved after
+    every epoch, every ``engine.save_steps`` optimiser steps, and when a signal asks to stop.
 
     Raises:
         ConfigError, DataError, RunFolderError, CheckpointError: what was asked for cannot work.
-        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is from before.
+        NonFiniteLossError: the loss became NaN or infinite; the last training state is from before.
         InterruptedRun: SIGINT or SIGTERM came; the state was saved, and calling again goes on from there.
     """
     check_config(config)
     task = task_of(config)
-    task.check(config)
+    task.check()
     check_tracker(config.engine.tracker)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
@@ -72,7 +60,7 @@ def train(config: RunConfig) -> TrainResult:
     )
     stop = StopRequests()
     try:
-        session = prepare(config, task, folder, accelerator, stop)
+        session = prepare(task, folder, accelerator, stop)
         for line in changes:
             session.reporter.say(f"accepted change: {line}")
         try:
@@ -92,16 +80,16 @@ def train(config: RunConfig) -> TrainResult:
 def _run(session: Session) -> Progress:
     """All epochs that are left."""
     config, reporter, folder = session.config, session.reporter, session.folder
-    progress = _resume(session)
+    progress = resume(session)
     try:
         while progress.epoch < config.optim.epochs:
             _run_epoch(session, progress)
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; {what_is_kept(folder)}") from None
+        raise NonFiniteLossError(f"{error}; {describe_last_state(folder)}") from None
     except OSError as error:
-        raise OSError(f"{error}; {what_is_kept(folder)}") from error
+        raise OSError(f"{error}; {describe_last_state(folder)}") from error
     except KeyboardInterrupt:
-        reporter.say(f"\ninterrupted; {what_is_kept(folder)}")
+        reporter.say(f"\ninterrupted; {describe_last_state(folder)}")
         raise
     finally:
         skipped = read_skipped(folder.skipped)
@@ -117,21 +105,7 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     if progress.batch < batches:
         loader = start_epoch(session.accelerator, session.train_loader, progress.epoch, progress.batch)
         with session.reporter.bar(f"epoch {epoch}/{epochs}", len(loader)) as advance:
-            train_one_epoch(
-                session.accelerator,
-                session.model,
-                loader,
-                session.stepper,
-                session.scheduler,
-                config.optim,
-                progress,
-                loss_of=session.loss,
-                first_step=progress.epoch * -(-batches // config.engine.accumulate),
-                ema=session.ema,
-                stop=lambda: bool(session.stop),
-                stepped=lambda stop: _after_step(session, progress, stop),
-                advance=advance,
-            )
+            train_one_epoch(session, progress, counted(loader, advance))
     if progress.targets == 0:
         raise DataError(f"no training image of epoch {epoch} could be read{_listed(session.folder)}")
     check_finite(session.accelerator, session.model, progress.step)
@@ -161,152 +135,158 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     if session.accelerator.is_main_process:
         session.folder.append_metrics(row)
     if best or config.optim.keep == "last":
-        _save_weights(session, epoch, result.score)
-    _save_state(session, progress)
+        save_weights(session, epoch, result.score)
+    save_state(session, progress)
     session.reporter.say(
         f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  val loss {result.loss:.3f}  "
         f"val {task.score_title} {result.score:.4f}{' *' if best else '  '} lr {progress.lr:.1e}  "
         f"{seconds:.1f} s  {row['images_per_second']:.0f} images/s "
         f"({100 * row['data_wait']:.0f} % waiting for data)"
     )
-    if _anyone_asks_to_stop(session) and progress.epoch < epochs:
-        _stop(session)
+    if _stop_requested(session) and progress.epoch < epochs:
+        _raise_interrupted(session)
 
 
-def _validate(session: Session, progress: Progress) -> Measured:
-    """Evaluate the candidate; asked to stop, save where the run is and stop."""
+def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]) -> None:
+    """Train on the batches that are left of an epoch, saving the state where configuration or a signal ask.
 
-    def check() -> None:
-        if _anyone_asks_to_stop(session):
-            _save_state(session, progress)
-            _stop(session)
+    Args:
+        session: the run.
+        progress: counted on as the epoch goes.
+        batches: of (images, targets).
+
+    Raises:
+        NonFiniteLossError: before the bad loss reaches the weights, on every process alike.
+        InterruptedRun: any process was asked to stop; the state was saved.
+    """
+    accelerator, model, optimizer = session.accelerator, session.model, session.prepared_optimizer
+    clip_grad = session.config.optim.clip_grad
+    # Where the epoch begins in the schedule. progress.step also counts steps of other batch sizes, if the
+    # configuration was changed between epochs.
+    first_step = progress.epoch * session.steps_per_epoch
+    model.train()
+    parts: list[Tensor] = []
+    before = time.perf_counter()
+    for images, targets in _timed(batches, progress):
+        images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+        with accelerator.accumulate(model):
+            done = progress.batch // accelerator.gradient_accumulation_steps
+            session.scheduler.step_update(first_step + done)
+            loss = session.loss(model, images, targets)
+            known = targets != IGNORE
+            count, seen = known.sum(), known.reshape(len(known), -1).any(1).sum()
+            parts.append(torch.stack([loss.detach() * count, count.to(loss.dtype), seen.to(loss.dtype)]))
+            if accelerator.sync_gradients:
+                # One exchange between the processes a step: sums, and whether one was asked to stop.
+                flag = loss.new_tensor([float(bool(session.stop))])
+                sums = _start_copy(accelerator.reduce(torch.cat([torch.stack(parts).sum(0), flag])))
+                parts = []
+            # Each part weighs as many targets as it has; how many the step has is known only at its end.
+            accelerator.backward(loss * (count / targets.numel()))
+            progress.batch += 1
+            if accelerator.sync_gradients:
+                total, everyone, images_seen, stops = sums()
+                if not math.isfinite(total):
+                    raise NonFiniteLossError(
+                        f"the loss became {total} in epoch {progress.epoch + 1}, batch {progress.batch}"
+                    )
+                nominal = targets.numel() * accelerator.num_processes * accelerator.gradient_accumulation_steps
+                _scale_gradients(model, nominal / max(everyone, 1))
+                if clip_grad is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        progress.seconds += time.perf_counter() - before
+        if accelerator.sync_gradients:
+            progress.loss += total
+            progress.targets += everyone
+            progress.images += images_seen
+            progress.lr = optimizer.param_groups[0]["lr"]
+            progress.step += 1
+            if session.ema is not None:
+                session.ema.update(accelerator.unwrap_model(model), step=progress.step)
+            _after_step(session, progress, stops > 0)
+        before = time.perf_counter()
+
+
+def _start_copy(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy numbers to the host; the function returned waits for them, not for what is queued later.
+
+    So a GPU has the backward pass to work on while the host waits for the loss.
+    """
+    copy = values.to("cpu", non_blocking=values.is_cuda)
+    there = torch.cuda.Event() if values.is_cuda else None
+    if there is not None:
+        there.record()
+
+    def wait() -> list[float]:
+        if there is not None:
+            there.synchronize()
+        numbers: list[float] = copy.double().tolist()
+        return numbers
+
+    return wait
+
+
+def _scale_gradients(model: nn.Module, factor: float) -> None:
+    """Make up for unreadable images, and for a last step of an epoch that has fewer parts."""
+    if factor != 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+
+def _timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
+    """The batches, the time until each is there being counted."""
+    rest = iter(batches)
+    while True:
+        start = time.perf_counter()
+        try:
+            batch = next(rest)
+        except StopIteration:
+            return
+        progress.waited += time.perf_counter() - start
+        yield batch
+
+
+def _validate(session: Session, progress: Progress) -> EvalResult:
+    """Evaluate; asked to stop, save where the run is and stop."""
+
+    def until_stopped() -> Iterator[Any]:
+        for batch in session.val_loader:
+            if _stop_requested(session):
+                save_state(session, progress)
+                _raise_interrupted(session)
+            yield batch
 
     with session.reporter.bar("validating", len(session.val_loader)) as advance:
         return session.task.evaluate(
-            session.config,
             session.accelerator,
-            session.candidate,
-            session.val_loader,
+            session.eval_model,
+            counted(until_stopped(), advance),
             session.description["class_names"],
-            advance,
-            check,
         )
 
 
 def _after_step(session: Session, progress: Progress, stop: bool) -> None:
     """Save the state where the configuration or a signal asks for it."""
-    every = session.config.engine.checkpoint_steps
+    every = session.config.engine.save_steps
     if stop or (every is not None and progress.step % every == 0):
         check_finite(session.accelerator, session.model, progress.step)
-        _save_state(session, progress)
+        save_state(session, progress)
     if stop:
-        _stop(session)
+        _raise_interrupted(session)
 
 
-def _anyone_asks_to_stop(session: Session) -> bool:
+def _stop_requested(session: Session) -> bool:
     """Whether any process was asked to stop; to be called on every process."""
     flag = torch.tensor(float(bool(session.stop)), device=session.accelerator.device)
     return bool(session.accelerator.reduce(flag) > 0)
 
 
-def _stop(session: Session) -> None:
+def _raise_interrupted(session: Session) -> None:
     name = "another process" if session.stop.received is None else session.stop.received.name
-    raise InterruptedRun(f"stopped by {name}; {what_is_kept(session.folder)}")
-
-
-def _save_weights(session: Session, epoch: int, score: float) -> None:
-    """Keep the candidate for use; called on every process, written by one."""
-    state = model_state(session.candidate)
-    if session.accelerator.is_main_process:
-        info = {**session.description, "epoch": epoch, session.task.score: score}
-        save_tensors(session.folder.weights, state, info)
-        write_model_card(session.folder, info, session.folder.read_metrics())
-
-
-def _save_state(session: Session, progress: Progress) -> None:
-    """Save all that going on needs; called on every process, written by one."""
-    accelerator = session.accelerator
-    scaler = accelerator.scaler
-    state = {
-        "progress": dict(vars(progress)),
-        "batch_size": _images_per_batch(session.config),
-        "data": session.data,
-        "model": model_state(session.model),
-        "ema": None if session.ema is None else session.ema.module.state_dict(),
-        "optimizer": optimizer_state(session.model, session.optimizer),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "random": gather_object([random_states()]),
-    }
-    if accelerator.is_main_process:
-        session.folder.states(session.config.engine.keep_checkpoints).save(progress.step, state)
-    accelerator.wait_for_everyone()
-
-
-def _resume(session: Session) -> Progress:
-    """Load the newest state that is whole, or start over if the run died before its first."""
-    folder, accelerator, reporter = session.folder, session.accelerator, session.reporter
-    found: list[Any] = [None, [], None]
-    if accelerator.is_main_process:
-        try:
-            found = [*folder.states().newest(), None]
-        except CheckpointError as error:
-            found[2] = str(error)
-    path, problems, failure = broadcast_object_list(found)  # the same for every process
-    if failure is not None:
-        raise CheckpointError(failure)
-    for problem in problems:
-        reporter.say(f"left aside: {problem}")
-    progress = Progress() if path is None else _restore(session, path)
-    if accelerator.is_main_process:
-        if path is not None:
-            folder.describe(session.config)  # only now: a changed configuration may not have fitted
-        folder.keep_metrics_until(progress.epoch, reporter.say)
-    accelerator.wait_for_everyone()
-    if path is not None:
-        epochs = session.config.optim.epochs
-        within = f", batch {progress.batch} of {len(session.train_loader)}" if progress.batch else ""
-        verb = "finished already:" if progress.epoch >= epochs else "continuing after"
-        reporter.say(f"{verb} epoch {progress.epoch} of {epochs}{within} ({path})")
-    return progress
-
-
-def _restore(session: Session, path: Path) -> Progress:
-    state = load_state(path)
-    try:
-        progress = Progress.from_state(state["progress"])
-        for remark in compare_data(state.get("data"), session.data, progress.batch, str(path)):
-            session.reporter.say(remark)
-        progress.batch = min(progress.batch, len(session.train_loader))
-        restore(session.model, session.optimizer, state["model"], state["optimizer"], session.own, str(path))
-        if session.ema is not None:
-            if state["ema"] is None:
-                raise CheckpointError(f"{path} has no average of the weights: leave optim.ema_decay unset")
-            check_fit(state["ema"], session.own, str(path), exact_dtype=True)
-            session.ema.module.load_state_dict(state["ema"])
-        if session.accelerator.scaler is not None and state["scaler"] is not None:
-            session.accelerator.scaler.load_state_dict(state["scaler"])
-        if state["batch_size"] != _images_per_batch(session.config):  # an accepted change
-            seen = progress.batch * state["batch_size"]
-            steps = seen // session.config.optim.batch_size  # whole ones
-            progress.batch = min(steps * session.config.engine.accumulate, len(session.train_loader))
-        states = state["random"]
-        if len(states) == session.accelerator.num_processes:
-            restore_random_states(states[session.accelerator.process_index])
-        else:
-            session.reporter.say(
-                f"the run goes on with {session.accelerator.num_processes} process(es) instead of "
-                f"{len(states)}: what dropout draws is not what it would have been"
-            )
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not fit this run: {error}") from error
-    return progress
-
-
-def _images_per_batch(config: RunConfig) -> int:
-    """Images of one forward pass of all processes."""
-    return config.optim.batch_size // config.engine.accumulate
+    raise InterruptedRun(f"stopped by {name}; {describe_last_state(session.folder)}")
 
 
 def _listed(folder: RunFolder) -> str:

@@ -9,8 +9,8 @@ import torch
 from cbsa_torch import adapt_vit
 from cbsa_torch.models import from_pretrained, load_checkpoint, save_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
-from cbsa_torch.models.hub import HubModel
 from cbsa_torch.nn import AdaptedCBSA
+from cbsa_torch.train.hub import save_for_hub
 
 BASE = "vit_tiny_patch16_224"
 ARGS = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3, "img_size": 64}
@@ -38,7 +38,7 @@ def test_a_model_adapted_by_hand_comes_back_from_its_file(tmp_path, mixer, optio
 def test_the_hub_format(tmp_path):
     model, report = adapt_vit(timm.create_model(BASE, **ARGS))
     info = {"model": "adapted_vit", "model_args": report.model_args(BASE, **ARGS)}
-    HubModel(model, info, "card").save_pretrained(tmp_path)
+    save_for_hub(tmp_path, model, info, "card")
     assert torch.equal(from_pretrained(tmp_path)(IMAGE), model.eval()(IMAGE))
     config = json.loads((tmp_path / "config.json").read_text())
     again = timm.create_model(config["architecture"], **config["model_args"])

@@ -1,5 +1,7 @@
 """Encoder and decoder together: any encoder, any image size, frozen or not, in a file and back."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -28,13 +30,22 @@ def small(encoder="vit_tiny_patch16_224", **kwargs):
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("size", [(480, 640), (512, 512), (300, 500), (9, 40)], ids=str)
-def test_any_image_size(encoder, size):
+@pytest.mark.parametrize("size", [(300, 500), (9, 40)], ids=str)
+def test_images_are_padded_prefix_tokens_dropped_and_masks_cropped(encoder, size):
     if "nano" in encoder:
         size = (size[0] // 4 + 1, size[1] // 4)  # as many patches
     model = small(encoder).eval()
+    x, patch = torch.randn(1, 3, *size), model.strides[0]
+    padded = F.pad(x, (0, -size[1] % patch, 0, -size[0] % patch))
+    grid = (padded.shape[2] // patch, padded.shape[3] // patch)
     with torch.no_grad():
-        assert model(torch.randn(1, 3, *size)).shape == (1, 5, *size)
+        tokens = model.encoder.forward_features(padded)
+        prefix = tokens.shape[1] - grid[0] * grid[1]
+        assert prefix == model.encoder.num_prefix_tokens >= 1
+        features = tokens[:, prefix:].mT.reshape(1, 32, *grid)
+        assert_close(model.forward_features(x), features, 1e-5)
+        expected = model.decoder(features, padded.shape[2:])[..., : size[0], : size[1]]
+        assert_close(model(x), expected, 1e-5)
 
 
 POOLED = "vit_pwee_patch16_reg1_gap_256"
@@ -48,27 +59,7 @@ def test_gradients_reach_everything(encoder):
     F.cross_entropy(masks, torch.randint(5, (2, 50, 70))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-
-
-def test_images_are_padded_at_the_bottom_and_right():
-    model = small().eval()
-    x = torch.randn(1, 3, 50, 70)
-    padded = F.pad(x, (0, 10, 0, 14))
-    assert_close(model(x), model(padded)[..., :50, :70], 1e-6)
-    assert model.forward_features(x).shape == (1, 32, 4, 5)
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_prefix_tokens_are_dropped(encoder):
-    model = small(encoder).eval()
-    side = 4 * model.strides[0]
-    x = torch.randn(2, 3, side, side)
-    tokens = model.encoder.forward_features(x)
-    prefix = tokens.shape[1] - 16
-    assert prefix == model.encoder.num_prefix_tokens >= 1
-    expected = tokens[:, prefix:].mT.reshape(2, 32, 4, 4)
-    assert_close(model.forward_features(x), expected, 1e-5)
+        assert 0 < parameter.grad.norm() < math.inf, name
 
 
 def test_features_without_intermediates():
@@ -123,8 +114,10 @@ def test_a_frozen_encoder_stays_as_it_is():
     assert all(module.training for module in trained.modules())
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("mixer", ["cbsa", "mssa", "mhsa"])
+@pytest.mark.parametrize(
+    ("encoder", "mixer"),
+    [*((encoder, "cbsa") for encoder in ENCODERS), (ENCODERS[0], "mssa"), (ENCODERS[0], "mhsa")],
+)
 def test_a_file_and_back(tmp_path, encoder, mixer):
     args = {
         "encoder": encoder,

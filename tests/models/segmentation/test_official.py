@@ -108,17 +108,6 @@ def test_a_whole_model_from_a_file_and_as_ours(tmp_path, depict, distilled):
         assert torch.equal(twin(x), model(x))
 
 
-def test_the_parts_meet_as_in_the_official_code():
-    """Patch tokens of the normalised encoder, class token dropped, to the decoder of the golden data."""
-    model = load_official(whole())
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        tokens = model.encoder.forward_features(x)[:, 1:]
-        masks = model.decoder(tokens.mT.reshape(1, 64, 4, 4))
-        expected = torch.nn.functional.interpolate(masks, size=(64, 64), mode="bilinear")
-        assert_close(model(x), expected, 1e-6)
-
-
 def test_the_golden_keys_are_all_used():
     description = golden.describe("segmentation_decoder")
     state = {key: torch.zeros(shape) for key, shape, _ in description["state_dict"]}

@@ -5,18 +5,18 @@ Its arguments are values of JSON, so that a checkpoint can say how to rebuild th
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models.adapt.find import Layers
 from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
-from cbsa_torch.models.checkpoint import FETCHING_ARGS
+from cbsa_torch.models.checkpoint import refuse_fetching
+from cbsa_torch.models.registry import build_entry
 
 __all__ = ["adapted_vit"]
 
@@ -69,12 +69,7 @@ def adapted_vit(
             ``base_args``. TypeError: options that the base or :func:`adapt_vit` do not have.
     """
     args = dict(base_args or {})
-    refused = FETCHING_ARGS & args.keys()
-    if refused:
-        raise ValueError(
-            f"base_args must not hold {', '.join(sorted(refused))}: use pretrained_base=True, or load weights "
-            "into the model"
-        )
+    refuse_fetching("base_args", args, "use pretrained_base=True, or load weights into the model")
     # Known names only: timm would fetch others, such as hf-hub:..., which a checkpoint must not make it do.
     if not isinstance(base, str) or not timm.is_model(base) or base.split(".", maxsplit=1)[0] == ENTRY:
         raise ValueError(f"base must be a ViT of timm, got {base!r}{nearest(base, timm.list_models())}")
@@ -88,20 +83,8 @@ def adapted_vit(
         known.update(model.pretrained_cfg)
         return adapt_vit(model, mixer, layers=layers, inplace=True, **(mixer_args or {})).model
 
-    model: nn.Module = build_model_with_cfg(
-        functools.partial(_without_arguments, build),
-        ENTRY,
-        pretrained,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        kwargs_filter=("num_classes", "global_pool", "in_chans"),  # timm's defaults; ours are bound already
-        **timm_args,
-    )
+    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
+    model: nn.Module = build_entry(ENTRY, build, pretrained, feature_cfg=feature_cfg, **timm_args)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})  # a wrapper for features has none
     cfg |= {key: known[key] for key in _FROM_BASE if key in known}
     return model
-
-
-def _without_arguments(build: Callable[[], nn.Module], **unknown: Any) -> nn.Module:
-    if unknown:
-        raise TypeError(f"{ENTRY} has no option {', '.join(sorted(unknown))}")
-    return build()

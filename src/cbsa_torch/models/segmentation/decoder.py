@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from cbsa_torch._core.checks import check_bool, check_choice, check_floating, check_positive_int
+from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
@@ -105,18 +106,18 @@ class MaskTransformerDecoder(nn.Module):
         self.num_classes = num_classes
         self.dim = dim
         self.encoder_dim = encoder_dim
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.input_proj: nn.Module = nn.Identity()
         if encoder_dim != dim:
-            self.input_proj = nn.Linear(encoder_dim, dim, **kind)
-        self.class_embed = nn.Parameter(torch.empty(1, num_classes, dim, **kind))
+            self.input_proj = nn.Linear(encoder_dim, dim, **factory_kwargs)
+        self.class_embed = nn.Parameter(torch.empty(1, num_classes, dim, **factory_kwargs))
         self.layers = nn.ModuleList()
         for _ in range(depth):
-            attn = make(dim, num_heads, head_dim=head_dim, num_prefix_tokens=num_classes, **kind)
-            self.layers.append(DecoderLayer(dim, attn, learned_step=learned_step, **kind))
-        self.norm = nn.LayerNorm(dim, **kind)
+            attn = make(dim, num_heads, head_dim=head_dim, num_prefix_tokens=num_classes, **factory_kwargs)
+            self.layers.append(DecoderLayer(dim, attn, learned_step=learned_step, **factory_kwargs))
+        self.norm = nn.LayerNorm(dim, **factory_kwargs)
         self.similarity = CosineSimilarity()
-        self.mask_norm: nn.Module = _class_norm(num_classes, **kind)
+        self.mask_norm: nn.Module = _class_norm(num_classes, **factory_kwargs)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -133,12 +134,7 @@ class MaskTransformerDecoder(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: class embeddings and step sizes."""
-        names = {"class_embed"}
-        for prefix, module in self.named_modules():
-            listed = getattr(module, "no_weight_decay", None)
-            if prefix and listed is not None:
-                names |= {f"{prefix}.{name}" for name in listed()}
-        return names
+        return {"class_embed"} | no_weight_decay_inside(self)
 
     def reset_classes(self, num_classes: int) -> None:
         """Start with other classes: new embeddings and a new norm over them; the layers stay."""
@@ -150,11 +146,11 @@ class MaskTransformerDecoder(nn.Module):
                     "set_input_size(grid, num_prefix_tokens)"
                 )
         like = self.class_embed
-        kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        factory_kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.num_classes = num_classes
-        self.class_embed = nn.Parameter(torch.empty(1, num_classes, self.dim, **kind))
+        self.class_embed = nn.Parameter(torch.empty(1, num_classes, self.dim, **factory_kwargs))
         nn.init.trunc_normal_(self.class_embed, std=0.02)
-        self.mask_norm = _class_norm(num_classes, **kind)
+        self.mask_norm = _class_norm(num_classes, **factory_kwargs)
         for layer in self.layers:
             layer.attn.set_input_size(None, num_classes)  # type: ignore[operator, union-attr]
 
@@ -248,8 +244,8 @@ class ScaleShift(nn.Module):
         return self.weight * x + self.bias
 
 
-def _class_norm(num_classes: int, **kind: Any) -> nn.Module:
-    return ScaleShift(**kind) if num_classes == 1 else nn.LayerNorm(num_classes, **kind)
+def _class_norm(num_classes: int, **factory_kwargs: Any) -> nn.Module:
+    return ScaleShift(**factory_kwargs) if num_classes == 1 else nn.LayerNorm(num_classes, **factory_kwargs)
 
 
 def _constructor(mixer: Mixer) -> Callable[..., nn.Module]:

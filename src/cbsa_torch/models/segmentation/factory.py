@@ -12,12 +12,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.models.checkpoint import FETCHING_ARGS
-from cbsa_torch.models.registry import names
+from cbsa_torch.models.checkpoint import refuse_fetching
+from cbsa_torch.models.registry import build_entry, names
 from cbsa_torch.models.segmentation.decoder import HEAD_DIM, MaskTransformerDecoder, Mixer
 from cbsa_torch.models.segmentation.features import channels, check_encoder
 from cbsa_torch.models.segmentation.model import Segmenter
@@ -39,7 +39,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 _FROM_ENCODER = ("input_size", "mean", "std", "interpolation")
-"""What the preparation of images is taken from the encoder's configuration for."""
+"""How images are prepared: fields of timm's configuration that are copied from the encoder's."""
 
 
 @register_model
@@ -90,19 +90,16 @@ def segmenter(
         TypeError: an encoder without features; options that encoder, mixer or model do not have.
     """
     encoder_args = dict(encoder_args or {})
-    refused = FETCHING_ARGS & encoder_args.keys()
-    if refused:
-        raise ValueError(
-            f"encoder_args must not hold {', '.join(sorted(refused))}: use pretrained_encoder=True, or load "
-            "weights into model.encoder"
-        )
+    refuse_fetching(
+        "encoder_args", encoder_args, "use pretrained_encoder=True, or load weights into model.encoder"
+    )
     taken = (
         mixer_args.keys() & inspect.signature(MaskTransformerDecoder).parameters.keys() if mixer_args else None
     )
     if taken:
         raise ValueError(f"mixer_args must hold options of the mixer, not {', '.join(sorted(taken))}")
-    kind: dict[str, Any] = {"device": device, "dtype": dtype}
-    given = {"in_chans": in_chans, "img_size": img_size, **kind}
+    factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+    given = {"in_chans": in_chans, "img_size": img_size, **factory_kwargs}
     encoder_args |= {name: value for name, value in given.items() if value is not None}
 
     def build() -> Segmenter:
@@ -116,25 +113,17 @@ def segmenter(
             mixer=mixer,
             encoder_dim=channels(made),
             learned_step=learned_step,
-            **kind,
+            **factory_kwargs,
             **(mixer_args or {}),
         )
         return Segmenter(made, decoder, freeze_encoder=freeze_encoder)
 
-    unset = ("num_classes", "global_pool", "in_chans")  # timm's defaults; ours are bound already
-    model = build_model_with_cfg(
-        functools.partial(_without_arguments, build), "segmenter", pretrained, kwargs_filter=unset, **timm_args
-    )
+    model: Any = build_entry("segmenter", build, pretrained, **timm_args)
     known = getattr(model.encoder, "pretrained_cfg", None) or {}
     model.pretrained_cfg |= {key: known[key] for key in _FROM_ENCODER if key in known}
     model.pretrained_cfg["num_classes"] = num_classes
-    return model
-
-
-def _without_arguments(build: Any, **unknown: Any) -> Any:
-    if unknown:
-        raise TypeError(f"segmenter has no option {', '.join(sorted(unknown))}")
-    return build()
+    made: Segmenter = model
+    return made
 
 
 def _encoder(name: str, pretrained: bool, args: dict[str, Any], norm_eps: float | None) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cbsa_torch._core.checks import check_bool, check_floating, check_positive, check_positive_int
+from cbsa_torch._core.checks import check_bool, check_floating, check_positive, check_positive_int, check_sides
 from cbsa_torch._core.modes import evaluating
 from cbsa_torch._core.precision import compute_dtype
 
@@ -245,17 +245,8 @@ def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _window_and_stride(window: Size, stride: Size | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    sides = _pair("window", window)
-    steps = sides if stride is None else _pair("stride", stride)
+    sides = check_sides("window", window)
+    steps = sides if stride is None else check_sides("stride", stride)
     if steps[0] > sides[0] or steps[1] > sides[1]:
         raise ValueError(f"stride must be at most the window {sides}, or pixels are left out; got {steps}")
     return sides, steps
-
-
-def _pair(name: str, value: Size) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be an int or (height, width), got {value!r}")
-    for side in pair:
-        check_positive_int(name, side)
-    return pair

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data.auto_augment import posterize
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.errors import ConfigError
 
 LARGEST = 10

@@ -11,7 +11,7 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data.digits import open_digits
 from cbsa_torch.train.data.fetch import DATA_SETS
 from cbsa_torch.train.data.fetched import open_fetched

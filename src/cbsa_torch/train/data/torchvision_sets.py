@@ -15,7 +15,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
-from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data.images import CheckedImages, SkippedImages
 from cbsa_torch.train.errors import DataError
 

@@ -17,8 +17,8 @@ from cbsa_torch.train.data.fetch.archive import (
     write_archive,
 )
 from cbsa_torch.train.data.fetch.download import Package, forget, obtain
+from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.progress import Reporter
 
 
 class PackagedDataSet(NamedTuple):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.progress import Reporter
 
 TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""

@@ -1,0 +1,33 @@
+"""``cbsa train``."""
+
+from __future__ import annotations
+
+from cbsa_torch.cli.options import parse, take_option
+from cbsa_torch.train.registry import load_config
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.trainer import train
+
+USAGE = """usage: cbsa train [--config RECIPE_OR_YAML] [--model NAME] [options]
+
+  --config  a recipe (`cbsa list`) or YAML file: the defaults that are shown below. Default: digits
+  --model   short for --model.name
+
+Later options win.
+"""
+
+
+def run(args: list[str]) -> None:
+    """Train a classifier or a segmenter, as the configuration says (default: the embedded digits)."""
+    source, rest = take_option("--config", args)
+    model, rest = take_option("--model", rest)
+    if model is not None:
+        rest = ["--model.name", model, *rest]
+    if source is None and "--resume" in rest:
+        # A resumed run is configured by its own folder.
+        output = take_option("--output", rest)[0] or load_config("digits").output
+        own = RunFolder(output).config
+        source = str(own) if own.exists() else None
+    default = load_config("digits" if source is None else source)
+    if {"-h", "--help"} & set(rest):
+        print(USAGE)
+    train(parse(type(default), rest, "train", default))

@@ -1,0 +1,1 @@
+"""Configurations: dataclasses, reading and checking them."""

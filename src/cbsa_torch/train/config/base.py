@@ -1,0 +1,269 @@
+"""The configuration of a run: typed dataclasses that are also the command line and the YAML file.
+
+A recipe is a YAML file with the same names, for the keys it sets. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cbsa_torch._core.checks import nearest
+from cbsa_torch.train.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _one_line(value: Any) -> str:
+    """A value as YAML in one line, lists and mappings included."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    return text.removesuffix("\n...\n").removesuffix("\n")
+
+
+LOCAL = {"local": True}
+"""Metadata of settings that tell of a machine or a run's folder, not of the model: they are not published."""
+
+
+@dataclass
+class ModelConfig:
+    """The model."""
+
+    name: str = "cbt_tiny_patch16_224"
+    """A timm model name; `cbsa list` shows ours."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to. Default: what the model was designed for."""
+    args: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """Further constructor arguments, e.g. num_representatives 49 contraction exact."""
+    init_from: str | None = field(default=None, metadata=LOCAL)
+    """Start from the weights of this run folder, .safetensors file of ours, released checkpoint (.pth,
+    .pth.tar) of the official code, or hf-hub:owner/name (fine-tuning)."""
+
+    def __post_init__(self) -> None:
+        # one form of every value, in which configurations are stored and compared: a string that YAML reads
+        self.args = {
+            key: value if isinstance(value, str) else _one_line(value) for key, value in self.args.items()
+        }
+
+
+class DataSource(Protocol):
+    """What the settings of every kind of data have."""
+
+    name: str
+    root: str | None
+    workers: int
+    max_bad_images: int
+
+
+@dataclass
+class DataConfig:
+    """The images and their augmentation."""
+
+    name: str = "folder"
+    """"digits" (embedded), "animals28" or "emoji64" (`cbsa data fetch`), "folder", "flowers102" or "pets", or a
+    name for timm's dataset factory, e.g. "torch/cifar10"."""
+    root: str | None = field(default=None, metadata=LOCAL)
+    """Folder with train/, val/ and perhaps test/, each holding one folder of images per class; or, for a
+    timm data set, where its files are; or, for a fetched one, its folder (default: $CBSA_DATA, else
+    ~/.cache/cbsa_torch)."""
+    val_fraction: float = 0.1
+    """Share of the training images held out for validation if there is no val split."""
+    download: bool = field(default=False, metadata=LOCAL)
+    """Let timm or torchvision download the data set, if they can."""
+    workers: int = field(default=4, metadata=LOCAL)
+    """Processes that read images; 0: the training process itself."""
+    max_bad_images: int = 10
+    """Unreadable images that are left out, counted and listed; one more stops the run. 0: the first does."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Random resized crop: smallest and largest share of the area."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Random resized crop: smallest and largest ratio of sides."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    rotate: float = 0.0
+    """Random rotation by up to this many degrees."""
+    shift: float = 0.0
+    """Random shift by up to this share of the sides."""
+    color_jitter: float = 0.0
+    """Strength of colour jitter: brightness, contrast and saturation change by up to this share. timm leaves it
+    out beside auto_augment."""
+    auto_augment: str | None = None
+    """timm's policy: "rand", "augmix", "original", "originalr", "v0", "v0r" or "3a", with its numbers after
+    dashes, e.g. "rand-m9-mstd0.5"."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser and its schedule."""
+
+    name: str = "lion"
+    """Any timm optimiser, e.g. "lion" (the paper's for ImageNet) or "adamw"."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Strength of weight decay, on matrices only unless decay_everything."""
+    decay_everything: bool = False
+    """Also decay biases, norms, embeddings and step sizes, as the official code does."""
+    batch_size: int = 256
+    """Images per optimiser step, over all processes and accumulation steps."""
+    epochs: int = 150
+    """How often every training image is seen."""
+    warmup_epochs: float = 20
+    """Linear warm-up from warmup_lr to lr, at most `epochs` long; then the schedule down to min_lr."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step of the warm-up; lr, if that is smaller."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """How the learning rate falls: as half a cosine, or as a power of the share of steps that is left."""
+    poly_power: float = 0.9
+    """That power; 1 is a straight line."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes, in [0, 1)."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient."""
+    ema_decay: float | None = None
+    """Evaluate and keep an exponential moving average of the weights with this decay."""
+    keep: Literal["best", "last"] = "best"
+    """The epoch whose weights are kept for use: the best on the validation split, or the last (where that
+    split is too small to choose by)."""
+
+
+@dataclass
+class EngineConfig:
+    """How it is computed; Accelerate chooses devices and processes (`accelerate launch`)."""
+
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision."""
+    cpu: bool = field(default=False, metadata=LOCAL)
+    """Use the CPU although there is a GPU."""
+    accumulate: int = 1
+    """Gradient accumulation steps."""
+    threads: int | None = field(default=None, metadata=LOCAL)
+    """CPU threads of torch."""
+    compile: bool = False
+    """torch.compile the model."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
+    save_steps: int | None = None
+    """Save the state also every this many optimiser steps, besides after every epoch."""
+    keep_states: int = 2
+    """How many of the last states are kept."""
+    tracker: str = field(default="tensorboard", metadata=LOCAL)
+    """Any tracker that Accelerate knows ("wandb", "mlflow", "trackio" ...), or "none"."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every run is told, whatever it trains; each task has a configuration of its own."""
+
+    task: ClassVar[str]
+    """The key ``task`` of a YAML file; without it a file is about classification."""
+
+    output: str = field(default="runs/latest", metadata=LOCAL)
+    """The run's folder."""
+    seed: int = 0
+    """Of everything drawn at random: first weights, order of the images, augmentation, dropout. From 0 on."""
+    resume: bool = field(default=False, metadata=LOCAL)
+    """Take the configuration from the run in the output folder, which must exist. Without it, a run of the
+    same configuration is continued, too."""
+    accept_changes: bool = field(default=False, metadata=LOCAL)
+    """Continue the run in the output folder although its configuration is another."""
+    overwrite: bool = field(default=False, metadata=LOCAL)
+    """Replace the run in the output folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataSource
+    """The task's."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """Train an image classifier."""
+
+    task: ClassVar[str] = "classification"
+    """Its name."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Everything as plain values, for YAML and JSON; the task is named where it is not classification."""
+    # replaced by itself: arguments that were set later get their one form, too
+    model = dataclasses.replace(config.model)
+    values = _plain(dataclasses.asdict(dataclasses.replace(config, model=model)))
+    return values if config.task == TrainConfig.task else {"task": config.task, **values}
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML that :func:`cbsa_torch.train.load_config` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_dict(cls: type[T], values: Any, where: str) -> T:
+    """Build a dataclass from a mapping; unknown keys and values of another type raise ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of keys to values, got {type(values).__name__}")
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = {name: hint for name, hint in get_type_hints(cls).items() if name in fields}
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise ConfigError(
+            f"unknown key {unknown[0]!r} in {where}{nearest(unknown[0], hints)} (allowed: {', '.join(hints)})"
+        )
+    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Check ``value`` against the annotation ``hint``, converting what YAML writes differently."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        # YAML reads an unquoted no as False
+        value = "no" if value is False and "no" in args else value
+        if value not in args:
+            choices = ", ".join(map(repr, args))
+            raise ConfigError(f"{where} must be one of {choices}, got {value!r}{nearest(value, args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(args):
+            raise ConfigError(f"{where} must be {len(args)} values, got {value!r}")
+        return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a mapping, got {value!r}")
+        return {str(k): v for k, v in value.items()}
+    # YAML reads 1e-3 (no dot) as a string, and 20 as an integer
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{where} must be {hint.__name__}, got {value!r} of type {type(value).__name__}")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: ``{"optim.lr": 0.001, ...}``."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        result |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""What runs the loop: Accelerate, optimisers, trackers, the console."""

@@ -1,0 +1,219 @@
+"""Accelerate, set up: processes, precision, sharding, and data in an order that a run can be resumed in.
+
+Besides, what models need for it: weights laid out for speed, and batch norms that see all processes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cbsa_torch.train.config.base import EngineConfig
+from cbsa_torch.train.data import set_epoch
+from cbsa_torch.train.errors import ConfigError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def new_accelerator(**settings: Any) -> Accelerator:
+    """An Accelerator with these settings, whatever an earlier run in this process used.
+
+    Its process group stays, as it can be made only once in a process: see ``leave_process_group``.
+
+    Raises:
+        ConfigError: fp16 on the CPU, where Accelerate would silently compute in float32.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(**settings)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("engine.precision fp16 needs a GPU; on the CPU, bf16 is the mixed precision")
+    return accelerator
+
+
+def leave_process_group() -> None:
+    """Destroy the process group, once, at the end of a process that trained or evaluated beside others.
+
+    Without it the process may abort at its exit, while its communication threads still run. Call it only on
+    success: after an error of one process ``destroy_process_group`` can deadlock, as it waits for the others.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # wrapped models hold the group, and lie in cycles
+        torch.distributed.destroy_process_group()
+
+
+def training_settings(config: EngineConfig, seed: int) -> dict[str, Any]:
+    """What :func:`new_accelerator` needs for training."""
+    return {
+        "mixed_precision": config.precision,
+        "cpu": config.cpu,
+        "gradient_accumulation_steps": config.accumulate,
+        "step_scheduler_with_optimizer": False,
+        # The order of an epoch follows from the seed and its number alone.
+        "dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+    }
+
+
+def shard(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let ``accelerator.prepare`` shard a model (FSDP2): every block by itself, then the rest.
+
+    Raises:
+        ConfigError: there is one process only.
+    """
+    if accelerator.num_processes == 1:
+        raise ConfigError("engine.fsdp needs several processes: start it by accelerate launch or torchrun")
+    blocks = sorted({type(block).__name__ for block in getattr(model, "blocks", ())})
+    # Accelerate shards on GPUs only. The state that says so is shared by everything of it.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap" if blocks else "no_wrap",
+        transformer_cls_names_to_wrap=blocks or None,
+        cpu_ram_efficient_loading=False,
+    )
+    # Mixed precision is autocast's, as without sharding: a policy of the plugin would make the weights of batch
+    # norms bf16, which torch does not take beside their float32 statistics.
+    accelerator.state.fsdp_plugin = plugin
+
+
+def use_separate_generator(loader: DataLoader[Any]) -> None:
+    """Let a loader draw the seeds of its workers from a generator of its own, not from that of the model."""
+    loader.generator = torch.Generator()
+
+
+def start_epoch(accelerator: Accelerator, loader: DataLoader[Any], epoch: int, batch: int) -> DataLoader[Any]:
+    """The batches of an epoch from number ``batch`` (from 0) on, shuffled and augmented as that epoch is.
+
+    Args:
+        epoch: from 0.
+        batch: how many batches were seen already; they are not read again.
+    """
+    set_epoch(loader, epoch)
+    return accelerator.skip_first_batches(loader, batch) if batch else loader
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], None], expected: tuple[type[Exception], ...]) -> None:
+    """Do ``work`` on the main process; to be called on every process, which all wait for it.
+
+    Raises:
+        Exception: what the main process met, if it is one of ``expected``; on every process.
+    """
+    met: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            work()
+        except expected as error:
+            met[0] = error
+    broadcast_object_list(met)
+    if met[0] is not None:
+        raise met[0]
+
+
+def to_channels_last(model: M) -> M:
+    """Lay the weights of 2-D convolutions out with their channels last, in place; returns the model.
+
+    Convolutions then give their tokens in the order that attention reads them: ``flatten(2).transpose(1, 2)``
+    of the stem's output is a view and stays contiguous. To be called before the optimiser, the average (EMA)
+    and the wrapper of Accelerate are made. Not under FSDP2, which takes contiguous parameters only.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return model
+
+
+class CPUSyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics are those of the images of all processes together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(B, C, height, width)``; the batch may differ in size between processes."""
+        return _normalize(self, x) if self.training else super().forward(x)
+
+
+class CPUSyncBatchNormAct2d(BatchNormAct2d):
+    """The same of timm's batch norm with an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(B, C, height, width)``, drop, activate."""
+        activated: Tensor = self.act(self.drop(_normalize(self, x))) if self.training else super().forward(x)
+        return activated
+
+
+SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: CPUSyncBatchNorm2d,
+    BatchNormAct2d: CPUSyncBatchNormAct2d,
+}
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let every 2-D batch norm of ``model`` see the images of all processes; for several processes only."""
+    if device.type != "cpu":
+        # timm's, not torch's: that one would replace a batch norm with an activation by one without
+        synchronized: nn.Module = convert_sync_batchnorm(model)
+        return synchronized
+    for module in model.modules():
+        # The same parameters and state, another forward: names of the state dict stay.
+        module.__class__ = SYNCHRONIZED.get(type(module), type(module))
+    return model
+
+
+def _normalize(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Training statistics and outputs, computed in float32 at least, whatever autocast made of ``x``."""
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = _total(values.new_tensor(float(x.numel() // x.shape[1])))
+    mean = _total(values.sum((0, 2, 3))) / count
+    centered = values - mean.view(1, -1, 1, 1)
+    variance = _total(centered.square().sum((0, 2, 3))) / count
+    if norm.track_running_stats:
+        _track(norm, mean.detach(), variance.detach(), float(count))
+    normalized = centered * (variance + norm.eps).rsqrt().view(1, -1, 1, 1)
+    if norm.affine:
+        normalized = normalized * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+    return normalized.to(x.dtype)
+
+
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
+    assert norm.num_batches_tracked is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.num_batches_tracked += 1
+    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
+    unbiased = variance * (count / max(count - 1, 1))  # as torch has it
+    norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
+
+
+class _Total(torch.autograd.Function):
+    """The sum over processes. Each process' loss depends on it, so its gradient is their sum, too.
+
+    ``torch.distributed.nn.functional.all_reduce`` is the same, but deprecated, and what replaces it is private
+    (torch 2.14).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def _total(x: Tensor) -> Tensor:
+    total: Tensor = _Total.apply(x)
+    return total

@@ -1,0 +1,340 @@
+"""The task of recovering an adapted classifier: classification with a model of two origins."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import timm
+import yaml
+from torch import nn
+
+from cbsa_torch._core.checks import nearest
+from cbsa_torch.models.adapt.find import choose, find_attention
+from cbsa_torch.models.adapt.report import AdaptReport
+from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
+from cbsa_torch.models.hub import PREFIX
+from cbsa_torch.nn import TokenMixer
+from cbsa_torch.train.build import open_source
+from cbsa_torch.train.config.base import LOCAL, ModelConfig, OptimConfig, TrainConfig
+from cbsa_torch.train.config.checks import check_rules
+from cbsa_torch.train.data import input_spec, open_splits
+from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.losses import Loss
+from cbsa_torch.train.tasks.adaptation.distill import Distillation, DistillConfig
+from cbsa_torch.train.tasks.base import TaskSetup
+from cbsa_torch.train.tasks.classification import Classification
+
+ENTRY = "adapted_vit"
+"""The model of timm that rebuilds adapted ones."""
+
+
+@dataclass
+class AdaptedModelConfig(ModelConfig):
+    """What is adapted; args are options of the mixer, e.g. num_representatives 36 contraction_step 1."""
+
+    name: str = ENTRY
+    """The model of timm that rebuilds an adapted one."""
+    original: str | None = field(default=None, metadata=LOCAL)
+    """The ViT that is adapted: a run's folder, a .safetensors file of ours, hf-hub:owner/name, or the name of a
+    timm model, whose pretrained weights are fetched. An adapted one gets more layers adapted."""
+    mixer: MixerName = "cbsa"
+    """The attention that it gets; docs/adapt.md has a table."""
+    layers: str = "all"
+    """"all", "latter_half", or indices of attention layers with commas between, e.g. "9,10,-1"."""
+
+    def layers_asked(self) -> str | list[int]:
+        """As :func:`cbsa_torch.models.adapt_vit` takes them; raises ConfigError."""
+        if not any(character.isdigit() for character in self.layers):
+            return self.layers
+        try:
+            return [int(part) for part in self.layers.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f'model.layers must be "all", "latter_half" or indices with commas between, got {self.layers!r}'
+            ) from None
+
+
+def paper_optimiser() -> OptimConfig:
+    """Section 4.2: AdamW, learning rate 5e-5, weight decay 0.01, batches of 512, 50 epochs."""
+    return OptimConfig(
+        name="adamw",
+        lr=5e-5,
+        weight_decay=0.01,
+        batch_size=512,
+        epochs=50,
+        warmup_epochs=0,
+        label_smoothing=0.0,
+    )
+
+
+@dataclass(kw_only=True)
+class AdaptTrainConfig(TrainConfig):
+    """Adapt a pretrained ViT and recover its accuracy."""
+
+    task: ClassVar[str] = "adaptation"
+    """Its name."""
+    output: str = field(default="runs/adapted", metadata=LOCAL)
+    """The run's folder."""
+    model: AdaptedModelConfig = field(default_factory=AdaptedModelConfig)
+    optim: OptimConfig = field(default_factory=paper_optimiser)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    tune: Literal["all", "attention", "new"] = "all"
+    """What is trained: everything; the adapted layers; or what they have that the original has not. With new
+    classes the head is trained, too."""
+    tune_head: bool = False
+    """Also train the head where `tune` leaves the rest as it was."""
+    new_lr: float | None = 1e-2
+    """Peak learning rate of what adaptation added, one number per head each, which the paper's rate would
+    hardly move. None: optim.lr."""
+
+
+def check_adaptation(config: AdaptTrainConfig) -> None:
+    """Refuse what cannot work; raises ConfigError."""
+    model, distill, new_lr = config.model, config.distill, config.new_lr
+    check_rules([
+        (model.name == ENTRY, f"model.name must be {ENTRY!r} for adaptation", repr(model.name)),
+        (model.init_from is None, "model.init_from must be left out, model.original is set", model.init_from),
+        (bool(model.original), "model.original must name a trained ViT", model.original),
+        (distill.labels >= 0, "distill.labels must not be negative", distill.labels),
+        (distill.logits >= 0, "distill.logits must not be negative", distill.logits),
+        (distill.features >= 0, "distill.features must not be negative", distill.features),
+        (distill.temperature > 0, "distill.temperature must be positive", distill.temperature),
+        (
+            distill.labels > 0 or distill.wanted,
+            "distill must weigh something: labels, logits or features",
+            "zero for all",
+        ),
+        (
+            distill.teacher is None or distill.wanted,
+            "distill.teacher needs distill.logits or distill.features above 0",
+            distill.teacher,
+        ),
+        (new_lr is None or new_lr > 0, "new_lr must be positive", new_lr),
+        (
+            not (config.engine.compile and distill.features > 0),
+            "engine.compile must be off with distill.features (blocks are looked into)",
+            config.engine.compile,
+        ),
+    ])  # fmt: skip
+    model.layers_asked()
+
+
+class Adaptation(Classification):
+    """One class for every image, by a ViT whose attention is replaced."""
+
+    config: AdaptTrainConfig
+
+    def check(self) -> None:
+        """Refuse settings of data, model and distillation that cannot work."""
+        super().check()
+        check_adaptation(self.config)
+
+    def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
+        """The data, the adapted model, and the loss with its teacher."""
+        config = self.config
+        original = open_original("model.original", str(config.model.original), config.model.image_size)
+        splits = open_splits(config.data, input_spec(original.model).mode, skipped)
+        adapted = adapt_original(original, config.model)
+        new_head = _head_for(splits.class_names, original, adapted)
+        loss = _distillation(config, original, adapted, splits.class_names)
+        _freeze(config.tune, adapted, head=new_head or config.tune_head)
+        scale = 1.0 if config.new_lr is None else config.new_lr / config.optim.lr
+        return TaskSetup(
+            model=adapted.model,
+            model_args=adapted.args,
+            class_names=splits.class_names,
+            spec=input_spec(adapted.model, config.model.image_size),
+            train=splits.train,
+            val=splits.val,
+            loss=loss,
+            lr_scales={} if scale == 1 else dict.fromkeys(adapted.new, scale),
+            note=str(adapted.report),
+        )
+
+
+class Original(NamedTuple):
+    """A trained classifier."""
+
+    model: nn.Module
+    name: str
+    """Of timm."""
+    args: dict[str, Any]
+    """Constructor arguments that rebuild it."""
+    class_names: list[str] | None
+    """In the order of its outputs, where it says."""
+
+
+def open_original(key: str, source: str, image_size: int | None = None) -> Original:
+    """A run's model, a file of ours, or one of timm with its pretrained weights.
+
+    Args:
+        key: of the configuration, for errors.
+        source: what it was set to.
+        image_size: side that it is set to. Default: its own.
+
+    Raises:
+        ConfigError: nothing of that name, or no classifier. CheckpointError, OSError: of the file.
+    """
+    if source.startswith(PREFIX) or Path(source).exists():
+        model, info, path = open_source(key, source)
+        original = Original(model, info["model"], dict(info["model_args"]), info.get("class_names"))
+        if original.name == "segmenter":
+            raise ConfigError(f"{key} must be a classifier, and {path} holds a segmenter")
+    else:
+        original = _of_timm(key, source)
+    if image_size is not None:
+        resize: Any = getattr(original.model, "set_input_size", None)
+        if resize is None:
+            raise ConfigError(f"model.image_size: {original.name} cannot be given another size")
+        resize(img_size=image_size)
+        original = original._replace(args={**original.args, "img_size": image_size})
+    return original
+
+
+def _of_timm(key: str, source: str) -> Original:
+    if not timm.is_model(source):
+        raise ConfigError(
+            f"{key}: {source!r} is neither a run's folder or file nor a model of timm"
+            f"{nearest(source, timm.list_models())}"
+        )
+    if source.partition(".")[0] == ENTRY:
+        raise ConfigError(f"{key} must be a trained model; {ENTRY} is the entry that rebuilds adapted ones")
+    try:
+        model = timm.create_model(source, pretrained=True)
+    except Exception as error:  # any model of timm, and the network
+        raise ConfigError(f"{key}: timm has no weights for {source} here: {error}") from error
+    return Original(model, source, {"num_classes": getattr(model, "num_classes", None)}, None)
+
+
+class Adapted(NamedTuple):
+    """A copy of an original with other attention."""
+
+    model: nn.Module
+    args: dict[str, Any]
+    """Arguments of ``adapted_vit`` that rebuild it."""
+    report: AdaptReport
+    new: tuple[str, ...]
+    """Parameters that adaptation added, by name."""
+    layers: tuple[str, ...]
+    """Attention layers that are adapted now."""
+
+
+def adapt_original(original: Original, settings: AdaptedModelConfig) -> Adapted:
+    """Adapt a copy. An original that is adapted already, in the same way, gets more layers adapted.
+
+    Raises:
+        ConfigError: what :func:`cbsa_torch.models.adapt_vit` refuses, or an original adapted in another way.
+    """
+    try:
+        options = {key: yaml.safe_load(str(value)) for key, value in settings.args.items()}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"model.args are not values of YAML: {error}") from error
+    layers: Any = settings.layers_asked()
+    try:
+        if original.name == ENTRY:
+            return _extend(original, settings.mixer, options, layers)
+        model, report = adapt_vit(original.model, settings.mixer, layers=layers, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.original {settings.original} cannot be adapted: {error}") from error
+    args = report.model_args(original.name, **original.args)
+    return Adapted(model, args, report, *_added(model))
+
+
+def _extend(original: Original, mixer: str, options: dict[str, Any], layers: Any) -> Adapted:
+    """Adapt layers of an adapted model that are not yet."""
+    args = original.args
+    before = {"mixer": args.get("mixer", "cbsa"), "mixer_args": args.get("mixer_args") or {}}
+    if before != {"mixer": mixer, "mixer_args": options}:
+        raise ValueError(
+            f"it is adapted already, to {before['mixer']!r} with {before['mixer_args']}; more layers can "
+            f"only be adapted likewise, got {mixer!r} with {options}"
+        )
+    found = [layer for layer in find_attention(original.model) if not layer.is_pool]
+    asked = choose(found, layers)
+    done = [i for i, layer in enumerate(found) if isinstance(layer.module, TokenMixer)]
+    left = [i for i, layer in enumerate(found) if layer.name in asked and i not in done]
+    if not left:
+        raise ValueError("all layers that model.layers asks for are adapted already")
+    model, report = adapt_vit(original.model, mixer, layers=left, **options)  # type: ignore[arg-type]
+    return Adapted(model, {**copy.deepcopy(args), "layers": sorted(done + left)}, report, *_added(model))
+
+
+def _added(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is new in a model's adapted layers, and the layers."""
+    layers = [layer.name for layer in find_attention(model) if isinstance(layer.module, TokenMixer)]
+    new = [
+        f"{layer}.{name}"
+        for layer in layers
+        for name, _ in model.get_submodule(layer).named_parameters()
+        # steps and temperatures are the layer's own; everything else is in a part that it inherited
+        if "." not in name and (name.startswith("step") or name == "temperature")
+    ]
+    return tuple(new), tuple(layers)
+
+
+def _head_for(class_names: list[str], original: Original, adapted: Adapted) -> bool:
+    """Give the adapted model a new head, unless the original's is for these classes; whether that was done."""
+    if knows(original, class_names):
+        return False
+    model: Any = adapted.model
+    model.reset_classifier(len(class_names))
+    adapted.args["num_classes"] = len(class_names)
+    return True
+
+
+def knows(original: Original, class_names: list[str]) -> bool:
+    """Whether it was trained on these classes, as far as it says."""
+    count = getattr(original.model, "num_classes", None)
+    return count == len(class_names) and original.class_names in (None, class_names)
+
+
+def _distillation(
+    config: AdaptTrainConfig, original: Original, adapted: Adapted, class_names: list[str]
+) -> Loss | None:
+    """The loss with a teacher; None if none is wanted."""
+    distill = config.distill
+    if not distill.wanted:
+        return None
+    teacher, key = original, "model.original"
+    if distill.teacher is not None:
+        key = "distill.teacher"
+        teacher = open_original(key, distill.teacher, config.model.image_size)
+    if distill.logits and not knows(teacher, class_names):
+        raise ConfigError(
+            f"distill.logits needs a teacher of the same classes: {key} was trained on others than the data "
+            "have; distill.features works"
+        )
+    try:
+        loss = Distillation(
+            adapted.model, teacher.model, distill, config.optim.label_smoothing, config.engine.precision
+        )
+        loss.check(adapted.model, input_spec(adapted.model, config.model.image_size).input_size)
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"distill.teacher must be built as the original is: {error}") from None
+    return loss
+
+
+def _freeze(tune: str, adapted: Adapted, *, head: bool) -> None:
+    """Leave only what is to be trained with gradients."""
+    if tune == "all":
+        return
+    model: Any = adapted.model
+    model.requires_grad_(False)
+    if tune == "attention":
+        for layer in adapted.layers:
+            model.get_submodule(layer).requires_grad_(True)
+    else:
+        for name in adapted.new:
+            model.get_parameter(name).requires_grad_(True)
+    if head:
+        classifiers = model.get_classifier()  # two of a distilled DeiT
+        for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+            classifier.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"tune {tune!r} leaves nothing to train: {adapted.report.mixer!r} adds no parameters here; "
+            'use "attention" or "all"'
+        )

@@ -1,0 +1,318 @@
+"""What a task is: everything that training, evaluation, prediction and reports do not know themselves.
+
+To add a task, write a configuration (a subclass of :class:`cbsa_torch.train.config.base.RunConfig`) and a
+subclass of :class:`Task`, and add both to the table in :mod:`cbsa_torch.train.registry`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cbsa_torch._core.checks import check_choice
+from cbsa_torch.train.config.base import RunConfig
+from cbsa_torch.train.data import InputSpec, read_image_file
+from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.losses import Loss
+
+
+class TaskSetup(NamedTuple):
+    """The model and the data of a run, as :meth:`Task.open` gives them to training."""
+
+    model: nn.Module
+    model_args: dict[str, Any]
+    """Constructor arguments that rebuild it."""
+    class_names: list[str]
+    """In the order of its outputs."""
+    spec: InputSpec
+    train: Dataset[Any]
+    val: Dataset[Any]
+    loss: Loss | None = None
+    """Default: the cross-entropy of the model's outputs."""
+    lr_scales: Mapping[str, float] = {}
+    """Factors on the learning rate, by parameter."""
+    note: str = ""
+    """Printed before training begins."""
+
+
+class EvalResult(Protocol):
+    """What an evaluation measured."""
+
+    @property
+    def score(self) -> float:
+        """What the best epoch is chosen by: the larger, the better."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the targets."""
+
+    @property
+    def images(self) -> int:
+        """How many were seen; 0 if none could be read."""
+
+    def record(self) -> dict[str, Any]:
+        """Everything measured as plain values: for JSON, and for report pages."""
+
+    def summary(self) -> str:
+        """The most important numbers in one line."""
+
+    def class_table(self) -> list[list[str]]:
+        """A heading and a row for each class; empty if the summary says enough."""
+
+
+class Prediction(Protocol):
+    """What was predicted of one image file, or why it could not be read."""
+
+    @property
+    def image(self) -> str:
+        """The file."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it could not be read."""
+
+    def class_shares(self) -> list[tuple[str, float]]:
+        """Classes with their probability, or their share of the pixels; the largest first."""
+
+    def _asdict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+
+
+@dataclass
+class WindowOptions:
+    """How a segmenter sees whole images; classifiers know none of it."""
+
+    window: int | None = None
+    """Segmenters: side of the windows in pixels. Default: as in validation."""
+    stride: int | None = None
+    """Segmenters: pixels from one window to the next. Default: as in validation, or the window."""
+    scales: tuple[float, ...] = (1.0,)
+    """Segmenters: resize images by these factors and average, e.g. 0.5 0.75 1.0 1.25 1.5 1.75."""
+    flip: bool = False
+    """Segmenters: average with the mirrored image, too."""
+
+    @property
+    def multi_scale(self) -> bool:
+        """Whether images are seen in more than one way."""
+        return self.scales != (1.0,) or self.flip
+
+
+class Task(ABC):
+    """A kind of training, built with the configuration of a run.
+
+    Batches are (images, targets), targets of any shape with ``IGNORE`` among them. Unless :class:`TaskSetup`
+    has another loss, it is the mean cross-entropy over the targets.
+    """
+
+    score: ClassVar[str]
+    """Name of the score in ``metrics.jsonl`` and in weights files."""
+    score_title: ClassVar[str]
+    """The same for people."""
+    hub_task: ClassVar[str]
+    """The Hugging Face Hub's name of the task."""
+    hub_metric: ClassVar[str]
+    """The Hub's name of the score."""
+    share_title: ClassVar[str]
+    """What the numbers of :meth:`Prediction.class_shares` are."""
+    one_class_per_image: ClassVar[bool]
+    """Whether an image has a single class, so that runs can be compared image by image."""
+    data_name_elsewhere: ClassVar[str | None] = None
+    """``data.name`` of another folder to evaluate on. Default: as in training."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def with_data(self, data: Any) -> Task:
+        """The same task on other data, given as ``config.data`` is."""
+        return type(self)(dataclasses.replace(self.config, data=data))
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse settings of the task that cannot work; raises ConfigError."""
+
+    @abstractmethod
+    def check_windows(self, windows: WindowOptions) -> None:
+        """Refuse options of evaluation and prediction that cannot work; raises ConfigError."""
+
+    @abstractmethod
+    def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
+        """Open data and model for training.
+
+        Args:
+            skipped: file that lists images that could not be read.
+            continued: the weights will come from a training state, so that none need be fetched.
+        """
+
+    @abstractmethod
+    def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
+        """Batches of one process's size; Accelerate shares them between the processes."""
+
+    @abstractmethod
+    def open_split(
+        self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
+    ) -> tuple[str, Dataset[Any]]:
+        """One split of the data, for a model that is trained already.
+
+        Args:
+            mode: colour mode of the images, "L" or "RGB".
+            class_names: of the model; the data must have the same.
+            split: "train", "val" or "test". None: the test split, or the validation split where there is none.
+            skipped: file that lists images that could not be read. Default: they are only counted.
+
+        Returns:
+            The split's name, and its samples without a transform.
+        """
+
+    @abstractmethod
+    def evaluation_loader(
+        self, dataset: Dataset[Any], spec: InputSpec, accelerator: Accelerator, batch_size: int | None = None
+    ) -> Any:
+        """What :meth:`evaluate` goes through, shared between the processes already.
+
+        Args:
+            dataset: a split, whose transform is set.
+            spec: what the model is fed.
+            batch_size: images in a forward pass of one process. Default: the task's.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        batches: Iterable[Any],
+        class_names: Sequence[str],
+        *,
+        windows: WindowOptions | None = None,
+        batch_size: int | None = None,
+    ) -> EvalResult:
+        """Measure the model; every image counts once, and the numbers are the same on every process.
+
+        Args:
+            batches: of :meth:`evaluation_loader`; equally many on every process.
+            class_names: in the order of the model's outputs.
+            windows: how images are seen. Default: as in validation.
+            batch_size: windows in a forward pass, where images are seen by windows. Default: as in validation.
+        """
+
+    @abstractmethod
+    def predict(
+        self,
+        trained: Trained,
+        images: Sequence[str | Path],
+        *,
+        top: int,
+        on_bad_image: str,
+        masks: str | Path | None,
+        overwrite: bool,
+        windows: WindowOptions,
+    ) -> Sequence[Prediction]:
+        """See :func:`cbsa_torch.train.predict_images`."""
+
+    @abstractmethod
+    def sample(self, dataset: Dataset[Any], spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
+        """Images of a split for a report.
+
+        Args:
+            dataset: of :meth:`open_split`, before :meth:`evaluation_loader` sets its transform.
+            spec: what the model is fed.
+            count: how many; fewer where the split has fewer, or some cannot be read.
+
+        Returns:
+            Inputs (count, channels, height, width) and the class of each, or no classes where an image has no
+            single one.
+        """
+
+    @abstractmethod
+    def main_class(self, outputs: Tensor) -> list[int]:
+        """The most likely class of each image, from a model's outputs."""
+
+
+class Trained(NamedTuple):
+    """A trained model with what its weights file says about it, as ``open_trained`` gives it."""
+
+    model: nn.Module
+    spec: InputSpec
+    class_names: list[str]
+    task: Task
+    info: dict[str, Any]
+    """The metadata of the weights file."""
+    path: Path
+    """The weights file."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the run that trained it."""
+        return self.task.config
+
+
+def read_image(path: Path, mode: str) -> Image.Image:
+    """Read an image file; raises DataError that names it."""
+    if not path.is_file():
+        raise DataError(f"no image at {path}")
+    try:
+        return read_image_file(path, mode)
+    except DataError as error:
+        raise DataError(f"cannot read image {path}: {error}") from error
+
+
+def read_images(
+    paths: Iterable[str | Path], mode: str, on_bad_image: str
+) -> Iterator[tuple[Path, Image.Image | str]]:
+    """Each file with its image, or with why it could not be read; that raises DataError if it is to "stop"."""
+    check_choice("on_bad_image", on_bad_image, ("stop", "skip"))
+    for path in map(Path, paths):
+        try:
+            image: Image.Image | str = read_image(path, mode)
+        except DataError as error:
+            if on_bad_image == "stop":
+                raise
+            image = str(error)
+        yield path, image
+
+
+def eval_transform(spec: InputSpec) -> Any:
+    """Resize, crop at the centre, normalise: how a classifier sees images in validation."""
+    return create_transform(
+        spec.input_size,
+        is_training=False,
+        mean=spec.mean,
+        std=spec.std,
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_pct,
+    )
+
+
+def test_or_validation(splits: Any, class_names: list[str]) -> tuple[str, Dataset[Any]]:
+    """The name and the data set of the test split, or of the validation split where there is none.
+
+    Raises:
+        DataError: the data have other classes than the model.
+    """
+    if splits.class_names != class_names:
+        raise DataError(
+            f"the data's {len(splits.class_names)} classes ({', '.join(splits.class_names[:5])}, ...) are not "
+            f"the model's {len(class_names)} ({', '.join(class_names[:5])}, ...)"
+        )
+    return ("val", splits.val) if splits.test is None else ("test", splits.test)
+
+
+def spread_indices(size: int, count: int) -> list[int]:
+    """At most ``count`` indices evenly spread over ``size``, in an order that is the same every time.
+
+    Not in their own order: folders come class by class, and the first few should be of all classes.
+    """
+    count = min(count, size)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return [i * size // count for i in order]

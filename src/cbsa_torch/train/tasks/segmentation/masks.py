@@ -1,0 +1,131 @@
+"""From a mask file to class labels: one whole number per pixel, every one of them known.
+
+Pillow decodes. Refused is whatever would make up labels: colours, transparency, JPEG and GIF, grey of 2 or 4
+bits and small PGM (which Pillow stretches to 0..255), PBM (inverted), and values that the data set does not
+know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cbsa_torch.train.data.decode import UnreadableImageError, reason
+from cbsa_torch.train.data.images import IGNORE
+from cbsa_torch.train.errors import DataError
+
+_UNKNOWN = -2
+_LISTED = 5
+
+
+def read_mask_file(path: str | Path) -> np.ndarray:
+    """The pixel values of a mask, (height, width) int64: indices of a palette image, levels of a grey one.
+
+    Raises:
+        UnreadableImageError: whatever is wrong with the file, in one line without its name.
+    """
+    try:
+        with Path(path).open("rb") as file, Image.open(file) as image:
+            _refuse_ambiguous(image)
+            return np.asarray(image).astype(np.int64)
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # of broken files, decoders raise nearly anything
+        raise UnreadableImageError(reason(error)) from error
+
+
+def _refuse_ambiguous(image: Image.Image) -> None:
+    if image.format in ("JPEG", "MPO", "JPEG2000", "GIF"):
+        why = "writers renumber palettes" if image.format == "GIF" else "compression changes labels"
+        raise UnreadableImageError(f"a mask in {image.format}, whose {why}; make it anew as PNG")
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise UnreadableImageError(
+            f"a mask in mode {image.mode}, where one number per pixel is expected (mode L or P); if its "
+            "colours stand for classes, convert it once with "
+            "cbsa_torch.train.tasks.segmentation.labels_from_colours and save the result as PNG"
+        )
+    if image.format == "PPM" and (image.mode == "1" or image.tile[0].codec_name != "raw"):
+        raise UnreadableImageError(
+            "a PBM or PGM mask of fewer than 8 bits, which is read stretched or inverted; make it anew as PNG"
+        )
+    raw_mode = str(image.tile[0].args) if image.tile else ""
+    if "L;2" in raw_mode or "L;4" in raw_mode:
+        raise UnreadableImageError(
+            "a grey mask of 2 or 4 bits, whose values are levels of grey and not labels; save it with 8 bits"
+        )
+
+
+class LabelMap:
+    """From the values in a data set's masks to the labels of its classes.
+
+    Args:
+        labels: value to label; ``IGNORE`` for values that stand for no class. Others are unknown.
+    """
+
+    def __init__(self, labels: Mapping[int, int]) -> None:
+        self.labels = dict(labels)
+        self._table = np.full(max(self.labels) + 1, _UNKNOWN, dtype=np.int64)
+        self._table[list(self.labels)] = list(self.labels.values())
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """The labels of values (any shape), int64.
+
+        Raises:
+            UnreadableImageError: names the values that are unknown and how many pixels have them.
+        """
+        inside = (values >= 0) & (values < len(self._table))
+        labels = self._table[np.where(inside, values, 0)]
+        bad = ~inside | (labels == _UNKNOWN)
+        if bad.any():
+            raise UnreadableImageError(self._complaint(values[bad]))
+        return labels
+
+    def _complaint(self, bad: np.ndarray) -> str:
+        values, counts = np.unique(bad, return_counts=True)
+        listed = [f"{value} ({count} pixel(s))" for value, count in zip(values, counts, strict=True)]
+        known = sorted(self.labels)
+        allowed = f"{known[0]} to {known[-1]}" if len(known) == known[-1] - known[0] + 1 else str(known)
+        more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+        hint = (
+            "; if it stands for no class, set data.ignore_label"
+            if 255 in values and IGNORE not in self.labels.values()
+            else ""
+        )
+        return f"unknown label {', '.join(listed[:_LISTED])}{more}; known are {allowed}{hint}"
+
+
+def shifted(count: int, first: int, ignored: Sequence[int]) -> LabelMap:
+    """Of ``count`` classes whose values begin at ``first``, and values that are ignored."""
+    return LabelMap({**{first + i: i for i in range(count)}, **dict.fromkeys(ignored, IGNORE)})
+
+
+def labels_from_colours(
+    mask: str | Path | Image.Image, colours: Mapping[tuple[int, int, int], int]
+) -> Image.Image:
+    """Turn a mask whose colours stand for classes into one of labels, to be saved as PNG.
+
+    Args:
+        mask: the picture or its file.
+        colours: (red, green, blue), each 0 to 255, to the label, 0 to 255.
+
+    Raises:
+        DataError: a colour that is not listed, or a label that does not fit.
+    """
+    picture = mask if isinstance(mask, Image.Image) else Image.open(mask)
+    pixels = np.asarray(picture.convert("RGB")).astype(np.int64)
+    codes = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
+    labels = np.full(codes.shape, -1)
+    for (red, green, blue), label in colours.items():
+        if not 0 <= label <= 255:
+            raise DataError(f"label {label} of colour {(red, green, blue)} is not in 0 to 255")
+        labels[codes == (red << 16 | green << 8 | blue)] = label
+    if (labels < 0).any():
+        y, x = np.argwhere(labels < 0)[0]
+        raise DataError(
+            f"colour {tuple(pixels[y, x].tolist())} at row {y}, column {x} is not listed in colours "
+            f"({int((labels < 0).sum())} pixel(s) have unlisted colours)"
+        )
+    return Image.fromarray(labels.astype(np.uint8))

@@ -1,0 +1,311 @@
+"""The task of segmenting images: a class for every pixel."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cbsa_torch._core.checks import check_choice
+from cbsa_torch._core.files import write_atomically
+from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
+from cbsa_torch.train.build import build_model, draft_model, open_source
+from cbsa_torch.train.data import InputSpec, input_spec
+from cbsa_torch.train.data.loader import own_workers
+from cbsa_torch.train.data.seeded import SeededSamples
+from cbsa_torch.train.errors import ConfigError, DataError
+from cbsa_torch.train.tasks.base import (
+    Task,
+    TaskSetup,
+    Trained,
+    WindowOptions,
+    eval_transform,
+    read_images,
+    spread_indices,
+    test_or_validation,
+)
+from cbsa_torch.train.tasks.segmentation.colours import write_coloured_mask
+from cbsa_torch.train.tasks.segmentation.config import (
+    SegmentationTrainConfig,
+    check_data_config,
+    check_windows,
+)
+from cbsa_torch.train.tasks.segmentation.evaluation import SegmentationResult, Windows, measure, share
+from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
+from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform, training_transform
+
+PRETRAINED = "pretrained"
+"""``model.encoder_from``: the weights that timm has for an encoder."""
+HEADS = ("head", "fc_norm", "attn_pool", "fc")
+"""Parts of classifiers that no encoder has."""
+MASKS = "predicted_masks"
+"""The folder of predicted masks, unless another is given."""
+
+
+class MaskPrediction(NamedTuple):
+    """The masks of one image, or why it could not be read."""
+
+    image: str
+    shares: dict[str, float]
+    """Share of the pixels of each class that occurs, the largest first."""
+    mask: str | None = None
+    """A picture: the image, the coloured mask, and a legend."""
+    labels: str | None = None
+    """A grey PNG of the image's size whose values are the labels; 16 bits from 257 classes on."""
+    error: str | None = None
+
+    def class_shares(self) -> list[tuple[str, float]]:
+        """The shares as a list."""
+        return list(self.shares.items())
+
+
+class Segmentation(Task):
+    """One class for every pixel."""
+
+    config: SegmentationTrainConfig
+    score = "val_miou"
+    score_title = "mean IoU"
+    hub_task, hub_metric = "image-segmentation", "mean_iou"
+    share_title = "share of pixels"
+    one_class_per_image = False
+
+    def check(self) -> None:
+        """Refuse settings of data, windows and model that cannot work."""
+        model = self.config.model
+        check_data_config(self.config.data)
+        check_windows(self.config)
+        if model.name != "segmenter":
+            raise ConfigError(f"model.name must be 'segmenter' for segmentation, got {model.name!r}")
+        if model.init_from is not None and model.encoder_from is not None:
+            raise ConfigError("model.init_from and model.encoder_from exclude each other, got both")
+
+    def check_windows(self, windows: WindowOptions) -> None:
+        """Refuse sizes below 1, a stride above the window, no or odd scales."""
+        self._windows(windows, None)
+
+    def _windows(self, given: WindowOptions | None, batch: int | None) -> Windows:
+        """Windows as in validation, but for what is given."""
+        given, config = WindowOptions() if given is None else given, self.config.windows
+        stride = config.stride if given.stride is None and given.window is None else given.stride
+        size = self.config.window() if given.window is None else given.window
+        if size < 1:
+            raise ConfigError(f"window must be at least 1, got {size}")
+        if stride is not None and not 1 <= stride <= size:
+            raise ConfigError(f"stride must be in [1, {size}], the window, got {stride}")
+        if not given.scales or not all(0 < scale <= 16 for scale in given.scales):
+            raise ConfigError(f"scales must be numbers in (0, 16], got {given.scales}")
+        return Windows(size, stride, config.batch if batch is None else batch, given.scales, given.flip)
+
+    def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
+        """The data sets, and the model with a mask for each of their classes."""
+        weights = None if continued else encoder_weights(self.config)
+        config = with_encoder(self.config)
+        data = config.data
+        draft = draft_model(config)
+        splits = open_segmentation(data, input_spec(draft[0]).mode, skipped)
+        if len(splits.class_names) < 2:
+            raise DataError(
+                f"{data.name} has one class, {splits.class_names}, and nothing to tell it from: what is "
+                "around it (the background) needs a class of its own"
+            )
+        model, model_args = build_model(config, len(splits.class_names), draft)
+        if weights is not None:
+            load_encoder(model, weights, str(config.model.encoder_from))
+        known = input_spec(model)
+        size = known.input_size[0], data.crop_size, data.crop_size
+        spec = known._replace(input_size=size, crop_pct=1.0)
+        _check_size(model, spec.input_size)
+        return TaskSetup(model, model_args, splits.class_names, spec, splits.train, splits.val)
+
+    def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
+        """Augmented crops in random order."""
+        samples = SeededSamples(setup.train, self.config.seed)
+        samples.transform = training_transform(self.config.data, setup.spec.mean, setup.spec.std)
+        loader: DataLoader[Any] = DataLoader(
+            samples, batch_size, shuffle=True, drop_last=True, num_workers=self.config.data.workers
+        )
+        own_workers(loader)
+        return loader
+
+    def open_split(
+        self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
+    ) -> tuple[str, Dataset[Any]]:
+        """A split of (image, mask)."""
+        data = self.config.data
+        if split is None:
+            return test_or_validation(open_segmentation(data, mode, skipped), class_names)
+        return split, open_segmentation_split(data, mode, split, class_names, skipped)
+
+    def evaluation_loader(
+        self, dataset: Dataset[Any], spec: InputSpec, accelerator: Accelerator, batch_size: int | None = None
+    ) -> Any:
+        """Whole images one by one, each for one process; ``batch_size`` is of their windows."""
+        dataset.transform = evaluation_transform(spec.mean, spec.std)  # type: ignore[attr-defined]
+        return share(dataset, self.config.data.workers, accelerator)
+
+    def evaluate(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        batches: Iterable[Any],
+        class_names: Sequence[str],
+        *,
+        windows: WindowOptions | None = None,
+        batch_size: int | None = None,
+    ) -> SegmentationResult:
+        """Mean IoU, by windows of the training crop's size or as configured."""
+        return measure(accelerator, model, batches, class_names, self._windows(windows, batch_size))
+
+    def predict(
+        self,
+        trained: Trained,
+        images: Sequence[str | Path],
+        *,
+        top: int,
+        on_bad_image: str,
+        masks: str | Path | None,
+        overwrite: bool,
+        windows: WindowOptions,
+    ) -> list[MaskPrediction]:
+        """Write ``NAME_mask.png`` and ``NAME_labels.png`` of each image, of any size."""
+        folder, seen = Path(MASKS if masks is None else masks), self._windows(windows, None)
+        check_choice("on_bad_image", on_bad_image, ("stop", "skip"))
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder, where masks could be written")
+        taken: dict[str, Path] = {}
+        for path in map(Path, images):
+            other = taken.setdefault(path.stem, path)
+            if other is not path:
+                raise ConfigError(
+                    f"{other} and {path} would both be written as {path.stem}_mask.png in {folder}"
+                )
+        present = [path for stem in taken for path in _mask_files(folder, stem) if path.exists()]
+        if present and not overwrite:
+            raise ConfigError(f"{present[0]} is there already; choose another folder (--masks), or --overwrite")
+        folder.mkdir(parents=True, exist_ok=True)
+        return [
+            MaskPrediction(str(path), {}, error=image)
+            if isinstance(image, str)
+            else _write_masks(trained, path, image, folder, seen)
+            for path, image in read_images(images, trained.spec.mode, on_bad_image)
+        ]
+
+    def sample(self, dataset: Any, spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
+        """Squares from the centre of images; they have no single class."""
+        transform = eval_transform(spec)
+        squares = [transform(dataset[i][0]) for i in spread_indices(len(dataset), count)]
+        return torch.stack(squares), []
+
+    def main_class(self, outputs: Tensor) -> list[int]:
+        """The class of most pixels, from logits (images, classes, height, width)."""
+        classes: list[int] = outputs.argmax(1).flatten(1).mode(1).values.tolist()
+        return classes
+
+
+@torch.no_grad()
+def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Let a crop through, before a run touches anything: some encoders take images of one size only."""
+    model.eval()
+    try:
+        model(torch.zeros(1, *input_size))
+    except ValueError as error:
+        raise ConfigError(f"data.crop_size {input_size[1]} does not fit the model: {error}") from error
+
+
+def _mask_files(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The files of an image's coloured mask and of its labels."""
+    return folder / f"{stem}_mask.png", folder / f"{stem}_labels.png"
+
+
+def _write_masks(
+    trained: Trained, path: Path, image: Image.Image, folder: Path, windows: Windows
+) -> MaskPrediction:
+    names = trained.class_names
+    blank = np.zeros((image.size[1], image.size[0]), dtype=np.int64)
+    pixels, _ = evaluation_transform(trained.spec.mean, trained.spec.std)(image, blank)
+    device = next(trained.model.parameters()).device
+    with torch.inference_mode():
+        labels = windows.logits(trained.model, pixels.to(device)).argmax(0).cpu().numpy()
+    mask, raw = _mask_files(folder, path.stem)
+    write_coloured_mask(image, labels, names, mask)
+    buffer = io.BytesIO()
+    Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.uint16)).save(buffer, "PNG")
+    write_atomically(raw, buffer.getvalue())
+    values, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    shares = {names[int(values[i])]: float(counts[i] / labels.size) for i in order}
+    return MaskPrediction(str(path), shares, str(mask), str(raw))
+
+
+def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
+    """The configuration with the encoder in ``model.args`` that ``model.encoder_from`` says it is.
+
+    Raises:
+        ConfigError: ``model.args`` name another encoder, or options that a trained one has already.
+        CheckpointError: of the file.
+    """
+    source, args = config.model.encoder_from, config.model.args
+    if source is None or source == PRETRAINED:
+        return config
+    _, info, path = open_source("model.encoder_from", source)
+    if info["model"] == "segmenter":
+        raise ConfigError(
+            f"model.encoder_from must be a classifier, and {path} holds a segmenter: to start from all of it, "
+            "use model.init_from"
+        )
+    for key, found in (("encoder", info["model"]), ("encoder_args", None)):
+        if key in args and args[key] != found:
+            raise ConfigError(
+                f"model.args {key} must be left out beside model.encoder_from: {path} holds {info['model']!r}; "
+                f"got {args[key]!r}"
+            )
+    own = {key: value for key, value in info["model_args"].items() if key != "num_classes"}
+    # as YAML in one line, the form in which all arguments are kept
+    encoder_args = yaml.safe_dump(own, default_flow_style=True, width=float("inf")).strip()
+    chosen = {**args, "encoder": info["model"], "encoder_args": encoder_args}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, args=chosen))
+
+
+def encoder_weights(config: SegmentationTrainConfig) -> dict[str, Tensor] | None:
+    """The weights that ``model.encoder_from`` names; None if it names none."""
+    source = config.model.encoder_from
+    if source is None:
+        return None
+    if source != PRETRAINED:
+        return open_source("model.encoder_from", source)[0].state_dict()
+    args = {key: yaml.safe_load(str(value)) for key, value in config.model.args.items()}
+    name, encoder_args = args.get("encoder", "vit_tiny_patch16_224"), args.get("encoder_args") or {}
+    refused = sorted(FETCHING_ARGS & set(encoder_args))
+    if refused:
+        raise ConfigError(f"model.args encoder_args must not hold {refused[0]}")
+    given = {"img_size": config.model.image_size, "in_chans": args.get("in_chans")}
+    given = {key: value for key, value in given.items() if value is not None}
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0, **given, **encoder_args)
+    except Exception as error:  # any model of timm, and the network
+        raise ConfigError(f"model.encoder_from: timm has no weights for {name} here: {error}") from error
+    return model.state_dict()
+
+
+def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights into ``model.encoder``; all of the encoder must be there, and nothing beyond but a head.
+
+    Raises:
+        CheckpointError: names or shapes that do not fit.
+    """
+    encoder: Any = model.encoder
+    own = encoder.state_dict()
+    given = {name: value for name, value in weights.items() if name in own or name.split(".")[0] not in HEADS}
+    check_fit(given, own, f"model.encoder_from {source}")
+    encoder.load_state_dict(given)

@@ -1,0 +1,176 @@
+"""Teachers that do not fit, data of other classes, and the command ``cbsa adapt``."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from cbsa_torch.cli import main
+from cbsa_torch.models import load_checkpoint, save_checkpoint
+from cbsa_torch.train import train
+from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.errors import ConfigError, RunFolderError
+from cbsa_torch.train.evaluate import open_trained
+from cbsa_torch.train.registry import load_config
+from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.adaptation.stages import recover, stages
+from tests.train.tasks.adaptation.conftest import VIT
+
+
+def another_vit(config, tmp_path, **args):
+    """The folder of a ViT like ``vit`` but for ``args``, trained for one epoch."""
+    plain = TrainConfig(output=str(tmp_path / "teacher"), data=config.data, optim=config.optim)
+    plain.engine = config.engine
+    plain.model.name, plain.model.image_size = "vit_tiny_patch16_224", 8
+    plain.model.args = {**VIT, **args}
+    return str(train(plain).folder)
+
+
+@pytest.mark.parametrize("args", [{"embed_dim": "24"}, {"depth": "2"}, {"depth": "4"}, {"patch_size": "4"}])
+def test_a_teacher_of_another_shape_is_named_before_anything_is_written(config, tmp_path, args):
+    config.distill.teacher = another_vit(config, tmp_path, **args)
+    with pytest.raises(ConfigError, match=r"distill\.teacher must be built as the original is"):
+        recover(config)
+    assert not Path(config.output).exists()
+
+
+def test_a_teacher_of_another_shape_may_teach_its_logits(config, tmp_path):
+    config.distill.teacher = another_vit(config, tmp_path, embed_dim="24")
+    config.distill.features = 0.0
+    assert recover(config).best_epoch == 1
+
+
+def test_a_teacher_within_the_output_is_refused(config, vit):
+    config.distill.teacher = str(Path(config.output) / "model.safetensors")
+    with pytest.raises(RunFolderError, match=r"distill\.teacher .* lies in output"):
+        recover(config)
+
+
+def folder_of(path, classes):
+    """Eight images for each class and split."""
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val", "test"):
+        for name in classes:
+            (path / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = torch.randint(0, 256, (8, 8), generator=generator, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(path / split / name / f"{i}.png")
+    return str(path)
+
+
+def test_other_classes_get_a_head_of_their_own(config, tmp_path):
+    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "images", "ab"))
+    config.optim.batch_size, config.tune = 8, "new"
+    with pytest.raises(ConfigError, match=r"distill\.logits needs a teacher of the same classes"):
+        recover(config)
+    config.distill.logits = 0.0
+    before = open_trained(str(config.model.original)).model.state_dict()
+    trained = open_trained(recover(config).folder)
+    after = trained.model.state_dict()
+    assert after["head.weight"].shape == (2, 48)
+    changed = {name for name in before if name in after and not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_a_teacher_of_these_classes_teaches_a_new_head(config, tmp_path):
+    for classes in ("ab", "xy"):
+        folder_of(tmp_path / classes, classes)
+    config.data = dataclasses.replace(config.data, name="folder", root=str(tmp_path / "xy"))
+    config.optim.batch_size, config.distill.features = 8, 0.0
+    config.distill.teacher = another_vit(config, tmp_path)
+    config.data = dataclasses.replace(config.data, root=str(tmp_path / "ab"))
+    with pytest.raises(ConfigError, match=r"distill\.teacher was trained on others than the data have"):
+        recover(config)
+    assert not Path(config.output).exists()
+    config.data = dataclasses.replace(config.data, root=str(tmp_path / "xy"))
+    assert recover(config).best_epoch == 1
+
+
+def test_the_head_of_new_classes_is_trained_in_every_stage(config, tmp_path):
+    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "images", "ab"))
+    config.optim.batch_size, config.tune, config.distill.logits = 8, "new", 0.0
+    assert [stage.tune_head for stage in stages(config, 1)] == [True] * 3
+    recover(config, stage_epochs=1)
+    heads = [
+        load_checkpoint(RunFolder(folder).weights)[0].get_parameter("head.weight")
+        for folder in (f"{config.output}_stages/1", f"{config.output}_stages/2", config.output)
+    ]
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])
+    config.data = dataclasses.replace(config.data, name="digits", root=None)
+    assert not any(stage.tune_head for stage in stages(config, 1))
+
+
+def test_both_heads_of_a_distilled_deit_are_trained(config, tmp_path):
+    args = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    config.model.original = str(tmp_path / "deit.safetensors")
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **args)
+    info = {"model": "deit_tiny_distilled_patch16_224", "model_args": {"num_classes": 3, **args}}
+    save_checkpoint(config.model.original, model, info)
+    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "images", "ab"))
+    config.optim.batch_size, config.tune = 8, "new"
+    config.distill = dataclasses.replace(config.distill, logits=0.0, features=0.0)
+    assert recover(config).best_epoch == 1
+
+
+def test_stages_are_refused_before_the_first_where_the_last_could_not_be_written(config):
+    Path(config.output).mkdir()
+    (Path(config.output) / "mine.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="holds files that are not a run"):
+        recover(config, stage_epochs=1)
+    assert not Path(f"{config.output}_stages").exists()
+    resumed = copy.deepcopy(config)
+    resumed.resume = True
+    with pytest.raises(ConfigError, match="resume is not for stages"):
+        recover(resumed, stage_epochs=1)
+
+
+SHORT = [
+    *("--optim.epochs", "1", "--optim.batch-size", "128", "--engine.tracker", "none", "--engine.cpu"),
+    *("--model.args", "num_representatives", "4"),
+]
+
+
+def test_the_command(vit, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["adapt", "--model", str(vit), "--output", "all", "--distill.logits", "1", *SHORT]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 3 attention layers are now 'cbsa'" in said
+    assert load_config(RunFolder("all").config).data == load_config(RunFolder(vit).config).data
+    for command in (["eval"], ["report", "--images", "16", "--shown", "1", "--robustness-images", "0"]):
+        assert main([command[0], "--checkpoint", "all", *command[1:]]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    Image.new("L", (8, 8)).save("one.png")
+    assert main(["predict", "one.png", "--checkpoint", "all"]) == 0
+    assert "one.png" in capsys.readouterr().out
+    assert main(["adapt", "--output", "all", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--stage-epochs", "x"], "--stage-epochs must be a whole number, got 'x'"),
+        (["--stage-epochs", "0"], "stage_epochs must be at least 1, got 0"),
+        (["--config", "digits"], "--config digits is of the task 'classification', not 'adaptation'"),
+        (["--data", "digitts"], "digitts"),
+    ],
+)
+def test_bad_commands(vit, tmp_path, capsys, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["adapt", "--model", str(vit), *SHORT, *args]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_cnn_cannot_be_adapted(config, tmp_path):
+    args = {"in_chans": 1, "num_classes": 10}
+    config.model.original = str(tmp_path / "cnn.safetensors")
+    info = {"model": "resnet10t", "model_args": args}
+    save_checkpoint(config.model.original, timm.create_model("resnet10t", **args), info)
+    with pytest.raises(ConfigError, match=r"cannot be adapted: .*attention"):
+        recover(config)
+    assert not Path(config.output).exists()

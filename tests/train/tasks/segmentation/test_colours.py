@@ -1,0 +1,92 @@
+"""Coloured masks with a legend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbsa_torch.train.tasks.segmentation import IGNORE, colour_mask, palette, write_coloured_mask
+
+
+def names(count):
+    return [f"class {i}" for i in range(count)]
+
+
+def colours(image):
+    return {tuple(c) for c in np.asarray(image).reshape(-1, 3).tolist()}
+
+
+def test_colours_differ_and_stay():
+    many = palette(150)
+    assert many.shape == (150, 3)
+    assert many.dtype == np.uint8
+    gaps = np.abs(many[:, None].astype(int) - many).max(-1) + 255 * np.eye(150, dtype=int)
+    assert gaps.min() >= 3
+    first = gaps[:20, :20]
+    assert first.min() >= 25
+    assert (palette(20) == many[:20]).all()
+    assert palette(0).shape == (0, 3)
+
+
+def test_a_mask_is_coloured_pixel_by_pixel():
+    coloured = colour_mask(np.array([[0, 2], [IGNORE, 1]]), 3)
+    expected = palette(3)
+    assert coloured.tolist() == [
+        [expected[0].tolist(), expected[2].tolist()],
+        [[128] * 3, expected[1].tolist()],
+    ]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_the_picture_shows_the_classes_that_occur(tmp_path, kind, mode):
+    mask = np.zeros((20, 30), dtype=np.int64)
+    mask[:5] = 4
+    mask[5] = IGNORE
+    path = tmp_path / "new" / "m.png"
+    write_coloured_mask(Image.new(mode, (30, 20)), kind(mask), names(6), path)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        # enlarged nine times to at least 256 pixels, two panels and the legend beside
+        assert picture.size[1] == 20 * 9 + 16
+        assert picture.size[0] > 2 * 30 * 9
+        legend = colours(picture.convert("RGB").crop((2 * 30 * 9 + 20, 0, *picture.size)))
+    shown = [tuple(c) in legend for c in palette(6).tolist()]
+    assert shown == [True, False, False, False, True, False]
+    assert (128, 128, 128) in legend
+
+
+def test_a_long_legend_goes_into_columns(tmp_path):
+    mask = np.arange(150 * 4).reshape(20, 30) // 4
+    write_coloured_mask(
+        Image.new("RGB", (30, 20)),
+        mask,
+        [f"a rather long name of class {i}" for i in range(150)],
+        tmp_path / "m.png",
+    )
+    with Image.open(tmp_path / "m.png") as picture:
+        assert {tuple(c) for c in palette(150).tolist()} <= colours(picture)
+
+
+def test_a_flat_image_has_a_whole_legend(tmp_path):
+    mask = np.arange(400 * 10).reshape(10, 400) // 500
+    write_coloured_mask(Image.new("RGB", (400, 10)), mask, names(8), tmp_path / "m.png")
+    with Image.open(tmp_path / "m.png") as picture:
+        assert picture.height >= 8 * 20
+        assert {tuple(c) for c in palette(8).tolist()} <= colours(picture.crop((824, 0, *picture.size)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((30, 20), int), r"\(height, width\) = \(20, 30\), got shape \(30, 20\)"),
+        (np.full((20, 30), 6), r"labels in \[-1, 5\] for 6 class\(es\), got 6 to 6"),
+        (np.zeros((20, 30)), "integers, got float64"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, mask, message):
+    with pytest.raises(ValueError, match=message):
+        write_coloured_mask(Image.new("RGB", (30, 20)), mask, names(6), tmp_path / "m.png")
+    assert not list(tmp_path.iterdir())

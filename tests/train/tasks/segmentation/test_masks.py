@@ -1,0 +1,166 @@
+"""Masks: every kind of file gives the labels it holds, or a reason why not; no label is made up."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cbsa_torch.train.data.decode import UnreadableImageError
+from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.tasks.segmentation import IGNORE, LabelMap, labels_from_colours, read_mask_file
+from cbsa_torch.train.tasks.segmentation.masks import shifted
+
+LABELS = np.array([[0, 1, 2], [3, 254, 255]])
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def palette_image(labels):
+    image = Image.fromarray(labels.astype(np.uint8)).convert("L")
+    image = Image.frombytes("P", image.size, image.tobytes())
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    return image
+
+
+@pytest.mark.parametrize("name", ["m.png", "m.tif", "m.bmp"])
+def test_palette_indices_are_labels(tmp_path, name):
+    assert read_mask_file(saved(tmp_path / name, palette_image(LABELS))).tolist() == LABELS.tolist()
+
+
+def test_transparency_of_a_palette_does_not_matter(tmp_path):
+    path = saved(tmp_path / "m.png", palette_image(LABELS), transparency=0)
+    assert read_mask_file(path).tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_small_palettes_are_read_as_indices(tmp_path, bits):
+    labels = np.arange(2**bits).reshape(2, -1)
+    path = saved(tmp_path / "m.png", palette_image(labels), bits=bits)
+    assert read_mask_file(path).tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(np.uint8, 255), (np.uint16, 65535), (np.int32, 70000)])
+def test_grey_levels_are_labels(tmp_path, dtype, largest):
+    values = np.array([[0, 1, largest]], dtype=dtype)
+    path = saved(tmp_path / "m.tif", Image.fromarray(values))
+    got = read_mask_file(path)
+    assert got.dtype == np.int64
+    assert got.tolist() == [[0, 1, largest]]
+
+
+def test_one_bit_is_0_and_1(tmp_path):
+    path = saved(tmp_path / "m.png", Image.fromarray(np.array([[True, False]])))
+    assert read_mask_file(path).tolist() == [[1, 0]]
+
+
+def four_bit_grey_png():
+    """Grey of 4 bits, which Pillow reads but does not write: the header of a one-pixel PNG, changed."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes([0, 0x01]))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_grey_of_4_bits_which_pillow_stretches_is_refused(tmp_path):
+    path = tmp_path / "m.png"
+    path.write_bytes(four_bit_grey_png())
+    with Image.open(path) as image:
+        assert np.asarray(image).tolist() == [[0, 17]]  # else the refusal is no longer needed
+    with pytest.raises(UnreadableImageError, match="2 or 4 bits"):
+        read_mask_file(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        (b"P5 3 1 2\n\x00\x01\x02", [[0, 128, 255]]),
+        (b"P5 2 1 1\n\x00\x01", [[0, 255]]),
+        (b"P4 2 1\n\x40", [[True, False]]),
+    ],
+    ids=["stretched", "two", "inverted"],
+)
+def test_small_pgm_and_pbm_are_refused(tmp_path, content, read):
+    path = tmp_path / "m.pgm"
+    path.write_bytes(content)
+    with Image.open(path) as image:
+        assert np.asarray(image).tolist() == read  # else the refusal is no longer needed
+    with pytest.raises(UnreadableImageError, match="PBM or PGM mask of fewer than 8 bits"):
+        read_mask_file(path)
+    path.write_bytes(b"P5 3 1 255\n\x00\x01\x02")
+    assert read_mask_file(path).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "reason"),
+    [
+        ("m.png", "RGB", r"mode RGB, where one number per pixel is expected.*labels_from_colours"),
+        ("m.png", "RGBA", "mode RGBA"),
+        ("m.png", "LA", "mode LA"),
+        ("m.tif", "F", "mode F"),
+        ("m.tif", "CMYK", "mode CMYK"),
+        ("m.gif", "P", "GIF, whose writers renumber palettes"),
+        ("m.jpg", "L", "JPEG, whose compression changes labels"),
+    ],
+)
+def test_what_does_not_hold_labels_is_refused_with_advice(tmp_path, name, mode, reason):
+    path = saved(tmp_path / name, Image.new(mode, (4, 4)))
+    with pytest.raises(UnreadableImageError, match=reason) as caught:
+        read_mask_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_mask_is_refused(tmp_path):
+    path = saved(tmp_path / "m.png", palette_image(np.zeros((99, 99))))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UnreadableImageError, match="truncated"):
+        read_mask_file(path)
+    path.write_text("no mask")
+    with pytest.raises(UnreadableImageError, match="not an image"):
+        read_mask_file(path)
+
+
+def test_labels_are_mapped():
+    labels = LabelMap({0: IGNORE, 1: 0, 2: 1, 255: IGNORE})
+    assert labels(np.array([[0, 1], [2, 255]])).tolist() == [[IGNORE, 0], [1, IGNORE]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "message"),
+    [
+        (shifted(3, 0, []), [0, 3, 3], r"unknown label 3 \(2 pixel\(s\)\); known are 0 to 2$"),
+        (
+            shifted(3, 0, []),
+            [0, 255],
+            r"255 \(1 pixel\(s\)\); .* if it stands for no class, set data.ignore_label",
+        ),
+        (shifted(3, 0, [255]), [3, 300, -1], r"-1 \(1 pixel\(s\)\), 3 .*, 300 .*; known are \[0, 1, 2, 255\]"),
+        (shifted(2, 0, []), list(range(20)), r"6 \(1 pixel\(s\)\) and 13 more"),
+        (LabelMap({0: 0, 2: 1}), [1], "unknown label 1"),
+    ],
+)
+def test_unknown_labels_are_named(labels, values, message):
+    with pytest.raises(UnreadableImageError, match=message):
+        labels(np.array(values))
+
+
+def test_colours_become_labels(tmp_path):
+    pixels = np.array([[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [255, 0, 0]]], dtype=np.uint8)
+    path = saved(tmp_path / "m.png", Image.fromarray(pixels))
+    colours = {(0, 0, 0): 0, (255, 0, 0): 1, (0, 0, 255): 255}
+    converted = labels_from_colours(path, colours)
+    assert read_mask_file(saved(tmp_path / "l.png", converted)).tolist() == [[1, 255], [0, 1]]
+    del colours[0, 0, 255]
+    with pytest.raises(DataError, match=r"colour \(0, 0, 255\) at row 0, column 1 is not listed .* \(1 pixel"):
+        labels_from_colours(path, colours)
+    with pytest.raises(DataError, match="label 256 of colour"):
+        labels_from_colours(path, {(0, 0, 0): 256})
