@@ -12,7 +12,7 @@ from cbsa_torch.interpret.attention_maps import (  # noqa: E402
     upsample_maps,
 )
 from cbsa_torch.interpret.capture import LayerRecord, capture  # noqa: E402
-from cbsa_torch.interpret.image_pairs import ImagePairs, SegmentedImage, read_pairs, read_voc  # noqa: E402
+from cbsa_torch.interpret.foreground import ForegroundImages, SegmentedImage, read_pairs, read_voc  # noqa: E402
 from cbsa_torch.interpret.rates import (  # noqa: E402
     ImageRates,
     LayerRates,
@@ -37,7 +37,7 @@ from cbsa_torch.interpret.zero_shot import ZeroShot, zero_shot_iou  # noqa: E402
 __all__ = [
     "AttentionRanks",
     "ComparedRun",
-    "ImagePairs",
+    "ForegroundImages",
     "ImageRates",
     "LayerRates",
     "LayerRecord",

@@ -1,6 +1,6 @@
 """Semantic segmentation: data sets of images and masks, their transforms, metrics and pictures."""
 
-from cbsa_torch.train.data.images import IGNORE
+from cbsa_torch.images import IGNORE, labels_from_colours
 from cbsa_torch.train.tasks.segmentation.colours import colour_mask, palette, write_coloured_mask
 from cbsa_torch.train.tasks.segmentation.config import (
     ScenesConfig,
@@ -8,7 +8,7 @@ from cbsa_torch.train.tasks.segmentation.config import (
     SegmentationTrainConfig,
 )
 from cbsa_torch.train.tasks.segmentation.evaluate import evaluate_segmenter
-from cbsa_torch.train.tasks.segmentation.masks import LabelMap, labels_from_colours, read_mask_file
+from cbsa_torch.train.tasks.segmentation.masked_images import MaskedImages
 from cbsa_torch.train.tasks.segmentation.metrics import (
     ClassScore,
     SegmentationMetric,
@@ -17,14 +17,9 @@ from cbsa_torch.train.tasks.segmentation.metrics import (
     scores,
     to_record,
 )
-from cbsa_torch.train.tasks.segmentation.pairs import MaskedImages, Pair
 from cbsa_torch.train.tasks.segmentation.predict import predict_masks
 from cbsa_torch.train.tasks.segmentation.scenes import EmojiScenes, open_scenes
-from cbsa_torch.train.tasks.segmentation.splits import (
-    SegmentationSplits,
-    open_segmentation,
-    open_segmentation_split,
-)
+from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
 from cbsa_torch.train.tasks.segmentation.transforms import (
     MaskedTransform,
     evaluation_transform,
@@ -35,15 +30,12 @@ __all__ = [
     "IGNORE",
     "ClassScore",
     "EmojiScenes",
-    "LabelMap",
     "MaskedImages",
     "MaskedTransform",
-    "Pair",
     "ScenesConfig",
     "SegmentationDataConfig",
     "SegmentationMetric",
     "SegmentationScores",
-    "SegmentationSplits",
     "SegmentationTrainConfig",
     "colour_mask",
     "evaluate_segmenter",
@@ -55,7 +47,6 @@ __all__ = [
     "open_segmentation_split",
     "palette",
     "predict_masks",
-    "read_mask_file",
     "scores",
     "to_record",
     "training_transform",

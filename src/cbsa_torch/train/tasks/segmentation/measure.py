@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from cbsa_torch.models.segmentation.sliding import multi_scale_logits, sliding_logits
 from cbsa_torch.train.data import IGNORE
-from cbsa_torch.train.data.loader import own_workers
+from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.tasks.segmentation.metrics import SegmentationMetric, SegmentationScores
 
 
@@ -80,7 +80,7 @@ def share(dataset: Dataset[Any], workers: int, accelerator: Accelerator) -> Shar
     own = range(accelerator.process_index if processes > 1 else 0, count, processes)
     loader: DataLoader[Any] = DataLoader(Subset(dataset, own), batch_size=None, num_workers=workers)
     loader.generator = torch.Generator()  # workers draw their seeds from it, not from the model's
-    own_workers(loader)
+    ignore_signals_in_workers(loader)
     return SharedImages(loader, -(-count // processes), processes)
 
 

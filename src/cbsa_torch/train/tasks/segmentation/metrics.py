@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.data.images import IGNORE
+from cbsa_torch.images import IGNORE
 
 
 class ClassScore(NamedTuple):

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from cbsa_torch.train.build import build_model, draft_model
 from cbsa_torch.train.config.base import RunConfig
 from cbsa_torch.train.data import InputSpec, input_spec
-from cbsa_torch.train.data.loader import own_workers
 from cbsa_torch.train.data.seeded import SeededSamples
+from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import Opened
 from cbsa_torch.train.tasks.segmentation.config import (
@@ -82,7 +82,7 @@ class Segmentation:
             drop_last=True,
             num_workers=config.data.workers,
         )
-        own_workers(loader)
+        ignore_signals_in_workers(loader)
         return loader
 
     def validation_loader(

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbsa_torch.train.data.decode import UnreadableImageError
-from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.tasks.segmentation import IGNORE, LabelMap, labels_from_colours, read_mask_file
-from cbsa_torch.train.tasks.segmentation.masks import shifted
+from cbsa_torch.images import IGNORE, DataError, LabelMap, UnreadableImageError, labels_from_colours, read_foreground, read_mask_file
+from cbsa_torch.images.masks import consecutive_labels
 
 LABELS = np.array([[0, 1, 2], [3, 254, 255]])
 
@@ -137,14 +135,14 @@ def test_labels_are_mapped():
 @pytest.mark.parametrize(
     ("labels", "values", "message"),
     [
-        (shifted(3, 0, []), [0, 3, 3], r"unknown label 3 \(2 pixel\(s\)\); known are 0 to 2$"),
+        (consecutive_labels(3, 0, []), [0, 3, 3], r"unknown label 3 \(2 pixel\(s\)\); known are 0 to 2$"),
         (
-            shifted(3, 0, []),
+            consecutive_labels(3, 0, []),
             [0, 255],
-            r"255 \(1 pixel\(s\)\); .* if it stands for no class, set data.ignore_label",
+            r"255 \(1 pixel\(s\)\); .* if it stands for no class, set ignore_label",
         ),
-        (shifted(3, 0, [255]), [3, 300, -1], r"-1 \(1 pixel\(s\)\), 3 .*, 300 .*; known are \[0, 1, 2, 255\]"),
-        (shifted(2, 0, []), list(range(20)), r"6 \(1 pixel\(s\)\) and 13 more"),
+        (consecutive_labels(3, 0, [255]), [3, 300, -1], r"-1 \(1 pixel\(s\)\), 3 .*, 300 .*; known are \[0, 1, 2, 255\]"),
+        (consecutive_labels(2, 0, []), list(range(20)), r"6 \(1 pixel\(s\)\) and 13 more"),
         (LabelMap({0: 0, 2: 1}), [1], "unknown label 1"),
     ],
 )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbsa_torch.train.data.decode import UnreadableImageError, convert, read_image_file
+from cbsa_torch.images.decode import convert, read_image_file
+from cbsa_torch.images.errors import UnreadableImageError
 
 
 def saved(path: Path, image: Image.Image, **options) -> Path:

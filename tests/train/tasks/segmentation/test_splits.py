@@ -19,7 +19,7 @@ from cbsa_torch.train.tasks.segmentation import (
     open_segmentation,
     open_segmentation_split,
 )
-from cbsa_torch.train.tasks.segmentation.class_names import ADE20K
+from cbsa_torch.images.class_names import ADE20K
 
 SIZE = (8, 6)
 
@@ -273,7 +273,7 @@ BAD_MASKS = {
     rgb: "mode RGB, where one number per pixel is expected",
     wrong_size: r"the mask is 6x8 pixels \(width x height\), its image .*train_3.jpg 8x6",
     unknown_label: r"unknown label 7 \(2 pixel\(s\)\); known are 0 to 2",
-    void: r"unknown label 255 \(48 pixel\(s\)\).*set data.ignore_label",
+    void: r"unknown label 255 \(48 pixel\(s\)\).*set ignore_label",
     cut_short: "truncated",
     no_mask: r"no mask for image .*images/train_3.jpg",
 }
