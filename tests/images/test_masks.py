@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbsa_torch.images import IGNORE, DataError, LabelMap, UnreadableImageError, labels_from_colours, read_foreground, read_mask_file
+from cbsa_torch.images import (
+    IGNORE,
+    DataError,
+    LabelMap,
+    UnreadableImageError,
+    labels_from_colours,
+    read_foreground,
+    read_mask_file,
+)
 from cbsa_torch.images.masks import consecutive_labels
 
 LABELS = np.array([[0, 1, 2], [3, 254, 255]])
@@ -127,6 +135,16 @@ def test_a_broken_mask_is_refused(tmp_path):
         read_mask_file(path)
 
 
+def test_foreground_is_what_is_not_0_and_255_is_void_in_a_palette(tmp_path):
+    grey = saved(tmp_path / "grey.png", Image.fromarray(LABELS.astype(np.uint8)))
+    foreground, valid = read_foreground(grey)
+    assert foreground.tolist() == [[False, True, True], [True, True, True]]
+    assert valid is None
+    foreground, valid = read_foreground(saved(tmp_path / "palette.png", palette_image(LABELS)))
+    assert foreground.tolist() == [[False, True, True], [True, True, False]]
+    assert valid.tolist() == [[True, True, True], [True, True, False]]
+
+
 def test_labels_are_mapped():
     labels = LabelMap({0: IGNORE, 1: 0, 2: 1, 255: IGNORE})
     assert labels(np.array([[0, 1], [2, 255]])).tolist() == [[IGNORE, 0], [1, IGNORE]]
@@ -141,7 +159,11 @@ def test_labels_are_mapped():
             [0, 255],
             r"255 \(1 pixel\(s\)\); .* if it stands for no class, set ignore_label",
         ),
-        (consecutive_labels(3, 0, [255]), [3, 300, -1], r"-1 \(1 pixel\(s\)\), 3 .*, 300 .*; known are \[0, 1, 2, 255\]"),
+        (
+            consecutive_labels(3, 0, [255]),
+            [3, 300, -1],
+            r"-1 \(1 pixel\(s\)\), 3 .*, 300 .*; known are \[0, 1, 2, 255\]",
+        ),
         (consecutive_labels(2, 0, []), list(range(20)), r"6 \(1 pixel\(s\)\) and 13 more"),
         (LabelMap({0: 0, 2: 1}), [1], "unknown label 1"),
     ],

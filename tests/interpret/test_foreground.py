@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from cbsa_torch import interpret
 
@@ -30,7 +30,6 @@ def folders(tmp_path):
 
 
 def test_pairs_by_name(folders):
-    (folders[0] / ".hidden").write_text("passed over")
     pairs = interpret.read_pairs(*folders, to_tensor)
     assert len(pairs) == 2
     for _ in range(2):  # more than once
@@ -47,82 +46,50 @@ def test_masks_of_one_channel(folders, mode):
     assert interpret.read_pairs(*folders, to_tensor)[0].mask.tolist() == [[False, False, True, True]] * 2
 
 
-def make_voc(root):
+def test_voc(tmp_path):
     for name in ("one", "two"):
-        save(root / "JPEGImages" / f"{name}.jpg", np.zeros((2, 3, 3)))
-        save(root / "SegmentationClass" / f"{name}.png", [[0, 15, 255], [0, 255, 1]], "P")
-    save(root / "JPEGImages" / "unlabelled.jpg", np.zeros((2, 3, 3)))
-    lists = root / "ImageSets" / "Segmentation"
+        save(tmp_path / "JPEGImages" / f"{name}.jpg", np.zeros((2, 3, 3)))
+        save(tmp_path / "SegmentationClass" / f"{name}.png", [[0, 15, 255], [0, 255, 1]], "P")
+    lists = tmp_path / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     (lists / "val.txt").write_text("two\none\n")
-    (lists / "train.txt").write_text("")
-    return root
-
-
-def test_voc(tmp_path):
-    pairs = interpret.read_voc(make_voc(tmp_path), to_tensor)
-    assert [image.stem for image, _ in pairs.files] == ["two", "one"]
-    pair = pairs[0]
-    assert pair.mask.tolist() == [[False, True, False], [False, False, True]]
-    assert pair.valid.tolist() == [[True, True, False], [True, False, True]]
-
-
-def test_errors_of_voc(tmp_path):
-    with pytest.raises(ValueError, match="root .* must have a folder JPEGImages"):
-        interpret.read_voc(tmp_path, to_tensor)
-    make_voc(tmp_path)
-    with pytest.raises(ValueError, match="split must be one of train, val, got 'vall'; did you mean 'val'"):
-        interpret.read_voc(tmp_path, to_tensor, "vall")
-    with pytest.raises(ValueError, match="names no images"):
-        interpret.read_voc(tmp_path, to_tensor, "train")
+    pairs = interpret.read_voc(tmp_path, to_tensor)
+    assert [pair.image.stem for pair in pairs.pairs] == ["two", "one"]
+    assert pairs[0].mask.tolist() == [[False, True, False], [False, False, True]]
+    assert pairs[0].valid.tolist() == [[True, True, False], [True, False, True]]
     (tmp_path / "SegmentationClass" / "one.png").unlink()
-    with pytest.raises(ValueError, match="not there: .*one.png"):
+    with pytest.raises(ValueError, match="no mask for image .*one.jpg"):
         interpret.read_voc(tmp_path, to_tensor)
+    with pytest.raises(ValueError, match="no test.txt; there are val"):
+        interpret.read_voc(tmp_path, to_tensor, "test")
 
 
-def test_errors_of_folders(folders, tmp_path):
+def test_folders_that_do_not_match_are_refused(folders, tmp_path):
     images, masks = folders
-    with pytest.raises(ValueError, match="images must be a folder, got .*nowhere"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         interpret.read_pairs(tmp_path / "nowhere", masks, to_tensor)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="masks: the folder .*empty is empty"):
-        interpret.read_pairs(images, tmp_path / "empty", to_tensor)
     with pytest.raises(TypeError, match="transform must be a function of a PIL image, got int"):
         interpret.read_pairs(images, masks, 224)
-    with pytest.raises(TypeError, match="transform must return a torch.Tensor, got Image"):
+    with pytest.raises(TypeError, match=r"transform must return a torch\.Tensor, got Image"):
         list(interpret.read_pairs(images, masks, lambda picture: picture))
-    save(images / "c.png", np.zeros((2, 4, 3)))
-    with pytest.raises(ValueError, match="no mask in .*masks for 'c'"):
-        interpret.read_pairs(images, masks, to_tensor)
-    (images / "c.png").unlink()
     (images / "a.png").rename(images / "d.png")
-    with pytest.raises(ValueError, match="no mask in .*masks for 'd'"):
+    with pytest.raises(ValueError, match=r"no image for mask .*masks/a\.png"):
         interpret.read_pairs(images, masks, to_tensor)
-    save(images / "b.jpg", np.zeros((2, 4, 3)))
-    with pytest.raises(ValueError, match=r"b.jpg and b.png in .*images have one name"):
+    (masks / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"no mask for image .*images/d\.png"):
         interpret.read_pairs(images, masks, to_tensor)
-
-
-@pytest.mark.parametrize(
-    "error", [SyntaxError("broken chunk"), ValueError("odd"), Image.DecompressionBombError("too large")]
-)
-def test_whatever_pil_raises_at_a_file_names_the_file(folders, monkeypatch, error):
-    def load(self):
-        raise error
-
-    pairs = interpret.read_pairs(*folders, to_tensor)
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
-    with pytest.raises(ValueError, match=f"a.png cannot be read: {error}"):
-        list(pairs)
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_text("no picture"), "a.png is not an image that PIL can read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "a.png cannot be read"),
-        (lambda path: save(path, np.zeros((2, 5))), "mask .*a.png is 2 x 5, but its image .*a.png is 2 x 4"),
-        (lambda path: save(path, np.zeros((2, 4, 3))), "must have one channel .* got mode RGB"),
+        (lambda path: path.write_text("no picture"), "a.png: not an image"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot use .*masks/a.png"),
+        (
+            lambda path: save(path, np.zeros((2, 5))),
+            r"masks/a.png: the mask is 5x2 pixels .* image .*a.png 4x2",
+        ),
+        (lambda path: save(path, np.zeros((2, 4, 3))), "mode RGB, where one number per pixel is expected"),
     ],
 )
 def test_files_that_are_no_masks(folders, write, message):

@@ -4,22 +4,17 @@ Pillow and NumPy alone. Training and interpretation read files through this pack
 (names of folders, hidden files, transparency, masks) is written once.
 """
 
-from cbsa_torch._core.optional import require
-
-for _module in ("PIL", "numpy"):
-    require(_module, extra="interpret")
-
-from cbsa_torch.images.decode import convert, read_image_file  # noqa: E402
-from cbsa_torch.images.errors import DataError, UnreadableImageError  # noqa: E402
-from cbsa_torch.images.folders import SPLIT_NAMES, class_folders, class_samples, find_splits  # noqa: E402
-from cbsa_torch.images.masks import (  # noqa: E402
+from cbsa_torch.images.decode import convert, read_image_file
+from cbsa_torch.images.errors import DataError, UnreadableImageError
+from cbsa_torch.images.folders import SPLIT_NAMES, class_folders, class_samples, find_splits
+from cbsa_torch.images.masks import (
     IGNORE,
     LabelMap,
     labels_from_colours,
     read_foreground,
     read_mask_file,
 )
-from cbsa_torch.images.pairs import Pair, check_size, pair_folders  # noqa: E402
+from cbsa_torch.images.pairs import Pair, check_size, pair_folders
 
 __all__ = [
     "IGNORE",

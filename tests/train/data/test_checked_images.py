@@ -16,17 +16,8 @@ from PIL import Image
 from cbsa_torch.cli import main
 from cbsa_torch.train import evaluate_checkpoint, train
 from cbsa_torch.train.config.base import DataConfig
-from cbsa_torch.train.data import (
-    IGNORE,
-    InputSpec,
-    make_loader,
-    open_splits,
-    read_skipped,
-)
-from cbsa_torch.train.data import (
-    images as images_module,
-)
-from cbsa_torch.train.data.images import SkippedImages
+from cbsa_torch.train.data import IGNORE, InputSpec, checked_images, make_loader, open_splits, read_skipped
+from cbsa_torch.train.data.checked_images import SkippedImages
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.loop import mean_loss
 
@@ -96,9 +87,12 @@ def test_an_unreadable_image_is_left_out_and_listed_once_with_its_reason(images,
     assert skipped.read_text().count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["photo.jpg", "photo.JPEG", "photo.bmp"])
-def test_an_image_of_another_kind_than_its_name_is_read(images, tmp_path, name):
-    write_image(images / "val" / "red" / name, "PNG")
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("photo.jpg", (32, 32)), ("photo.JPEG", (9, 70)), ("photo.bmp", (50, 20)), ("photo.png", (1, 1))],
+)
+def test_images_of_any_size_and_of_another_kind_than_their_name_are_read(images, tmp_path, name, size):
+    write_image(images / "val" / "red" / name, "PNG", size)
     assert targets(val_loader(folder(images), tmp_path / "s.txt")).count(2) == 5
     assert read_skipped(tmp_path / "s.txt") == []
 
@@ -107,7 +101,7 @@ def test_a_file_that_may_not_be_read_is_left_out(images, tmp_path, monkeypatch):
     data = folder(images)
     dataset = open_splits(data, "RGB", tmp_path / "s.txt").val
     # the tests may run as root, whom no permission stops
-    reader = dataset.images.reader
+    reader = dataset.reader
 
     class Guarded:
         def __getitem__(self, index):
@@ -121,7 +115,7 @@ def test_a_file_that_may_not_be_read_is_left_out(images, tmp_path, monkeypatch):
         def __len__(self):
             return len(reader)
 
-    monkeypatch.setattr(dataset.images, "reader", Guarded())
+    monkeypatch.setattr(dataset, "reader", Guarded())
     assert targets(make_loader(dataset, SPEC, data, 4, train=False)).count(IGNORE) == 1
     assert read_skipped(tmp_path / "s.txt") == [f"{images}/val/red/red_1.png\tPermission denied"]
 
@@ -148,14 +142,14 @@ def test_a_file_that_shrinks_while_it_is_decoded_is_left_out(images, tmp_path, m
     """An uncompressed image, which Pillow would map into memory if it opened the file itself."""
     target = images / "val" / "red" / "large.bmp"
     write_image(target, "BMP", (500, 500))
-    decode = images_module.read_image_file
+    decode = checked_images.read_image_file
 
     def shrink_first(file, mode):
         if file.name.endswith("large.bmp"):
             target.write_bytes(target.read_bytes()[:5000])
         return decode(file, mode)
 
-    monkeypatch.setattr(images_module, "read_image_file", shrink_first)
+    monkeypatch.setattr(checked_images, "read_image_file", shrink_first)
     assert targets(val_loader(folder(images), tmp_path / "s.txt")).count(IGNORE) == 1
     assert names(tmp_path / "s.txt") == [str(target)]
 

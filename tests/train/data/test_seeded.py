@@ -14,7 +14,7 @@ from torchvision.datasets import FakeData
 from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader, open_splits, set_epoch
 from cbsa_torch.train.data.arrays import ArrayImages
-from cbsa_torch.train.data.images import PlainImages
+from cbsa_torch.train.data.checked_images import PlainImages
 from cbsa_torch.train.data.seeded import SeededSamples, seed_everything
 
 SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)

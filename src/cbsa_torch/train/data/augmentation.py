@@ -26,6 +26,10 @@ POLICIES = {
 """timm's policies, and what builds a transform from their description."""
 
 
+_SETS = ("tweights", "t3a", "t3aw")
+"""Sets of operations that "rand" may choose from, besides its own."""
+
+
 def check_augmentation(text: str | None, mode: str) -> None:
     """Build the transform that timm describes by a policy and sections, such as "rand-m9-n3", and try it once.
 
@@ -34,7 +38,7 @@ def check_augmentation(text: str | None, mode: str) -> None:
         mode: colour mode of the images, "L" or "RGB".
 
     Raises:
-        ConfigError: timm cannot use it, or would pass over a section.
+        ConfigError: timm cannot use it, or would misread a section in silence.
     """
     if text is None:
         return
@@ -45,14 +49,17 @@ def check_augmentation(text: str | None, mode: str) -> None:
             f"{text!r}{nearest(policy, POLICIES)}"
         )
     for section in sections:
-        is_set = policy == "rand" and section.startswith("t")
-        if not is_set and not re.fullmatch(r"[a-z]+[0-9.]+", section):  # timm passes over the others
+        # timm passes over what has no number, and makes no operations (n0) or black images (w0) of zero
+        is_read = re.fullmatch(r"(?![nw]0)[a-z]+[0-9.]+", section) or (policy == "rand" and section in _SETS)
+        if not is_read:
             raise ConfigError(
-                f"data.auto_augment {text!r} has a section {section!r} that is not a name and a number"
+                f"data.auto_augment {text!r} has a section {section!r} that timm would misread; a section is a "
+                "name and a number, such as m9"
             )
+    options = {"translate_const": 10, "img_mean": (128,) * len(mode)}
     try:
         with keep_random_states():
-            POLICIES[policy](text)(Image.new(mode, (32, 32)))
+            POLICIES[policy](text, options)(Image.new(mode, (32, 32)))
     except Exception as error:  # timm raises AssertionError, KeyError, ValueError and others
         raise ConfigError(
             f"data.auto_augment {text!r} cannot be used: {type(error).__name__}: {error}"

@@ -4,14 +4,20 @@ import hashlib
 import io
 import os
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 
-from cbsa_torch.train.data.fetch import animals28
-from cbsa_torch.train.data.fetch.animals28 import PACKAGE, build, read_wheel, split_rows
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.images import DataError
+from cbsa_torch.train.data.fetch.animals28 import (
+    CLASS_NAMES,
+    PACKAGE,
+    ArrayUnpickler,
+    build,
+    read_wheel,
+    split_rows,
+)
+from tests.helpers.packages import make_wheel
 
 
 def by_hash(images: np.ndarray, rows) -> list[int]:
@@ -63,8 +69,8 @@ def test_equal_images_of_train_keep_the_order_of_their_rows(animals):
     assert train[start : start + 4] == [3, 7, 20, 31]
 
 
-def test_the_arrays_are_those_documented(animals, wheel):
-    arrays = build({PACKAGE.name: wheel(*animals)})
+def test_the_arrays_are_those_documented(animals):
+    arrays = build({PACKAGE.name: make_wheel(*animals)})
     for split, count in (("train", 500), ("val", 1000), ("test", 1000)):
         x, y, row = (arrays[f"{split}_{kind}"] for kind in ("x", "y", "row"))
         assert (x.dtype, y.dtype, row.dtype) == (np.uint8, np.uint8, np.uint16)
@@ -72,7 +78,7 @@ def test_the_arrays_are_those_documented(animals, wheel):
         np.testing.assert_array_equal(x, animals[0][row])
         np.testing.assert_array_equal(y, animals[1][row])
     assert len(arrays) == 10
-    assert arrays["class_names"].tolist() == animals28.CLASS_NAMES
+    assert arrays["class_names"].tolist() == CLASS_NAMES
 
 
 class Malicious:
@@ -83,43 +89,15 @@ class Malicious:
         return os.mkdir, (self.path,)
 
 
-def test_a_malicious_wheel_is_refused_and_not_executed(tmp_path, animals, wheel):
+def test_a_malicious_wheel_is_refused_and_not_executed(tmp_path, animals):
     made = tmp_path / "made"
-    with pytest.raises(DataError, match="nothing of it was executed"):
-        read_wheel(wheel(animals[0], Malicious(str(made))))
+    with pytest.raises(DataError, match="asks for posix.mkdir; nothing of it was executed"):
+        read_wheel(make_wheel(animals[0], Malicious(str(made))))
     assert not made.exists()
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (np.zeros((3, 28, 28), np.int16), np.zeros(3, int), "holds images"),
-        (np.zeros((3, 28, 27), np.uint8), np.zeros(3, int), "holds images"),
-        (np.zeros((3, 28, 28), np.uint8), np.zeros(4, int), "holds images"),
-        (np.zeros((3, 28, 28), np.uint8), np.array([0, 1, 10]), "not 0 to 9"),
-        (np.zeros((3, 28, 28), np.uint8), np.array([0, 1, -1]), "not 0 to 9"),
-    ],
-)
-def test_arrays_of_another_kind_are_refused(wheel, images, labels, message):
-    with pytest.raises(DataError, match=message):
-        read_wheel(wheel(images, labels))
-
-
-def test_what_is_not_such_a_wheel_is_refused(animals, wheel):
-    whole = wheel(*animals)
-    other = io.BytesIO()
-    with zipfile.ZipFile(other, "w") as file:
-        file.writestr("hello.txt", "hello")
-    plain = io.BytesIO()
-    with zipfile.ZipFile(plain, "w") as file:
-        for kind in ("data", "label"):
-            file.writestr(animals28.MEMBER.format(kind), pickle.dumps(3))  # not compressed
-    for data in (b"", b"text", whole[: len(whole) // 2], other.getvalue(), plain.getvalue()):
-        with pytest.raises(DataError, match="is not the package it should be"):
-            read_wheel(data)
-
-
-def test_a_file_that_unpacks_to_too_much_is_refused(animals, wheel, monkeypatch):
-    monkeypatch.setattr(animals28, "_LARGEST_MEMBER", 10_000)
-    with pytest.raises(DataError, match="more than 10000 bytes"):
-        read_wheel(wheel(*animals))
+def test_pickles_of_older_numpy_are_read():
+    """The real file names a module that NumPy 2 warns about."""
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    old = pickle.dumps(array, 3).replace(b"numpy._core", b"numpy.core")
+    np.testing.assert_array_equal(ArrayUnpickler(io.BytesIO(old)).load(), array)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cbsa_torch.train.data.fetch.archive import checksum, write_archive
-from cbsa_torch.train.data.fetch.command import DATA_SETS
+from cbsa_torch.train.data.fetch.data_sets import DATA_SETS, checksum, write_arrays
 from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.segmentation import (
@@ -134,7 +133,7 @@ def test_the_data_set_opens_by_name(emoji, tmp_path, monkeypatch):
     config = SegmentationDataConfig(name="emoji-scenes", root=str(tmp_path), scenes=SMALL)
     with pytest.raises(DataError, match=r"cbsa data fetch emoji64 --output"):
         open_segmentation(config)
-    write_archive(tmp_path / "emoji64.npz", emoji)
+    write_arrays(tmp_path / "emoji64.npz", emoji)
     splits = open_segmentation(config, "L")
     assert [len(s) for s in splits[:3]] == [20, 6, 6]
     assert splits.test[0][0].mode == "L"

