@@ -24,19 +24,13 @@ def make_wheel(images: object, labels: object) -> bytes:
         wheel.writestr("animal_mnist/__init__.py", "raise SystemExit('code of the package was run')")
         for kind, content in (("data", images), ("label", labels)):
             wheel.writestr(animals28.MEMBER.format(kind), gzip.compress(pickle.dumps(content, 4), 1))
-        for file, text in (
-            ("METADATA", "Metadata-Version: 2.1\nName: animal-mnist\nVersion: 0.4\n"),
-            ("RECORD", ""),
-        ):
+        metadata = {
+            "METADATA": "Metadata-Version: 2.1\nName: animal-mnist\nVersion: 0.4\n",
+            "RECORD": "",
+            "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
+        for file, text in metadata.items():
             wheel.writestr(f"animal_mnist-0.4.dist-info/{file}", text)
-        tag = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        wheel.writestr("animal_mnist-0.4.dist-info/WHEEL", tag)
-    return buffer.getvalue()
-
-
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -44,7 +38,10 @@ def make_package(vendor: str, emoji: list[dict], drawings: np.ndarray) -> bytes:
     """A .tgz as npm has it: emoji.json, the drawings, and files that are to be left alone."""
     folder = f"package/img/{vendor}/64"
     files = {"package/emoji.json": json.dumps(emoji).encode(), "package/index.js": b"throw 1"}
-    files |= {f"{folder}/{e['image']}": png(d) for e, d in zip(emoji, drawings, strict=True)}
+    for entry, pixels in zip(emoji, drawings, strict=True):
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG")
+        files[f"{folder}/{entry['image']}"] = png.getvalue()
     files["package/../../escaped.png"] = files[f"package/img/{vendor}/32/small.png"] = b"not read"
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as package:

@@ -12,7 +12,7 @@ from PIL import Image
 from cbsa_torch.train import train
 from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader, open_splits
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.errors import ConfigError, DataError
 
 SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
 
@@ -162,6 +162,7 @@ def test_a_timm_data_set_that_cannot_open_is_a_data_error(tmp_path, name):
         open_splits(DataConfig(name=name, root=str(tmp_path / "nowhere")), "RGB")
 
 
-def test_a_misspelt_data_set_name_does_not_open_as_a_folder(images):
-    with pytest.raises(ValueError, match="did you mean 'folder'"):
-        open_splits(DataConfig(name="foldr", root=str(images)), "RGB")
+@pytest.mark.parametrize(("name", "meant"), [("foldr", "folder"), ("animals", "animals28")])
+def test_a_misspelt_data_set_name_does_not_open_as_a_folder(images, name, meant):
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+        open_splits(DataConfig(name=name, root=str(images)), "RGB")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -84,20 +84,8 @@ def _one_line(text: str) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
-class Reader(Protocol):
-    """What :class:`CheckedImages` reads: files with labels; timm's readers are such."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        """An open file, and its label."""
-
-    def filename(self, index: int, *, absolute: bool) -> str | None:
-        """The file's name; None where an image is not a file of its own."""
-
-
 class ListedFiles:
-    """Image files by (path, label)."""
+    """Image files by (path, label), to be read as by a reader of timm."""
 
     def __init__(self, samples: Sequence[tuple[str | Path, int]]) -> None:
         self.samples = [(Path(path), int(label)) for path, label in samples]
@@ -110,7 +98,7 @@ class ListedFiles:
         return path.open("rb"), label
 
     def filename(self, index: int, *, absolute: bool) -> str:
-        """The path as it was given."""
+        """The path as it was given; a reader of timm gives None where an image is not a file of its own."""
         return str(self.samples[index][0])
 
 
@@ -120,12 +108,12 @@ class CheckedImages(Dataset[tuple[Any, int]]):
     timm's ``ImageDataset`` would give the next image in its place, silently.
 
     Args:
-        reader: the files.
+        reader: of timm, or :class:`ListedFiles`: gives an open file and a label.
         mode: colour mode, "L" or "RGB".
         skipped: counts and lists the images that cannot be read.
     """
 
-    def __init__(self, reader: Reader, mode: str, skipped: SkippedImages) -> None:
+    def __init__(self, reader: Any, mode: str, skipped: SkippedImages) -> None:
         self.reader, self.mode, self.skipped = reader, mode, skipped
         self.transform: Any = None
 

@@ -201,7 +201,7 @@ def _class_names(dataset: Dataset[Any]) -> list[str]:
     names = getattr(dataset, "classes", None)
     if names:
         return [str(name) for name in names]
-    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    mapping = _listing(dataset, "class_to_idx")
     if mapping:
         return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
     targets = getattr(dataset, "targets", None)

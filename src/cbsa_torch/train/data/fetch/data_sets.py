@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,19 +84,30 @@ def fetch(
         else:
             say(f"{path} is there already, and its content is right")
             return path
-    _check_writable(path.parent)
-    files = obtain(data_set.packages, sources, say)
-    say("building the arrays and the splits")
-    arrays = data_set.build(files)
-    got = checksum(arrays)
-    if got != data_set.checksum:
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = data_set.build(obtain(data_set.packages, sources, say))
+    if checksum(arrays) != data_set.checksum:
         raise DataError(
-            f"the arrays built for {name} have the checksum {got}, not {data_set.checksum}; "
+            f"the arrays built for {name} have the checksum {checksum(arrays)}, not {data_set.checksum}; "
             "nothing was written. Please report this with the versions of numpy and Pillow"
         )
-    write_arrays(path, arrays)
+    with _naming(path):
+        write_arrays(path, arrays)
     say(f"{path} ({path.stat().st_size / 1e6:.1f} MB), checked; licence: {data_set.licence}")
     return path
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of an error of the disk that the file cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}; choose another folder with --output or the "
+            "environment variable CBSA_DATA"
+        ) from error
 
 
 def load(name: str, root: str | Path | None = None) -> Arrays:
@@ -126,28 +138,11 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _check_writable(folder: Path) -> None:
-    """Make the folder if need be; raise DataError if no file can be written into it."""
-    probe = folder / f".writable.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DataError(
-            f"cannot write into {folder}: {error.strerror or error}; choose another folder with --output or "
-            "the environment variable CBSA_DATA"
-        ) from error
-
-
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write the arrays, atomically; raises DataError if the disk does not take them."""
+    """Write the arrays, atomically; the same arrays make the same file."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    try:
-        write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    write_atomically(path, buffer.getvalue())
 
 
 def read_arrays(path: Path, expected: str) -> Arrays:

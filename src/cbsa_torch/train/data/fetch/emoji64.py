@@ -19,22 +19,14 @@ from PIL import Image
 from cbsa_torch.train.data.fetch.download import Package
 from cbsa_torch.train.data.fetch.lookalikes import Pairs, close_pairs, join
 
+_SHA256 = {
+    "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+}
 _URL = "https://registry.npmjs.org/emoji-datasource-{0}/-/emoji-datasource-{0}-16.0.0.tgz"
 PACKAGES = {
-    "google": Package(
-        registry="npm",
-        name="emoji-datasource-google",
-        version="16.0.0",
-        url=_URL.format("google"),
-        sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-    ),
-    "twitter": Package(
-        registry="npm",
-        name="emoji-datasource-twitter",
-        version="16.0.0",
-        url=_URL.format("twitter"),
-        sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-    ),
+    vendor: Package("npm", f"emoji-datasource-{vendor}", "16.0.0", _URL.format(vendor), sha256)
+    for vendor, sha256 in _SHA256.items()
 }
 CHECKSUM = "ea69235d707a5bfe96e80ca61377ccc25892765e4af8d2350767750f594e0e46"
 """Of the arrays, as ``data_sets.checksum`` has it."""
