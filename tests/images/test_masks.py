@@ -35,14 +35,11 @@ def palette_image(labels):
     return image
 
 
-@pytest.mark.parametrize("name", ["m.png", "m.tif", "m.bmp"])
-def test_palette_indices_are_labels(tmp_path, name):
-    assert read_mask_file(saved(tmp_path / name, palette_image(LABELS))).tolist() == LABELS.tolist()
-
-
-def test_transparency_of_a_palette_does_not_matter(tmp_path):
-    path = saved(tmp_path / "m.png", palette_image(LABELS), transparency=0)
-    assert read_mask_file(path).tolist() == LABELS.tolist()
+@pytest.mark.parametrize(
+    ("name", "options"), [("m.png", {}), ("m.tif", {}), ("m.bmp", {}), ("m.png", {"transparency": 0})]
+)
+def test_palette_indices_are_labels_whatever_is_transparent(tmp_path, name, options):
+    assert read_mask_file(saved(tmp_path / name, palette_image(LABELS), **options)).tolist() == LABELS.tolist()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -52,18 +49,13 @@ def test_small_palettes_are_read_as_indices(tmp_path, bits):
     assert read_mask_file(path).tolist() == labels.tolist()
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [(np.uint8, 255), (np.uint16, 65535), (np.int32, 70000)])
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(bool, 1), (np.uint8, 255), (np.uint16, 65535), (np.int32, 70000)]
+)
 def test_grey_levels_are_labels(tmp_path, dtype, largest):
-    values = np.array([[0, 1, largest]], dtype=dtype)
-    path = saved(tmp_path / "m.tif", Image.fromarray(values))
-    got = read_mask_file(path)
+    got = read_mask_file(saved(tmp_path / "m.tif", Image.fromarray(np.array([[0, 1, largest]], dtype=dtype))))
     assert got.dtype == np.int64
     assert got.tolist() == [[0, 1, largest]]
-
-
-def test_one_bit_is_0_and_1(tmp_path):
-    path = saved(tmp_path / "m.png", Image.fromarray(np.array([[True, False]])))
-    assert read_mask_file(path).tolist() == [[1, 0]]
 
 
 def four_bit_grey_png():

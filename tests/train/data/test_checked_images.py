@@ -192,18 +192,14 @@ def test_one_image_more_than_the_limit_stops(images, tmp_path, workers):
     assert len(read_skipped(skipped)) == 4
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_with_limit_zero_the_first_stops(images, workers):
-    spoil(images, 1)
-    with pytest.raises(DataError, match=r"cannot read image .*val/red/bad_0\.png: not an image"):
-        targets(val_loader(folder(images, workers=workers, max_bad_images=0)))
-
-
 def test_without_a_file_images_are_counted_all_the_same(images):
     spoil(images, 3)
     assert targets(val_loader(folder(images, max_bad_images=3))).count(IGNORE) == 3
     with pytest.raises(DataError, match="3 image"):
         targets(val_loader(folder(images, max_bad_images=2)))
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"cannot read image .*val/red/bad_\d\.png: not an image"):
+            targets(val_loader(folder(images, workers=workers, max_bad_images=0)))
 
 
 def test_a_list_that_is_there_is_gone_on_with(tmp_path):
@@ -232,19 +228,13 @@ def test_processes_share_the_list(tmp_path):
     assert sorted(read_skipped(tmp_path / "s.txt")) == sorted(expected)
 
 
-def test_odd_names_and_reasons_stay_in_their_line(tmp_path):
-    name = b"a\xff\n\tb\r.png".decode(errors="surrogateescape")
-    SkippedImages(tmp_path / "s.txt", 9).add(name, "two\nlines")
-    assert read_skipped(tmp_path / "s.txt") == ["a\\udcff\\n\\tb\\r.png\ttwo\\nlines"]
-
-
-def test_a_line_that_was_cut_short_is_not_counted(tmp_path):
-    (tmp_path / "s.txt").write_bytes(b"a\twhy\nb")
-    assert read_skipped(tmp_path / "s.txt") == ["a\twhy"]
-
-
-def test_nothing_skipped_reads_as_an_empty_list(tmp_path):
-    assert read_skipped(tmp_path / "none.txt") == []
+def test_every_line_is_whole(tmp_path):
+    path = tmp_path / "s.txt"
+    assert read_skipped(path) == []
+    SkippedImages(path, 9).add(b"a\xff\n\tb\r.png".decode(errors="surrogateescape"), "two\nlines")
+    assert read_skipped(path) == ["a\\udcff\\n\\tb\\r.png\ttwo\\nlines"]
+    path.write_bytes(b"a\twhy\nb")  # cut short by a full disk
+    assert read_skipped(path) == ["a\twhy"]
 
 
 # ---- loss and metrics
@@ -256,10 +246,7 @@ def test_the_loss_does_not_count_skipped_images():
     kept = labels != IGNORE
     expected = torch.nn.functional.cross_entropy(logits[kept], labels[kept], label_smoothing=0.1)
     torch.testing.assert_close(mean_loss(logits, labels, 0.1), expected)
-
-
-def test_a_batch_of_skipped_images_has_loss_zero():
-    assert mean_loss(torch.randn(2, 3), torch.tensor([IGNORE, IGNORE])) == 0
+    assert mean_loss(logits[:2], torch.tensor([IGNORE, IGNORE])) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -300,13 +287,6 @@ def test_the_limit_of_an_evaluation_is_an_option(finished, images, tmp_path, cap
 
 
 # ---- training
-
-
-def test_training_stops_at_one_image_more_than_the_limit(config, images):
-    spoil(images, 1, "train")
-    config.optim.batch_size, config.data.max_bad_images = 25, 0
-    with pytest.raises(DataError, match=r"cannot read image .*red/bad_0\.png"):
-        train(config)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
