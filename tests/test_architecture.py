@@ -16,11 +16,12 @@ ALLOWED = {
     "_core": set(),
     "ops": {"_core"},
     "nn": {"ops", "_core"},
+    "images": {"_core"},
     "models": {"nn", "ops", "_core"},
-    "interpret": {"nn", "ops", "_core"},
+    "interpret": {"images", "nn", "ops", "_core"},
     "bench": {"models", "nn", "ops", "_core"},
-    "train": {"models", "nn", "ops", "_core"},
-    "cli": {"bench", "train", "interpret", "models", "nn", "ops", "_core"},
+    "train": {"images", "models", "nn", "ops", "_core"},
+    "cli": {"bench", "train", "interpret", "images", "models", "nn", "ops", "_core"},
 }
 TORCH_ONLY = {"_core", "ops", "nn"}
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)
