@@ -40,12 +40,6 @@ def test_pairs_by_name(folders):
         assert first.valid is None
 
 
-@pytest.mark.parametrize("mode", ["1", "I;16", "L"])
-def test_masks_of_one_channel(folders, mode):
-    save(folders[1] / "a.png", [[0, 0, 255, 255]] * 2, mode)
-    assert interpret.read_pairs(*folders, to_tensor)[0].mask.tolist() == [[False, False, True, True]] * 2
-
-
 def test_voc(tmp_path):
     for name in ("one", "two"):
         save(tmp_path / "JPEGImages" / f"{name}.jpg", np.zeros((2, 3, 3)))

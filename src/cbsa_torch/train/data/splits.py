@@ -102,7 +102,7 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
         return _from_folder(config, mode, bad)
     if config.name in SETS:
         parts, class_names = open_set(config, mode, bad)
-        return _with_validation(parts["train"], parts.get("val"), parts["test"], class_names, config)
+        return _with_validation(config, class_names, parts["train"], parts.get("val"), parts["test"])
     return _from_timm(config, mode, bad)
 
 
@@ -135,22 +135,15 @@ def _from_folder(config: DataConfig, mode: str, skipped: SkippedImages) -> Split
     if empty:
         raise DataError(f"{found['train'] / class_names[min(empty)]} holds no images")
     opened = {split: CheckedImages(ListedFiles(listed), mode, skipped) for split, listed in samples.items()}
-    return _with_validation(opened["train"], opened.get("val"), opened.get("test"), class_names, config)
+    return _with_validation(config, class_names, opened["train"], opened.get("val"), opened.get("test"))
 
 
-def _with_validation(
-    train: Dataset[Any],
-    val: Dataset[Any] | None,
-    test: Dataset[Any] | None,
-    class_names: list[str],
-    config: DataConfig,
-) -> Splits:
+def _with_validation(config: DataConfig, class_names: list[str], train: Any, val: Any, test: Any) -> Splits:
+    """The splits; without ``val``, some training images are held out."""
     if val is None:
         # each with a transform of its own: held-out images are not augmented
-        train, val = (
-            PlainImages(train, indices=rows)
-            for rows in hold_out(len(train), config.val_fraction)  # type: ignore[arg-type]
-        )
+        rows = hold_out(len(train), config.val_fraction)
+        train, val = (PlainImages(train, indices=part) for part in rows)
     return Splits(train, val, test, class_names)
 
 
@@ -178,8 +171,8 @@ def _from_timm(config: DataConfig, mode: str, skipped: SkippedImages) -> Splits:
     only_train = samples is not None and samples == _listing(other, "samples")
     train, other = _as_ours(train, mode, skipped), _as_ours(other, mode, skipped)
     if config.name.lower().removeprefix("torch/") in TEST_AS_VALIDATION:
-        return _with_validation(train, None, other, class_names, config)
-    return _with_validation(train, None if only_train else other, None, class_names, config)
+        return _with_validation(config, class_names, train, None, other)
+    return _with_validation(config, class_names, train, None if only_train else other, None)
 
 
 def _as_ours(dataset: Dataset[Any], mode: str, skipped: SkippedImages) -> Dataset[Any]:

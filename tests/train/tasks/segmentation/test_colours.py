@@ -60,24 +60,16 @@ def test_the_picture_shows_the_classes_that_occur(tmp_path, kind, mode):
     assert IGNORED in legend
 
 
-def test_a_long_legend_goes_into_columns(tmp_path):
-    mask = np.arange(150 * 4).reshape(20, 30) // 4
-    write_coloured_mask(
-        Image.new("RGB", (30, 20)),
-        mask,
-        [f"a rather long name of class {i}" for i in range(150)],
-        tmp_path / "m.png",
-    )
-    with Image.open(tmp_path / "m.png") as picture:
-        assert {tuple(c) for c in palette(150).tolist()} <= colours(picture)
-
-
-def test_a_flat_image_has_a_whole_legend(tmp_path):
-    mask = np.arange(400 * 10).reshape(10, 400) // 500
-    write_coloured_mask(Image.new("RGB", (400, 10)), mask, names(8), tmp_path / "m.png")
+@pytest.mark.parametrize(("size", "count", "from_column"), [((30, 20), 150, 0), ((400, 10), 8, 824)])
+def test_a_legend_is_whole_in_columns_and_beside_a_flat_image(tmp_path, size, count, from_column):
+    pixels = size[0] * size[1]
+    mask = np.arange(pixels).reshape(size[::-1]) * count // pixels
+    long = [f"a rather long name of class {i}" for i in range(count)]
+    write_coloured_mask(Image.new("RGB", size), mask, long, tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as picture:
         assert picture.height >= 8 * 20
-        assert {tuple(c) for c in palette(8).tolist()} <= colours(picture.crop((824, 0, *picture.size)))
+        shown = colours(picture.crop((from_column, 0, *picture.size)))
+    assert {tuple(c) for c in palette(count).tolist()} <= shown
 
 
 @pytest.mark.parametrize(

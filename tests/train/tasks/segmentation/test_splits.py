@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cbsa_torch.images import IGNORE
+from cbsa_torch.images import layouts
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.segmentation import (
     SegmentationDataConfig,
     open_segmentation,
     open_segmentation_split,
 )
-from tests.helpers.pairs import NAMES, SIZE, write_image_or_mask, write_pairs
+from tests.helpers.pairs import NAMES, SIZE, write_pairs
 
 
 def config(root, name="folder", **changes):
@@ -36,34 +36,28 @@ def test_a_folder_opens_with_its_three_splits(pairs):
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "masks", "labels"),
+    ("name", "opener", "arguments"),
     [
-        ("ade20k", "images/{}/1.jpg", "annotations/{}/1.png", [IGNORE, 0, 18]),
-        ("cityscapes", "leftImg8bit/{}/ulm/1_leftImg8bit.png", "gtFine/{}/ulm/1_gtFine_labelIds.png", [IGNORE, 6, IGNORE]),
+        ("ade20k", "open_ade20k", ()),
+        ("voc", "open_voc", ()),
+        ("pascal_context", "open_pascal_context", (60,)),
+        ("pascal_context_59", "open_pascal_context", (59,)),
+        ("cityscapes", "open_cityscapes", ()),
     ],
-)  # fmt: skip
-def test_public_data_sets_open_by_name(tmp_path, name, images, masks, labels):
-    for split in ("train", "val"):
-        write_image_or_mask(tmp_path / images.format(split))
-        write_image_or_mask(tmp_path / masks.format(split), [0, 1, 19] if name == "ade20k" else [0, 19, 1])
-    splits = open_segmentation(config(tmp_path, name))
-    assert splits.val[0][1][0, :3].tolist() == labels
-    assert [len(splits.train), splits.test] == [1, None]
+)
+def test_public_data_sets_open_by_name(pairs, monkeypatch, name, opener, arguments):
+    layout = layouts.open_image_mask_folders(pairs, None)
+    del layout.splits["test"]
+    called = []
+    monkeypatch.setattr(layouts, opener, lambda *given: called.append(given) or layout)
+    splits = open_segmentation(config(pairs, name))
+    assert called == [(pairs, *arguments)]
+    assert [len(splits.train), len(splits.val), splits.test] == [8, 3, None]
     with pytest.raises(DataError, match="no test split"):
-        open_segmentation_split(config(tmp_path, name), "RGB", "test", splits.class_names)
-
-
-@pytest.mark.parametrize(("name", "count"), [("voc", 21), ("pascal_context", 60), ("pascal_context_59", 59)])
-def test_listed_data_sets_open_by_name(tmp_path, name, count):
-    write_image_or_mask(tmp_path / "JPEGImages" / "1.jpg")
-    write_image_or_mask(tmp_path / "SegmentationClass" / "1.png", [1])
-    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(count))))
-    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
-    for split in ("train", "val"):
-        (tmp_path / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("1")
-    splits = open_segmentation(config(tmp_path, name))
-    assert len(splits.class_names) == count
-    assert splits.train[0][1][0, 0] == (0 if count == 59 else 1)
+        open_segmentation_split(config(pairs, name), "RGB", "test", NAMES)
+    del layout.splits["val"]
+    with pytest.raises(DataError, match="no validation split"):
+        open_segmentation(config(pairs, name))
 
 
 def test_without_splits_some_are_held_out_the_same_ones_always(pairs):
