@@ -78,42 +78,32 @@ def by_hash(codes: list[str]) -> list[str]:
     return sorted(codes, key=lambda code: hashlib.sha256(f"emoji64/v1/{code}".encode()).hexdigest())
 
 
+CODES = [f"{i:04X}" for i in range(40)]
+
+
 def test_each_category_is_cut_in_the_order_of_its_hashes():
-    codes = [f"{i:04X}" for i in range(40)]
-    split = split_groups(codes, [0] * 20 + [1] * 20, list(range(40)))
-    for part in (codes[:20], codes[20:]):
-        order = by_hash(part)
-        assert [split[codes.index(c)] for c in order] == [2] * 3 + [1] * 3 + [0] * 14
+    split = split_groups(CODES, [0] * 20 + [1] * 20, list(range(40)))
+    for part in (CODES[:20], CODES[20:]):
+        assert [split[CODES.index(c)] for c in by_hash(part)] == [2] * 3 + [1] * 3 + [0] * 14
 
 
-def test_a_group_stays_whole_and_is_placed_by_its_smallest_code():
-    codes = [f"{i:04X}" for i in range(20)]
-    first = by_hash(codes)[0]
-    partners = [c for c in codes if c > first][:2]
-    groups = [codes.index(first) if c in partners else i for i, c in enumerate(codes)]
-    split = split_groups(codes, [0] * 20, groups)
-    assert [split[codes.index(c)] for c in (first, *partners)] == [2, 2, 2]
-    assert split.count(2) == 3
-
-
-def test_a_group_that_no_longer_fits_is_passed_over():
-    codes = [f"{i:04X}" for i in range(14)]  # room for two in test, two in val
-    groups = list(range(14))
+def test_a_group_stays_whole_is_placed_by_its_smallest_code_and_passed_over_where_it_does_not_fit():
+    codes = CODES[:14]  # room for two in test, two in val
     order = [codes.index(c) for c in by_hash(codes)]
     partner = next(i for i in order[2:] if codes[i] > codes[order[1]])
-    groups[partner] = order[1]  # second, a pair: test has room for one, val takes it
-    split = split_groups(codes, [0] * 14, groups)
+    grouped = list(range(14))
+    grouped[partner] = order[1]  # second, a pair: test has room for one, val takes it
+    split = split_groups(codes, [0] * 14, grouped)
     third = next(i for i in order[2:] if i != partner)
     assert [split[i] for i in (order[0], order[1], partner, third)] == [2, 1, 1, 2]
 
 
 def test_large_groups_and_those_across_categories_go_to_train():
-    codes = [f"{i:04X}" for i in range(40)]  # room for six, or for three in each of two categories
-    first = codes.index(by_hash(codes[:20])[0])
+    first = CODES.index(by_hash(CODES[:20])[0])  # room for six, or for three in each of two categories
 
     def split_of(members, labels):
         grouped = [first if i in members else i for i in range(40)]
-        return {split_groups(codes, labels, grouped)[i] for i in members}
+        return {split_groups(CODES, labels, grouped)[i] for i in members}
 
     others = list(range(first + 1, 40))
     assert split_of([first, *others[:3]], [0] * 40) <= {1, 2}

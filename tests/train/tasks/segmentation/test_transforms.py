@@ -135,6 +135,8 @@ def test_crops_avoid_a_single_class():
 
 def test_the_share_of_a_padded_crop_is_that_of_its_labels():
     """What the crop looks at before it is taken is what comes out."""
+    assert largest_share(torch.full((2, 2), IGNORE)) == 1.0
+    assert largest_share(torch.tensor([0, 0, 0, 1, IGNORE])) == 0.75
     crop = MixedCrop(20, [0, 0, 0], 0.0)  # never satisfied: every draw is looked at
     seen = []
     for seed in range(50):
@@ -148,11 +150,6 @@ def test_the_share_of_a_padded_crop_is_that_of_its_labels():
         assert torch.equal(inside.flatten(), got[got != IGNORE])
         seen.append((params["top"], params["left"]))
     assert len(set(seen)) > 20
-
-
-def test_share_of_nothing_is_one():
-    assert largest_share(torch.full((2, 2), IGNORE)) == 1.0
-    assert largest_share(torch.tensor([0, 0, 0, 1, IGNORE])) == 0.75
 
 
 def test_photometric_distortion_changes_the_image_only_and_swaps_no_channels():
