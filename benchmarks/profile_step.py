@@ -28,7 +28,6 @@ import tyro
 from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.data import Subset
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.bench.measure import interleaved
@@ -36,6 +35,7 @@ from cbsa_torch.models import registry
 from cbsa_torch.train import TrainConfig, load_config
 from cbsa_torch.train.config.base import DataConfig, OptimConfig
 from cbsa_torch.train.data import input_spec, make_loader, open_splits
+from cbsa_torch.train.data.checked_images import PlainImages
 from cbsa_torch.train.engine.accelerate import to_channels_last
 from cbsa_torch.train.engine.optim import has_fused, make_optimizer
 from cbsa_torch.train.losses import mean_loss
@@ -214,7 +214,7 @@ def batches_of(model: str, batch_size: int, folder: Path) -> tuple[Iterator[Any]
     net = timm.create_model(model)
     spec = input_spec(net)
     train: Any = open_splits(data, spec.mode, folder / "skipped.txt").train
-    train = Subset(train, range(min(len(train), 20 * batch_size)))
+    train = PlainImages(train, indices=list(range(min(len(train), 20 * batch_size))))
     loader = make_loader(train, spec, data, batch_size, train=True)
 
     def endless() -> Iterator[Any]:

@@ -3,17 +3,12 @@
 import dataclasses
 import re
 
-import numpy as np
 import pytest
-from PIL import Image
-from timm.data.auto_augment import AugmentOp
 
 from cbsa_torch.cli import main
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config.base import DataConfig, TrainConfig
+from cbsa_torch.train.config.base import TrainConfig
 from cbsa_torch.train.config.checks import check_config
-from cbsa_torch.train.data import InputSpec, make_loader
-from cbsa_torch.train.data.images import PlainImages
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder
 
@@ -78,67 +73,6 @@ def test_values_out_of_range_are_refused_before_the_folder(config, section, valu
     with pytest.raises(ConfigError, match=re.escape(message)):
         train(changed(config, section, **values))
     assert not RunFolder(config.output).path.exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must begin with one of rand, augmix"),
-        ("randm9", "must begin with one of"),
-        ("rnad-m9", "did you mean 'rand'?"),
-        ("rand-mnine", "unknown section 'mnine'; allowed: m<number>, n<number>"),
-        ("rand-m9-foo", "unknown section 'foo'"),
-        ("rand-m9-", "unknown section ''"),
-        ("rand-x3", "unknown section 'x3'"),
-        ("rand-m9-m8", "sets 'm' twice"),
-        ("rand-m11", "m must be at most 10, to which timm clips it"),
-        ("rand-m9.5", "m must be a whole number in [0, 30], got 9.5"),
-        ("rand-n0", "n must be a whole number in [1, 9], got 0"),
-        ("rand-p1.5", "p must be a number in [0, 1], got 1.5"),
-        ("augmix-w0", "w must be a whole number"),
-        ("original-m9", "unknown section 'm9'; allowed: mstd<number>"),
-        ("v0-mstd1e5", "unknown section 'mstd1e5'"),
-    ],
-)
-def test_strange_policies_are_refused_before_the_folder(config, text, message):
-    with pytest.raises(ConfigError, match=f"data.auto_augment .*{re.escape(message)}"):
-        train(changed(config, "data", auto_augment=text))
-    assert not RunFolder(config.output).path.exists()
-
-
-def operations(transform):
-    """All of timm's operations in a transform, which draws a few for each image."""
-    found = []
-    for part in transform.transforms:
-        found += getattr(part, "ops", [])
-        found += [operation for pair in getattr(part, "policy", []) for operation in pair]
-    assert all(isinstance(operation, AugmentOp) for operation in found)
-    return found
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize(
-    "policy",
-    ["rand-m9-mstd0.5", "rand-m10-inc1", "rand-m0", "rand-m30-mmax30-n3-p1-inc1", "rand-m9-tweights", "rand-t3a-m5",
-     "rand-t3aw-m10-mstd101", "augmix-m10-w4-d2-a0.5-b1-mstd2", "augmix", "original", "originalr-mstd5", "v0",
-     "v0r-mstd9", "3a-mstd0.5"],
-)  # fmt: skip
-def test_policies_that_are_accepted_work_at_the_ends_of_their_range(policy, mode):
-    shape = (40, 30) if mode == "L" else (40, 30, 3)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    channels = 1 if mode == "L" else 3
-    spec = InputSpec((channels, 32, 32), (0.5,) * channels, (0.5,) * channels, "bicubic", 1.0)
-    config = DataConfig(auto_augment=policy, workers=0, shift=0.1)
-    loader = make_loader(PlainImages([(image, 0)] * 4), spec, config, 4, train=True)
-    assert next(iter(loader))[0].shape == (4, channels, 32, 32)
-    parts = loader.dataset.transform.transforms[1].transforms
-    found = operations(loader.dataset.transform.transforms[1])
-    assert found, parts
-    for operation in found:
-        operation.prob, operation.magnitude_std = 1.0, 0
-        for magnitude in {0, 10, operation.magnitude_max or 10}:
-            operation.magnitude = magnitude
-            assert operation(image).size == image.size
 
 
 BAD_FILES = {

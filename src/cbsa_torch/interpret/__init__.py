@@ -10,7 +10,7 @@
   :func:`overlay`.
 - Robustness, Fig. 8: :func:`robustness` (:class:`Robustness`), :func:`noisy_copy`.
 - Zero-shot segmentation, Tables 5 and 6: :func:`zero_shot_iou` (:class:`ZeroShot`), of images with masks
-  that :func:`read_pairs` and :func:`read_voc` read (:class:`ImagePairs`, :class:`SegmentedImage`).
+  that :func:`read_pairs` and :func:`read_voc` read (:class:`ForegroundImages`, :class:`SegmentedImage`).
 - Pages: :func:`report`, :func:`compare` (:class:`ComparedRun`), :class:`Pictures`.
 
 The numbers in names of figures and tables are the paper's. Records, rates, structure, maps and robustness need
@@ -43,7 +43,7 @@ from cbsa_torch.interpret.structure import (
 )
 
 if TYPE_CHECKING:
-    from cbsa_torch.interpret.image_pairs import ImagePairs, SegmentedImage, read_pairs, read_voc
+    from cbsa_torch.interpret.foreground import ForegroundImages, SegmentedImage, read_pairs, read_voc
     from cbsa_torch.interpret.pages.compare import ComparedRun, compare
     from cbsa_torch.interpret.pages.maps import Pictures
     from cbsa_torch.interpret.pages.report import report
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionRanks",
     "ComparedRun",
-    "ImagePairs",
+    "ForegroundImages",
     "ImageRates",
     "LayerRates",
     "LayerRecord",
@@ -85,7 +85,7 @@ __all__ = [
     "zero_shot_iou",
 ]
 
-_NEED_EXTRA = ("image_pairs", "plots", "zero_shot", "pages.maps", "pages.report", "pages.compare")
+_NEED_EXTRA = ("foreground", "plots", "zero_shot", "pages.maps", "pages.report", "pages.compare")
 """Modules whose names in ``__all__`` are imported at first use."""
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_bool, check_choice, check_floating, check_mask, check_positive_int
 from cbsa_torch.interpret.attention_maps import cls_attention_maps, upsample_maps
 from cbsa_torch.interpret.capture import capture
-from cbsa_torch.interpret.image_pairs import SegmentedImage
+from cbsa_torch.interpret.foreground import SegmentedImage
 
 REGIONS = ("foreground", "background", "boundary")
 Rule = Literal["mass", "range"]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from cbsa_torch.images.errors import DataError
 from cbsa_torch.models.checkpoint import CheckpointError
+
+__all__ = [
+    "EXPECTED_ERRORS",
+    "ConfigError",
+    "DataError",
+    "InterruptedRun",
+    "NonFiniteLossError",
+    "RunFolderError",
+]
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: an unknown key, a value of the wrong kind, a bad file."""
-
-
-class DataError(ValueError):
-    """Data that cannot be used: missing, empty, without labels, or an unreadable image."""
-
-    def __init__(self, message: str) -> None:
-        # torch rebuilds an error of a DataLoader worker from its traceback, whose last line is the message
-        if message.startswith("Caught DataError in DataLoader worker"):
-            message = message.strip().splitlines()[-1].partition("DataError: ")[2]
-        super().__init__(message)
 
 
 class RunFolderError(ValueError):

@@ -92,7 +92,7 @@ class DataConfig:
     out beside auto_augment."""
     auto_augment: str | None = None
     """timm's policy: "rand", "augmix", "original", "originalr", "v0", "v0r" or "3a", with its numbers after
-    dashes, e.g. "rand-m9-mstd0.5"."""
+    dashes, e.g. "rand-m9-mstd0.5". timm takes a magnitude m above 10 for 10, unless mmax is given."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""Images: the embedded digits, fetched packages, folders, and whatever timm's dataset factory opens."""
+"""Data sets of labelled images: digits, fetched packages, folders, and what timm's factory opens."""
 
-from cbsa_torch.train.data.decode import read_image_file
-from cbsa_torch.train.data.images import IGNORE, read_skipped
+from cbsa_torch.images import IGNORE, read_image_file
+from cbsa_torch.train.data.checked_images import read_skipped
 from cbsa_torch.train.data.loader import InputSpec, input_spec, make_loader
 from cbsa_torch.train.data.seeded import set_epoch
 from cbsa_torch.train.data.splits import Splits, open_split, open_splits

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
-import copy
-import functools
-import multiprocessing
-import signal
-from collections.abc import Callable
-from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from timm.data import create_loader, resolve_model_data_config
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data.augmentation import check_augmentation, keep_one_bit
-from cbsa_torch.train.data.images import PlainImages
 from cbsa_torch.train.data.seeded import SeededSamples
+from cbsa_torch.train.data.workers import ignore_signals_in_workers
 
 
 class InputSpec(NamedTuple):
@@ -90,7 +83,7 @@ def make_loader(
     """
     augment: dict[str, Any] = {}
     if train:
-        check_augmentation(config)
+        check_augmentation(config.auto_augment, spec.mode)
         augment = {
             "scale": config.crop_scale,
             "ratio": config.crop_ratio,
@@ -98,9 +91,6 @@ def make_loader(
             "color_jitter": config.color_jitter,
             "auto_augment": config.auto_augment,
         }
-    # A held-out part of a training set needs transforms of its own: timm sets them on the data set.
-    if isinstance(dataset, Subset):
-        dataset = PlainImages(dataset.dataset, indices=list(dataset.indices))
     if train and not isinstance(dataset, IterableDataset):
         dataset = SeededSamples(dataset, seed)
     loader = create_loader(
@@ -119,7 +109,7 @@ def make_loader(
         **augment,
     )
     keep_one_bit(loader.dataset.transform)
-    own_workers(loader)
+    ignore_signals_in_workers(loader)
     if train and (config.rotate or config.shift):
         # timm has no affine augmentation; it goes first, on the image as it was read
         affine = RandomAffine(
@@ -127,48 +117,3 @@ def make_loader(
         )
         loader.dataset.transform = Compose([affine, loader.dataset.transform])
     return loader
-
-
-class _Worker(multiprocessing.Process):
-    """A worker that its trainer ends for certain: it heeds no SIGTERM, and may be stuck in a file."""
-
-    def terminate(self) -> None:
-        self.kill()
-
-
-def _kill_workers() -> None:
-    if hasattr(signal, "SIGCHLD"):  # else torch's handler raises at the first one's death
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        if isinstance(child, _Worker):
-            child.kill()
-
-
-# Runs before multiprocessing asks its children to end and waits for them, as that was registered earlier.
-atexit.register(_kill_workers)
-
-
-def own_workers(loader: DataLoader[Any]) -> None:
-    """Let a loader's workers, if it has any, be ended by their trainer alone."""
-    if loader.num_workers:
-        loader.multiprocessing_context = _worker_context()
-        loader.worker_init_fn = functools.partial(_start_worker, then=loader.worker_init_fn)
-
-
-def _worker_context() -> BaseContext:
-    """The context that is the default one but for the kind of process."""
-    context = copy.copy(multiprocessing.get_context())
-    context.Process = _Worker  # type: ignore[misc]
-    return context
-
-
-def _start_worker(number: int, then: Callable[[int], None] | None) -> None:
-    """Let signals to the whole group of processes pass: the trainer acts on them, and ends its workers.
-
-    Else a SIGTERM to all (systemd, timeout, some job schedulers) kills a worker, and with it the run, unsaved.
-    Workers whose trainer was killed end by themselves: torch lets them look for it every five seconds.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if then is not None:
-        then(number)

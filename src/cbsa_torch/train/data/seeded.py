@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from cbsa_torch._core.random import keep_random_states
+
 
 class SeededSamples(Dataset[Any]):
     """A data set whose random transforms are seeded for every sample.
 
-    The process that asks for samples keeps its own random states; those of a worker process of a loader are
-    of use to nobody else, and are not kept.
+    The process that asks for samples keeps its own random states. A worker process of a loader draws nothing
+    else, hence its states are not kept.
 
     Args:
         source: a data set of (image, label) with a ``transform``, which is this one's, too.
@@ -49,12 +50,12 @@ class SeededSamples(Dataset[Any]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Any:
-        with keep_random_states():
+        with _keep_states_of_this_process():
             return self._read(index)
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """The samples of a batch, as torch's loader asks for them: the states are kept once for all."""
-        with keep_random_states():
+        with _keep_states_of_this_process():
             return [self._read(index) for index in indices]
 
     def _read(self, index: int) -> Any:
@@ -70,19 +71,8 @@ def seed_everything(*numbers: int) -> None:
     torch.default_generator.manual_seed(int.from_bytes(digest[12:], "little"))
 
 
-@contextmanager
-def keep_random_states() -> Iterator[None]:
-    """Put the random states back at the end; in a worker process, do nothing."""
-    if get_worker_info() is not None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+def _keep_states_of_this_process() -> AbstractContextManager[None]:
+    return keep_random_states() if get_worker_info() is None else nullcontext()
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

@@ -2,34 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.data import ImageDataset, create_dataset
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch.images import SPLIT_NAMES, class_folders, class_samples, find_splits
 from cbsa_torch.train.config.base import DataConfig
-from cbsa_torch.train.data.digits import open_digits
+from cbsa_torch.train.data.arrays import open_digits, open_fetched
+from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages, SkippedImages
 from cbsa_torch.train.data.fetch import DATA_SETS
-from cbsa_torch.train.data.fetched import open_fetched
-from cbsa_torch.train.data.folder import class_folders, find_split, find_splits, open_folder
-from cbsa_torch.train.data.images import CheckedImages, PlainImages, SkippedImages
-from cbsa_torch.train.data.torchvision_sets import SETS, TEST_AS_VALIDATION, listed_images, open_set
+from cbsa_torch.train.data.torchvision_sets import SETS, TEST_AS_VALIDATION, open_set
 from cbsa_torch.train.errors import ConfigError, DataError
 
 OWN_NAMES = ("digits", *DATA_SETS, *SETS, "folder")
 
 
 class Splits(NamedTuple):
-    """Data sets of (image, label)."""
+    """Data sets of samples (image, label) or (image, mask), each with a ``transform`` to be set."""
 
     train: Dataset[Any]
     val: Dataset[Any]
     test: Dataset[Any] | None
     class_names: list[str]
+
+    def choose(self, split: str, class_names: list[str]) -> Dataset[Any]:
+        """The split "train", "val" or "test" for a model trained on ``class_names``.
+
+        Raises:
+            ConfigError: another name. DataError: other classes, or no such split.
+        """
+        check_split(split)
+        check_classes(self.class_names, class_names)
+        dataset = {"train": self.train, "val": self.val, "test": self.test}[split]
+        if dataset is None:
+            raise DataError(f"this data set has no {split} split with labels; choose another")
+        return dataset
+
+    def test_or_val(self, class_names: list[str]) -> tuple[str, Dataset[Any]]:
+        """The name and the data set of the test split, or of the validation split where there is none.
+
+        Raises:
+            DataError: other classes than the model's.
+        """
+        name = "val" if self.test is None else "test"
+        return name, self.choose(name, class_names)
+
+
+def check_split(split: str) -> None:
+    """Refuse a split that is not "train", "val" or "test"; raises ConfigError."""
+    if split not in SPLIT_NAMES:
+        raise ConfigError(
+            f"split must be one of {', '.join(SPLIT_NAMES)}, got {split!r}{nearest(split, SPLIT_NAMES)}"
+        )
+
+
+def check_classes(found: list[str], expected: list[str]) -> None:
+    """Refuse data of other classes than the model's; raises DataError."""
+    if found != expected:
+        raise DataError(
+            f"the data's {len(found)} classes ({', '.join(found[:5])}, ...) are not the model's "
+            f"{len(expected)} ({', '.join(expected[:5])}, ...)"
+        )
+
+
+def hold_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
+    """Rows of ``count`` training images for training and for validation, the same for every seed.
+
+    Raises:
+        DataError: too few images for both.
+    """
+    held = max(1, round(count * fraction))
+    if held >= count:
+        raise DataError(f"{count} training image(s) are too few to hold out {held} for validation")
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return order[held:], order[:held]
 
 
 def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> Splits:
@@ -61,63 +111,49 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
         return _from_folder(config, mode, bad)
     if config.name in SETS:
         parts, class_names = open_set(config, mode, bad)
-        return _with_validation(parts["train"], parts.get("val"), parts["test"], class_names, config)
+        return _with_validation(config, class_names, parts["train"], parts.get("val"), parts["test"])
     return _from_timm(config, mode, bad)
 
 
 def open_split(
     config: DataConfig, mode: str, split: str, class_names: list[str], skipped: Path | None = None
 ) -> Dataset[Any]:
-    """One split for a model trained on ``class_names``; of a folder, no other split need exist."""
+    """One split for a model trained on ``class_names``; of a folder, no other split need exist.
+
+    Raises:
+        DataError: other classes, or no such split. Otherwise as :func:`open_splits`.
+    """
+    check_split(split)
     if config.name == "folder" and config.root is not None:
-        folder = find_split(Path(config.root), split)
+        folder = find_splits(Path(config.root)).get(split)
         if folder is not None:
-            return open_folder(folder, class_names, mode, SkippedImages(skipped, config.max_bad_images))
-    splits = open_splits(config, mode, skipped)
-    if splits.class_names != class_names:
-        raise DataError(
-            f"the data's {len(splits.class_names)} classes ({', '.join(splits.class_names[:5])}, ...) are not "
-            f"the model's {len(class_names)} ({', '.join(class_names[:5])}, ...)"
-        )
-    opened = {"train": splits.train, "val": splits.val, "test": splits.test}
-    if split not in opened:
-        raise ConfigError(f"split must be one of {', '.join(opened)}, got {split!r}{nearest(split, opened)}")
-    dataset = opened[split]
-    if dataset is None:
-        raise DataError(f"this data set has no {split} split; choose another")
-    return dataset
+            bad = SkippedImages(skipped, config.max_bad_images)
+            return CheckedImages(ListedFiles(class_samples(folder, class_names)), mode, bad)
+    return open_splits(config, mode, skipped).choose(split, class_names)
 
 
 def _from_folder(config: DataConfig, mode: str, skipped: SkippedImages) -> Splits:
-    found = find_splits(Path(config.root or ""))
+    root = Path(config.root or "")
+    # without folders of splits, the class folders are those of training
+    found = find_splits(root) or {"train": root}
+    if "train" not in found:
+        raise DataError(f"{root} has a {next(iter(found))} folder but no train folder")
     class_names = class_folders(found["train"])
-    opened = {name: open_folder(folder, class_names, mode, skipped) for name, folder in found.items()}
-    empty = set(range(len(class_names))) - set((opened["train"].relabel or {}).values())
+    samples = {split: class_samples(folder, class_names) for split, folder in found.items()}
+    empty = set(range(len(class_names))) - {label for _, label in samples["train"]}
     if empty:
         raise DataError(f"{found['train'] / class_names[min(empty)]} holds no images")
-    return _with_validation(opened["train"], opened.get("val"), opened.get("test"), class_names, config)
+    opened = {split: CheckedImages(ListedFiles(listed), mode, skipped) for split, listed in samples.items()}
+    return _with_validation(config, class_names, opened["train"], opened.get("val"), opened.get("test"))
 
 
-def _with_validation(
-    train: Dataset[Any],
-    val: Dataset[Any] | None,
-    test: Dataset[Any] | None,
-    class_names: list[str],
-    config: DataConfig,
-) -> Splits:
+def _with_validation(config: DataConfig, class_names: list[str], train: Any, val: Any, test: Any) -> Splits:
+    """The splits; without ``val``, some training images are held out."""
     if val is None:
-        train, val = _hold_out(train, config.val_fraction)
+        # each with a transform of its own: held-out images are not augmented
+        rows = hold_out(len(train), config.val_fraction)
+        train, val = (PlainImages(train, indices=part) for part in rows)
     return Splits(train, val, test, class_names)
-
-
-def _hold_out(train: Dataset[Any], fraction: float) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Split a training set in two, the same way for every seed."""
-    count = len(train)  # type: ignore[arg-type]
-    held = max(1, round(count * fraction))
-    if held >= count:
-        raise DataError(f"{count} training image(s) are too few to hold out {held} for validation")
-    order: Sequence[int] = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    return Subset(train, order[held:]), Subset(train, order[:held])
 
 
 def _from_timm(config: DataConfig, mode: str, skipped: SkippedImages) -> Splits:
@@ -144,17 +180,17 @@ def _from_timm(config: DataConfig, mode: str, skipped: SkippedImages) -> Splits:
     only_train = samples is not None and samples == _listing(other, "samples")
     train, other = _as_ours(train, mode, skipped), _as_ours(other, mode, skipped)
     if config.name.lower().removeprefix("torch/") in TEST_AS_VALIDATION:
-        return _with_validation(train, None, other, class_names, config)
-    return _with_validation(train, None if only_train else other, None, class_names, config)
+        return _with_validation(config, class_names, train, None, other)
+    return _with_validation(config, class_names, train, None if only_train else other, None)
 
 
 def _as_ours(dataset: Dataset[Any], mode: str, skipped: SkippedImages) -> Dataset[Any]:
     """With our decoding and rule for unreadable images, where the data set lets us."""
     if isinstance(dataset, ImageDataset):
-        return CheckedImages(dataset, mode, skipped)
+        return CheckedImages(dataset.reader, mode, skipped)
     samples = _listing(dataset, "samples")
     if samples is not None:  # torchvision's folders
-        return listed_images(samples, mode, skipped)
+        return CheckedImages(ListedFiles(samples), mode, skipped)
     return dataset if isinstance(dataset, IterableDataset) else PlainImages(dataset, mode)
 
 
@@ -167,7 +203,7 @@ def _class_names(dataset: Dataset[Any]) -> list[str]:
     names = getattr(dataset, "classes", None)
     if names:
         return [str(name) for name in names]
-    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    mapping = _listing(dataset, "class_to_idx")
     if mapping:
         return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
     targets = getattr(dataset, "targets", None)

@@ -6,18 +6,11 @@ so here validation images are held out of the training images, and the test imag
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from timm.data import ImageDataset
-from timm.data.readers.reader import Reader
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
+from cbsa_torch.images import DataError
 from cbsa_torch.train.config.base import DataConfig
-from cbsa_torch.train.data.images import CheckedImages, SkippedImages
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, SkippedImages
 
 TEST_AS_VALIDATION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 """Data sets ``torch/NAME`` of timm that have training and test images alone."""
@@ -52,29 +45,5 @@ def open_set(
             ) from error
         files = images._image_files if isinstance(images, Flowers102) else images._images
         class_names = class_names or list(images.classes)
-        opened[split] = listed_images(list(zip(files, images._labels, strict=True)), mode, skipped)
+        opened[split] = CheckedImages(ListedFiles(list(zip(files, images._labels, strict=True))), mode, skipped)
     return opened, class_names
-
-
-def listed_images(samples: Sequence[tuple[Any, int]], mode: str, skipped: SkippedImages) -> CheckedImages:
-    """Image files by (path, label), read as those of a folder are."""
-    return CheckedImages(ImageDataset("", reader=_Listed(samples)), mode, skipped)
-
-
-class _Listed(Reader):
-    """A reader of timm over a list of (path, label)."""
-
-    def __init__(self, samples: Sequence[tuple[Any, int]]) -> None:
-        super().__init__()
-        self.samples = [(str(path), int(label)) for path, label in samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[io.BufferedReader, int]:
-        path, label = self.samples[index]
-        return Path(path).open("rb"), label
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        return Path(path).name if basename else path

@@ -294,20 +294,6 @@ def eval_transform(spec: InputSpec) -> Any:
     )
 
 
-def test_or_validation(splits: Any, class_names: list[str]) -> tuple[str, Dataset[Any]]:
-    """The name and the data set of the test split, or of the validation split where there is none.
-
-    Raises:
-        DataError: the data have other classes than the model.
-    """
-    if splits.class_names != class_names:
-        raise DataError(
-            f"the data's {len(splits.class_names)} classes ({', '.join(splits.class_names[:5])}, ...) are not "
-            f"the model's {len(class_names)} ({', '.join(class_names[:5])}, ...)"
-        )
-    return ("val", splits.val) if splits.test is None else ("test", splits.test)
-
-
 def spread_indices(size: int, count: int) -> list[int]:
     """At most ``count`` indices evenly spread over ``size``, in an order that is the same every time.
 

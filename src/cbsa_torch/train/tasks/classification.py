@@ -30,7 +30,6 @@ from cbsa_torch.train.tasks.base import (
     eval_transform,
     read_images,
     spread_indices,
-    test_or_validation,
 )
 
 EVALUATION_BATCH = 256
@@ -122,7 +121,7 @@ class Classification(Task):
     ) -> tuple[str, Dataset[Any]]:
         """A split of (image, label)."""
         if split is None:
-            return test_or_validation(open_splits(self.config.data, mode, skipped), class_names)
+            return open_splits(self.config.data, mode, skipped).test_or_val(class_names)
         return split, open_split(self.config.data, mode, split, class_names, skipped)
 
     def evaluation_loader(

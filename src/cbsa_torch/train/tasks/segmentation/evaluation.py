@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models.segmentation.sliding import multi_scale_logits, sliding_logits
 from cbsa_torch.train.data import IGNORE
-from cbsa_torch.train.data.loader import own_workers
+from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.engine.accelerate import use_separate_generator
 
 
@@ -246,7 +246,7 @@ def share(dataset: Dataset[Any], workers: int, accelerator: Accelerator) -> Shar
     own = range(accelerator.process_index if processes > 1 else 0, count, processes)
     loader: DataLoader[Any] = DataLoader(Subset(dataset, own), batch_size=None, num_workers=workers)
     use_separate_generator(loader)
-    own_workers(loader)
+    ignore_signals_in_workers(loader)
     return SharedImages(loader, -(-count // processes))
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.images import DataError
 from cbsa_torch.train.tasks.segmentation.config import ScenesConfig
 
 BACKGROUNDS = ("plain", "gradient", "noise", "stripes")

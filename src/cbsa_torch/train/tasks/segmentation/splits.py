@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch.images import layouts
+from cbsa_torch.train.data.checked_images import SkippedImages
 from cbsa_torch.train.data.fetch import load
-from cbsa_torch.train.data.folder import SPLIT_NAMES
-from cbsa_torch.train.data.images import SkippedImages
+from cbsa_torch.train.data.splits import Splits, check_classes, check_split, hold_out
 from cbsa_torch.train.errors import ConfigError, DataError
-from cbsa_torch.train.tasks.segmentation import layouts
 from cbsa_torch.train.tasks.segmentation.config import SegmentationDataConfig, check_data_config
-from cbsa_torch.train.tasks.segmentation.layouts import Layout
-from cbsa_torch.train.tasks.segmentation.pairs import MaskedImages, Pair
+from cbsa_torch.train.tasks.segmentation.masked_images import MaskedImages
 from cbsa_torch.train.tasks.segmentation.scenes import open_scenes
 
 NAMES = ("folder", "ade20k", "voc", "pascal_context", "pascal_context_59", "cityscapes", "emoji-scenes")
 
 
-class SegmentationSplits(NamedTuple):
-    """Data sets of (image, mask), each with a ``transform`` to be set."""
-
-    train: Dataset[Any]
-    val: Dataset[Any]
-    test: Dataset[Any] | None
-    class_names: list[str]
-
-
 def open_segmentation(
     config: SegmentationDataConfig, mode: str = "RGB", skipped: str | Path | None = None
-) -> SegmentationSplits:
-    """Open a data set.
+) -> Splits:
+    """Open a data set of samples (image, mask).
 
     Args:
         config: which and where.
@@ -53,7 +42,7 @@ def open_segmentation(
         )
     if config.name == "emoji-scenes":
         scenes, class_names = open_scenes(load("emoji64", config.root), config.scenes, mode)
-        return SegmentationSplits(scenes["train"], scenes["val"], scenes["test"], class_names)
+        return Splits(scenes["train"], scenes["val"], scenes["test"], class_names)
     layout = open_layout(config)
     splits = layout.splits
     if "train" not in splits:
@@ -61,10 +50,12 @@ def open_segmentation(
     if "val" not in splits:
         if config.name != "folder":
             raise DataError(f"{config.root} has no validation split")
-        splits = {**splits, **_hold_out(splits["train"], config.val_fraction)}
+        pairs = splits["train"]
+        train, val = hold_out(len(pairs), config.val_fraction)
+        splits = {**splits, "train": [pairs[i] for i in train], "val": [pairs[i] for i in val]}
     bad = SkippedImages(skipped, config.max_bad_images)
     opened = {split: MaskedImages(pairs, mode, layout.labels, bad) for split, pairs in splits.items()}
-    return SegmentationSplits(opened["train"], opened["val"], opened.get("test"), layout.class_names)
+    return Splits(opened["train"], opened["val"], opened.get("test"), layout.class_names)
 
 
 def open_segmentation_split(
@@ -80,33 +71,17 @@ def open_segmentation_split(
         DataError: other classes, or no such split. Otherwise as :func:`open_segmentation`.
     """
     check_data_config(config)
-    if split not in SPLIT_NAMES:
-        raise ConfigError(
-            f"split must be one of {', '.join(SPLIT_NAMES)}, got {split!r}{nearest(split, SPLIT_NAMES)}"
-        )
+    check_split(split)
     if config.name in NAMES and config.name != "emoji-scenes":
         layout = open_layout(config)
         if split in layout.splits and not (split == "train" and "val" not in layout.splits):
-            _check_classes(layout.class_names, class_names)
+            check_classes(layout.class_names, class_names)
             bad = SkippedImages(skipped, config.max_bad_images)
             return MaskedImages(layout.splits[split], mode, layout.labels, bad)
-    splits = open_segmentation(config, mode, skipped)
-    _check_classes(splits.class_names, class_names)
-    dataset = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
-    if dataset is None:
-        raise DataError(f"this data set has no {split} split with masks; choose another")
-    return dataset
+    return open_segmentation(config, mode, skipped).choose(split, class_names)
 
 
-def _check_classes(found: list[str], expected: list[str]) -> None:
-    if found != expected:
-        raise DataError(
-            f"the data's {len(found)} classes ({', '.join(found[:5])}, ...) are not the model's "
-            f"{len(expected)} ({', '.join(expected[:5])}, ...)"
-        )
-
-
-def open_layout(config: SegmentationDataConfig) -> Layout:
+def open_layout(config: SegmentationDataConfig) -> layouts.Layout:
     """The files of a data set that lies in a folder."""
     if config.root is None:
         raise DataError(f"data.root is required for data.name={config.name!r}: where are the images?")
@@ -121,13 +96,4 @@ def open_layout(config: SegmentationDataConfig) -> Layout:
         return layouts.open_cityscapes(root)
     if config.name.startswith("pascal_context"):
         return layouts.open_pascal_context(root, 59 if config.name.endswith("_59") else 60)
-    return layouts.open_pairs(root, config.ignore_label)
-
-
-def _hold_out(pairs: list[Pair], fraction: float) -> dict[str, list[Pair]]:
-    """Split the training pairs in two, the same way for every seed."""
-    held = max(1, round(len(pairs) * fraction))
-    if held >= len(pairs):
-        raise DataError(f"{len(pairs)} training image(s) are too few to hold out {held} for validation")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    return {"train": [pairs[i] for i in order[held:]], "val": [pairs[i] for i in order[:held]]}
+    return layouts.open_image_mask_folders(root, config.ignore_label)

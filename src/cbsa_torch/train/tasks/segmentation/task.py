@@ -22,8 +22,8 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
 from cbsa_torch.train.build import build_model, draft_model, open_source
 from cbsa_torch.train.data import InputSpec, input_spec
-from cbsa_torch.train.data.loader import own_workers
 from cbsa_torch.train.data.seeded import SeededSamples
+from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
     Task,
@@ -33,7 +33,6 @@ from cbsa_torch.train.tasks.base import (
     eval_transform,
     read_images,
     spread_indices,
-    test_or_validation,
 )
 from cbsa_torch.train.tasks.segmentation.colours import write_coloured_mask
 from cbsa_torch.train.tasks.segmentation.config import (
@@ -135,7 +134,7 @@ class Segmentation(Task):
         loader: DataLoader[Any] = DataLoader(
             samples, batch_size, shuffle=True, drop_last=True, num_workers=self.config.data.workers
         )
-        own_workers(loader)
+        ignore_signals_in_workers(loader)
         return loader
 
     def open_split(
@@ -144,7 +143,7 @@ class Segmentation(Task):
         """A split of (image, mask)."""
         data = self.config.data
         if split is None:
-            return test_or_validation(open_segmentation(data, mode, skipped), class_names)
+            return open_segmentation(data, mode, skipped).test_or_val(class_names)
         return split, open_segmentation_split(data, mode, split, class_names, skipped)
 
     def evaluation_loader(

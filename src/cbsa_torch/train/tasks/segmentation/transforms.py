@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from cbsa_torch.train.data.images import IGNORE
+from cbsa_torch.images import IGNORE
 from cbsa_torch.train.tasks.segmentation.config import SegmentationDataConfig
 
 _TRIES = 10

@@ -36,3 +36,14 @@ VOC = _names(_VOC)
 """21, of which the first is the background."""
 ADE20K = _names(_ADE20K)
 """150, by the first of their synonyms."""
+CITYSCAPES_IDS = dict(
+    zip(
+        _names("""
+            road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,
+            person, rider, car, truck, bus, train, motorcycle, bicycle
+        """),
+        (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
+        strict=True,
+    )
+)
+"""The 19 classes that count, and the ids that their pixels have."""

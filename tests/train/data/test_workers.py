@@ -1,12 +1,47 @@
 """The processes that read images end with the one that trains, whatever ends it, even stuck in a file."""
 
+import atexit
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from torch.utils.data import DataLoader
+
+from cbsa_torch.train.data import workers
+
+
+def test_importing_registers_nothing():
+    before = atexit._ncallbacks(), signal.getsignal(signal.SIGCHLD)
+    runpy.run_path(workers.__file__)
+    assert (atexit._ncallbacks(), signal.getsignal(signal.SIGCHLD)) == before
+
+
+def test_workers_are_killed_and_the_handler_of_their_signal_stays():
+    before = signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, lambda *arguments: None)  # the user's own
+    try:
+        loader = DataLoader(range(100), num_workers=2)
+        workers.ignore_signals_in_workers(loader)
+        batches = iter(loader)
+        next(batches)
+        handler = signal.getsignal(signal.SIGCHLD)
+        children = multiprocessing.active_children()
+        other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        other.start()
+        workers.kill_workers()
+        assert len(children) >= 2
+        assert multiprocessing.active_children() == [other]
+        assert signal.getsignal(signal.SIGCHLD) is handler
+        other.kill()
+        other.join()
+        del batches
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def start(*args):

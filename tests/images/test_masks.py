@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbsa_torch.train.data.decode import UnreadableImageError
-from cbsa_torch.train.errors import DataError
-from cbsa_torch.train.tasks.segmentation import IGNORE, LabelMap, labels_from_colours, read_mask_file
-from cbsa_torch.train.tasks.segmentation.masks import shifted
+from cbsa_torch.images import (
+    IGNORE,
+    DataError,
+    LabelMap,
+    UnreadableImageError,
+    labels_from_colours,
+    read_foreground,
+    read_mask_file,
+)
+from cbsa_torch.images.masks import consecutive_labels
 
 LABELS = np.array([[0, 1, 2], [3, 254, 255]])
 
@@ -29,14 +35,11 @@ def palette_image(labels):
     return image
 
 
-@pytest.mark.parametrize("name", ["m.png", "m.tif", "m.bmp"])
-def test_palette_indices_are_labels(tmp_path, name):
-    assert read_mask_file(saved(tmp_path / name, palette_image(LABELS))).tolist() == LABELS.tolist()
-
-
-def test_transparency_of_a_palette_does_not_matter(tmp_path):
-    path = saved(tmp_path / "m.png", palette_image(LABELS), transparency=0)
-    assert read_mask_file(path).tolist() == LABELS.tolist()
+@pytest.mark.parametrize(
+    ("name", "options"), [("m.png", {}), ("m.tif", {}), ("m.bmp", {}), ("m.png", {"transparency": 0})]
+)
+def test_palette_indices_are_labels_whatever_is_transparent(tmp_path, name, options):
+    assert read_mask_file(saved(tmp_path / name, palette_image(LABELS), **options)).tolist() == LABELS.tolist()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -46,18 +49,13 @@ def test_small_palettes_are_read_as_indices(tmp_path, bits):
     assert read_mask_file(path).tolist() == labels.tolist()
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [(np.uint8, 255), (np.uint16, 65535), (np.int32, 70000)])
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(bool, 1), (np.uint8, 255), (np.uint16, 65535), (np.int32, 70000)]
+)
 def test_grey_levels_are_labels(tmp_path, dtype, largest):
-    values = np.array([[0, 1, largest]], dtype=dtype)
-    path = saved(tmp_path / "m.tif", Image.fromarray(values))
-    got = read_mask_file(path)
+    got = read_mask_file(saved(tmp_path / "m.tif", Image.fromarray(np.array([[0, 1, largest]], dtype=dtype))))
     assert got.dtype == np.int64
     assert got.tolist() == [[0, 1, largest]]
-
-
-def test_one_bit_is_0_and_1(tmp_path):
-    path = saved(tmp_path / "m.png", Image.fromarray(np.array([[True, False]])))
-    assert read_mask_file(path).tolist() == [[1, 0]]
 
 
 def four_bit_grey_png():
@@ -129,6 +127,16 @@ def test_a_broken_mask_is_refused(tmp_path):
         read_mask_file(path)
 
 
+def test_foreground_is_what_is_not_0_and_255_is_void_in_a_palette(tmp_path):
+    grey = saved(tmp_path / "grey.png", Image.fromarray(LABELS.astype(np.uint8)))
+    foreground, valid = read_foreground(grey)
+    assert foreground.tolist() == [[False, True, True], [True, True, True]]
+    assert valid is None
+    foreground, valid = read_foreground(saved(tmp_path / "palette.png", palette_image(LABELS)))
+    assert foreground.tolist() == [[False, True, True], [True, True, False]]
+    assert valid.tolist() == [[True, True, True], [True, True, False]]
+
+
 def test_labels_are_mapped():
     labels = LabelMap({0: IGNORE, 1: 0, 2: 1, 255: IGNORE})
     assert labels(np.array([[0, 1], [2, 255]])).tolist() == [[IGNORE, 0], [1, IGNORE]]
@@ -137,14 +145,18 @@ def test_labels_are_mapped():
 @pytest.mark.parametrize(
     ("labels", "values", "message"),
     [
-        (shifted(3, 0, []), [0, 3, 3], r"unknown label 3 \(2 pixel\(s\)\); known are 0 to 2$"),
+        (consecutive_labels(3, 0, []), [0, 3, 3], r"unknown label 3 \(2 pixel\(s\)\); known are 0 to 2$"),
         (
-            shifted(3, 0, []),
+            consecutive_labels(3, 0, []),
             [0, 255],
-            r"255 \(1 pixel\(s\)\); .* if it stands for no class, set data.ignore_label",
+            r"255 \(1 pixel\(s\)\); .* if it stands for no class, set ignore_label",
         ),
-        (shifted(3, 0, [255]), [3, 300, -1], r"-1 \(1 pixel\(s\)\), 3 .*, 300 .*; known are \[0, 1, 2, 255\]"),
-        (shifted(2, 0, []), list(range(20)), r"6 \(1 pixel\(s\)\) and 13 more"),
+        (
+            consecutive_labels(3, 0, [255]),
+            [3, 300, -1],
+            r"-1 \(1 pixel\(s\)\), 3 .*, 300 .*; known are \[0, 1, 2, 255\]",
+        ),
+        (consecutive_labels(2, 0, []), list(range(20)), r"6 \(1 pixel\(s\)\) and 13 more"),
         (LabelMap({0: 0, 2: 1}), [1], "unknown label 1"),
     ],
 )

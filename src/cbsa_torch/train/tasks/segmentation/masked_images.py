@@ -1,4 +1,4 @@
-"""Images and masks as files, with the rule of :mod:`cbsa_torch.train.data.images` for what cannot be used.
+"""Images and masks as files, with the rule of :mod:`...data.checked_images` for what cannot be used.
 
 Of a sample whose mask is bad, every pixel is ignored; its image is given all the same. A bad image is replaced
 by a blank one, whose every pixel is ignored.
@@ -7,25 +7,24 @@ by a blank one, whose every pixel is ignored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cbsa_torch.train.data.decode import UnreadableImageError, read_image_file
-from cbsa_torch.train.data.images import IGNORE, SkippedImages
-from cbsa_torch.train.tasks.segmentation.masks import LabelMap, read_mask_file
+from cbsa_torch.images import (
+    IGNORE,
+    LabelMap,
+    Pair,
+    UnreadableImageError,
+    check_size,
+    read_image_file,
+    read_mask_file,
+)
+from cbsa_torch.train.data.checked_images import SkippedImages
 
 BLANK_SIZE = (32, 32)
-
-
-class Pair(NamedTuple):
-    """An image and its mask; either may turn out not to be there."""
-
-    image: Path
-    mask: Path
 
 
 class MaskedImages(Dataset[Any]):
@@ -67,12 +66,7 @@ class MaskedImages(Dataset[Any]):
         if not pair.mask.exists():
             raise UnreadableImageError(f"no mask for image {pair.image}")
         values = read_mask_file(pair.mask)
-        height, width = values.shape
-        if (width, height) != image.size:
-            raise UnreadableImageError(
-                f"the mask is {width}x{height} pixels (width x height), its image {pair.image} "
-                f"{image.size[0]}x{image.size[1]}"
-            )
+        check_size(pair, image, values)
         return self.labels(values)
 
 

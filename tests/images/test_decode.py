@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbsa_torch.train.data.decode import UnreadableImageError, convert, read_image_file
+from cbsa_torch.images.decode import convert, read_image_file
+from cbsa_torch.images.errors import UnreadableImageError
 
 
 def saved(path: Path, image: Image.Image, **options) -> Path:
@@ -25,9 +26,11 @@ def read(path: Path, mode: str) -> list:
 GREY_16 = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
 
 
-@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm"])
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm", "32_bits.tif"])
 def test_16_bit_grey_keeps_its_high_byte(tmp_path, name):
-    path = saved(tmp_path / name, Image.fromarray(GREY_16))
+    path = saved(
+        tmp_path / name, Image.fromarray(GREY_16.astype(np.int32 if name.startswith("32") else np.uint16))
+    )
     assert read(path, "L") == [[0, 0, 1, 128, 255]]
     assert read(path, "RGB") == [[[v] * 3 for v in (0, 0, 1, 128, 255)]]
 
@@ -39,13 +42,6 @@ def test_the_byte_order_of_16_bits_makes_no_difference(mode):
     assert np.asarray(convert(image, "L")).tolist() == [[0, 0, 1, 128, 255]]
 
 
-def test_32_bit_integers_hold_16_bit_values(tmp_path):
-    path = saved(tmp_path / "i.tif", Image.fromarray(GREY_16.astype(np.int32)))
-    with Image.open(path) as opened:
-        assert opened.mode == "I"
-    assert read(path, "L") == [[0, 0, 1, 128, 255]]
-
-
 def test_floats_are_0_to_1(tmp_path):
     values = np.array([[0, 0.25, 0.5, 0.999, 1]], dtype=np.float32)
     assert read(saved(tmp_path / "f.tif", Image.fromarray(values)), "L") == [[0, 64, 128, 255, 255]]
@@ -53,13 +49,7 @@ def test_floats_are_0_to_1(tmp_path):
 
 @pytest.mark.parametrize(
     "values",
-    [
-        np.float32([[0, 1.5]]),
-        np.float32([[-0.1, 1]]),
-        np.float32([[np.nan]]),
-        np.int32([[65536]]),
-        np.int32([[-1]]),
-    ],
+    [*(np.float32([[v, 1]]) for v in (1.5, -0.1, np.nan)), np.int32([[65536]]), np.int32([[-1]])],
 )
 def test_values_without_an_agreed_scale_are_refused(tmp_path, values):
     path = saved(tmp_path / "x.tif", Image.fromarray(values))
@@ -92,16 +82,20 @@ def palette() -> Image.Image:
     return image
 
 
-def test_palette_images_have_their_colours(tmp_path):
-    assert read(saved(tmp_path / "p.png", palette()), "RGB") == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
-
-
 @pytest.mark.parametrize(
-    ("name", "transparency"), [("p.png", 1), ("p.png", bytes([255, 0, 255])), ("p.gif", 1)]
+    ("name", "options", "middle"),
+    [
+        ("p.png", {}, [0, 255, 0]),
+        ("p.png", {"transparency": 1}, [128] * 3),
+        ("p.png", {"transparency": bytes([255, 0, 255])}, [128] * 3),
+        ("p.gif", {"transparency": 1}, [128] * 3),
+    ],
 )
-def test_a_transparent_palette_entry_is_mid_grey(tmp_path, name, transparency):
-    path = saved(tmp_path / name, palette(), transparency=transparency)
-    assert read(path, "RGB") == [[[255, 0, 0], [128, 128, 128], [0, 0, 255]]]
+def test_palette_images_have_their_colours_and_transparent_entries_are_mid_grey(
+    tmp_path, name, options, middle
+):
+    path = saved(tmp_path / name, palette(), **options)
+    assert read(path, "RGB") == [[[255, 0, 0], middle, [0, 0, 255]]]
 
 
 @pytest.mark.parametrize(
@@ -138,15 +132,12 @@ def test_cmyk_is_not_inverted(tmp_path, name):
     assert read(path, "L")[4][20] > 250
 
 
-def test_one_bit_images_are_black_and_white(tmp_path):
+def test_one_bit_grey_and_colour_become_each_other(tmp_path):
     image = Image.new("1", (2, 1))
     image.putdata([0, 255])
     path = saved(tmp_path / "1.png", image)
     assert read(path, "L") == [[0, 255]]
     assert read(path, "RGB") == [[[0] * 3, [255] * 3]]
-
-
-def test_grey_and_colour_become_each_other(tmp_path):
     path = saved(tmp_path / "l.png", Image.new("L", (1, 1), 77))
     assert read(path, "RGB") == [[[77, 77, 77]]]
     path = saved(tmp_path / "rgb.png", Image.new("RGB", (1, 1), (100, 200, 50)))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
-from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
-from cbsa_torch.train.data.decode import UnreadableImageError, convert, read_image_file, reason
-from cbsa_torch.train.errors import DataError
-
-IGNORE = -1
-"""Target of an image that could not be read: neither the loss nor the metrics count it."""
+from cbsa_torch.images import IGNORE, DataError, UnreadableImageError, convert, read_image_file
+from cbsa_torch.images.decode import reason
 
 
 class SkippedImages:
@@ -87,40 +84,54 @@ def _one_line(text: str) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
-class CheckedImages(Dataset[tuple[Any, int]]):
-    """timm's ImageDataset with our decoding; where it would replace an image silently, it is listed.
+class ListedFiles:
+    """Image files by (path, label), to be read as by a reader of timm."""
 
-    An unreadable image is given as a blank one whose target is IGNORE.
+    def __init__(self, samples: Sequence[tuple[str | Path, int]]) -> None:
+        self.samples = [(Path(path), int(label)) for path, label in samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self.samples[index]
+        return path.open("rb"), label
+
+    def filename(self, index: int, *, absolute: bool) -> str:
+        """The path as it was given; a reader of timm gives None where an image is not a file of its own."""
+        return str(self.samples[index][0])
+
+
+class CheckedImages(Dataset[tuple[Any, int]]):
+    """Samples (Pillow image, label); an unreadable image is listed, and is blank with the label ``IGNORE``.
+
+    timm's ``ImageDataset`` would give the next image in its place, silently.
 
     Args:
-        images: timm's data set; only its reader is used.
+        reader: of timm, or :class:`ListedFiles`: gives an open file and a label.
         mode: colour mode, "L" or "RGB".
-        skipped: counts and lists.
-        relabel: the reader's label to ours. Default: the same.
+        skipped: counts and lists the images that cannot be read.
     """
 
-    def __init__(
-        self, images: ImageDataset, mode: str, skipped: SkippedImages, relabel: dict[int, int] | None = None
-    ) -> None:
-        self.images, self.mode, self.skipped, self.relabel = images, mode, skipped, relabel
+    def __init__(self, reader: Any, mode: str, skipped: SkippedImages) -> None:
+        self.reader, self.mode, self.skipped = reader, mode, skipped
         self.transform: Any = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
             image, target = self._read(index)
-            target = target if self.relabel is None else self.relabel[target]
         except UnreadableImageError as error:
-            name = self.images.filename(index, absolute=True)  # None where the image is not a file of its own
+            name = self.reader.filename(index, absolute=True)
             self.skipped.add(str(name or f"number {index}"), str(error))
             image, target = Image.new(self.mode, (32, 32)), IGNORE
         return image if self.transform is None else self.transform(image), int(target)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         try:
-            file, target, *_ = self.images.reader[index]
+            file, target, *_ = self.reader[index]
         except OSError as error:  # the file vanished, or may not be read
             raise UnreadableImageError(reason(error)) from error
         with file:

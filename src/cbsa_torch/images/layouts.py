@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets import Cityscapes
+from cbsa_torch._core.checks import nearest
+from cbsa_torch.images import class_names
+from cbsa_torch.images.errors import DataError
+from cbsa_torch.images.folders import SPLIT_NAMES, find_splits
+from cbsa_torch.images.masks import IGNORE, VOID, LabelMap, consecutive_labels
+from cbsa_torch.images.pairs import Pair, pair_folders
 
-from cbsa_torch.train.data.folder import EXTENSIONS, SPLIT_NAMES, find_split
-from cbsa_torch.train.data.images import IGNORE
-from cbsa_torch.train.errors import ConfigError, DataError
-from cbsa_torch.train.tasks.segmentation import class_names
-from cbsa_torch.train.tasks.segmentation.masks import LabelMap, shifted
-from cbsa_torch.train.tasks.segmentation.pairs import Pair
-
-VOID = 255
 CLASSES_FILE = "classes.txt"
 
 
@@ -32,15 +29,22 @@ def open_ade20k(root: Path) -> Layout:
     root = _first_folder(root / "ADEChallengeData2016", root)
     names = class_names.ADE20K
     splits = _split_folders(root / "images", root / "annotations")
-    return Layout(splits, list(names), shifted(len(names), 1, [0]))
+    return Layout(splits, list(names), consecutive_labels(len(names), 1, [0]))
 
 
 def open_voc(root: Path) -> Layout:
     """``ImageSets/Segmentation/*.txt``, ``JPEGImages`` and ``SegmentationClass``; label 255 is ignored."""
-    root = _first_folder(root / "VOCdevkit" / "VOC2012", root / "VOC2012", root)
     names = class_names.VOC
-    splits = _listed(root, root / "ImageSets" / "Segmentation", root / "SegmentationClass")
-    return Layout(splits, list(names), shifted(len(names), 0, [VOID]))
+    return Layout(_listed_splits(*_voc_folders(root)), list(names), consecutive_labels(len(names), 0, [VOID]))
+
+
+def voc_pairs(root: Path, split: str) -> list[Pair]:
+    """The images of PASCAL VOC that have masks, of any list in ``ImageSets/Segmentation``.
+
+    Raises:
+        DataError: no such list, or an empty one.
+    """
+    return _listed(*_voc_folders(root), split)
 
 
 def open_pascal_context(root: Path, count: int) -> Layout:
@@ -56,28 +60,26 @@ def open_pascal_context(root: Path, count: int) -> Layout:
         raise DataError(f"{root / CLASSES_FILE} must name {count} classes, got {len(names)}")
     lists = _first_folder(root / "ImageSets" / "SegmentationContext", root / "ImageSets" / "Segmentation")
     masks = _first_folder(root / "SegmentationClassContext", root / "SegmentationClass")
-    labels = shifted(60, 0, [VOID]) if count == 60 else shifted(59, 1, [0, VOID])
-    return Layout(_listed(root, lists, masks), names, labels)
+    labels = consecutive_labels(60, 0, [VOID]) if count == 60 else consecutive_labels(59, 1, [0, VOID])
+    return Layout(_listed_splits(root, lists, masks), names, labels)
 
 
 def open_cityscapes(root: Path) -> Layout:
     """``leftImg8bit/<split>/<city>`` and ``gtFine/<split>/<city>/*_labelIds.png``: of 34 ids 19 are classes."""
-    known = [c for c in Cityscapes.classes if c.id >= 0]
-    classes = sorted((c for c in known if c.train_id != VOID), key=lambda c: c.train_id)
-    labels = LabelMap({c.id: IGNORE if c.train_id == VOID else c.train_id for c in known})
+    ids = class_names.CITYSCAPES_IDS
+    labels = dict.fromkeys(range(34), IGNORE) | {id_: label for label, id_ in enumerate(ids.values())}
     ends = "_leftImg8bit.png", "_gtFine_labelIds.png"
     splits = {}
     for split in SPLIT_NAMES:
         images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
         if images.is_dir() and (split != "test" or masks.is_dir()):
-            paired = _pair(_by_key(images, ends[0]), _by_key(masks, ends[1]), images, masks, ends)
-            splits[split] = _not_empty(paired, images)
+            splits[split] = pair_folders(images, masks, ends)
     if not splits:
         raise DataError(f"{root} has no leftImg8bit/train: is it the folder of Cityscapes?")
-    return Layout(splits, [c.name for c in classes], labels)
+    return Layout(splits, list(ids), LabelMap(labels))
 
 
-def open_pairs(root: Path, ignore_label: int | None) -> Layout:
+def open_image_mask_folders(root: Path, ignore_label: int | None) -> Layout:
     """Folders ``images`` and ``masks`` with equal names but for the ending, and ``classes.txt``.
 
     The splits are folders around the two (``train/images``, ``train/masks``) or within them (``images/train``,
@@ -89,17 +91,15 @@ def open_pairs(root: Path, ignore_label: int | None) -> Layout:
     """
     names = read_class_names(root)
     if ignore_label is not None and ignore_label < len(names):
-        raise ConfigError(
-            f"data.ignore_label must not be the label of a class, got {ignore_label}, which is "
+        raise DataError(
+            f"ignore_label must not be the label of a class, got {ignore_label}, which is "
             f"{names[ignore_label]!r} in {root / CLASSES_FILE}"
         )
-    labels = shifted(len(names), 0, [] if ignore_label is None else [ignore_label])
+    labels = consecutive_labels(len(names), 0, [] if ignore_label is None else [ignore_label])
     if (root / "images").is_dir():
         return Layout(_split_folders(root / "images", root / "masks"), names, labels)
     splits = {
-        split: _folder_pairs(folder / "images", folder / "masks")
-        for split in SPLIT_NAMES
-        if (folder := find_split(root, split))
+        split: pair_folders(folder / "images", folder / "masks") for split, folder in find_splits(root).items()
     }
     if not splits:
         raise DataError(f"{root} has neither a folder images nor train/images")
@@ -126,73 +126,40 @@ def read_class_names(root: Path) -> list[str]:
     return names
 
 
+def _voc_folders(root: Path) -> tuple[Path, Path, Path]:
+    """The folder of ``JPEGImages``, that of the lists, that of the masks."""
+    root = _first_folder(root / "VOCdevkit" / "VOC2012", root / "VOC2012", root)
+    return root, root / "ImageSets" / "Segmentation", root / "SegmentationClass"
+
+
+def _listed_splits(root: Path, lists: Path, masks: Path) -> dict[str, list[Pair]]:
+    """The splits that have a list."""
+    there = [split for split in SPLIT_NAMES if (lists / f"{split}.txt").is_file()] or ["train"]
+    return {split: _listed(root, lists, masks, split) for split in there}
+
+
+def _listed(root: Path, lists: Path, masks: Path, split: str) -> list[Pair]:
+    """The pairs that ``<lists>/<split>.txt`` names: ``JPEGImages/NAME.jpg`` and ``<masks>/NAME.png``."""
+    path = lists / f"{split}.txt"
+    if not path.is_file():
+        there = sorted(found.stem for found in lists.glob("*.txt"))
+        known = f"; there are {', '.join(there)}{nearest(split, there)}" if there else ""
+        raise DataError(f"{lists} has no {path.name}{known}: is {root} the folder that holds JPEGImages?")
+    names = path.read_text(encoding="utf-8").split()
+    if not names:
+        raise DataError(f"{path} names no images")
+    return [Pair(root / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png") for name in names]
+
+
 def _first_folder(*folders: Path) -> Path:
     return next((folder for folder in folders if folder.is_dir()), folders[-1])
 
 
 def _split_folders(images: Path, masks: Path) -> dict[str, list[Pair]]:
     """Splits as folders within both; without any, the two are the training split."""
-    if not images.is_dir():
-        raise DataError(f"{images} is not a folder")
-    found = {split: folder for split in SPLIT_NAMES if (folder := find_split(images, split))}
+    found = find_splits(images)
     if not found:
-        return {"train": _folder_pairs(images, masks)}
+        return {"train": pair_folders(images, masks)}
     # ADE20K has test images without masks
     has_masks = {split: f for split, f in found.items() if split != "test" or (masks / f.name).is_dir()}
-    return {split: _folder_pairs(f, masks / f.name) for split, f in has_masks.items()}
-
-
-def _folder_pairs(images: Path, masks: Path) -> list[Pair]:
-    return _not_empty(_pair(_by_key(images), _by_key(masks), images, masks, (".jpg", ".png")), images)
-
-
-def _pair(
-    images: dict[str, Path],
-    masks: dict[str, Path],
-    image_folder: Path,
-    mask_folder: Path,
-    ends: tuple[str, str],
-) -> list[Pair]:
-    """Images and masks of the same key; of one without the other, the name that the other would have."""
-    return [
-        Pair(images.get(key, image_folder / f"{key}{ends[0]}"), masks.get(key, mask_folder / f"{key}{ends[1]}"))
-        for key in sorted({*images, *masks})
-    ]
-
-
-def _by_key(folder: Path, end: str | None = None) -> dict[str, Path]:
-    """Image files, however deep, by their path within the folder without the ending."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or not path.name.endswith(end or ""):
-            continue
-        if end is None and path.suffix.lower() not in EXTENSIONS:
-            continue
-        key = path.relative_to(folder).as_posix().removesuffix(end or path.suffix)
-        if key in found:
-            raise DataError(f"{found[key]} and {path} differ in their ending alone: which one counts?")
-        found[key] = path
-    return found
-
-
-def _listed(root: Path, lists: Path, masks: Path) -> dict[str, list[Pair]]:
-    """The pairs named in ``train.txt``, ``val.txt`` and ``test.txt``; those that are missing show when read."""
-    splits = {}
-    for split in SPLIT_NAMES:
-        path = lists / f"{split}.txt"
-        if path.is_file():
-            names = path.read_text(encoding="utf-8").split()
-            pairs = [Pair(root / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png") for name in names]
-            splits[split] = _not_empty(pairs, path)
-    if not splits:
-        raise DataError(f"{lists} has no train.txt: is {root} the folder that holds JPEGImages?")
-    return splits
-
-
-def _not_empty(pairs: list[Pair], where: Path) -> list[Pair]:
-    if not pairs:
-        raise DataError(f"no images found in {where}")
-    return pairs
+    return {split: pair_folders(f, masks / f.name) for split, f in has_masks.items()}

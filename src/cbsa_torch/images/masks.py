@@ -1,4 +1,4 @@
-"""From a mask file to class labels: one whole number per pixel, every one of them known.
+"""From a mask file to class labels, one whole number per pixel, or to foreground and background.
 
 Pillow decodes. Refused is whatever would make up labels: colours, transparency, JPEG and GIF, grey of 2 or 4
 bits and small PGM (which Pillow stretches to 0..255), PBM (inverted), and values that the data set does not
@@ -13,9 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cbsa_torch.train.data.decode import UnreadableImageError, reason
-from cbsa_torch.train.data.images import IGNORE
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.images.decode import reason
+from cbsa_torch.images.errors import DataError, UnreadableImageError
+
+IGNORE = -1
+"""Label of pixels without a class, and of images that cannot be read: neither losses nor scores count it."""
+VOID = 255
+"""Palette index of pixels that stand for no class: PASCAL VOC draws it around objects."""
 
 _UNKNOWN = -2
 _LISTED = 5
@@ -27,10 +31,32 @@ def read_mask_file(path: str | Path) -> np.ndarray:
     Raises:
         UnreadableImageError: whatever is wrong with the file, in one line without its name.
     """
+    return _read(path)[0]
+
+
+def read_foreground(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """A mask of objects: value 0 is background, all else foreground; in a palette image, 255 is neither (void).
+
+    Returns:
+        foreground (height, width) bool, and valid (height, width) bool, False = void; the latter is None for
+        grey masks, where every pixel counts.
+
+    Raises:
+        UnreadableImageError: whatever is wrong with the file, in one line without its name.
+    """
+    values, is_palette = _read(path)
+    if not is_palette:
+        return values != 0, None
+    valid = values != VOID
+    return (values != 0) & valid, valid
+
+
+def _read(path: str | Path) -> tuple[np.ndarray, bool]:
+    """The values, and whether they are indices of a palette."""
     try:
         with Path(path).open("rb") as file, Image.open(file) as image:
             _refuse_ambiguous(image)
-            return np.asarray(image).astype(np.int64)
+            return np.asarray(image).astype(np.int64), image.mode == "P"
     except UnreadableImageError:
         raise
     except Exception as error:  # of broken files, decoders raise nearly anything
@@ -45,7 +71,7 @@ def _refuse_ambiguous(image: Image.Image) -> None:
         raise UnreadableImageError(
             f"a mask in mode {image.mode}, where one number per pixel is expected (mode L or P); if its "
             "colours stand for classes, convert it once with "
-            "cbsa_torch.train.tasks.segmentation.labels_from_colours and save the result as PNG"
+            "cbsa_torch.images.labels_from_colours and save the result as PNG"
         )
     if image.format == "PPM" and (image.mode == "1" or image.tile[0].codec_name != "raw"):
         raise UnreadableImageError(
@@ -90,15 +116,15 @@ class LabelMap:
         allowed = f"{known[0]} to {known[-1]}" if len(known) == known[-1] - known[0] + 1 else str(known)
         more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
         hint = (
-            "; if it stands for no class, set data.ignore_label"
+            "; if it stands for no class, set ignore_label to it"
             if 255 in values and IGNORE not in self.labels.values()
             else ""
         )
         return f"unknown label {', '.join(listed[:_LISTED])}{more}; known are {allowed}{hint}"
 
 
-def shifted(count: int, first: int, ignored: Sequence[int]) -> LabelMap:
-    """Of ``count`` classes whose values begin at ``first``, and values that are ignored."""
+def consecutive_labels(count: int, first: int, ignored: Sequence[int]) -> LabelMap:
+    """Labels 0 to ``count`` - 1 for the values from ``first`` on, and ``IGNORE`` for those in ``ignored``."""
     return LabelMap({**{first + i: i for i in range(count)}, **dict.fromkeys(ignored, IGNORE)})
 
 

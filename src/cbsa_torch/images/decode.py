@@ -1,4 +1,4 @@
-"""From an image file to 8-bit grey or colour pixels: one way for training, evaluation and prediction.
+"""From an image file to 8-bit grey or colour pixels: one way for training, evaluation, prediction and maps.
 
 Pillow decodes; this module decides what its ``convert`` would do silently and wrongly:
 
@@ -21,14 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.images.errors import UnreadableImageError
 
-BACKGROUND = 128
+MID_GREY = 128
 """Grey level behind what is transparent: neither black nor white drawings vanish."""
-
-
-class UnreadableImageError(DataError):
-    """An image that cannot be read; the message is the reason alone, in one line."""
 
 
 def read_image_file(file: Any, mode: str) -> Image.Image:
@@ -84,7 +80,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def _over_grey(image: Image.Image) -> Image.Image:
     # Pillow cannot convert every mode to RGBA at once: La goes by LA, RGBa and PA directly
     drawing = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    background = Image.new("RGBA", drawing.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
+    background = Image.new("RGBA", drawing.size, (MID_GREY, MID_GREY, MID_GREY, 255))
     return Image.alpha_composite(background, drawing).convert("RGB")
 
 

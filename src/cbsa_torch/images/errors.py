@@ -1,0 +1,17 @@
+"""What can be wrong with images and their folders."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Data that cannot be used: missing, empty, without labels, or an unreadable image."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader rebuilds an error of a worker from its traceback, whose last line is the message.
+        if message.startswith("Caught DataError in DataLoader worker"):
+            message = message.strip().splitlines()[-1].partition("DataError: ")[2]
+        super().__init__(message)
+
+
+class UnreadableImageError(DataError):
+    """An image or mask that cannot be used; the message is the reason alone, one line without the file."""

@@ -1,0 +1,75 @@
+"""Folders of images by class."""
+
+from __future__ import annotations
+
+import pytest
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+from cbsa_torch.images import DataError, class_folders, class_samples, find_splits
+from cbsa_torch.images.folders import EXTENSIONS
+from tests.helpers.pairs import write_image_or_mask as write
+
+
+def test_samples_come_in_the_order_of_timm(tmp_path):
+    """The rows that are held out, and the augmentation of each image, depend on it."""
+    for name in (
+        "cat/10.png",
+        "cat/9.PNG",
+        "cat/b2.jpg",
+        "cat/B1.JPG",
+        "Dog/1.webp",
+        "ant/01x3.bmp",
+        "ant/1x9.bmp",
+    ):
+        write(tmp_path / name)
+    (tmp_path / "ant" / "notes.txt").write_text("not read")
+    (tmp_path / "linked").symlink_to(tmp_path / "cat")
+    names = class_folders(tmp_path)
+    assert names == ["Dog", "ant", "cat", "linked"]
+    reader = ReaderImageFolder(str(tmp_path), input_key=";".join(EXTENSIONS))
+    classes = {label: name for name, label in reader.class_to_idx.items()}
+    theirs = [(path, classes[label]) for path, label in reader.samples]
+    assert [(str(path), names[label]) for path, label in class_samples(tmp_path, names)] == theirs
+    assert len(theirs) == 11
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    for name in ("cat/a.png", "cat/._a.png", "cat/.thumbnails/a.png", ".cache/a.png"):
+        write(tmp_path / name)
+    assert class_folders(tmp_path) == ["cat"]
+    assert class_samples(tmp_path, ["cat"]) == [(tmp_path / "cat" / "a.png", 0)]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "no class folders: images must lie in one folder per class"),
+        (["a.png"], "no class folders"),
+        (["zebra/a.png"], "a class 'zebra' that the training images have not"),
+        (["cat/a.txt.gz"], r"no images found in .*; names of images end in \.png"),
+        (["cat/a.png", "b.png"], r"images without a class, beside the class folders, e\.g\. b\.png"),
+        (["cat/small/a.png"], "images that do not lie directly in a class folder, e.g. in 'small'"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path, files, message):
+    for name in files:
+        if name.endswith(".png"):
+            write(tmp_path / name)
+        else:
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_text("no image")
+    with pytest.raises(DataError, match=message):
+        class_samples(tmp_path, ["cat", "dog"])
+
+
+def test_splits_have_several_names(tmp_path):
+    for name in ("training", "valid", "test", "else"):
+        (tmp_path / name).mkdir()
+    found = find_splits(tmp_path)
+    assert {split: folder.name for split, folder in found.items()} == {
+        "train": "training",
+        "val": "valid",
+        "test": "test",
+    }
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        find_splits(tmp_path / "nowhere")
