@@ -219,7 +219,7 @@ def test_overlay_by_hand():
 
 class Mine(TokenMixer):
     def mix(self, heads):
-        return heads.tokens
+        return heads.queries
 
     def count_heads(self, heads):
         raise AssertionError("maps count nothing")

@@ -75,7 +75,7 @@ def test_linear_attention_is_its_explicit_matrix():
     torch.nn.init.uniform_(layer.temperature, 0.5, 1.5)
     heads = layer.heads(X)
     gain = layer.temperature[:, None, None] * layer.head_dim**0.25
-    q, k = (torch.cat([t * gain, -t * gain], -1).exp() for t in (heads.tokens, heads.keys))
+    q, k = (torch.cat([t * gain, -t * gain], -1).exp() for t in (heads.queries, heads.keys))
     weights = q @ k.mT
     assert_close(layer.mix(heads), weights @ heads.values / weights.sum(-1, keepdim=True), 1e-12)
 

@@ -163,22 +163,21 @@ def _read_mixer(
     name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LayerRecord:
     layer = cast(TokenMixer, layer)
-    called = layer.named_arguments(*args, **kwargs)
-    x, grid_size = called["x"], called["grid_size"]
-    heads = layer.heads(x, grid_size, called["token_mask"], called["attn_mask"], called["rope"])
-    located = layer.token_grid(x, grid_size) or around.grid(name, heads.tokens.shape[2])
-    grid, prefix = located or (None, layer.num_prefix_tokens or 0)
-    mask = heads.token_mask
+    heads = layer.heads(*args, **kwargs)
+    source, mask = heads.source, heads.source.token_mask
+    grid, prefix = source.grid_size, source.num_prefix_tokens
+    if grid is None:
+        grid, prefix = around.grid(name, source.x.shape[1]) or (None, prefix)
     stages = agents = None
     if isinstance(layer, CBSA):
         stages = CBSAStages(*(t if t is None else _own(t, layer) for t in layer.stages_in(heads)))  # type: ignore[arg-type]
         tokens = stages.tokens
     else:
-        tokens = _own(_zero_masked(heads.tokens, mask), layer)
+        tokens = _own(_zero_masked(heads.queries, mask), layer)
     if isinstance(layer, AgentAttention):
         agents = layer.agents(heads)
         agents = agents._replace(values=_own(agents.values, layer))
-    keys = None if heads.keys is None else _own(_zero_masked(heads.keys, mask), layer)
+    keys = None if heads.keys is heads.queries else _own(_zero_masked(heads.keys, mask), layer)
     return LayerRecord(
         name,
         layer,
@@ -189,8 +188,8 @@ def _read_mixer(
         prefix,
         mask,
         agents,
-        heads.attn_mask,
-        called["is_causal"],
+        None if source.is_causal else source.attn_mask,
+        source.is_causal,
         _step(layer, "step_tokens"),
         _step(layer, "step_representatives"),
     )

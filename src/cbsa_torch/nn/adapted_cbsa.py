@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,10 @@ from cbsa_torch._core.checks import check_choice, check_number, check_positive
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, Broadcast, Contraction, Layout
 from cbsa_torch.nn.agent_attention import AgentAttention
-from cbsa_torch.nn.mixer import Heads, MixerOptions
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 from cbsa_torch.ops.cbsa.contraction import contract, zero_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class AdaptedCBSA(AgentAttention):
@@ -60,7 +57,7 @@ class AdaptedCBSA(AgentAttention):
         eps: float | None = None,
         broadcast: Broadcast = "softmax",
         layout: Layout = "standard",
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
         check_choice("contraction", contraction, CONTRACTIONS)
         check_choice("broadcast", broadcast, BROADCASTS)
@@ -111,22 +108,18 @@ class AdaptedCBSA(AgentAttention):
         return self.step_tokens.to(output.dtype)[:, None, None] * output
 
     def _mix_afresh(self, heads: Heads, initial: Tensor, mask: Tensor | None) -> Tensor:
-        assert heads.keys is not None  # the projections are separate
-        assert heads.values is not None
-        extracted = ops.softmax_attention(initial, heads.keys, heads.values, key_mask=heads.token_mask)
+        extracted = ops.softmax_attention(initial, heads.keys, heads.values, key_mask=heads.source.token_mask)
         contracted = self._contract(extracted, mask).to(initial.dtype)  # (B, H, M, P)
-        return ops.softmax_attention(heads.tokens, initial, contracted, key_mask=mask)
+        return ops.softmax_attention(heads.queries, initial, contracted, key_mask=mask)
 
     def _mix_shared(self, heads: Heads, initial: Tensor, mask: Tensor | None) -> Tensor:
-        assert heads.keys is not None
-        assert heads.values is not None
         dtype = compute_dtype(initial.dtype)
         with no_autocast(initial):
             attention = _attention(
-                initial.to(dtype), heads.keys.to(dtype), heads.token_mask, mask, self.head_dim**-0.5
+                initial.to(dtype), heads.keys.to(dtype), heads.source.token_mask, mask, self.head_dim**-0.5
             )  # (B, H, M, N)
             contracted = self._contract(attention @ heads.values.to(dtype), mask)
-            output = _balance(attention, heads.token_mask, mask) * (attention.mT @ contracted)
+            output = _balance(attention, heads.source.token_mask, mask) * (attention.mT @ contracted)
         return output.to(initial.dtype)
 
     def _contract(self, extracted: Tensor, mask: Tensor | None) -> Tensor:
@@ -140,7 +133,7 @@ class AdaptedCBSA(AgentAttention):
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count extraction, contraction and broadcast."""
-        n, m = heads.tokens.shape[2], self.agents(heads).values.shape[2]
+        n, m = heads.queries.shape[2], self.agents(heads).values.shape[2]
         counts = counting.cbsa(
             n, m, num_heads=self.num_heads, head_dim=self.head_dim, contraction=self.contraction
         )

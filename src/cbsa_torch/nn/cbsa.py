@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_choice, check_positive
+from cbsa_torch._core.linear import is_plain_linear
 from cbsa_torch._core.types import (
     CONTRACTIONS,
     IMPLS,
@@ -17,20 +17,17 @@ from cbsa_torch._core.types import (
     QKV,
     CBSAStages,
     Contraction,
-    GridSize,
     Impl,
     Layout,
     RepresentativeKind,
     Representatives,
     Strategy,
 )
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.nn.mixer import TokenMixer
 from cbsa_torch.nn.representatives import PrincipalDirections, make_representatives
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class CBSA(TokenMixer):
@@ -84,7 +81,7 @@ class CBSA(TokenMixer):
         qkv: QKV = "shared",
         layout: Layout = "standard",
         impl: Impl = "auto",
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
         check_choice("contraction", contraction, CONTRACTIONS)
         if eps is not None:
@@ -98,15 +95,15 @@ class CBSA(TokenMixer):
         if layout == "official" and representatives != "pool":
             raise ValueError("layout='official' is a way of pooling; it needs representatives='pool'")
         super().__init__(dim, num_heads, qkv=qkv, **options)
-        kind: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
+        factory_kwargs: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.contraction: Contraction = contraction
         self.eps = DEFAULT_EPS if eps is None else eps
         self.layout: Layout = layout
         self.impl: Impl = impl
         self.representatives = make_representatives(
-            representatives, num_heads, num_representatives, self.head_dim, **kind
+            representatives, num_heads, num_representatives, self.head_dim, **factory_kwargs
         )
-        self.step_tokens = nn.Parameter(torch.empty(num_heads, **kind))
+        self.step_tokens = nn.Parameter(torch.empty(num_heads, **factory_kwargs))
         self.step_representatives: nn.Parameter | None = None
         if isinstance(self.representatives, PrincipalDirections) and contraction == "softmax":
             raise ValueError(
@@ -117,7 +114,7 @@ class CBSA(TokenMixer):
             if qkv == "separate":
                 raise ValueError("representatives that bring their attention need qkv='shared'")
         else:
-            self.step_representatives = nn.Parameter(torch.empty(num_heads, **kind))
+            self.step_representatives = nn.Parameter(torch.empty(num_heads, **factory_kwargs))
         self._reset_steps()
 
     def _reset_steps(self) -> None:
@@ -146,20 +143,19 @@ class CBSA(TokenMixer):
 
     def mix_and_project(self, heads: Heads) -> Tensor:
         """Hand the output projection to the operator where nothing comes between."""
-        if not isinstance(self.norm, nn.Identity) or not (self.proj is None or _is_plain(self.proj)):
+        weight, bias = None, None
+        if self.proj is None:
+            assert heads.basis is not None, "projections are tied"
+            weight = heads.basis.t()
+        elif is_plain_linear(self.proj):
+            weight, bias = self.proj.weight, self.proj.bias
+        if weight is None or not isinstance(self.norm, nn.Identity):
             return super().mix_and_project(heads)
-        weight, bias = (self.qkv.weight.t(), None) if self.proj is None else (self.proj.weight, self.proj.bias)
         return ops.cbsa(**self._operands(heads), out_weight=weight, out_bias=bias, impl=self.impl)
 
-    def stages(
-        self,
-        x: Tensor,
-        grid_size: GridSize | None = None,
-        token_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-    ) -> CBSAStages:
-        """Every intermediate of :meth:`forward` for the same arguments, computed eagerly, per head."""
-        return self.stages_in(self.heads(x, grid_size, token_mask, attn_mask))
+    def stages(self, *args: Any, **kwargs: Any) -> CBSAStages:
+        """Every intermediate of :meth:`forward`, called like this, computed eagerly, per head."""
+        return self.stages_in(self.heads(*args, **kwargs))
 
     def stages_in(self, heads: Heads) -> CBSAStages:
         """:meth:`stages` from the tokens in their subspaces, see :meth:`heads`."""
@@ -167,7 +163,7 @@ class CBSA(TokenMixer):
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count making the representatives, extraction, contraction and broadcast."""
-        n, m = heads.tokens.shape[2], self._choose(heads).values.shape[2]
+        n, m = heads.queries.shape[2], self._choose(heads).values.shape[2]
         sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim}
         extracted = self.step_representatives is not None
         counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, **sizes)
@@ -180,40 +176,26 @@ class CBSA(TokenMixer):
     def _operands(self, heads: Heads) -> dict[str, Any]:
         """The operator's arguments: tokens in the heads, representatives, options."""
         chosen = self._choose(heads)
-        operands: dict[str, Any] = {
-            "tokens": heads.tokens,
-            "representatives": chosen.values,
-            "keys": heads.keys,
-            "values": heads.values,
-            "attention": chosen.attention,
-            "step_tokens": self.step_tokens,
-            "contraction": self.contraction,
-            "eps": self.eps,
-            "token_mask": heads.token_mask,
-            "representative_mask": chosen.mask,
-        }
         if (chosen.attention is None) != (self.step_representatives is not None):
             raise ValueError(
                 "representatives must set gives_attention = True if and only if they return an attention, "
                 f"got {'none' if chosen.attention is None else 'one'}"
             )
-        if self.step_representatives is not None:
-            operands["step_representatives"] = self.step_representatives
-        return operands
+        operands: dict[str, Any] = {
+            "tokens": heads.queries,
+            "representatives": chosen.values,
+            "step_tokens": self.step_tokens,
+            "contraction": self.contraction,
+            "eps": self.eps,
+            "token_mask": heads.source.token_mask,
+            "representative_mask": chosen.mask,
+        }
+        if chosen.attention is not None:
+            return {**operands, "attention": chosen.attention}
+        eta = self.step_representatives
+        return {**operands, "keys": heads.keys, "values": heads.values, "step_representatives": eta}
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
         eps = f", eps={self.eps}" if self.contraction == "exact" else ""
         return f"{super().extra_repr()}, contraction={self.contraction!r}{eps}, layout={self.layout!r}"
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` is no more than its weight and bias: no subclass, adapter or hook."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    replaced = "forward" in vars(layer) or _has_any_global_hook()
-    return type(layer) is nn.Linear and not replaced and not any(hooks)

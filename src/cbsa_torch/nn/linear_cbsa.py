@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive
 from cbsa_torch._core.types import LINEAR_SOLVERS, LinearSolver
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class LinearCBSA(TokenMixer):
@@ -43,7 +41,7 @@ class LinearCBSA(TokenMixer):
         eps: float = 1.0,
         average: bool = True,
         solver: LinearSolver = "cholesky",
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
         check_positive("eps", eps)
         check_choice("solver", solver, LINEAR_SOLVERS)
@@ -69,18 +67,18 @@ class LinearCBSA(TokenMixer):
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.linear_cbsa`."""
         out = ops.linear_cbsa(
-            heads.tokens,
+            heads.queries,
             eps=self.eps,
             average=self.average,
             solver=self.solver,
-            token_mask=heads.token_mask,
+            token_mask=heads.source.token_mask,
         )
         return self.step_tokens[:, None, None].to(out.dtype) * out
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count the Gram matrix, its filter, and the filter applied."""
         return counting.linear_cbsa(
-            heads.tokens.shape[2], num_heads=self.num_heads, head_dim=self.head_dim, solver=self.solver
+            heads.queries.shape[2], num_heads=self.num_heads, head_dim=self.head_dim, solver=self.solver
         )
 
     def extra_repr(self) -> str:

@@ -6,68 +6,34 @@ A mixer is this and one function of :mod:`cbsa_torch.ops` between the projection
 from __future__ import annotations
 
 import abc
-import inspect
+import copy
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
+from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
 from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
 from cbsa_torch.nn.grids import GridSource, listen
-from cbsa_torch.nn.orthonormal import check_factorable, keep_rows_orthonormal
-from cbsa_torch.nn.tokens import TokenInput, as_token_mask, is_token_mask, read_tokens, resolve_grid
+from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
+from cbsa_torch.nn.tokens import (
+    Heads,
+    MixerInput,
+    as_token_mask,
+    as_tokens,
+    flat_mask,
+    is_token_mask,
+    resolve_grid,
+)
 from cbsa_torch.ops.counting import Counts
+from cbsa_torch.ops.counting import linear as linear_counts
 from cbsa_torch.ops.representatives import check_grid
-
-
-class MixerOptions(TypedDict, total=False):
-    """Keyword arguments that every mixer takes; see :class:`TokenMixer`."""
-
-    head_dim: int | None
-    tied: bool
-    orthogonal: bool
-    num_prefix_tokens: int | None
-    grid_size: GridSize | None
-    channels_first: bool | None
-    attn_head_dim: int | None
-    dim_out: int | None
-    qkv_bias: bool
-    qk_norm: bool
-    scale_norm: bool
-    proj_bias: bool
-    gated: bool
-    attn_drop: float
-    proj_drop: float
-    norm_layer: type[nn.Module] | None
-    recompute: bool
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-
-class Heads(NamedTuple):
-    """An input projected into the subspaces."""
-
-    tokens: Tensor
-    """``(B, H, N, P)`` U_k^T Z, or the queries if projections are separate."""
-    keys: Tensor | None
-    values: Tensor | None
-    """``(B, H, N, P)``; None if one projection is query, key and value."""
-    token_mask: Tensor | None
-    """``(B, N)`` bool, True = a real token."""
-    map_grid: GridSize | None
-    """The grid of the feature map the input was, or None if it was tokens."""
-    grid_size: GridSize | None
-    """The grid that was passed to ``forward``."""
-    attn_mask: Tensor | None = None
-    """A mask that differs from query to query, for mixers that have :attr:`TokenMixer.compares_tokens`."""
 
 
 class TokenMixer(nn.Module, abc.ABC):
@@ -223,21 +189,62 @@ class TokenMixer(nn.Module, abc.ABC):
     def mix_and_project(self, heads: Heads) -> Tensor:
         """:meth:`mix`, and out of the subspaces: ``(B, N, C)``. A mixer may do both at once."""
         joined = self.norm(self.mix(heads).transpose(1, 2).flatten(2))  # (B, N, H * P)
-        return F.linear(joined, self.qkv.weight.t()) if self.proj is None else self.proj(joined)
+        if self.proj is not None:
+            return self.proj(joined)
+        assert heads.basis is not None, "projections are tied"
+        return F.linear(joined, heads.basis.t())
+
+    @classmethod
+    def with_options(cls, **options: Any) -> type[TokenMixer]:
+        """Choose options for what takes a class, such as timm's ``attn_layer``.
+
+        ``timm.create_model("vit_tiny_patch16_224", attn_layer=CBSA.with_options(representatives="learned"))``
+
+        Args:
+            **options: of the constructor. They go before those that it is called with. A module among them is
+                copied for every layer.
+
+        Returns:
+            A subclass to be called, not subclassed: what it makes are instances of this class itself.
+        """
+
+        def new(_: type, *args: Any, **given: Any) -> TokenMixer:
+            own = {k: copy.deepcopy(v) if isinstance(v, nn.Module) else v for k, v in options.items()}
+            return cls(*args, **{**given, **own})
+
+        def refuse(_: type) -> None:
+            raise TypeError(f"a class made by with_options cannot be subclassed; subclass {cls.__name__}")
+
+        body = {"__new__": new, "__init_subclass__": classmethod(refuse), "__doc__": cls.__doc__}
+        return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if module is not self and reset is not None:
-                reset()
-        if self.orthogonal:  # the layer's own reset wrote into a copy
-            self.qkv.weight = nn.init.orthogonal_(torch.empty_like(self.qkv.weight))
+        """Draw all parameters anew.
+
+        Raises:
+            ValueError: a layer that is an adapter, quantised or offloaded. Nothing is changed then.
+        """
+        orthonormal = self._orthonormal_layers()
+        drawn_below = {m for layer in orthonormal.values() for m in layer.parametrizations.modules()}  # type: ignore[union-attr, operator]
+        inner = [(n, m) for n, m in self.named_modules() if m is not self and m not in drawn_below]
+        for name, module in inner:
+            reason = why_not_drawn(module)
+            if reason:
+                raise ValueError(f"reset_parameters cannot draw {name} of {type(self).__name__}: {reason}")
+        for _, module in inner:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+        for layer in orthonormal.values():  # the layer's own reset wrote into a copy
+            layer.weight = nn.init.orthogonal_(torch.empty_like(layer.weight))
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay."""
-        return {"qkv.parametrizations.weight.original"} if self.orthogonal else set()
+        return {f"{name}.parametrizations.weight.original" for name in self._orthonormal_layers()}
+
+    def _orthonormal_layers(self) -> dict[str, nn.Linear]:
+        found = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))
+        return {name: layer for name, layer in found if is_orthonormal(layer)}
 
     def set_input_size(self, grid_size: GridSize | None, num_prefix_tokens: int | None = None) -> None:
         """Set the grid of token inputs (None: assume a square again) and, if given, the prefix tokens."""
@@ -277,145 +284,122 @@ class TokenMixer(nn.Module, abc.ABC):
             ValueError: channels, a grid or a mask that do not fit; no grid where one is needed; a mask
                 that the mixer has no use for. TypeError: wrong dtypes.
         """
-        if is_causal and not self.compares_tokens:
-            raise ValueError(
-                f"is_causal must be False: {type(self).__name__} summarises all tokens before it updates any"
-            )
-        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal, rope)
-        arguments = source, grid_size, token_mask, attn_mask
+        return self._forward(self.read(x, grid_size, token_mask, attn_mask, is_causal, rope))
+
+    def _forward(self, source: MixerInput) -> Tensor:
         if self.recompute and torch.is_grad_enabled() and not is_transformed():
-            out = checkpoint(self._update, *arguments, use_reentrant=False)
+            out = checkpoint(self._update, source, use_reentrant=False)
         else:
-            out = self._update(*arguments)
+            out = self._update(source)
         out = self.proj_drop(out)
-        if token_mask is not None:
-            out = out.masked_fill(~token_mask[..., None], 0.0)  # the biases, too
+        if source.token_mask is not None:
+            out = out.masked_fill(~source.token_mask[..., None], 0.0)  # the biases, too
         return source.restore(out)
 
-    def _update(
-        self,
-        source: TokenInput,
-        grid_size: GridSize | None,
-        token_mask: Tensor | None,
-        attn_mask: Tensor | None,
-    ) -> Tensor:
+    def _update(self, source: MixerInput) -> Tensor:
         """Into the subspaces, mix, and out again: ``(B, N, C)``."""
-        # A tied orthogonal basis is used twice, and made once.
-        with parametrize.cached() if self.tied and self.orthogonal else nullcontext():
-            return self.mix_and_project(self._project(source, grid_size, token_mask, attn_mask))
+        return self.mix_and_project(self.project(source))
 
-    @classmethod
-    def named_arguments(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of :meth:`forward` by name, for hooks that see how it was called."""
-        bound = inspect.signature(cls.forward).bind(None, *args, **kwargs)
-        bound.apply_defaults()
-        return {name: value for name, value in bound.arguments.items() if name != "self"}
-
-    def counts(
-        self,
-        x: Tensor,
-        grid_size: GridSize | None = None,
-        token_mask: Tensor | None = None,
-        rope: Tensor | None = None,
-    ) -> Counts:
-        """What :meth:`forward` costs per item of ``x`` between the projections (those are linear layers)."""
-        source, token_mask, _ = self._read(x, token_mask, None, rope=rope)
-        counts = self.count_heads(self._project(source, grid_size, token_mask))
-        if self.proj is not None:
-            return counts
-        inner = self.num_heads * self.head_dim
-        return counts.plus(Counts(products=2 * source.tokens.shape[1] * inner * self.dim))
-
-    def heads(
+    def read(
         self,
         x: Tensor,
         grid_size: GridSize | None = None,
         token_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        is_causal: bool = False,
         rope: Tensor | None = None,
-    ) -> Heads:
-        """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
-        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, rope=rope)
-        return self._project(source, grid_size, token_mask, attn_mask)
+    ) -> MixerInput:
+        """Read the arguments of :meth:`forward`; it raises what that raises."""
+        name = type(self).__name__
+        if is_causal and not self.compares_tokens:
+            raise ValueError(f"is_causal must be False: {name} summarises all tokens before it updates any")
+        if rope is not None and not self.rotates:
+            raise ValueError(f"rope must be None: {name} has no rotary position embeddings")
+        if attn_mask is not None and is_causal:
+            raise ValueError("pass attn_mask or is_causal, not both")
+        tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
+        b, n, _ = tokens.shape
+        if token_mask is not None:
+            token_mask = flat_mask(token_mask, tokens, map_grid)
+        if is_causal:
+            attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+        elif attn_mask is not None and not (self.compares_tokens and not is_token_mask(attn_mask, b, n)):
+            if token_mask is not None:
+                raise ValueError("pass token_mask or attn_mask, not both")
+            token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
+        grid, prefix = self._locate(n, map_grid, grid_size)
+        if token_mask is not None:
+            # Padding may hold NaN, which the gradient of the projection's weight would carry on.
+            tokens = tokens.masked_fill(~token_mask[..., None], 0.0)
+        return MixerInput(tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope)
 
-    def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int] | None:
-        """The grid that :meth:`forward` uses for ``x`` and the number of prefix tokens before it.
+    def project(self, source: MixerInput) -> Heads:
+        """Into the subspaces."""
+        b, n, _ = source.x.shape
+        if self.shared_qkv:
+            apply = apply_with_matrix if self.tied else _apply
+            projected, basis = apply(self.qkv, source.x)
+            shared = projected.view(b, n, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, P)
+            return Heads(source, shared, shared, shared, basis)
+        qkv = self.qkv(source.x).view(b, n, 3, self.num_heads, self.head_dim)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, P) each
+        # A norm may return float32 under autocast.
+        queries, keys = (norm(t).to(values.dtype) for norm, t in ((self.q_norm, queries), (self.k_norm, keys)))
+        return Heads(source, queries, keys, values)
+
+    def heads(self, *args: Any, **kwargs: Any) -> Heads:
+        """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
+        return self.project(self.read(*args, **kwargs))
+
+    def counts(self, *args: Any, **kwargs: Any) -> Counts:
+        """What :meth:`forward`, called like this, costs per item between the projections (linear layers)."""
+        return self.counts_in(self.heads(*args, **kwargs))
+
+    def counts_in(self, heads: Heads) -> Counts:
+        """:meth:`counts` from the tokens in their subspaces, see :meth:`heads`."""
+        counts = self.count_heads(heads)
+        if self.proj is not None:
+            return counts
+        return counts.plus(linear_counts(heads.source.x.shape[1], self.num_heads * self.head_dim, self.dim))
+
+    def token_grid(self, *args: Any, **kwargs: Any) -> tuple[GridSize, int] | None:
+        """The grid that :meth:`forward`, called like this, uses, and the number of prefix tokens before it.
 
         None if the mixer needs no grid and none is given.
         """
-        source = read_tokens(x, self.dim, self.channels_first, None)
-        return self._locate(source.tokens.shape[1], source.map_grid, grid_size)
+        source = self.read(*args, **kwargs)
+        return None if source.grid_size is None else (source.grid_size, source.num_prefix_tokens)
 
     @property
     def needs_grid(self) -> bool:
         """Whether the mixer uses the tokens' grid."""
         return False
 
-    def _read(
-        self,
-        x: Tensor,
-        token_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool = False,
-        rope: Tensor | None = None,
-    ) -> tuple[TokenInput, Tensor | None, Tensor | None]:
-        """The input as tokens, its token mask, and what else there is of a mask."""
-        if rope is not None and not self.rotates:
-            raise ValueError(f"rope must be None: {type(self).__name__} has no rotary position embeddings")
-        source = read_tokens(x, self.dim, self.channels_first, token_mask)._replace(rope=rope)
-        b, n, _ = source.tokens.shape
-        if is_causal:
-            if attn_mask is not None:
-                raise ValueError("pass attn_mask or is_causal, not both")
-            return source, source.token_mask, torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        if attn_mask is None:
-            return source, source.token_mask, None
-        if self.compares_tokens and not is_token_mask(attn_mask, b, n):
-            return source, source.token_mask, attn_mask
-        if token_mask is not None:
-            raise ValueError("pass token_mask or attn_mask, not both")
-        return source, as_token_mask(attn_mask, b, n), None
-
-    def _project(
-        self,
-        source: TokenInput,
-        grid_size: GridSize | None,
-        token_mask: Tensor | None,
-        attn_mask: Tensor | None = None,
-    ) -> Heads:
-        """Into the subspaces."""
-        x = source.tokens
-        b, n, _ = x.shape
-        if token_mask is not None:
-            # Padding may hold NaN, which the gradient of the projection's weight would carry on.
-            x = x.masked_fill(~token_mask[..., None], 0.0)
-        keys = values = None
-        if self.orthogonal:
-            check_factorable(next(self.qkv.parameters()))
-        if self.shared_qkv:
-            tokens = self.qkv(x).view(b, n, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, P)
-        else:
-            qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim)
-            tokens, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, P) each
-            # A norm may return float32 under autocast.
-            tokens, keys = (
-                norm(t).to(values.dtype) for norm, t in ((self.q_norm, tokens), (self.k_norm, keys))
-            )
-        if grid_size is not None:
-            self._locate(n, source.map_grid, grid_size)  # refuse a wrong one, also where none is needed
-        return Heads(tokens, keys, values, token_mask, source.map_grid, grid_size, attn_mask)
+    def _locate(
+        self, n: int, map_grid: GridSize | None, grid_size: GridSize | None
+    ) -> tuple[GridSize | None, int]:
+        """The grid of ``n`` tokens, None if there is none, and the number of prefix tokens before it."""
+        if map_grid is not None:
+            if grid_size is not None and check_grid(grid_size) != map_grid:
+                raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
+            return map_grid, 0
+        grid_size = self.grid_size if grid_size is None else grid_size
+        if grid_size is None and not self.needs_grid:
+            return None, self.num_prefix_tokens or 0
+        if grid_size is None and self.grid_source is not None:
+            grid_size = self.grid_source.grid_of(n)
+        return resolve_grid(n, grid_size, self.num_prefix_tokens)
 
     def _represent(
         self, strategy: Callable[..., Any], heads: Heads, *, official: bool = False
     ) -> Representatives:
         """Ask a strategy for representatives of the grid tokens, or of all tokens if it needs no grid."""
-        tokens, mask = heads.tokens, heads.token_mask
-        grid: GridSize | None = None
+        source, tokens, grid = heads.source, heads.queries, None
+        mask = source.token_mask
         if getattr(strategy, "needs_grid", False):
-            located = self._locate(tokens.shape[2], heads.map_grid, heads.grid_size)
-            assert located is not None, "a strategy that needs a grid makes its mixer need one"
-            grid, first = located
-            first = 0 if official else first
+            grid = source.grid_size
+            assert grid is not None, "a strategy that needs a grid makes its mixer need one"
+            first = 0 if official else source.num_prefix_tokens
             cells = slice(first, first + math.prod(grid))
             tokens, mask = tokens[:, :, cells], None if mask is None else mask[:, cells]
         chosen = strategy(tokens, grid, mask)
@@ -426,23 +410,13 @@ class TokenMixer(nn.Module, abc.ABC):
             )
         return chosen
 
-    def _locate(
-        self, n: int, map_grid: GridSize | None, grid_size: GridSize | None
-    ) -> tuple[GridSize, int] | None:
-        if map_grid is not None:
-            if grid_size is not None and check_grid(grid_size) != map_grid:
-                raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
-            return map_grid, 0
-        grid_size = self.grid_size if grid_size is None else grid_size
-        if grid_size is None and not self.needs_grid:
-            return None
-        if grid_size is None and self.grid_source is not None:
-            grid_size = self.grid_source.grid_of(n)
-        return resolve_grid(n, grid_size, self.num_prefix_tokens)
-
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
         return (
             f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"tied={self.tied}, orthogonal={self.orthogonal}"
         )
+
+
+def _apply(layer: nn.Module, x: Tensor) -> tuple[Tensor, None]:
+    return layer(x), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive
 from cbsa_torch._core.types import TSSA_FORMS, TSSAForm
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class TSSA(TokenMixer):
@@ -45,7 +43,7 @@ class TSSA(TokenMixer):
         form: TSSAForm = "tost",
         eps: float = 1.0,
         average: bool = True,
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
         check_choice("form", form, TSSA_FORMS)
         check_positive("eps", eps)
@@ -85,7 +83,7 @@ class TSSA(TokenMixer):
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.tssa` or :func:`cbsa_torch.ops.channel_attention`."""
-        tokens, mask = heads.tokens, heads.token_mask
+        tokens, mask = heads.queries, heads.source.token_mask
         if self.temperature is not None:
             return ops.tssa(tokens, temperature=self.temperature, token_mask=mask)
         assert self.step_tokens is not None, "one of the two forms"
@@ -95,7 +93,7 @@ class TSSA(TokenMixer):
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count the weighted means of ``"tost"``; the rest is work per element."""
         return counting.channel_attention(
-            heads.tokens.shape[2],
+            heads.queries.shape[2],
             num_heads=self.num_heads,
             head_dim=self.head_dim,
             weighted=self.form == "tost",

@@ -84,7 +84,7 @@ def test_queries_keys_and_values_are_those_of_the_original(name):
     source.register_forward_hook(lambda _, args, out: called.update(x=args[0], out=out[0]))
     output(model, torch.randn(2, 3, 32, 32))
     heads = layer.heads(called["x"])
-    mixed = torch.nn.functional.scaled_dot_product_attention(heads.tokens, heads.keys, heads.values)
+    mixed = torch.nn.functional.scaled_dot_product_attention(heads.queries, heads.keys, heads.values)
     torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2)), called["out"])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.types import BROADCASTS
 from cbsa_torch.models.adapt.find import ROTARY
-from cbsa_torch.models.adapt.hugging_face import PAIRED_MIXERS, is_hugging_face
+from cbsa_torch.models.adapt.hugging_face import HF_MIXERS, is_hugging_face
 from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS, SeparateHeads
 from cbsa_torch.nn import MSSA, TSSA, AdaptedCBSA, AgentAttention, LinearAttention, LinearCBSA, TokenMixer
 
@@ -113,7 +113,7 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
 def _variants(source: nn.Module) -> Mapping[type[TokenMixer], type[TokenMixer]]:
     """The forms of our mixers that read their heads and are called as ``source`` is."""
     if is_hugging_face(source):
-        return PAIRED_MIXERS
+        return HF_MIXERS
     return ROTARY_MIXERS if isinstance(source, ROTARY) else {}
 
 
