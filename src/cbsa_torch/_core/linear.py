@@ -1,8 +1,8 @@
 """What a linear layer computes, whatever was done to it.
 
-Some fast paths need a layer's matrix: a tied output projection multiplies by its transpose, a folded one gives
-it to the operator. Reading ``layer.weight`` is right only while calling the layer is ``F.linear`` with it and no
-more: adapters (LoRA), quantised and offloaded weights, hooks and subclasses all act when the layer is called.
+Some fast paths need a layer's matrix: a tied output projection multiplies by its transpose, a folded one
+gives it to the operator. Reading ``layer.weight`` is right only while calling the layer is ``F.linear`` with it and
+no more: adapters (LoRA), quantised or offloaded weights, hooks and subclasses act when the layer is called.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def changed_calls(module: nn.Module) -> str:
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling ``layer`` is ``F.linear`` with its ``weight`` and ``bias``, so that they may be read.
 
-    Parametrised weights (``torch.nn.utils.parametrize``) are computed when they are read, so reading is right. So
-    it is with FSDP2, which has whole weights during the forward pass of a module around the layer.
+    Parametrised weights (``torch.nn.utils.parametrize``) are computed when they are read, so reading is right.
+    So it is with FSDP2, which has whole weights during the forward pass of a module around the layer.
     """
     return (
         isinstance(layer, nn.Linear)
@@ -49,7 +49,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def apply_with_matrix(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``layer(x)`` and the matrix of the layer, see :func:`matrix_of`. A parametrised weight is computed once."""
+    """``layer(x)`` and the layer's matrix, see :func:`matrix_of`. A parametrised weight is computed once."""
     if is_plain_linear(layer):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return F.linear(x, weight, layer.bias), weight  # type: ignore[arg-type]
@@ -61,8 +61,8 @@ def apply_with_matrix(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
     """The matrix W, ``(out, in)``, of a layer that computes ``x W^T + b``; differentiable.
 
-    The weight of a plain layer is read. Any other layer is called: W^T is what it makes of the identity less what
-    it makes of zero, which costs ``in + 1`` more tokens. Dropout in an adapter then drops channels of the adapter.
+    The weight of a plain layer is read. Any other layer is called: W^T is what it makes of the identity less
+    what it makes of zero, which costs ``in + 1`` more tokens. Dropout in an adapter drops channels of W then.
 
     Args:
         layer: a linear layer, or a wrapper of one.
@@ -70,7 +70,7 @@ def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
 
     Raises:
         TypeError: the layer is not linear by its type. ValueError: by a hook, a replaced ``forward`` or a
-            subclass it is no affine map (not checked in compiled code, under ``torch.func``, on the meta device).
+            subclass it is no affine map (not checked in compiled code, under ``torch.func`` or on meta).
     """
     if is_plain_linear(layer):
         return layer.weight  # type: ignore[return-value]
