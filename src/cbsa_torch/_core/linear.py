@@ -1,8 +1,8 @@
 """What a linear layer computes, whatever was done to it.
 
 Some fast paths need a layer's matrix: a tied output projection multiplies by its transpose, a folded one
-gives it to the operator. Reading ``layer.weight`` is right only while calling the layer is ``F.linear`` with it and
-no more: adapters (LoRA), quantised or offloaded weights, hooks and subclasses act when the layer is called.
+gives it to the operator. Reading ``layer.weight`` is right only while calling the layer is ``F.linear`` with it
+and no more: adapters (LoRA), quantised or offloaded weights, hooks and subclasses act when the layer is called.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ TSSA_FORMS: tuple[str, ...] = get_args(TSSAForm)
 
 GridSize = tuple[int, ...]
 
+DEFAULT_EPS = 0.1
+"""Quantisation precision epsilon: epsilon^2 = 0.01, the value behind the official rate measurements."""
+
 
 class Representatives(NamedTuple):
     """What a strategy returns: an initial guess to extract from, or the representatives themselves."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 import yaml
+from timm.layers import Mlp
 from torch import nn
 
-from cbsa_torch import ops
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import FETCHING_ARGS
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
-from cbsa_torch.nn import TokenMixer
+from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
 from cbsa_torch.train.errors import ConfigError
 
 CURVE_TOKENS = tuple(2**k for k in range(4, 17))
@@ -92,12 +93,28 @@ def mixer_sizes(name: str, args: Mapping[str, str]) -> dict[str, int]:
     return {"dim": mixer.dim, "num_heads": mixer.num_heads, "head_dim": mixer.head_dim}
 
 
+MECHANISMS: dict[str, Callable[..., nn.Module]] = {
+    "cbsa": CBSA,
+    "mssa": MSSA,
+    "mhsa": MHSA,
+    "linear_cbsa": LinearCBSA,
+    "tssa": TSSA,
+    "agent": partial(AgentAttention, qkv="shared"),
+    "mlp": lambda dim, num_heads, head_dim: Mlp(dim, 4 * dim),
+    "ista": lambda dim, num_heads, head_dim: ISTA(dim),
+}
+"""Layers that the plot compares, projections included: mixers, and the two kinds of feed-forward."""
+
+
 def flops_curves(dim: int, num_heads: int, head_dim: int) -> dict[str, list[int]]:
     """FLOPs of one layer of each mechanism at every number of :data:`CURVE_TOKENS`."""
-    return {
-        mechanism: [
-            ops.counting.layer(mechanism, n, dim, num_heads, head_dim=head_dim).flops  # type: ignore[arg-type]
-            for n in CURVE_TOKENS
-        ]
-        for mechanism in ops.counting.MECHANISMS
-    }
+    curves: dict[str, list[int]] = {}
+    with torch.device("meta"):
+        for name, build in MECHANISMS.items():
+            layer = build(dim, num_heads, head_dim=head_dim)
+            # Mixers take a map, channels first; feed-forwards read the last axis.
+            mixes = isinstance(layer, TokenMixer)
+            sizes = [(dim, 1, n) if mixes else (1, n, dim) for n in CURVE_TOKENS]
+            model = nn.Sequential(layer)  # a layer counts as part of a model
+            curves[name] = [count_model(model, size).total.counts.flops for size in sizes]
+    return curves

@@ -24,8 +24,7 @@ from cbsa_torch.nn import (
     LinearCBSA,
     TokenMixer,
 )
-from cbsa_torch.ops.cbsa.reference import masked_softmax
-from cbsa_torch.ops.masking import real_tokens
+from cbsa_torch.ops.masking import masked_softmax, real_tokens
 from cbsa_torch.ops.tssa import tssa_memberships
 
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}

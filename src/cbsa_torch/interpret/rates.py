@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_positive
 from cbsa_torch._core.precision import no_autocast, solve_dtype
+from cbsa_torch._core.types import DEFAULT_EPS
 from cbsa_torch.interpret._batches import captured_batches
 from cbsa_torch.interpret._statistics import rank_correlation
 from cbsa_torch.interpret.capture import LayerRecord, attention_layers
 from cbsa_torch.nn import CBSA
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
 from cbsa_torch.ops.coding_rate import rate_of_gram
 from cbsa_torch.ops.masking import real_tokens
 

@@ -74,7 +74,7 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
 
     def hook(part: str) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            found[part] = found[part].plus(_count(module, args, kwargs, output))
+            found[part] = found[part] + _count(module, args, kwargs, output)
 
         return count
 
@@ -106,7 +106,7 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
     ]
     whole = Counts()
     for layer in layers:
-        whole = whole.plus(layer.counts)
+        whole = whole + layer.counts
     total = LayerCounts("total", type(model).__name__, sum(layer.parameters for layer in layers), whole)
     return ModelCounts(layers, total, counter.get_total_flops())
 
@@ -172,8 +172,8 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         heads = module.heads(*args, **kwargs)
         counts, (b, n, _) = module.counts_in(heads), heads.source.x.shape
         if _is_read(module):
-            counts = counts.plus(counting.linear(n, module.qkv.in_features, module.qkv.out_features))
-        return counts.times(b)
+            counts += counting.linear(n, module.qkv.in_features, module.qkv.out_features)
+        return counts * b
     x: Tensor = args[0]
     if isinstance(module, nn.Linear):
         tokens = x.numel() // x.shape[-1]
@@ -193,10 +193,8 @@ def _count_softmax(module: Any, x: Tensor) -> Counts:
     """Softmax attention of others: all but the layers that it calls."""
     num_heads = getattr(module, "num_heads", None) or module.num_attention_heads
     inside = counting.softmax_attention(x.shape[1], num_heads=num_heads, head_dim=module.head_dim)
-    counts = inside.times(x.shape[0])
+    counts = inside * x.shape[0]
     if getattr(module, "q_bias", None) is None or module.qkv_bias_separate:
         return counts
     # EVA with biases multiplies with the weight of its layer, but does not call that.
-    return counts.plus(
-        counting.linear(x.shape[0] * x.shape[1], module.qkv.in_features, module.qkv.out_features)
-    )
+    return counts + counting.linear(x.shape[0] * x.shape[1], module.qkv.in_features, module.qkv.out_features)

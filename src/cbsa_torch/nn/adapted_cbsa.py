@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_choice, check_number, check_positive
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, Broadcast, Contraction, Layout
+from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, DEFAULT_EPS, Broadcast, Contraction, Layout
 from cbsa_torch.nn.agent_attention import AgentAttention
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
-from cbsa_torch.ops.cbsa.contraction import contract, zero_rows
+from cbsa_torch.ops.cbsa.contraction import contract
+from cbsa_torch.ops.masking import masked_softmax, zero_rows
 
 
 class AdaptedCBSA(AgentAttention):
@@ -140,7 +140,7 @@ class AdaptedCBSA(AgentAttention):
         if self.broadcast == "shared":
             return counts
         pairs = self.num_heads * n * m
-        return counts.plus(counting.Counts(2 * pairs * self.head_dim, 0, pairs))
+        return counts + counting.Counts(2 * pairs * self.head_dim, 0, pairs)
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
@@ -152,13 +152,10 @@ def _attention(
 ) -> Tensor:
     """A^T of Eq. 5, ``(B, H, M, N)``; zero for tokens and representatives that do not exist."""
     logits = scale * (initial @ keys.mT)
-    if token_mask is None:
-        return torch.softmax(logits, -1)
-    absent = ~token_mask[:, None, None, :]
-    if mask is not None:
-        absent = absent | ~mask[:, None, :, None]
-    lowest = torch.finfo(logits.dtype).min  # a row without any entry stays finite
-    return torch.softmax(logits.masked_fill(absent, lowest), -1).masked_fill(absent, 0.0)
+    real = None if token_mask is None else token_mask[:, None, None, :]
+    if real is not None and mask is not None:
+        real = real & mask[:, None, :, None]
+    return masked_softmax(logits, real)
 
 
 def _balance(attention: Tensor, token_mask: Tensor | None, mask: Tensor | None) -> Tensor | float:

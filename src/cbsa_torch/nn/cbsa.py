@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch import ops
 from cbsa_torch._core.checks import check_choice, check_positive
-from cbsa_torch._core.linear import is_plain_linear
+from cbsa_torch._core.linear import changed_calls, is_plain_linear
 from cbsa_torch._core.types import (
     CONTRACTIONS,
+    DEFAULT_EPS,
     IMPLS,
     LAYOUTS,
     QKV,
@@ -27,7 +27,9 @@ from cbsa_torch.nn.mixer import TokenMixer
 from cbsa_torch.nn.representatives import PrincipalDirections, make_representatives
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch.ops.cbsa.api import run, run_and_project
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, attention_inputs, cbsa_inputs
+from cbsa_torch.ops.cbsa.reference import cbsa_stages
 
 
 class CBSA(TokenMixer):
@@ -139,19 +141,17 @@ class CBSA(TokenMixer):
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.cbsa`."""
-        return ops.cbsa(**self._operands(heads), impl=self.impl)
+        return run(self._inputs(heads), self.impl)
 
     def mix_and_project(self, heads: Heads) -> Tensor:
         """Hand the output projection to the operator where nothing comes between."""
-        weight, bias = None, None
+        between = not isinstance(self.norm, nn.Identity) or changed_calls(self.norm)
+        if between or not (self.proj is None or is_plain_linear(self.proj)):
+            return super().mix_and_project(heads)
         if self.proj is None:
             assert heads.basis is not None, "projections are tied"
-            weight = heads.basis.t()
-        elif is_plain_linear(self.proj):
-            weight, bias = self.proj.weight, self.proj.bias
-        if weight is None or not isinstance(self.norm, nn.Identity):
-            return super().mix_and_project(heads)
-        return ops.cbsa(**self._operands(heads), out_weight=weight, out_bias=bias, impl=self.impl)
+            return run_and_project(self._inputs(heads), heads.basis.t(), None, self.impl)
+        return run_and_project(self._inputs(heads), self.proj.weight, self.proj.bias, self.impl)
 
     def stages(self, *args: Any, **kwargs: Any) -> CBSAStages:
         """Every intermediate of :meth:`forward`, called like this, computed eagerly, per head."""
@@ -159,7 +159,7 @@ class CBSA(TokenMixer):
 
     def stages_in(self, heads: Heads) -> CBSAStages:
         """:meth:`stages` from the tokens in their subspaces, see :meth:`heads`."""
-        return ops.cbsa_stages(**self._operands(heads))
+        return cbsa_stages(self._inputs(heads))
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count making the representatives, extraction, contraction and broadcast."""
@@ -168,22 +168,20 @@ class CBSA(TokenMixer):
         extracted = self.step_representatives is not None
         counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, **sizes)
         count_strategy = getattr(self.representatives, "counts", None)
-        return counts if count_strategy is None else counts.plus(count_strategy(n, **sizes))
+        return counts if count_strategy is None else counts + count_strategy(n, **sizes)
 
     def _choose(self, heads: Heads) -> Representatives:
         return self._represent(self.representatives, heads, official=self.layout == "official")
 
-    def _operands(self, heads: Heads) -> dict[str, Any]:
-        """The operator's arguments: tokens in the heads, representatives, options."""
+    def _inputs(self, heads: Heads) -> CBSAInputs:
+        """The operator's inputs: tokens in the heads, representatives, options."""
         chosen = self._choose(heads)
         if (chosen.attention is None) != (self.step_representatives is not None):
             raise ValueError(
                 "representatives must set gives_attention = True if and only if they return an attention, "
                 f"got {'none' if chosen.attention is None else 'one'}"
             )
-        operands: dict[str, Any] = {
-            "tokens": heads.queries,
-            "representatives": chosen.values,
+        options: dict[str, Any] = {
             "step_tokens": self.step_tokens,
             "contraction": self.contraction,
             "eps": self.eps,
@@ -191,9 +189,16 @@ class CBSA(TokenMixer):
             "representative_mask": chosen.mask,
         }
         if chosen.attention is not None:
-            return {**operands, "attention": chosen.attention}
-        eta = self.step_representatives
-        return {**operands, "keys": heads.keys, "values": heads.values, "step_representatives": eta}
+            return attention_inputs(heads.queries, chosen.values, chosen.attention, **options)
+        assert self.step_representatives is not None
+        return cbsa_inputs(
+            heads.queries,
+            chosen.values,
+            keys=heads.keys,
+            values=heads.values,
+            step_representatives=self.step_representatives,
+            **options,
+        )
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

@@ -31,8 +31,8 @@ from cbsa_torch.nn.tokens import (
     is_token_mask,
     resolve_grid,
 )
+from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
-from cbsa_torch.ops.counting import linear as linear_counts
 from cbsa_torch.ops.representatives import check_grid
 
 
@@ -360,7 +360,7 @@ class TokenMixer(nn.Module, abc.ABC):
         counts = self.count_heads(heads)
         if self.proj is not None:
             return counts
-        return counts.plus(linear_counts(heads.source.x.shape[1], self.num_heads * self.head_dim, self.dim))
+        return counts + counting.linear(heads.source.x.shape[1], self.num_heads * self.head_dim, self.dim)
 
     def token_grid(self, *args: Any, **kwargs: Any) -> tuple[GridSize, int] | None:
         """The grid that :meth:`forward`, called like this, uses, and the number of prefix tokens before it.

@@ -1,9 +1,11 @@
 """Pure functions: the mathematics, without parameters. Needs torch alone."""
 
-from cbsa_torch._core.types import Representatives
+from cbsa_torch._core.types import CBSAStages, Representatives
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.agent_attention import agent_attention
-from cbsa_torch.ops.cbsa.api import CBSAStages, cbsa, cbsa_stages
+from cbsa_torch.ops.cbsa.api import cbsa, contract_and_broadcast
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, attention_inputs, cbsa_inputs
+from cbsa_torch.ops.cbsa.reference import cbsa_stages
 from cbsa_torch.ops.coding_rate import coding_rate, compression_rate, rate_reduction
 from cbsa_torch.ops.directions import basis_directions, principal_directions
 from cbsa_torch.ops.ista import ista_step
@@ -14,15 +16,19 @@ from cbsa_torch.ops.softmax_attention import mssa, softmax_attention
 from cbsa_torch.ops.tssa import channel_attention, tssa
 
 __all__ = [
+    "CBSAInputs",
     "CBSAStages",
     "Representatives",
     "agent_attention",
+    "attention_inputs",
     "basis_directions",
     "cbsa",
+    "cbsa_inputs",
     "cbsa_stages",
     "channel_attention",
     "coding_rate",
     "compression_rate",
+    "contract_and_broadcast",
     "counting",
     "ista_step",
     "linear_attention",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch._core.types import DEFAULT_EPS
 
 
 def coding_rate(

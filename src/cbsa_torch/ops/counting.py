@@ -12,16 +12,10 @@ table is reproduced for CBSA, TSSA and MSSA.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
-from cbsa_torch._core.checks import check_choice, check_positive_int
+from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.types import CONTRACTIONS, LINEAR_SOLVERS, Contraction, LinearSolver
-
-Mechanism = Literal["cbsa", "mssa", "mhsa", "linear_cbsa", "tssa", "agent", "mlp", "ista"]
-MECHANISMS: tuple[str, ...] = get_args(Mechanism)
-
-MLP_RATIO = 4
-"""Hidden over outer channels of a Transformer's feed-forward."""
 
 
 class Counts(NamedTuple):
@@ -39,11 +33,11 @@ class Counts(NamedTuple):
         """All FLOPs that are counted."""
         return self.products + self.factorizations
 
-    def plus(self, other: Counts) -> Counts:
-        """The sum of both, field by field."""
+    def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
+        """Field by field."""
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def times(self, number: int) -> Counts:
+    def __mul__(self, number: int) -> Counts:  # type: ignore[override]
         """The same ``number`` times over."""
         return Counts(*(number * count for count in self))
 
@@ -141,66 +135,13 @@ def channel_attention(num_tokens: int, *, num_heads: int, head_dim: int, weighte
     return Counts(2 * similarities if weighted else 0, 0, similarities)
 
 
-def layer(
-    mechanism: Mechanism,
-    num_tokens: int,
-    dim: int,
-    num_heads: int,
-    *,
-    head_dim: int | None = None,
-    num_representatives: int = 64,
-) -> Counts:
-    """A whole layer with its projections: two, or four for ``"mhsa"`` (the paper's Fig. 2 and 9).
-
-    Args:
-        mechanism: a token mixer, or the feed-forwards ``"mlp"`` (hidden 4 ``dim``) and ``"ista"``.
-        num_tokens: N.
-        dim: channels.
-        num_heads: H.
-        head_dim: P. Default: ``dim / num_heads``.
-        num_representatives: M of CBSA and agent attention, at most N of them.
-
-    Raises:
-        ValueError: an unknown mechanism, numbers below 1.
-    """
-    check_choice("mechanism", mechanism, MECHANISMS)
-    for name, value in (
-        ("num_tokens", num_tokens),
-        ("dim", dim),
-        ("num_heads", num_heads),
-        ("num_representatives", num_representatives),
-    ):
-        check_positive_int(name, value)
-    head_dim = max(dim // num_heads, 1) if head_dim is None else head_dim
-    check_positive_int("head_dim", head_dim)
-    if mechanism == "mlp":
-        return linear(num_tokens, 2 * dim, MLP_RATIO * dim)  # up and down
-    if mechanism == "ista":
-        return ista(num_tokens, dim)
-    m = min(num_representatives, num_tokens)
-    if mechanism == "cbsa":
-        inside = cbsa(num_tokens, m, num_heads=num_heads, head_dim=head_dim)
-    elif mechanism == "linear_cbsa":
-        inside = linear_cbsa(num_tokens, num_heads=num_heads, head_dim=head_dim)
-    elif mechanism == "tssa":
-        inside = channel_attention(num_tokens, num_heads=num_heads, head_dim=head_dim, weighted=True)
-    elif mechanism == "agent":
-        inside = agent_attention(num_tokens, m, num_heads=num_heads, head_dim=head_dim)
-    else:
-        inside = softmax_attention(num_tokens, num_heads=num_heads, head_dim=head_dim)
-    projections = 4 if mechanism == "mhsa" else 2
-    return inside.plus(linear(num_tokens, dim, projections * num_heads * head_dim))
-
-
 __all__ = [
-    "MECHANISMS",
     "Counts",
     "agent_attention",
     "basis_directions",
     "cbsa",
     "channel_attention",
     "ista",
-    "layer",
     "linear",
     "linear_attention",
     "linear_cbsa",

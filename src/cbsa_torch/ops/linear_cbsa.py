@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cbsa_torch._core.checks import check_choice, check_positive
 from cbsa_torch._core.precision import no_autocast, solve_dtype
-from cbsa_torch._core.types import LINEAR_SOLVERS, LinearSolver
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch._core.types import DEFAULT_EPS, LINEAR_SOLVERS, LinearSolver
 from cbsa_torch.ops.masking import check_tokens, real_tokens
 from cbsa_torch.ops.spectral import eigh
 

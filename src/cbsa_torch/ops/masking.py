@@ -1,4 +1,4 @@
-"""Reading tokens in heads with their mask, for the operators that need nothing more."""
+"""Masks of tokens: True stands for what exists. Masked entries may hold anything, NaN included."""
 
 from __future__ import annotations
 
@@ -28,9 +28,30 @@ def check_tokens(tokens: Tensor, token_mask: Tensor | None) -> None:
 
 
 def real_tokens(tokens: Tensor, token_mask: Tensor | None, dtype: torch.dtype) -> RealTokens:
-    """Read checked tokens. Padding may hold anything, NaN included, and 0 * NaN = NaN: hence the zeros."""
-    values = tokens.to(dtype)
+    """Read checked tokens."""
+    values = zero_rows(tokens.to(dtype), token_mask)
     if token_mask is None:
         return RealTokens(values, tokens.shape[2])
     count = token_mask.sum(-1).clamp(min=1).to(dtype)[:, None, None, None]
-    return RealTokens(values.masked_fill(~token_mask[:, None, :, None], 0.0), count)
+    return RealTokens(values, count)
+
+
+def zero_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """``(B, H, rows, P)`` with zeros where ``mask`` ``(B, rows)`` is False.
+
+    Multiplying by a weight of 0 is not enough: 0 * NaN = NaN.
+    """
+    return rows if mask is None else rows.masked_fill(~mask[:, None, :, None], 0.0)
+
+
+def masked_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the last axis; entries where ``mask`` is False get 0, also in a row that has no other.
+
+    Args:
+        logits: any shape.
+        mask: bool, to be broadcast to ``logits``; None: all True.
+    """
+    if mask is None:
+        return torch.softmax(logits, dim=-1)
+    lowest = torch.finfo(logits.dtype).min  # unlike -inf it keeps a row without any entry finite
+    return torch.softmax(logits.masked_fill(~mask, lowest), dim=-1).masked_fill(~mask, 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbsa_torch._core.checks import check_floating, check_number, check_positive, check_shape
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch.ops.cbsa.api import DEFAULT_EPS
+from cbsa_torch._core.types import DEFAULT_EPS
 from cbsa_torch.ops.directions import check_basis
 from cbsa_torch.ops.masking import check_tokens, real_tokens
 

@@ -1,17 +1,21 @@
-"""The public CBSA operator: semantics, argument checks, choice of implementation."""
+"""The public CBSA operator: its arguments, and which implementation computes it."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_choice
-from cbsa_torch._core.types import IMPLS, Broadcast, CBSAStages, Contraction, Impl
-from cbsa_torch.ops.cbsa.dispatch import run
-from cbsa_torch.ops.cbsa.operands import check_operands, check_projection
-from cbsa_torch.ops.cbsa.reference import cbsa_reference
+from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, attention_inputs, cbsa_inputs, check_projection
+from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
+from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
+from cbsa_torch.ops.cbsa.two_softmax import two_softmax
 
-DEFAULT_EPS = 0.1
-"""Quantisation precision epsilon: epsilon^2 = 0.01, the value behind the official rate measurements."""
+MANY_WEIGHTS = 2**20
+"""Weights B * H * M * N from which ``"auto"`` goes over tiles if the output projection folds into them; four
+times as many if not. Below, what tiles save does not pay for their overhead (``cbsa bench layers``)."""
 
 
 def cbsa(
@@ -20,7 +24,6 @@ def cbsa(
     *,
     keys: Tensor | None = None,
     values: Tensor | None = None,
-    attention: Tensor | None = None,
     step_representatives: Tensor | float = 1.0,
     step_tokens: Tensor | float = 1.0,
     scale: float | None = None,
@@ -30,16 +33,14 @@ def cbsa(
     token_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     representative_mask: Tensor | None = None,
-    out_weight: Tensor | None = None,
-    out_bias: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Contract-and-Broadcast Self-Attention (paper, section 3.2) inside each head's subspace.
 
     Three stages, O(N) in the number of tokens: *extract* representatives by cross-attention (Eq. 5),
     *contract* them (Eq. 7 or 8), and *broadcast* the contractions back with the same attention matrix,
-    transposed and not renormalised. The projection into the subspaces is the caller's, and so is the one out
-    of them without ``out_weight`` (:class:`cbsa_torch.CBSA` has both).
+    transposed and not renormalised. The projections into the subspaces and out of them are the caller's
+    (:class:`cbsa_torch.CBSA` has both).
 
     B batch, H heads, N tokens, M representatives, P head dimension.
 
@@ -48,10 +49,6 @@ def cbsa(
         representatives: ``(B, H, M, P)`` the initial guess Q_ini, e.g. pooled tokens; M may exceed N.
         keys: ``(B, H, K, P)`` what representatives are matched against. Default: ``tokens``.
         values: ``(B, H, K, P)`` what they collect. Default: ``keys``.
-        attention: ``(B, H, M, N)`` A^T, in place of the softmax of Eq. 5; ``representatives`` are then U_k^T Q
-            itself, not a first guess, and nothing is extracted. With the identity and the tokens this is
-            MSSA (9), with directions (``ops.principal_directions``, ``ops.basis_directions``) and the exact
-            contraction linear (12) or channel attention (13).
         step_representatives: eta, the step of the residual extraction: a number or ``(H,)``.
         step_tokens: kappa, the step of the update (6), any sign: a number or ``(H,)``.
         scale: factor on all logits. Default: P^-1/2.
@@ -59,37 +56,31 @@ def cbsa(
             ``broadcast="softmax"``, agent attention up to the residual of the extraction).
         broadcast: ``"shared"``, the extraction's attention matrix again, or ``"softmax"``, a fresh softmax
             of tokens over representatives (agent attention; needed if keys are of another length).
-        eps: epsilon of the coding rate (1); used by ``contraction="exact"``.
+        eps: epsilon of the coding rate (1); used by ``contraction="exact"``. Default: 0.1.
         token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
             get zeros and zero gradients; so does an item without any real token.
         key_mask: ``(B, K)`` bool for keys and values. Default: ``token_mask``; required beside it if keys
             have another length than tokens.
         representative_mask: ``(B, M)`` bool, True = a representative that exists for this item.
-        out_weight: ``(C, H * P)`` joins the heads and projects them out like a linear layer. Given here, it
-            can be folded into the contractions, which saves time and memory. Used in the dtype of ``tokens``.
-        out_bias: ``(C,)``.
         impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
             ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;
-            ``"triton"`` has fused kernels for CUDA (experimental: checked in Triton's interpreter, not yet on
-            a GPU). ``"auto"`` is ``"tiled"`` on the CPU from B H M N = 2^20 on (2^22 unless the output
-            projection folds in: about N >= C), where it is measured to be the fastest, and ``"eager"``
-            otherwise: for small problems, on other devices, for ``attention`` and ``broadcast="softmax"``, and
-            in ``torch.export``.
+            ``"triton"`` does so in Triton kernels for CUDA (experimental: checked in Triton's interpreter, not
+            yet on a GPU). ``"auto"`` is ``"tiled"`` on the CPU from B H M N = 2^22 on, where it is measured
+            to be the fastest, and ``"eager"`` otherwise: for small problems, on other devices, for
+            ``broadcast="softmax"``, under ``torch.func``, and in ``torch.export``.
 
     Returns:
-        ``(B, H, N, P)``, or ``(B, N, C)`` with ``out_weight``, in the dtype of ``tokens``; add it to (or
-        subtract it from) the tokens after projecting back. An autocast context has no effect inside.
+        ``(B, H, N, P)`` in the dtype of ``tokens``; add it to (or subtract it from) the tokens after projecting
+        back. An autocast context has no effect inside.
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
-    check_choice("impl", impl, IMPLS)
-    operands = check_operands(
+    inputs = cbsa_inputs(
         tokens,
         representatives,
         keys=keys,
         values=values,
-        attention=attention,
         step_representatives=step_representatives,
         step_tokens=step_tokens,
         scale=scale,
@@ -100,50 +91,139 @@ def cbsa(
         key_mask=key_mask,
         representative_mask=representative_mask,
     )
-    check_projection(operands, out_weight, out_bias)
-    return run(operands, impl, out_weight, out_bias)
+    return run(inputs, impl)
 
 
-def cbsa_stages(
+def contract_and_broadcast(
     tokens: Tensor,
     representatives: Tensor,
+    attention: Tensor,
     *,
-    keys: Tensor | None = None,
-    values: Tensor | None = None,
-    attention: Tensor | None = None,
-    step_representatives: Tensor | float = 1.0,
     step_tokens: Tensor | float = 1.0,
     scale: float | None = None,
     contraction: Contraction = "softmax",
-    broadcast: Broadcast = "shared",
     eps: float = DEFAULT_EPS,
     token_mask: Tensor | None = None,
-    key_mask: Tensor | None = None,
     representative_mask: Tensor | None = None,
-) -> CBSAStages:
-    """Evaluate :func:`cbsa` (same arguments) and return every intermediate, computed eagerly.
+) -> Tensor:
+    """CBSA without its extraction: representatives that come with their attention (paper, section 3.3).
+
+    With the identity and the tokens themselves this is MSSA (9); with directions (``ops.principal_directions``,
+    ``ops.basis_directions``) and the exact contraction, linear (12) or channel attention (13).
+
+    Args:
+        tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z. Only their shape, dtype and device matter.
+        representatives: ``(B, H, M, P)`` U_k^T Q, what is contracted.
+        attention: ``(B, H, M, N)`` A^T, in place of the softmax of Eq. 5.
+        step_tokens, scale, contraction, eps, token_mask, representative_mask: as for :func:`cbsa`.
 
     Returns:
-        :class:`CBSAStages`: attention, extracted and contracted representatives, output, ... in the dtype
-        they were computed in (float32 for low-precision inputs).
+        ``(B, H, N, P)`` in the dtype of ``tokens``, computed equation by equation.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
-    operands = check_operands(
+    inputs = attention_inputs(
         tokens,
         representatives,
-        keys=keys,
-        values=values,
-        attention=attention,
-        step_representatives=step_representatives,
+        attention,
         step_tokens=step_tokens,
         scale=scale,
         contraction=contraction,
-        broadcast=broadcast,
         eps=eps,
         token_mask=token_mask,
-        key_mask=key_mask,
         representative_mask=representative_mask,
     )
-    return cbsa_reference(**operands._asdict())
+    return run(inputs)
 
 
-__all__ = ["DEFAULT_EPS", "CBSAStages", "cbsa", "cbsa_stages"]
+def run(inputs: CBSAInputs, impl: Impl = "auto") -> Tensor:
+    """CBSA of checked inputs by ``impl`` (see :func:`cbsa`): ``(B, H, N, P)`` in the dtype of the tokens."""
+    return _heads(inputs, _choose(inputs, impl, None))
+
+
+def run_and_project(
+    inputs: CBSAInputs, out_weight: Tensor, out_bias: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """:func:`run`, then the heads joined and projected by a linear layer.
+
+    Tiles fold the projection into the contractions, A (C U_out), where that takes fewer operations (about
+    N >= C): it saves time and memory. ``"auto"`` is then ``"tiled"`` from B H M N = 2^20 on.
+
+    Args:
+        inputs: checked inputs.
+        out_weight: ``(C, H * P)``, used in the dtype of the tokens.
+        out_bias: ``(C,)`` or None.
+        impl: as for :func:`cbsa`.
+
+    Returns:
+        ``(B, N, C)`` in the dtype of the tokens.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+    """
+    check_projection(inputs, out_weight, out_bias)
+    chosen = _choose(inputs, impl, out_weight)
+    if chosen == "tiled" and inputs.broadcast == "shared" and folds(inputs, out_weight):
+        return cbsa_linear_memory(inputs, "tiled", out_weight, out_bias)
+    return project_out(_heads(inputs, chosen), out_weight, out_bias)
+
+
+def _heads(inputs: CBSAInputs, impl: Impl) -> Tensor:
+    if impl == "eager":
+        output = cbsa_stages(inputs).output
+    elif inputs.broadcast == "softmax":
+        output = two_softmax(inputs)
+    else:
+        output = cbsa_linear_memory(inputs, impl)
+    return output.to(inputs.tokens.dtype)
+
+
+def _choose(inputs: CBSAInputs, impl: Impl, out_weight: Tensor | None) -> Impl:
+    """What ``"auto"`` is; an implementation that was asked for, if it can compute this."""
+    check_choice("impl", impl, IMPLS)
+    if impl == "auto":
+        return fastest(inputs, out_weight)
+    if impl == "eager":
+        return impl
+    if is_transformed():
+        raise ValueError(
+            f"impl={impl!r} is not for torch.func or forward-mode differentiation; use impl='eager' or 'auto'"
+        )
+    if inputs.attention is not None:
+        raise ValueError(
+            f"impl={impl!r} computes the attention itself; representatives that bring theirs need impl='eager'"
+        )
+    if impl == "triton" and inputs.broadcast == "softmax":
+        raise ValueError("impl='triton' broadcasts with the attention it extracted; use 'tiled' or 'eager'")
+    return impl
+
+
+def fastest(inputs: CBSAInputs, out_weight: Tensor | None) -> Impl:
+    """What ``"auto"`` is: tiles on the CPU, if the attention matrix is large; else the equations.
+
+    Elsewhere nothing was measured yet. ``torch.export`` should leave no operator of ours in a program, and
+    ``torch.func`` and forward-mode differentiation know the equations only.
+    """
+    given_or_fresh = inputs.attention is not None or inputs.broadcast == "softmax"
+    if given_or_fresh or torch.compiler.is_exporting() or is_transformed():
+        return "eager"
+    b, h, m, _ = inputs.representatives.shape
+    many = MANY_WEIGHTS if out_weight is not None and folds(inputs, out_weight) else 4 * MANY_WEIGHTS
+    large = b * h * m * inputs.keys.shape[2] >= many
+    return "tiled" if large and inputs.tokens.device.type == "cpu" else "eager"
+
+
+def folds(inputs: CBSAInputs, out_weight: Tensor) -> bool:
+    """Whether it is fewer operations to project the contractions than the heads of every token.
+
+    Per head, with C output channels: N M C products to broadcast projected contractions and P M C to project
+    them, against N P M to broadcast and N P C to project afterwards.
+    """
+    if torch.compiler.is_exporting():  # a comparison would limit N in the exported program
+        return False
+    (_, _, m, p), n, c = inputs.representatives.shape, inputs.keys.shape[2], out_weight.shape[0]
+    return (n + p) * m * c < n * p * (m + c)
+
+
+__all__ = ["cbsa", "contract_and_broadcast", "run", "run_and_project"]

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.precision import solve_dtype
-
-
-def zero_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """``(B, H, rows, P)`` with zeros where ``mask`` ``(B, rows)`` is False."""
-    return rows if mask is None else rows.masked_fill(~mask[:, None, :, None], 0.0)
+from cbsa_torch.ops.masking import masked_softmax, zero_rows
 
 
 def contract(rep: Tensor, kind: str, scale: float, eps: float, mask: Tensor | None) -> Tensor:
@@ -63,12 +59,7 @@ def contract_backward(
 
 
 def _attention(rep: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    logits = scale * (rep @ rep.mT)
-    if mask is None:
-        return torch.softmax(logits, -1)
-    absent = ~mask[:, None, None, :]
-    lowest = torch.finfo(logits.dtype).min  # a row without any entry stays finite
-    return torch.softmax(logits.masked_fill(absent, lowest), -1).masked_fill(absent, 0.0)
+    return masked_softmax(scale * (rep @ rep.mT), None if mask is None else mask[:, None, None, :])
 
 
 def _alpha(rep: Tensor, eps: float, mask: Tensor | None) -> Tensor | float:

@@ -1,4 +1,4 @@
-"""What ``torch.utils.flop_counter`` sees of the custom operators: the products of the equations.
+"""What ``torch.utils.flop_counter`` sees of our operators: the products of the equations.
 
 What is computed twice to save memory, or projected before it is broadcast, is counted as if it were not.
 Importing this module registers the formulas (``cbsa_torch.models`` does); it is not imported with the package,
@@ -13,39 +13,25 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from cbsa_torch.ops import counting
-from cbsa_torch.ops.cbsa.fused import fused, fused_backward
-from cbsa_torch.ops.cbsa.tiled import tiled, tiled_backward
-
-Shape = torch.Size
+from cbsa_torch.ops.cbsa.driver import Problem
+from cbsa_torch.ops.cbsa.library import cbsa_backward_op, cbsa_op
 
 
-def _register(op: Any, backward: Any) -> None:
-    """Let counters see ``op``, and ``backward`` as twice of it."""
-
-    def forward_flops(
-        representatives: Shape,
-        keys: Shape,
-        values: Shape | None,
-        eta: Shape,
-        kappa: Shape,
-        key_mask: Shape | None,
-        representative_mask: Shape | None,
-        *others: Any,
-        out_shape: Any = None,
-    ) -> int:
-        *projection, contraction, _, _ = others
-        b, h, n, p = keys
-        heads = counting.cbsa(n, representatives[2], num_heads=h, head_dim=p, contraction=contraction)
-        projected = 2 * n * h * p * projection[0][0] if projection and projection[0] is not None else 0
-        return b * (heads.products + projected)
-
-    def backward_flops(gradient: Shape, *inputs: Any, out_shape: Any = None) -> int:
-        *tensors, _, _, contraction, scale, eps = inputs  # without what the forward pass kept
-        return 2 * forward_flops(*tensors, contraction, scale, eps)
-
-    register_flop_formula(op._opoverload.overloadpacket)(forward_flops)
-    register_flop_formula(backward._opoverload.overloadpacket)(backward_flops)
+def _forward_flops(*problem: Any, out_shape: Any = None) -> int:
+    shapes: Any = Problem(*problem)  # of its tensors
+    b, h, n, p = shapes.keys
+    m = shapes.representatives[2]
+    heads = counting.cbsa(n, m, num_heads=h, head_dim=p, contraction=shapes.contraction)
+    projection = 0 if shapes.out_weight is None else 2 * n * h * p * shapes.out_weight[0]
+    products: int = b * (heads.products + projection)
+    return products
 
 
-_register(tiled, tiled_backward)
-_register(fused, fused_backward)
+def _backward_flops(
+    gradient: torch.Size, picked: torch.Size, normalizer: torch.Size, *problem: Any, out_shape: Any = None
+) -> int:
+    return 2 * _forward_flops(*problem)
+
+
+register_flop_formula(cbsa_op._opoverload.overloadpacket)(_forward_flops)
+register_flop_formula(cbsa_backward_op._opoverload.overloadpacket)(_backward_flops)

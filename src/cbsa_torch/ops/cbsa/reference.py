@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import CBSAStages
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs
 
 
 def masked_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -121,35 +122,28 @@ def project_out(heads: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(heads.transpose(1, 2).flatten(2), weight, bias)
 
 
-def cbsa_reference(
-    tokens: Tensor,
-    representatives: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    attention: Tensor | None,
-    step_representatives: Tensor | float,
-    step_tokens: Tensor | float,
-    scale: float,
-    contraction: str,
-    fresh_broadcast: bool,
-    eps: float,
-    token_mask: Tensor | None,
-    key_mask: Tensor | None,
-    representative_mask: Tensor | None,
-) -> CBSAStages:
-    """Evaluate CBSA and keep every stage. Arguments are checked by the caller (``api``).
+def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
+    """Evaluate CBSA equation by equation and return every intermediate.
 
-    Low-precision inputs are computed in float32 (autocast is off inside), and returned in their own dtype
-    only by the caller: the stages stay in the dtype they were computed in.
+    Args:
+        inputs: checked by :func:`cbsa_torch.ops.cbsa_inputs` (arguments of :func:`cbsa_torch.ops.cbsa`) or
+            :func:`cbsa_torch.ops.attention_inputs` (those of :func:`cbsa_torch.ops.contract_and_broadcast`).
+
+    Returns:
+        :class:`CBSAStages`: attention, extracted and contracted representatives, output, ... in the dtype
+        they are computed in: float32 for inputs of lower precision, else their own. An autocast context has
+        no effect inside.
     """
-    dtype = compute_dtype(tokens.dtype)
-    with no_autocast(tokens):
-        tokens, representatives, keys, values = (t.to(dtype) for t in (tokens, representatives, keys, values))
-        if isinstance(step_representatives, Tensor):
-            step_representatives = step_representatives.to(dtype)[:, None, None]  # (H, 1, 1)
-        if isinstance(step_tokens, Tensor):
-            step_tokens = step_tokens.to(dtype)[:, None, None]  # (H, 1, 1)
+    dtype = compute_dtype(inputs.tokens.dtype)
+    token_mask, key_mask, representative_mask = inputs.token_mask, inputs.key_mask, inputs.representative_mask
+    with no_autocast(inputs.tokens):
+        tokens, representatives, keys, values = (
+            t.to(dtype) for t in (inputs.tokens, inputs.representatives, inputs.keys, inputs.values)
+        )
+        eta, kappa = (  # (H, 1, 1)
+            step.to(dtype)[:, None, None] if isinstance(step, Tensor) else step
+            for step in (inputs.step_representatives, inputs.step_tokens)
+        )
         # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
         if token_mask is not None:
             tokens = tokens.masked_fill(~token_mask[:, None, :, None], 0.0)
@@ -159,11 +153,11 @@ def cbsa_reference(
         if representative_mask is not None:
             representatives = representatives.masked_fill(~representative_mask[:, None, :, None], 0.0)
 
-        if attention is None:
-            attention, picked = extract(representatives, keys, values, scale, key_mask)
-            extracted = representatives + step_representatives * picked
+        if inputs.attention is None:
+            attention, picked = extract(representatives, keys, values, inputs.scale, key_mask)
+            extracted = representatives + eta * picked
         else:
-            attention, extracted = attention.to(dtype), representatives
+            attention, extracted = inputs.attention.to(dtype), representatives
             if token_mask is not None:
                 attention = attention.masked_fill(~token_mask[:, None, None, :], 0.0)
         if representative_mask is not None:  # what does not exist attends to nothing
@@ -171,17 +165,17 @@ def cbsa_reference(
             attention, extracted = attention.masked_fill(absent, 0.0), extracted.masked_fill(absent, 0.0)
 
         contraction_attention = None
-        if contraction == "softmax":
-            contraction_attention, contracted = contract_softmax(extracted, scale, representative_mask)
-        elif contraction == "exact":
-            contracted = contract_exact(extracted, eps, representative_mask)
+        if inputs.contraction == "softmax":
+            contraction_attention, contracted = contract_softmax(extracted, inputs.scale, representative_mask)
+        elif inputs.contraction == "exact":
+            contracted = contract_exact(extracted, inputs.eps, representative_mask)
         else:
             contracted = extracted
         if representative_mask is not None:
             contracted = contracted.masked_fill(~representative_mask[:, None, :, None], 0.0)
 
-        if fresh_broadcast:
-            logits = scale * (tokens @ representatives.mT)  # (B, H, N, M)
+        if inputs.broadcast == "softmax":
+            logits = inputs.scale * (tokens @ representatives.mT)  # (B, H, N, M)
             weights = masked_softmax(
                 logits, None if representative_mask is None else representative_mask[:, None, None, :]
             )
@@ -191,7 +185,7 @@ def cbsa_reference(
                 weights = weights.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
         else:
             weights = attention.mT
-        output = broadcast(weights, contracted, step_tokens)
+        output = broadcast(weights, contracted, kappa)
     return CBSAStages(
         tokens,
         representatives,

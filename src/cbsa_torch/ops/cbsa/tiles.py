@@ -25,33 +25,10 @@ KEEP = 2**23
 them again: 32 MiB in float32, about what a last-level cache holds."""
 
 
-def groups(b: int, n: int) -> Iterator[slice]:
-    """Items that are handled together: short ones together, long ones alone."""
-    step = max(1, GROUP // max(1, n))
-    for first in range(0, b, step):
-        yield slice(first, min(first + step, b))
-
-
-def count(n: int) -> int:
-    """How many tiles cover ``n`` tokens."""
-    return max(1, (n + TILE // 2) // TILE)
-
-
-def most(n: int) -> int:
-    """A bound on :func:`count`, for shapes: no comparison, never one, so that exported programs keep N open."""
-    return n // TILE + 2
-
-
 class Tiles:
-    """A group of items and the passes over their tokens.
+    """The passes over the tokens of a few items, see :class:`cbsa_torch.ops.cbsa.driver.Passes`.
 
-    Args:
-        queries: ``(B, H, M, P)``, in the dtype to compute in.
-        keys: ``(B, H, N, P)``, any strides and dtype.
-        values: like ``keys``, or None if they are the keys.
-        mask: ``(B, N)`` bool; rows of masked tokens are read as zeros, whatever they hold.
-        scale: factor on the logits.
-        shares: of earlier passes, what :meth:`extract` returned.
+    The normalizer is the share exp(l_tile - l) of every tile, ``(B, H, M, tiles)``.
     """
 
     def __init__(
@@ -61,23 +38,37 @@ class Tiles:
         values: Tensor | None,
         mask: Tensor | None,
         scale: float,
-        shares: Tensor | None = None,
+        normalizer: Tensor | None = None,
     ) -> None:
         b, h, m, _ = queries.shape
         n = keys.shape[2]
         self.queries = scale * queries
         self.keys, self.values, self.mask, self.scale = keys, values, mask, scale
-        self.shares = shares
-        tiles = count(n)
+        self.shares = normalizer
+        tiles = self._count(n)
         self.places = [slice(i * n // tiles, (i + 1) * n // tiles) for i in range(tiles)]
-        self.keeps = tiles == 1 or (shares is None and b * h * m * n <= KEEP)
+        self.keeps = tiles == 1 or (normalizer is None and b * h * m * n <= KEEP)
         self.kept: dict[int, Tensor] = {}
 
-    def extract(self) -> tuple[Tensor, Tensor]:
-        """R = A V ``(B, H, M, P)`` and the shares exp(l_tile - l) ``(B, H, M, tiles)``.
+    @staticmethod
+    def groups(b: int, n: int) -> Iterator[slice]:
+        """Items that are handled together: short ones together, long ones alone."""
+        step = max(1, GROUP // max(1, n))
+        for first in range(0, b, step):
+            yield slice(first, min(first + step, b))
 
-        Items without any real token get zeros.
-        """
+    @staticmethod
+    def normalizer_size(n: int) -> int:
+        """A bound on the number of tiles: no comparison, never one, so that exported programs keep N open."""
+        return n // TILE + 2
+
+    @staticmethod
+    def _count(n: int) -> int:
+        """How many tiles cover ``n`` tokens."""
+        return max(1, (n + TILE // 2) // TILE)
+
+    def extract(self) -> tuple[Tensor, Tensor]:
+        """R = A V ``(B, H, M, P)`` and the shares ``(B, H, M, tiles)``."""
         parts, lses = [], []
         for i, place in enumerate(self.places):
             keys = self._read(self.keys, place)
@@ -142,11 +133,7 @@ class Tiles:
         d_keys: Tensor,
         d_values: Tensor | None,
     ) -> Tensor:
-        """Write dK and dV (dK + dV without ``d_values``); return the gradient of Q through A.
-
-        ``collected`` is A dO, ``d_picked`` the gradient of R. D_i = sum_n A_in dA_in needs no pass of its own:
-        it is made of tensors of size M x P.
-        """
+        """Write dK and dV; return the gradient of Q through A."""
         row_sums = ((carried * collected).sum(-1) + (d_picked * picked).sum(-1))[..., None]  # D, (B, H, M, 1)
         d_queries = torch.zeros_like(self.queries)
         for i in range(len(self.places)):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cbsa_torch.ops.cbsa.kernel_parts import (
+from cbsa_torch.ops.cbsa.triton.parts import (
     LN2,
     address,
     advance_softmax,

@@ -1,0 +1,182 @@
+"""The operator's inputs, checked and completed once: what every implementation is given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cbsa_torch._core.checks import (
+    check_choice,
+    check_floating,
+    check_mask,
+    check_number,
+    check_positive,
+    check_same_kind,
+    check_shape,
+)
+from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, DEFAULT_EPS, Broadcast, Contraction
+
+
+class CBSAInputs(NamedTuple):
+    """Checked inputs of CBSA, defaults filled in. Made by :func:`cbsa_inputs` or :func:`attention_inputs`."""
+
+    tokens: Tensor
+    representatives: Tensor
+    keys: Tensor
+    """The tokens themselves, the same object, if none were given."""
+    values: Tensor
+    """The keys themselves, the same object, if none were given."""
+    attention: Tensor | None
+    """A^T if it was given: then nothing is extracted."""
+    step_representatives: Tensor | float
+    step_tokens: Tensor | float
+    scale: float
+    contraction: Contraction
+    broadcast: Broadcast
+    eps: float
+    token_mask: Tensor | None
+    key_mask: Tensor | None
+    """``token_mask`` if none was given."""
+    representative_mask: Tensor | None
+
+
+def cbsa_inputs(
+    tokens: Tensor,
+    representatives: Tensor,
+    *,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    step_representatives: Tensor | float = 1.0,
+    step_tokens: Tensor | float = 1.0,
+    scale: float | None = None,
+    contraction: Contraction = "softmax",
+    broadcast: Broadcast = "shared",
+    eps: float = DEFAULT_EPS,
+    token_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    representative_mask: Tensor | None = None,
+) -> CBSAInputs:
+    """Check the arguments of :func:`cbsa_torch.ops.cbsa` and fill in its defaults.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+    """
+    check_choice("contraction", contraction, CONTRACTIONS)
+    check_choice("broadcast", broadcast, BROADCASTS)
+    check_positive("eps", eps)
+    if scale is not None:
+        check_number("scale", scale)
+    check_floating("tokens", tokens)
+    check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
+    b, h, n, p = tokens.shape
+    _check_rows("representatives", representatives, (b, h, None, p), "(B, H, M, P)", tokens)
+    if keys is None:
+        keys = tokens
+    else:
+        _check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", tokens)
+    if values is None:
+        values = keys
+    else:
+        _check_rows("values", values, (b, h, keys.shape[2], p), "(B, H, K, P)", tokens)
+    if keys.shape[2] != n:
+        if broadcast == "shared":
+            raise ValueError(
+                f"keys must have as many rows as tokens ({n}) for broadcast='shared', got {keys.shape[2]}; "
+                "use broadcast='softmax' for cross-attention"
+            )
+        if token_mask is not None and key_mask is None:
+            raise ValueError(
+                f"key_mask is required beside token_mask when keys have another length ({keys.shape[2]}) "
+                f"than tokens ({n}); pass all True if every key is real"
+            )
+    if token_mask is not None:
+        check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token")
+    if key_mask is None:
+        key_mask = token_mask
+    else:
+        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
+    if representative_mask is not None:
+        sizes = (b, representatives.shape[2])
+        check_mask("representative_mask", representative_mask, sizes, "(B, M)", "a real representative")
+    _check_step("step_representatives", step_representatives, h)
+    _check_step("step_tokens", step_tokens, h)
+    return CBSAInputs(
+        tokens,
+        representatives,
+        keys,
+        values,
+        attention=None,
+        step_representatives=step_representatives,
+        step_tokens=step_tokens,
+        scale=p**-0.5 if scale is None else scale,
+        contraction=contraction,
+        broadcast=broadcast,
+        eps=eps,
+        token_mask=token_mask,
+        key_mask=key_mask,
+        representative_mask=representative_mask,
+    )
+
+
+def attention_inputs(
+    tokens: Tensor,
+    representatives: Tensor,
+    attention: Tensor,
+    *,
+    step_tokens: Tensor | float = 1.0,
+    scale: float | None = None,
+    contraction: Contraction = "softmax",
+    eps: float = DEFAULT_EPS,
+    token_mask: Tensor | None = None,
+    representative_mask: Tensor | None = None,
+) -> CBSAInputs:
+    """Check the arguments of :func:`cbsa_torch.ops.contract_and_broadcast` and fill in its defaults.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+    """
+    inputs = cbsa_inputs(
+        tokens,
+        representatives,
+        step_tokens=step_tokens,
+        scale=scale,
+        contraction=contraction,
+        eps=eps,
+        token_mask=token_mask,
+        representative_mask=representative_mask,
+    )
+    b, h, n, _ = tokens.shape
+    _check_rows("attention", attention, (b, h, representatives.shape[2], n), "(B, H, M, N)", tokens)
+    return inputs._replace(attention=attention)
+
+
+def check_projection(inputs: CBSAInputs, out_weight: Tensor, out_bias: Tensor | None) -> None:
+    """Raise unless a projection out of the subspaces, ``(C, H * P)`` and ``(C,)``, fits the inputs."""
+    _, h, _, p = inputs.tokens.shape
+    _check_parameter("out_weight", out_weight, (None, h * p), "(C, H * P)", inputs.tokens)
+    if out_bias is not None:
+        _check_parameter("out_bias", out_bias, (out_weight.shape[0],), "(C,)", inputs.tokens)
+
+
+def _check_parameter(
+    name: str, parameter: Tensor, shape: tuple[int | None, ...], axes: str, tokens: Tensor
+) -> None:
+    check_floating(name, parameter)
+    check_shape(name, parameter, shape, axes)
+    if parameter.device != tokens.device:
+        raise ValueError(f"{name} must be on the device of tokens ({tokens.device}), got {parameter.device}")
+
+
+def _check_rows(name: str, rows: Tensor, shape: tuple[int | None, ...], axes: str, tokens: Tensor) -> None:
+    check_floating(name, rows)
+    check_shape(name, rows, shape, axes)
+    check_same_kind(name, rows, "tokens", tokens)
+
+
+def _check_step(name: str, step: Tensor | float, num_heads: int) -> None:
+    if isinstance(step, Tensor):
+        check_floating(name, step)
+        check_shape(name, step, (num_heads,), "(H,)")
+    else:
+        check_number(name, step)
