@@ -10,7 +10,7 @@ from cbsa_torch.train import evaluate_checkpoint, train
 from cbsa_torch.train.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 
 VIT = {"patch_size": "2", "in_chans": "1", "embed_dim": "24", "depth": "2", "num_heads": "2"}
-AGENT = "cbsa_agent num_representatives=4"
+AGENT = "agent num_representatives=4"
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from cbsa_torch.train.run_folder import environment
 from cbsa_torch.train.trainer import train
 
 Recovery = Literal["plain", "distilled"]
-CBSA_STAR = "cbsa contraction_step=1"
+CBSA_STAR = "adapted_cbsa contraction_step=1"
 
 
 @dataclass
@@ -52,8 +52,8 @@ class _TableArgs:
     """The original, as of `cbsa adapt`. For accuracies a run of ours."""
     config: str | None = None
     """A recipe or YAML file of the task adaptation. Default: the paper's recipe, with the data of the run."""
-    variants: tuple[str, ...] = (CBSA_STAR, "cbsa", "cbsa_agent", "linear")
-    """Mixers with their options (layers is one), e.g. "cbsa contraction_step=1 broadcast=shared"."""
+    variants: tuple[str, ...] = (CBSA_STAR, "adapted_cbsa", "agent", "linear")
+    """Mixers with their options (layers is one), e.g. "adapted_cbsa broadcast=shared"."""
     recoveries: tuple[Recovery, ...] = ("plain", "distilled")
     """How accuracy is recovered: from the labels alone, or with the original as a teacher, too."""
     seeds: tuple[int, ...] = (0,)

@@ -34,7 +34,7 @@ ARCHITECTURES = {
     "vit_tiny_r_s16_p8_224": (32, {}),  # ResNet before the patches
     "flexivit_small": (16, {}),
 }
-MIXERS = ("cbsa", "cbsa_agent", "linear")
+MIXERS = ("adapted_cbsa", "agent", "linear")
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 

@@ -20,8 +20,9 @@ IMAGE = torch.randn(1, 3, 64, 64)
 @pytest.mark.parametrize(
     ("mixer", "options"),
     [
-        ("cbsa", {"num_representatives": 4, "contraction_step": 0.5}),
-        ("cbsa_agent", {"broadcast": "shared"}),
+        ("adapted_cbsa", {"num_representatives": 4, "contraction_step": 0.5}),
+        ("adapted_cbsa", {"broadcast": "shared", "contraction": "none"}),
+        ("agent", {}),
         ("linear", {}),
         ("tssa", {}),
     ],
@@ -48,7 +49,11 @@ def test_the_hub_format(tmp_path):
 def test_by_name():
     base_args = {"depth": 2, "dynamic_img_size": True}
     model = timm.create_model(
-        "adapted_vit", base="vit_small_patch16_dinov3", mixer="cbsa", layers="latter_half", base_args=base_args
+        "adapted_vit",
+        base="vit_small_patch16_dinov3",
+        mixer="adapted_cbsa",
+        layers="latter_half",
+        base_args=base_args,
     )
     assert model.pretrained_cfg["input_size"] == (3, 256, 256)
     assert model.pretrained_cfg["num_classes"] == 0

@@ -46,7 +46,7 @@ def output(model, image, **options):
     return model(image, **options)[0]
 
 
-@pytest.mark.parametrize("mixer", ["cbsa", "cbsa_agent", "linear"])
+@pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
 @each_model
 def test_forward_backward_reload_and_any_size(name, mixer):
     model, image = built(name), torch.randn(2, 3, 32, 32)
@@ -89,7 +89,7 @@ def test_queries_keys_and_values_are_those_of_the_original(name):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("mixer", ["cbsa", "cbsa_agent", "linear"])
+@pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
 @torch.no_grad()
 def test_masks_are_honoured(mixer, implementation):
     model = built("vit")

@@ -20,7 +20,7 @@ def is_hugging_face(module: nn.Module) -> bool:
     """Whether it is an attention layer of transformers (5.0 or newer) that we know."""
     kind = type(module)
     ours = kind.__module__.startswith("transformers.") and kind.__name__ in CLASSES
-    return ours and isinstance(getattr(module, "o_proj", None), nn.Linear)
+    return ours and isinstance(getattr(module, "o_proj", None), nn.Module)
 
 
 def hugging_face_towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
@@ -37,9 +37,11 @@ def hugging_face_towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, in
 class _HFAttention(SeparateHeads):
     """Called and answering as a layer of transformers: (output, weights), and the weights are None."""
 
+    taken = ("q_proj", "k_proj", "v_proj", "o_proj")
+
     def inherit_projections(self, source: nn.Module) -> None:
         """Take over the layers of ``source``."""
-        self._take(source, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        super().inherit_projections(source)
         del self._modules["proj"]
 
     @property

@@ -12,6 +12,11 @@ from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, M
 class SeparateHeads(TokenMixer):
     """Reads queries, keys and values as timm's ``AttentionRope`` and ``EvaAttention`` do."""
 
+    taken: tuple[str, ...] = (
+        "qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop",
+    )  # fmt: skip
+    """Submodules of the original layer that become the mixer's own, by the same names."""
+
     q_proj: nn.Linear | None
     k_proj: nn.Linear | None
     v_proj: nn.Linear | None
@@ -21,13 +26,8 @@ class SeparateHeads(TokenMixer):
 
     def inherit_projections(self, source: nn.Module) -> None:
         """Take over the layers of ``source``, and how it uses them."""
-        self._take(
-            source, ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop")
-        )
-
-    def _take(self, source: nn.Module, layers: tuple[str, ...]) -> None:
         self.qkv = None  # type: ignore[assignment]
-        for name in layers:
+        for name in self.taken:
             setattr(self, name, getattr(source, name))
         self.q_bias, self.v_bias = getattr(source, "q_bias", None), getattr(source, "v_bias", None)
         self.register_buffer("k_bias", getattr(source, "k_bias", None), persistent=False)

@@ -22,7 +22,7 @@ class AdaptedModelConfig(ModelConfig):
     original: str | None = None
     """The ViT that is adapted: a run's folder, a .safetensors file of ours, hf-hub:owner/name, or the name of a
     timm model, whose pretrained weights are fetched. An adapted one gets more layers adapted."""
-    mixer: MixerName = "cbsa"
+    mixer: MixerName = "adapted_cbsa"
     """The attention that it gets; docs/adapt.md has a table."""
     layers: str = "all"
     """"all", "latter_half", or indices of attention layers with commas between, e.g. "9,10,-1"."""
