@@ -44,7 +44,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
         and type(layer).forward is nn.Linear.forward
         and not changed_calls(layer)
         and not _has_acting_global_hook()
-        and all(_may_be_read(layer._parameters.get(name)) for name in ("weight", "bias"))
+        and all(is_readable(layer._parameters.get(name)) for name in ("weight", "bias"))
     )
 
 
@@ -93,15 +93,21 @@ def matrix_of(layer: nn.Module, like: Tensor) -> Tensor:
 
 
 def why_not_drawn(module: nn.Module) -> str:
-    """Why ``reset_parameters`` cannot draw the parameters that a module itself holds; empty if it can."""
+    """Why the parameters that a module itself holds cannot be drawn anew; empty if they can."""
     kind, held = type(module).__name__, list(module.parameters(recurse=False))
     if _is_linear_by_type(module) and not isinstance(module, nn.Linear):
         return f"{kind} is an adapter, or quantised"
     if "forward" in vars(module) and any(parameter.is_meta for parameter in held):
         return "its weights are offloaded"
-    if not all(_may_be_read(parameter) for parameter in held):
+    if not all(is_readable(parameter) for parameter in held):
         return f"its parameters are not ordinary tensors: {type(held[0]).__name__}"
-    return f"{kind} has no reset_parameters" if held and not hasattr(module, "reset_parameters") else ""
+    return ""
+
+
+def is_readable(tensor: Tensor | None) -> bool:
+    """Whether a parameter is an ordinary tensor or None, not one that packs its values as quantised ones do."""
+    kind = type(tensor)
+    return tensor is None or kind in (Tensor, nn.Parameter) or kind.__name__ in _TENSORS_OF_TORCH
 
 
 def _check_affine(layer: nn.Linear, matrix: Tensor, probe: Tensor, out: Tensor) -> None:
@@ -122,11 +128,6 @@ def _is_linear_by_type(layer: nn.Module) -> bool:
         return _is_linear_by_type(inner)
     # By name, for the quantised layers of several packages are no subclasses.
     return isinstance(layer, nn.Linear) or type(layer).__name__.endswith("Linear")
-
-
-def _may_be_read(tensor: Tensor | None) -> bool:
-    kind = type(tensor)
-    return tensor is None or kind in (Tensor, nn.Parameter) or kind.__name__ in _TENSORS_OF_TORCH
 
 
 def _has_acting_global_hook() -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.linear import is_readable
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
 from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.interpret.surroundings import Surroundings
@@ -163,6 +164,10 @@ def _read_mixer(
     name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LayerRecord:
     layer = cast(TokenMixer, layer)
+    if any(p.is_meta for p in layer.parameters()) and not all(p.is_meta for p in args[:1]):
+        raise ValueError(
+            f"{name} keeps its weights elsewhere between calls (offloaded): load them to capture it"
+        )
     heads = layer.heads(*args, **kwargs)
     source, mask = heads.source, heads.source.token_mask
     grid, prefix = source.grid_size, source.num_prefix_tokens
@@ -234,7 +239,8 @@ def _zero_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
 def _own(tensor: Tensor, layer: nn.Module) -> Tensor:
     """The tensor, copied if it would keep more than itself alive, or change with the layer's parameters."""
     storage = tensor.untyped_storage()
-    held = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    readable = (t for t in (*layer.parameters(), *layer.buffers()) if is_readable(t))
+    held = {t.untyped_storage().data_ptr() for t in readable}
     if storage.data_ptr() in held or storage.nbytes() > tensor.numel() * tensor.element_size():
         return tensor.clone()
     return tensor

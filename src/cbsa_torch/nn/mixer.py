@@ -226,14 +226,15 @@ class TokenMixer(nn.Module, abc.ABC):
             ValueError: a layer that is an adapter, quantised or offloaded. Nothing is changed then.
         """
         orthonormal = self._orthonormal_layers()
-        drawn_below = {m for layer in orthonormal.values() for m in layer.parametrizations.modules()}  # type: ignore[union-attr, operator]
-        inner = [(n, m) for n, m in self.named_modules() if m is not self and m not in drawn_below]
-        for name, module in inner:
+        assigned = {m for layer in orthonormal.values() for m in layer.parametrizations.modules()}  # type: ignore[union-attr, operator]
+        for name, module in self.named_modules():
             reason = why_not_drawn(module)
+            if not hasattr(module, "reset_parameters") and module not in assigned and module._parameters:
+                reason = reason or f"{type(module).__name__} has no reset_parameters"
             if reason:
-                raise ValueError(f"reset_parameters cannot draw {name} of {type(self).__name__}: {reason}")
-        for _, module in inner:
-            if hasattr(module, "reset_parameters"):
+                raise ValueError(f"reset_parameters cannot draw {name or 'parameters'} of {type(self).__name__}: {reason}")
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
         for layer in orthonormal.values():  # the layer's own reset wrote into a copy
             layer.weight = nn.init.orthogonal_(torch.empty_like(layer.weight))
