@@ -413,6 +413,10 @@ def test_count_prints_writes_and_draws(tmp_path, capsys):
     curves = json.loads((tmp_path / "flops.json").read_text())
     assert (curves["dim"], curves["num_heads"]) == (192, 3)
     assert all(len(values) == len(curves["tokens"]) for values in curves["flops"].values())
+    n, d = curves["tokens"][-1], 192
+    assert curves["flops"]["mhsa"][-1] == 2 * n * 4 * d**2 + 4 * n**2 * d  # four projections, two products
+    assert curves["flops"]["cbsa"][-1] == 2 * n * 2 * d**2 + 6 * n * 64 * d + 4 * 64**2 * d
+    assert curves["flops"]["mlp"][-1] == 2 * n * 8 * d**2
 
 
 def test_count_takes_any_size_and_any_model(capsys):

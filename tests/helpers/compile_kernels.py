@@ -35,20 +35,20 @@ class Recorder:
 
 def launches(dtype, m, p, separate=False, masked=False, b=2, h=2, n=4096):
     """What one forward and one backward pass launch: kernel name, arguments, keyword arguments."""
-    from cbsa_torch.ops.cbsa import fused as module
+    from cbsa_torch.ops.cbsa import driver
+    from cbsa_torch.ops.cbsa.triton import passes
 
     recorder = Recorder()
-    module.check_supported = lambda keys, m: None
-    module._kernels, module._interpreted = lambda: recorder, lambda: False
-    module._processors = lambda device: 132
+    passes.check_supported = lambda keys, m: None
+    passes.kernels, passes._interpreted = recorder, lambda: False
+    passes._processors = lambda device: 132
     storage = torch.zeros(b, n, 2 * h, p, dtype=dtype).transpose(1, 2)  # (B, 2 H, N, P)
-    keys, values = storage[:, :h].requires_grad_(), storage[:, h:] if separate else None
+    keys, values = storage[:, :h], storage[:, h:] if separate else None
     mask = torch.ones(b, n, dtype=torch.bool) if masked else None
     representatives, steps = torch.zeros(b, h, m, p, dtype=dtype), (torch.ones(h), torch.ones(h))
-    problem = representatives, keys, values, *steps, mask, None
-    output, picked, lse = module.fused(*problem, "softmax", p**-0.5, 0.1)
-    detached = [t if t is None else t.detach() for t in problem]
-    module.fused_backward(output.detach(), *detached, picked, lse, "softmax", p**-0.5, 0.1)
+    tensors = representatives, keys, values, *steps, mask, None, None, None
+    problem = driver.Problem(*tensors, "softmax", p**-0.5, 0.1, "triton")
+    driver.backward(*driver.forward(problem), problem)
     return recorder.launches
 
 
@@ -69,7 +69,7 @@ def compile_launch(name, args, kwargs, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cbsa_torch.ops.cbsa import kernels
+    from cbsa_torch.ops.cbsa.triton import kernels
 
     function = getattr(kernels, name)
     kwargs = dict(kwargs)

@@ -30,10 +30,10 @@ def test_shared_broadcast_is_the_operator_with_the_attention_given(contraction, 
     layer = built(contraction=contraction, eps=eps, broadcast="shared", contraction_step=1.0)
     heads, agents = layer.heads(X), layer.agents(layer.heads(X)).values
     attention = torch.softmax(agents @ heads.keys.mT * layer.head_dim**-0.5, -1)
-    expected = ops.cbsa(
+    expected = ops.contract_and_broadcast(
         heads.keys,
         attention @ heads.values,
-        attention=attention,
+        attention,
         contraction=contraction,
         **({} if eps is None else {"eps": eps}),
     )

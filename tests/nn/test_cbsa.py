@@ -451,11 +451,3 @@ def test_every_implementation_is_the_same_layer(impl, contraction):
     (found.square().sum() + expected.square().sum()).backward()
     for a, b in zip(layer.parameters(), eager.parameters(), strict=True):
         assert_close(a.grad, b.grad, 1e-3)
-
-
-def test_triton_refuses_what_it_cannot():
-    tokens = torch.randn(1, 2, 9, 4)
-    with pytest.raises(TypeError, match="Triton kernels take float32, float16 or bfloat16, got torch.float64"):
-        ops.cbsa(tokens.double(), tokens.double(), impl="triton")
-    with pytest.raises(ValueError, match="impl='triton' broadcasts with the attention it extracted"):
-        ops.cbsa(tokens, tokens, broadcast="softmax", impl="triton")

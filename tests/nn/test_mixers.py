@@ -126,17 +126,11 @@ def test_cbsa_is_its_operator_between_projections(representatives, contraction):
     x = torch.randn(2, 9, DIM).double()
     heads = split(x @ layer.qkv.weight.T)
     values, mask, attention = layer.representatives(heads, (3, 3), None)
-    eta = {} if attention is not None else {"step_representatives": layer.step_representatives}
-    out = ops.cbsa(
-        heads,
-        values,
-        representative_mask=mask,
-        attention=attention,
-        step_tokens=layer.step_tokens,
-        contraction=contraction,
-        **eps,
-        **eta,
-    )
+    options = {"step_tokens": layer.step_tokens, "contraction": contraction, "representative_mask": mask, **eps}
+    if attention is None:
+        out = ops.cbsa(heads, values, step_representatives=layer.step_representatives, **options)
+    else:
+        out = ops.contract_and_broadcast(heads, values, attention, **options)
     assert_close(layer(x), layer.proj(merge(out)), 1e-12)
 
 

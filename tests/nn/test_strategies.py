@@ -73,7 +73,7 @@ def test_a_strategy_of_your_own_may_bring_its_attention():
     x = torch.randn(2, 9, DIM)
     tokens = split(x @ layer.qkv.weight.T)
     values, _, attention = with_attention(tokens)
-    out = ops.cbsa(tokens, values, attention=attention, step_tokens=layer.step_tokens)
+    out = ops.contract_and_broadcast(tokens, values, attention, step_tokens=layer.step_tokens)
     assert_close(layer(x), layer.proj(merge(out)), 1e-5)
 
 

@@ -51,7 +51,9 @@ def damping(eps):
 
 def along(w, chosen, eps, **options):
     """CBSA with directions as representatives and the exact contraction."""
-    return ops.cbsa(w, chosen.values, attention=chosen.attention, contraction="exact", eps=eps, **options)
+    return ops.contract_and_broadcast(
+        w, chosen.values, chosen.attention, contraction="exact", eps=eps, **options
+    )
 
 
 @pytest.mark.parametrize("scale", [None, 1.3])
@@ -60,7 +62,7 @@ def test_all_tokens_give_mssa(scale):
     identity = torch.eye(N).double().expand(B, H, N, N)
     assert_same(
         [
-            lambda w: ops.cbsa(w, w, attention=identity, scale=scale),
+            lambda w: ops.contract_and_broadcast(w, w, identity, scale=scale),
             lambda w: ops.mssa(w, scale=scale),
             lambda w: torch.softmax(factor * w @ w.mT, -1) @ w,
         ],
@@ -73,7 +75,7 @@ def test_all_tokens_give_mssa_with_a_mask():
     identity = torch.eye(N).double().expand(B, H, N, N)
     assert_same(
         [
-            lambda w: ops.cbsa(w, w, attention=identity, token_mask=mask, representative_mask=mask),
+            lambda w: ops.contract_and_broadcast(w, w, identity, token_mask=mask, representative_mask=mask),
             lambda w: ops.mssa(w, token_mask=mask),
         ],
         draw(),
@@ -138,7 +140,7 @@ def test_orthogonal_representatives_give_the_same_form(eps, scaled):
         left, sigma, right = torch.linalg.svd(w, full_matrices=False)  # W = R Sigma L^T
         representatives = (lam * sigma)[..., None] * right @ rotation.mT
         attention = lam[:, None] * left.mT
-        return ops.cbsa(w, representatives, attention=attention, contraction="exact", eps=eps)
+        return ops.contract_and_broadcast(w, representatives, attention, contraction="exact", eps=eps)
 
     def by_formula(w):
         # lam belongs to singular values in descending order, eigh sorts in ascending order
@@ -156,10 +158,10 @@ def test_a_rotation_among_representatives_changes_nothing(contraction, masked):
     rotation = torch.linalg.qr(torch.randn(B, H, P, P).double()).Q
 
     def run(mix):
-        return ops.cbsa(
+        return ops.contract_and_broadcast(
             w,
             mix @ representatives,
-            attention=mix @ attention,
+            mix @ attention,
             contraction=contraction,
             eps=0.7,
             token_mask=mask,
