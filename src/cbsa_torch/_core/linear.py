@@ -97,6 +97,8 @@ def why_not_drawn(module: nn.Module) -> str:
     kind, held = type(module).__name__, list(module.parameters(recurse=False))
     if _is_linear_by_type(module) and not isinstance(module, nn.Linear):
         return f"{kind} is an adapter, or quantised"
+    if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
+        return "its weight is computed from something else (parametrised, pruned)"
     if "forward" in vars(module) and any(parameter.is_meta for parameter in held):
         return "its weights are offloaded"
     if not all(is_readable(parameter) for parameter in held):

@@ -97,17 +97,17 @@ class WhiteBoxTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, device=device, dtype=dtype))
         self.pos_embed = nn.Parameter(torch.empty(1, length, embed_dim, device=device, dtype=dtype))
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         prefix = self.num_prefix_tokens
         self.blocks = nn.ModuleList()
         for make in mixers:
-            attn = make(embed_dim, num_heads, head_dim=head_dim, num_prefix_tokens=prefix, **kind)
+            attn = make(embed_dim, num_heads, head_dim=head_dim, num_prefix_tokens=prefix, **factory_kwargs)
             if mlp_ratio is None:
                 block: nn.Module = WhiteBoxBlock(
-                    embed_dim, attn, step_size=step_size, sparsity=sparsity, **kind
+                    embed_dim, attn, step_size=step_size, sparsity=sparsity, **factory_kwargs
                 )
             else:
-                block = ResidualBlock(embed_dim, attn, mlp_ratio=mlp_ratio, **kind)
+                block = ResidualBlock(embed_dim, attn, mlp_ratio=mlp_ratio, **factory_kwargs)
             self.blocks.append(block)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)

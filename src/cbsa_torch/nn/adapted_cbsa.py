@@ -151,11 +151,10 @@ def _attention(
     initial: Tensor, keys: Tensor, token_mask: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """A^T of Eq. 5, ``(B, H, M, N)``; zero for tokens and representatives that do not exist."""
-    logits = scale * (initial @ keys.mT)
-    real = None if token_mask is None else token_mask[:, None, None, :]
-    if real is not None and mask is not None:
-        real = real & mask[:, None, :, None]
-    return masked_softmax(logits, real)
+    exists = None if token_mask is None else token_mask[:, None, None, :]
+    if exists is not None and mask is not None:
+        exists = exists & mask[:, None, :, None]
+    return masked_softmax(scale * (initial @ keys.mT), exists)
 
 
 def _balance(attention: Tensor, token_mask: Tensor | None, mask: Tensor | None) -> Tensor | float:

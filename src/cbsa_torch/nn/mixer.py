@@ -226,13 +226,17 @@ class TokenMixer(nn.Module, abc.ABC):
             ValueError: a layer that is an adapter, quantised or offloaded. Nothing is changed then.
         """
         orthonormal = self._orthonormal_layers()
-        assigned = {m for layer in orthonormal.values() for m in layer.parametrizations.modules()}  # type: ignore[union-attr, operator]
         for name, module in self.named_modules():
+            if name in orthonormal:  # drawn below
+                continue
             reason = why_not_drawn(module)
-            if not hasattr(module, "reset_parameters") and module not in assigned and module._parameters:
-                reason = reason or f"{type(module).__name__} has no reset_parameters"
+            below = any(name.startswith(f"{layer}.") for layer in orthonormal)
+            if not reason and not below and module._parameters and not hasattr(module, "reset_parameters"):
+                reason = f"{type(module).__name__} has no reset_parameters"
             if reason:
-                raise ValueError(f"reset_parameters cannot draw {name or 'parameters'} of {type(self).__name__}: {reason}")
+                raise ValueError(
+                    f"reset_parameters cannot draw {name or 'parameters'} of {type(self).__name__}: {reason}"
+                )
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
@@ -338,8 +342,10 @@ class TokenMixer(nn.Module, abc.ABC):
         """Into the subspaces."""
         b, n, _ = source.x.shape
         if self.shared_qkv:
-            apply = apply_with_matrix if self.tied else _apply
-            projected, basis = apply(self.qkv, source.x)
+            if self.tied:
+                projected, basis = apply_with_matrix(self.qkv, source.x)
+            else:
+                projected, basis = self.qkv(source.x), None
             shared = projected.view(b, n, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, P)
             return Heads(source, shared, shared, shared, basis)
         qkv = self.qkv(source.x).view(b, n, 3, self.num_heads, self.head_dim)
@@ -417,7 +423,3 @@ class TokenMixer(nn.Module, abc.ABC):
             f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"tied={self.tied}, orthogonal={self.orthogonal}"
         )
-
-
-def _apply(layer: nn.Module, x: Tensor) -> tuple[Tensor, None]:
-    return layer(x), None

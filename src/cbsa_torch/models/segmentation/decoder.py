@@ -105,18 +105,18 @@ class MaskTransformerDecoder(nn.Module):
         self.num_classes = num_classes
         self.dim = dim
         self.encoder_dim = encoder_dim
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.input_proj: nn.Module = nn.Identity()
         if encoder_dim != dim:
-            self.input_proj = nn.Linear(encoder_dim, dim, **kind)
-        self.class_embed = nn.Parameter(torch.empty(1, num_classes, dim, **kind))
+            self.input_proj = nn.Linear(encoder_dim, dim, **factory_kwargs)
+        self.class_embed = nn.Parameter(torch.empty(1, num_classes, dim, **factory_kwargs))
         self.layers = nn.ModuleList()
         for _ in range(depth):
-            attn = make(dim, num_heads, head_dim=head_dim, num_prefix_tokens=num_classes, **kind)
-            self.layers.append(DecoderLayer(dim, attn, learned_step=learned_step, **kind))
-        self.norm = nn.LayerNorm(dim, **kind)
+            attn = make(dim, num_heads, head_dim=head_dim, num_prefix_tokens=num_classes, **factory_kwargs)
+            self.layers.append(DecoderLayer(dim, attn, learned_step=learned_step, **factory_kwargs))
+        self.norm = nn.LayerNorm(dim, **factory_kwargs)
         self.similarity = CosineSimilarity()
-        self.mask_norm: nn.Module = _class_norm(num_classes, **kind)
+        self.mask_norm: nn.Module = _class_norm(num_classes, **factory_kwargs)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -150,11 +150,11 @@ class MaskTransformerDecoder(nn.Module):
                     "set_input_size(grid, num_prefix_tokens)"
                 )
         like = self.class_embed
-        kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        factory_kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.num_classes = num_classes
-        self.class_embed = nn.Parameter(torch.empty(1, num_classes, self.dim, **kind))
+        self.class_embed = nn.Parameter(torch.empty(1, num_classes, self.dim, **factory_kwargs))
         nn.init.trunc_normal_(self.class_embed, std=0.02)
-        self.mask_norm = _class_norm(num_classes, **kind)
+        self.mask_norm = _class_norm(num_classes, **factory_kwargs)
         for layer in self.layers:
             layer.attn.set_input_size(None, num_classes)  # type: ignore[operator, union-attr]
 
@@ -248,8 +248,8 @@ class ScaleShift(nn.Module):
         return self.weight * x + self.bias
 
 
-def _class_norm(num_classes: int, **kind: Any) -> nn.Module:
-    return ScaleShift(**kind) if num_classes == 1 else nn.LayerNorm(num_classes, **kind)
+def _class_norm(num_classes: int, **factory_kwargs: Any) -> nn.Module:
+    return ScaleShift(**factory_kwargs) if num_classes == 1 else nn.LayerNorm(num_classes, **factory_kwargs)
 
 
 def _constructor(mixer: Mixer) -> Callable[..., nn.Module]:

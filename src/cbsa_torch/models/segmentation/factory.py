@@ -101,8 +101,8 @@ def segmenter(
     )
     if taken:
         raise ValueError(f"mixer_args must hold options of the mixer, not {', '.join(sorted(taken))}")
-    kind: dict[str, Any] = {"device": device, "dtype": dtype}
-    given = {"in_chans": in_chans, "img_size": img_size, **kind}
+    factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+    given = {"in_chans": in_chans, "img_size": img_size, **factory_kwargs}
     encoder_args |= {name: value for name, value in given.items() if value is not None}
 
     def build() -> Segmenter:
@@ -116,7 +116,7 @@ def segmenter(
             mixer=mixer,
             encoder_dim=channels(made),
             learned_step=learned_step,
-            **kind,
+            **factory_kwargs,
             **(mixer_args or {}),
         )
         return Segmenter(made, decoder, freeze_encoder=freeze_encoder)
