@@ -58,13 +58,13 @@ def test_the_table(vit, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--variants", "cbsaa"], "--variants must be one of cbsa,"),
-        (["--variants", "cbsa contraction_step"], "--variants must be one of"),
+        (["--variants", "cbsaa"], "--variants must be one of adapted_cbsa,"),
+        (["--variants", "adapted_cbsa contraction_step"], "--variants must be one of"),
         (["--variants", "linear layers=x"], "layers must be"),
         (["--variants", ""], "--variants must be one of"),
-        (["--variants", "cbsa eps=["], "--variants 'cbsa eps=['"),
+        (["--variants", "adapted_cbsa eps=["], "--variants 'adapted_cbsa eps=['"),
         (["--variants", AGENT, "linear eps=1"], "--variants 'linear eps=1': eps is an option of"),
-        (["--variants", "cbsa foo=1"], "foo is no option of any mixer"),
+        (["--variants", "adapted_cbsa foo=1"], "foo is no option of any mixer"),
         (["--cost-of", "resnet18"], "--cost-of resnet18 cannot be measured"),
         (["--cost-of", "vit_tinny"], "--cost-of vit_tinny cannot be measured"),
         (["--batches", "1"], "--batches must have one entry"),

@@ -142,5 +142,5 @@ def _has_acting_global_hook() -> bool:
         torch_module._global_backward_hooks,
         torch_module._global_backward_pre_hooks,
     )
-    hooks = [hook for table in registered for hook in table.values()]  # type: ignore[attr-defined]
+    hooks = [hook for table in registered for hook in table.values()]
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)

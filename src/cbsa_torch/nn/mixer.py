@@ -332,7 +332,7 @@ class TokenMixer(nn.Module, abc.ABC):
             if token_mask is not None:
                 raise ValueError("pass token_mask or attn_mask, not both")
             token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
-        grid, prefix = self._locate(n, map_grid, grid_size)
+        grid, prefix = self._locate(tokens, map_grid, grid_size)
         if token_mask is not None:
             # Padding may hold NaN, which the gradient of the projection's weight would carry on.
             tokens = tokens.masked_fill(~token_mask[..., None], 0.0)
@@ -383,9 +383,9 @@ class TokenMixer(nn.Module, abc.ABC):
         return False
 
     def _locate(
-        self, n: int, map_grid: GridSize | None, grid_size: GridSize | None
+        self, tokens: Tensor, map_grid: GridSize | None, grid_size: GridSize | None
     ) -> tuple[GridSize | None, int]:
-        """The grid of ``n`` tokens, None if there is none, and the number of prefix tokens before it."""
+        """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
         if map_grid is not None:
             if grid_size is not None and check_grid(grid_size) != map_grid:
                 raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
@@ -394,8 +394,8 @@ class TokenMixer(nn.Module, abc.ABC):
         if grid_size is None and not self.needs_grid:
             return None, self.num_prefix_tokens or 0
         if grid_size is None and self.grid_source is not None:
-            grid_size = self.grid_source.grid_of(n)
-        return resolve_grid(n, grid_size, self.num_prefix_tokens)
+            grid_size = self.grid_source.grid_of(tokens.shape[1])
+        return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
 
     def _represent(
         self, strategy: Callable[..., Any], heads: Heads, *, official: bool = False

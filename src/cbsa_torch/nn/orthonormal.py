@@ -46,7 +46,7 @@ def is_orthonormal(module: nn.Linear) -> bool:
     """Whether :func:`keep_rows_orthonormal` keeps its weight."""
     if not parametrize.is_parametrized(module, "weight"):
         return False
-    return any(isinstance(step, OrthonormalRows) for step in module.parametrizations["weight"])  # type: ignore[index, union-attr]
+    return any(isinstance(step, OrthonormalRows) for step in module.parametrizations["weight"])  # type: ignore[index]
 
 
 def check_factorable(weight: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Vision Transformers of transformers with random weights, adapted."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -143,6 +145,17 @@ def test_layers_with_hooks_are_refused():
     layer.register_forward_hook(lambda *_: None)
     (refused,) = adapt_vit(model).report.refused
     assert "it has hooks" in refused.reason
+
+
+def test_adapters_act_in_the_adapted_model():
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(built("vit"), config)
+    merged = copy.deepcopy(model).merge_and_unload()
+    image = torch.randn(1, 3, 32, 32)
+    expected = output(adapt_vit(merged, "linear").model, image)
+    torch.testing.assert_close(output(adapt_vit(model, "linear").model, image), expected)
 
 
 def test_one_projection_is_refused():

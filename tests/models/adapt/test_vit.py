@@ -293,7 +293,7 @@ def test_layers_that_cannot_be_adapted_say_why():
         (
             {"mixer": "adapted_cbsaa"},
             ValueError,
-            "mixer must be one of 'adapted_cbsa', .*; did you mean 'mssa'",
+            "mixer must be one of 'adapted_cbsa', .*; did you mean 'adapted_cbsa'",
         ),
         (
             {"layers": "last_half"},

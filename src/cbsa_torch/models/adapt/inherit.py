@@ -105,8 +105,8 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
         cast(int, first.in_features),
         cast(int, source.num_attention_heads if is_hugging_face(source) else source.num_heads),
         **options,
-        head_dim=source.head_dim,
-        dim_out=projection.out_features,
+        head_dim=cast(int, source.head_dim),
+        dim_out=cast(int, projection.out_features),
         device="meta",
     )
     if isinstance(layer, SeparateHeads):
