@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
-from cbsa_torch._core.checks import check_choice, check_number, check_positive
+from cbsa_torch._core.checks import check_choice, check_number, exact_eps
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, DEFAULT_EPS, Broadcast, Contraction, Layout
+from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, Broadcast, Contraction, Layout
 from cbsa_torch.nn.agent_attention import AgentAttention
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
@@ -66,39 +66,22 @@ class AdaptedCBSA(AgentAttention):
             raise ValueError(
                 f"contraction_step is of a contraction; contraction='none', got {contraction_step}"
             )
-        if eps is not None:
-            check_positive("eps", eps)
-            if contraction != "exact":
-                raise ValueError(
-                    f"eps is of contraction='exact'; contraction={contraction!r} has none, got {eps}"
-                )
+        eps = exact_eps(eps, contraction)
         super().__init__(
             dim, num_heads, num_representatives=num_representatives, qkv="separate", layout=layout, **options
         )
         self.contraction: Contraction = contraction
         self.contraction_step = contraction_step
-        self.eps = DEFAULT_EPS if eps is None else eps
+        self.eps = eps
         self.broadcast: Broadcast = broadcast
-        per_head = torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype"))
-        self.step_tokens = nn.Parameter(per_head)
-        self.step_contraction = None if contraction == "none" else nn.Parameter(torch.empty_like(per_head))
-        self.reset_steps()
+        self.step_tokens = self._per_head()
+        self.step_contraction = None if contraction == "none" else self._per_head()
+        self._reset_steps()
 
-    def reset_steps(self) -> None:
-        """Give the steps their values of the start."""
+    def _reset_steps(self) -> None:
         nn.init.ones_(self.step_tokens)
         if self.step_contraction is not None:
             nn.init.constant_(self.step_contraction, self.contraction_step)
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
-        self.reset_steps()
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay: the steps."""
-        steps = {"step_tokens"} | (set() if self.step_contraction is None else {"step_contraction"})
-        return super().no_weight_decay() | steps
 
     def mix(self, heads: Heads) -> Tensor:
         """Extract, contract, broadcast: ``(B, H, N, P)``."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from cbsa_torch._core.checks import check_choice, check_positive
+from cbsa_torch._core.checks import check_choice, exact_eps
 from cbsa_torch._core.linear import changed_calls, is_plain_linear
 from cbsa_torch._core.types import (
     CONTRACTIONS,
-    DEFAULT_EPS,
     IMPLS,
     LAYOUTS,
     QKV,
@@ -86,12 +84,7 @@ class CBSA(TokenMixer):
         **options: Any,
     ) -> None:
         check_choice("contraction", contraction, CONTRACTIONS)
-        if eps is not None:
-            check_positive("eps", eps)
-            if contraction != "exact":
-                raise ValueError(
-                    f"eps is of contraction='exact'; contraction={contraction!r} has none, got {eps}"
-                )
+        eps = exact_eps(eps, contraction)
         check_choice("layout", layout, LAYOUTS)
         check_choice("impl", impl, IMPLS)
         if layout == "official" and representatives != "pool":
@@ -99,13 +92,13 @@ class CBSA(TokenMixer):
         super().__init__(dim, num_heads, qkv=qkv, **options)
         factory_kwargs: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.contraction: Contraction = contraction
-        self.eps = DEFAULT_EPS if eps is None else eps
+        self.eps = eps
         self.layout: Layout = layout
         self.impl: Impl = impl
         self.representatives = make_representatives(
             representatives, num_heads, num_representatives, self.head_dim, **factory_kwargs
         )
-        self.step_tokens = nn.Parameter(torch.empty(num_heads, **factory_kwargs))
+        self.step_tokens = self._per_head()
         self.step_representatives: nn.Parameter | None = None
         if isinstance(self.representatives, PrincipalDirections) and contraction == "softmax":
             raise ValueError(
@@ -116,23 +109,13 @@ class CBSA(TokenMixer):
             if qkv == "separate":
                 raise ValueError("representatives that bring their attention need qkv='shared'")
         else:
-            self.step_representatives = nn.Parameter(torch.empty(num_heads, **factory_kwargs))
+            self.step_representatives = self._per_head()
         self._reset_steps()
 
     def _reset_steps(self) -> None:
         nn.init.normal_(self.step_tokens)
         if self.step_representatives is not None:
             nn.init.normal_(self.step_representatives)
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
-        self._reset_steps()
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay: the step sizes, and orthonormal bases."""
-        steps = {"step_tokens"} | (set() if self.step_representatives is None else {"step_representatives"})
-        return super().no_weight_decay() | steps
 
     @property
     def needs_grid(self) -> bool:

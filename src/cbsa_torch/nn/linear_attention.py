@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
@@ -31,18 +30,11 @@ class LinearAttention(TokenMixer):
 
     def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
         super().__init__(dim, num_heads, qkv="separate", **options)
-        self.temperature = nn.Parameter(
-            torch.ones(num_heads, device=options.get("device"), dtype=options.get("dtype"))
-        )
+        self.temperature = self._per_head()
+        self._reset_steps()
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
+    def _reset_steps(self) -> None:
         nn.init.ones_(self.temperature)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay."""
-        return super().no_weight_decay() | {"temperature"}
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.linear_attention`."""

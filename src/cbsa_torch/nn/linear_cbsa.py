@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
@@ -50,19 +49,11 @@ class LinearCBSA(TokenMixer):
         self.eps = eps
         self.average = average
         self.solver: LinearSolver = solver
-        self.step_tokens = nn.Parameter(
-            torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype"))
-        )
-        nn.init.normal_(self.step_tokens)
+        self.step_tokens = self._per_head()
+        self._reset_steps()
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
+    def _reset_steps(self) -> None:
         nn.init.normal_(self.step_tokens)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay: the step sizes, and orthonormal bases."""
-        return super().no_weight_decay() | {"step_tokens"}
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.linear_cbsa`."""

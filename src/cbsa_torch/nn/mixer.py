@@ -35,6 +35,9 @@ from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
 from cbsa_torch.ops.representatives import check_grid
 
+STEPS = ("step_", "temperature")
+"""How the names of parameters begin that a mixer has one of per head."""
+
 
 class TokenMixer(nn.Module, abc.ABC):
     """Base of CBSA, MSSA, TSSA, LinearCBSA, AgentAttention and MHSA: projections around an operator.
@@ -242,10 +245,20 @@ class TokenMixer(nn.Module, abc.ABC):
                 module.reset_parameters()  # type: ignore[operator]
         for layer in orthonormal.values():  # the layer's own reset wrote into a copy
             layer.weight = nn.init.orthogonal_(torch.empty_like(layer.weight))
+        self._reset_steps()
+
+    def _reset_steps(self) -> None:
+        """Draw the parameters that the mixer itself holds."""
+
+    def _per_head(self) -> nn.Parameter:
+        """A new parameter ``(H,)`` on the device and in the dtype of the projections."""
+        like = next(self.qkv.parameters())
+        return nn.Parameter(torch.empty(self.num_heads, device=like.device, dtype=like.dtype))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not decay."""
-        return {f"{name}.parametrizations.weight.original" for name in self._orthonormal_layers()}
+        """Names of parameters that should not decay: step sizes, temperatures and orthonormal bases."""
+        steps = {name for name, _ in self.named_parameters(recurse=False) if name.startswith(STEPS)}
+        return steps | {f"{name}.parametrizations.weight.original" for name in self._orthonormal_layers()}
 
     def _orthonormal_layers(self) -> dict[str, nn.Linear]:
         found = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))

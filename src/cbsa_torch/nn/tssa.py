@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
@@ -57,29 +56,15 @@ class TSSA(TokenMixer):
         self.form: TSSAForm = form
         self.eps = eps
         self.average = average
-        self.temperature: nn.Parameter | None = None
-        self.step_tokens: nn.Parameter | None = None
-        per_head = torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype"))
-        if form == "tost":
-            self.temperature = nn.Parameter(per_head)
-        else:
-            self.step_tokens = nn.Parameter(per_head)
-        self._reset_scale()
+        self.temperature = self._per_head() if form == "tost" else None
+        self.step_tokens = None if form == "tost" else self._per_head()
+        self._reset_steps()
 
-    def _reset_scale(self) -> None:
+    def _reset_steps(self) -> None:
         if self.temperature is not None:
             nn.init.ones_(self.temperature)
         if self.step_tokens is not None:
             nn.init.normal_(self.step_tokens)
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
-        self._reset_scale()
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay: temperature, step size, and orthonormal bases."""
-        return super().no_weight_decay() | {"temperature" if self.form == "tost" else "step_tokens"}
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.tssa` or :func:`cbsa_torch.ops.channel_attention`."""

@@ -147,6 +147,7 @@ def test_layers_with_hooks_are_refused():
     assert "it has hooks" in refused.reason
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
 def test_adapters_act_in_the_adapted_model():
     import peft
 

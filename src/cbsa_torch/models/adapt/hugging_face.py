@@ -35,7 +35,7 @@ def hugging_face_towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, in
 
 
 class _HFAttention(SeparateHeads):
-    """Called as an attention layer of transformers; returns ``(output, None)``: there are no attention weights."""
+    """Called as an attention layer of transformers; returns ``(output, None)``: it has no attention weights."""
 
     taken = ("q_proj", "k_proj", "v_proj", "o_proj")
 
