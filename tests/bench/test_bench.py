@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch import CBSA
 from cbsa_torch.bench import layers, measure, models
-from cbsa_torch.bench.baselines import Floor, Transcription
+from cbsa_torch.bench.baselines import LowerBound, NaiveCBSA
 from cbsa_torch.cli import main
 from tests.helpers.compare import relative_error
 
 
-def test_the_transcription_is_the_layer():
-    plain = Transcription(32, 2, num_representatives=16).double()
+def test_the_naive_baseline_is_the_layer():
+    plain = NaiveCBSA(32, 2, num_representatives=16).double()
     ours = CBSA(32, 2, num_representatives=16, num_prefix_tokens=1, impl="eager").double()
     state = plain.state_dict()
     ours.load_state_dict(
@@ -30,10 +30,10 @@ def test_the_transcription_is_the_layer():
     assert relative_error(plain(x), ours(x)) < 1e-12
 
 
-def test_the_floor_has_four_products():
+def test_the_lower_bound_has_four_products():
     n, d, m = 50, 32, 16
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        Floor(d, 2, m)(torch.randn(1, n, d))
+        LowerBound(d, 2, m)(torch.randn(1, n, d))
     assert counter.get_total_flops() == 4 * n * d**2 + 4 * n * m * d
 
 
@@ -50,7 +50,7 @@ def test_memory_counts_allocations():
 def test_every_layer_is_measured_at_every_size():
     sizes = [layers.Size(2, 4), layers.Size(1, 8)]
     rows = layers.compare(sizes, forward_sizes=[layers.Size(1, 12)], dim=16, num_heads=2, repetitions=1)
-    expected = set(layers.CONTESTANTS) - {"cbsa triton"}
+    expected = set(layers.CANDIDATES) - {"cbsa triton"}
     for size in sizes:
         own = [r for r in rows if (r.batch, r.tokens) == (size.batch, size.tokens)]
         assert {r.name for r in own if r.training} == expected
@@ -65,8 +65,8 @@ def test_every_layer_is_measured_at_every_size():
 def test_models_are_measured():
     names = [
         "cbt_pico_patch1_8 impl=tiled",
-        "cbt_pico_patch1_8 attn=floor",
-        "cbt_pico_patch1_8 attn=transcription",
+        "cbt_pico_patch1_8 attn=lower_bound",
+        "cbt_pico_patch1_8 attn=naive",
     ]
     rows = models.compare(names, image_sizes=[8], batches=[2], repetitions=1)
     assert [(r.name, r.training) for r in rows] == [
@@ -89,7 +89,7 @@ def test_the_command_writes_numbers_and_plots(tmp_path, capsys):
     assert "cbsa tiled" in capsys.readouterr().out
     record = json.loads(output.with_suffix(".json").read_text())
     assert record["versions"]["torch"] == torch.__version__
-    assert {row["name"] for row in record["rows"]} >= {"floor", "transcription", "mhsa"}
+    assert {row["name"] for row in record["rows"]} >= {"lower_bound", "naive", "mhsa"}
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert output.with_suffix(".svg").read_text().startswith("<svg")
 
@@ -100,7 +100,7 @@ def test_the_command_writes_numbers_and_plots(tmp_path, capsys):
         ([], "layers|models"),
         (["layer"], "layers|models"),
         (["layers", "--sizes", "4*32"], "BATCHxSIDE"),
-        (["layers", "--only", "cbsa"], "no contestant"),
+        (["layers", "--only", "cbsa"], "no candidate"),
         (["models", "--batches", "1"], "--batches"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from cbsa_torch import CBSA
 from cbsa_torch.bench import measure
-from cbsa_torch.bench.baselines import Transcription
+from cbsa_torch.bench.baselines import NaiveCBSA
 from cbsa_torch.ops.cbsa import api
 from tests.helpers.compare import relative_error
 
@@ -140,7 +140,7 @@ def test_what_a_layer_keeps_and_allocates():
     options = {"num_prefix_tokens": 1}
     kept, peak = memory(CBSA(384, 6, **options), x)  # "auto"
     kept_again, peak_again = memory(CBSA(384, 6, **options, recompute=True), x)
-    kept_plain, peak_plain = memory(Transcription(384, 6), x)
+    kept_plain, peak_plain = memory(NaiveCBSA(384, 6), x)
     assert kept < 2.1
     assert kept_again < 1.1
     assert kept_plain > 5

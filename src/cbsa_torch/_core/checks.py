@@ -109,6 +109,24 @@ def check_same_kind(name: str, tensor: Tensor, reference_name: str, reference: T
         )
 
 
+def check_rows(
+    name: str, tensor: Tensor, expected: Sequence[int | None], axes: str, reference_name: str, reference: Tensor
+) -> None:
+    """:func:`check_floating`, :func:`check_shape` and :func:`check_same_kind` of the reference."""
+    check_floating(name, tensor)
+    check_shape(name, tensor, expected, axes)
+    check_same_kind(name, tensor, reference_name, reference)
+
+
+def check_per_head(name: str, value: Tensor | float, num_heads: int) -> None:
+    """Raise unless ``value`` is a finite number or a floating-point tensor ``(H,)``."""
+    if isinstance(value, Tensor):
+        check_floating(name, value)
+        check_shape(name, value, (num_heads,), "(H,)")
+    else:
+        check_number(name, value)
+
+
 def check_mask(name: str, mask: Tensor, shape: Sequence[int | None], axes: str, meaning: str) -> None:
     """Raise unless ``mask`` is a boolean tensor of ``shape``; ``meaning`` says what True stands for."""
     if not isinstance(mask, Tensor):

@@ -1,9 +1,9 @@
-"""Benchmarks: our layers and models beside their baselines, in one run, with what no form can avoid.
+"""Benchmarks: our layers and models beside their baselines and a lower bound, in one run.
 
 ``cbsa bench layers`` and ``cbsa bench models`` print tables, and write JSON and plots.
 """
 
 from cbsa_torch._core.optional import require
 
-for _module in ("timm", "matplotlib", "rich"):
-    require(_module, extra="train")
+for _module, _extra in (("timm", "models"), ("matplotlib", "interpret")):
+    require(_module, extra=_extra)

@@ -1,4 +1,4 @@
-"""What CBSA is measured against: the method as one would paste it from the paper, and what no form avoids."""
+"""What CBSA is measured against: the paper's steps in plain PyTorch, and a lower bound of the cost."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Transcription(nn.Module):
-    """The paper's steps one after the other, in the plainest PyTorch, for a class token and a square grid.
+class NaiveCBSA(nn.Module):
+    """The naive baseline: the steps of section 3.2 one after the other, for a class token and a square grid.
 
-    Written from section 3.2 without regard to memory layout; no part of the library is used.
+    Plain PyTorch without regard to memory layout; no part of the library is used.
     """
 
     def __init__(self, dim: int, num_heads: int, num_representatives: int = 64) -> None:
@@ -39,11 +39,11 @@ class Transcription(nn.Module):
         return self.to_out(out.permute(0, 2, 1, 3).reshape(b, n, c))
 
 
-class Floor(nn.Module):
-    """The products that no form of the layer avoids: two projections and the extraction, 4 N d^2 + 4 N M d.
+class LowerBound(nn.Module):
+    """Only the products that every implementation computes: both projections and the extraction.
 
-    Neither pooling nor softmax nor contraction nor broadcast. The extracted representatives reach the output
-    through their sum, so that the backward pass takes the products of both, too.
+    4 N d^2 + 4 N M d FLOPs, without pooling, softmax, contraction or broadcast. The mean of the extracted
+    representatives is added to the output, so that the backward pass computes the gradients of all products.
     """
 
     def __init__(self, dim: int, num_heads: int, num_representatives: int = 64) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from cbsa_torch import CBSA, MSSA, TSSA, AgentAttention
 from cbsa_torch.bench import measure
-from cbsa_torch.bench.baselines import Floor, Transcription
+from cbsa_torch.bench.baselines import LowerBound, NaiveCBSA
 
 Build = Callable[..., nn.Module]
 
-FLOOR, TRANSCRIPTION = "floor", "transcription"
+LOWER_BOUND, NAIVE = "lower_bound", "naive"
 
 
 def _ours(cls: type[nn.Module], **options: Any) -> Build:
@@ -26,9 +26,9 @@ def _ours(cls: type[nn.Module], **options: Any) -> Build:
     return build
 
 
-CONTESTANTS: dict[str, Build] = {
-    FLOOR: Floor,
-    TRANSCRIPTION: Transcription,
+CANDIDATES: dict[str, Build] = {
+    LOWER_BOUND: LowerBound,
+    NAIVE: NaiveCBSA,
     "cbsa eager": _ours(CBSA, impl="eager"),
     "cbsa tiled": _ours(CBSA, impl="tiled"),
     "cbsa tiled, recompute": _ours(CBSA, impl="tiled", recompute=True),
@@ -43,7 +43,7 @@ QUADRATIC = ("mssa", "mhsa")
 
 
 class Row(NamedTuple):
-    """One contestant at one size in one pass."""
+    """One candidate at one size in one pass."""
 
     name: str
     batch: int
@@ -52,8 +52,8 @@ class Row(NamedTuple):
     milliseconds: float
     """Median."""
     repetitions: int
-    over_floor: float
-    """Its time over that of the floor at this size."""
+    over_lower_bound: float
+    """Its time over that of the lower bound at this size."""
     peak: float | None
     """Memory at the worst moment, in units of the input (B N d elements); None where one call exceeds the
     budget."""
@@ -97,13 +97,13 @@ def compare(
         device: "cpu" or "cuda".
         dtype: of parameters and tokens.
         repetitions: calls that count, at most.
-        budget: seconds for one contestant in one pass.
+        budget: seconds for one candidate in one pass.
         quadratic_limit: most tokens for a training step of those that compare all tokens with all; four times
             as many for inference.
-        only: names of contestants beside the floor. Default: all that run on the device.
+        only: names of candidates beside the lower bound. Default: all that run on the device.
         progress: is told what comes next.
     """
-    names = [n for n in CONTESTANTS if n == FLOOR or (_runs(n, device) and (only is None or n in only))]
+    names = [n for n in CANDIDATES if n == LOWER_BOUND or (_runs(n, device) and (only is None or n in only))]
     rows: list[Row] = []
     for training, size in [
         *((training, size) for size in sizes for training in (False, True)),
@@ -115,7 +115,7 @@ def compare(
         if not training:
             chosen = [n for n in chosen if "recompute" not in n]
         kind: Any = {"device": device, "dtype": dtype}
-        layers = {name: CONTESTANTS[name](dim, num_heads).to(**kind) for name in chosen}
+        layers = {name: CANDIDATES[name](dim, num_heads).to(**kind) for name in chosen}
         x = torch.randn(size.batch, size.tokens, dim, requires_grad=training, **kind)
         gradient = torch.randn_like(x) if training else x
         functions = {name: _pass(layer, x, gradient, training) for name, layer in layers.items()}
@@ -140,7 +140,7 @@ def compare(
                     training,
                     1e3 * medians[name],
                     len(times[name]),
-                    medians[name] / medians[FLOOR],
+                    medians[name] / medians[LOWER_BOUND],
                     peak,
                     saved,
                 )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.bench import measure
-from cbsa_torch.bench.baselines import Floor, Transcription
-from cbsa_torch.bench.layers import FLOOR, TRANSCRIPTION
+from cbsa_torch.bench.baselines import LowerBound, NaiveCBSA
+from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE
 
 MODELS = tuple(
     name.format(size)
@@ -23,8 +23,8 @@ MODELS = tuple(
         "cbt_{}_patch16_224",
         "cbt_{}_patch16_224 impl=eager",
         "cbt_{}_patch16_224 impl=tiled",
-        "cbt_{}_patch16_224 attn=transcription",
-        "cbt_{}_patch16_224 attn=floor",
+        "cbt_{}_patch16_224 attn=naive",
+        "cbt_{}_patch16_224 attn=lower_bound",
         "vit_{}_patch16_224",
         "crate_{}_patch16_224",
         "tost_{}_patch16_224",
@@ -64,7 +64,7 @@ def compare(
     """Measure inference and a training step (forward and backward) of every model.
 
     Args:
-        models: timm names, optionally followed by ``impl=NAME`` or ``attn=floor`` or ``attn=transcription``.
+        models: timm names, optionally followed by ``impl=NAME``, ``attn=lower_bound`` or ``attn=naive``.
         image_sizes: sides of square images.
         batches: images per batch, for each size.
         device: "cpu" or "cuda".
@@ -108,7 +108,7 @@ def compare(
 
 
 def _create(name: str, image_size: int) -> nn.Module:
-    """A timm model; ``NAME impl=tiled`` sets an option, ``NAME attn=floor`` puts a baseline in every block."""
+    """A timm model; ``NAME impl=tiled`` sets an option, ``NAME attn=naive`` puts a baseline in every block."""
     name, _, variant = name.partition(" ")
     option, _, value = variant.partition("=")
     options = {"impl": value} if option == "impl" else {}
@@ -120,7 +120,7 @@ def _create(name: str, image_size: int) -> nn.Module:
     return model
 
 
-BASELINES: dict[str, Callable[[int, int], nn.Module]] = {FLOOR: Floor, TRANSCRIPTION: Transcription}
+BASELINES: dict[str, Callable[[int, int], nn.Module]] = {LOWER_BOUND: LowerBound, NAIVE: NaiveCBSA}
 
 
 class _Tokens(nn.Module):

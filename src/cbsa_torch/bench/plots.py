@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
-from cbsa_torch.bench.layers import FLOOR, Row
+from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE, Row
 from cbsa_torch.bench.models import ModelRow
 
 BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
 LOOK = {
-    FLOOR: ("floor: products no form avoids", "black", ":", 1.4),
+    LOWER_BOUND: ("lower bound: projections, extraction", "black", ":", 1.4),
     "cbsa tiled": ("CBSA", BLUE, "-", 2.4),
     "cbsa triton": ("CBSA, Triton", "#13294b", "-", 2.4),
     "cbsa tiled, recompute": ("CBSA, recompute", BLUE, "--", 1.2),
     "cbsa eager": ("CBSA, eager", "#7aa6d8", "-", 1.4),
-    "transcription": ("CBSA, transcription", "#7aa6d8", "--", 1.2),
+    NAIVE: ("CBSA, naive", "#7aa6d8", "--", 1.2),
     "agent": ("agent", "#3d8f5f", "-", 1.2),
     "tssa": ("TSSA", "#3d8f5f", "--", 1.2),
     "mhsa": ("softmax attention (SDPA)", ORANGE, "-", 1.6),

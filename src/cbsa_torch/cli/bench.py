@@ -35,23 +35,23 @@ class _TimedArgs:
     threads: int = 2
     """CPU threads."""
     repetitions: int = 9
-    """Counted calls of each contestant; fewer where the budget ends before."""
+    """Counted calls of each candidate; fewer where the budget ends before."""
     budget: float = 10.0
-    """Seconds for one contestant in one pass."""
+    """Seconds for one candidate in one pass."""
     output: str = "benchmarks/results/layers"
     """JSON, PNG and SVG files of this name."""
 
 
 @dataclass
 class LayersArgs(_TimedArgs):
-    """Time and memory of one attention layer of every mechanism, with the floor in the same run."""
+    """Time and memory of one attention layer of every mechanism, with a lower bound in the same run."""
 
     sizes: tuple[str, ...] = ("16x14", "4x32", "1x64", "1x128", "1x256")
     """Batch x side of a square grid (a class token comes on top)."""
     forward_sizes: tuple[str, ...] = ("1x512", "1x1024")
     """Further sizes, for inference only; 1x1024 is a million tokens and needs 8 GiB at 384 channels."""
     only: tuple[str, ...] = ()
-    """Names of contestants. Default: all."""
+    """Names of candidates. Default: all."""
     dim: int = 384
     """Channels of the layer."""
     num_heads: int = 6
@@ -63,14 +63,14 @@ class ModelsArgs(_TimedArgs):
     """Images per second of whole models."""
 
     models: tuple[str, ...] = models.MODELS
-    """timm names; "NAME impl=tiled" chooses the implementation, "NAME attn=floor" or "attn=transcription"
-    puts a baseline in every block."""
+    """timm names; "NAME impl=tiled" chooses the implementation, "NAME attn=naive" or "attn=lower_bound" puts a
+    baseline in every block."""
     image_sizes: tuple[int, ...] = (224, 512)
     """Sides of the images in pixels."""
     batches: tuple[int, ...] = (8, 2)
     """Images per batch, for each size."""
     repetitions: int = 5
-    """Counted calls of each contestant; fewer where the budget ends before."""
+    """Counted calls of each candidate; fewer where the budget ends before."""
     output: str = "benchmarks/results/models"
     """JSON, PNG and SVG files of this name."""
 
@@ -94,9 +94,9 @@ def run_bench(args: list[str]) -> None:
 
 
 def _layers(options: LayersArgs) -> None:
-    unknown = set(options.only) - set(layers.CONTESTANTS)
+    unknown = set(options.only) - set(layers.CANDIDATES)
     if unknown:
-        raise ConfigError(f"--only: no contestant {sorted(unknown)}; there are {', '.join(layers.CONTESTANTS)}")
+        raise ConfigError(f"--only: no candidate {sorted(unknown)}; there are {', '.join(layers.CANDIDATES)}")
     console = Console()
     with console.status("") as status:
         rows = layers.compare(
@@ -111,7 +111,7 @@ def _layers(options: LayersArgs) -> None:
             only=options.only or None,
             progress=status.update,
         )
-    table = Table("tokens", "pass", "layer", "ms", "over floor", "peak / input", "saved / input", box=None)
+    table = Table("tokens", "pass", "layer", "ms", "/ bound", "peak / input", "saved / input", box=None)
     for column in table.columns[3:]:
         column.justify = "right"
     last = None
@@ -123,7 +123,7 @@ def _layers(options: LayersArgs) -> None:
             *(name if here != last else ("", "")),
             row.name,
             f"{row.milliseconds:.2f}",
-            f"{row.over_floor:.2f}",
+            f"{row.over_lower_bound:.2f}",
             "" if row.peak is None else f"{row.peak:.2f}",
             saved,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cbsa_torch._core.checks import check_floating, check_mask, check_same_kind, check_shape
+from cbsa_torch._core.checks import check_floating, check_mask, check_rows, check_shape
+from cbsa_torch.ops.masking import zero_rows
 from cbsa_torch.ops.softmax_attention import softmax_attention
 
 
@@ -42,12 +43,10 @@ def agent_attention(
     check_floating("queries", queries)
     check_shape("queries", queries, (None, None, None, None), "(B, H, N, P)")
     b, h, _, p = queries.shape
-    check_floating("agents", agents)
-    check_shape("agents", agents, (b, h, None, p), "(B, H, M, P)")
-    check_same_kind("agents", agents, "queries", queries)
+    check_rows("agents", agents, (b, h, None, p), "(B, H, M, P)", "queries", queries)
     if agent_mask is not None:
         check_mask("agent_mask", agent_mask, (agents.shape[0], agents.shape[2]), "(B, M)", "a real agent")
-        agents = agents.masked_fill(~agent_mask[:, None, :, None], 0.0)
+        agents = zero_rows(agents, agent_mask)
     collected = softmax_attention(agents, keys, values, scale=scale, key_mask=key_mask)  # (B, H, M, V)
     return softmax_attention(queries, agents, collected, scale=scale, key_mask=agent_mask)
 

@@ -1,7 +1,8 @@
 """Directions as representatives: principal ones (Eq. 12), or a fixed orthonormal basis (Eq. 13).
 
 Their attention is not a softmax: a direction b_j represents the tokens by how far each reaches along it,
-A_j = W b_j / |W b_j|, and stands for them as |W b_j| b_j. Pass both on to :func:`cbsa_torch.ops.cbsa`.
+A_j = W b_j / |W b_j|, and stands for them as |W b_j| b_j. Pass both on to
+:func:`cbsa_torch.ops.contract_and_broadcast`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.checks import check_floating, check_mask, check_same_kind, check_shape
+from cbsa_torch._core.checks import check_floating, check_mask, check_per_head, check_rows, check_shape
 from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch.ops.masking import zero_rows
 
 
 def linear_attention(
@@ -42,29 +43,22 @@ def linear_attention(
     check_floating("queries", queries)
     check_shape("queries", queries, (None, None, None, None), "(B, H, N, P)")
     b, h, _, p = queries.shape
-    check_floating("keys", keys)
-    check_shape("keys", keys, (b, h, None, p), "(B, H, K, P)")
-    check_same_kind("keys", keys, "queries", queries)
-    check_floating("values", values)
-    check_shape("values", values, (b, h, keys.shape[2], None), "(B, H, K, V)")
-    check_same_kind("values", values, "queries", queries)
-    if isinstance(temperature, Tensor):
-        check_shape("temperature", temperature, (h,), "(H,)")
+    check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", "queries", queries)
+    check_rows("values", values, (b, h, keys.shape[2], None), "(B, H, K, V)", "queries", queries)
+    check_per_head("temperature", temperature, h)
     if key_mask is not None:
         check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
     dtype = compute_dtype(queries.dtype)
     with no_autocast(queries):
         q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
         gain = temperature.to(dtype)[:, None, None] if isinstance(temperature, Tensor) else temperature
-        hidden = None if key_mask is None else ~key_mask[:, None, :, None]
-        if hidden is not None:  # before anything is computed of them: NaN times 0 is NaN
-            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+        k, v = zero_rows(k, key_mask), zero_rows(v, key_mask)
         logits_q, logits_k = (torch.cat([x, -x], -1) * (gain * p**0.25) for x in (q, k))  # (B, H, ., 2 P)
-        if hidden is not None:
+        if key_mask is not None:
             # The lowest number and not -inf: an item without any key stays finite.
-            logits_k = logits_k.masked_fill(hidden, torch.finfo(dtype).min)
-        # What is taken from a feature of all keys is given back to that of the queries, whose own largest
-        # cancels.
+            logits_k = logits_k.masked_fill(~key_mask[:, None, :, None], torch.finfo(dtype).min)
+        # The maximum of each feature over the keys moves to the queries, so that no exponential overflows; the
+        # maximum of each query cancels in the ratio.
         largest = logits_k.detach().amax(-2, keepdim=True)
         features_k = torch.exp(logits_k - largest)
         shifted = logits_q + largest

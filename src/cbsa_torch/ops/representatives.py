@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive_int, check_shape
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import GridSize, Representatives
+from cbsa_torch.ops.masking import zero_rows
 
 _ADAPTIVE_POOL: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
@@ -157,9 +158,9 @@ def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Te
     dtype = compute_dtype(tokens.dtype)
     with no_autocast(tokens):
         average = weights.to(dtype) / total.clamp(min=1).to(dtype)
-        clean = tokens.masked_fill(~token_mask[:, None, :, None], 0.0).to(dtype)
+        clean = zero_rows(tokens, token_mask).to(dtype)
         values = (average[:, None] @ clean).to(tokens.dtype)  # (B, H, M, P)
-    return Representatives(values.masked_fill(~exists[:, None, :, None], 0.0), exists)
+    return Representatives(zero_rows(values, exists), exists)
 
 
 def _bounding_box(real: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.checks import check_floating, check_number, check_positive, check_shape
+from cbsa_torch._core.checks import check_per_head, check_positive
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import DEFAULT_EPS
 from cbsa_torch.ops.directions import check_basis
@@ -83,11 +83,7 @@ def tssa(tokens: Tensor, *, temperature: Tensor | float = 1.0, token_mask: Tenso
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
     """
     check_tokens(tokens, token_mask)
-    if isinstance(temperature, Tensor):
-        check_floating("temperature", temperature)
-        check_shape("temperature", temperature, (tokens.shape[1],), "(H,)")
-    else:
-        check_number("temperature", temperature)
+    check_per_head("temperature", temperature, tokens.shape[1])
     with no_autocast(tokens):
         w, _ = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
         squares = w.square()  # (B, H, N, P)

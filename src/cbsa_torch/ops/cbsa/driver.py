@@ -1,10 +1,9 @@
 """CBSA with a shared broadcast in memory linear in N: nothing of size M x N is kept, forward or backward.
 
 Forward, one pass over the tokens extracts, a second computes the attention again and broadcasts. Backward, one
-pass collects A dO and, after the derivative of the contraction, one does the rest. Passes are
-:class:`~cbsa_torch.ops.cbsa.tiles.Tiles` (plain PyTorch) or Triton kernels; the work between them, here, is of
-size M x P per head. Saved for the backward pass are the inputs, the picked tokens R and the normaliser of the
-softmax.
+pass collects A dO and, after the derivative of the contraction, one does the rest. Passes are ``Tiles`` (plain
+PyTorch) or ``TritonPasses``, two classes with the same methods; the work between them, here, is of size M x P
+per head. Saved for the backward pass are the inputs, the picked tokens R and the normaliser of the softmax.
 
 Inputs of low precision are computed in float32, except for products over tokens: the Triton kernels multiply in
 the dtype of the keys, and a product with an output projection is bfloat16 for bfloat16 keys.
@@ -13,8 +12,7 @@ the dtype of the keys, and a product with an output projection is bfloat16 for b
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +21,9 @@ from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
 from cbsa_torch.ops.cbsa.tiles import Tiles
 from cbsa_torch.ops.masking import zero_rows
+
+if TYPE_CHECKING:
+    from cbsa_torch.ops.cbsa.triton.passes import TritonPasses
 
 
 class Problem(NamedTuple):
@@ -78,70 +79,7 @@ class Gradients(NamedTuple):
     out_bias: Tensor
 
 
-class Passes(Protocol):
-    """The passes over the tokens of a few items.
-
-    Args:
-        queries: ``(B, H, M, P)``, in the dtype to compute in.
-        keys: ``(B, H, N, P)``, any strides and dtype.
-        values: like ``keys``, or None if they are the keys.
-        mask: ``(B, N)`` bool; rows of masked tokens are read as zeros, whatever they hold.
-        scale: factor on the logits.
-        normalizer: of an earlier :meth:`extract`; None before it.
-    """
-
-    def __init__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor | None,
-        mask: Tensor | None,
-        scale: float,
-        normalizer: Tensor | None = None,
-    ) -> None: ...
-
-    @staticmethod
-    def groups(b: int, n: int) -> Iterator[slice]:
-        """The items that are handled together."""
-        ...
-
-    @staticmethod
-    def normalizer_size(n: int) -> int:
-        """A bound on S for N tokens, by arithmetic alone: N may be a symbol."""
-        ...
-
-    def extract(self) -> tuple[Tensor, Tensor]:
-        """R = A V ``(B, H, M, P)`` and the normalizer ``(B, H, M, S)``; zeros for items without real tokens."""
-        ...
-
-    def broadcast(self, carried: Tensor, bias: Tensor | None, output: Tensor) -> None:
-        """Write A^T ``carried`` into ``output``."""
-        ...
-
-    def collect(self, gradient: Tensor) -> Tensor:
-        """A dO, ``(B, H, M, P)`` or ``(B, H, M, C)``, from a gradient shaped like the output."""
-        ...
-
-    def differentiate(
-        self,
-        gradient: Tensor,
-        *,
-        carried: Tensor,
-        collected: Tensor,
-        d_picked: Tensor,
-        picked: Tensor,
-        d_keys: Tensor,
-        d_values: Tensor | None,
-    ) -> Tensor:
-        """Write dK and dV (dK + dV without ``d_values``); return the gradient of Q through A.
-
-        ``collected`` is A dO, ``d_picked`` the gradient of R. D_i = sum_n A_in dA_in needs no pass of its own:
-        it is made of tensors of size M x P.
-        """
-        ...
-
-
-def passes_of(impl: str) -> type[Passes]:
+def passes_of(impl: str) -> type[Tiles] | type[TritonPasses]:
     """The passes of an implementation. Triton is imported only here, since it is optional."""
     if impl == "tiled":
         return Tiles
@@ -161,58 +99,68 @@ def like_tokens(tokens: Tensor) -> Tensor:
     return tokens.new_empty(b, n, h, p).transpose(1, 2)
 
 
-def empty_results(o: Problem) -> Results:
+def empty_results(problem: Problem) -> Results:
     """Tensors for what the forward pass returns."""
-    b, _, n, _ = o.keys.shape
-    output = like_tokens(o.keys) if o.out_weight is None else o.keys.new_empty(b, n, o.out_weight.shape[0])
-    sizes, dtype = o.representatives.shape, compute_dtype(o.keys.dtype)
-    picked = o.keys.new_empty(sizes, dtype=dtype)
-    normalizer = o.keys.new_zeros(*sizes[:3], passes_of(o.impl).normalizer_size(n), dtype=dtype)
+    b, _, n, _ = problem.keys.shape
+    output = (
+        like_tokens(problem.keys)
+        if problem.out_weight is None
+        else problem.keys.new_empty(b, n, problem.out_weight.shape[0])
+    )
+    sizes, dtype = problem.representatives.shape, compute_dtype(problem.keys.dtype)
+    picked = problem.keys.new_empty(sizes, dtype=dtype)
+    normalizer = problem.keys.new_zeros(*sizes[:3], passes_of(problem.impl).normalizer_size(n), dtype=dtype)
     return Results(output, picked, normalizer)
 
 
-def forward(o: Problem) -> Results:
+def forward(problem: Problem) -> Results:
     """Extract, contract, broadcast."""
-    passes = passes_of(o.impl)
-    with no_autocast(o.keys):
-        queries, eta, kappa, weight = _operands(o)
-        bias = None if o.out_bias is None else o.out_bias.to(o.keys.dtype)
-        results = empty_results(o)
-        for group in passes.groups(o.keys.shape[0], o.keys.shape[2]):
-            keys, values, mask, exists = _items(group, o.keys, o.values, o.key_mask, o.representative_mask)
-            part = passes(queries[group], keys, values, mask, o.scale)
+    passes = passes_of(problem.impl)
+    with no_autocast(problem.keys):
+        queries, eta, kappa, weight = _operands(problem)
+        bias = None if problem.out_bias is None else problem.out_bias.to(problem.keys.dtype)
+        results = empty_results(problem)
+        for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
+            values, mask, exists = (
+                _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask)
+            )
+            part = passes(queries[group], problem.keys[group], values, mask, problem.scale)
             picked, normalizer = part.extract()
             results.picked[group], results.normalizer[group, ..., : normalizer.shape[-1]] = picked, normalizer
             rep = zero_rows(queries[group] + eta * picked, exists)
-            carried = kappa * contract(rep, o.contraction, o.scale, o.eps, exists)
+            carried = kappa * contract(rep, problem.contraction, problem.scale, problem.eps, exists)
             if weight is not None:
                 carried = carried @ weight
             part.broadcast(carried, bias, results.output[group])
         return results
 
 
-def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, o: Problem) -> Gradients:
+def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Problem) -> Gradients:
     """Gradients from that of the output; ``picked`` and ``normalizer`` are of the forward pass."""
-    passes = passes_of(o.impl)
-    with no_autocast(o.keys):
-        queries, eta, kappa, weight = _operands(o)
+    passes = passes_of(problem.impl)
+    with no_autocast(problem.keys):
+        queries, eta, kappa, weight = _operands(problem)
         d_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        d_keys = like_tokens(o.keys)
-        d_values = None if o.values is None else like_tokens(o.keys)
-        d_eta, d_kappa = (queries.new_zeros(o.keys.shape[1]) for _ in range(2))
+        d_keys = like_tokens(problem.keys)
+        d_values = None if problem.values is None else like_tokens(problem.keys)
+        d_eta, d_kappa = (queries.new_zeros(problem.keys.shape[1]) for _ in range(2))
         d_weight = torch.zeros_like(queries.new_empty(0) if weight is None else weight)
-        for group in passes.groups(o.keys.shape[0], o.keys.shape[2]):
-            keys, values, mask, exists = _items(group, o.keys, o.values, o.key_mask, o.representative_mask)
-            part = passes(queries[group], keys, values, mask, o.scale, normalizer[group])
+        for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
+            values, mask, exists = (
+                _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask)
+            )
+            part = passes(queries[group], problem.keys[group], values, mask, problem.scale, normalizer[group])
             rep = zero_rows(queries[group] + eta * picked[group], exists)
-            c = contract(rep, o.contraction, o.scale, o.eps, exists)
+            c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)
             carried = kappa * c if weight is None else (kappa * c) @ weight
             d_carried = collected = part.collect(gradient[group])
             if weight is not None:
                 d_carried = collected @ weight.mT
                 d_weight += ((kappa * c).mT @ collected).sum(0)
             d_kappa += (d_carried * c).sum((0, 2, 3))
-            d_rep = contract_backward(kappa * d_carried, rep, o.contraction, o.scale, o.eps, exists)
+            d_rep = contract_backward(
+                kappa * d_carried, rep, problem.contraction, problem.scale, problem.eps, exists
+            )
             d_eta += (d_rep * picked[group]).sum((0, 2, 3))
             d_queries[group] = d_rep + part.differentiate(
                 gradient[group],
@@ -221,33 +169,39 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, o: Problem) -
                 d_picked=eta * d_rep,
                 picked=picked[group],
                 d_keys=d_keys[group],
-                d_values=None if d_values is None else d_values[group],
+                d_values=_of(d_values, group),
             )
-        new_empty = o.keys.new_empty
-        return Gradients(
-            zero_rows(d_queries, o.representative_mask).to(o.representatives.dtype).contiguous(),
+        d_out_weight = d_out_bias = None
+        if problem.out_weight is not None:
+            d_out_weight = d_weight.flatten(0, 1).t().to(problem.out_weight).contiguous()
+        if problem.out_bias is not None:
+            d_out_bias = gradient.sum((0, 1), dtype=queries.dtype).to(problem.out_bias)
+        found = (
+            zero_rows(d_queries, problem.representative_mask).to(problem.representatives.dtype).contiguous(),
             d_keys,
-            new_empty(0) if d_values is None else d_values,
-            d_eta.to(o.step_representatives.dtype),
-            d_kappa.to(o.step_tokens.dtype),
-            o.keys.new_empty(0)
-            if o.out_weight is None
-            else d_weight.flatten(0, 1).t().to(o.out_weight).contiguous(),
-            o.keys.new_empty(0)
-            if o.out_bias is None
-            else gradient.sum((0, 1), dtype=queries.dtype).to(o.out_bias),
+            d_values,
+            d_eta.to(problem.step_representatives.dtype),
+            d_kappa.to(problem.step_tokens.dtype),
+            d_out_weight,
+            d_out_bias,
         )
+        return Gradients(*(problem.keys.new_empty(0) if d is None else d for d in found))
 
 
-def _operands(o: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In the dtype to compute in: queries, both steps ``(H, 1, 1)``, projection ``(H, P, C)``."""
-    dtype = compute_dtype(o.keys.dtype)
-    queries = zero_rows(o.representatives.to(dtype), o.representative_mask)
-    eta, kappa = (step.to(dtype)[:, None, None] for step in (o.step_representatives, o.step_tokens))
-    if o.out_weight is None:
+    dtype = compute_dtype(problem.keys.dtype)
+    queries = zero_rows(problem.representatives.to(dtype), problem.representative_mask)
+    eta, kappa = (step.to(dtype)[:, None, None] for step in (problem.step_representatives, problem.step_tokens))
+    if problem.out_weight is None:
         return queries, eta, kappa, None
-    return queries, eta, kappa, o.out_weight.t().unflatten(0, (o.keys.shape[1], o.keys.shape[3])).to(dtype)
+    return (
+        queries,
+        eta,
+        kappa,
+        problem.out_weight.t().unflatten(0, (problem.keys.shape[1], problem.keys.shape[3])).to(dtype),
+    )
 
 
-def _items(group: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor[group] for tensor in tensors]
+def _of(rows: Tensor | None, group: slice) -> Tensor | None:
+    return None if rows is None else rows[group]

@@ -11,10 +11,12 @@ from cbsa_torch._core.checks import (
     check_floating,
     check_mask,
     check_number,
+    check_per_head,
     check_positive,
-    check_same_kind,
+    check_rows,
     check_shape,
 )
+from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, DEFAULT_EPS, Broadcast, Contraction
 
 
@@ -29,8 +31,10 @@ class CBSAInputs(NamedTuple):
     """The keys themselves, the same object, if none were given."""
     attention: Tensor | None
     """A^T if it was given: then nothing is extracted."""
-    step_representatives: Tensor | float
-    step_tokens: Tensor | float
+    step_representatives: Tensor
+    """``(H,)``."""
+    step_tokens: Tensor
+    """``(H,)``."""
     scale: float
     contraction: Contraction
     broadcast: Broadcast
@@ -70,15 +74,15 @@ def cbsa_inputs(
     check_floating("tokens", tokens)
     check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
     b, h, n, p = tokens.shape
-    _check_rows("representatives", representatives, (b, h, None, p), "(B, H, M, P)", tokens)
+    check_rows("representatives", representatives, (b, h, None, p), "(B, H, M, P)", "tokens", tokens)
     if keys is None:
         keys = tokens
     else:
-        _check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", tokens)
+        check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", "tokens", tokens)
     if values is None:
         values = keys
     else:
-        _check_rows("values", values, (b, h, keys.shape[2], p), "(B, H, K, P)", tokens)
+        check_rows("values", values, (b, h, keys.shape[2], p), "(B, H, K, P)", "tokens", tokens)
     if keys.shape[2] != n:
         if broadcast == "shared":
             raise ValueError(
@@ -99,16 +103,14 @@ def cbsa_inputs(
     if representative_mask is not None:
         sizes = (b, representatives.shape[2])
         check_mask("representative_mask", representative_mask, sizes, "(B, M)", "a real representative")
-    _check_step("step_representatives", step_representatives, h)
-    _check_step("step_tokens", step_tokens, h)
     return CBSAInputs(
         tokens,
         representatives,
         keys,
         values,
         attention=None,
-        step_representatives=step_representatives,
-        step_tokens=step_tokens,
+        step_representatives=_per_head("step_representatives", step_representatives, tokens),
+        step_tokens=_per_head("step_tokens", step_tokens, tokens),
         scale=p**-0.5 if scale is None else scale,
         contraction=contraction,
         broadcast=broadcast,
@@ -147,7 +149,7 @@ def attention_inputs(
         representative_mask=representative_mask,
     )
     b, h, n, _ = tokens.shape
-    _check_rows("attention", attention, (b, h, representatives.shape[2], n), "(B, H, M, N)", tokens)
+    check_rows("attention", attention, (b, h, representatives.shape[2], n), "(B, H, M, N)", "tokens", tokens)
     return inputs._replace(attention=attention)
 
 
@@ -168,15 +170,10 @@ def _check_parameter(
         raise ValueError(f"{name} must be on the device of tokens ({tokens.device}), got {parameter.device}")
 
 
-def _check_rows(name: str, rows: Tensor, shape: tuple[int | None, ...], axes: str, tokens: Tensor) -> None:
-    check_floating(name, rows)
-    check_shape(name, rows, shape, axes)
-    check_same_kind(name, rows, "tokens", tokens)
-
-
-def _check_step(name: str, step: Tensor | float, num_heads: int) -> None:
+def _per_head(name: str, step: Tensor | float, tokens: Tensor) -> Tensor:
+    """A step size as ``(H,)``, a number in the dtype to compute in."""
+    num_heads = tokens.shape[1]
+    check_per_head(name, step, num_heads)
     if isinstance(step, Tensor):
-        check_floating(name, step)
-        check_shape(name, step, (num_heads,), "(H,)")
-    else:
-        check_number(name, step)
+        return step
+    return tokens.new_full((num_heads,), step, dtype=compute_dtype(tokens.dtype))

@@ -1,4 +1,7 @@
-"""The driver as operators of ``torch.library``: opaque to compilers, differentiable twice."""
+"""The driver as operators of ``torch.library``, opaque to compilers.
+
+First derivatives are the driver's backward pass, also an operator; further ones are those of the reference.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.ops.cbsa import driver
 from cbsa_torch.ops.cbsa.driver import Gradients, Problem, Results
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
@@ -34,8 +36,8 @@ def cbsa_linear_memory(
         inputs.representatives,
         inputs.keys,
         None if inputs.values is inputs.keys else inputs.values,
-        _per_head(inputs.step_representatives, inputs),
-        _per_head(inputs.step_tokens, inputs),
+        inputs.step_representatives,
+        inputs.step_tokens,
         inputs.key_mask,
         inputs.representative_mask,
         out_weight,
@@ -47,14 +49,6 @@ def cbsa_linear_memory(
     )
     output: Tensor = cbsa_op(*problem)[0]
     return output
-
-
-def _per_head(step: Tensor | float, inputs: CBSAInputs) -> Tensor:
-    """A step size as ``(H,)``."""
-    if isinstance(step, Tensor):
-        return step
-    dtype = compute_dtype(inputs.tokens.dtype)
-    return torch.full((inputs.tokens.shape[1],), float(step), dtype=dtype, device=inputs.tokens.device)
 
 
 @torch.library.custom_op(
@@ -82,20 +76,15 @@ def _(*problem: Any) -> Results:
 
 @cbsa_backward_op.register_fake
 def _(gradient: Tensor, picked: Tensor, normalizer: Tensor, *problem: Any) -> Gradients:
-    o = Problem(*problem)
+    inputs = Problem(*problem)
 
-    def like(tensor: Tensor | None) -> Tensor:
-        return o.keys.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+    def like(name: str) -> Tensor:
+        tensor = getattr(inputs, name)
+        if tensor is None:
+            return inputs.keys.new_empty(0)
+        return driver.like_tokens(tensor) if name in ("keys", "values") else tensor.new_empty(tensor.shape)
 
-    return Gradients(
-        like(o.representatives),
-        driver.like_tokens(o.keys),
-        like(None) if o.values is None else driver.like_tokens(o.keys),
-        like(o.step_representatives),
-        like(o.step_tokens),
-        like(o.out_weight),
-        like(o.out_bias),
-    )
+    return Gradients(*map(like, Gradients._fields))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,44 +95,44 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = inputs[_TENSORS:]
 
 
-def _differentiate(ctx: Any, gradient: Tensor | None, *_: Any) -> Problem:
-    """The gradients in the places of their inputs; those of inputs that are None are discarded."""
-    nothing = Problem(*[None] * len(Problem._fields))  # type: ignore[arg-type]
+def _differentiate(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradients in the places of their inputs, None for what has none."""
     if gradient is None:
-        return nothing
+        return (None,) * len(Problem._fields)
     *tensors, picked, normalizer = ctx.saved_tensors  # unpacked once: checkpointing allows no more
     problem = Problem(*tensors, *ctx.options)
     if torch.is_grad_enabled():  # create_graph=True: somebody differentiates the gradients
-        return nothing._replace(**_by_reference(gradient, problem, ctx.needs_input_grad))
-    found = Gradients(*cbsa_backward_op(gradient, picked, normalizer, *problem))
-    return nothing._replace(**{k: g for k, g in found._asdict().items() if getattr(problem, k) is not None})
+        found = _by_reference(gradient, problem, ctx.needs_input_grad)
+    else:
+        found = Gradients(*cbsa_backward_op(gradient, picked, normalizer, *problem))._asdict()
+    return tuple(None if t is None else found.get(name) for name, t in problem._asdict().items())
 
 
 def _by_reference(gradient: Tensor, problem: Problem, needed: tuple[bool, ...]) -> dict[str, Tensor]:
     """The gradients by name, as functions of inputs and gradient, which can be differentiated again."""
     # Each a node of its own: representatives may be made from the keys, and what reaches the keys through them
     # is not this operator's to add.
-    o = Problem(*(t.view_as(t) if isinstance(t, Tensor) else t for t in problem))
+    own: Any = Problem(*(t.view_as(t) if isinstance(t, Tensor) else t for t in problem))  # type: ignore[arg-type]
     inputs = CBSAInputs(
-        o.keys,
-        o.representatives,
-        o.keys,
-        o.keys if o.values is None else o.values,
+        own.keys,
+        own.representatives,
+        own.keys,
+        own.keys if own.values is None else own.values,
         attention=None,
-        step_representatives=o.step_representatives,
-        step_tokens=o.step_tokens,
-        scale=o.scale,
-        contraction=o.contraction,  # type: ignore[arg-type]
+        step_representatives=own.step_representatives,
+        step_tokens=own.step_tokens,
+        scale=own.scale,
+        contraction=own.contraction,
         broadcast="shared",
-        eps=o.eps,
-        token_mask=o.key_mask,
-        key_mask=o.key_mask,
-        representative_mask=o.representative_mask,
+        eps=own.eps,
+        token_mask=own.key_mask,
+        key_mask=own.key_mask,
+        representative_mask=own.representative_mask,
     )
-    output = cbsa_stages(inputs).output.to(o.keys.dtype)
-    if o.out_weight is not None:
-        output = project_out(output, o.out_weight, o.out_bias)
-    wanted = {name: t for (name, t), need in zip(o._asdict().items(), needed, strict=True) if need}
+    output = cbsa_stages(inputs).output.to(own.keys.dtype)
+    if own.out_weight is not None:
+        output = project_out(output, own.out_weight, own.out_bias)
+    wanted = {name: t for (name, t), need in zip(own._asdict().items(), needed, strict=True) if need}
     found = torch.autograd.grad(output, list(wanted.values()), gradient, create_graph=True, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
 

@@ -140,9 +140,8 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         tokens, representatives, keys, values = (
             t.to(dtype) for t in (inputs.tokens, inputs.representatives, inputs.keys, inputs.values)
         )
-        eta, kappa = (  # (H, 1, 1)
-            step.to(dtype)[:, None, None] if isinstance(step, Tensor) else step
-            for step in (inputs.step_representatives, inputs.step_tokens)
+        eta, kappa = (
+            step.to(dtype)[:, None, None] for step in (inputs.step_representatives, inputs.step_tokens)
         )
         # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
         if token_mask is not None:

@@ -26,9 +26,15 @@ them again: 32 MiB in float32, about what a last-level cache holds."""
 
 
 class Tiles:
-    """The passes over the tokens of a few items, see :class:`cbsa_torch.ops.cbsa.driver.Passes`.
+    """The passes over the tokens of a few items.
 
-    The normalizer is the share exp(l_tile - l) of every tile, ``(B, H, M, tiles)``.
+    Args:
+        queries: ``(B, H, M, P)``, in the dtype to compute in.
+        keys: ``(B, H, N, P)``, any strides and dtype.
+        values: like ``keys``, or None if they are the keys.
+        mask: ``(B, N)`` bool; rows of masked tokens are read as zeros, whatever they hold.
+        scale: factor on the logits.
+        normalizer: what :meth:`extract` returned for them: the share exp(l_tile - l) of every tile.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class Tiles:
         return max(1, (n + TILE // 2) // TILE)
 
     def extract(self) -> tuple[Tensor, Tensor]:
-        """R = A V ``(B, H, M, P)`` and the shares ``(B, H, M, tiles)``."""
+        """R = A V ``(B, H, M, P)``, zero for items without real tokens, and the shares ``(B, H, M, tiles)``."""
         parts, lses = [], []
         for i, place in enumerate(self.places):
             keys = self._read(self.keys, place)
@@ -133,7 +139,11 @@ class Tiles:
         d_keys: Tensor,
         d_values: Tensor | None,
     ) -> Tensor:
-        """Write dK and dV; return the gradient of Q through A."""
+        """Write dK and dV (dK + dV without ``d_values``); return the gradient of Q through A.
+
+        ``collected`` is A dO, ``d_picked`` the gradient of R. D_i = sum_n A_in dA_in needs no pass of its own:
+        it is made of tensors of size M x P.
+        """
         row_sums = ((carried * collected).sum(-1) + (d_picked * picked).sum(-1))[..., None]  # D, (B, H, M, 1)
         d_queries = torch.zeros_like(self.queries)
         for i in range(len(self.places)):

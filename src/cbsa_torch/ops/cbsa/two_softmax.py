@@ -24,8 +24,7 @@ def two_softmax(inputs: CBSAInputs) -> Tensor:
             t.to(dtype) for t in (inputs.tokens, inputs.representatives, inputs.keys, inputs.values)
         )
         eta, kappa = (
-            step.to(dtype)[:, None, None] if isinstance(step, Tensor) else step
-            for step in (inputs.step_representatives, inputs.step_tokens)
+            step.to(dtype)[:, None, None] for step in (inputs.step_representatives, inputs.step_tokens)
         )
         tokens, rep = zero_rows(tokens, inputs.token_mask), zero_rows(rep, representative_mask)
         picked = softmax_attention(rep, keys, values, scale=scale, key_mask=key_mask)

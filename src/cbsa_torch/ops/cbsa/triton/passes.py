@@ -114,9 +114,9 @@ def _processors(device: torch.device) -> int:
 
 
 class TritonPasses:
-    """The passes over the tokens of all items, see :class:`cbsa_torch.ops.cbsa.driver.Passes`.
+    """The passes over the tokens of all items, with the arguments and methods of ``Tiles``.
 
-    The normalizer is the log-sum-exp of the logits, ``(B, H, M, 1)``.
+    The normalizer is the log-sum-exp of the logits. There is no output projection.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class TritonPasses:
         return torch.empty(*self.size[:2], *sizes, dtype=torch.float32, device=self.device)
 
     def extract(self) -> tuple[Tensor, Tensor]:
-        """R ``(B, H, M, P)`` and the log-sum-exp ``(B, H, M, 1)``."""
+        """R = A V ``(B, H, M, P)`` and the normalizer ``(B, H, M, 1)``."""
         b, h, m, _, p = self.size
         plan = self._plan()
         picked, highest = self._empty(plan.splits, m, p), self._empty(plan.splits, m)
