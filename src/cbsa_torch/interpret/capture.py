@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
 from cbsa_torch.interpret._names import named_modules
-from cbsa_torch.interpret.surroundings import Surroundings
 from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
-from cbsa_torch.nn.tokens import as_token_mask, is_token_mask
+from cbsa_torch.nn.grids import GridFollower, watch_grids
+from cbsa_torch.nn.tokens import as_token_mask, is_token_mask, resolve_grid
 
 
 class LayerRecord(NamedTuple):
@@ -77,27 +77,29 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
             of range. TypeError: ``layers`` is not a sequence of names and indices.
     """
     chosen = choose_layers(attention_layers(model), layers)
-    around = Surroundings(model)
     records: dict[str, LayerRecord] = {}
     handles = []
 
-    def record(name: str) -> Any:
+    def record(name: str, place: _Place) -> Any:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             records.pop(name, None)  # not two of them at once
-            read = _read_mixer if isinstance(module, TokenMixer) else _read_timm
-            records[name] = read(name, module, around, args, kwargs)
+            if isinstance(module, TokenMixer):
+                records[name] = _read_mixer(name, module, place, args, kwargs)
+            else:
+                records[name] = _read_timm(name, module, place, *args, **kwargs)
 
         return hook
 
     try:
-        handles += around.watch(chosen)
-        for name, module in chosen.items():
-            handles.append(module.register_forward_hook(record(name), with_kwargs=True))
-        # Compiled code does not see hooks that are new.
-        compiled = "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield records
+        with watch_grids(model, set(chosen.values())) as grids:
+            for name, module in chosen.items():
+                hook = record(name, _Place(grids.get(module), _prefix_around(model, name)))
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            # Compiled code does not see hooks that are new.
+            compiled = "torch._dynamo" in sys.modules
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                yield records
     finally:
         for handle in handles:
             handle.remove()
@@ -159,15 +161,49 @@ def _is_timm_attention(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind) and type(module).forward is kind.forward
 
 
+class _Place(NamedTuple):
+    """Where a layer is: what the model around it says about its tokens."""
+
+    grids: GridFollower | None
+    """Who knows the grid; None outside models with a patch embedding."""
+    num_prefix_tokens: int | None
+
+    def locate(
+        self, x: Tensor, num_prefix_tokens: int | None = None, *, square: bool = False
+    ) -> tuple[GridSize | None, int]:
+        """The grid of a layer's tokens, None if nothing tells, and the prefix tokens before it.
+
+        ``num_prefix_tokens``: what the layer itself says. ``square``: where there is no patch embedding, take a
+        square if it fits.
+        """
+        prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
+        if self.grids is not None or square:
+            try:
+                grid = None if self.grids is None else self.grids.grid_of(x)
+                return resolve_grid(x.shape[1], grid, prefix)
+            except (ValueError, RuntimeError):
+                pass
+        return None, prefix or 0
+
+
+def _prefix_around(model: nn.Module, name: str) -> int | None:
+    """The number of prefix tokens of the innermost module around a layer that states one."""
+    modules = dict(named_modules(model))
+    while name:
+        name = name.rpartition(".")[0]
+        number = getattr(modules.get(name), "num_prefix_tokens", None)
+        if isinstance(number, int):
+            return number
+    return None
+
+
 def _read_mixer(
-    name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, layer: TokenMixer, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LayerRecord:
-    layer = cast(TokenMixer, layer)
     called = layer.named_arguments(*args, **kwargs)
     x, grid_size = called["x"], called["grid_size"]
     heads = layer.heads(x, grid_size, called["token_mask"], called["attn_mask"], called["rope"])
-    located = layer.token_grid(x, grid_size) or around.grid(name, heads.tokens.shape[2])
-    grid, prefix = located or (None, layer.num_prefix_tokens or 0)
+    grid, prefix = layer.token_grid(x, grid_size) or place.locate(x, layer.num_prefix_tokens)
     mask = heads.token_mask
     stages = agents = None
     if isinstance(layer, CBSA):
@@ -197,15 +233,9 @@ def _read_mixer(
 
 
 def _read_timm(
-    name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LayerRecord:
-    return _read_timm_arguments(name, cast(Any, layer), around, *args, **kwargs)
-
-
-def _read_timm_arguments(
     name: str,
     layer: Any,
-    around: Surroundings,
+    place: _Place,
     x: Tensor,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -218,8 +248,7 @@ def _read_timm_arguments(
     if attn_mask is not None and attn_mask.ndim == 4 and is_token_mask(attn_mask, b, n):
         token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
     queries, keys = (_own(_zero_masked(t, token_mask), layer) for t in (queries, keys))
-    located = around.grid(name, n, square=True)
-    grid, prefix = located or (None, around.num_prefix_tokens(name) or 0)
+    grid, prefix = place.locate(x, square=True)
     return LayerRecord(name, layer, queries, keys, None, grid, prefix, token_mask, None, attn_mask, is_causal)
 
 

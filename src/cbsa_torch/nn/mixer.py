@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
-from cbsa_torch.nn.grids import GridSource, listen
+from cbsa_torch.nn.grids import GridFollower, install_grid_hook
 from cbsa_torch.nn.orthonormal import check_factorable, keep_rows_orthonormal
 from cbsa_torch.nn.tokens import TokenInput, as_token_mask, is_token_mask, read_tokens, resolve_grid
 from cbsa_torch.ops.counting import Counts
@@ -144,7 +144,7 @@ class TokenMixer(nn.Module, abc.ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        listen()
+        install_grid_hook(after_removal=False)
         check_bool("recompute", recompute)
         self.recompute = recompute
         check_positive_int("dim", dim)
@@ -192,7 +192,7 @@ class TokenMixer(nn.Module, abc.ABC):
         self.shared_qkv = qkv == "shared"
         self.attn_drop = attn_drop
         self.grid_size: GridSize | None = None
-        self.grid_source: GridSource | None = None
+        self.grid_source: GridFollower | None = None
         self.num_prefix_tokens: int | None = None
         self.set_input_size(grid_size, num_prefix_tokens)
         self.channels_first = channels_first
@@ -282,6 +282,7 @@ class TokenMixer(nn.Module, abc.ABC):
                 f"is_causal must be False: {type(self).__name__} summarises all tokens before it updates any"
             )
         source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal, rope)
+        grid_size = self._grid_of(source, grid_size)
         arguments = source, grid_size, token_mask, attn_mask
         if self.recompute and torch.is_grad_enabled() and not is_transformed():
             out = checkpoint(self._update, *arguments, use_reentrant=False)
@@ -320,7 +321,7 @@ class TokenMixer(nn.Module, abc.ABC):
     ) -> Counts:
         """What :meth:`forward` costs per item of ``x`` between the projections (those are linear layers)."""
         source, token_mask, _ = self._read(x, token_mask, None, rope=rope)
-        counts = self.count_heads(self._project(source, grid_size, token_mask))
+        counts = self.count_heads(self._project(source, self._grid_of(source, grid_size), token_mask))
         if self.proj is not None:
             return counts
         inner = self.num_heads * self.head_dim
@@ -336,7 +337,7 @@ class TokenMixer(nn.Module, abc.ABC):
     ) -> Heads:
         """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
         source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, rope=rope)
-        return self._project(source, grid_size, token_mask, attn_mask)
+        return self._project(source, self._grid_of(source, grid_size), token_mask, attn_mask)
 
     def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int] | None:
         """The grid that :meth:`forward` uses for ``x`` and the number of prefix tokens before it.
@@ -344,7 +345,7 @@ class TokenMixer(nn.Module, abc.ABC):
         None if the mixer needs no grid and none is given.
         """
         source = read_tokens(x, self.dim, self.channels_first, None)
-        return self._locate(source.tokens.shape[1], source.map_grid, grid_size)
+        return self._locate(source.tokens.shape[1], source.map_grid, self._grid_of(source, grid_size))
 
     @property
     def needs_grid(self) -> bool:
@@ -426,6 +427,13 @@ class TokenMixer(nn.Module, abc.ABC):
             )
         return chosen
 
+    def _grid_of(self, source: TokenInput, grid_size: GridSize | None) -> GridSize | None:
+        """The grid that was passed, else what the model around the layer says, if the layer has none."""
+        told = grid_size or self.grid_size or source.map_grid
+        if told is not None or not self.needs_grid or self.grid_source is None:
+            return grid_size
+        return self.grid_source.grid_of(source.tokens)
+
     def _locate(
         self, n: int, map_grid: GridSize | None, grid_size: GridSize | None
     ) -> tuple[GridSize, int] | None:
@@ -436,8 +444,6 @@ class TokenMixer(nn.Module, abc.ABC):
         grid_size = self.grid_size if grid_size is None else grid_size
         if grid_size is None and not self.needs_grid:
             return None
-        if grid_size is None and self.grid_source is not None:
-            grid_size = self.grid_source.grid_of(n)
         return resolve_grid(n, grid_size, self.num_prefix_tokens)
 
     def extra_repr(self) -> str:
