@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.linear import is_readable
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
 from cbsa_torch.interpret._names import named_modules
-from cbsa_torch.interpret.surroundings import Surroundings
 from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
-from cbsa_torch.nn.tokens import as_token_mask, is_token_mask
+from cbsa_torch.nn.grids import GridFollower, watch_grids
+from cbsa_torch.nn.tokens import as_token_mask, is_token_mask, resolve_grid
 
 
 class LayerRecord(NamedTuple):
@@ -78,27 +78,29 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
             of range. TypeError: ``layers`` is not a sequence of names and indices.
     """
     chosen = choose_layers(attention_layers(model), layers)
-    around = Surroundings(model)
     records: dict[str, LayerRecord] = {}
     handles = []
 
-    def record(name: str) -> Any:
+    def record(name: str, place: _Place) -> Any:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             records.pop(name, None)  # not two of them at once
-            read = _read_mixer if isinstance(module, TokenMixer) else _read_timm
-            records[name] = read(name, module, around, args, kwargs)
+            if isinstance(module, TokenMixer):
+                records[name] = _read_mixer(name, module, place, args, kwargs)
+            else:
+                records[name] = _read_timm(name, module, place, *args, **kwargs)
 
         return hook
 
     try:
-        handles += around.watch(chosen)
-        for name, module in chosen.items():
-            handles.append(module.register_forward_hook(record(name), with_kwargs=True))
-        # Compiled code does not see hooks that are new.
-        compiled = "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield records
+        with watch_grids(model, set(chosen.values())) as grids:
+            for name, module in chosen.items():
+                hook = record(name, _Place(grids.get(module), _prefix_around(model, name)))
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            # Compiled code does not see hooks that are new.
+            compiled = "torch._dynamo" in sys.modules
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                yield records
     finally:
         for handle in handles:
             handle.remove()
@@ -160,10 +162,45 @@ def _is_timm_attention(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind) and type(module).forward is kind.forward
 
 
+class _Place(NamedTuple):
+    """Where a layer is: what the model around it says about its tokens."""
+
+    grids: GridFollower | None
+    """Who knows the grid; None outside models with a patch embedding."""
+    num_prefix_tokens: int | None
+
+    def locate(
+        self, x: Tensor, num_prefix_tokens: int | None = None, *, square: bool = False
+    ) -> tuple[GridSize | None, int]:
+        """The grid of a layer's tokens, None if nothing tells, and the prefix tokens before it.
+
+        ``num_prefix_tokens``: what the layer itself says. ``square``: where there is no patch embedding, take a
+        square if it fits.
+        """
+        prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
+        if self.grids is not None or square:
+            try:
+                grid = None if self.grids is None else self.grids.grid_of(x)
+                return resolve_grid(x.shape[1], grid, prefix)
+            except (ValueError, RuntimeError):
+                pass
+        return None, prefix or 0
+
+
+def _prefix_around(model: nn.Module, name: str) -> int | None:
+    """The number of prefix tokens of the innermost module around a layer that states one."""
+    modules = dict(named_modules(model))
+    while name:
+        name = name.rpartition(".")[0]
+        number = getattr(modules.get(name), "num_prefix_tokens", None)
+        if isinstance(number, int):
+            return number
+    return None
+
+
 def _read_mixer(
-    name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, layer: TokenMixer, place: _Place, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LayerRecord:
-    layer = cast(TokenMixer, layer)
     if any(p.is_meta for p in layer.parameters()) and not all(p.is_meta for p in args[:1]):
         raise ValueError(
             f"{name} keeps its weights elsewhere between calls (offloaded): load them to capture it"
@@ -172,7 +209,9 @@ def _read_mixer(
     source, mask = heads.source, heads.source.token_mask
     grid, prefix = source.grid_size, source.num_prefix_tokens
     if grid is None:
-        grid, prefix = around.grid(name, source.x.shape[1]) or (None, prefix)
+        # The tensor that the layer was called with: a mask makes another of it.
+        called_with = args[0] if args else next(iter(kwargs.values()))
+        grid, prefix = place.locate(called_with, prefix or None)
     stages = agents = None
     if isinstance(layer, CBSA):
         stages = CBSAStages(*(t if t is None else _own(t, layer) for t in layer.stages_in(heads)))  # type: ignore[arg-type]
@@ -201,15 +240,9 @@ def _read_mixer(
 
 
 def _read_timm(
-    name: str, layer: nn.Module, around: Surroundings, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LayerRecord:
-    return _read_timm_arguments(name, cast(Any, layer), around, *args, **kwargs)
-
-
-def _read_timm_arguments(
     name: str,
     layer: Any,
-    around: Surroundings,
+    place: _Place,
     x: Tensor,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -222,8 +255,7 @@ def _read_timm_arguments(
     if attn_mask is not None and attn_mask.ndim == 4 and is_token_mask(attn_mask, b, n):
         token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
     queries, keys = (_own(_zero_masked(t, token_mask), layer) for t in (queries, keys))
-    located = around.grid(name, n, square=True)
-    grid, prefix = located or (None, around.num_prefix_tokens(name) or 0)
+    grid, prefix = place.locate(x, square=True)
     return LayerRecord(name, layer, queries, keys, None, grid, prefix, token_mask, None, attn_mask, is_causal)
 
 

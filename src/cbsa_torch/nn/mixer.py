@@ -20,7 +20,7 @@ from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
 from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
-from cbsa_torch.nn.grids import GridSource, listen
+from cbsa_torch.nn.grids import GridFollower, install_grid_hook
 from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
 from cbsa_torch.nn.tokens import (
     Heads,
@@ -113,7 +113,7 @@ class TokenMixer(nn.Module, abc.ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        listen()
+        install_grid_hook(after_removal=False)
         check_bool("recompute", recompute)
         self.recompute = recompute
         check_positive_int("dim", dim)
@@ -161,7 +161,7 @@ class TokenMixer(nn.Module, abc.ABC):
         self.shared_qkv = qkv == "shared"
         self.attn_drop = attn_drop
         self.grid_size: GridSize | None = None
-        self.grid_source: GridSource | None = None
+        self.grid_source: GridFollower | None = None
         self.num_prefix_tokens: int | None = None
         self.set_input_size(grid_size, num_prefix_tokens)
         self.channels_first = channels_first
@@ -407,7 +407,7 @@ class TokenMixer(nn.Module, abc.ABC):
         if grid_size is None and not self.needs_grid:
             return None, self.num_prefix_tokens or 0
         if grid_size is None and self.grid_source is not None:
-            grid_size = self.grid_source.grid_of(tokens.shape[1])
+            grid_size = self.grid_source.grid_of(tokens)
         return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
 
     def _represent(
