@@ -37,6 +37,7 @@ CASES = {
     "linear eigh mean": on_tokens(ops.linear_cbsa, eps=0.8, average=True, solver="eigh"),
     "softmax": Case(lambda q, k, v, mask: ops.softmax_attention(q, k, v, key_mask=mask), "qnn"),
     "agent": Case(lambda q, a, k, v, mask: ops.agent_attention(q, a, k, v, key_mask=mask), "qmnn"),
+    "features": Case(lambda q, k, v, mask: ops.linear_attention(q, k, v, key_mask=mask), "qnn"),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -150,6 +151,7 @@ ONE_TOKEN = {
     "linear eigh": lambda w: w / (1 + w.square().sum(-1, keepdim=True) / 0.8**2),
     "softmax": lambda w: w,
     "agent": lambda w: w,
+    "features": lambda w: w,
 }
 
 
@@ -309,6 +311,12 @@ BAD_OPTIONS = [
     ),
     (ops.tssa, {"temperature": zeros(3, 1)}, ValueError, r"temperature must have shape \(H,\)"),
     (ops.tssa, {"temperature": zeros(3, dtype=torch.long)}, TypeError, "temperature must have a floating"),
+    (
+        partial(ops.linear_attention, GOOD, GOOD),
+        {"temperature": "a"},
+        TypeError,
+        "temperature must be a number",
+    ),
     (ops.channel_attention, {"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
     (ops.channel_attention, {"eps": math.nan}, ValueError, "eps must be positive and finite, got nan"),
     (ops.channel_attention, {"basis": zeros(4, 4)}, ValueError, r"\(P, P\) or \(H, P, P\) for H=3, P=5"),

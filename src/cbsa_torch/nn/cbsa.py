@@ -11,18 +11,16 @@ from cbsa_torch._core.linear import changed_calls, is_plain_linear
 from cbsa_torch._core.types import (
     CONTRACTIONS,
     IMPLS,
-    LAYOUTS,
     QKV,
     CBSAStages,
     Contraction,
     Impl,
     Layout,
     RepresentativeKind,
-    Representatives,
     Strategy,
 )
 from cbsa_torch.nn.mixer import TokenMixer
-from cbsa_torch.nn.representatives import PrincipalDirections, make_representatives
+from cbsa_torch.nn.representatives import PrincipalDirections
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import run, run_and_project
@@ -85,19 +83,12 @@ class CBSA(TokenMixer):
     ) -> None:
         check_choice("contraction", contraction, CONTRACTIONS)
         eps = exact_eps(eps, contraction)
-        check_choice("layout", layout, LAYOUTS)
         check_choice("impl", impl, IMPLS)
-        if layout == "official" and representatives != "pool":
-            raise ValueError("layout='official' is a way of pooling; it needs representatives='pool'")
         super().__init__(dim, num_heads, qkv=qkv, **options)
-        factory_kwargs: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.contraction: Contraction = contraction
         self.eps = eps
-        self.layout: Layout = layout
         self.impl: Impl = impl
-        self.representatives = make_representatives(
-            representatives, num_heads, num_representatives, self.head_dim, **factory_kwargs
-        )
+        self._make_representatives(representatives, num_representatives, layout)
         self.step_tokens = self._per_head()
         self.step_representatives: nn.Parameter | None = None
         if isinstance(self.representatives, PrincipalDirections) and contraction == "softmax":
@@ -116,11 +107,6 @@ class CBSA(TokenMixer):
         nn.init.normal_(self.step_tokens)
         if self.step_representatives is not None:
             nn.init.normal_(self.step_representatives)
-
-    @property
-    def needs_grid(self) -> bool:
-        """Whether the representatives are made from the tokens' grid."""
-        return getattr(self.representatives, "needs_grid", False)
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.cbsa`."""
@@ -146,19 +132,16 @@ class CBSA(TokenMixer):
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count making the representatives, extraction, contraction and broadcast."""
-        n, m = heads.queries.shape[2], self._choose(heads).values.shape[2]
+        n, m = heads.queries.shape[2], self._represent(heads).values.shape[2]
         sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim}
         extracted = self.step_representatives is not None
         counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, **sizes)
         count_strategy = getattr(self.representatives, "counts", None)
         return counts if count_strategy is None else counts + count_strategy(n, **sizes)
 
-    def _choose(self, heads: Heads) -> Representatives:
-        return self._represent(self.representatives, heads, official=self.layout == "official")
-
     def _inputs(self, heads: Heads) -> CBSAInputs:
         """The operator's inputs: tokens in the heads, representatives, options."""
-        chosen = self._choose(heads)
+        chosen = self._represent(heads)
         if (chosen.attention is None) != (self.step_representatives is not None):
             raise ValueError(
                 "representatives must set gives_attention = True if and only if they return an attention, "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
-from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
+from cbsa_torch._core.types import (
+    LAYOUTS,
+    QKV,
+    QKVS,
+    GridSize,
+    Layout,
+    RepresentativeKind,
+    Representatives,
+    Strategy,
+)
 from cbsa_torch.nn.grids import GridFollower, install_grid_hook
 from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
+from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.nn.tokens import (
     Heads,
     MixerInput,
@@ -73,7 +82,8 @@ class TokenMixer(nn.Module, abc.ABC):
         device, dtype: of the parameters.
 
     Attributes:
-        qkv: the input projection. proj: the output projection (None if tied).
+        qkv: the input projection. proj: the output projection (None if tied). representatives: what makes
+            them, of mixers that have some, else None.
 
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
@@ -165,6 +175,8 @@ class TokenMixer(nn.Module, abc.ABC):
         self.num_prefix_tokens: int | None = None
         self.set_input_size(grid_size, num_prefix_tokens)
         self.channels_first = channels_first
+        self.representatives: Strategy | None = None
+        self.layout: Layout = "standard"
 
         self.qkv = nn.Linear(dim, inner * (1 if self.shared_qkv else 3), qkv_bias, device, dtype)
         if orthogonal:
@@ -392,8 +404,8 @@ class TokenMixer(nn.Module, abc.ABC):
 
     @property
     def needs_grid(self) -> bool:
-        """Whether the mixer uses the tokens' grid."""
-        return False
+        """Whether the mixer uses the tokens' grid: whether representatives are made from it."""
+        return getattr(self.representatives, "needs_grid", False)
 
     def _locate(
         self, tokens: Tensor, map_grid: GridSize | None, grid_size: GridSize | None
@@ -410,19 +422,30 @@ class TokenMixer(nn.Module, abc.ABC):
             grid_size = self.grid_source.grid_of(tokens)
         return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
 
-    def _represent(
-        self, strategy: Callable[..., Any], heads: Heads, *, official: bool = False
-    ) -> Representatives:
-        """Ask a strategy for representatives of the grid tokens, or of all tokens if it needs no grid."""
-        source, tokens, grid = heads.source, heads.queries, None
-        mask = source.token_mask
-        if getattr(strategy, "needs_grid", False):
+    def _make_representatives(
+        self, kind: RepresentativeKind | Strategy, number: int | None, layout: Layout
+    ) -> None:
+        """Set :attr:`representatives` and :attr:`layout`, for mixers that have them."""
+        check_choice("layout", layout, LAYOUTS)
+        if layout == "official" and kind != "pool":
+            raise ValueError("layout='official' is a way of pooling; it needs representatives='pool'")
+        like = next(self.qkv.parameters())
+        self.layout = layout
+        self.representatives = make_representatives(
+            kind, self.num_heads, number, self.head_dim, device=like.device, dtype=like.dtype
+        )
+
+    def _represent(self, heads: Heads) -> Representatives:
+        """Representatives of the grid tokens, or of all tokens if the strategy needs no grid."""
+        assert self.representatives is not None, "for mixers that made them"
+        source, tokens, grid, mask = heads.source, heads.queries, None, heads.source.token_mask
+        if self.needs_grid:
             grid = source.grid_size
-            assert grid is not None, "a strategy that needs a grid makes its mixer need one"
-            first = 0 if official else source.num_prefix_tokens
+            assert grid is not None, "read for mixers that need one"
+            first = 0 if self.layout == "official" else source.num_prefix_tokens
             cells = slice(first, first + math.prod(grid))
             tokens, mask = tokens[:, :, cells], None if mask is None else mask[:, cells]
-        chosen = strategy(tokens, grid, mask)
+        chosen = self.representatives(tokens, grid, mask)
         if not isinstance(chosen, Representatives):
             raise TypeError(
                 f"representatives must return ops.Representatives(values, mask, attention), "

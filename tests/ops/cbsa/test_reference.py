@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cbsa_torch import ops
-from cbsa_torch.ops.cbsa.reference import broadcast, contract_exact, contract_softmax
+from cbsa_torch.ops.cbsa.reference import contract_exact
 from tests.helpers.compare import assert_close
 from tests.helpers.operator import CONTRACTIONS
 
@@ -263,15 +263,6 @@ def test_exact_contraction_solves_its_system_even_when_ill_conditioned(p):
     assert_close(contract_exact(rep, eps).double(), exact, 1e-5)
 
 
-def test_contract_and_broadcast_with_all_tokens_is_mssa():
-    """Section 3.3: Q = Z, A = I and contraction (8) is CRATE's softmax attention (9)."""
-    tokens, _ = inputs()
-    _, contracted = contract_softmax(tokens, 5**-0.5)
-    identity = torch.eye(11).double().expand(2, 3, 11, 11)
-    expected = F.scaled_dot_product_attention(tokens, tokens, tokens)
-    assert_close(broadcast(identity, contracted, 1.0), expected, 1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_is_float32_inside_and_autocast_is_ignored(dtype):
     tokens, representatives = (t.to(dtype) for t in inputs())
@@ -291,19 +282,20 @@ def test_strides_do_not_matter():
     assert_close(out, ops.cbsa(tokens.contiguous(), representatives.contiguous()), 1e-13)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_compiles_in_one_graph(masked):
+def test_compiles_in_one_graph():
     tokens, representatives = inputs(dtype=torch.float32, grad=True)
-    mask = torch.arange(11) < torch.tensor([[11], [5]]) if masked else None
+    mask = torch.arange(11) < torch.tensor([[11], [5]])
 
     def f(tokens, representatives):
         return ops.cbsa(tokens, representatives, contraction="exact", token_mask=mask)
 
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    out = compiled(tokens, representatives)
-    assert_close(out, f(tokens, representatives), 1e-6)
-    out.sum().backward()
-    assert torch.isfinite(tokens.grad).all()
+    leaves = tokens, representatives
+    found = torch.compile(f, fullgraph=True, backend="aot_eager")(*leaves)
+    expected = f(*leaves)
+    assert_close(found, expected, 1e-6)
+    grads = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, expected))
+    for ours, theirs in zip(*grads, strict=True):
+        assert_close(ours, theirs, 1e-5)
 
 
 def test_stages_of_a_given_attention_fit_together():
