@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
-from transformers import ViTConfig, ViTModel
 
 from cbsa_torch import CBSA, MSSA, TSSA, AgentAttention, LinearCBSA, adapt_vit
 from cbsa_torch.nn import follow_grid, grids, install_grid_hook, remove_grid_hook
@@ -282,7 +281,10 @@ def test_images_that_take_turns_block_by_block():
 def gradients(model, forward=None, in_thread=False):
     """Of a loss of all images, whose forward passes come before the one backward pass."""
     model.zero_grad()
-    loss = sum((i + 1) * (forward or model)(image).square().sum() for i, image in enumerate((*IMAGES, WIDE)))
+    loss = sum(
+        (i + 1) * (model if forward is None else forward)(image).square().sum()
+        for i, image in enumerate((*IMAGES, WIDE))
+    )
     if in_thread:  # as on a GPU
         thread = threading.Thread(target=loss.backward)
         thread.start()
@@ -319,6 +321,7 @@ def _own(model):
 
 @pytest.mark.parametrize("in_thread", [False, True], ids=["here", "thread"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at it
 @pytest.mark.parametrize("how", [_whole, _wrapped, _wrapped_attention, _compiled_blocks, _own])
 def test_recomputation_takes_the_same_grid(how, reentrant, in_thread, monkeypatch):
     monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: reentrant)
@@ -362,36 +365,6 @@ def test_recomputation_of_changed_tokens_is_refused():
         sum(x.sum() for x in both).backward()
 
 
-@pytest.mark.parametrize("options", [None, {"use_reentrant": True}, {"use_reentrant": False}])
-def test_models_of_transformers(options):
-    """They checkpoint the forward of a layer, without its hooks."""
-    config = ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=64, intermediate_size=48
-    )
-    model = adapt_vit(ViTModel(config), "cbsa").model
-    single = [copy.deepcopy(model) for _ in IMAGES]  # each sees one image
-
-    def output(model, image):
-        return model(image, interpolate_pos_encoding=True).last_hidden_state
-
-    for each, image in zip(single, IMAGES, strict=True):
-        output(each, image).square().sum().backward()
-    if options is not None:
-        model.gradient_checkpointing_enable(options)
-        model.train()
-    sum(output(model, image).square().sum() for image in IMAGES).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            expected = sum(each.get_parameter(name).grad for each in single)
-            assert_close(parameter.grad, expected, 1e-4)
-    model.eval()
-    assert_close(
-        torch.stack(in_threads(lambda image: output(model, image), 6)),
-        torch.stack([output(each, image) for each, image in zip(single, IMAGES, strict=True)] * 2),
-        1e-5,
-    )
-
-
 def test_adapted_models_in_threads():
     model = timm.create_model(
         "vit_tiny_patch16_224",
@@ -419,7 +392,7 @@ def test_nothing_is_kept():
         del loss
         with torch.no_grad():
             model(TALL)
-        assert len(outputs) == 3  # one of them computed again
+        assert len(outputs) == 2
         assert not any(output() is not None for output in outputs)
         assert len(source.tags) == 0
         weight = weakref.ref(model.blocks[0].attn.qkv.weight)
