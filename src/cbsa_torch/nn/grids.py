@@ -4,14 +4,14 @@ timm hands its attention layers tokens without a grid, and a number of tokens do
 be 4 x 4 or 2 x 8. Every way through a model (``forward``, ``forward_features``, ``forward_intermediates``,
 feature extractors) calls its patch embedding first, so a forward hook there sees the grid of every image.
 
-From there the grid follows the tokens, not the model, because several images may be under way at once. Hooks of
-the blocks remember the grid of the tensors that go in and come out, for as long as those live (:class:`_Tags`).
-Gradient checkpointing keeps a block's input and computes with it again, so that a recomputation finds the same
-grid in any thread. Tokens that nobody has seen are those of an image that this thread has embedded and this
-layer has not had yet (:class:`_Ledger`). Where that leaves more than one grid, an error says so.
+From there the grid goes with the tokens, since several images may be under way at once. Hooks of the blocks
+remember the grid of the tensors that go in and come out, for as long as those live (:class:`_Tags`). Gradient
+checkpointing keeps a block's input and computes with it again, so a recomputation finds its grid, in any
+thread. Tokens that no hook has seen belong to an image that this thread has embedded and that has not reached
+this layer yet (:class:`_Ledger`). Where that leaves several grids, an error says so.
 
-``torch.compile`` traces the embedding and the layers of a model in one graph; the grid is then an attribute that
-is written and read while tracing. A block that is compiled alone leaves its graph to ask, at both of its ends.
+``torch.compile`` traces the embedding and the layers of a model in one graph, in which the grid is an
+attribute, written and read. A block that is compiled alone leaves its graph to ask, at both of its ends.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ EMBEDDING = "patch_embed"
 class GridSource:
     """What a model's patch embedding says about the grids of its images.
 
-    The object holds what does not change from pass to pass; a pass under way is in ``here``, one per thread, and
-    in the tags of its tensors.
+    It holds what does not change from pass to pass. What is under way is in ``here``, apart for each thread,
+    and in ``tags``.
     """
 
-    def __init__(self, embedding: nn.Module) -> None:
+    def __init__(self, model: nn.Module, embedding: nn.Module) -> None:
         self.num_prefix_tokens: int | None = 0
         """None: what the grid leaves."""
         self.built_for: GridSize | None = None
@@ -52,20 +52,24 @@ class GridSource:
         self.sees_all = True
         """Whether ``seen`` is complete: a compiled graph embeds images without adding to it."""
         self.followers: list[GridFollower] = []
-        self.handles: list[RemovableHandle] = [embedding.register_forward_hook(self.note)]
-        self.reset()
+        self._start()
+        self.handles += [
+            model.register_forward_pre_hook(self.begin),
+            model.register_forward_hook(self.end, always_call=True),
+            embedding.register_forward_hook(self.note),
+        ]
 
-    def reset(self) -> None:
-        """Forget the passes under way."""
+    def _start(self) -> None:
         self.here = _Here()
         self.tags = _Tags()
+        self.handles: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("here", "tags")}
+        return {name: value for name, value in vars(self).items() if name not in ("here", "tags", "handles")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.reset()
+        self._start()
 
     def follower(self) -> GridFollower:
         """A new follower: one for each module that asks."""
@@ -94,6 +98,20 @@ class GridSource:
         while self.handles:
             self.handles.pop().remove()
 
+    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Set aside what the thread embedded before a call of the whole model: its forward pre-hook."""
+        if not torch.compiler.is_dynamo_compiling():
+            state = self.here.state
+            self.take_in(state)
+            state.outer.append(state.ledger)
+            state.ledger = _Ledger()
+
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Take it up again: the model's forward hook, also when it raises."""
+        state = self.here.state
+        if not torch.compiler.is_dynamo_compiling() and state.outer:
+            state.ledger = state.outer.pop()
+
     def note(self, embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Note the grid that ``embedding`` made of its input: its forward hook."""
         grid, state = _grid_made(embedding, inputs, output), self.here.state
@@ -117,7 +135,7 @@ class GridSource:
             ledger.embedded[note.grid] += 1
             self.seen.update(() if note.grid is None else (note.grid,))
             ledger.taken.update((f, note.grid) for f in self.followers if note.graph in f.graphs)
-        # Only two are kept. A graph without any layer has left more than one to be encoded: there may be others.
+        # Only two notes are kept: a graph that embeds and does not encode may have made others before.
         ledger.incomplete |= len(notes) == 2 and not any(notes[0].graph in f.graphs for f in self.followers)
         state.before, state.latest = _Note(), _Note()
 
@@ -132,8 +150,9 @@ class GridSource:
         """The one grid that tokens of unknown origin may have, or None if they may have several."""
         if not self.sees_all:
             return None
-        seen = [grid for grid in self.seen if self.fits(grid, x)] or [self.built_for]
-        return seen[0] if len(seen) == 1 and self.fits(seen[0], x) else None
+        seen: list[GridSize | None] = [grid for grid in self.seen if self.fits(grid, x)]
+        only = self.built_for if not seen else seen[0] if len(seen) == 1 else None
+        return only if self.fits(only, x) else None
 
     def graph_before(self) -> int:
         """While Dynamo traces: the graph noted last before. It simulates what it traces, and runs this."""
@@ -145,7 +164,7 @@ class GridSource:
         self.here.tracing = next(_graph_numbers)
         return self.here.tracing
 
-    # What torch.compiler.assume_constant_result does, but that imports the compiler (a second) with the package.
+    # What torch.compiler.assume_constant_result does, but that would import the compiler (a second).
     graph_before._dynamo_marked_constant = True  # type: ignore[attr-defined]
     _new_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -185,26 +204,23 @@ class GridFollower:
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the grid of a block's input, for what is inside: its forward pre-hook."""
-        if not torch.compiler.is_dynamo_compiling():
-            self._enter(args, kwargs)
-        elif not self._in_graph():
-            torch.compiler.disable(self._enter)(args, kwargs)
+        self._outside_graphs(self._enter, args, kwargs)
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hand the grid on with a block's output: its forward hook, also when the block raises."""
-        if not torch.compiler.is_dynamo_compiling():
-            self._leave(output)
-        elif not self._in_graph():
-            torch.compiler.disable(self._leave)(output)
+        self._outside_graphs(self._leave, output)
 
     def carry(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hand the grid on, where no block around does it: a forward hook of norms."""
-        if self.source.here.state.grid is not None:
-            return
+        if self.source.here.state.grid is None:
+            self._outside_graphs(self._carry, args, output)
+
+    def _outside_graphs(self, method: Callable[..., None], *args: Any) -> None:
+        """Call ``method``, but not where the grid goes through the graph that Dynamo traces."""
         if not torch.compiler.is_dynamo_compiling():
-            self._carry(args, output)
+            method(*args)
         elif not self._in_graph():
-            torch.compiler.disable(self._carry)(args, output)
+            torch.compiler.disable(method)(*args)
 
     def _in_graph(self) -> bool:
         """While Dynamo traces: whether the embedding is in the same graph."""
@@ -288,22 +304,22 @@ class GridFollower:
     def _unknown(self, state: _State, x: Tensor) -> Exception:
         """What to raise for such tokens. What was embedded is given up, so that the next image goes through."""
         pending = self._pending(state)
-        grids = sorted({*pending, *self.source.seen} - {None})
-        fitting = [grid for grid in grids if self.source.fits(grid, x)]
+        fitting = [grid for grid in {*pending, *self.source.seen} if self.source.fits(grid, x)]
         state.ledger = _Ledger()
         if not fitting or (pending and not any(self.source.fits(grid, x) for grid in pending)):
-            return ValueError(self._misfit(x.shape[1], pending or [*grids, self.source.built_for]))
+            return ValueError(self._misfit(x.shape[1], pending or [*self.source.seen, self.source.built_for]))
+        known = ", ".join(sorted(map(str, fitting)))
         return RuntimeError(
-            f"x has {x.shape[1]} tokens, and nothing tells their grid: images of "
-            f"{', '.join(map(str, fitting))} patches were embedded before. Embed and encode one image after the "
-            "other, in the same thread, or tell the layer its grid (grid_size, or set_input_size)"
+            f"x has {x.shape[1]} tokens, and nothing tells which of the grids {known} of earlier images is "
+            "theirs. Encode each image before the next is embedded, in the same thread, or tell the layer its "
+            "grid (grid_size of forward, or set_input_size)"
         )
 
     def _misfit(self, num_tokens: int, grids: Iterable[GridSize | None]) -> str:
         known = ", ".join(str(grid) for grid in grids if grid is not None) or "unknown size"
         return (
-            f"x has {num_tokens} tokens, {self.source.num_prefix_tokens or 0} of them prefix tokens, but the model's "
-            f"patches make grids of {known}; pass grid_size, and drop no patches (patch_drop_rate)"
+            f"x has {num_tokens} tokens, {self.source.num_prefix_tokens or 0} of them prefix tokens, but the "
+            f"model's patches make grids of {known}; pass grid_size, and drop no patches (patch_drop_rate)"
         )
 
 
@@ -336,7 +352,7 @@ class _Note:
 
 
 class _State:
-    """The passes of one thread. Dynamo reads and writes plain attributes of plain objects, and guards on them."""
+    """What is under way in one thread: a plain object, so that Dynamo reads, writes and guards attributes."""
 
     def __init__(self) -> None:
         self.latest = _Note()
@@ -345,6 +361,8 @@ class _State:
         """That of the block which is running."""
         self.stack: list[tuple[GridFollower, _Pass | None]] = []
         self.ledger = _Ledger()
+        self.outer: list[_Ledger] = []
+        """Those set aside during calls of the whole model."""
 
 
 class _Here(threading.local):
@@ -431,7 +449,7 @@ def follow_grid(
             "or tell layers their grid by set_input_size"
         )
     prefix = getattr(model, "num_prefix_tokens", 0) if num_prefix_tokens is None else num_prefix_tokens
-    return _follow(embedding, prefix, model.children())
+    return _follow(model, embedding, prefix, model.children())
 
 
 @contextmanager
@@ -441,7 +459,8 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
     Yields:
         A follower for each layer that has a ``patch_embed`` around it, or follows one already.
     """
-    found = {layer: layer.grid_source for layer in layers if getattr(layer, "grid_source", None) is not None}
+    asked = {layer: getattr(layer, "grid_source", None) for layer in layers}
+    found: dict[nn.Module, GridFollower] = {layer: own for layer, own in asked.items() if own is not None}
     sources = []
     try:
         for part in model.modules():
@@ -451,14 +470,14 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
             children = list(part.children())
             inside = {m for child in children for m in _modules_of(child, embedding) if m in layers} - {*found}
             if inside:
-                source = GridSource(embedding)
+                source = GridSource(part, embedding)
                 sources.append(source)
                 source.num_prefix_tokens = getattr(part, "num_prefix_tokens", None)
                 source.built_for = getattr(embedding, "grid_size", None)
                 for child in children:
                     source.surround(child, inside)
                 found.update({layer: source.follower() for layer in inside})
-        yield cast(dict[nn.Module, GridFollower], found)
+        yield found
     finally:
         for source in sources:
             source.remove()
@@ -467,32 +486,31 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
 def install_grid_hook(*, after_removal: bool = True) -> None:
     """Have every mixer that timm builds into a model follow its grid (once per process).
 
-    A layer is not told its model, but PyTorch tells of every module that becomes part of another. The first mixer
-    installs the hook, unless it was removed.
+    A layer is not told its model, but PyTorch tells of every module that becomes part of another. The first
+    mixer installs the hook, unless it was removed.
 
     Args:
         after_removal: install it again after :func:`remove_grid_hook`.
     """
-    global _installed
     with _lock:
-        if _installed is None or (after_removal and _installed is _REMOVED):
-            _installed = register_module_module_registration_hook(_on_registration)
+        if not _installed or (after_removal and _installed[-1] is None):
+            _installed.append(register_module_module_registration_hook(_on_registration))
 
 
 def remove_grid_hook() -> None:
-    """Remove the hook of :func:`install_grid_hook`; models that are already built go on as they are.
+    """Remove the hook of :func:`install_grid_hook`: layers of later models need :func:`follow_grid`.
 
-    Layers of models that are built later need :func:`follow_grid`.
+    Models that are built already go on as they are.
     """
-    global _installed
     with _lock:
-        if isinstance(_installed, RemovableHandle):
-            _installed.remove()
-        _installed = _REMOVED
+        handle = _installed[-1] if _installed else None
+        if handle is not None:
+            handle.remove()
+        _installed[:] = [None]
 
 
-_REMOVED = "removed"
-_installed: RemovableHandle | str | None = None
+_installed: list[RemovableHandle | None] = []
+"""Empty before the first mixer is built; None after removal."""
 _lock = threading.Lock()
 
 
@@ -502,13 +520,13 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
         return
     if name != EMBEDDING:
         # Again with every part: a subclass may add prefix tokens after its blocks.
-        _follow(cast(nn.Module, before), getattr(module, "num_prefix_tokens", 0), [child])
+        _follow(module, cast(nn.Module, before), getattr(module, "num_prefix_tokens", 0), [child])
     elif before is None or before not in child.modules():  # not just wrapped, by torch.compile for example
         parts = [part for part in module.children() if part is not before]
-        _follow(child, getattr(module, "num_prefix_tokens", 0), parts)
+        _follow(module, child, getattr(module, "num_prefix_tokens", 0), parts)
 
 
-def _follow(embedding: nn.Module, num_prefix_tokens: int, parts: Iterable[nn.Module]) -> int:
+def _follow(model: nn.Module, embedding: nn.Module, num_prefix_tokens: int, parts: Iterable[nn.Module]) -> int:
     """Let the mixers in the ``parts`` of a model follow; how many there are."""
     parts = list(parts)
     mixers = {m for part in parts for m in _modules_of(part, embedding) if hasattr(m, "grid_source")}
@@ -516,7 +534,7 @@ def _follow(embedding: nn.Module, num_prefix_tokens: int, parts: Iterable[nn.Mod
     if source is None:
         if not mixers:
             return 0
-        source = GridSource(embedding)
+        source = GridSource(model, embedding)
     source.num_prefix_tokens = num_prefix_tokens
     source.built_for = getattr(embedding, "grid_size", None)
     for part in parts:
@@ -529,7 +547,7 @@ def _follow(embedding: nn.Module, num_prefix_tokens: int, parts: Iterable[nn.Mod
 
 
 def _modules_of(part: nn.Module, embedding: nn.Module) -> Iterator[nn.Module]:
-    """The modules in a part of a model, without those of another model in it that has an embedding of its own."""
+    """The modules in a part of a model, but not those below another patch embedding than this."""
     yield part
     if part._modules.get(EMBEDDING) in (None, embedding):
         for child in part.children():

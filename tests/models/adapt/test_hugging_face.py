@@ -1,6 +1,7 @@
 """Vision Transformers of transformers with random weights, adapted."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 
 from cbsa_torch import adapt_vit, interpret
 from cbsa_torch.models.counting import count_model
+from tests.helpers.compare import assert_close
 
 SIZES = {
     "hidden_size": 32,
@@ -69,11 +71,11 @@ def test_forward_backward_reload_and_any_size(name, mixer):
     torch.nn.init.zeros_(again.get_parameter(f"{report.adapted[0].name}.o_proj.weight"))
     again.load_state_dict(adapted.state_dict())
     assert torch.equal(output(again, image), out)
-    options, grids = {} if "dinov2" in name else {"interpolate_pos_encoding": True}, []
-    layer = adapted.get_submodule(report.adapted[0].name)
-    layer.register_forward_pre_hook(lambda layer, args: grids.append(layer.token_grid(*args)))
-    output(adapted, torch.randn(1, 3, 16, 64), **options)
-    assert grids == [None if mixer == "linear" else ((2, 8), 5 if "registers" in name else 1)]
+    options = {} if "dinov2" in name else {"interpolate_pos_encoding": True}
+    prefix = 5 if "registers" in name else 1
+    with interpret.capture(adapted) as records:
+        output(adapted, torch.randn(1, 3, 16, 64), **options)
+    assert all((r.grid_size, r.num_prefix_tokens) == ((2, 8), prefix) for r in records.values())
 
 
 @each_model
@@ -161,3 +163,36 @@ def test_adapters_act_in_the_adapted_model():
 def test_one_projection_is_refused():
     with pytest.raises(ValueError, match="'mssa' has one projection"):
         adapt_vit(built("vit"), "mssa")
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_gradient_checkpointing_takes_the_same_grid(reentrant):
+    """It recomputes the forward of a layer, without the layer's hooks."""
+    model = adapt_vit(built("vit")).model
+    images = [torch.randn(1, 3, *size) for size in ((32, 32), (16, 64), (64, 16))]  # 16 patches each
+    single = [copy.deepcopy(model) for _ in images]  # each sees one image
+    for each, image in zip(single, images, strict=True):
+        output(each, image, interpolate_pos_encoding=True).square().sum().backward()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    sum(output(model, image, interpolate_pos_encoding=True).square().sum() for image in images).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected = sum(each.get_parameter(name).grad for each in single)
+            assert_close(parameter.grad, expected, 1e-4)
+
+
+@torch.no_grad()
+def test_threads():
+    model = adapt_vit(built("vit")).model
+    images = [torch.randn(1, 3, *size) for size in ((32, 32), (16, 64), (64, 16))]
+    expected = [output(copy.deepcopy(model), image, interpolate_pos_encoding=True) for image in images]
+
+    @torch.no_grad()
+    def one(i):
+        return output(model, images[i % 3], interpolate_pos_encoding=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(one, range(30))):
+            assert_close(got, expected[i % 3], 1e-5)
