@@ -375,7 +375,7 @@ def test_adapted_models_in_threads():
         num_classes=3,
         dynamic_img_size=True,
     )
-    model = adapt_vit(model.eval(), "cbsa").model
+    model = adapt_vit(model.eval(), "adapted_cbsa").model
     assert_right(in_threads(model), model)
 
 
