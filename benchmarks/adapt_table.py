@@ -49,7 +49,7 @@ from cbsa_torch.train.tasks.adaptation.task import (
 from cbsa_torch.train.trainer import train
 
 Recovery = Literal["plain", "distilled"]
-CBSA_STAR = "cbsa contraction_step=1"
+CBSA_STAR = "adapted_cbsa contraction_step=1"
 
 
 @dataclass
@@ -60,8 +60,8 @@ class Options:
     """The original, as `cbsa adapt` takes it. Accuracies need one that this library trained."""
     config: str | None = None
     """A recipe or YAML file of the task adaptation. Default: the paper's recipe, with the data of the run."""
-    variants: tuple[str, ...] = (CBSA_STAR, "cbsa", "cbsa_agent", "linear")
-    """Mixers with their options (layers is one), e.g. "cbsa contraction_step=1 broadcast=shared"."""
+    variants: tuple[str, ...] = (CBSA_STAR, "adapted_cbsa", "agent", "linear")
+    """Mixers with their options (layers is one), e.g. "adapted_cbsa broadcast=shared"."""
     recoveries: tuple[Recovery, ...] = ("plain", "distilled")
     """How accuracy is recovered: from the labels alone, or with the original as a teacher, too."""
     seeds: tuple[int, ...] = (0,)

@@ -33,9 +33,9 @@ EPOCHS = {"animals28": 2, "emoji64": 3}
 """Of the recoveries."""
 NAMES = {
     "original": "original",
-    "cbsa contraction_step=1": "CBSA*, from 1",
-    "cbsa": "CBSA*, from 0",
-    "cbsa_agent": "CBSA\u2228",
+    "adapted_cbsa contraction_step=1": "CBSA*, from 1",
+    "adapted_cbsa": "CBSA*, from 0",
+    "agent": "CBSA\u2228",
     "linear": "linear",
 }
 COLOURS = dict(zip(NAMES, ("#555555", "#1f77b4", "#17becf", "#ff7f0e", "#2ca02c"), strict=True))

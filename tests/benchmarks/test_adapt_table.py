@@ -10,7 +10,7 @@ from cbsa_torch import train
 from cbsa_torch.train.errors import ConfigError
 
 VIT = {"patch_size": "2", "in_chans": "1", "embed_dim": "24", "depth": "2", "num_heads": "2"}
-AGENT = "cbsa_agent num_representatives=4"
+AGENT = "agent num_representatives=4"
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def test_the_table(vit, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variants": ("cbsaa",)}, "--variants must be one of cbsa,"),
-        ({"variants": ("cbsa contraction_step",)}, "--variants must be one of"),
+        ({"variants": ("cbsaa",)}, "--variants must be one of adapted_cbsa,"),
+        ({"variants": ("adapted_cbsa contraction_step",)}, "--variants must be one of"),
         ({"variants": ("linear layers=x",)}, "layers must be"),
-        ({"variants": ("cbsa eps=[",)}, r"--variants 'cbsa eps=\['"),
+        ({"variants": ("adapted_cbsa eps=[",)}, r"--variants 'cbsa eps=\['"),
         ({"variants": (AGENT, "linear eps=1")}, "--variants 'linear eps=1': eps is an option of"),
         ({"cost_of": "resnet18"}, "--cost-of resnet18 cannot be measured"),
         ({"batches": (1,)}, "--batches must have one entry"),

@@ -215,7 +215,7 @@ def test_upsampling_by_hand():
 
 class Mine(TokenMixer):
     def mix(self, heads):
-        return heads.tokens
+        return heads.queries
 
     def count_heads(self, heads):
         raise AssertionError("maps count nothing")

@@ -1,15 +1,23 @@
 """Layers in timm's models know the grid of every image without being told."""
 
 import copy
-import pickle
+import gc
+import io
+import itertools
+import multiprocessing
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
-from cbsa_torch import CBSA, MSSA, TSSA, AgentAttention, LinearCBSA
-from cbsa_torch.nn import follow_grid
+from cbsa_torch import CBSA, MSSA, TSSA, AgentAttention, LinearCBSA, adapt_vit
+from cbsa_torch.nn import follow_grid, grids, install_grid_hook, remove_grid_hook
 from tests.helpers.compare import assert_close
 
 SQUARE, WIDE, TALL = (torch.randn(1, 3, *size) for size in ((64, 64), (32, 128), (128, 32)))  # 16 patches each
@@ -19,6 +27,10 @@ IMAGES = SQUARE, WIDE, TALL
 def vit(mixer=CBSA, name="vit_tiny_patch16_224", **options):
     args = {"depth": 2, "num_classes": 3, "embed_dim": 24, "num_heads": 2, "img_size": 64}
     return timm.create_model(name, attn_layer=mixer, **{**args, **options}).eval()
+
+
+def flexible(**options):
+    return vit(AgentAttention, dynamic_img_size=True, **options)
 
 
 def told(model, image):
@@ -32,110 +44,365 @@ def told(model, image):
     return model(image)
 
 
+def embedded(model, image):
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
+
+
+def encoded(model, tokens):
+    return model.forward_head(model.norm(model.blocks(tokens)))
+
+
+def in_threads(call, number=30):
+    """``call`` with each of the images in turn, from four threads: the outputs."""
+
+    @torch.no_grad()
+    def one(i):
+        return call(IMAGES[i % 3])
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(one, range(number)))
+
+
+def assert_right(outputs, model):
+    expected = [told(model, image).detach() for image in IMAGES]
+    assert not torch.allclose(expected[1], expected[2])
+    for i, output in enumerate(outputs):
+        assert_close(output, expected[i % 3], 1e-5)
+
+
 @pytest.mark.parametrize("mixer", [CBSA, AgentAttention])
 @torch.no_grad()
 def test_images_of_any_shape(mixer):
     model = vit(mixer, dynamic_img_size=True, reg_tokens=4)
-    outputs = [model(image) for image in IMAGES]
-    for image, output in zip(IMAGES, outputs, strict=True):
-        assert torch.equal(output, told(model, image))
-    assert not torch.allclose(outputs[1], outputs[2])
+    assert_right([model(image) for image in IMAGES], model)
+    assert not any("grid" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("mixer", [CBSA, AgentAttention, MSSA, TSSA, LinearCBSA])
-def test_the_default_size_and_every_part_of_the_surface(mixer):
-    model = timm.create_model("vit_small_patch16_224", attn_layer=mixer, depth=1, num_classes=3)
-    assert model(torch.randn(1, 3, 224, 224)).shape == (1, 3)
+@torch.no_grad()
+def test_the_default_size_and_every_way_through_a_model(mixer):
+    model = timm.create_model("vit_small_patch16_224", attn_layer=mixer, depth=1, num_classes=3).eval()
+    image = torch.randn(1, 3, 224, 224)
+    assert_close(model(image), told(model, image), 1e-6)
     model = vit(mixer, dynamic_img_size=True, dynamic_img_pad=True, reg_tokens=2)
-    features, (last,) = model.forward_intermediates(torch.randn(1, 3, 33, 90), indices=[1])
+    features, (last,) = model.forward_intermediates(torch.randn(1, 3, 33, 90), indices=[1], norm=True)
     assert features.shape == (1, 3 + 18, 24)
-    assert last.shape == (1, 24, 3, 6)
-
-
-def test_a_rectangle_with_a_square_number_of_patches_is_a_rectangle():
-    model = vit(img_size=(32, 128))
-    x = torch.randn(1, 17, 24)
-    assert model.blocks[0].attn.token_grid(x) == ((2, 8), 1)  # before any image was seen
-    assert model(WIDE).shape == (1, 3)
-    assert model.blocks[0].attn.token_grid(x) == ((2, 8), 1)
+    assert_close(last, features[:, 3:].mT.unflatten(2, (3, 6)), 1e-6)
+    for image in IMAGES:
+        expected = told(model, image)
+        assert_close(model.forward_head(model.forward_features(image)), expected, 1e-6)
+        assert_close(model.forward_head(model.forward_intermediates(image)[0]), expected, 1e-6)
 
 
 @torch.no_grad()
-def test_prefix_tokens_that_a_subclass_adds_later():
-    model = vit(AgentAttention, "deit_tiny_distilled_patch16_224", img_size=(32, 128))
-    assert torch.equal(model(WIDE), told(model, WIDE))
+def test_feature_extractors():
+    options = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 64, "dynamic_img_size": True}
+    extractor = timm.create_model(
+        "vit_tiny_patch16_224", attn_layer=AgentAttention, features_only=True, out_indices=[0, 1], **options
+    ).eval()
+    single = [copy.deepcopy(extractor)(image) for image in IMAGES]  # each copy sees one image
+    for image, expected in zip(IMAGES, single, strict=True):
+        for got, want in zip(extractor(image), expected, strict=True):
+            assert_close(got, want, 1e-6)
+
+
+def test_a_rectangle_with_a_square_number_of_patches_is_a_rectangle():
+    model = vit(AgentAttention, img_size=(32, 128))
+    x = torch.randn(1, 17, 24)
+    assert model.blocks[0].attn.token_grid(x) == ((2, 8), 1)  # before any image was seen
+    assert_close(model(WIDE), told(model, WIDE), 1e-6)
+    assert model.blocks[0].attn.token_grid(x) == ((2, 8), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    ],
+)
+@torch.no_grad()
+def test_models_with_other_prefix_tokens(name, options):
+    model = vit(AgentAttention, name, img_size=(32, 128), **options)
+    assert_close(model(WIDE), told(model, WIDE), 1e-6)
 
 
 @torch.no_grad()
 def test_hybrids_and_resized_models():
-    model = vit(name="vit_tiny_r_s16_p8_224", img_size=96)
-    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 3)
+    model, image = vit(name="vit_tiny_r_s16_p8_224", img_size=(64, 192)), torch.randn(1, 3, 64, 192)
+    alike = copy.deepcopy(model)
+    for block in alike.blocks:
+        block.attn.set_input_size(model.patch_embed.grid_size, 1)
+    assert_close(model(image), alike(image), 1e-6)
     model = vit()
     model.set_input_size(img_size=(32, 128), patch_size=(16, 16))
-    assert torch.equal(model(WIDE), told(model, WIDE))
+    assert_close(model(WIDE), told(model, WIDE), 1e-6)
 
 
 @torch.no_grad()
 def test_copies_have_grids_of_their_own():
-    model = vit(dynamic_img_size=True)
-    outputs = [model(image) for image in IMAGES]
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.blocks[0].attn.grid_source is not model.blocks[0].attn.grid_source
-        assert all(torch.equal(other(i), o) for i, o in zip(IMAGES, outputs, strict=True))
+    model = flexible()
+    model(WIDE)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert other.blocks[0].attn.grid_source.source is not model.blocks[0].attn.grid_source.source
+        assert_right([other(image) for image in IMAGES], model)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@torch.no_grad()
-def test_compiled_models(dynamic):
-    model = vit(dynamic_img_size=True, depth=1)
-    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
-    for image in (SQUARE, WIDE, SQUARE):
-        assert_close(compiled(image), model(image), 1e-5)
-
-
-def test_exported_models():
-    model = vit(img_size=(32, 128))
-    assert_close(torch.export.export(model, (WIDE,)).module()(WIDE), model(WIDE), 1e-5)
-
-
-def gradients(model, image):
-    model.zero_grad()
-    model(image).square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "reentrant"])
-def _reentrant(request, monkeypatch):
-    monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: request.param)
-
-
-@pytest.mark.usefixtures("_reentrant")
-def test_gradient_checkpointing_recomputes_the_same_grid():
-    model = vit(dynamic_img_size=True)
-    plain = [gradients(model, image) for image in IMAGES]
-    model.set_grad_checkpointing(True)
-    for image, expected in zip(IMAGES, plain, strict=True):
-        for name, gradient in gradients(model, image).items():
-            assert_close(gradient, expected[name], 1e-5)
-    loss = model(WIDE).square().sum()
-    model.set_grad_checkpointing(False)
+def _in_a_process(model, queue):
+    torch.set_num_threads(1)
     with torch.no_grad():
-        model(SQUARE)  # between forward and backward, and no part of them
+        queue.put([model(image).tolist() for image in IMAGES])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@torch.no_grad()
+def test_other_processes(method):
+    model, context = flexible(), multiprocessing.get_context(method)
+    model(WIDE)
+    queue = context.Queue()
+    process = context.Process(target=_in_a_process, args=(model, queue))
+    process.start()
+    outputs = queue.get(timeout=120)
+    process.join()
+    for image, output in zip(IMAGES, outputs, strict=True):  # a spawned process draws the images anew
+        if method == "fork":
+            assert_close(torch.tensor(output), told(model, image), 1e-5)
+    assert len({str(output) for output in outputs}) == 3
+
+
+# --- several images at once ---
+
+
+def test_threads():
+    model = flexible()
+    assert_right(in_threads(model), model)
+    assert_right(in_threads(lambda image: model.forward_head(model.forward_features(image))), model)
+
+
+def test_replicas_in_threads():
+    """As nn.DataParallel makes them: shallow copies that share their hooks."""
+
+    def replica(module):
+        shallow = module._replicate_for_data_parallel()
+        shallow._parameters = dict(module._parameters)
+        for name, child in module._modules.items():
+            shallow._modules[name] = replica(child)
+        return shallow
+
+    model = flexible()
+    assert_right(in_threads(replica(model)), model)
+
+
+COMPILED = {
+    "whole": lambda model: torch.compile(model, backend="eager", fullgraph=True),
+    "dynamic": lambda model: torch.compile(model, backend="eager", fullgraph=True, dynamic=True),
+    "blocks": lambda model: [block.compile(backend="eager") for block in model.blocks],
+    "children": lambda model: [child.compile(backend="eager") for child in (model.patch_embed, *model.blocks)],
+    "broken before blocks": lambda model: broken(model, model.pos_drop),
+    "broken in a block": lambda model: broken(model, model.blocks[0].norm1),
+    "broken after attention": lambda model: broken(model, model.blocks[0].mlp),
+}
+
+
+def broken(model, module):
+    module.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_models_in_threads(how):
+    torch._dynamo.reset()
+    model = flexible()
+    expected = copy.deepcopy(model)
+    compiled = COMPILED[how](model)
+    compiled = model if isinstance(compiled, list) else compiled
+    with torch.no_grad():
+        assert_right([compiled(image) for image in IMAGES], expected)
+        assert_right([model(image) for image in IMAGES], expected)  # eager in between
+    assert_right(in_threads(compiled), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_exported_models(strict):
+    model = vit(img_size=(32, 128))
+    exported = torch.export.export(model, (WIDE,), strict=strict).module()
+    assert_close(exported(WIDE), told(model, WIDE), 1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled embedding"])
+@torch.no_grad()
+def test_images_that_are_embedded_before_others_are_encoded(compiled):
+    """In every order: right, or an error; and the next image goes through."""
+    torch._dynamo.reset()
+    model = flexible()
+    expected = [told(model, image) for image in IMAGES]
+    if compiled:
+        model.patch_embed = torch.compile(model.patch_embed, backend="eager")
+    for order in itertools.product(range(3), repeat=3):
+        tokens = [embedded(model, IMAGES[i]) for i in order]
+        right = 0
+        for i, x in zip(order, tokens, strict=True):
+            try:
+                output = encoded(model, x)
+            except RuntimeError:
+                continue
+            assert_close(output, expected[i], 1e-5)
+            right += 1
+        if len(set(order)) == 1 and not compiled:
+            assert right == 3
+        for image, output in zip(IMAGES, expected, strict=True):
+            assert_close(encoded(model, embedded(model, image)), output, 1e-5)
+
+
+@torch.no_grad()
+def test_images_that_take_turns_block_by_block():
+    model = flexible()
+    expected = [told(model, image) for image in IMAGES]
+    first, second = (model.blocks[0](embedded(model, image)) for image in (WIDE, TALL))
+    for x, output in ((second, expected[2]), (first, expected[1]), (second, expected[2])):
+        assert_close(model.forward_head(model.norm(model.blocks[1](x))), output, 1e-5)
+    stored = embedded(model, WIDE)
+    encoded(model, stored)
+    model(TALL)
+    assert_close(encoded(model, stored), expected[1], 1e-5)  # again
+    with pytest.raises(RuntimeError, match=r"which of the grids \(2, 8\), \(4, 4\), \(8, 2\).*set_input_size"):
+        model(SQUARE), encoded(model, stored + 1.0)
+    stored.copy_(embedded(model, TALL))  # the same memory
+    assert_close(encoded(model, stored), expected[2], 1e-5)
+
+
+# --- computed again for the backward pass ---
+
+
+def gradients(model, forward=None, in_thread=False):
+    """Of a loss of all images, whose forward passes come before the one backward pass."""
     model.zero_grad()
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, plain[1][name], 1e-5)
+    loss = sum(
+        (i + 1) * (model if forward is None else forward)(image).square().sum()
+        for i, image in enumerate((*IMAGES, WIDE))
+    )
+    if in_thread:  # as on a GPU
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    else:
+        loss.backward()
+    return {n.replace("_checkpoint_wrapped_module.", ""): p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.usefixtures("_reentrant")
-def test_gradient_checkpointing_never_takes_another_grid():
-    model = vit(dynamic_img_size=True)
+def _whole(model):
     model.set_grad_checkpointing(True)
-    both = model(WIDE).sum() + model(SQUARE).sum()
-    with pytest.raises(RuntimeError, match=r"had the grids \(2, 8\), \(4, 4\) of 16 cells"):
-        both.backward()
-    other = model(WIDE).sum() + model(torch.randn(1, 3, 32, 32)).sum()  # another number of cells is no problem
-    other.backward()
+
+
+def _wrapped(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block)
+
+
+def _wrapped_attention(model):
+    for block in model.blocks:
+        block.attn = checkpoint_wrapper(block.attn)
+
+
+def _compiled_blocks(model):
+    model.set_grad_checkpointing(True)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+
+
+def _own(model):
+    for block in model.blocks:
+        block.attn.recompute = True
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["here", "thread"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at it
+@pytest.mark.parametrize("how", [_whole, _wrapped, _wrapped_attention, _compiled_blocks, _own])
+def test_recomputation_takes_the_same_grid(how, reentrant, in_thread, monkeypatch):
+    monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: reentrant)
+    model = flexible()
+    expected = gradients(model)
+    model = copy.deepcopy(model)
+    how(model)
+    for name, gradient in gradients(model, in_thread=in_thread).items():
+        assert_close(gradient, expected[name], 1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+def test_segments_of_several_blocks_are_recomputed(reentrant):
+    model = flexible()
+    expected = gradients(model)
+
+    def forward(image):
+        x = checkpoint(model.blocks, embedded(model, image), use_reentrant=reentrant)
+        return model.forward_head(model.norm(x))
+
+    for name, gradient in gradients(model, forward).items():
+        assert_close(gradient, expected[name], 1e-4)
+
+
+def test_whole_graphs_with_checkpointing():
+    torch._dynamo.reset()
+    model = flexible()
+    expected = gradients(model)
+    model.set_grad_checkpointing(True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for name, gradient in gradients(model, compiled).items():
+        assert_close(gradient, expected[name], 1e-4)
+
+
+def test_recomputation_of_changed_tokens_is_refused():
+    model = flexible(depth=1)
+    both = [
+        checkpoint(lambda x: model.blocks(x + 1.0), embedded(model, i), use_reentrant=False) for i in IMAGES
+    ]
+    with pytest.raises(RuntimeError, match="nothing tells which of the grids"):
+        sum(x.sum() for x in both).backward()
+
+
+def test_adapted_models_in_threads():
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        depth=2,
+        embed_dim=24,
+        num_heads=2,
+        img_size=64,
+        num_classes=3,
+        dynamic_img_size=True,
+    )
+    model = adapt_vit(model.eval(), "adapted_cbsa").model
+    assert_right(in_threads(model), model)
+
+
+def test_nothing_is_kept():
+    model, outputs = flexible(), []
+    source = model.blocks[0].attn.grid_source.source
+    handle = model.blocks[0].register_forward_hook(lambda _, __, out: outputs.append(weakref.ref(out)))
+    model.set_grad_checkpointing(True)
+    gc.disable()
+    try:
+        loss = model(WIDE).sum()
+        assert len(source.tags) > 0
+        loss.backward()
+        del loss
+        with torch.no_grad():
+            model(TALL)
+        assert len(outputs) == 2
+        assert not any(output() is not None for output in outputs)
+        assert len(source.tags) == 0
+        weight = weakref.ref(model.blocks[0].attn.qkv.weight)
+        del model, handle
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+# --- what is refused, and what is told ---
 
 
 def test_dropped_patches_are_refused():
@@ -152,6 +419,7 @@ def test_dropped_patches_are_no_other_grid(built):
     model(SQUARE)
     with pytest.raises(ValueError, match="drop no patches"):
         model.train()(torch.randn(1, 3, 128, 128))
+    assert_close(model.eval()(SQUARE), told(model, SQUARE), 1e-6)
 
 
 @pytest.mark.parametrize("mixer", [CBSA, AgentAttention, MSSA, TSSA, LinearCBSA])
@@ -167,31 +435,45 @@ def test_masked_patches_change_nothing_else(mixer):
 
 
 def test_layers_put_in_later_follow_when_told():
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, img_size=(32, 128))
-    model.blocks[1].attn = CBSA(24, 2)
+    options = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": (32, 128), "num_classes": 3}
+    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    model.blocks[1].attn = AgentAttention(24, 2)
     assert follow_grid(model) == 1
-    x = torch.randn(1, 17, 24)
-    assert model.blocks[1].attn.token_grid(x) == ((2, 8), 1)
+    assert model.blocks[1].attn.token_grid(torch.randn(1, 17, 24)) == ((2, 8), 1)
     model.patch_embed = copy.deepcopy(model.patch_embed)
-    assert model(WIDE).shape == (1, 1000)
+    assert_close(model(WIDE), told(model, WIDE), 1e-6)
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 16, 16)
+        self.attn = AgentAttention(24, 2)
+
+    def forward(self, image):
+        return self.attn(self.patches(image).flatten(2).mT)
 
 
 def test_models_of_another_make():
-    class Tower(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.patches = nn.Conv2d(3, 24, 16, 16)
-            self.attn = CBSA(24, 2)
-
-        def forward(self, image):
-            return self.attn(self.patches(image).flatten(2).mT)
-
     tower = Tower()
     with pytest.raises(ValueError, match="model must have a patch_embed"):
         follow_grid(tower)
     assert follow_grid(tower, embedding=tower.patches) == 1
-    tower(WIDE)
-    assert tower.attn.token_grid(torch.randn(1, 16, 24)) == ((2, 8), 0)
+    for image, grid in ((WIDE, (2, 8)), (SQUARE, (4, 4))):
+        assert_close(tower(image), tower.attn(tower.patches(image).flatten(2).mT, grid), 1e-6)
+    assert follow_grid(tower, embedding=tower.patches) == 1  # once more changes nothing
+    assert len(tower.patches._forward_hooks) == 1
+
+
+def test_an_embedding_without_a_grid_is_refused():
+    class Flat(nn.Module):
+        def forward(self, image):
+            return torch.zeros(1, 16, 24)
+
+    model = vit(img_size=(32, 128))
+    model.patch_embed = Flat()
+    with pytest.raises(ValueError, match="grids of unknown size"):
+        model(WIDE)
 
 
 def test_a_grid_that_was_given_goes_first():
@@ -200,3 +482,17 @@ def test_a_grid_that_was_given_goes_first():
     layer.set_input_size((8, 2), num_prefix_tokens=1)
     model(SQUARE)
     assert layer.token_grid(torch.randn(1, 17, 24)) == ((8, 2), 1)
+
+
+def test_the_hook_can_be_removed():
+    hooks = torch.nn.modules.module._global_module_registration_hooks
+    try:
+        remove_grid_hook()
+        assert not any(hook is grids._on_registration for hook in hooks.values())
+        assert vit().blocks[0].attn.grid_source is None  # building a mixer does not bring it back
+        install_grid_hook()
+        install_grid_hook()
+        assert sum(hook is grids._on_registration for hook in hooks.values()) == 1
+        assert vit().blocks[0].attn.grid_source is not None
+    finally:
+        install_grid_hook()

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from cbsa_torch._core.types import DEFAULT_EPS
+
 
 def nearest(value: object, choices: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest choice, or an empty string."""
@@ -65,6 +67,16 @@ def check_positive(name: str, value: float) -> None:
     _check_number_type(name, value)
     if not 0 < value <= 1e150 or value * value == 0:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def exact_eps(eps: float | None, contraction: str) -> float:
+    """The epsilon of ``contraction="exact"``: ``DEFAULT_EPS`` if None; other contractions have none to give."""
+    if eps is None:
+        return DEFAULT_EPS
+    check_positive("eps", eps)
+    if contraction != "exact":
+        raise ValueError(f"eps is of contraction='exact'; contraction={contraction!r} has none, got {eps}")
+    return eps
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

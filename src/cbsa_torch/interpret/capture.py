@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.linear import is_readable
 from cbsa_torch._core.modes import uncompiled
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
 from cbsa_torch.interpret._names import named_modules
-from cbsa_torch.interpret.surroundings import Surroundings
 from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
-from cbsa_torch.nn.tokens import as_token_mask, is_token_mask
+from cbsa_torch.nn.grids import GridFollower, watch_grids
+from cbsa_torch.nn.tokens import as_token_mask, is_token_mask, resolve_grid
 
 
 class LayerRecord(NamedTuple):
@@ -79,7 +80,6 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
             of range. TypeError: ``layers`` is not a sequence of names and indices.
     """
     chosen = choose_layers(attention_layers(model), layers)
-    around = Surroundings(model)
     records: dict[str, LayerRecord] = {}
 
     @torch.no_grad()
@@ -87,12 +87,12 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
         name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         records.pop(name, None)  # frees the record of the last call before another is made
+        place = _Place(grids.get(layer), _prefix_around(model, name))
         read: Any = _read_mixer if isinstance(layer, TokenMixer) else _read_timm
-        records[name] = read(name, layer, around, *args, **kwargs)
+        records[name] = read(name, layer, place, *args, **kwargs)
 
     with ExitStack() as hooks, uncompiled():
-        for handle in around.watch(chosen):
-            hooks.enter_context(handle)
+        grids = hooks.enter_context(watch_grids(model, set(chosen.values())))
         for name, layer in chosen.items():
             hook = functools.partial(record, name)
             hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
@@ -180,19 +180,60 @@ def _is_timm_attention(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind) and type(module).forward is kind.forward
 
 
-def _read_mixer(name: str, layer: TokenMixer, around: Surroundings, *args: Any, **kwargs: Any) -> LayerRecord:
-    called = layer.named_arguments(*args, **kwargs)
-    x, grid_size = called["x"], called["grid_size"]
-    heads = layer.heads(x, grid_size, called["token_mask"], called["attn_mask"], called["rope"])
-    located = layer.token_grid(x, grid_size) or around.grid(name, heads.tokens.shape[2])
-    grid, prefix = located or (None, layer.num_prefix_tokens or 0)
-    mask = heads.token_mask
+class _Place(NamedTuple):
+    """Where a layer is: what the model around it says about its tokens."""
+
+    grids: GridFollower | None
+    """Who knows the grid; None outside models with a patch embedding."""
+    num_prefix_tokens: int | None
+
+    def locate(
+        self, x: Tensor, num_prefix_tokens: int | None = None, *, square: bool = False
+    ) -> tuple[GridSize | None, int]:
+        """The grid of a layer's tokens, None if nothing tells, and the prefix tokens before it.
+
+        ``num_prefix_tokens``: what the layer itself says. ``square``: where there is no patch embedding, take a
+        square if it fits.
+        """
+        prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
+        if self.grids is not None or square:
+            try:
+                grid = None if self.grids is None else self.grids.grid_of(x)
+                return resolve_grid(x.shape[1], grid, prefix)
+            except (ValueError, RuntimeError):
+                pass
+        return None, prefix or 0
+
+
+def _prefix_around(model: nn.Module, name: str) -> int | None:
+    """The number of prefix tokens of the innermost module around a layer that states one."""
+    modules = dict(named_modules(model))
+    while name:
+        name = name.rpartition(".")[0]
+        number = getattr(modules.get(name), "num_prefix_tokens", None)
+        if isinstance(number, int):
+            return number
+    return None
+
+
+def _read_mixer(name: str, layer: TokenMixer, place: _Place, *args: Any, **kwargs: Any) -> LayerRecord:
+    if any(p.is_meta for p in layer.parameters()) and not all(p.is_meta for p in args[:1]):
+        raise ValueError(
+            f"{name} keeps its weights elsewhere between calls (offloaded): load them to capture it"
+        )
+    heads = layer.heads(*args, **kwargs)
+    source, mask = heads.source, heads.source.token_mask
+    grid, prefix = source.grid_size, source.num_prefix_tokens
+    if grid is None:
+        # The tensor that the layer was called with: a mask makes another of it.
+        called_with = args[0] if args else next(iter(kwargs.values()))
+        grid, prefix = place.locate(called_with, prefix or None)
     stages = agents = None
     if isinstance(layer, CBSA):
         stages = CBSAStages(*(t if t is None else _own(t, layer) for t in layer.stages_in(heads)))  # type: ignore[arg-type]
         tokens = stages.tokens
     else:
-        tokens = _own(_zero_masked(heads.tokens, mask), layer)
+        tokens = _own(_zero_masked(heads.queries, mask), layer)
     if isinstance(layer, AgentAttention):
         agents = layer.agents(heads)
         agents = agents._replace(values=_own(agents.values, layer))
@@ -200,14 +241,14 @@ def _read_mixer(name: str, layer: TokenMixer, around: Surroundings, *args: Any, 
         name=name,
         layer=layer,
         tokens=tokens,
-        keys=None if heads.keys is None else _own(_zero_masked(heads.keys, mask), layer),
+        keys=None if heads.keys is heads.queries else _own(_zero_masked(heads.keys, mask), layer),
         stages=stages,
         grid_size=grid,
         num_prefix_tokens=prefix,
         token_mask=mask,
         agents=agents,
-        attn_mask=heads.attn_mask,
-        is_causal=called["is_causal"],
+        attn_mask=None if source.is_causal else source.attn_mask,
+        is_causal=source.is_causal,
         step_tokens=_step(layer, "step_tokens"),
         step_representatives=_step(layer, "step_representatives"),
     )
@@ -216,7 +257,7 @@ def _read_mixer(name: str, layer: TokenMixer, around: Surroundings, *args: Any, 
 def _read_timm(
     name: str,
     layer: Any,
-    around: Surroundings,
+    place: _Place,
     x: Tensor,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -229,8 +270,7 @@ def _read_timm(
     if attn_mask is not None and attn_mask.ndim == 4 and is_token_mask(attn_mask, b, n):
         token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
     queries, keys = (_own(_zero_masked(t, token_mask), layer) for t in (queries, keys))
-    located = around.grid(name, n, square=True)
-    grid, prefix = located or (None, around.num_prefix_tokens(name) or 0)
+    grid, prefix = place.locate(x, square=True)
     return LayerRecord(name, layer, queries, keys, None, grid, prefix, token_mask, None, attn_mask, is_causal)
 
 
@@ -246,7 +286,8 @@ def _zero_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
 def _own(tensor: Tensor, layer: nn.Module) -> Tensor:
     """The tensor, copied if it would keep more than itself alive, or change with the layer's parameters."""
     storage = tensor.untyped_storage()
-    held = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    readable = (t for t in (*layer.parameters(), *layer.buffers()) if is_readable(t))
+    held = {t.untyped_storage().data_ptr() for t in readable}
     if storage.data_ptr() in held or storage.nbytes() > tensor.numel() * tensor.element_size():
         return tensor.clone()
     return tensor

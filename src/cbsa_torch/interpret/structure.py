@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cbsa_torch._core.linear import matrix_of
 from cbsa_torch._core.modes import uncompiled
 from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.interpret.capture import attention_layers, captured_batches, check_batches
@@ -41,8 +42,8 @@ def subspace_coherence(model: nn.Module) -> dict[str, Tensor]:
     """How far the heads' subspaces of each layer overlap: 0 is orthogonal, 1 a common direction.
 
     For heads i and j it is the cosine of the smallest principal angle between the column spaces of U_i and
-    U_j (the rows of ``layer.qkv.weight``): the largest singular value of Q_i^T Q_j for orthonormal bases Q_i
-    of the two. The theory asks for 0 off the diagonal (U_i^T U_j = 0, section 2 of the paper). Random
+    U_j (the rows of the matrix of ``layer.qkv``): the largest singular value of Q_i^T Q_j for orthonormal bases
+    Q_i of the two. The theory asks for 0 off the diagonal (U_i^T U_j = 0, section 2 of the paper). Random
     subspaces are not orthogonal either: for large P and C with P / C = r <= 1/2 the value is near
     2 sqrt(r (1 - r)), which is 0.75 for 6 heads of 64 in 384 channels.
 
@@ -63,8 +64,8 @@ def subspace_coherence(model: nn.Module) -> dict[str, Tensor]:
 def _coherence(layer: nn.Module) -> Tensor:
     heads, size = int(layer.num_heads), int(layer.head_dim)  # type: ignore[arg-type]
     # A layer adapted from a rotary one may have a projection of its own for queries.
-    weight = (layer.q_proj if layer.qkv is None else layer.qkv).weight  # type: ignore[union-attr]
-    assert isinstance(weight, Tensor)
+    projection: nn.Module = layer.q_proj if layer.qkv is None else layer.qkv  # type: ignore[assignment]
+    weight = matrix_of(projection, _input_like(projection))
     bases = weight[: heads * size].detach().double().cpu().view(heads, size, -1)  # (H, P, C)
     broken = ~bases.isfinite().all(-1).all(-1)
     # The SVD is a QR that also says which directions a basis of low rank does not have.
@@ -79,6 +80,13 @@ def _coherence(layer: nn.Module) -> Tensor:
     )
     cosines[second, first] = cosines[first, second]
     return cosines.masked_fill(broken[:, None] | broken[None], float("nan"))
+
+
+def _input_like(projection: nn.Module) -> Tensor:
+    """An empty tensor with the channels, dtype and device of a linear layer's inputs."""
+    tensors = (*projection.parameters(), *projection.buffers())
+    like = next((t for t in tensors if t.is_floating_point() and not t.is_meta), torch.empty(0))
+    return torch.empty(0, projection.in_features, dtype=like.dtype, device=like.device)  # type: ignore[call-overload]
 
 
 def attention_ranks(model: nn.Module, batches: Iterable[Tensor]) -> AttentionRanks:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch._core.linear import is_plain_linear
 from cbsa_torch._core.modes import evaluating
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.models.segmentation.decoder import CosineSimilarity
@@ -82,8 +83,9 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
     with _countable(model):
         try:
+            read = {mixer.qkv for mixer in model.modules() if _is_read(mixer)}
             for name, module in model.named_modules():
-                if _is_counted(module):
+                if _is_counted(module) and module not in read:
                     handles.append(module.register_forward_hook(hook(_part_of(name, parts)), with_kwargs=True))
             model(image)
         finally:
@@ -157,11 +159,18 @@ def _is_counted(module: nn.Module) -> bool:
     return isinstance(module, (*_CONVOLUTIONS, nn.Linear)) or _is_part(module)
 
 
+def _is_read(mixer: nn.Module) -> bool:
+    """Whether a mixer reads the matrix of its input projection and does not call it (a hook would make it)."""
+    return isinstance(mixer, TokenMixer) and mixer.tied and is_plain_linear(mixer.qkv)
+
+
 def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Counts:
     if isinstance(module, TokenMixer):
-        called = module.named_arguments(*args, **kwargs)
-        counts = module.counts(called["x"], called["grid_size"], called["token_mask"], called["rope"])
-        return counts * called["x"].shape[0]
+        heads = module.heads(*args, **kwargs)
+        counts, (b, n, _) = module.counts_in(heads), heads.source.x.shape
+        if _is_read(module):
+            counts += counting.linear(n, module.qkv.in_features, module.qkv.out_features)
+        return counts * b
     x: Tensor = args[0]
     if isinstance(module, nn.Linear):
         tokens = x.numel() // x.shape[-1]

@@ -4,11 +4,11 @@ from cbsa_torch.nn.adapted_cbsa import AdaptedCBSA
 from cbsa_torch.nn.agent_attention import AgentAttention
 from cbsa_torch.nn.block import ResidualBlock, WhiteBoxBlock
 from cbsa_torch.nn.cbsa import CBSA
-from cbsa_torch.nn.grids import follow_grid
+from cbsa_torch.nn.grids import follow_grid, install_grid_hook, remove_grid_hook
 from cbsa_torch.nn.ista import ISTA
 from cbsa_torch.nn.linear_attention import LinearAttention
 from cbsa_torch.nn.linear_cbsa import LinearCBSA
-from cbsa_torch.nn.mixer import Heads, TokenMixer
+from cbsa_torch.nn.mixer import TokenMixer
 from cbsa_torch.nn.representatives import (
     AllTokens,
     BasisDirections,
@@ -18,6 +18,7 @@ from cbsa_torch.nn.representatives import (
 )
 from cbsa_torch.nn.softmax_attention import MHSA, MSSA
 from cbsa_torch.nn.stem import ConvStem, LinearStem
+from cbsa_torch.nn.tokens import Heads, MixerInput
 from cbsa_torch.nn.tssa import TSSA
 
 __all__ = [
@@ -36,10 +37,13 @@ __all__ = [
     "LinearAttention",
     "LinearCBSA",
     "LinearStem",
+    "MixerInput",
     "PooledRepresentatives",
     "PrincipalDirections",
     "ResidualBlock",
     "TokenMixer",
     "WhiteBoxBlock",
     "follow_grid",
+    "install_grid_hook",
+    "remove_grid_hook",
 ]

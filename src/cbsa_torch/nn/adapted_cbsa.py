@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
-from cbsa_torch._core.checks import check_choice, check_number, check_positive
+from cbsa_torch._core.checks import check_choice, check_number, exact_eps
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, DEFAULT_EPS, Broadcast, Contraction, Layout
+from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, Broadcast, Contraction, Layout
 from cbsa_torch.nn.agent_attention import AgentAttention
-from cbsa_torch.nn.mixer import Heads, MixerOptions
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.contraction import contract
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class AdaptedCBSA(AgentAttention):
@@ -60,7 +57,7 @@ class AdaptedCBSA(AgentAttention):
         eps: float | None = None,
         broadcast: Broadcast = "softmax",
         layout: Layout = "standard",
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
         check_choice("contraction", contraction, CONTRACTIONS)
         check_choice("broadcast", broadcast, BROADCASTS)
@@ -69,39 +66,22 @@ class AdaptedCBSA(AgentAttention):
             raise ValueError(
                 f"contraction_step is of a contraction; contraction='none', got {contraction_step}"
             )
-        if eps is not None:
-            check_positive("eps", eps)
-            if contraction != "exact":
-                raise ValueError(
-                    f"eps is of contraction='exact'; contraction={contraction!r} has none, got {eps}"
-                )
+        eps = exact_eps(eps, contraction)
         super().__init__(
             dim, num_heads, num_representatives=num_representatives, qkv="separate", layout=layout, **options
         )
         self.contraction: Contraction = contraction
         self.contraction_step = contraction_step
-        self.eps = DEFAULT_EPS if eps is None else eps
+        self.eps = eps
         self.broadcast: Broadcast = broadcast
-        per_head = torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype"))
-        self.step_tokens = nn.Parameter(per_head)
-        self.step_contraction = None if contraction == "none" else nn.Parameter(torch.empty_like(per_head))
-        self.reset_steps()
+        self.step_tokens = self._per_head()
+        self.step_contraction = None if contraction == "none" else self._per_head()
+        self._reset_steps()
 
-    def reset_steps(self) -> None:
-        """Give the steps their values of the start."""
+    def _reset_steps(self) -> None:
         nn.init.ones_(self.step_tokens)
         if self.step_contraction is not None:
             nn.init.constant_(self.step_contraction, self.contraction_step)
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
-        self.reset_steps()
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay: the steps."""
-        steps = {"step_tokens"} | (set() if self.step_contraction is None else {"step_contraction"})
-        return super().no_weight_decay() | steps
 
     def mix(self, heads: Heads) -> Tensor:
         """Extract, contract, broadcast: ``(B, H, N, P)``."""
@@ -111,22 +91,18 @@ class AdaptedCBSA(AgentAttention):
         return self.step_tokens.to(output.dtype)[:, None, None] * output
 
     def _mix_afresh(self, heads: Heads, initial: Tensor, mask: Tensor | None) -> Tensor:
-        assert heads.keys is not None  # the projections are separate
-        assert heads.values is not None
-        extracted = ops.softmax_attention(initial, heads.keys, heads.values, key_mask=heads.token_mask)
+        extracted = ops.softmax_attention(initial, heads.keys, heads.values, key_mask=heads.source.token_mask)
         contracted = self._contract(extracted, mask).to(initial.dtype)  # (B, H, M, P)
-        return ops.softmax_attention(heads.tokens, initial, contracted, key_mask=mask)
+        return ops.softmax_attention(heads.queries, initial, contracted, key_mask=mask)
 
     def _mix_shared(self, heads: Heads, initial: Tensor, mask: Tensor | None) -> Tensor:
-        assert heads.keys is not None
-        assert heads.values is not None
         dtype = compute_dtype(initial.dtype)
         with no_autocast(initial):
             attention = _attention(
-                initial.to(dtype), heads.keys.to(dtype), heads.token_mask, mask, self.head_dim**-0.5
+                initial.to(dtype), heads.keys.to(dtype), heads.source.token_mask, mask, self.head_dim**-0.5
             )  # (B, H, M, N)
             contracted = self._contract(attention @ heads.values.to(dtype), mask)
-            output = _balance(attention, heads.token_mask, mask) * (attention.mT @ contracted)
+            output = _balance(attention, heads.source.token_mask, mask) * (attention.mT @ contracted)
         return output.to(initial.dtype)
 
     def _contract(self, extracted: Tensor, mask: Tensor | None) -> Tensor:
@@ -140,7 +116,7 @@ class AdaptedCBSA(AgentAttention):
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count extraction, contraction and broadcast."""
-        n, m = heads.tokens.shape[2], self.agents(heads).values.shape[2]
+        n, m = heads.queries.shape[2], self.agents(heads).values.shape[2]
         counts = counting.cbsa(
             n, m, num_heads=self.num_heads, head_dim=self.head_dim, contraction=self.contraction
         )
@@ -158,11 +134,10 @@ def _attention(
     initial: Tensor, keys: Tensor, token_mask: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """A^T of Eq. 5, ``(B, H, M, N)``; zero for tokens and representatives that do not exist."""
-    logits = scale * (initial @ keys.mT)
-    real = None if token_mask is None else token_mask[:, None, None, :]
-    if real is not None and mask is not None:
-        real = real & mask[:, None, :, None]
-    return masked_softmax(logits, real)
+    exists = None if token_mask is None else token_mask[:, None, None, :]
+    if exists is not None and mask is not None:
+        exists = exists & mask[:, None, :, None]
+    return masked_softmax(scale * (initial @ keys.mT), exists)
 
 
 def _balance(attention: Tensor, token_mask: Tensor | None, mask: Tensor | None) -> Tensor | float:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
 from cbsa_torch import ops
-from cbsa_torch._core.checks import check_choice
-from cbsa_torch._core.types import LAYOUTS, QKV, Layout, RepresentativeKind, Representatives, Strategy
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
-from cbsa_torch.nn.representatives import make_representatives
+from cbsa_torch._core.types import QKV, Layout, RepresentativeKind, Representatives, Strategy
+from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class AgentAttention(TokenMixer):
@@ -45,44 +41,31 @@ class AgentAttention(TokenMixer):
         representatives: RepresentativeKind | Strategy = "pool",
         qkv: QKV = "separate",
         layout: Layout = "standard",
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
-        check_choice("layout", layout, LAYOUTS)
-        if layout == "official" and representatives != "pool":
-            raise ValueError("layout='official' is a way of pooling; it needs representatives='pool'")
         super().__init__(dim, num_heads, qkv=qkv, **options)
-        self.layout: Layout = layout
-        self.representatives = make_representatives(
-            representatives,
-            num_heads,
-            num_representatives,
-            self.head_dim,
-            device=options.get("device"),
-            dtype=options.get("dtype"),
-        )
+        self._make_representatives(representatives, num_representatives, layout)
         if getattr(self.representatives, "gives_attention", False):
             raise ValueError(
                 "representatives must not bring an attention: agents attend to the tokens by softmax; "
                 "use 'pool', 'learned' or a strategy of your own"
             )
 
-    @property
-    def needs_grid(self) -> bool:
-        """Whether the agents are made from the tokens' grid."""
-        return getattr(self.representatives, "needs_grid", False)
-
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.agent_attention`."""
         agents = self.agents(heads)
-        keys = heads.tokens if heads.keys is None else heads.keys
-        values = keys if heads.values is None else heads.values
         return ops.agent_attention(
-            heads.tokens, agents.values, keys, values, key_mask=heads.token_mask, agent_mask=agents.mask
+            heads.queries,
+            agents.values,
+            heads.keys,
+            heads.values,
+            key_mask=heads.source.token_mask,
+            agent_mask=agents.mask,
         )
 
     def agents(self, heads: Heads) -> Representatives:
         """The agents that :meth:`mix` uses: values ``(B, H, M, P)`` and which of them exist."""
-        agents = self._represent(self.representatives, heads, official=self.layout == "official")
+        agents = self._represent(heads)
         if agents.attention is not None:
             raise ValueError("representatives must not return an attention: agents attend by softmax")
         return agents
@@ -91,7 +74,7 @@ class AgentAttention(TokenMixer):
         """Count both softmax attentions."""
         agents = self.agents(heads)
         return counting.agent_attention(
-            heads.tokens.shape[2],
+            heads.queries.shape[2],
             agents.values.shape[2],
             num_heads=self.num_heads,
             head_dim=self.head_dim,

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from cbsa_torch._core.checks import check_choice, check_positive
+from cbsa_torch._core.checks import check_choice, exact_eps
+from cbsa_torch._core.linear import changed_calls, is_plain_linear
 from cbsa_torch._core.types import (
     CONTRACTIONS,
-    DEFAULT_EPS,
     IMPLS,
-    LAYOUTS,
     QKV,
     CBSAStages,
     Contraction,
-    GridSize,
     Impl,
     Layout,
     RepresentativeKind,
-    Representatives,
     Strategy,
 )
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
-from cbsa_torch.nn.representatives import PrincipalDirections, make_representatives
+from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.representatives import PrincipalDirections
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import run, run_and_project
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, attention_inputs, cbsa_inputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class CBSA(TokenMixer):
@@ -86,29 +79,17 @@ class CBSA(TokenMixer):
         qkv: QKV = "shared",
         layout: Layout = "standard",
         impl: Impl = "auto",
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
         check_choice("contraction", contraction, CONTRACTIONS)
-        if eps is not None:
-            check_positive("eps", eps)
-            if contraction != "exact":
-                raise ValueError(
-                    f"eps is of contraction='exact'; contraction={contraction!r} has none, got {eps}"
-                )
-        check_choice("layout", layout, LAYOUTS)
+        eps = exact_eps(eps, contraction)
         check_choice("impl", impl, IMPLS)
-        if layout == "official" and representatives != "pool":
-            raise ValueError("layout='official' is a way of pooling; it needs representatives='pool'")
         super().__init__(dim, num_heads, qkv=qkv, **options)
-        kind: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.contraction: Contraction = contraction
-        self.eps = DEFAULT_EPS if eps is None else eps
-        self.layout: Layout = layout
+        self.eps = eps
         self.impl: Impl = impl
-        self.representatives = make_representatives(
-            representatives, num_heads, num_representatives, self.head_dim, **kind
-        )
-        self.step_tokens = nn.Parameter(torch.empty(num_heads, **kind))
+        self._make_representatives(representatives, num_representatives, layout)
+        self.step_tokens = self._per_head()
         self.step_representatives: nn.Parameter | None = None
         if isinstance(self.representatives, PrincipalDirections) and contraction == "softmax":
             raise ValueError(
@@ -119,7 +100,7 @@ class CBSA(TokenMixer):
             if qkv == "separate":
                 raise ValueError("representatives that bring their attention need qkv='shared'")
         else:
-            self.step_representatives = nn.Parameter(torch.empty(num_heads, **kind))
+            self.step_representatives = self._per_head()
         self._reset_steps()
 
     def _reset_steps(self) -> None:
@@ -127,41 +108,23 @@ class CBSA(TokenMixer):
         if self.step_representatives is not None:
             nn.init.normal_(self.step_representatives)
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
-        self._reset_steps()
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay: the step sizes, and orthonormal bases."""
-        steps = {"step_tokens"} | (set() if self.step_representatives is None else {"step_representatives"})
-        return super().no_weight_decay() | steps
-
-    @property
-    def needs_grid(self) -> bool:
-        """Whether the representatives are made from the tokens' grid."""
-        return getattr(self.representatives, "needs_grid", False)
-
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.cbsa`."""
         return run(self._inputs(heads), self.impl)
 
     def mix_and_project(self, heads: Heads) -> Tensor:
         """Hand the output projection to the operator where nothing comes between."""
-        if not isinstance(self.norm, nn.Identity) or not (self.proj is None or _is_plain(self.proj)):
+        between = not isinstance(self.norm, nn.Identity) or changed_calls(self.norm)
+        if between or not (self.proj is None or is_plain_linear(self.proj)):
             return super().mix_and_project(heads)
-        weight, bias = (self.qkv.weight.t(), None) if self.proj is None else (self.proj.weight, self.proj.bias)
-        return run_and_project(self._inputs(heads), weight, bias, self.impl)
+        if self.proj is None:
+            assert heads.basis is not None, "projections are tied"
+            return run_and_project(self._inputs(heads), heads.basis.t(), None, self.impl)
+        return run_and_project(self._inputs(heads), self.proj.weight, self.proj.bias, self.impl)
 
-    def stages(
-        self,
-        x: Tensor,
-        grid_size: GridSize | None = None,
-        token_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-    ) -> CBSAStages:
-        """Every intermediate of :meth:`forward` for the same arguments, computed eagerly, per head."""
-        return self.stages_in(self.heads(x, grid_size, token_mask, attn_mask))
+    def stages(self, *args: Any, **kwargs: Any) -> CBSAStages:
+        """Every intermediate of :meth:`forward`, called like this, computed eagerly, per head."""
+        return self.stages_in(self.heads(*args, **kwargs))
 
     def stages_in(self, heads: Heads) -> CBSAStages:
         """:meth:`stages` from the tokens in their subspaces, see :meth:`heads`."""
@@ -169,19 +132,16 @@ class CBSA(TokenMixer):
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count making the representatives, extraction, contraction and broadcast."""
-        n, m = heads.tokens.shape[2], self._choose(heads).values.shape[2]
+        n, m = heads.queries.shape[2], self._represent(heads).values.shape[2]
         sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim}
         extracted = self.step_representatives is not None
         counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, **sizes)
         count_strategy = getattr(self.representatives, "counts", None)
         return counts if count_strategy is None else counts + count_strategy(n, **sizes)
 
-    def _choose(self, heads: Heads) -> Representatives:
-        return self._represent(self.representatives, heads, official=self.layout == "official")
-
     def _inputs(self, heads: Heads) -> CBSAInputs:
         """The operator's inputs: tokens in the heads, representatives, options."""
-        chosen = self._choose(heads)
+        chosen = self._represent(heads)
         if (chosen.attention is None) != (self.step_representatives is not None):
             raise ValueError(
                 "representatives must set gives_attention = True if and only if they return an attention, "
@@ -191,14 +151,14 @@ class CBSA(TokenMixer):
             "step_tokens": self.step_tokens,
             "contraction": self.contraction,
             "eps": self.eps,
-            "token_mask": heads.token_mask,
+            "token_mask": heads.source.token_mask,
             "representative_mask": chosen.mask,
         }
         if chosen.attention is not None:
-            return attention_inputs(heads.tokens, chosen.values, chosen.attention, **options)
+            return attention_inputs(heads.queries, chosen.values, chosen.attention, **options)
         assert self.step_representatives is not None
         return cbsa_inputs(
-            heads.tokens,
+            heads.queries,
             chosen.values,
             keys=heads.keys,
             values=heads.values,
@@ -210,15 +170,3 @@ class CBSA(TokenMixer):
         """Show the options when the module is printed."""
         eps = f", eps={self.eps}" if self.contraction == "exact" else ""
         return f"{super().extra_repr()}, contraction={self.contraction!r}{eps}, layout={self.layout!r}"
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` is no more than its weight and bias: no subclass, adapter or hook."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    replaced = "forward" in vars(layer) or _has_any_global_hook()
-    return type(layer) is nn.Linear and not replaced and not any(hooks)

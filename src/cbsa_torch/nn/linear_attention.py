@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class LinearAttention(TokenMixer):
@@ -31,29 +28,25 @@ class LinearAttention(TokenMixer):
         temperature: ``(H,)``, learned, 1 at first: how sharply heads attend.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[MixerOptions]) -> None:
+    def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
         super().__init__(dim, num_heads, qkv="separate", **options)
-        kind = {"device": options.get("device"), "dtype": options.get("dtype")}
-        self.temperature = nn.Parameter(torch.ones(num_heads, **kind))  # type: ignore[arg-type]
+        self.temperature = self._per_head()
+        self._reset_steps()
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
+    def _reset_steps(self) -> None:
         nn.init.ones_(self.temperature)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay."""
-        return super().no_weight_decay() | {"temperature"}
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.linear_attention`."""
-        assert heads.keys is not None  # the projections are separate
-        assert heads.values is not None
         return ops.linear_attention(
-            heads.tokens, heads.keys, heads.values, temperature=self.temperature, key_mask=heads.token_mask
+            heads.queries,
+            heads.keys,
+            heads.values,
+            temperature=self.temperature,
+            key_mask=heads.source.token_mask,
         )
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count the products with the features."""
-        n = heads.tokens.shape[2]
+        n = heads.queries.shape[2]
         return counting.linear_attention(n, num_heads=self.num_heads, head_dim=self.head_dim)

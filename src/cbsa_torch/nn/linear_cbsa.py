@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive
 from cbsa_torch._core.types import LINEAR_SOLVERS, LinearSolver
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class LinearCBSA(TokenMixer):
@@ -43,7 +40,7 @@ class LinearCBSA(TokenMixer):
         eps: float = 1.0,
         average: bool = True,
         solver: LinearSolver = "cholesky",
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
         check_positive("eps", eps)
         check_choice("solver", solver, LINEAR_SOLVERS)
@@ -52,35 +49,27 @@ class LinearCBSA(TokenMixer):
         self.eps = eps
         self.average = average
         self.solver: LinearSolver = solver
-        self.step_tokens = nn.Parameter(
-            torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype"))
-        )
-        nn.init.normal_(self.step_tokens)
+        self.step_tokens = self._per_head()
+        self._reset_steps()
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
+    def _reset_steps(self) -> None:
         nn.init.normal_(self.step_tokens)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay: the step sizes, and orthonormal bases."""
-        return super().no_weight_decay() | {"step_tokens"}
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.linear_cbsa`."""
         out = ops.linear_cbsa(
-            heads.tokens,
+            heads.queries,
             eps=self.eps,
             average=self.average,
             solver=self.solver,
-            token_mask=heads.token_mask,
+            token_mask=heads.source.token_mask,
         )
         return self.step_tokens[:, None, None].to(out.dtype) * out
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count the Gram matrix, its filter, and the filter applied."""
         return counting.linear_cbsa(
-            heads.tokens.shape[2], num_heads=self.num_heads, head_dim=self.head_dim, solver=self.solver
+            heads.queries.shape[2], num_heads=self.num_heads, head_dim=self.head_dim, solver=self.solver
         )
 
     def extra_repr(self) -> str:

@@ -6,68 +6,46 @@ A mixer is this and one function of :mod:`cbsa_torch.ops` between the projection
 from __future__ import annotations
 
 import abc
-import inspect
+import copy
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
-from cbsa_torch._core.types import QKV, QKVS, GridSize, Representatives
-from cbsa_torch.nn.grids import GridSource, listen
-from cbsa_torch.nn.orthonormal import check_factorable, keep_rows_orthonormal
-from cbsa_torch.nn.tokens import TokenInput, as_token_mask, is_token_mask, read_tokens, resolve_grid
+from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
+from cbsa_torch._core.types import (
+    LAYOUTS,
+    QKV,
+    QKVS,
+    GridSize,
+    Layout,
+    RepresentativeKind,
+    Representatives,
+    Strategy,
+)
+from cbsa_torch.nn.grids import GridFollower, install_grid_hook
+from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
+from cbsa_torch.nn.representatives import make_representatives
+from cbsa_torch.nn.tokens import (
+    Heads,
+    MixerInput,
+    as_token_mask,
+    as_tokens,
+    flat_mask,
+    is_token_mask,
+    resolve_grid,
+)
+from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
 from cbsa_torch.ops.representatives import check_grid
 
-
-class MixerOptions(TypedDict, total=False):
-    """Keyword arguments that every mixer takes; see :class:`TokenMixer`."""
-
-    head_dim: int | None
-    tied: bool
-    orthogonal: bool
-    num_prefix_tokens: int | None
-    grid_size: GridSize | None
-    channels_first: bool | None
-    attn_head_dim: int | None
-    dim_out: int | None
-    qkv_bias: bool
-    qk_norm: bool
-    scale_norm: bool
-    proj_bias: bool
-    gated: bool
-    attn_drop: float
-    proj_drop: float
-    norm_layer: type[nn.Module] | None
-    recompute: bool
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-
-
-class Heads(NamedTuple):
-    """An input projected into the subspaces."""
-
-    tokens: Tensor
-    """``(B, H, N, P)`` U_k^T Z, or the queries if projections are separate."""
-    keys: Tensor | None
-    values: Tensor | None
-    """``(B, H, N, P)``; None if one projection is query, key and value."""
-    token_mask: Tensor | None
-    """``(B, N)`` bool, True = a real token."""
-    map_grid: GridSize | None
-    """The grid of the feature map the input was, or None if it was tokens."""
-    grid_size: GridSize | None
-    """The grid that was passed to ``forward``."""
-    attn_mask: Tensor | None = None
-    """A mask that differs from query to query, for mixers that have :attr:`TokenMixer.compares_tokens`."""
+STEPS = ("step_", "temperature")
+"""How the names of parameters begin that a mixer has one of per head."""
 
 
 class TokenMixer(nn.Module, abc.ABC):
@@ -104,7 +82,8 @@ class TokenMixer(nn.Module, abc.ABC):
         device, dtype: of the parameters.
 
     Attributes:
-        qkv: the input projection. proj: the output projection (None if tied).
+        qkv: the input projection. proj: the output projection (None if tied). representatives: what makes
+            them, of mixers that have some, else None.
 
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
@@ -144,7 +123,7 @@ class TokenMixer(nn.Module, abc.ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        listen()
+        install_grid_hook(after_removal=False)
         check_bool("recompute", recompute)
         self.recompute = recompute
         check_positive_int("dim", dim)
@@ -192,10 +171,12 @@ class TokenMixer(nn.Module, abc.ABC):
         self.shared_qkv = qkv == "shared"
         self.attn_drop = attn_drop
         self.grid_size: GridSize | None = None
-        self.grid_source: GridSource | None = None
+        self.grid_source: GridFollower | None = None
         self.num_prefix_tokens: int | None = None
         self.set_input_size(grid_size, num_prefix_tokens)
         self.channels_first = channels_first
+        self.representatives: Strategy | None = None
+        self.layout: Layout = "standard"
 
         self.qkv = nn.Linear(dim, inner * (1 if self.shared_qkv else 3), qkv_bias, device, dtype)
         if orthogonal:
@@ -223,21 +204,77 @@ class TokenMixer(nn.Module, abc.ABC):
     def mix_and_project(self, heads: Heads) -> Tensor:
         """:meth:`mix`, and out of the subspaces: ``(B, N, C)``. A mixer may do both at once."""
         joined = self.norm(self.mix(heads).transpose(1, 2).flatten(2))  # (B, N, H * P)
-        return F.linear(joined, self.qkv.weight.t()) if self.proj is None else self.proj(joined)
+        if self.proj is not None:
+            return self.proj(joined)
+        assert heads.basis is not None, "projections are tied"
+        return F.linear(joined, heads.basis.t())
+
+    @classmethod
+    def with_options(cls, **options: Any) -> type[TokenMixer]:
+        """Choose options for what takes a class, such as timm's ``attn_layer``.
+
+        ``timm.create_model("vit_tiny_patch16_224", attn_layer=CBSA.with_options(representatives="learned"))``
+
+        Args:
+            **options: of the constructor. They go before those that it is called with. A module among them is
+                copied for every layer.
+
+        Returns:
+            A subclass to be called, not subclassed: what it makes are instances of this class itself.
+        """
+
+        def new(_: type, *args: Any, **given: Any) -> TokenMixer:
+            own = {k: copy.deepcopy(v) if isinstance(v, nn.Module) else v for k, v in options.items()}
+            return cls(*args, **{**given, **own})
+
+        def refuse(_: type) -> None:
+            raise TypeError(f"a class made by with_options cannot be subclassed; subclass {cls.__name__}")
+
+        body = {"__new__": new, "__init_subclass__": classmethod(refuse), "__doc__": cls.__doc__}
+        return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Draw all parameters anew.
+
+        Raises:
+            ValueError: a layer that is an adapter, quantised or offloaded. Nothing is changed then.
+        """
+        orthonormal = self._orthonormal_layers()
+        for name, module in self.named_modules():
+            if name in orthonormal:  # drawn below
+                continue
+            reason = why_not_drawn(module)
+            below = any(name.startswith(f"{layer}.") for layer in orthonormal)
+            if not reason and not below and module._parameters and not hasattr(module, "reset_parameters"):
+                reason = f"{type(module).__name__} has no reset_parameters"
+            if reason:
+                raise ValueError(
+                    f"reset_parameters cannot draw {name or 'parameters'} of {type(self).__name__}: {reason}"
+                )
         for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if module is not self and reset is not None:
-                reset()
-        if self.orthogonal:  # the layer's own reset wrote into a copy
-            self.qkv.weight = nn.init.orthogonal_(torch.empty_like(self.qkv.weight))
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+        for layer in orthonormal.values():  # the layer's own reset wrote into a copy
+            layer.weight = nn.init.orthogonal_(torch.empty_like(layer.weight))
+        self._reset_steps()
+
+    def _reset_steps(self) -> None:
+        """Draw the parameters that the mixer itself holds."""
+
+    def _per_head(self) -> nn.Parameter:
+        """A new parameter ``(H,)`` on the device and in the dtype of the projections."""
+        like = next(self.qkv.parameters())
+        return nn.Parameter(torch.empty(self.num_heads, device=like.device, dtype=like.dtype))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not decay."""
-        return {"qkv.parametrizations.weight.original"} if self.orthogonal else set()
+        """Names of parameters that should not decay: step sizes, temperatures and orthonormal bases."""
+        steps = {name for name, _ in self.named_parameters(recurse=False) if name.startswith(STEPS)}
+        return steps | {f"{name}.parametrizations.weight.original" for name in self._orthonormal_layers()}
+
+    def _orthonormal_layers(self) -> dict[str, nn.Linear]:
+        found = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))
+        return {name: layer for name, layer in found if is_orthonormal(layer)}
 
     def set_input_size(self, grid_size: GridSize | None, num_prefix_tokens: int | None = None) -> None:
         """Set the grid of token inputs (None: assume a square again) and, if given, the prefix tokens."""
@@ -277,168 +314,144 @@ class TokenMixer(nn.Module, abc.ABC):
             ValueError: channels, a grid or a mask that do not fit; no grid where one is needed; a mask
                 that the mixer has no use for. TypeError: wrong dtypes.
         """
-        if is_causal and not self.compares_tokens:
-            raise ValueError(
-                f"is_causal must be False: {type(self).__name__} summarises all tokens before it updates any"
-            )
-        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, is_causal, rope)
-        arguments = source, grid_size, token_mask, attn_mask
+        return self._forward(self.read(x, grid_size, token_mask, attn_mask, is_causal, rope))
+
+    def _forward(self, source: MixerInput) -> Tensor:
         if self.recompute and torch.is_grad_enabled() and not is_transformed():
-            out = checkpoint(self._update, *arguments, use_reentrant=False)
+            out = checkpoint(self._update, source, use_reentrant=False)
         else:
-            out = self._update(*arguments)
+            out = self._update(source)
         out = self.proj_drop(out)
-        if token_mask is not None:
-            out = out.masked_fill(~token_mask[..., None], 0.0)  # the biases, too
+        if source.token_mask is not None:
+            out = out.masked_fill(~source.token_mask[..., None], 0.0)  # the biases, too
         return source.restore(out)
 
-    def _update(
-        self,
-        source: TokenInput,
-        grid_size: GridSize | None,
-        token_mask: Tensor | None,
-        attn_mask: Tensor | None,
-    ) -> Tensor:
+    def _update(self, source: MixerInput) -> Tensor:
         """Into the subspaces, mix, and out again: ``(B, N, C)``."""
-        # A tied orthogonal basis is used twice, and made once.
-        with parametrize.cached() if self.tied and self.orthogonal else nullcontext():
-            return self.mix_and_project(self._project(source, grid_size, token_mask, attn_mask))
+        return self.mix_and_project(self.project(source))
 
-    @classmethod
-    def named_arguments(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of :meth:`forward` by name, for hooks that see how it was called."""
-        bound = inspect.signature(cls.forward).bind(None, *args, **kwargs)
-        bound.apply_defaults()
-        return {name: value for name, value in bound.arguments.items() if name != "self"}
-
-    def counts(
-        self,
-        x: Tensor,
-        grid_size: GridSize | None = None,
-        token_mask: Tensor | None = None,
-        rope: Tensor | None = None,
-    ) -> Counts:
-        """What :meth:`forward` costs per item of ``x`` between the projections (those are linear layers)."""
-        source, token_mask, _ = self._read(x, token_mask, None, rope=rope)
-        counts = self.count_heads(self._project(source, grid_size, token_mask))
-        if self.proj is not None:
-            return counts
-        inner = self.num_heads * self.head_dim
-        return counts + Counts(products=2 * source.tokens.shape[1] * inner * self.dim)
-
-    def heads(
+    def read(
         self,
         x: Tensor,
         grid_size: GridSize | None = None,
         token_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        is_causal: bool = False,
         rope: Tensor | None = None,
-    ) -> Heads:
-        """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
-        source, token_mask, attn_mask = self._read(x, token_mask, attn_mask, rope=rope)
-        return self._project(source, grid_size, token_mask, attn_mask)
+    ) -> MixerInput:
+        """Read the arguments of :meth:`forward`; it raises what that raises."""
+        name = type(self).__name__
+        if is_causal and not self.compares_tokens:
+            raise ValueError(f"is_causal must be False: {name} summarises all tokens before it updates any")
+        if rope is not None and not self.rotates:
+            raise ValueError(f"rope must be None: {name} has no rotary position embeddings")
+        if attn_mask is not None and is_causal:
+            raise ValueError("pass attn_mask or is_causal, not both")
+        tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
+        b, n, _ = tokens.shape
+        if token_mask is not None:
+            token_mask = flat_mask(token_mask, tokens, map_grid)
+        if is_causal:
+            attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+        elif attn_mask is not None and not (self.compares_tokens and not is_token_mask(attn_mask, b, n)):
+            if token_mask is not None:
+                raise ValueError("pass token_mask or attn_mask, not both")
+            token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
+        grid, prefix = self._locate(tokens, map_grid, grid_size)
+        if token_mask is not None:
+            # Padding may hold NaN, which the gradient of the projection's weight would carry on.
+            tokens = tokens.masked_fill(~token_mask[..., None], 0.0)
+        return MixerInput(tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope)
 
-    def token_grid(self, x: Tensor, grid_size: GridSize | None = None) -> tuple[GridSize, int] | None:
-        """The grid that :meth:`forward` uses for ``x`` and the number of prefix tokens before it.
+    def project(self, source: MixerInput) -> Heads:
+        """Into the subspaces."""
+        b, n, _ = source.x.shape
+        if self.shared_qkv:
+            if self.tied:
+                projected, basis = apply_with_matrix(self.qkv, source.x)
+            else:
+                projected, basis = self.qkv(source.x), None
+            shared = projected.view(b, n, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, P)
+            return Heads(source, shared, shared, shared, basis)
+        qkv = self.qkv(source.x).view(b, n, 3, self.num_heads, self.head_dim)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, P) each
+        # A norm may return float32 under autocast.
+        queries, keys = (norm(t).to(values.dtype) for norm, t in ((self.q_norm, queries), (self.k_norm, keys)))
+        return Heads(source, queries, keys, values)
+
+    def heads(self, *args: Any, **kwargs: Any) -> Heads:
+        """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
+        return self.project(self.read(*args, **kwargs))
+
+    def counts(self, *args: Any, **kwargs: Any) -> Counts:
+        """What :meth:`forward`, called like this, costs per item between the projections (linear layers)."""
+        return self.counts_in(self.heads(*args, **kwargs))
+
+    def counts_in(self, heads: Heads) -> Counts:
+        """:meth:`counts` from the tokens in their subspaces, see :meth:`heads`."""
+        counts = self.count_heads(heads)
+        if self.proj is not None:
+            return counts
+        return counts + counting.linear(heads.source.x.shape[1], self.num_heads * self.head_dim, self.dim)
+
+    def token_grid(self, *args: Any, **kwargs: Any) -> tuple[GridSize, int] | None:
+        """The grid that :meth:`forward`, called like this, uses, and the number of prefix tokens before it.
 
         None if the mixer needs no grid and none is given.
         """
-        source = read_tokens(x, self.dim, self.channels_first, None)
-        return self._locate(source.tokens.shape[1], source.map_grid, grid_size)
+        source = self.read(*args, **kwargs)
+        return None if source.grid_size is None else (source.grid_size, source.num_prefix_tokens)
 
     @property
     def needs_grid(self) -> bool:
-        """Whether the mixer uses the tokens' grid."""
-        return False
-
-    def _read(
-        self,
-        x: Tensor,
-        token_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool = False,
-        rope: Tensor | None = None,
-    ) -> tuple[TokenInput, Tensor | None, Tensor | None]:
-        """The input as tokens, its token mask, and what else there is of a mask."""
-        if rope is not None and not self.rotates:
-            raise ValueError(f"rope must be None: {type(self).__name__} has no rotary position embeddings")
-        source = read_tokens(x, self.dim, self.channels_first, token_mask)._replace(rope=rope)
-        b, n, _ = source.tokens.shape
-        if is_causal:
-            if attn_mask is not None:
-                raise ValueError("pass attn_mask or is_causal, not both")
-            return source, source.token_mask, torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        if attn_mask is None:
-            return source, source.token_mask, None
-        if self.compares_tokens and not is_token_mask(attn_mask, b, n):
-            return source, source.token_mask, attn_mask
-        if token_mask is not None:
-            raise ValueError("pass token_mask or attn_mask, not both")
-        return source, as_token_mask(attn_mask, b, n), None
-
-    def _project(
-        self,
-        source: TokenInput,
-        grid_size: GridSize | None,
-        token_mask: Tensor | None,
-        attn_mask: Tensor | None = None,
-    ) -> Heads:
-        """Into the subspaces."""
-        x = source.tokens
-        b, n, _ = x.shape
-        if token_mask is not None:
-            # Padding may hold NaN, which the gradient of the projection's weight would carry on.
-            x = x.masked_fill(~token_mask[..., None], 0.0)
-        keys = values = None
-        if self.orthogonal:
-            check_factorable(next(self.qkv.parameters()))
-        if self.shared_qkv:
-            tokens = self.qkv(x).view(b, n, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, P)
-        else:
-            qkv = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim)
-            tokens, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, P) each
-            # A norm may return float32 under autocast.
-            tokens, keys = (
-                norm(t).to(values.dtype) for norm, t in ((self.q_norm, tokens), (self.k_norm, keys))
-            )
-        if grid_size is not None:
-            self._locate(n, source.map_grid, grid_size)  # refuse a wrong one, also where none is needed
-        return Heads(tokens, keys, values, token_mask, source.map_grid, grid_size, attn_mask)
-
-    def _represent(
-        self, strategy: Callable[..., Any], heads: Heads, *, official: bool = False
-    ) -> Representatives:
-        """Ask a strategy for representatives of the grid tokens, or of all tokens if it needs no grid."""
-        tokens, mask = heads.tokens, heads.token_mask
-        grid: GridSize | None = None
-        if getattr(strategy, "needs_grid", False):
-            located = self._locate(tokens.shape[2], heads.map_grid, heads.grid_size)
-            assert located is not None, "a strategy that needs a grid makes its mixer need one"
-            grid, first = located
-            first = 0 if official else first
-            cells = slice(first, first + math.prod(grid))
-            tokens, mask = tokens[:, :, cells], None if mask is None else mask[:, cells]
-        chosen = strategy(tokens, grid, mask)
-        if not isinstance(chosen, Representatives):
-            raise TypeError(
-                f"representatives must return ops.Representatives(values, mask, attention), "
-                f"got {type(chosen).__name__}"
-            )
-        return chosen
+        """Whether the mixer uses the tokens' grid: whether representatives are made from it."""
+        return getattr(self.representatives, "needs_grid", False)
 
     def _locate(
-        self, n: int, map_grid: GridSize | None, grid_size: GridSize | None
-    ) -> tuple[GridSize, int] | None:
+        self, tokens: Tensor, map_grid: GridSize | None, grid_size: GridSize | None
+    ) -> tuple[GridSize | None, int]:
+        """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
         if map_grid is not None:
             if grid_size is not None and check_grid(grid_size) != map_grid:
                 raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
             return map_grid, 0
         grid_size = self.grid_size if grid_size is None else grid_size
         if grid_size is None and not self.needs_grid:
-            return None
+            return None, self.num_prefix_tokens or 0
         if grid_size is None and self.grid_source is not None:
-            grid_size = self.grid_source.grid_of(n)
-        return resolve_grid(n, grid_size, self.num_prefix_tokens)
+            grid_size = self.grid_source.grid_of(tokens)
+        return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
+
+    def _make_representatives(
+        self, kind: RepresentativeKind | Strategy, number: int | None, layout: Layout
+    ) -> None:
+        """Set :attr:`representatives` and :attr:`layout`, for mixers that have them."""
+        check_choice("layout", layout, LAYOUTS)
+        if layout == "official" and kind != "pool":
+            raise ValueError("layout='official' is a way of pooling; it needs representatives='pool'")
+        like = next(self.qkv.parameters())
+        self.layout = layout
+        self.representatives = make_representatives(
+            kind, self.num_heads, number, self.head_dim, device=like.device, dtype=like.dtype
+        )
+
+    def _represent(self, heads: Heads) -> Representatives:
+        """Representatives of the grid tokens, or of all tokens if the strategy needs no grid."""
+        assert self.representatives is not None, "for mixers that made them"
+        source, tokens, grid, mask = heads.source, heads.queries, None, heads.source.token_mask
+        if self.needs_grid:
+            grid = source.grid_size
+            assert grid is not None, "read for mixers that need one"
+            first = 0 if self.layout == "official" else source.num_prefix_tokens
+            cells = slice(first, first + math.prod(grid))
+            tokens, mask = tokens[:, :, cells], None if mask is None else mask[:, cells]
+        chosen = self.representatives(tokens, grid, mask)
+        if not isinstance(chosen, Representatives):
+            raise TypeError(
+                f"representatives must return ops.Representatives(values, mask, attention), "
+                f"got {type(chosen).__name__}"
+            )
+        return chosen
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

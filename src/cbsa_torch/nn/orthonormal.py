@@ -22,7 +22,8 @@ class OrthonormalRows(nn.Module):
         self.register_buffer("signs", torch.ones_like(weight[:, 0], requires_grad=False))
 
     def forward(self, reflectors: Tensor) -> Tensor:
-        """The weight of any parameter of its shape."""
+        """The weight of any parameter of its shape; ``ValueError`` below float32."""
+        check_factorable(reflectors)
         below = reflectors.mT.tril(-1)  # (columns, rows); the reflectors' leading ones are implied
         tau = 2 / (1 + below.square().sum(-2))
         return (torch.linalg.householder_product(below, tau) * self.signs).mT
@@ -39,6 +40,13 @@ class OrthonormalRows(nn.Module):
 def keep_rows_orthonormal(module: nn.Linear) -> None:
     """Make ``module.weight`` orthonormal and keep it so; it is a computed attribute from now on."""
     parametrize.register_parametrization(module, "weight", OrthonormalRows(module.weight))
+
+
+def is_orthonormal(module: nn.Linear) -> bool:
+    """Whether :func:`keep_rows_orthonormal` keeps its weight."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    return any(isinstance(step, OrthonormalRows) for step in module.parametrizations["weight"])  # type: ignore[index]
 
 
 def check_factorable(weight: Tensor) -> None:

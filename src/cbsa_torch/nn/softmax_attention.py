@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
 from cbsa_torch import ops
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class MSSA(TokenMixer):
@@ -27,17 +25,20 @@ class MSSA(TokenMixer):
 
     compares_tokens = True
 
-    def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[MixerOptions]) -> None:
+    def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
         super().__init__(dim, num_heads, qkv="shared", **options)
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.mssa`."""
         dropout = self.attn_drop if self.training else 0.0
-        return ops.mssa(heads.tokens, token_mask=heads.token_mask, attn_mask=heads.attn_mask, dropout=dropout)
+        source = heads.source
+        return ops.mssa(
+            heads.queries, token_mask=source.token_mask, attn_mask=source.attn_mask, dropout=dropout
+        )
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both products with the N x N matrix."""
-        n = heads.tokens.shape[2]
+        n = heads.queries.shape[2]
         return counting.softmax_attention(n, num_heads=self.num_heads, head_dim=self.head_dim)
 
 
@@ -54,23 +55,21 @@ class MHSA(TokenMixer):
 
     compares_tokens = True
 
-    def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[MixerOptions]) -> None:
+    def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
         super().__init__(dim, num_heads, qkv="separate", **options)
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.softmax_attention`."""
-        assert heads.keys is not None  # the projections are separate
-        assert heads.values is not None
         return ops.softmax_attention(
-            heads.tokens,
+            heads.queries,
             heads.keys,
             heads.values,
-            key_mask=heads.token_mask,
-            attn_mask=heads.attn_mask,
+            key_mask=heads.source.token_mask,
+            attn_mask=heads.source.attn_mask,
             dropout=self.attn_drop if self.training else 0.0,
         )
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both products with the N x N matrix."""
-        n = heads.tokens.shape[2]
+        n = heads.queries.shape[2]
         return counting.softmax_attention(n, num_heads=self.num_heads, head_dim=self.head_dim)

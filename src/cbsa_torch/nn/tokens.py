@@ -18,27 +18,50 @@ from cbsa_torch._core.types import GridSize
 from cbsa_torch.ops.representatives import check_grid
 
 
-class TokenInput(NamedTuple):
-    """An input read as tokens."""
+class MixerInput(NamedTuple):
+    """What a mixer reads from the arguments of ``forward``: all that it does starts from this record."""
 
-    tokens: Tensor
-    """``(B, N, C)``."""
+    x: Tensor
+    """``(B, N, C)`` the tokens, prefix tokens first; zeros where ``token_mask`` is False."""
     map_grid: GridSize | None
-    """The grid of the feature map it came from, or None if the input was tokens."""
-    token_mask: Tensor | None
-    """``(B, N)`` bool, True = a real token."""
+    """The grid of the feature map that the input was; None if it was tokens."""
+    grid_size: GridSize | None
+    """The grid of the tokens after the prefix; None if the mixer needs none and none was given."""
+    num_prefix_tokens: int
+    """Tokens before the grid."""
+    token_mask: Tensor | None = None
+    """``(B, N)`` bool, True = a real token; None if all are."""
+    attn_mask: Tensor | None = None
+    """A mask that differs from query to query, for mixers that compare tokens with tokens."""
+    is_causal: bool = False
+    """Whether ``attn_mask`` is the triangle that lets no token attend to later ones."""
     rope: Tensor | None = None
     """Rotary position embeddings of the grid tokens, as timm makes them."""
 
     def restore(self, tokens: Tensor) -> Tensor:
-        """Give ``tokens`` the layout of the input again."""
+        """Give ``(B, N, C)`` tokens the layout of the input again."""
         if self.map_grid is None:
             return tokens
         return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *self.map_grid)
 
 
-def read_tokens(x: Tensor, dim: int, channels_first: bool | None, token_mask: Tensor | None) -> TokenInput:
-    """Read ``x`` as tokens of ``dim`` channels.
+class Heads(NamedTuple):
+    """What the projections make of an input: the tokens in the subspaces of the heads."""
+
+    source: MixerInput
+    """What was projected."""
+    queries: Tensor
+    """``(B, H, N, P)``; if one projection is shared, U_k^T Z, and keys and values are the same object."""
+    keys: Tensor
+    """``(B, H, N, P)``."""
+    values: Tensor
+    """``(B, H, N, P)``."""
+    basis: Tensor | None = None
+    """``(H * P, C)`` the matrix of the input projection, where its transpose projects out again (``tied``)."""
+
+
+def as_tokens(x: Tensor, dim: int, channels_first: bool | None) -> tuple[Tensor, GridSize | None]:
+    """Read ``x`` as ``(B, N, C)`` tokens of ``dim`` channels; with the grid if it is a feature map.
 
     ``channels_first=None`` decides by shape: with 4 or 5 axes ``x`` is a feature map; with 3 it is tokens
     if its last axis has ``dim`` channels, else a 1-D feature map.
@@ -57,15 +80,16 @@ def read_tokens(x: Tensor, dim: int, channels_first: bool | None, token_mask: Te
     if channels != dim:
         axis = 1 if channels_first else 2
         raise ValueError(f"x must have dim={dim} channels on axis {axis}, got {channels} in {tuple(x.shape)}")
-    if not channels_first:
-        if token_mask is not None:
-            check_mask("token_mask", token_mask, x.shape[:2], "(B, N)", "a real token")
-        return TokenInput(x, None, token_mask)
-    grid = tuple(x.shape[2:])
-    if token_mask is not None:
-        check_mask("token_mask", token_mask, (x.shape[0], *grid), "(B, *grid)", "a real token")
-        token_mask = token_mask.flatten(1)
-    return TokenInput(x.flatten(2).transpose(1, 2), grid, token_mask)
+    return (x.flatten(2).transpose(1, 2), tuple(x.shape[2:])) if channels_first else (x, None)
+
+
+def flat_mask(token_mask: Tensor, x: Tensor, map_grid: GridSize | None) -> Tensor:
+    """Check a mask of the tokens ``x``, ``(B, N)`` or ``(B, *grid)`` for a feature map; ``(B, N)``."""
+    if map_grid is None:
+        check_mask("token_mask", token_mask, x.shape[:2], "(B, N)", "a real token")
+        return token_mask
+    check_mask("token_mask", token_mask, (x.shape[0], *map_grid), "(B, *grid)", "a real token")
+    return token_mask.flatten(1)
 
 
 def resolve_grid(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive
 from cbsa_torch._core.types import TSSA_FORMS, TSSAForm
-from cbsa_torch.nn.mixer import Heads, MixerOptions, TokenMixer
+from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class TSSA(TokenMixer):
@@ -45,7 +42,7 @@ class TSSA(TokenMixer):
         form: TSSAForm = "tost",
         eps: float = 1.0,
         average: bool = True,
-        **options: Unpack[MixerOptions],
+        **options: Any,
     ) -> None:
         check_choice("form", form, TSSA_FORMS)
         check_positive("eps", eps)
@@ -59,33 +56,19 @@ class TSSA(TokenMixer):
         self.form: TSSAForm = form
         self.eps = eps
         self.average = average
-        self.temperature: nn.Parameter | None = None
-        self.step_tokens: nn.Parameter | None = None
-        per_head = torch.empty(num_heads, device=options.get("device"), dtype=options.get("dtype"))
-        if form == "tost":
-            self.temperature = nn.Parameter(per_head)
-        else:
-            self.step_tokens = nn.Parameter(per_head)
-        self._reset_scale()
+        self.temperature = self._per_head() if form == "tost" else None
+        self.step_tokens = None if form == "tost" else self._per_head()
+        self._reset_steps()
 
-    def _reset_scale(self) -> None:
+    def _reset_steps(self) -> None:
         if self.temperature is not None:
             nn.init.ones_(self.temperature)
         if self.step_tokens is not None:
             nn.init.normal_(self.step_tokens)
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        super().reset_parameters()
-        self._reset_scale()
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that should not decay: temperature, step size, and orthonormal bases."""
-        return super().no_weight_decay() | {"temperature" if self.form == "tost" else "step_tokens"}
-
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.tssa` or :func:`cbsa_torch.ops.channel_attention`."""
-        tokens, mask = heads.tokens, heads.token_mask
+        tokens, mask = heads.queries, heads.source.token_mask
         if self.temperature is not None:
             return ops.tssa(tokens, temperature=self.temperature, token_mask=mask)
         assert self.step_tokens is not None, "one of the two forms"
@@ -95,7 +78,7 @@ class TSSA(TokenMixer):
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count the weighted means of ``"tost"``; the rest is work per element."""
         return counting.channel_attention(
-            heads.tokens.shape[2],
+            heads.queries.shape[2],
             num_heads=self.num_heads,
             head_dim=self.head_dim,
             weighted=self.form == "tost",

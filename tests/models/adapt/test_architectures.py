@@ -34,7 +34,7 @@ ARCHITECTURES = {
     "vit_tiny_r_s16_p8_224": (32, {}),  # ResNet before the patches
     "flexivit_small": (16, {}),
 }
-MIXERS = ("cbsa", "cbsa_agent", "linear")
+MIXERS = ("adapted_cbsa", "agent", "linear")
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
@@ -108,7 +108,7 @@ def test_queries_keys_and_values_are_those_of_the_original(name):
     source.register_forward_hook(record, with_kwargs=True)
     output(model, image(name))
     heads = layer.heads(called["x"], rope=called["rope"])
-    mixed = torch.nn.functional.scaled_dot_product_attention(heads.tokens, heads.keys, heads.values)
+    mixed = torch.nn.functional.scaled_dot_product_attention(heads.queries, heads.keys, heads.values)
     torch.testing.assert_close(layer.proj(layer.norm(mixed.transpose(1, 2).flatten(2))), called["out"])
 
 

@@ -1,5 +1,8 @@
 """Vision Transformers of transformers with random weights, adapted."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import (
@@ -14,6 +17,7 @@ from transformers import (
 
 from cbsa_torch import adapt_vit, interpret
 from cbsa_torch.models.counting import count_model
+from tests.helpers.compare import assert_close
 
 SIZES = {
     "hidden_size": 32,
@@ -46,7 +50,7 @@ def output(model, image, **options):
     return model(image, **options)[0]
 
 
-@pytest.mark.parametrize("mixer", ["cbsa", "cbsa_agent", "linear"])
+@pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
 @each_model
 def test_forward_backward_reload_and_any_size(name, mixer):
     model, image = built(name), torch.randn(2, 3, 32, 32)
@@ -68,11 +72,10 @@ def test_forward_backward_reload_and_any_size(name, mixer):
     again.load_state_dict(adapted.state_dict())
     assert torch.equal(output(again, image), out)
     options = {} if "dinov2" in name else {"interpolate_pos_encoding": True}
-    output(adapted, torch.randn(1, 3, 16, 64), **options)
-    layer = adapted.get_submodule(report.adapted[0].name)
     prefix = 5 if "registers" in name else 1
-    if mixer != "linear":
-        assert layer.token_grid(torch.randn(1, prefix + 16, 32)) == ((2, 8), prefix)
+    with interpret.capture(adapted) as records:
+        output(adapted, torch.randn(1, 3, 16, 64), **options)
+    assert all((r.grid_size, r.num_prefix_tokens) == ((2, 8), prefix) for r in records.values())
 
 
 @each_model
@@ -84,12 +87,12 @@ def test_queries_keys_and_values_are_those_of_the_original(name):
     source.register_forward_hook(lambda _, args, out: called.update(x=args[0], out=out[0]))
     output(model, torch.randn(2, 3, 32, 32))
     heads = layer.heads(called["x"])
-    mixed = torch.nn.functional.scaled_dot_product_attention(heads.tokens, heads.keys, heads.values)
+    mixed = torch.nn.functional.scaled_dot_product_attention(heads.queries, heads.keys, heads.values)
     torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2)), called["out"])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("mixer", ["cbsa", "cbsa_agent", "linear"])
+@pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
 @torch.no_grad()
 def test_masks_are_honoured(mixer, implementation):
     model = built("vit")
@@ -145,6 +148,51 @@ def test_layers_with_hooks_are_refused():
     assert "it has hooks" in refused.reason
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
+def test_adapters_act_in_the_adapted_model():
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(built("vit"), config)
+    merged = copy.deepcopy(model).merge_and_unload()
+    image = torch.randn(1, 3, 32, 32)
+    expected = output(adapt_vit(merged, "linear").model, image)
+    torch.testing.assert_close(output(adapt_vit(model, "linear").model, image), expected)
+
+
 def test_one_projection_is_refused():
     with pytest.raises(ValueError, match="'mssa' has one projection"):
         adapt_vit(built("vit"), "mssa")
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_gradient_checkpointing_takes_the_same_grid(reentrant):
+    """It recomputes the forward of a layer, without the layer's hooks."""
+    model = adapt_vit(built("vit")).model
+    images = [torch.randn(1, 3, *size) for size in ((32, 32), (16, 64), (64, 16))]  # 16 patches each
+    single = [copy.deepcopy(model) for _ in images]  # each sees one image
+    for each, image in zip(single, images, strict=True):
+        output(each, image, interpolate_pos_encoding=True).square().sum().backward()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    sum(output(model, image, interpolate_pos_encoding=True).square().sum() for image in images).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected = sum(each.get_parameter(name).grad for each in single)
+            assert_close(parameter.grad, expected, 1e-4)
+
+
+@torch.no_grad()
+def test_threads():
+    model = adapt_vit(built("vit")).model
+    images = [torch.randn(1, 3, *size) for size in ((32, 32), (16, 64), (64, 16))]
+    expected = [output(copy.deepcopy(model), image, interpolate_pos_encoding=True) for image in images]
+
+    @torch.no_grad()
+    def one(i):
+        return output(model, images[i % 3], interpolate_pos_encoding=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(one, range(30))):
+            assert_close(got, expected[i % 3], 1e-5)

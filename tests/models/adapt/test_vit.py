@@ -39,7 +39,7 @@ def test_the_authors_adapted_attention():
     data, about = golden.load("vit_adapted_attention")
     attn = Attention(**about["constructor"]).double()
     attn.load_state_dict({k.removeprefix("param."): v for k, v in data.items() if k.startswith("param.")})
-    model = adapt_vit(Tower(attn), "cbsa_agent", layout="official").model
+    model = adapt_vit(Tower(attn), "agent", layout="official").model
     assert type(model.attn) is AgentAttention
     x = data["input"].clone().requires_grad_()
     out = model(x)
@@ -82,25 +82,26 @@ def distance(mixer, sharpness=2.0, **options):
 
 
 def test_contraction_costs_closeness_and_starts_at_none():
-    agent, full = distance("cbsa_agent"), distance("cbsa", contraction_step=1.0)
-    assert distance("cbsa") == pytest.approx(agent, abs=1e-9)
-    assert agent < distance("cbsa", contraction_step=0.5) < full < 1
+    agent, full = distance("agent"), distance("adapted_cbsa", contraction_step=1.0)
+    assert distance("adapted_cbsa") == pytest.approx(agent, abs=1e-9)
+    assert agent < distance("adapted_cbsa", contraction_step=0.5) < full < 1
 
 
-def test_a_fresh_broadcast_starts_closer_than_the_shared_one():
-    for mixer in ("cbsa", "cbsa_agent"):
-        assert distance(mixer) < distance(mixer, broadcast="shared")
+@pytest.mark.parametrize("contraction", ["softmax", "none"])
+def test_a_fresh_broadcast_starts_closer_than_the_shared_one(contraction):
+    shared = distance("adapted_cbsa", contraction=contraction, broadcast="shared")
+    assert distance("adapted_cbsa", contraction=contraction) < shared
 
 
 def test_with_a_representative_for_every_token_sharp_attention_is_softmax_attention():
-    agent = [distance("cbsa_agent", num_representatives=m) for m in (4, 36, 144)]
+    agent = [distance("agent", num_representatives=m) for m in (4, 36, 144)]
     assert agent == sorted(agent, reverse=True)
-    for mixer in ("cbsa", "cbsa_agent"):
+    for mixer in ("adapted_cbsa", "agent"):
         assert distance(mixer, 6.0, num_representatives=144) < 1e-2
 
 
 def test_every_form_that_inherits_queries_and_keys_starts_closer_than_no_attention():
-    for mixer in ("cbsa", "cbsa_agent", "linear"):
+    for mixer in ("adapted_cbsa", "agent", "linear"):
         assert distance(mixer) < 1
 
 
@@ -130,7 +131,7 @@ def test_reports_say_what_happened():
     assert layer.new == ("step_tokens = 1", "step_contraction = 0.5")
     assert layer.dropped == ("attention dropout of 0.1",)
     text = str(report)
-    assert "2 of 5 attention layers are now 'cbsa', num_representatives=4, contraction_step=0.5" in text
+    assert "2 of 5 attention layers are now 'adapted_cbsa', num_representatives=4, contraction_step=0.5" in text
     assert "blocks.0.attn  Attention left: not asked for" in text
     assert "AttentionPoolLatent left: attention pooling of a head" in text
     assert json.loads(json.dumps(report.to_dict()))["layers"][1]["after"] == "AdaptedCBSA"
@@ -179,7 +180,7 @@ def test_adapted_layers_compile_train_and_can_be_looked_into():
     assert heads.keys.shape == record.keys.shape
 
 
-@pytest.mark.parametrize("mixer", ["cbsa", "cbsa_agent", "linear"])
+@pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_low_precision_and_export(name, mixer):
     size = 56 if "14" in name else 64
@@ -195,7 +196,7 @@ def test_low_precision_and_export(name, mixer):
 
 def test_models_without_values():
     with torch.device("meta"):
-        adapted = adapt_vit(vit("eva02_base_patch14_224", img_size=56), "cbsa").model
+        adapted = adapt_vit(vit("eva02_base_patch14_224", img_size=56), "adapted_cbsa").model
     assert all(parameter.is_meta for parameter in adapted.parameters())
     assert adapted(torch.empty(1, 3, 56, 56, device="meta")).shape == (1, 3)
 
@@ -289,7 +290,11 @@ def test_layers_that_cannot_be_adapted_say_why():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mixer": "cbsaa"}, ValueError, "mixer must be one of 'cbsa', .*; did you mean 'cbsa'"),
+        (
+            {"mixer": "adapted_cbsaa"},
+            ValueError,
+            "mixer must be one of 'adapted_cbsa', .*; did you mean 'adapted_cbsa'",
+        ),
         (
             {"layers": "last_half"},
             ValueError,
@@ -307,17 +312,21 @@ def test_layers_that_cannot_be_adapted_say_why():
         (
             {"mixer": "linear", "num_representatives": 4},
             ValueError,
-            "an option of mixer='cbsa', 'cbsa_agent', not",
+            "an option of mixer='adapted_cbsa', 'agent', not",
         ),
         (
-            {"mixer": "cbsa_agent", "contraction": "exact"},
+            {"mixer": "agent", "contraction": "exact"},
             ValueError,
-            "contraction is an option of mixer='cbsa'",
+            "contraction is an option of mixer='adapted_cbsa'",
         ),
-        ({"contraction": "none"}, ValueError, "that is mixer='cbsa_agent'"),
+        ({"contraction": "none", "contraction_step": 1.0}, ValueError, "contraction_step is of a contraction"),
         ({"contraction": "hard"}, ValueError, "contraction must be one of"),
         ({"broadcast": "fresh"}, ValueError, "broadcast must be one of"),
-        ({"mixer": "cbsa_agent", "broadcast": "fresh"}, ValueError, "broadcast must be one of"),
+        (
+            {"mixer": "agent", "broadcast": "shared"},
+            ValueError,
+            "broadcast is an option of mixer='adapted_cbsa'",
+        ),
         ({"eps": 0.1}, ValueError, "eps is of contraction='exact'"),
         ({"mixer": "linear_cbsa", "eps": -1.0}, ValueError, "eps must be positive"),
         ({"contraction_step": float("nan")}, ValueError, "contraction_step must be finite"),
@@ -342,6 +351,6 @@ def test_a_name_is_no_model():
 def test_other_options_have_their_effect():
     exact = adapt_vit(vit(), contraction="exact", eps=0.5).model.blocks[0].attn
     assert (exact.contraction, exact.eps) == ("exact", 0.5)
-    shared = adapt_vit(vit(), "cbsa_agent", broadcast="shared").model.blocks[0].attn
+    shared = adapt_vit(vit(), broadcast="shared", contraction="none").model.blocks[0].attn
     assert (type(shared), shared.contraction, shared.broadcast) == (AdaptedCBSA, "none", "shared")
     assert not isinstance(shared, CBSA)

@@ -36,7 +36,7 @@ def adapted_vit(
     pretrained: bool = False,
     *,
     base: str = "vit_small_patch16_224",
-    mixer: MixerName = "cbsa",
+    mixer: MixerName = "adapted_cbsa",
     layers: Layers = "all",
     mixer_args: Mapping[str, Any] | None = None,
     base_args: Mapping[str, Any] | None = None,

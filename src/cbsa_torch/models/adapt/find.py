@@ -11,8 +11,10 @@ from timm.layers import Attention
 from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 from torch import nn
+from torch.nn.utils import parametrize
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.linear import changed_calls
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.nn import TokenMixer
 
@@ -31,6 +33,7 @@ Layers = str | Sequence[int]
 
 _POOLS = re.compile(r"AttentionPool|AttnPool|MultiheadAttentionPoolingHead")
 _ATTENTION = re.compile(r"Attn|Attention|ParallelScalingBlock")
+_PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "o_proj")
 _REASONS = {
     "WindowAttention": "it attends within windows, with a bias by relative position",
     "ParallelScalingBlock": "one layer projects queries, keys, values and the MLP together",
@@ -39,33 +42,34 @@ _REASONS = {
 }
 
 
-class Found(NamedTuple):
-    """An attention layer."""
+class AttentionLayer(NamedTuple):
+    """An attention layer of a model."""
 
     name: str
     module: nn.Module
-    obstacle: str
+    incompatibility: str
     """Why it cannot be adapted; empty if it can."""
     is_pool: bool = False
     """Whether it pools tokens in a head: not one of the layers to choose from."""
 
 
-def find_attention(model: nn.Module) -> list[Found]:
+def find_attention(model: nn.Module) -> list[AttentionLayer]:
     """Every attention layer of ``model`` in order, those that cannot be adapted included."""
-    found: list[Found] = []
+    found: list[AttentionLayer] = []
     _search(model, "", found)
     return found
 
 
-def _search(module: nn.Module, name: str, found: list[Found]) -> None:
+def _search(module: nn.Module, name: str, found: list[AttentionLayer]) -> None:
     kind = type(module).__name__
     # The model itself may have attention in its name.
     if name and _is_known(module):
-        found.append(Found(name, module, obstacle(module)))
+        found.append(AttentionLayer(name, module, incompatibility(module)))
     elif name and _POOLS.search(kind):
-        found.append(Found(name, module, "attention pooling of a head has queries of its own", is_pool=True))
+        reason = "attention pooling of a head has queries of its own"
+        found.append(AttentionLayer(name, module, reason, is_pool=True))
     elif name and _ATTENTION.search(kind) and not _holds_adaptable(module):
-        found.append(Found(name, module, obstacle(module)))
+        found.append(AttentionLayer(name, module, incompatibility(module)))
     else:
         for child_name, child in module.named_children():
             _search(child, f"{name}.{child_name}".lstrip("."), found)
@@ -79,8 +83,8 @@ def _is_known(module: nn.Module) -> bool:
     return isinstance(module, (*STANDARD, *ROTARY, TokenMixer)) or is_hugging_face(module)
 
 
-def obstacle(module: nn.Module) -> str:
-    """Why an attention layer cannot be adapted, or nothing."""
+def incompatibility(module: nn.Module) -> str:
+    """Why an attention layer cannot be adapted; empty if it can."""
     kind = type(module).__name__
     if isinstance(module, TokenMixer):
         return f"it is {kind} of cbsa_torch already"
@@ -98,22 +102,33 @@ def obstacle(module: nn.Module) -> str:
     return _changed(module)
 
 
+def projections_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The projections of a known attention layer by name, that of the output last."""
+    found = {name: module._modules.get(name) for name in _PROJECTIONS}
+    return {name: layer for name, layer in found.items() if layer is not None}
+
+
 def _changed(module: nn.Module) -> str:
     """What was done to a layer after it was built that another could not keep, or nothing."""
-    if "forward" in vars(module):
-        return "its forward was replaced"
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    )  # fmt: skip
-    if any(hooks):
-        return "it has hooks, which would be lost; remove them first"
+    change = changed_calls(module)
+    if change:
+        return f"{change}, which would be lost; remove that first"
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrised, which would be lost; remove that first"
+    for name, layer in projections_of(module).items():
+        if not isinstance(getattr(layer, "in_features", None), int):
+            return f"its {name} is {type(layer).__name__}, not a linear layer"
+        if any(
+            "forward" in vars(m) and p.is_meta for m in layer.modules() for p in m.parameters(recurse=False)
+        ):
+            return f"the weights of its {name} are offloaded; adapt the model first"
     scale = getattr(module, "scale", getattr(module, "scaling", None))
     if isinstance(scale, float) and not math.isclose(scale, cast(int, module.head_dim) ** -0.5):
         return f"its logits are scaled by {scale:g}, not by head_dim^-1/2"
     return ""
 
 
-def choose(found: list[Found], layers: Layers) -> set[str]:
+def select_layers(found: list[AttentionLayer], layers: Layers) -> set[str]:
     """The names of the layers that ``layers`` asks for.
 
     Raises:

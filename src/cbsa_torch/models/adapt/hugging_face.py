@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch.models.adapt.rotary import SeparateHeads
-from cbsa_torch.nn import AdaptedCBSA, AgentAttention, LinearAttention, TokenMixer
+from cbsa_torch.nn import AdaptedCBSA, AgentAttention, LinearAttention, MixerInput, TokenMixer
 
 CLASSES = ("ViTAttention", "Dinov2Attention", "Dinov2WithRegistersAttention")
 
@@ -20,7 +20,7 @@ def is_hugging_face(module: nn.Module) -> bool:
     """Whether it is an attention layer of transformers (5.0 or newer) that we know."""
     kind = type(module)
     ours = kind.__module__.startswith("transformers.") and kind.__name__ in CLASSES
-    return ours and isinstance(getattr(module, "o_proj", None), nn.Linear)
+    return ours and isinstance(getattr(module, "o_proj", None), nn.Module)
 
 
 def hugging_face_towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
@@ -34,12 +34,14 @@ def hugging_face_towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, in
     return found
 
 
-class _PairedOutput(SeparateHeads):
-    """Called and answering as a layer of transformers: (output, weights), and the weights are None."""
+class _HFAttention(SeparateHeads):
+    """Called as an attention layer of transformers; returns ``(output, None)``: it has no attention weights."""
+
+    taken = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def inherit_projections(self, source: nn.Module) -> None:
         """Take over the layers of ``source``."""
-        self._take(source, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        super().inherit_projections(source)
         del self._modules["proj"]
 
     @property
@@ -49,13 +51,11 @@ class _PairedOutput(SeparateHeads):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:  # type: ignore[override]
         """Mix ``(B, N, C)`` tokens; a mask must be one of keys, the same for every query."""
-        return super().forward(hidden_states, attn_mask=_of_keys(attention_mask)), None
+        return self._forward(self.read(hidden_states, attention_mask)), None
 
-    @classmethod
-    def named_arguments(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The arguments of :meth:`TokenMixer.forward`, by its names."""
-        called = super().named_arguments(*args, **kwargs)
-        return TokenMixer.named_arguments(called["hidden_states"], attn_mask=_of_keys(called["attention_mask"]))
+    def read(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> MixerInput:  # type: ignore[override]
+        """Read the arguments of :meth:`forward`."""
+        return super().read(hidden_states, attn_mask=_of_keys(attention_mask))
 
 
 def _of_keys(mask: Tensor | None) -> Tensor | None:
@@ -76,20 +76,20 @@ def _of_keys(mask: Tensor | None) -> Tensor | None:
     return keys == 0
 
 
-class PairedCBSA(_PairedOutput, AdaptedCBSA):
+class HFAdaptedCBSA(_HFAttention, AdaptedCBSA):
     """:class:`cbsa_torch.nn.AdaptedCBSA` in a model of transformers."""
 
 
-class PairedAgentAttention(_PairedOutput, AgentAttention):
+class HFAgentAttention(_HFAttention, AgentAttention):
     """:class:`cbsa_torch.AgentAttention` in a model of transformers."""
 
 
-class PairedLinearAttention(_PairedOutput, LinearAttention):
+class HFLinearAttention(_HFAttention, LinearAttention):
     """:class:`cbsa_torch.nn.LinearAttention` in a model of transformers."""
 
 
-PAIRED_MIXERS: dict[type[TokenMixer], type[_PairedOutput]] = {
-    AdaptedCBSA: PairedCBSA,
-    AgentAttention: PairedAgentAttention,
-    LinearAttention: PairedLinearAttention,
+HF_MIXERS: dict[type[TokenMixer], type[_HFAttention]] = {
+    AdaptedCBSA: HFAdaptedCBSA,
+    AgentAttention: HFAgentAttention,
+    LinearAttention: HFLinearAttention,
 }

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from cbsa_torch._core.checks import check_choice
-from cbsa_torch._core.types import BROADCASTS
-from cbsa_torch.models.adapt.find import ROTARY
-from cbsa_torch.models.adapt.hugging_face import PAIRED_MIXERS, is_hugging_face
+from cbsa_torch._core.linear import changed_calls, is_plain_linear
+from cbsa_torch.models.adapt.find import ROTARY, projections_of
+from cbsa_torch.models.adapt.hugging_face import HF_MIXERS, is_hugging_face
 from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS, SeparateHeads
 from cbsa_torch.nn import MSSA, TSSA, AdaptedCBSA, AgentAttention, LinearAttention, LinearCBSA, TokenMixer
 
@@ -24,41 +24,66 @@ class Kind:
 
     mixer: type[TokenMixer]
     options: tuple[str, ...] = ()
-    """Of ``adapt_vit``, those that it takes."""
+    """Those of ``adapt_vit`` that it takes."""
     shared: bool = False
-    """Whether one projection is query, key and value: it inherits that of the values."""
+    """Whether one projection is query, key and value: it inherits the projection of the values only."""
     needs_grid: bool = False
 
 
 KINDS: dict[str, Kind] = {
-    "cbsa": Kind(
+    "adapted_cbsa": Kind(
         AdaptedCBSA,
         ("num_representatives", "broadcast", "contraction", "contraction_step", "eps", "layout"),
         needs_grid=True,
     ),
-    "cbsa_agent": Kind(AgentAttention, ("num_representatives", "broadcast", "layout"), needs_grid=True),
+    "agent": Kind(AgentAttention, ("num_representatives", "layout"), needs_grid=True),
     "linear": Kind(LinearAttention),
     "linear_cbsa": Kind(LinearCBSA, ("eps",), shared=True),
     "mssa": Kind(MSSA, shared=True),
     "tssa": Kind(TSSA, shared=True),
 }
 MIXERS = tuple(KINDS)
+_TAKEN = ("qkv", "proj", "norm", "proj_drop", "q_norm", "k_norm")
+"""Submodules of timm's ``Attention`` that a mixer takes over."""
+_TAKEN_SHARED = ("proj", "norm", "proj_drop")
+"""Those that a mixer with one shared projection takes over."""
 
 
 def check_options(mixer: str, options: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless ``mixer`` is known, takes the options and can be built with them."""
     check_choice("mixer", mixer, MIXERS)
-    if "broadcast" in options:
-        check_choice("broadcast", options["broadcast"], BROADCASTS)
     for name in options:
         if name not in KINDS[mixer].options:
             takers = ", ".join(repr(kind) for kind in MIXERS if name in KINDS[kind].options)
             if not takers:
                 raise ValueError(f"{name} is no option of any mixer")
             raise ValueError(f"{name} is an option of mixer={takers}, not of {mixer!r}")
-    if options.get("contraction") == "none":
-        raise ValueError("contraction must be 'softmax' or 'exact', got 'none'; that is mixer='cbsa_agent'")
-    _build(mixer, options, 8, 1, device="meta")
+    KINDS[mixer].mixer(8, 1, **options, device="meta")
+
+
+def why_not_inherited(source: nn.Module, mixer: str) -> str:
+    """What was done to parts of an attention layer that ``mixer`` cuts up or drops; empty if nothing was."""
+    kind = KINDS[mixer]
+    variant = _variants(source).get(kind.mixer)
+    taken = _TAKEN_SHARED if kind.shared else variant.taken if variant is not None else _TAKEN
+    for name, part in source.named_children():
+        if name in taken:
+            continue  # it goes on being called
+        if name == "qkv":
+            if not _can_be_cut(part):
+                return (
+                    f"its qkv was changed ({type(part).__name__}), and {mixer!r} takes only rows of its weight"
+                )
+        elif any(map(changed_calls, part.modules())):
+            return f"its {name} has hooks or another forward, which would be lost; remove that first"
+    return ""
+
+
+def _can_be_cut(layer: nn.Module) -> bool:
+    """Whether rows of a linear layer's weight do all that the layer does for them."""
+    if not is_plain_linear(layer) or parametrize.is_parametrized(layer):
+        return False
+    return not any(parameter._backward_hooks for parameter in layer.parameters())
 
 
 class Inherited(NamedTuple):
@@ -71,30 +96,32 @@ class Inherited(NamedTuple):
 
 
 def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited:
-    """Our mixer with the weights of ``source``, which keeps them, too: parameters are shared, not copied."""
+    """Our mixer with the weights of ``source``, which keeps them, too: modules are shared, not copied."""
     kind = KINDS[mixer]
-    projection = cast(nn.Linear, source.o_proj if is_hugging_face(source) else source.proj)
-    first = cast(nn.Linear, source.q_proj if getattr(source, "qkv", None) is None else source.qkv)
-    layer = _build(
-        mixer,
-        options,
-        first.in_features,
+    projections = projections_of(source)
+    first, projection = next(iter(projections.values())), list(projections.values())[-1]
+    maker = _variants(source).get(kind.mixer, kind.mixer)
+    layer = maker(
+        cast(int, first.in_features),
         cast(int, source.num_attention_heads if is_hugging_face(source) else source.num_heads),
-        variants=_variants(source),
+        **options,
         head_dim=cast(int, source.head_dim),
-        dim_out=projection.out_features,
+        dim_out=cast(int, projection.out_features),
         device="meta",
     )
     if isinstance(layer, SeparateHeads):
         layer.inherit_projections(source)
     else:
-        layer.proj, layer.norm, layer.proj_drop = projection, source.norm, source.proj_drop  # type: ignore[assignment]
-        layer.qkv = _values(first) if kind.shared else first
-        if not kind.shared:
-            layer.q_norm, layer.k_norm = source.q_norm, source.k_norm  # type: ignore[assignment]
+        for name in _TAKEN_SHARED if kind.shared else _TAKEN:
+            setattr(layer, name, getattr(source, name))
+        if kind.shared:
+            layer.qkv = _values(cast(nn.Linear, first))
     names = {name for name, _ in source.named_parameters()}
-    new = _start(layer, names, options, projection.weight)
-    layer.train(source.training)
+    new = _start(layer, names, options, _like(projection, source))
+    inherited = set(source.modules())
+    for module in layer.modules():
+        if module not in inherited:
+            module.training = source.training
     kept = [name for name, _ in layer.named_parameters() if name in names]
     dropped = sorted(names - set(kept))
     if kind.shared:
@@ -110,27 +137,17 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
     return Inherited(layer, tuple(kept), values, tuple(dropped))
 
 
-def _variants(source: nn.Module) -> Mapping[type[TokenMixer], type[TokenMixer]]:
+def _variants(source: nn.Module) -> Mapping[type[TokenMixer], type[SeparateHeads]]:
     """The forms of our mixers that read their heads and are called as ``source`` is."""
     if is_hugging_face(source):
-        return PAIRED_MIXERS
+        return HF_MIXERS
     return ROTARY_MIXERS if isinstance(source, ROTARY) else {}
 
 
-def _build(
-    mixer: str,
-    options: dict[str, Any],
-    dim: int,
-    num_heads: int,
-    *,
-    variants: Mapping[type[TokenMixer], type[TokenMixer]] = MappingProxyType({}),
-    **sizes: Any,
-) -> TokenMixer:
-    kind, options = KINDS[mixer], dict(options)
-    maker: type[TokenMixer] = kind.mixer
-    if mixer == "cbsa_agent" and options.pop("broadcast", "softmax") != "softmax":
-        maker, options = AdaptedCBSA, {**options, "broadcast": "shared", "contraction": "none"}
-    return variants.get(maker, maker)(dim, num_heads, **options, **sizes)
+def _like(*modules: nn.Module) -> Tensor:
+    """A tensor with the dtype and device that new parameters get: those of the first weight."""
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
 
 def _values(qkv: nn.Linear) -> nn.Linear:

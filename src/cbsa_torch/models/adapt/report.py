@@ -84,11 +84,11 @@ class AdaptReport:
             f"{self.mixer!r}{options}"
         ]
         width = max((len(layer.name) for layer in self.layers), default=0)
-        lines += [f"  {layer.name:<{width}}  {_said(layer)}" for layer in self.layers]
+        lines += [f"  {layer.name:<{width}}  {_describe(layer)}" for layer in self.layers]
         return "\n".join(lines)
 
 
-def _said(layer: LayerReport) -> str:
+def _describe(layer: LayerReport) -> str:
     if not layer.adapted:
         return f"{layer.before} {'refused' if layer.refused else 'left'}: {layer.reason}"
     parts = [f"{layer.before} -> {layer.after}", f"inherits {', '.join(layer.inherited)}"]

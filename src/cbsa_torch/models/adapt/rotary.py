@@ -6,13 +6,16 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from cbsa_torch._core.types import GridSize
-from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, TokenMixer
-from cbsa_torch.nn.tokens import TokenInput
+from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, MixerInput, TokenMixer
 
 
 class SeparateHeads(TokenMixer):
     """Reads queries, keys and values as timm's ``AttentionRope`` and ``EvaAttention`` do."""
+
+    taken: tuple[str, ...] = (
+        "qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop",
+    )  # fmt: skip
+    """Submodules of the original layer that become the mixer's own, by the same names."""
 
     q_proj: nn.Linear | None
     k_proj: nn.Linear | None
@@ -23,13 +26,8 @@ class SeparateHeads(TokenMixer):
 
     def inherit_projections(self, source: nn.Module) -> None:
         """Take over the layers of ``source``, and how it uses them."""
-        self._take(
-            source, ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop")
-        )
-
-    def _take(self, source: nn.Module, layers: tuple[str, ...]) -> None:
         self.qkv = None  # type: ignore[assignment]
-        for name in layers:
+        for name in self.taken:
             setattr(self, name, getattr(source, name))
         self.q_bias, self.v_bias = getattr(source, "q_bias", None), getattr(source, "v_bias", None)
         self.register_buffer("k_bias", getattr(source, "k_bias", None), persistent=False)
@@ -38,17 +36,9 @@ class SeparateHeads(TokenMixer):
         self.num_unrotated: int = getattr(source, "num_prefix_tokens", 0)
         """Prefix tokens, which have no position."""
 
-    def _project(
-        self,
-        source: TokenInput,
-        grid_size: GridSize | None,
-        token_mask: Tensor | None,
-        attn_mask: Tensor | None = None,
-    ) -> Heads:
-        x = source.tokens
-        if token_mask is not None:
-            x = x.masked_fill(~token_mask[..., None], 0.0)
-        queries, keys, values = self._queries_keys_values(x)
+    def project(self, source: MixerInput) -> Heads:
+        """Into the subspaces."""
+        queries, keys, values = self._queries_keys_values(source.x)
         queries, keys = self.q_norm(queries), self.k_norm(keys)
         if source.rope is not None:
             queries, keys = self._rotated(queries, source.rope), self._rotated(keys, source.rope)
@@ -56,9 +46,7 @@ class SeparateHeads(TokenMixer):
         groups = self.num_heads // self.num_kv_heads
         if groups > 1:
             keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
-        if grid_size is not None:
-            self._locate(x.shape[1], source.map_grid, grid_size)
-        return Heads(queries, keys, values, token_mask, source.map_grid, grid_size, attn_mask)
+        return Heads(source, queries, keys, values)
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(B, H, N, P)`` each, keys and values with as many heads as they have."""
@@ -92,7 +80,7 @@ class _RotaryHeads(SeparateHeads):
     rotates = True
 
 
-class RotaryCBSA(_RotaryHeads, AdaptedCBSA):
+class RotaryAdaptedCBSA(_RotaryHeads, AdaptedCBSA):
     """:class:`cbsa_torch.nn.AdaptedCBSA` on the projections of timm's rotary attention."""
 
 
@@ -105,7 +93,7 @@ class RotaryLinearAttention(_RotaryHeads, LinearAttention):
 
 
 ROTARY_MIXERS: dict[type[TokenMixer], type[_RotaryHeads]] = {
-    AdaptedCBSA: RotaryCBSA,
+    AdaptedCBSA: RotaryAdaptedCBSA,
     AgentAttention: RotaryAgentAttention,
     LinearAttention: RotaryLinearAttention,
 }

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
 from cbsa_torch._core.checks import check_bool
 from cbsa_torch._core.types import Broadcast, Contraction, Layout
-from cbsa_torch.models.adapt.find import ADAPTABLE, ROTARY, Found, Layers, choose, find_attention
+from cbsa_torch.models.adapt.find import (
+    ADAPTABLE,
+    ROTARY,
+    AttentionLayer,
+    Layers,
+    find_attention,
+    select_layers,
+)
 from cbsa_torch.models.adapt.hugging_face import hugging_face_towers, is_hugging_face
-from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit
+from cbsa_torch.models.adapt.inherit import KINDS, Inherited, check_options, inherit, why_not_inherited
 from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
-from cbsa_torch.nn import follow_grid
+from cbsa_torch.nn import TokenMixer, follow_grid
 from cbsa_torch.nn.grids import EMBEDDING
 
-MixerName = Literal["cbsa", "cbsa_agent", "linear", "linear_cbsa", "mssa", "tssa"]
+MixerName = Literal["adapted_cbsa", "agent", "linear", "linear_cbsa", "mssa", "tssa"]
 
 
 class AdaptedModel(NamedTuple):
@@ -28,7 +35,7 @@ class AdaptedModel(NamedTuple):
 
 def adapt_vit(
     model: nn.Module,
-    mixer: MixerName = "cbsa",
+    mixer: MixerName = "adapted_cbsa",
     *,
     layers: Layers = "all",
     num_representatives: int | None = None,
@@ -49,20 +56,21 @@ def adapt_vit(
     Args:
         model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, hybrid, ...), a model that
             holds one, or transformers' ``ViTModel`` or ``Dinov2Model``.
-        mixer: ``"cbsa"`` (CBSA*: pooled queries are representatives that collect values by the keys, are
-            contracted, and broadcast), ``"cbsa_agent"`` (CBSA∨: without contraction, agent attention),
-            ``"linear"`` (:class:`cbsa_torch.nn.LinearAttention`), or one with a single projection, which
-            inherits
-            that of the values: ``"linear_cbsa"`` (12), ``"mssa"`` (9), ``"tssa"``.
+        mixer: ``"adapted_cbsa"`` (CBSA*, :class:`cbsa_torch.nn.AdaptedCBSA`: pooled queries are representatives
+            that collect values by the keys, are contracted, and broadcast), ``"agent"`` (CBSA∨,
+            :class:`cbsa_torch.AgentAttention`: the same without contraction), ``"linear"``
+            (:class:`cbsa_torch.nn.LinearAttention`), or a mixer with one projection, which inherits that of the
+            values: ``"linear_cbsa"`` (12), ``"mssa"`` (9), ``"tssa"``.
         layers: ``"all"``, ``"latter_half"``, or indices of attention layers, negative ones from the end.
-        num_representatives: of ``"cbsa"`` and ``"cbsa_agent"``. Default: 64.
-        broadcast: of ``"cbsa"`` and ``"cbsa_agent"``: ``"softmax"`` (default), a fresh softmax of queries over
+        num_representatives: of ``"adapted_cbsa"`` and ``"agent"``. Default: 64.
+        broadcast: of ``"adapted_cbsa"``: ``"softmax"`` (default), a fresh softmax of queries over
             representatives, or ``"shared"``, the attention of the extraction.
-        contraction: of ``"cbsa"``: ``"softmax"`` (default, Eq. 8) or ``"exact"`` (Eq. 7).
-        contraction_step: of ``"cbsa"``: how much contraction there is at the start: 0 (default), none, so that
-            the model starts as with ``"cbsa_agent"`` and learns how much it wants, up to 1, as in the paper.
+        contraction: of ``"adapted_cbsa"``: ``"softmax"`` (default, Eq. 8), ``"exact"`` (Eq. 7) or ``"none"``.
+        contraction_step: of ``"adapted_cbsa"``: how much contraction there is at the start: 0 (default), none,
+            so that the model starts as with ``"agent"`` and learns how much it wants, up to 1, as in the paper.
         eps: of the exact contraction (default 0.1) and of ``"linear_cbsa"`` (default 1).
-        layout: ``"official"`` pools as the research code does, see :class:`cbsa_torch.CBSA`.
+        layout: of ``"adapted_cbsa"`` and ``"agent"``: ``"official"`` pools as the research code does, see
+            :class:`cbsa_torch.CBSA`.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
@@ -71,7 +79,7 @@ def adapt_vit(
 
     Raises:
         ValueError: no layer can be adapted, a layer asked for by its index cannot, or options that do not fit.
-            TypeError: options of the wrong type. Nothing was changed then.
+            TypeError: options of the wrong type. After an error the model is as it was.
     """
     given = {
         "num_representatives": num_representatives,
@@ -89,16 +97,16 @@ def adapt_vit(
     plan = _plan(model, mixer, layers)
     if not inplace:
         model = copy.deepcopy(model)
-    towers = _towers(model)
-    reports = tuple(_carry_out(model, item, mixer, options) for item in plan)
-    for tower, embedding, prefix in towers:
-        follow_grid(tower, embedding=embedding, num_prefix_tokens=prefix)
+    names = [item.layer.name for item in plan if not item.reason]
+    built = {name: inherit(model.get_submodule(name), mixer, options) for name in names}
+    _swap(model, {name: result.mixer for name, result in built.items()})
+    reports = tuple(_report(item, built.get(item.layer.name)) for item in plan)
     asked = layers if isinstance(layers, str) else tuple(layers)
     return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, asked, reports))
 
 
 class _Item(NamedTuple):
-    found: Found
+    layer: AttentionLayer
     reason: str
     """Why the layer stays as it is; empty if it is replaced."""
     refused: bool
@@ -109,11 +117,11 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
     found = find_attention(model)
     if not any(not layer.is_pool for layer in found):
         raise ValueError(f"model has no attention layers: {type(model).__name__}; adapt_vit takes {ADAPTABLE}")
-    chosen = choose(found, layers)
+    chosen = select_layers(found, layers)
     covered = {id(module) for tower, *_ in _towers(model) for module in tower.modules()}
     items = []
     for layer in found:
-        reason = layer.obstacle or _unfit(layer.module, mixer, id(layer.module) in covered)
+        reason = layer.incompatibility or _why_not(layer.module, mixer, id(layer.module) in covered)
         asked = layer.name in chosen
         if not asked and not layer.is_pool:
             reason = "not asked for"
@@ -122,7 +130,7 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
     if len(refusals) == len(chosen) or (refusals and not isinstance(layers, str)):
         by_reason: dict[str, list[str]] = {}
         for item in refusals:
-            by_reason.setdefault(item.reason, []).append(item.found.name)
+            by_reason.setdefault(item.reason, []).append(item.layer.name)
         reasons = "; ".join(
             f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
             for reason, names in by_reason.items()
@@ -134,14 +142,14 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
     return items
 
 
-def _unfit(module: nn.Module, mixer: str, has_grid: bool) -> str:
+def _why_not(module: nn.Module, mixer: str, has_grid: bool) -> str:
     """Why this mixer cannot replace a layer that others can."""
     kind = KINDS[mixer]
     if kind.shared and (isinstance(module, ROTARY) or is_hugging_face(module)):
         return f"{mixer!r} has one projection, and cannot take rotary embeddings or separate layers"
     if kind.needs_grid and not has_grid:
         return f"{mixer!r} pools over a grid, which no {EMBEDDING} tells here; 'linear' needs none"
-    return ""
+    return why_not_inherited(module, mixer)
 
 
 def _towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
@@ -160,11 +168,23 @@ def _tells_grid(model: nn.Module, embedding: nn.Module) -> bool:
     return counted and not isinstance(embedding, nn.ModuleList)
 
 
-def _carry_out(model: nn.Module, item: _Item, mixer: str, options: dict[str, Any]) -> LayerReport:
-    name, before = item.found.name, type(item.found.module).__name__
-    if item.reason:
+def _swap(model: nn.Module, mixers: dict[str, TokenMixer]) -> None:
+    """Put ``mixers`` in the places that their names say and let them follow the grid, or change nothing."""
+    before = {name: model.get_submodule(name) for name in mixers}
+    towers = _towers(model)
+    try:
+        for name, mixer in mixers.items():
+            model.set_submodule(name, mixer)
+        for tower, embedding, prefix in towers:
+            follow_grid(tower, embedding=embedding, num_prefix_tokens=prefix)
+    except BaseException:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+        raise
+
+
+def _report(item: _Item, result: Inherited | None) -> LayerReport:
+    name, before = item.layer.name, type(item.layer.module).__name__
+    if result is None:
         return LayerReport(name, before, reason=item.reason, refused=item.refused)
-    result = inherit(model.get_submodule(name), mixer, options)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, result.mixer)
     return LayerReport(name, before, type(result.mixer).__name__, result.inherited, result.new, result.dropped)

@@ -26,7 +26,7 @@ def test_a_run_is_opened_and_goes_on_exactly(config, tmp_path, monkeypatch):
     config.engine.save_steps = 2
     result = recover(config)
     trained = open_trained(result.folder)
-    assert trained.info["model_args"]["mixer"] == "cbsa"
+    assert trained.info["model_args"]["mixer"] == "adapted_cbsa"
     measured_again = evaluate_checkpoint(result.folder, split="val", output=tmp_path / "e.json")
     assert measured_again.top1 == result.best_score
     cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
@@ -101,7 +101,7 @@ def test_an_adapted_run_gets_more_layers(config, tmp_path):
     more.output, more.model.layers, more.model.original = str(tmp_path / "more"), "all", str(first.folder)
     assert open_trained(recover(more).folder).info["model_args"]["layers"] == [0, 1, 2]
     more.output, more.model.mixer, more.model.args = str(tmp_path / "other"), "linear", {}
-    with pytest.raises(ConfigError, match="it is adapted already, to 'cbsa'"):
+    with pytest.raises(ConfigError, match="it is adapted already, to 'adapted_cbsa'"):
         recover(more)
     assert not Path(more.output).exists()
 

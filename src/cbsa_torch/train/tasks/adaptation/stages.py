@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from cbsa_torch.models.adapt.find import choose, find_attention, obstacle
+from cbsa_torch.models.adapt.find import find_attention, select_layers
 from cbsa_torch.train.config.checks import check_config
 from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.errors import ConfigError
@@ -58,10 +58,10 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
     original = open_original("model.original", source)
     found = [layer for layer in find_attention(original.model) if not layer.is_pool]
     try:
-        asked = choose(found, config.model.layers_asked())
+        asked = select_layers(found, config.model.layers_asked())
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.{error}") from error
-    indices = [i for i, layer in enumerate(found) if layer.name in asked and not obstacle(layer.module)]
+    indices = [i for i, layer in enumerate(found) if layer.name in asked and not layer.incompatibility]
     if not indices:
         raise ConfigError(f"model.original {source} has no layer that can be adapted")
     distill = config.distill

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.models.adapt.find import choose, find_attention
+from cbsa_torch.models.adapt.find import find_attention, select_layers
 from cbsa_torch.models.adapt.report import AdaptReport
 from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
 from cbsa_torch.models.hub import PREFIX
@@ -40,7 +40,7 @@ class AdaptedModelConfig(ModelConfig):
     original: str | None = field(default=None, metadata=LOCAL)
     """The ViT that is adapted: a run's folder, a .safetensors file of ours, hf-hub:owner/name, or the name of a
     timm model, whose pretrained weights are fetched. An adapted one gets more layers adapted."""
-    mixer: MixerName = "cbsa"
+    mixer: MixerName = "adapted_cbsa"
     """The attention that it gets; docs/adapt.md has a table."""
     layers: str = "all"
     """"all", "latter_half", or indices of attention layers with commas between, e.g. "9,10,-1"."""
@@ -246,14 +246,14 @@ def adapt_original(original: Original, settings: AdaptedModelConfig) -> Adapted:
 def _extend(original: Original, mixer: str, options: dict[str, Any], layers: Any) -> Adapted:
     """Adapt layers of an adapted model that are not yet."""
     args = original.args
-    before = {"mixer": args.get("mixer", "cbsa"), "mixer_args": args.get("mixer_args") or {}}
+    before = {"mixer": args.get("mixer", "adapted_cbsa"), "mixer_args": args.get("mixer_args") or {}}
     if before != {"mixer": mixer, "mixer_args": options}:
         raise ValueError(
             f"it is adapted already, to {before['mixer']!r} with {before['mixer_args']}; more layers can "
             f"only be adapted likewise, got {mixer!r} with {options}"
         )
     found = [layer for layer in find_attention(original.model) if not layer.is_pool]
-    asked = choose(found, layers)
+    asked = select_layers(found, layers)
     done = [i for i, layer in enumerate(found) if isinstance(layer.module, TokenMixer)]
     left = [i for i, layer in enumerate(found) if layer.name in asked and i not in done]
     if not left:

@@ -1,34 +1,42 @@
-"""The linear stem and the residual block."""
+"""Convolutional and linear patch embeddings."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from cbsa_torch.nn import MSSA, LinearStem, ResidualBlock
+from cbsa_torch.nn import ConvStem, LinearStem
 from tests.helpers.compare import assert_close
-from tests.helpers.mixers import DIM, HEADS, gradients
 
 
-def test_residual_block_is_its_equations():
-    block = ResidualBlock(DIM, MSSA(DIM, HEADS), mlp_ratio=1.5).double()
-    assert [tuple(p.shape) for p in block.mlp.parameters()] == [(18, 12), (18,), (12, 18), (12,)]
-    nn.init.normal_(block.norm1.weight)
-    nn.init.normal_(block.norm2.bias)
-    x = torch.randn(2, 9, DIM).double()
-    mask = torch.arange(9) < torch.tensor([[9], [5]])
+@pytest.mark.parametrize(
+    ("patch_size", "convolutions", "grid"),
+    [(16, 4, (2, 4)), (8, 3, (4, 7)), (2, 1, (15, 25)), (1, 1, (30, 50))],
+)
+def test_stem_takes_any_size(patch_size, convolutions, grid):
+    stem = ConvStem(3, 32, patch_size)
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in stem.modules()) == convolutions
+    assert stem(torch.randn(2, 3, 30, 50)).shape == (2, 32, *grid)
+    assert stem.grid_size((30, 50)) == grid
 
-    def norm(layer, x):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
 
-    y = x + block.attn(norm(block.norm1, x), token_mask=mask)
-    up, _, down = block.mlp
-    expected = y + F.gelu(norm(block.norm2, y) @ up.weight.T + up.bias) @ down.weight.T + down.bias
-    assert_close(block(x, None, mask), expected, 1e-12)
-    assert all(g.abs().max() > 0 for g in gradients(block, x)[2].values())
-    with pytest.raises(ValueError, match="mlp_ratio must be positive"):
-        ResidualBlock(DIM, MSSA(DIM, HEADS), mlp_ratio=0.0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 12}, "patch_size must be a power of two, got 12"),
+        ({"embed_dim": 36}, r"embed_dim \(=36\) must be divisible by 8"),
+        ({"in_chans": 0}, "in_chans must be at least 1"),
+    ],
+)
+def test_bad_stems_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ConvStem(**options)
+
+
+def test_stem_names_wrong_images():
+    with pytest.raises(TypeError, match=r"images must have a floating-point dtype, got torch.uint8"):
+        ConvStem()(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, height, width\), got \(2, 1, 8, 8\)"):
+        ConvStem()(torch.zeros(2, 1, 8, 8))
 
 
 def test_linear_stem_reads_patches_row_by_row_channels_last():

@@ -1,0 +1,296 @@
+"""Linear layers changed after they were built: tied mixers project out with the transpose of what the layer does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+
+from cbsa_torch import CBSA
+from cbsa_torch._core.linear import is_plain_linear, matrix_of
+from cbsa_torch.nn import MSSA, LinearCBSA
+from tests.helpers.compare import assert_close
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated:DeprecationWarning",
+    "ignore:torch.quantize_per_tensor:UserWarning",
+)
+DIM, HEADS = 16, 2
+X = torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(3))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def lora(layer, **options):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False, **options)
+    return peft.get_peft_model(nn.ModuleDict({"attn": layer}), config)
+
+
+def low_rank(qkv):
+    """Base weight plus B A times the scaling, by hand."""
+    a, b = qkv.lora_A["default"].weight, qkv.lora_B["default"].weight
+    return qkv.base_layer.weight + qkv.scaling["default"] * b @ a
+
+
+# Each changes layer.qkv and returns the weight and bias that it then has, computed in another way.
+
+
+def with_lora(layer):
+    lora(layer, lora_alpha=4)
+    return low_rank(layer.qkv), layer.qkv.base_layer.bias
+
+
+def with_dora(layer):
+    lora(layer, use_dora=True)
+    merged = copy.deepcopy(layer.qkv)
+    merged.merge()
+    return merged.base_layer.weight, merged.base_layer.bias
+
+
+def with_a_saved_module(layer):
+    import peft
+
+    config = peft.LoraConfig(target_modules=["other"], modules_to_save=["qkv"])
+    peft.get_peft_model(nn.ModuleDict({"attn": layer, "other": nn.Linear(2, 2)}), config)
+    saved = layer.qkv.modules_to_save["default"]
+    nn.init.normal_(saved.weight)
+    return saved.weight, saved.bias
+
+
+def with_a_forward_hook(layer):
+    layer.qkv.register_forward_hook(lambda module, args, out: 2 * out)
+    return 2 * layer.qkv.weight, None if layer.qkv.bias is None else 2 * layer.qkv.bias
+
+
+def with_a_pre_hook(layer):
+    layer.qkv.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+    return 0.5 * layer.qkv.weight, layer.qkv.bias
+
+
+def with_another_forward(layer):
+    weight, bias = layer.qkv.weight, layer.qkv.bias
+    layer.qkv.forward = lambda x: F.linear(x, weight / 2, bias)
+    return weight / 2, bias
+
+
+def with_a_subclass(layer):
+    state = layer.qkv.state_dict()
+    layer.qkv = Scaled(DIM, DIM, "bias" in state)
+    layer.qkv.load_state_dict(state)
+    return 3 * layer.qkv.weight, None if layer.qkv.bias is None else 3 * layer.qkv.bias
+
+
+def with_a_parametrisation(layer):
+    weight = layer.qkv.weight.detach().clone()
+    parametrize.register_parametrization(layer.qkv, "weight", Doubled())
+    return 2 * weight, layer.qkv.bias
+
+
+def with_pruning(layer):
+    weight = layer.qkv.weight.detach().clone()
+    prune.random_unstructured(layer.qkv, "weight", 0.5)
+    return weight * layer.qkv.weight_mask, layer.qkv.bias
+
+
+def with_compilation(layer):
+    weight, bias = layer.qkv.weight, layer.qkv.bias
+    layer.qkv = torch.compile(layer.qkv, backend="eager")
+    return weight, bias
+
+
+def offloaded(layer):
+    import accelerate
+
+    weight, bias = (None if t is None else t.detach().clone() for t in (layer.qkv.weight, layer.qkv.bias))
+    accelerate.cpu_offload(nn.Sequential(layer), execution_device=torch.device("cpu"))
+    assert layer.qkv.weight.is_meta
+    return weight, bias
+
+
+def dispatched(layer):
+    import accelerate
+
+    accelerate.dispatch_model(nn.Sequential(layer), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    return layer.qkv.weight, layer.qkv.bias
+
+
+def quantised_by_torchao(layer):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(layer, Int8WeightOnlyConfig(), lambda module, name: name == "qkv")
+    return layer.qkv.weight.dequantize(), layer.qkv.bias
+
+
+def quantised_with_activations(layer):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig(), lambda module, name: name == "qkv")
+    return layer.qkv.weight.dequantize(), layer.qkv.bias
+
+
+def quantised_by_torch(layer):
+    torch.ao.quantization.quantize_dynamic(layer, {"qkv"}, dtype=torch.qint8, inplace=True)
+    return layer.qkv.weight().dequantize(), layer.qkv.bias()
+
+
+CHANGES = {
+    change: 5e-2 if "activations" in change.__name__ or change is quantised_by_torch else 1e-5
+    for change in (
+        *(
+            with_lora,
+            with_dora,
+            with_a_saved_module,
+            with_a_forward_hook,
+            with_a_pre_hook,
+            with_another_forward,
+        ),
+        *(with_a_subclass, with_a_parametrisation, with_pruning, with_compilation, offloaded, dispatched),
+        *(quantised_by_torchao, quantised_with_activations, quantised_by_torch),
+    )
+}
+each_change = pytest.mark.parametrize(
+    ("change", "tolerance"), CHANGES.items(), ids=lambda c: getattr(c, "__name__", "")
+)
+
+
+def plain_twin(build, state, weight, bias):
+    """The layer with all that it had, and this projection."""
+    twin = build()
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("qkv")}
+    state["qkv.weight"] = weight.detach()
+    if bias is not None:
+        state["qkv.bias"] = bias.detach()
+    twin.load_state_dict(state)
+    return twin
+
+
+@each_change
+@pytest.mark.parametrize("mixer", [CBSA, MSSA, LinearCBSA])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_tied_layers_project_out_with_what_the_layer_does(mixer, change, tolerance, bias):
+    def build():
+        return mixer(DIM, HEADS, tied=True, qkv_bias=bias).eval()
+
+    layer = build()
+    before, state = layer(X), copy.deepcopy(layer.state_dict())
+    expected = plain_twin(build, state, *change(layer))(X)
+    assert_close(layer(X), expected, tolerance)
+    same = change in (with_compilation, offloaded, dispatched) or "quantised" in change.__name__
+    assert same or (before - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+@each_change
+def test_untied_layers_with_folded_projections_call_both_layers(change, tolerance):
+    layer = CBSA(DIM, HEADS, num_representatives=4, impl="tiled").eval()
+    state = copy.deepcopy(layer.state_dict())
+    weight, bias = change(layer)
+    twin = plain_twin(lambda: CBSA(DIM, HEADS, num_representatives=4, impl="eager").eval(), state, weight, bias)
+    assert_close(layer(X), twin(X), tolerance)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tied": True}, {}, {"orthogonal": True}, {"tied": True, "orthogonal": True}], ids=str
+)
+def test_gradients_reach_the_adapter_and_it_can_be_merged(options):
+    layer = CBSA(DIM, HEADS, num_representatives=4, **options)
+    wrapped = lora(layer, lora_alpha=4)
+    plain = CBSA(DIM, HEADS, num_representatives=4, tied=layer.tied)
+    parameters = {n: p for n, p in layer.named_parameters() if not n.startswith("qkv")}
+    expected = torch.func.functional_call(plain, {**parameters, "qkv.weight": low_rank(layer.qkv)}, X)
+    adapter = [p for n, p in layer.named_parameters() if "lora" in n]
+    assert_close(layer(X), expected, 1e-5)
+    wanted = torch.autograd.grad(expected.square().sum(), adapter)
+    for got, want in zip(torch.autograd.grad(layer(X).square().sum(), adapter), wanted, strict=True):
+        assert want.abs().max() > 0
+        assert_close(got, want, 1e-4)
+    if not layer.orthogonal:  # the sum of a basis and a correction is orthonormal no more
+        merged = wrapped.merge_and_unload()["attn"]
+        assert is_plain_linear(merged.qkv)
+        assert_close(merged(X), expected, 1e-5)
+
+
+def test_adapters_compile_and_run_under_autocast_and_transforms():
+    layer = CBSA(DIM, HEADS, num_representatives=4, tied=True)
+    lora(layer)
+    torch.compiler.reset()
+    assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(X), layer(X), 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(layer(X).float(), layer(X).detach(), 5e-2)
+    assert_close(torch.func.vmap(layer)(X[:, None])[:, 0], layer(X), 1e-5)
+
+
+def test_dropout_of_an_adapter_keeps_the_mean():
+    layer = CBSA(DIM, HEADS, tied=True)
+    lora(layer, lora_dropout=0.5)
+    layer.train()
+    mean = torch.stack([matrix_of(layer.qkv, X) for _ in range(2000)]).mean(0)
+    assert_close(mean, low_rank(layer.qkv), 5e-2)
+
+
+def test_observers_keep_the_call_with_the_tokens_and_backward_hooks_run():
+    layer, seen = CBSA(DIM, HEADS, tied=True), []
+    expected = layer(X)
+    layer.qkv.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    assert_close(layer(X), expected, 1e-5)
+    assert seen[-1] is X
+    layer.qkv.register_full_backward_hook(lambda module, got, given: (2 * got[0],))
+    x = X.clone().requires_grad_()
+    plain = copy.deepcopy(layer)
+    plain.qkv._backward_hooks.clear()
+    (hooked,) = torch.autograd.grad(layer(x).sum(), x)
+    (wanted,) = torch.autograd.grad(plain(x).sum(), x)
+    assert_close(hooked, 2 * wanted, 1e-5)
+
+
+def test_hooks_of_all_modules_act():
+    layer = CBSA(DIM, HEADS, tied=True)
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        doubled.qkv.weight.mul_(2)
+    expected = doubled(X)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 2 * out if isinstance(module, nn.Linear) else None
+    )
+    try:
+        assert_close(layer(X), expected, 1e-5)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("hidden", [nn.ReLU(), nn.LayerNorm(DIM)], ids=["relu", "norm"])
+def test_what_is_no_affine_map_is_refused(hidden):
+    layer = CBSA(DIM, HEADS, tied=True)
+    layer.qkv.register_forward_hook(lambda module, args, out: hidden(out))
+    with pytest.raises(ValueError, match=r"no affine map x W\^T \+ b: it has hooks"):
+        layer(X)
+    layer = CBSA(DIM, HEADS, tied=True)
+    layer.qkv = nn.Sequential(layer.qkv, hidden)
+    with pytest.raises(TypeError, match="must be a linear layer or an adapter around one, got Sequential"):
+        layer(X)
+
+
+@each_change
+def test_what_cannot_be_drawn_anew_is_left_as_it_is(change, tolerance):
+    layer = CBSA(DIM, HEADS, tied=True, num_representatives=4).eval()
+    change(layer)
+    before = layer(X)
+    drawn = (with_a_forward_hook, with_a_pre_hook, with_a_subclass, with_another_forward, dispatched)
+    if change in drawn:
+        layer.reset_parameters()
+        assert (layer(X) - before).abs().max() > 1e-3
+    else:
+        with pytest.raises(ValueError, match="reset_parameters cannot draw"):
+            layer.reset_parameters()
+        assert torch.equal(layer(X), before)
