@@ -50,7 +50,8 @@ class GridSource:
         self.seen: set[GridSize] = set()
         """Every grid so far. Tokens of unknown origin can only have one of these."""
         self.sees_all = True
-        """Whether ``seen`` is complete: a compiled graph embeds images without adding to it."""
+        """Whether ``seen`` is complete: a compiled graph embeds images of any size without adding to it."""
+        self.fixed_size: bool = getattr(embedding, "strict_img_size", False)
         self.followers: list[GridFollower] = []
         self._start()
         self.handles += [
@@ -160,7 +161,7 @@ class GridSource:
 
     def _new_graph(self) -> int:
         """While Dynamo traces: a number for the graph; a constant in it."""
-        self.sees_all = False
+        self.sees_all &= self.fixed_size
         self.here.tracing = next(_graph_numbers)
         return self.here.tracing
 
