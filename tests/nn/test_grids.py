@@ -225,6 +225,18 @@ def test_compiled_models_in_threads(how):
     assert_right(in_threads(compiled), expected)
 
 
+@pytest.mark.parametrize("mixer", [AgentAttention, TSSA])
+@torch.no_grad()
+def test_blocks_that_ask_for_no_grid_are_whole_graphs(mixer):
+    torch._dynamo.reset()
+    model = vit(mixer, img_size=(32, 128))
+    expected = told(model, WIDE)
+    for block in model.blocks:
+        block.attn.set_input_size((2, 8) if block.attn.needs_grid else None, 1)
+        block.compile(backend="eager", fullgraph=True)
+    assert_close(model(WIDE), expected, 1e-5)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 def test_exported_models(strict):
@@ -463,6 +475,15 @@ def test_models_of_another_make():
         assert_close(tower(image), tower.attn(tower.patches(image).flatten(2).mT, grid), 1e-6)
     assert follow_grid(tower, embedding=tower.patches) == 1  # once more changes nothing
     assert len(tower.patches._forward_hooks) == 1
+
+
+@torch.no_grad()
+def test_an_embedding_used_aside_disturbs_no_call_of_the_model():
+    model = flexible()
+    for image in (WIDE, SQUARE, TALL):
+        model.patch_embed(image)
+        model.blocks[0].norm1(torch.randn(1, 17, 24))
+        assert_right([model(each) for each in IMAGES], model)
 
 
 def test_an_embedding_without_a_grid_is_refused():

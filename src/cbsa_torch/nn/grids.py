@@ -50,7 +50,8 @@ class GridSource:
         self.seen: set[GridSize] = set()
         """Every grid so far. Tokens of unknown origin can only have one of these."""
         self.sees_all = True
-        """Whether ``seen`` is complete: a compiled graph embeds images without adding to it."""
+        """Whether ``seen`` is complete: a compiled graph embeds images of any size without adding to it."""
+        self.fixed_size: bool = getattr(embedding, "strict_img_size", False)
         self.followers: list[GridFollower] = []
         self._start()
         self.handles += [
@@ -160,7 +161,7 @@ class GridSource:
 
     def _new_graph(self) -> int:
         """While Dynamo traces: a number for the graph; a constant in it."""
-        self.sees_all = False
+        self.sees_all &= self.fixed_size
         self.here.tracing = next(_graph_numbers)
         return self.here.tracing
 
@@ -204,22 +205,22 @@ class GridFollower:
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the grid of a block's input, for what is inside: its forward pre-hook."""
-        self._outside_graphs(self._enter, args, kwargs)
+        self._outside_graphs(block, self._enter, args, kwargs)
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hand the grid on with a block's output: its forward hook, also when the block raises."""
-        self._outside_graphs(self._leave, output)
+        self._outside_graphs(block, self._leave, output)
 
     def carry(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hand the grid on, where no block around does it: a forward hook of norms."""
         if self.source.here.state.grid is None:
-            self._outside_graphs(self._carry, args, output)
+            self._outside_graphs(None, self._carry, args, output)
 
-    def _outside_graphs(self, method: Callable[..., None], *args: Any) -> None:
-        """Call ``method``, but not where the grid goes through the graph that Dynamo traces."""
+    def _outside_graphs(self, block: nn.Module | None, method: Callable[..., None], *args: Any) -> None:
+        """Call ``method``, but not where the grid goes through the graph that Dynamo traces, or nobody asks."""
         if not torch.compiler.is_dynamo_compiling():
             method(*args)
-        elif not self._in_graph():
+        elif not self._in_graph() and (block is None or any(_asks(module) for module in block.modules())):
             torch.compiler.disable(method)(*args)
 
     def _in_graph(self) -> bool:
@@ -574,6 +575,12 @@ def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> Gr
     else:
         grid = measure(tuple(inputs[0].shape[2:]))
     return None if grid is None or math.prod(grid) != output.shape[1] else (int(grid[0]), int(grid[1]))
+
+
+def _asks(module: nn.Module) -> bool:
+    """Whether it is a layer that needs a grid and was not given one."""
+    layer: Any = module
+    return hasattr(module, "grid_source") and layer.needs_grid and layer.grid_size is None
 
 
 def _address(x: Tensor) -> int:
