@@ -42,7 +42,7 @@ from cbsa_torch.nn.tokens import (
 )
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
-from cbsa_torch.ops.representatives import check_grid
+from cbsa_torch.ops.pooling import check_grid
 
 STEPS = ("step_", "temperature")
 """How the names of parameters begin that a mixer has one of per head."""

@@ -20,7 +20,7 @@ from cbsa_torch._core.checks import check_choice, check_positive_int
 from cbsa_torch._core.types import REPRESENTATIVE_KINDS, GridSize, Representatives, Strategy
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.directions import basis_directions, check_orthonormal, principal_directions
-from cbsa_torch.ops.representatives import pool_representatives
+from cbsa_torch.ops.pooling import pool_representatives
 
 DEFAULT_NUMBER = 64
 """Representatives, where the caller does not say: an 8x8 grid (paper, section 3.2)."""

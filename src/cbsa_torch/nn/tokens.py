@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cbsa_torch._core.checks import check_floating, check_mask
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.ops.representatives import check_grid
+from cbsa_torch.ops.pooling import check_grid
 
 
 class MixerInput(NamedTuple):

@@ -11,7 +11,7 @@ from cbsa_torch.ops.directions import basis_directions, principal_directions
 from cbsa_torch.ops.ista import ista_step
 from cbsa_torch.ops.linear_attention import linear_attention
 from cbsa_torch.ops.linear_cbsa import linear_cbsa
-from cbsa_torch.ops.representatives import pool_representatives, representative_grid
+from cbsa_torch.ops.pooling import pool_representatives, representative_grid
 from cbsa_torch.ops.softmax_attention import mssa, softmax_attention
 from cbsa_torch.ops.tssa import channel_attention, tssa
 
