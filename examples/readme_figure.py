@@ -1,4 +1,8 @@
-"""Draw the picture of the README from a trained run: python examples/readme_figure.py runs/demo OUT.png"""
+"""Draw the picture of the README: attention maps and coding rates of a model trained on the digits.
+
+    make demo
+    python examples/readme_figure.py runs/demo docs/images/digits.png
+"""
 
 from __future__ import annotations
 

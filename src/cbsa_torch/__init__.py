@@ -1,7 +1,7 @@
 """cbsa_torch: interpretable, linear-time attention for PyTorch.
 
-The operator and the layers need torch alone. ``cbsa_torch.models``, ``cbsa_torch.interpret`` and
-``cbsa_torch.train`` are imported on first use and say which extra they need.
+The functions (``ops``) and layers (``nn``) need torch alone. ``models``, ``interpret``, ``train`` and ``adapt_vit`` are
+imported when they are first used; if a package that they need is missing, an ImportError names the extra to install.
 """
 
 from __future__ import annotations
