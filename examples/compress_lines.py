@@ -4,8 +4,8 @@
 
 Ten classes of points near ten lines through the origin in R^3. Each class is compressed by iterating the
 update (6) with the parameter-free linear form (12), Z <- Z - kappa Z (I + Z^T Z / eps^2)^-1, without training:
-directions along which a class hardly varies shrink, the one along which it varies a lot stays. The angles of the
-points to the true lines, before and after, are written to a JSON file, and a picture beside it.
+directions along which a class hardly varies shrink, the one along which it varies a lot stays. The angles of
+the points to the true lines, before and after, are written to a JSON file, and a picture beside it.
 """
 
 from __future__ import annotations

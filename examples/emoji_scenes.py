@@ -1,7 +1,7 @@
 """Draw the picture of emoji-scenes in the documentation: scenes above, their masks below, and a legend.
 
-    cbsa data fetch emoji64
-    python examples/emoji_scenes.py [--output docs/images/emoji_scenes.png]
+cbsa data fetch emoji64
+python examples/emoji_scenes.py [--output docs/images/emoji_scenes.png]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Draw the picture of the README: attention maps and coding rates of a model trained on the digits.
 
-    make demo
-    python examples/readme_figure.py runs/demo docs/images/digits.png
+make demo
+python examples/readme_figure.py runs/demo docs/images/digits.png
 """
 
 from __future__ import annotations
