@@ -1,8 +1,8 @@
 """cbsa_torch: interpretable, linear-time attention for PyTorch.
 
 The functions (``ops``) and layers (``nn``) need torch alone. ``models``, ``interpret``, ``train`` and
-``adapt_vit`` are imported when they are first used; if a package that they need is missing, an ImportError names
-the extra to install.
+``adapt_vit`` are imported when they are first used; if a package that they need is missing, an ImportError
+names the extra to install.
 """
 
 from __future__ import annotations
