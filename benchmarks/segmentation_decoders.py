@@ -268,7 +268,7 @@ def left_under_noise(row: dict[str, Any]) -> list[float]:
 def markdown(record: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        "| decoder | mean IoU (%) | less Flags and Symbols | MFLOPs | similarities | parameters | "
+        "| decoder | mean IoU (%) | without Flags and Symbols | MFLOPs | similarities | parameters | "
         "kept at 0.03 | at 0.1 | at 1 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
