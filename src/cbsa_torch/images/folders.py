@@ -20,11 +20,6 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 """Names of image files end in one of these, in small or capital letters."""
 
 
-def find_split(root: Path, split: str) -> Path | None:
-    """The folder of a split, under one of its usual names; None if there is none."""
-    return next((root / name for name in SPLIT_NAMES[split] if (root / name).is_dir()), None)
-
-
 def find_splits(root: Path) -> dict[str, Path]:
     """The folders of the splits that are there, by the names "train", "val" and "test"; there may be none.
 
@@ -33,7 +28,10 @@ def find_splits(root: Path) -> dict[str, Path]:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
-    return {split: folder for split in SPLIT_NAMES if (folder := find_split(root, split))}
+    there = {
+        split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLIT_NAMES.items()
+    }
+    return {split: folders[0] for split, folders in there.items() if folders}
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_positive_int
-from cbsa_torch.interpret._names import named_modules
-from cbsa_torch.interpret.capture import attention_layers
-from cbsa_torch.interpret.pages.numbers import finite
+from cbsa_torch.interpret.capture import attention_layers, named_modules
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
 from cbsa_torch.interpret.robustness import Robustness, robustness
 from cbsa_torch.interpret.structure import (
@@ -114,8 +112,8 @@ def measure_model(
 
 
 def as_numbers(measures: Measures) -> dict[str, Any]:
-    """Plain values, for JSON; None where a number is undefined."""
-    numbers: dict[str, Any] = finite(measures)
+    """The measures by name, for JSON."""
+    numbers = measures._asdict()
     numbers["coding_rate"] = numbers.pop("rates")
     return numbers
 
