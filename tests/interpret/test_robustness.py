@@ -10,12 +10,6 @@ from cbsa_torch import CBSA, MSSA, interpret
 from cbsa_torch.nn import ISTA
 
 
-@pytest.fixture
-def model():
-    options = {"embed_dim": 16, "depth": 3, "num_heads": 2, "num_representatives": 9}
-    return timm.create_model("cbt_pico_patch1_8", **options).eval()
-
-
 def state(model):
     return {name: t.detach().clone() for name, t in model.state_dict().items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -30,12 +30,8 @@ SCORES = {"val_top1": "accuracy", "val_miou": "mean IoU"}
 """The validation score of a run: its column in ``metrics.jsonl``, and what it is called."""
 
 
-class Curve(NamedTuple):
-    """A value per layer."""
-
-    numbers: Sequence[int]
-    """Of the layers, from 1."""
-    values: Sequence[float]
+Curve = tuple[Sequence[int], Sequence[float]]
+"""Numbers of layers, from 1, and a value for each."""
 
 
 def score_of(history: Sequence[Mapping[str, Any]]) -> str:
@@ -89,9 +85,9 @@ def layer_curves(
     """
     figure, axes = _figure(len(panels), max(len(curves) for curves in panels.values()))
     for axis, (label, curves) in zip(axes, panels.items(), strict=True):
-        for name, curve in curves.items():
-            _style.line(axis, curve.numbers, curve.values, color=colors[name], label=_style.run_label(name))
-        ticks = layer_ticks([number for curve in curves.values() for number in curve.numbers])
+        for name, (numbers, values) in curves.items():
+            _style.line(axis, numbers, values, color=colors[name], label=_style.run_label(name))
+        ticks = layer_ticks([number for numbers, _ in curves.values() for number in numbers])
         axis.set(xlabel="layer", ylabel=label, xticks=ticks)
         if from_zero:
             _style.from_zero(axis)

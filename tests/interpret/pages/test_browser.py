@@ -55,8 +55,7 @@ return {
 
 
 def build(family):
-    family = "crate_cbt" if "hybrid" in family else family
-    return models.build(family, embed_dim=16, depth=3)
+    return models.build("crate_cbt" if "hybrid" in family else family, depth=3)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -109,13 +109,6 @@ def measure_model(
         missing=missing,
         notes=_notes(model, rates.coding.layers),
     )
-
-
-def as_numbers(measures: Measures) -> dict[str, Any]:
-    """The measures by name, for JSON."""
-    numbers = measures._asdict()
-    numbers["coding_rate"] = numbers.pop("rates")
-    return numbers
 
 
 def _notes(model: nn.Module, measured: list[str]) -> list[str]:

@@ -190,6 +190,14 @@ def write_page(files: PageFiles, page: str, numbers: Any, prefix: str = "") -> P
     return files
 
 
+def numbers_of(measures: Measures, sentences: Mapping[str, str], maps: Maps) -> dict[str, Any]:
+    """What the JSON file of a page holds of a model, by name."""
+    numbers = measures._asdict()
+    numbers["coding_rate"] = numbers.pop("rates")
+    shown = {"layers": [layer.name for layer in maps.layers], "missing": maps.missing}
+    return {**numbers, "statements": sentences, "maps": shown}
+
+
 def dump(numbers: Any) -> str:
     """``numbers`` as JSON, which knows neither NaN nor infinity: what :func:`finite` makes of them.
 
