@@ -102,11 +102,8 @@ def test_records_of_masked_layers_are_those_of_the_items_alone():
     assert_close(rates[0], rates[1], 1e-12)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_timm_vit_is_recorded_after_its_norms(fused):
+def test_a_timm_vit_is_recorded_after_its_norms():
     model = vit(qk_norm=True, reg_tokens=2)
-    for block in model.blocks:
-        block.attn.fused_attn = fused
     images, seen = torch.randn(2, 1, 8, 8), {}
     handle = model.blocks[1].attn.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
     with interpret.capture(model) as records:
@@ -178,9 +175,6 @@ def test_layers_that_are_not_there(layers, kind, message):
     with pytest.raises(kind, match=message), interpret.capture(model, layers):
         pass
     assert hooks(model) == 0
-
-
-def test_a_model_without_attention():
     with pytest.raises(ValueError, match="Linear has no CBSA layer, nor any other attention"):
         interpret.capture(nn.Linear(2, 2)).__enter__()
 
@@ -191,9 +185,6 @@ def test_hooks_are_gone_whatever_happens(build):
     with interpret.capture(model):
         assert hooks(model) > 0
         model(torch.randn(1, 1, 8, 8))
-    assert hooks(model) == 0
-    with pytest.raises(KeyboardInterrupt), interpret.capture(model):
-        raise KeyboardInterrupt
     assert hooks(model) == 0
 
 
@@ -289,13 +280,11 @@ def test_a_compiled_layer_keeps_its_name():
     model.blocks[1].attn = torch.compile(model.blocks[1].attn, backend="eager")
     assert_close(model(images), expected, 1e-6)
     plain = records["blocks.1.attn"]
-    for choice in ([1], ["blocks.1.attn"]):
-        with interpret.capture(model, choice) as records:
-            assert_close(model(images), expected, 1e-6)
-        assert list(records) == ["blocks.1.attn"]
-        record = records["blocks.1.attn"]
-        assert_close(record.tokens, plain.tokens, 1e-6)
-        assert (record.name, record.grid_size, record.num_prefix_tokens) == ("blocks.1.attn", (8, 8), 1)
+    with interpret.capture(model, ["blocks.1.attn"]) as records:
+        assert_close(model(images), expected, 1e-6)
+    (record,) = records.values()
+    assert_close(record.tokens, plain.tokens, 1e-6)
+    assert (record.name, record.grid_size, record.num_prefix_tokens) == ("blocks.1.attn", (8, 8), 1)
     with interpret.capture(model) as records:
         model(images)
     assert list(records) == [f"blocks.{i}.attn" for i in range(3)]

@@ -125,18 +125,16 @@ def test_mean_coherence_leaves_a_head_with_itself_out():
 
 def test_comparisons_that_compare_nothing_are_refused(images, tmp_path):
     one = compared("one", build(), images)
-    with pytest.raises(ValueError, match="two or more with different names"):
-        interpret.compare([one], tmp_path)
-    with pytest.raises(ValueError, match="two or more with different names"):
-        interpret.compare([one, one], tmp_path)
-    other = one._replace(name="two", images=images[:2])
-    with pytest.raises(ValueError, match=r"same images, got \[2, 4\]"):
-        interpret.compare([one, other], tmp_path)
     two = one._replace(name="two")
-    with pytest.raises(ValueError, match=r"all have labels or none, .*\['two'\] have none"):
-        interpret.compare([one, two._replace(labels=None)], tmp_path)
-    with pytest.raises(ValueError, match="same labels: those of one and two differ"):
-        interpret.compare([one, two._replace(labels=[0, 1, 2, 1])], tmp_path)
+    for runs, message in (
+        ([one], "two or more with different names"),
+        ([one, one], "two or more with different names"),
+        ([one, two._replace(images=images[:2])], r"same images, got \[2, 4\]"),
+        ([one, two._replace(labels=None)], r"all have labels or none, .*\['two'\] have none"),
+        ([one, two._replace(labels=[0, 1, 2, 1])], "same labels: those of one and two differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            interpret.compare(runs, tmp_path)
     with pytest.raises(ValueError, match="robustness_images must be at least 0, got -1"):
         interpret.compare([one, two], tmp_path, robustness_images=-1)
     assert not [*tmp_path.iterdir()]

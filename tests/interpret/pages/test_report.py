@@ -11,6 +11,7 @@ from cbsa_torch import interpret
 from cbsa_torch.interpret.pages.report import best_epoch
 from tests.helpers.pages import (
     CBSA_ONLY,
+    EVALUATION,
     HISTORY,
     NOT_OF_A_VIT,
     ODD_NAMES,
@@ -33,14 +34,7 @@ SECTIONS = {
 
 
 def test_everything_is_on_one_page_that_loads_nothing(images, tmp_path):
-    evaluation = {
-        "top1": 0.9,
-        "loss": 0.3,
-        "images": 10,
-        "confusion": [[5, 0], [1, 4]],
-        "class_names": ["<cat>", "dog"],
-        "split": "test",
-    }
+    evaluation = {**EVALUATION, "confusion": [[5, 0], [1, 4]], "class_names": ["<cat>", "dog"]}
     files = interpret.report(
         build(),
         images,
