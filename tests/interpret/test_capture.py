@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import cbsa_torch.models  # noqa: F401
-from cbsa_torch import CBSA, MSSA, TSSA, interpret, ops
+from cbsa_torch import CBSA, MSSA, TSSA, interpret
 from cbsa_torch.nn import AgentAttention
 from tests.helpers.compare import assert_close
 from tests.helpers.mixers import DIM, HEADS, MIXERS, each_name, merge, split
@@ -84,22 +84,6 @@ def test_masked_tokens_are_zero_in_the_record(name):
         if tensor is not None:
             assert tensor.isfinite().all()
             assert tensor[:, :, 10:].abs().max() == 0
-
-
-def test_records_of_masked_layers_are_those_of_the_items_alone():
-    layer = torch.nn.Sequential(CBSA(8, 2, num_representatives=4, num_prefix_tokens=1)).double()
-    x = torch.randn(1, 17, 8).double()
-    real = torch.zeros(1, 17, dtype=torch.bool)
-    real[0, :4] = True  # the class token and a 1 x 3 corner of a 4 x 4 grid
-    with interpret.capture(layer) as padded:
-        layer[0](x, (4, 4), attn_mask=real[:, None])
-    with interpret.capture(layer) as alone:
-        layer[0](x[:, real[0]], (1, 3))
-    assert torch.equal(padded["0"].token_mask, real)
-    maps = interpret.cls_attention_maps(padded["0"])[..., 0, :3]
-    assert_close(maps, interpret.cls_attention_maps(alone["0"])[..., 0, :], 1e-12)
-    rates = [ops.compression_rate(r["0"].stages.tokens, token_mask=r["0"].token_mask) for r in (padded, alone)]
-    assert_close(rates[0], rates[1], 1e-12)
 
 
 def test_a_timm_vit_is_recorded_after_its_norms():

@@ -30,7 +30,6 @@ class Painted(nn.Module):
         tokens = torch.zeros(b, 1 + cells.shape[-1], c, 2).double()
         tokens[:, 0, :, 0] = 1
         tokens[:, 1:, :, 0] = cells.mT
-        tokens[:, 0, :, 0] = 1
         # The class token's own logit is moderate: its share of the softmax lies outside the map.
         return self.attn(tokens.flatten(2), tuple(grid))
 

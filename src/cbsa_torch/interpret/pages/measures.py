@@ -22,8 +22,7 @@ from cbsa_torch.interpret.structure import (
 from cbsa_torch.nn import CBSA, ISTA, TokenMixer
 
 SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)
-SEEDS = (0, 1, 2)
-"""Standard deviations and seeds of the noise on the parameters."""
+"""Standard deviations of the noise on the parameters."""
 
 T = TypeVar("T")
 
@@ -102,7 +101,7 @@ def measure_model(
         robustness=measured(
             "robustness",
             off,
-            lambda: robustness(model, _metric(model, few, labels, batch_size), sigmas=SIGMAS, seeds=SEEDS),
+            lambda: robustness(model, _metric(model, few, labels, batch_size), sigmas=SIGMAS),
         ),
         robustness_metric="accuracy" if labels is not None else "share of predictions that stay the same",
         robustness_images=len(few),
