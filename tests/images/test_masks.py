@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from cbsa_torch.images import (
-    IGNORE,
     DataError,
     LabelMap,
     UnreadableImageError,
@@ -135,11 +134,6 @@ def test_foreground_is_what_is_not_0_and_255_is_void_in_a_palette(tmp_path):
     foreground, valid = read_foreground(saved(tmp_path / "palette.png", palette_image(LABELS)))
     assert foreground.tolist() == [[False, True, True], [True, True, False]]
     assert valid.tolist() == [[True, True, True], [True, True, False]]
-
-
-def test_labels_are_mapped():
-    labels = LabelMap({0: IGNORE, 1: 0, 2: 1, 255: IGNORE})
-    assert labels(np.array([[0, 1], [2, 255]])).tolist() == [[IGNORE, 0], [1, IGNORE]]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_masked_tokens_are_zero_in_the_record(name):
     real = torch.ones(1, 16, dtype=torch.bool)
     real[0, 10:] = False
     with interpret.capture(model) as records:
-        model[0](x.masked_fill(~real[..., None], torch.nan), token_mask=real)
+        model[0](token_mask=real, x=x.masked_fill(~real[..., None], torch.nan))  # in any order
     record = records["0"]
     assert torch.equal(record.token_mask, real)
     for tensor in (record.tokens, record.keys):

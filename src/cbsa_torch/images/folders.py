@@ -47,7 +47,8 @@ def image_files(folder: Path) -> list[Path]:
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _is_hidden(name)]
-        found += [Path(parent, name) for name in files if _is_image(name)]
+        images = (name for name in files if name.lower().endswith(EXTENSIONS) and not _is_hidden(name))
+        found += [Path(parent, name) for name in images]
     return sorted(found, key=_natural_order)
 
 
@@ -95,10 +96,6 @@ def class_samples(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".")
-
-
-def _is_image(name: str) -> bool:
-    return not _is_hidden(name) and name.lower().endswith(EXTENSIONS)
 
 
 def _natural_order(path: Path) -> tuple[list[str | int], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -229,7 +230,7 @@ def _locate(
 
 
 def _read_mixer(name: str, layer: TokenMixer, locate: Locate, *args: Any, **kwargs: Any) -> LayerRecord:
-    x = args[0] if args else kwargs["x"]
+    x: Tensor = next(iter(inspect.signature(layer.forward).bind(*args, **kwargs).arguments.values()))
     if any(p.is_meta for p in layer.parameters()) and not x.is_meta:
         raise ValueError(
             f"{name} keeps its weights elsewhere between calls (offloaded): load them to capture it"

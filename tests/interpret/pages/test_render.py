@@ -50,7 +50,7 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(images, tmp_path, mon
 
     monkeypatch.setattr("pathlib.Path.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        interpret.report(build(), images, tmp_path, robustness_images=0)
+        interpret.report(vit(), images, tmp_path, robustness_images=0)
     assert {name: (tmp_path / name).read_text() for name in old} == old
     assert [path.name for path in (tmp_path / "figures").iterdir()] == []
 
