@@ -39,22 +39,15 @@ def painted():
     return Painted(2).double()
 
 
-def mask_of(rows):
-    return torch.tensor([[c == "#" for c in row] for row in rows])
-
-
-def image_of(*channels):
-    return torch.tensor(channels).double()
-
-
-FOUR = mask_of(["##..", "##..", "....", "...."])
+FOUR = torch.zeros(4, 4, dtype=torch.bool)
+FOUR[:2, :2] = True
 
 
 def pair():
     """Head 0: .5, .2, .1 on the object, .2 beside it; head 1: all on the last row."""
     first = [[0.5, 0.2, 0.2, 0.0], [0.1, 0.0, 0.0, 0.0], [0.0] * 4, [0.0] * 4]
     second = [[0.0] * 4, [0.0] * 4, [0.0] * 4, [0.25] * 4]
-    return image_of(first, second), FOUR
+    return torch.tensor([first, second]).double(), FOUR
 
 
 def test_iou_by_hand(painted):
