@@ -196,7 +196,8 @@ def _per_image(
     whole: dict[str, ImageRates] = {}
     for name, parts in seen.items():
         quantities: Any = zip(*parts, strict=True)
-        whole[name] = ImageRates(*(None if q[0] is None else torch.cat(q).double().cpu() for q in quantities))
+        joined: list[Any] = [None if q[0] is None else torch.cat(q).double().cpu() for q in quantities]
+        whole[name] = ImageRates(*joined)
     return whole
 
 

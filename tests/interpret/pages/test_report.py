@@ -22,7 +22,7 @@ from tests.helpers.pages import (
     vit,
 )
 
-FAMILIES = {"cbt": set(), "tost": {*CBSA_ONLY, "Step sizes"}, "vit": NOT_OF_A_VIT}
+FAMILIES = {"tost": {*CBSA_ONLY, "Step sizes"}, "vit": NOT_OF_A_VIT}
 """What a report leaves out; see test_measures.py for other families."""
 SECTIONS = {
     "Reduced rates": "Contracting a few",
@@ -51,6 +51,8 @@ def test_everything_is_on_one_page_that_loads_nothing(images, tmp_path):
     assert "<b>model</b>" not in page
     assert page.count("</script>") == page.count("<script") == 2  # a title ends no script
     assert "90.00 %" in page
+    assert all(heading in page for heading in SECTIONS.values())
+    assert "Left out" not in headings(page)
     assert "Best validation accuracy: 83.33 % in epoch 3" in page
     assert re.findall(r"""\b(?:src|href)=["'](?!data:|#)([^"']+)""", page) == []  # nothing outside the file
     assert "@import" not in page
