@@ -11,8 +11,9 @@ import dataclasses
 import datetime
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,11 +26,13 @@ from rich.table import Table
 from torch import nn
 
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.bench import adapted as bench
+from cbsa_torch.bench import measure
 from cbsa_torch.cli.adapt import adaptation_config, with_data_of
 from cbsa_torch.cli.options import at_least
 from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
+from cbsa_torch.models.adapt.vit import MixerName
+from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.config.base import ModelConfig, TrainConfig
 from cbsa_torch.train.data import input_spec
 from cbsa_torch.train.engine.accelerate import new_accelerator
@@ -50,6 +53,15 @@ from cbsa_torch.train.trainer import train
 
 Recovery = Literal["plain", "distilled"]
 CBSA_STAR = "adapted_cbsa contraction_step=1"
+ORIGINAL = "original"
+
+
+class Variant(NamedTuple):
+    """A way to adapt: arguments of :func:`cbsa_torch.models.adapt_vit`."""
+
+    mixer: MixerName
+    layers: str | Sequence[int]
+    options: Mapping[str, Any]
 
 
 @dataclass
@@ -156,7 +168,7 @@ def _check_cost_of(name: str, image_sizes: tuple[int, ...]) -> None:
         raise ConfigError(f"--cost-of {name} cannot be measured: {error}") from None
 
 
-def parse_variant(text: str) -> bench.Variant:
+def parse_variant(text: str) -> Variant:
     """``"MIXER option=value ..."``.
 
     Raises:
@@ -178,11 +190,11 @@ def parse_variant(text: str) -> bench.Variant:
         check_options(mixer, values)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"--variants {text!r}: {error}") from None
-    return bench.Variant(mixer, layers, values)  # type: ignore[arg-type]
+    return Variant(mixer, layers, values)  # type: ignore[arg-type]
 
 
 def _configuration(
-    options: Options, variant: bench.Variant, name: str, recovery: Recovery, seed: int
+    options: Options, variant: Variant, name: str, recovery: Recovery, seed: int
 ) -> AdaptTrainConfig:
     base = _base(options)
     layers = variant.layers if isinstance(variant.layers, str) else ",".join(map(str, variant.layers))
@@ -227,7 +239,7 @@ def _tuned_original(options: Options, seed: int) -> Path:
     """The control run, in which the original itself is fine-tuned on the labels for as many epochs."""
     base, original = _base(options), open_original("--model", options.model)
     config = TrainConfig(
-        output=f"{options.output}/{bench.ORIGINAL}_plain_seed{seed}",
+        output=f"{options.output}/{ORIGINAL}_plain_seed{seed}",
         seed=seed,
         model=ModelConfig(original.name, image_size=base.model.image_size, init_from=options.model),
         data=base.data,
@@ -237,7 +249,7 @@ def _tuned_original(options: Options, seed: int) -> Path:
     return train(config).folder
 
 
-def _accuracies(options: Options, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
+def _accuracies(options: Options, variants: dict[str, Variant]) -> list[dict[str, Any]]:
     """Top-1 accuracy of the original and of every variant: before, and after each recovery with each seed."""
     rows: list[dict[str, Any]] = []
     for name, variant in variants.items():
@@ -245,7 +257,7 @@ def _accuracies(options: Options, variants: dict[str, bench.Variant]) -> list[di
             _configuration(options, variant, name, "plain", options.seeds[0]), options.split
         )
         if not rows:
-            rows.append({"name": bench.ORIGINAL, "before": before.original})
+            rows.append({"name": ORIGINAL, "before": before.original})
             if "plain" in options.recoveries:
                 tuned = [_tuned_original(options, seed) for seed in options.seeds]
                 rows[0]["plain"] = [evaluate_checkpoint(run, split=options.split).top1 for run in tuned]
@@ -292,24 +304,50 @@ def accuracy_before(config: AdaptTrainConfig, split: str) -> UntrainedAccuracy:
     return UntrainedAccuracy(top1(original.model), top1(adapt_original(original, config.model).model))
 
 
-def _costs(options: Options, variants: dict[str, bench.Variant]) -> list[dict[str, Any]]:
+def _costs(options: Options, variants: dict[str, Variant]) -> list[dict[str, Any]]:
+    """Inference of the original and of every variant, with random weights, on which cost does not depend.
+
+    FLOPs are those of one image, two per multiply-add; memory is that of a batch, beyond parameters and images.
+    """
     base, args = options.cost_of, {}
     if base is None:
         original = open_original("--model", options.model)
-        base, args = original.name, original.args
-    console = Console()
-    with console.status("") as status:
-        rows = bench.compare(
-            base,
-            args,
-            variants,
-            image_sizes=options.image_sizes,
-            batches=options.batches[: len(options.image_sizes)],
-            device=options.device,
-            budget=options.budget,
-            progress=status.update,
-        )
-    return [row._asdict() for row in rows]
+        base, args = original.name, dict(original.args)
+    rows = []
+    with Console().status("") as status:
+        for size, batch in zip(options.image_sizes, options.batches, strict=False):
+            status.update(f"{size} x {size}")
+            args["img_size"] = size
+            candidates: dict[str, Variant | None] = {ORIGINAL: None, **variants}
+            functions = {}
+            for name, variant in candidates.items():
+                model = _build(base, args, variant).to(options.device).eval()
+                channels = int(getattr(model, "in_chans", 3))
+                images = torch.randn(batch, channels, size, size, device=options.device)
+                functions[name] = partial(measure.forward, model, images)
+            times = measure.interleaved(functions, options.device, repetitions=5, budget=options.budget)
+            for name, seconds in measure.medians(times).items():
+                with torch.device("meta"):  # softmax attention of a large image would not fit into memory
+                    model = _build(base, args, candidates[name])
+                    total = count_model(model, (channels, size, size)).total
+                rows.append(
+                    {
+                        "name": name,
+                        "image_size": size,
+                        "parameters": total.parameters,
+                        "flops": total.counts.flops,
+                        "images_per_second": batch / seconds,
+                        "peak_mib": measure.memory(functions[name], options.device).peak / 2**20,
+                    }
+                )
+    return rows
+
+
+def _build(base: str, args: Mapping[str, Any], variant: Variant | None) -> nn.Module:
+    model: nn.Module = timm.create_model(base, **args)
+    if variant is None:
+        return model
+    return adapt_vit(model, variant.mixer, layers=variant.layers, inplace=True, **variant.options).model
 
 
 def _accuracy_table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
@@ -331,7 +369,7 @@ def _cost_table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
     yield ["image", "", "parameters", "GFLOPs", "images/s", "over original", "peak MiB"]
     for row in rows:
         size = row["image_size"]
-        own = next(r for r in rows if r["image_size"] == size and r["name"] == bench.ORIGINAL)
+        own = next(r for r in rows if r["image_size"] == size and r["name"] == ORIGINAL)
         yield [
             f"{size}²",
             row["name"],

@@ -57,7 +57,7 @@ def test_the_table(vit, tmp_path, capsys):
         ({"variants": ("cbsaa",)}, "--variants must be one of adapted_cbsa,"),
         ({"variants": ("adapted_cbsa contraction_step",)}, "--variants must be one of"),
         ({"variants": ("linear layers=x",)}, "layers must be"),
-        ({"variants": ("adapted_cbsa eps=[",)}, r"--variants 'cbsa eps=\['"),
+        ({"variants": ("adapted_cbsa eps=[",)}, r"--variants 'adapted_cbsa eps=\['"),
         ({"variants": (AGENT, "linear eps=1")}, "--variants 'linear eps=1': eps is an option of"),
         ({"cost_of": "resnet18"}, "--cost-of resnet18 cannot be measured"),
         ({"batches": (1,)}, "--batches must have one entry"),

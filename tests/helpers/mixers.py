@@ -42,6 +42,19 @@ class ShiftedPool(nn.Module):
         return pooled._replace(values=pooled.values + self.shift.to(tokens.dtype))
 
 
+class Called(nn.Module):
+    """A model of mixers one after the other, with residuals, each called with this grid and token mask."""
+
+    def __init__(self, *layers, grid=None, mask=None):
+        super().__init__()
+        self.layers, self.grid, self.mask = nn.ModuleList(layers), grid, mask
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x, self.grid, token_mask=self.mask)
+        return x
+
+
 def build_shifted(**options):
     return CBSA(DIM, HEADS, representatives=ShiftedPool(), **options)
 

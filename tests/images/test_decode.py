@@ -67,9 +67,6 @@ def test_transparency_is_laid_over_mid_grey(tmp_path, name):
     options = {"lossless": True, "exact": True} if name.endswith("webp") else {}
     path = saved(tmp_path / name, Image.fromarray(np.array(DRAWING, dtype=np.uint8)), **options)
     np.testing.assert_allclose(read(path, "RGB"), OVER_GREY, atol=1)
-
-
-def test_grey_with_transparency_is_laid_over_mid_grey(tmp_path):
     pixels = np.array([[[0, 0], [255, 0], [0, 255], [255, 255], [255, 128]]], dtype=np.uint8)
     path = saved(tmp_path / "la.png", Image.fromarray(pixels, "LA"))
     np.testing.assert_allclose(read(path, "L"), [[128, 128, 0, 255, 192]], atol=1)

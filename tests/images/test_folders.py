@@ -12,15 +12,8 @@ from tests.helpers.pairs import write_image_or_mask as write
 
 def test_samples_come_in_the_order_of_timm(tmp_path):
     """The rows that are held out, and the augmentation of each image, depend on it."""
-    for name in (
-        "cat/10.png",
-        "cat/9.PNG",
-        "cat/b2.jpg",
-        "cat/B1.JPG",
-        "Dog/1.webp",
-        "ant/01x3.bmp",
-        "ant/1x9.bmp",
-    ):
+    cats = ("cat/10.png", "cat/9.PNG", "cat/b2.jpg", "cat/B1.JPG")
+    for name in (*cats, "Dog/1.webp", "ant/01x3.bmp", "ant/1x9.bmp"):
         write(tmp_path / name)
     (tmp_path / "ant" / "notes.txt").write_text("not read")
     (tmp_path / "linked").symlink_to(tmp_path / "cat")
@@ -65,11 +58,7 @@ def test_other_folders_are_refused(tmp_path, files, message):
 def test_splits_have_several_names(tmp_path):
     for name in ("training", "valid", "test", "else"):
         (tmp_path / name).mkdir()
-    found = find_splits(tmp_path)
-    assert {split: folder.name for split, folder in found.items()} == {
-        "train": "training",
-        "val": "valid",
-        "test": "test",
-    }
+    found = {split: folder.name for split, folder in find_splits(tmp_path).items()}
+    assert found == {"train": "training", "val": "valid", "test": "test"}
     with pytest.raises(DataError, match="nowhere is not a folder"):
         find_splits(tmp_path / "nowhere")

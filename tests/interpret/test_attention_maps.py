@@ -118,9 +118,6 @@ def test_memberships_of_tssa_weight_its_moments():
     record, _, _ = recorded(TSSA(DIM, HEADS))
     tokens = record.tokens
     with torch.no_grad():
-        record.layer.temperature.fill_(0.0)
-    assert_close(matrix(record), torch.full((2, HEADS, N, N), 1 / (HEADS * N)).double(), 1e-6)
-    with torch.no_grad():
         record.layer.temperature.copy_(torch.tensor([1.0, -2.0, 3.0]))
     full = matrix(record)
     pi = full.sum(-1)  # over n, the weights sum to 1
@@ -140,10 +137,9 @@ def test_masked_tokens_get_and_give_nothing(name):
     maps = matrix(record)
     assert maps[..., 12:].abs().max() == 0
     assert maps[:, :, 12:].abs().max() == 0
-    cut, _, _ = recorded(layer, **({"grid_size": (3, 4)}), x=x[:, :12])
+    cut, _, _ = recorded(layer, grid_size=(3, 4), x=x[:, :12])
     alone = matrix(cut._replace(grid_size=(3, 4)))
-    tolerance = 1e-7 if "tssa" in name else 1e-9
-    assert_close(maps[:, :, :12, :12], alone, tolerance)
+    assert_close(maps[:, :, :12, :12], alone, 1e-7 if "tssa" in name else 1e-9)
 
 
 @pytest.mark.parametrize("layer", [MSSA(DIM, HEADS), MHSA(DIM, HEADS), Attention(DIM, HEADS)])
@@ -180,12 +176,8 @@ def test_grids_of_one_and_three_axes(name, grid, axes):
         layer(x, None) if axes == 3 else layer(x)
     maps = interpret.cls_attention_maps(records["0"], 3)
     assert maps.shape == (2, HEADS, *grid)
-    assert_close(maps.flatten(2), explicit_row(records["0"], x, 3), 1e-6)
+    assert_close(maps.flatten(2), explicit(records["0"], x.flatten(2).mT)[:, :, 3], 1e-6)
     assert interpret.upsample_maps(maps, tuple(2 * g for g in grid)).shape == (2, HEADS, *(2 * g for g in grid))
-
-
-def explicit_row(record, x, token):
-    return explicit(record, x.flatten(2).mT)[:, :, token]
 
 
 @pytest.mark.parametrize("name", ["cbsa", "cbsa separate", "agent", "agent shared", "agent learned"])
@@ -221,6 +213,10 @@ class Mine(TokenMixer):
         raise AssertionError("maps count nothing")
 
 
+def made_by(mixer):
+    return recorded(mixer(DIM, HEADS))[0]
+
+
 RECORD, _, _ = recorded(MIXERS["cbsa"]())
 
 
@@ -230,16 +226,8 @@ RECORD, _, _ = recorded(MIXERS["cbsa"]())
         (lambda: interpret.cls_attention_maps(RECORD, 16), IndexError, "one of 16 tokens, -16 to 15, got 16"),
         (lambda: interpret.cls_attention_maps(RECORD, 1.0), TypeError, "token must be an int, got 1.0"),
         (lambda: interpret.cls_attention_maps(RECORD._replace(grid_size=None)), ValueError, "0 has no grid"),
-        (
-            lambda: interpret.cls_attention_maps(recorded(Mine(DIM, HEADS))[0]),
-            ValueError,
-            "to have a map; 0 is Mine",
-        ),
-        (
-            lambda: interpret.receptive_fields(recorded(MSSA(DIM, HEADS))[0]),
-            ValueError,
-            "CBSA or AgentAttention; 0 is MSSA",
-        ),
+        (lambda: interpret.cls_attention_maps(made_by(Mine)), ValueError, "to have a map; 0 is Mine"),
+        (lambda: interpret.receptive_fields(made_by(MSSA)), ValueError, "CBSA or AgentAttention; 0 is MSSA"),
         (lambda: interpret.upsample_maps(torch.ones(2, 2), (0, 2)), ValueError, "size must be 1 to 3"),
         (lambda: interpret.upsample_maps(torch.ones(2, 2), 4), ValueError, "size must be 1 to 3"),
         (lambda: interpret.upsample_maps(torch.ones(2), (4, 4)), ValueError, "maps must have shape"),

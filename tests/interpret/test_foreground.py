@@ -74,20 +74,11 @@ def test_folders_that_do_not_match_are_refused(folders, tmp_path):
         interpret.read_pairs(images, masks, to_tensor)
 
 
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path: path.write_text("no picture"), "a.png: not an image"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot use .*masks/a.png"),
-        (
-            lambda path: save(path, np.zeros((2, 5))),
-            r"masks/a.png: the mask is 5x2 pixels .* image .*a.png 4x2",
-        ),
-        (lambda path: save(path, np.zeros((2, 4, 3))), "mode RGB, where one number per pixel is expected"),
-    ],
-)
-def test_files_that_are_no_masks(folders, write, message):
-    pairs = interpret.read_pairs(*folders, to_tensor)
-    write(folders[1] / "a.png")
-    with pytest.raises(ValueError, match=message):
+def test_files_that_are_no_masks(folders):
+    pairs, path = interpret.read_pairs(*folders, to_tensor), folders[1] / "a.png"
+    save(path, np.zeros((2, 5)))
+    with pytest.raises(ValueError, match=r"masks/a.png: the mask is 5x2 pixels .* image .*a.png 4x2"):
+        list(pairs)
+    path.write_text("no picture")
+    with pytest.raises(ValueError, match="cannot use .*masks/a.png: not an image"):
         list(pairs)

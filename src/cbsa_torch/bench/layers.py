@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers.attention import Attention
-from torch import Tensor, nn
+from torch import nn
 
 from cbsa_torch import CBSA, MSSA, TSSA, AgentAttention
 from cbsa_torch.bench import measure
@@ -103,7 +103,8 @@ def compare(
         only: names of candidates beside the lower bound. Default: all that run on the device.
         progress: is told what comes next.
     """
-    names = [n for n in CANDIDATES if n == LOWER_BOUND or (_runs(n, device) and (only is None or n in only))]
+    runs = [n for n in CANDIDATES if n != "cbsa triton" or device.startswith("cuda")]
+    names = [n for n in runs if n == LOWER_BOUND or only is None or n in only]
     rows: list[Row] = []
     for training, size in [
         *((training, size) for size in sizes for training in (False, True)),
@@ -112,16 +113,20 @@ def compare(
         progress(f"{size.batch} x {size.tokens:,} tokens, {'training step' if training else 'inference'}")
         most = quadratic_limit if training else 4 * quadratic_limit
         chosen = [n for n in names if n not in QUADRATIC or size.tokens <= most]
-        if not training:
-            chosen = [n for n in chosen if "recompute" not in n]
-        kind: Any = {"device": device, "dtype": dtype}
-        layers = {name: CANDIDATES[name](dim, num_heads).to(**kind) for name in chosen}
-        x = torch.randn(size.batch, size.tokens, dim, requires_grad=training, **kind)
+        chosen = [n for n in chosen if training or "recompute" not in n]
+        factory_kwargs: Any = {"device": device, "dtype": dtype}
+        layers = {name: CANDIDATES[name](dim, num_heads).to(**factory_kwargs) for name in chosen}
+        x = torch.randn(size.batch, size.tokens, dim, requires_grad=training, **factory_kwargs)
         gradient = torch.randn_like(x) if training else x
-        functions = {name: _pass(layer, x, gradient, training) for name, layer in layers.items()}
+        functions: dict[str, Callable[[], Any]] = {
+            name: functools.partial(measure.step, layer, x, gradient)
+            if training
+            else functools.partial(measure.forward, layer, x)
+            for name, layer in layers.items()
+        }
         times = measure.interleaved(functions, device, repetitions=repetitions, budget=budget)
         medians = measure.medians(times)
-        unit = x.numel() * x.element_size()
+        unit = x.nbytes
         for name, layer in layers.items():
             layer.zero_grad(set_to_none=True)
             x.grad = None
@@ -132,25 +137,7 @@ def compare(
                 layer.zero_grad(set_to_none=True)
                 kept = measure.memory(functools.partial(layer, x), device).left
                 saved = kept / unit  # the output is not kept, but the input, of the same size, is
-            rows.append(
-                Row(
-                    name,
-                    size.batch,
-                    size.tokens,
-                    training,
-                    1e3 * medians[name],
-                    len(times[name]),
-                    medians[name] / medians[LOWER_BOUND],
-                    peak,
-                    saved,
-                )
-            )
+            milliseconds, over = 1e3 * medians[name], medians[name] / medians[LOWER_BOUND]
+            at = (name, size.batch, size.tokens, training)
+            rows.append(Row(*at, milliseconds, len(times[name]), over, peak, saved))
     return rows
-
-
-def _runs(name: str, device: str) -> bool:
-    return name != "cbsa triton" or device.startswith("cuda")
-
-
-def _pass(layer: nn.Module, x: Tensor, gradient: Tensor, training: bool) -> Callable[[], Any]:
-    return (lambda: measure.step(layer, x, gradient)) if training else (lambda: measure.forward(layer, x))

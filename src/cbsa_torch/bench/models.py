@@ -74,17 +74,19 @@ def compare(
         progress: is told what comes next.
     """
     rows = []
-    kind: Any = {"device": device, "dtype": dtype}
+    factory_kwargs: Any = {"device": device, "dtype": dtype}
     for image_size, batch in zip(image_sizes, batches, strict=True):
         for training in (False, True):
             progress(f"{image_size} x {image_size}, {'training step' if training else 'inference'}")
             built: dict[str, nn.Module] = {
-                name: _create(name, image_size).to(**kind).train(training) for name in models
+                name: _create(name, image_size).to(**factory_kwargs).train(training) for name in models
             }
             functions: dict[str, partial[Any]] = {}
             for name, model in built.items():
                 channels = resolve_model_data_config(model)["input_size"][0]
-                x = torch.randn(batch, channels, image_size, image_size, requires_grad=training, **kind)
+                x = torch.randn(
+                    batch, channels, image_size, image_size, requires_grad=training, **factory_kwargs
+                )
                 if training:
                     gradient = torch.ones_like(measure.forward(model, x))
                     functions[name] = partial(measure.step, model, x, gradient)

@@ -1,8 +1,8 @@
-"""Time and memory of layers against the number of tokens, log-log."""
+"""Time, memory and FLOPs of layers against the number of tokens, log-log, and the speed of models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
@@ -72,4 +72,39 @@ def against_tokens(rows: Sequence[Row], title: str) -> Figure:
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(title, fontsize=10)
+    return figure
+
+
+MECHANISM_STYLES = {
+    "cbsa": ("CBSA (8)", BLUE, "-", 2.4),
+    "linear_cbsa": ("linear attention (12)", BLUE, "--", 1.2),
+    "mhsa": ("MHSA", ORANGE, "-", 1.6),
+    "mssa": ("MSSA (9)", ORANGE, "--", 1.2),
+    "mlp": ("MLP", GREY, "-", 1.2),
+}
+"""Label, colour, line and width of every curve: blue is linear in N, orange quadratic."""
+
+
+def flops_against_tokens(
+    tokens: Sequence[int], curves: Mapping[str, Sequence[int]], sizes: Mapping[str, int]
+) -> Figure:
+    """FLOPs of one layer of each mechanism against the number of tokens (the paper's Fig. 2 and 9).
+
+    Args:
+        tokens: numbers of tokens N.
+        curves: name of each of :data:`MECHANISM_STYLES` to its FLOPs at every N.
+        sizes: ``dim`` and ``num_heads`` of the layer, for the title.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    # The legend is in the order in which the lines end.
+    for name in sorted(MECHANISM_STYLES, key=lambda name: -curves[name][-1]):
+        label, color, line, width = MECHANISM_STYLES[name]
+        axis.plot(tokens, curves[name], line, color=color, linewidth=width, label=label)
+    title = f"one layer, {sizes['dim']} channels, {sizes['num_heads']} heads, 64 representatives"
+    axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="FLOPs (2 per multiply-add)", title=title)
+    axis.title.set_fontsize(9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.legend(frameon=False, fontsize=8)
     return figure

@@ -6,12 +6,14 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -90,86 +92,74 @@ def run(args: list[str]) -> None:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {options.device}: torch sees no CUDA device")
     torch.set_num_threads(options.threads)
-    (_layers if args[0] == "layers" else _models)(options)
+    timing: dict[str, Any] = {name: getattr(options, name) for name in ("device", "repetitions", "budget")}
+    timing["dtype"] = getattr(torch, options.dtype)
+    console = Console()
+    with console.status("") as status:
+        timing["progress"] = status.update
+        rows, table, figure = (_layers if args[0] == "layers" else _models)(options, timing)
+    console.print(table)
+    write_atomically(Path(f"{options.output}.png"), to_png(figure))
+    write_atomically(Path(f"{options.output}.svg"), to_svg(figure).encode())
+    _write(options, [row._asdict() for row in rows])
 
 
-def _layers(options: LayersArgs) -> None:
+def _layers(options: LayersArgs, timing: dict[str, Any]) -> tuple[Sequence[Any], Table, Figure]:
     unknown = set(options.only) - set(layers.CANDIDATES)
     if unknown:
         raise ConfigError(f"--only: no candidate {sorted(unknown)}; there are {', '.join(layers.CANDIDATES)}")
-    console = Console()
-    with console.status("") as status:
-        rows = layers.compare(
-            [_size(text) for text in options.sizes],
-            forward_sizes=[_size(text) for text in options.forward_sizes],
-            dim=options.dim,
-            num_heads=options.num_heads,
-            device=options.device,
-            dtype=getattr(torch, options.dtype),
-            repetitions=options.repetitions,
-            budget=options.budget,
-            only=options.only or None,
-            progress=status.update,
-        )
-    table = Table("tokens", "pass", "layer", "ms", "/ bound", "peak / input", "saved / input", box=None)
-    for column in table.columns[3:]:
-        column.justify = "right"
+    rows = layers.compare(
+        [_size(text) for text in options.sizes],
+        forward_sizes=[_size(text) for text in options.forward_sizes],
+        dim=options.dim,
+        num_heads=options.num_heads,
+        only=options.only or None,
+        **timing,
+    )
+    table = _table("tokens", "pass", "layer", "ms", "/ bound", "peak / input", "saved / input")
     last = None
     for row in rows:
-        here = (row.batch, row.tokens, row.training)
-        name = f"{row.batch} x {row.tokens:,}", "train" if row.training else "forward"
-        saved = "" if row.saved is None else f"{row.saved:.2f}"
+        here = f"{row.batch} x {row.tokens:,}", _pass(row)
         table.add_row(
-            *(name if here != last else ("", "")),
+            *(here if here != last else ("", "")),
             row.name,
             f"{row.milliseconds:.2f}",
             f"{row.over_lower_bound:.2f}",
-            "" if row.peak is None else f"{row.peak:.2f}",
-            saved,
+            _number(row.peak, ".2f"),
+            _number(row.saved, ".2f"),
         )
         last = here
-    console.print(table)
     sizes = f"{options.dim} channels, {options.num_heads} heads"
     title = f"one layer, {sizes}, {options.dtype}, {_device(options.device)}"
-    figure = plots.against_tokens(rows, title)
-    write_atomically(Path(f"{options.output}.png"), to_png(figure))
-    write_atomically(Path(f"{options.output}.svg"), to_svg(figure).encode())
-    _write(options, [row._asdict() for row in rows])
+    return rows, table, plots.against_tokens(rows, title)
 
 
-def _models(options: ModelsArgs) -> None:
+def _models(options: ModelsArgs, timing: dict[str, Any]) -> tuple[Sequence[Any], Table, Figure]:
     if len(options.image_sizes) != len(options.batches):
         raise ConfigError("--batches must have one entry for each of --image-sizes")
-    console = Console()
-    with console.status("") as status:
-        rows = models.compare(
-            options.models,
-            image_sizes=options.image_sizes,
-            batches=options.batches,
-            device=options.device,
-            dtype=getattr(torch, options.dtype),
-            repetitions=options.repetitions,
-            budget=options.budget,
-            progress=status.update,
-        )
-    table = Table("image", "pass", "model", "images/s", "peak MiB", "saved MiB", box=None)
+    rows = models.compare(options.models, image_sizes=options.image_sizes, batches=options.batches, **timing)
+    table = _table("image", "pass", "model", "images/s", "peak MiB", "saved MiB")
+    for row in rows:
+        speed, peak = f"{row.images_per_second:.2f}", f"{row.peak_mib:.0f}"
+        saved = _number(row.saved_mib, ".0f")
+        table.add_row(f"{row.image_size}", _pass(row), row.name, speed, peak, saved)
+    return rows, table, plots.of_models(rows)
+
+
+def _table(*columns: str) -> Table:
+    """Numbers are aligned to the right: all columns but the first three."""
+    table = Table(*columns, box=None)
     for column in table.columns[3:]:
         column.justify = "right"
-    for row in rows:
-        kind = "train" if row.training else "forward"
-        table.add_row(
-            f"{row.image_size}",
-            kind,
-            row.name,
-            f"{row.images_per_second:.2f}",
-            f"{row.peak_mib:.0f}",
-            "" if row.saved_mib is None else f"{row.saved_mib:.0f}",
-        )
-    console.print(table)
-    figure = plots.of_models(rows)
-    write_atomically(Path(f"{options.output}.png"), to_png(figure))
-    write_atomically(Path(f"{options.output}.svg"), to_svg(figure).encode())
-    _write(options, [row._asdict() for row in rows])
+    return table
+
+
+def _pass(row: layers.Row | models.ModelRow) -> str:
+    return "train" if row.training else "forward"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _size(text: str) -> layers.Size:

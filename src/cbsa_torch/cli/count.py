@@ -63,7 +63,8 @@ def run(args: list[str]) -> None:
     _check_distinct(options.output, options.plot)
     if options.plot is not None:
         try:  # before anything is counted
-            from cbsa_torch.interpret import plots
+            from cbsa_torch.bench import plots
+            from cbsa_torch.interpret.plots import to_png, to_svg
         except ImportError as error:
             raise ConfigError(f"--plot: {error}") from None
     table = Table("model", "input", "parameters", "GFLOPs", "similarities", box=None, pad_edge=False)
@@ -90,7 +91,7 @@ def run(args: list[str]) -> None:
         sizes = mixer_sizes(options.models[0], options.args)
         curves = flops_curves(**sizes)
         figure = plots.flops_against_tokens(CURVE_TOKENS, curves, sizes)
-        data = plots.to_png(figure) if options.plot.endswith(".png") else plots.to_svg(figure).encode()
+        data = to_png(figure) if options.plot.endswith(".png") else to_svg(figure).encode()
         write_atomically(Path(options.plot), data)
         numbers = Path(options.plot).with_suffix(".json")
         write_atomically(

@@ -7,13 +7,7 @@ Pillow and NumPy alone. Training and interpretation read files through this pack
 from cbsa_torch.images.decode import convert, read_image_file
 from cbsa_torch.images.errors import DataError, UnreadableImageError
 from cbsa_torch.images.folders import SPLIT_NAMES, class_folders, class_samples, find_splits
-from cbsa_torch.images.masks import (
-    IGNORE,
-    LabelMap,
-    labels_from_colours,
-    read_foreground,
-    read_mask_file,
-)
+from cbsa_torch.images.masks import IGNORE, LabelMap, labels_from_colours, read_foreground, read_mask_file
 from cbsa_torch.images.pairs import Pair, check_size, pair_folders
 
 __all__ = [

@@ -20,11 +20,6 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 """Names of image files end in one of these, in small or capital letters."""
 
 
-def find_split(root: Path, split: str) -> Path | None:
-    """The folder of a split, under one of its usual names; None if there is none."""
-    return next((root / name for name in SPLIT_NAMES[split] if (root / name).is_dir()), None)
-
-
 def find_splits(root: Path) -> dict[str, Path]:
     """The folders of the splits that are there, by the names "train", "val" and "test"; there may be none.
 
@@ -33,7 +28,10 @@ def find_splits(root: Path) -> dict[str, Path]:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
-    return {split: folder for split in SPLIT_NAMES if (folder := find_split(root, split))}
+    there = {
+        split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLIT_NAMES.items()
+    }
+    return {split: folders[0] for split, folders in there.items() if folders}
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -49,7 +47,8 @@ def image_files(folder: Path) -> list[Path]:
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _is_hidden(name)]
-        found += [Path(parent, name) for name in files if _is_image(name)]
+        images = (name for name in files if name.lower().endswith(EXTENSIONS) and not _is_hidden(name))
+        found += [Path(parent, name) for name in images]
     return sorted(found, key=_natural_order)
 
 
@@ -97,10 +96,6 @@ def class_samples(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".")
-
-
-def _is_image(name: str) -> bool:
-    return not _is_hidden(name) and name.lower().endswith(EXTENSIONS)
 
 
 def _natural_order(path: Path) -> tuple[list[str | int], str]:

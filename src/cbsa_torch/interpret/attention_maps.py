@@ -96,14 +96,11 @@ def receptive_fields(record: LayerRecord) -> Tensor:
         ValueError: another layer, or a record without a grid.
     """
     grid = _grid(record)
-    if record.stages is not None:
-        fields = record.stages.attention
-    elif record.agents is not None:
-        with torch.no_grad(), no_autocast(record.tokens):
-            fields = _agents_over_tokens(record)
-    else:
+    if record.stages is None and record.agents is None:
         kind = type(record.layer).__name__
         raise ValueError(f"record must be of CBSA or AgentAttention; {record.name} is {kind}")
+    with torch.no_grad(), no_autocast(record.tokens):
+        fields = _over_tokens(record)
     return fields[..., record.num_prefix_tokens :].unflatten(-1, grid)
 
 
@@ -146,11 +143,8 @@ def _grid(record: LayerRecord) -> tuple[int, ...]:
 def _row(record: LayerRecord, token: int) -> Tensor:
     """``(B, H, N)``, whatever it may hold at masked tokens."""
     layer = record.layer
-    if record.stages is not None:
-        attention = record.stages.attention  # (B, H, M, N)
-        return torch.einsum("bhm,bhmn->bhn", attention[..., token], attention)
-    if isinstance(layer, AdaptedCBSA) and layer.broadcast == "shared":
-        attention = _agents_over_tokens(record)
+    if record.stages is not None or (isinstance(layer, AdaptedCBSA) and layer.broadcast == "shared"):
+        attention = _over_tokens(record)
         return torch.einsum("bhm,bhmn->bhn", attention[..., token], attention)
     if isinstance(layer, LinearAttention):
         return _feature_row(record, token, layer.temperature)
@@ -158,11 +152,10 @@ def _row(record: LayerRecord, token: int) -> Tensor:
         return _agent_row(record, token)
     if isinstance(layer, LinearCBSA):
         return _filter_row(record, token, layer.eps, layer.average, diagonal=False)
-    if isinstance(layer, TSSA) and layer.temperature is None:
-        return _filter_row(record, token, layer.eps, layer.average, diagonal=True)
     if isinstance(layer, TSSA):
-        temperature = cast(Tensor, layer.temperature)
-        membership, weights = tssa_memberships(record.tokens, temperature, record.token_mask)
+        if layer.temperature is None:
+            return _filter_row(record, token, layer.eps, layer.average, diagonal=True)
+        membership, weights = tssa_memberships(record.tokens, layer.temperature, record.token_mask)
         return membership[..., token, None] * weights
     if isinstance(layer, (MSSA, MHSA)) or not isinstance(layer, TokenMixer):
         return _softmax_row(record, token)
@@ -198,11 +191,13 @@ def _agent_row(record: LayerRecord, token: int) -> Tensor:
     query, values = record.tokens[:, :, token].to(dtype), agents.values.to(dtype)
     logits = torch.einsum("bhp,bhmp->bhm", query, values) * query.shape[-1] ** -0.5
     weights = masked_softmax(logits, None if agents.mask is None else agents.mask[:, None])
-    return torch.einsum("bhm,bhmn->bhn", weights, _agents_over_tokens(record))
+    return torch.einsum("bhm,bhmn->bhn", weights, _over_tokens(record))
 
 
-def _agents_over_tokens(record: LayerRecord) -> Tensor:
-    """``(B, H, M, N)``, zero for agents that do not exist."""
+def _over_tokens(record: LayerRecord) -> Tensor:
+    """The softmax of representatives or agents over tokens, ``(B, H, M, N)``; 0 for those that do not exist."""
+    if record.stages is not None:
+        return record.stages.attention
     agents, dtype = cast(Any, record.agents), compute_dtype(record.tokens.dtype)
     keys = (record.tokens if record.keys is None else record.keys).to(dtype)
     real = None if record.token_mask is None else record.token_mask[:, None, None]

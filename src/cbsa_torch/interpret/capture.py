@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -15,10 +16,15 @@ from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.linear import is_readable
 from cbsa_torch._core.modes import uncompiled
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
-from cbsa_torch.interpret._names import named_modules
 from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
 from cbsa_torch.nn.grids import GridFollower, watch_grids
 from cbsa_torch.nn.tokens import as_token_mask, is_token_mask, resolve_grid
+
+_WRAPPED = "_orig_mod"
+"""Where ``torch.compile`` keeps the module that it wraps."""
+
+Locate = Callable[..., tuple[GridSize | None, int]]
+"""The grid of a layer's tokens and the number of prefix tokens: :func:`_locate`, knowing the model."""
 
 
 class LayerRecord(NamedTuple):
@@ -80,6 +86,7 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
             of range. TypeError: ``layers`` is not a sequence of names and indices.
     """
     chosen = choose_layers(attention_layers(model), layers)
+    modules = dict(named_modules(model))
     records: dict[str, LayerRecord] = {}
 
     @torch.no_grad()
@@ -87,9 +94,9 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
         name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         records.pop(name, None)  # frees the record of the last call before another is made
-        place = _Place(grids.get(layer), _prefix_around(model, name))
+        locate = functools.partial(_locate, grids.get(layer), _prefix_around(modules, name))
         read: Any = _read_mixer if isinstance(layer, TokenMixer) else _read_timm
-        records[name] = read(name, layer, place, *args, **kwargs)
+        records[name] = read(name, layer, locate, *args, **kwargs)
 
     with ExitStack() as hooks, uncompiled():
         grids = hooks.enter_context(watch_grids(model, set(chosen.values())))
@@ -124,6 +131,16 @@ def check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
         raise ValueError("batches must hold at least one batch with at least one image, got none")
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` as if nothing were compiled, neither the model nor any part of it.
+
+    Every measure names layers by this, so that names can be matched.
+    """
+    for name, module in model.named_modules():
+        if _WRAPPED not in module._modules:
+            yield ".".join(part for part in name.split(".") if part != _WRAPPED), module
+
+
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of ``model`` that :func:`capture` can record, by name, in the model's order.
 
@@ -150,24 +167,20 @@ def choose_layers(found: dict[str, nn.Module], layers: Sequence[str | int] | Non
         return found
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise TypeError(f"layers must be a sequence of names and indices, got {layers!r}")
-    names = list(found)
-    chosen = set()
+    names, chosen = list(found), set()
     for layer in layers:
-        if isinstance(layer, int) and not isinstance(layer, bool):
-            if not -len(names) <= layer < len(names):
-                raise IndexError(
-                    f"layers: no attention layer {layer}; there are {len(names)}, "
-                    f"0 to {len(names) - 1}, or -{len(names)} to -1"
-                )
-            chosen.add(names[layer])
-        elif not isinstance(layer, str):
+        if isinstance(layer, bool) or not isinstance(layer, (int, str)):
             raise TypeError(f"layers must be names and indices, got {layer!r} of type {type(layer).__name__}")
-        elif layer not in found:
+        if isinstance(layer, str) and layer not in found:
             raise ValueError(
                 f"layers: no attention layer {layer!r}{nearest(layer, names)}; there are {', '.join(names)}"
             )
-        else:
-            chosen.add(layer)
+        if isinstance(layer, int) and not -len(names) <= layer < len(names):
+            raise IndexError(
+                f"layers: no attention layer {layer}; there are {len(names)}, "
+                f"0 to {len(names) - 1}, or -{len(names)} to -1"
+            )
+        chosen.add(layer if isinstance(layer, str) else names[layer])
     if not chosen:
         raise ValueError("layers must hold at least one name or index, or be None for all layers")
     return {name: module for name, module in found.items() if name in chosen}
@@ -180,34 +193,8 @@ def _is_timm_attention(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind) and type(module).forward is kind.forward
 
 
-class _Place(NamedTuple):
-    """Where a layer is: what the model around it says about its tokens."""
-
-    grids: GridFollower | None
-    """Who knows the grid; None outside models with a patch embedding."""
-    num_prefix_tokens: int | None
-
-    def locate(
-        self, x: Tensor, num_prefix_tokens: int | None = None, *, square: bool = False
-    ) -> tuple[GridSize | None, int]:
-        """The grid of a layer's tokens, None if nothing tells, and the prefix tokens before it.
-
-        ``num_prefix_tokens``: what the layer itself says. ``square``: where there is no patch embedding, take a
-        square if it fits.
-        """
-        prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
-        if self.grids is not None or square:
-            try:
-                grid = None if self.grids is None else self.grids.grid_of(x)
-                return resolve_grid(x.shape[1], grid, prefix)
-            except (ValueError, RuntimeError):
-                pass
-        return None, prefix or 0
-
-
-def _prefix_around(model: nn.Module, name: str) -> int | None:
+def _prefix_around(modules: Mapping[str, nn.Module], name: str) -> int | None:
     """The number of prefix tokens of the innermost module around a layer that states one."""
-    modules = dict(named_modules(model))
     while name:
         name = name.rpartition(".")[0]
         number = getattr(modules.get(name), "num_prefix_tokens", None)
@@ -216,8 +203,35 @@ def _prefix_around(model: nn.Module, name: str) -> int | None:
     return None
 
 
-def _read_mixer(name: str, layer: TokenMixer, place: _Place, *args: Any, **kwargs: Any) -> LayerRecord:
-    if any(p.is_meta for p in layer.parameters()) and not all(p.is_meta for p in args[:1]):
+def _locate(
+    grids: GridFollower | None,
+    around: int | None,
+    x: Tensor,
+    own: int | None = None,
+    *,
+    square: bool = False,
+) -> tuple[GridSize | None, int]:
+    """The grid of a layer's tokens, None if nothing tells, and the number of prefix tokens before it.
+
+    Args:
+        grids: who knows the grid; None outside models with a patch embedding.
+        around: the number of prefix tokens that the model states.
+        x: ``(B, N, C)`` the tensor that the layer was called with.
+        own: the number that the layer states, which goes first.
+        square: where there is no patch embedding, take a square if it fits.
+    """
+    prefix = around if own is None else own
+    try:
+        if grids is not None or square:
+            return resolve_grid(x.shape[1], None if grids is None else grids.grid_of(x), prefix)
+    except (ValueError, RuntimeError):  # no grid fits, or nothing tells which of several
+        pass
+    return None, prefix or 0
+
+
+def _read_mixer(name: str, layer: TokenMixer, locate: Locate, *args: Any, **kwargs: Any) -> LayerRecord:
+    x: Tensor = next(iter(inspect.signature(layer.forward).bind(*args, **kwargs).arguments.values()))
+    if any(p.is_meta for p in layer.parameters()) and not x.is_meta:
         raise ValueError(
             f"{name} keeps its weights elsewhere between calls (offloaded): load them to capture it"
         )
@@ -225,22 +239,17 @@ def _read_mixer(name: str, layer: TokenMixer, place: _Place, *args: Any, **kwarg
     source, mask = heads.source, heads.source.token_mask
     grid, prefix = source.grid_size, source.num_prefix_tokens
     if grid is None:
-        # The tensor that the layer was called with: a mask makes another of it.
-        called_with = args[0] if args else next(iter(kwargs.values()))
-        grid, prefix = place.locate(called_with, prefix or None)
+        grid, prefix = locate(x, prefix or None)
     stages = agents = None
     if isinstance(layer, CBSA):
         stages = CBSAStages(*(t if t is None else _own(t, layer) for t in layer.stages_in(heads)))  # type: ignore[arg-type]
-        tokens = stages.tokens
-    else:
-        tokens = _own(_zero_masked(heads.queries, mask), layer)
     if isinstance(layer, AgentAttention):
         agents = layer.agents(heads)
         agents = agents._replace(values=_own(agents.values, layer))
     return LayerRecord(
         name=name,
         layer=layer,
-        tokens=tokens,
+        tokens=_own(_zero_masked(heads.queries, mask), layer) if stages is None else stages.tokens,
         keys=None if heads.keys is heads.queries else _own(_zero_masked(heads.keys, mask), layer),
         stages=stages,
         grid_size=grid,
@@ -255,12 +264,7 @@ def _read_mixer(name: str, layer: TokenMixer, place: _Place, *args: Any, **kwarg
 
 
 def _read_timm(
-    name: str,
-    layer: Any,
-    place: _Place,
-    x: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
+    name: str, layer: Any, locate: Locate, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> LayerRecord:
     b, n, _ = x.shape
     qkv = layer.qkv(x).reshape(b, n, 3, layer.num_heads, layer.head_dim)
@@ -270,7 +274,7 @@ def _read_timm(
     if attn_mask is not None and attn_mask.ndim == 4 and is_token_mask(attn_mask, b, n):
         token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
     queries, keys = (_own(_zero_masked(t, token_mask), layer) for t in (queries, keys))
-    grid, prefix = place.locate(x, square=True)
+    grid, prefix = locate(x, square=True)
     return LayerRecord(name, layer, queries, keys, None, grid, prefix, token_mask, None, attn_mask, is_causal)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -30,12 +30,8 @@ SCORES = {"val_top1": "accuracy", "val_miou": "mean IoU"}
 """The validation score of a run: its column in ``metrics.jsonl``, and what it is called."""
 
 
-class Curve(NamedTuple):
-    """A value per layer."""
-
-    numbers: Sequence[int]
-    """Of the layers, from 1."""
-    values: Sequence[float]
+Curve = tuple[Sequence[int], Sequence[float]]
+"""Numbers of layers, from 1, and a value for each."""
 
 
 def score_of(history: Sequence[Mapping[str, Any]]) -> str:
@@ -89,9 +85,9 @@ def layer_curves(
     """
     figure, axes = _figure(len(panels), max(len(curves) for curves in panels.values()))
     for axis, (label, curves) in zip(axes, panels.items(), strict=True):
-        for name, curve in curves.items():
-            _style.line(axis, curve.numbers, curve.values, color=colors[name], label=_style.run_label(name))
-        ticks = layer_ticks([number for curve in curves.values() for number in curve.numbers])
+        for name, (numbers, values) in curves.items():
+            _style.line(axis, numbers, values, color=colors[name], label=_style.run_label(name))
+        ticks = layer_ticks([number for numbers, _ in curves.values() for number in numbers])
         axis.set(xlabel="layer", ylabel=label, xticks=ticks)
         if from_zero:
             _style.from_zero(axis)
@@ -124,41 +120,8 @@ def rates_per_layer(rates: LayerRates) -> Figure:
     return _style.finish(figure)
 
 
-MECHANISM_STYLES = {
-    "cbsa": ("CBSA (8)", BLUE, "-", 2.4),
-    "linear_cbsa": ("linear attention (12)", BLUE, "--", 1.2),
-    "mhsa": ("MHSA", ORANGE, "-", 1.6),
-    "mssa": ("MSSA (9)", ORANGE, "--", 1.2),
-    "mlp": ("MLP", GREY, "-", 1.2),
-}
-"""Label, colour, line and width of every curve: blue is linear in N, orange quadratic."""
-
-
-def flops_against_tokens(
-    tokens: Sequence[int], curves: Mapping[str, Sequence[int]], sizes: Mapping[str, int]
-) -> Figure:
-    """FLOPs of one layer of each mechanism against the number of tokens (the paper's Fig. 2 and 9).
-
-    Args:
-        tokens: numbers of tokens N.
-        curves: name of each of :data:`MECHANISM_STYLES` to its FLOPs at every N.
-        sizes: ``dim`` and ``num_heads`` of the layer, for the title.
-    """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.subplots()
-    # The legend is in the order in which the lines end.
-    for name in sorted(MECHANISM_STYLES, key=lambda name: -curves[name][-1]):
-        label, color, line, width = MECHANISM_STYLES[name]
-        axis.plot(tokens, curves[name], line, color=color, linewidth=width, label=label)
-    title = f"one layer, {sizes['dim']} channels, {sizes['num_heads']} heads, 64 representatives"
-    axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="FLOPs (2 per multiply-add)", title=title)
-    axis.title.set_fontsize(9)
-    _style.legend(axis)
-    return _style.finish(figure)
-
-
 def attention_panel(
-    images: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], titles: Sequence[str] | None = None
+    images: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], titles: Sequence[str]
 ) -> Figure:
     """A row per image: the image, then its map at each layer.
 
@@ -168,7 +131,7 @@ def attention_panel(
         titles: one per image.
     """
     rows = [(image, [values[i] for _, values in maps]) for i, image in enumerate(images)]
-    figure = _image_grid(rows, titles or [""] * len(images), cell=(1.35, 1.5), fontsize=8)
+    figure = _image_grid(rows, titles, cell=(1.35, 1.5), fontsize=8)
     for axis, name in zip(figure.axes, ("image", *(name for name, _ in maps)), strict=False):
         axis.set_title(name, fontsize=8)
     return figure
@@ -258,7 +221,7 @@ def to_png(figure: Figure, dpi: int = 200) -> bytes:
     return buffer.getvalue()
 
 
-def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int] | None = None) -> Figure:
+def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int]) -> Figure:
     """Rates that CBSA reduces, tokens against representatives (the paper's Fig. 6).
 
     Above: per layer, the mean over heads and the heads' range; the left panel, of what loses most of its rate,
@@ -268,12 +231,10 @@ def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int] | None = N
 
     Args:
         reduced: the measurement.
-        numbers: the number of each of its layers among all attention layers of the model, from 1. Default:
-            1, 2, ...
+        numbers: the number of each of its layers among all attention layers of the model, from 1.
     """
     figure = Figure(figsize=(9.2, 5.6), layout="constrained")
     grid = figure.add_gridspec(2, 6, height_ratios=(1, 1.15))
-    layers = _numbers(numbers, reduced.layers)
     left, right = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
     curves = (
         (left, reduced.representatives, ORANGE, "representatives: Q, then C"),
@@ -282,10 +243,10 @@ def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int] | None = N
         (right, reduced.tokens_learned, GREY, "tokens, $\\kappa$ learned: W, then W + $\\kappa$ A C"),
     )
     for axis, heads, color, label in curves:
-        _style.band(axis, layers, heads, color, label)
+        _style.band(axis, numbers, heads, color, label)
     for axis in (left, right):
         axis.axhline(0, color=GREY, linewidth=0.8)
-        axis.set(xlabel="layer", ylabel="rate reduced (nats)", xticks=layer_ticks(layers))
+        axis.set(xlabel="layer", ylabel="rate reduced (nats)", xticks=layer_ticks(numbers))
         axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     panels = (
         (reduced.output, "output", reduced.correlation_output),
@@ -294,28 +255,20 @@ def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int] | None = N
     )
     for column, (ours, title, correlation) in enumerate(panels):
         axis = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
-        rows = zip(ours, reduced.representatives, _style.layer_colors(len(layers)), layers, strict=True)
+        rows = zip(ours, reduced.representatives, _style.layer_colors(len(numbers)), numbers, strict=True)
         for row, across, color, layer in rows:
             axis.scatter(across, row, s=24, color=color, label=f"{layer}", edgecolors="white", linewidths=0.4)
         if column > 0:
             axis.axhline(0, color=GREY, linewidth=0.8)
         axis.set(xlabel="representatives (nats)", ylabel=f"{title} (nats)")
         axis.set_title(f"rank correlation {signed(correlation)}", fontsize=9)
-    figure.axes[-1].legend(
-        title="layer",
-        frameon=False,
-        fontsize=7,
-        title_fontsize=7,
-        ncols=1 if len(layers) <= 8 else 2,
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        handletextpad=0.1,
-        columnspacing=0.8,
-    )
+    style: dict[str, Any] = {"frameon": False, "fontsize": 7, "title_fontsize": 7}
+    style |= {"ncols": 1 if len(numbers) <= 8 else 2, "handletextpad": 0.1, "columnspacing": 0.8}
+    figure.axes[-1].legend(title="layer", loc="center left", bbox_to_anchor=(1.0, 0.5), **style)
     return _style.finish(figure)
 
 
-def step_sizes(steps: Sequence[Sequence[float]], numbers: Sequence[int] | None = None) -> Figure:
+def step_sizes(steps: Sequence[Sequence[float]], numbers: Sequence[int]) -> Figure:
     """The learned step kappa of every head as a signed heat map: the direction of Eq. 6 is orange.
 
     The layer adds kappa times the contraction and Eq. 6 subtracts it, so negative values follow Eq. 6.
@@ -324,29 +277,24 @@ def step_sizes(steps: Sequence[Sequence[float]], numbers: Sequence[int] | None =
         steps: ``[layer][head]``.
         numbers: as in :func:`reduced_rates_panel`.
     """
-    label = "$\\kappa$ (negative: the direction of Eq. 6)"
-    return _heat_map(steps, _numbers(numbers, steps), label)
+    return _heat_map(steps, numbers, "$\\kappa$ (negative: the direction of Eq. 6)")
 
 
-def compressing_heads(reduced: ReducedRates, numbers: Sequence[int] | None = None) -> Figure:
+def compressing_heads(reduced: ReducedRates, numbers: Sequence[int]) -> Figure:
     """Which heads compress the tokens with their learned step (blue), and which decompress (orange)."""
-    label = "rate reduced by the layer's step (nats)"
-    return _heat_map(reduced.tokens_learned, _numbers(numbers, reduced.layers), label)
+    return _heat_map(reduced.tokens_learned, numbers, "rate reduced by the layer's step (nats)")
 
 
-def coherence_maps(
-    coherence: Mapping[str, Tensor], numbers: Sequence[int] | None = None, columns: int = 6
-) -> Figure:
+def coherence_maps(coherence: Mapping[str, Tensor], numbers: Sequence[int]) -> Figure:
     """Largest cosine between the subspaces of every two heads, a square per layer; 0 is orthogonal."""
-    layers = _numbers(numbers, coherence)
     count = len(coherence)
-    columns = min(columns, count)
+    columns = min(6, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(1.5 * columns + 0.9, 1.6 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.set_visible(False)
-    for axis, values, number in zip(axes, coherence.values(), layers, strict=False):
+    for axis, values, number in zip(axes, coherence.values(), numbers, strict=False):
         image = axis.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=1)
         heads = np.arange(len(values))
         axis.set_title(f"layer {number}", fontsize=8)
@@ -359,29 +307,28 @@ def coherence_maps(
     return figure
 
 
-def gap_per_layer(reduced: ReducedRates, numbers: Sequence[int] | None = None) -> Figure:
+def gap_per_layer(reduced: ReducedRates, numbers: Sequence[int]) -> Figure:
     """The constraint gap (Eq. 4 bounds it by tau) against the layer: mean over heads, with the heads' range."""
     figure, (axis,) = _figure(1, 0)
-    _style.band(axis, _numbers(numbers, reduced.layers), reduced.gap, BLUE)
-    return _finish_layers(figure, axis, _numbers(numbers, reduced.layers), "constraint gap (nats)")
+    _style.band(axis, numbers, reduced.gap, BLUE)
+    return _finish_layers(figure, axis, numbers, "constraint gap (nats)")
 
 
-def ranks_per_layer(ranks: AttentionRanks, numbers: Sequence[int] | None = None) -> Figure:
+def ranks_per_layer(ranks: AttentionRanks, numbers: Sequence[int]) -> Figure:
     """Rank and effective rank of A against the layer: mean over heads, with the heads' range."""
     figure, (axis,) = _figure(1, 0)
-    _style.band(axis, _numbers(numbers, ranks.layers), ranks.rank, GREY, "numerical rank")
-    _style.band(axis, _numbers(numbers, ranks.layers), ranks.effective_rank, BLUE, "effective rank")
+    _style.band(axis, numbers, ranks.rank, GREY, "numerical rank")
+    _style.band(axis, numbers, ranks.effective_rank, BLUE, "effective rank")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     _style.legend(axis)
-    return _finish_layers(figure, axis, _numbers(numbers, ranks.layers), "rank of A")
+    return _finish_layers(figure, axis, numbers, "rank of A")
 
 
-def sparsity_per_layer(sparsity: Sparsity, numbers: Sequence[int] | None = None) -> Figure:
+def sparsity_per_layer(sparsity: Sparsity, numbers: Sequence[int]) -> Figure:
     """Share of exact zeros after each ISTA."""
     figure, (axis,) = _figure(1, 0)
-    layers = _numbers(numbers, sparsity.layers)
-    axis.bar(layers, [100 * share for share in sparsity.zeros], color=BLUE, width=0.7)
-    _finish_layers(figure, axis, layers, "exact zeros after ISTA (%)")
+    axis.bar(numbers, [100 * share for share in sparsity.zeros], color=BLUE, width=0.7)
+    _finish_layers(figure, axis, numbers, "exact zeros after ISTA (%)")
     axis.set_ylim(0, 100)
     axis.grid(visible=False, axis="x")
     axis.set_axisbelow(True)
@@ -422,10 +369,6 @@ def robustness_curve(
     axis.set_ylabel(metric, parse_math=False)
     _style.runs_legend(axis)
     return _style.finish(figure)
-
-
-def _numbers(given: Sequence[int] | None, layers: Collection[Any]) -> list[int]:
-    return list(range(1, len(layers) + 1) if given is None else given)
 
 
 def _heat_map(rows: Sequence[Sequence[float]], numbers: Sequence[int], label: str) -> Figure:

@@ -193,14 +193,12 @@ def _per_image(
             with torch.no_grad(), no_autocast(record.tokens):
                 seen.setdefault(name, []).append(_rates_of(record, eps, reduced))
         records.clear()  # before the next batch makes its own
-    return {name: _joined(parts) for name, parts in seen.items()}
-
-
-def _joined(parts: list[ImageRates]) -> ImageRates:
-    """The batches one after the other."""
-    quantities: Any = zip(*parts, strict=True)
-    whole: list[Any] = [None if q[0] is None else torch.cat(q).double().cpu() for q in quantities]
-    return ImageRates(*whole)
+    whole: dict[str, ImageRates] = {}
+    for name, parts in seen.items():
+        quantities: Any = zip(*parts, strict=True)
+        joined: list[Any] = [None if q[0] is None else torch.cat(q).double().cpu() for q in quantities]
+        whole[name] = ImageRates(*joined)
+    return whole
 
 
 def _rates_of(record: LayerRecord, eps: float, reduced: bool) -> ImageRates:
@@ -217,9 +215,8 @@ def _rates_of(record: LayerRecord, eps: float, reduced: bool) -> ImageRates:
     extracted, contracted = (rate(x.to(wide), real) for x in (stages.extracted, stages.contracted))
     kappa = cast(Tensor, record.step_tokens).to(wide)[:, None, None]
     step = (stages.broadcast_attention @ stages.contracted).to(wide)  # (B, H, N, P): A C
-    before, alone, subtracted, learned, added = _rates_along(
-        w, step, (-1.0, kappa, 1.0), record.token_mask, eps
-    )
+    lengths = (-1.0, kappa, 1.0)
+    before, alone, subtracted, learned, added = _rates_along(w, step, lengths, record.token_mask, eps)
     return ImageRates(
         rate=before,
         normalized=rate(w, normalize=True),

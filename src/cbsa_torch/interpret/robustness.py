@@ -50,9 +50,15 @@ def noisy_copy(
             ``seed`` not an int. IndexError: no layer of that index.
     """
     _check("sigma", sigma, "seed", seed)
-    parameters = _parameters(model, layers)
     noisy = copy.deepcopy(model)
-    _write_noise(_parameters(noisy, layers), parameters, sigma, seed)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = choose_layers(attention_layers(noisy), layers).values()
+    unique = dict.fromkeys(p for layer in chosen for p in layer.parameters() if p.is_floating_point())
+    with torch.no_grad():
+        for parameter in unique:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            wide = compute_dtype(parameter.dtype)  # half precision would round the noise before adding it
+            parameter.copy_(parameter.to(wide) + sigma * noise.to(parameter.device, wide))
     return noisy
 
 
@@ -69,8 +75,8 @@ def robustness(
     Args:
         model: a model with attention layers, left as it is (call ``.eval()`` first).
         metric: ``metric(model)`` gives a number, e.g. the accuracy on a validation set. It is called with
-            ``model``, then with a copy of it whose parameters have noise as in :func:`noisy_copy`: it must
-            evaluate the model that it is given.
+            ``model``, then with a :func:`noisy_copy` of it for every sigma and seed: it must evaluate the model
+            that it is given.
         sigmas: standard deviations, each at least 0. Default: :data:`SIGMAS`.
         seeds: of the noise.
         layers: as in :func:`noisy_copy`.
@@ -88,17 +94,12 @@ def robustness(
     for sigma in sigmas:  # all of them before the metric, which may take hours
         for seed in seeds:
             _check("sigmas", sigma, "seeds", seed)
-    parameters = _parameters(model, layers)
-    clean = _number(metric(model))
-    noisy = copy.deepcopy(model)
-    written = _parameters(noisy, layers)
-    values: list[list[float]] = []
-    for sigma in sigmas:
-        values.append([])
-        for seed in seeds:
-            _write_noise(written, parameters, sigma, seed)
-            values[-1].append(_number(metric(noisy)))
     chosen = list(choose_layers(attention_layers(model), layers))
+    clean = _number(metric(model))
+    values = [
+        [_number(metric(noisy_copy(model, sigma, layers=layers, seed=seed))) for seed in seeds]
+        for sigma in sigmas
+    ]
     return Robustness([float(sigma) for sigma in sigmas], values, clean, chosen)
 
 
@@ -115,22 +116,3 @@ def _number(value: Any) -> float:
         return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"metric must return a number, got {type(value).__name__}") from None
-
-
-def _parameters(model: nn.Module, layers: Sequence[str | int] | None) -> list[nn.Parameter]:
-    """The floating-point parameters of the chosen layers, each once."""
-    chosen = choose_layers(attention_layers(model), layers).values()
-    unique = {id(p): p for layer in chosen for p in layer.parameters() if p.is_floating_point()}
-    return list(unique.values())
-
-
-@torch.no_grad()
-def _write_noise(
-    written: Sequence[nn.Parameter], clean: Sequence[nn.Parameter], sigma: float, seed: int
-) -> None:
-    """Set each parameter of ``written`` to that of ``clean`` plus noise."""
-    generator = torch.Generator().manual_seed(seed)
-    for target, parameter in zip(written, clean, strict=True):
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        wide = compute_dtype(parameter.dtype)  # half precision would round the noise before adding it
-        target.copy_(parameter.to(wide) + sigma * noise.to(parameter.device, wide))

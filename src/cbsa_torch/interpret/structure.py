@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.linear import matrix_of
 from cbsa_torch._core.modes import uncompiled
-from cbsa_torch.interpret._names import named_modules
-from cbsa_torch.interpret.capture import attention_layers, captured_batches, check_batches
+from cbsa_torch.interpret.capture import attention_layers, captured_batches, check_batches, named_modules
 from cbsa_torch.nn import CBSA, ISTA
 
 

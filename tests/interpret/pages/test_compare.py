@@ -25,10 +25,11 @@ from tests.helpers.pages import (
 def test_models_side_by_side(images, tmp_path):
     runs = [
         compared("ours", build(), images, history=HISTORY),
-        compared("vit", vit(), images, accuracy=None),
+        compared("vit", vit(), images, history=HISTORY, accuracy=None),
         compared("hybrid", build("crate_cbt", depth=4), images, history=HISTORY),
+        compared("crate", build("crate"), images),
     ]
-    files = interpret.compare(runs, tmp_path)
+    files = interpret.compare(runs, tmp_path, robustness_images=1)
     page = files.page.read_text()
     assert headings(page) == [
         "Learning curves",
@@ -42,37 +43,27 @@ def test_models_side_by_side(images, tmp_path):
         "Robustness to noise on the parameters",
         "Left out",
     ]
-    assert page.count('<div class="maps">') == 3
+    assert page.count('<div class="maps">') == 4
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     numbers = strict(files.numbers)
-    assert [len(run["coding_rate"]["rate"]) for run in numbers["runs"]] == [2, 2, 4]
-    assert [run["reduced"] is None for run in numbers["runs"]] == [False, True, False]
+    assert [len(run["coding_rate"]["rate"]) for run in numbers["runs"]] == [2, 2, 4, 2]
+    assert [run["reduced"] is None for run in numbers["runs"]] == [False, True, False, True]
     assert numbers["runs"][0]["history"] == HISTORY
     shared = "learning_curves coding_rate gap ranks coherence sparsity robustness"
     own = "reduced_rates step_sizes compressing_heads coherence attention_maps receptive_fields"
-    expected = {*shared.split(), *(f"{name}_{i}" for name in own.split() for i in (1, 3)), "attention_maps_2"}
+    expected = {*shared.split(), *(f"{name}_{i}" for name in own.split() for i in (1, 3))}
+    expected |= {"attention_maps_2", "attention_maps_4", "coherence_4"}
     assert {path.stem for path in files.figures} == {f"compare_{name}" for name in expected}
-
-
-def test_what_is_left_out_of_each_run_is_listed_with_the_reason(images, tmp_path):
-    runs = [
-        compared("ours", build(), images, history=HISTORY),
-        compared("vit", vit(), images, history=HISTORY),
-        compared("crate", build("crate"), images),
-    ]
-    page = interpret.compare(runs, tmp_path, robustness_images=0).page.read_text()
     listed = re.findall(
         r'<h3><span class="key"[^>]*></span>(\w+)</h3>\s*<ul class="left-out">(.*?)</ul>', page, re.DOTALL
     )
     left_out = {name: dict(re.findall("<li>(.*?): (.*?)[.]</li>", text)) for name, text in listed}
     assert {name: set(reasons) for name, reasons in left_out.items()} == {
-        "ours": {"Robustness"},
-        "vit": {"Robustness", *NOT_OF_A_VIT},
-        "crate": {"Robustness", "Learning curves", *CBSA_ONLY, "Step sizes"},
+        "vit": NOT_OF_A_VIT,
+        "crate": {"Learning curves", *CBSA_ONLY, "Step sizes"},
     }
     assert left_out["vit"]["Sparsity"] == "the model has no ISTA"
-    assert left_out["ours"]["Robustness"] == "switched off"
 
 
 def test_a_run_has_one_colour_everywhere(images):
@@ -134,18 +125,16 @@ def test_mean_coherence_leaves_a_head_with_itself_out():
 
 def test_comparisons_that_compare_nothing_are_refused(images, tmp_path):
     one = compared("one", build(), images)
-    with pytest.raises(ValueError, match="two or more with different names"):
-        interpret.compare([one], tmp_path)
-    with pytest.raises(ValueError, match="two or more with different names"):
-        interpret.compare([one, one], tmp_path)
-    other = one._replace(name="two", images=images[:2])
-    with pytest.raises(ValueError, match=r"same images, got \[2, 4\]"):
-        interpret.compare([one, other], tmp_path)
     two = one._replace(name="two")
-    with pytest.raises(ValueError, match=r"all have labels or none, .*\['two'\] have none"):
-        interpret.compare([one, two._replace(labels=None)], tmp_path)
-    with pytest.raises(ValueError, match="same labels: those of one and two differ"):
-        interpret.compare([one, two._replace(labels=[0, 1, 2, 1])], tmp_path)
+    for runs, message in (
+        ([one], "two or more with different names"),
+        ([one, one], "two or more with different names"),
+        ([one, two._replace(images=images[:2])], r"same images, got \[2, 4\]"),
+        ([one, two._replace(labels=None)], r"all have labels or none, .*\['two'\] have none"),
+        ([one, two._replace(labels=[0, 1, 2, 1])], "same labels: those of one and two differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            interpret.compare(runs, tmp_path)
     with pytest.raises(ValueError, match="robustness_images must be at least 0, got -1"):
         interpret.compare([one, two], tmp_path, robustness_images=-1)
     assert not [*tmp_path.iterdir()]

@@ -34,13 +34,13 @@ def test_the_same_figure_gives_the_same_file():
 def test_empty_places_of_a_grid_are_no_panels():
     """Seven layers fill one row of six, and one place of the second."""
     maps = {str(i): torch.rand(2, 2) for i in range(7)}
-    panels = embed.cut(plots.coherence_maps(maps), "coherence", "cosines")
+    panels = embed.cut(plots.coherence_maps(maps, range(7)), "coherence", "cosines")
     assert sum(map(len, panels.rows)) == 7 + 1  # and the colour bar
 
 
 def test_many_runs_with_long_names_leave_room_for_the_lines():
     names = [f"/a/folder/with/a/very/long/name/{'x' * 60}/run{i}" for i in range(8)]
-    curves = {name: plots.Curve([1, 2], [3.0, 2.0]) for name in names}
+    curves = {name: ([1, 2], [3.0, 2.0]) for name in names}
     figure = plots.layer_curves({"rate": curves, "other": curves}, dict.fromkeys(names, "red"))
     embed.cut(figure, "r", "r")
     assert all(axis.get_window_extent().height > 60 for axis in figure.axes)

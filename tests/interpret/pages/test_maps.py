@@ -6,7 +6,7 @@ import torch
 
 from cbsa_torch import interpret
 from cbsa_torch.interpret.pages import maps
-from tests.helpers.pages import build
+from tests.helpers.pages import build, vit
 
 
 def test_pictures_are_scaled_each_by_itself():
@@ -58,6 +58,18 @@ def test_maps_on_the_page_are_those_measured(images):
 def test_maps_that_are_no_row_of_an_attention_matrix_say_what_they_are(family, note, images):
     notes = maps.measure_maps(build(family), interpret.Pictures.of(images)).notes
     assert [found.startswith(note) for found in notes] == ([True] if note else [])
+
+
+@pytest.mark.parametrize(
+    ("options", "token"),
+    [
+        ({}, "class token"),
+        ({"class_token": False, "global_pool": "avg"}, "first patch"),
+        ({"class_token": False, "global_pool": "avg", "reg_tokens": 2}, "first token"),
+    ],
+)
+def test_maps_say_whose_they_are(options, token, images):
+    assert maps.measure_maps(vit(**options), interpret.Pictures.of(images)).token == token
 
 
 def test_evenly_spaced_takes_first_and_last():

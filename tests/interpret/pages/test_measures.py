@@ -1,14 +1,30 @@
 """Everything measured of one model."""
 
-import json
-import math
-
 import pytest
 import torch
 
 import cbsa_torch
 from cbsa_torch.interpret.pages import measures
 from tests.helpers.pages import build, vit
+
+CBSA_ALONE = {"reduced", "ranks"}
+OF_NO_VIT = {*CBSA_ALONE, "steps", "coherence", "sparsity"}
+
+
+@pytest.mark.parametrize(
+    ("family", "missing"),
+    [
+        ("crate_cbt", set()),
+        ("crate", {*CBSA_ALONE, "steps"}),
+        ("agent", {*CBSA_ALONE, "steps"}),
+        ("linear_cbt", CBSA_ALONE),
+        ("stem_vit", OF_NO_VIT),
+    ],
+)
+def test_what_a_family_does_not_have_is_missing_with_a_reason(family, missing, images):
+    found = measures.measure_model(build(family), images, robustness_images=1)
+    assert set(found.missing) == missing
+    assert all(found.missing.values())
 
 
 @pytest.mark.parametrize("family", ["cbt", "stem_vit", "vit", "mixed"])
@@ -37,13 +53,3 @@ def test_measures_call_layers_the_same_compiled_or_not(images):
     for name in (compiled.reduced.layers, compiled.ranks.layers, list(compiled.steps)):
         assert name == ["blocks.1.attn"]
     assert list(compiled.coherence) == compiled.rates.layers
-
-
-def test_numbers_of_a_model_that_went_wrong_are_none(images):
-    model = build()
-    with torch.no_grad():
-        model.blocks[1].attn.step_tokens[0] = math.nan
-    numbers = measures.as_numbers(measures.measure_model(model, images, robustness_images=0))
-    assert numbers["reduced"]["tokens_learned"][1][0] is None
-    assert numbers["steps"]["blocks.1.attn"][0] is None
-    assert "NaN" not in json.dumps(numbers)

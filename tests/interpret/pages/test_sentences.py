@@ -9,6 +9,11 @@ from cbsa_torch.interpret.rates import LayerRates, reduced_rates
 from tests.helpers.pages import build
 
 
+@pytest.fixture(scope="module")
+def reduced(images):
+    return reduced_rates(build(), [images])
+
+
 def rates(*values):
     zeros = [0.0] * len(values)
     return LayerRates([str(i) for i in range(len(values))], list(values), zeros, list(values), zeros, 1, [], [])
@@ -56,24 +61,16 @@ def test_a_normalised_rate_that_is_no_number_is_not_printed():
         (math.nan, "cannot be said: Spearman's rank correlation is undefined over"),
     ],
 )
-def test_whether_the_two_move_together(images, correlation, expected):
-    reduced = reduced_rates(build(), [images])
-    sentence = sentences.together_sentence(
-        reduced._replace(
-            correlation=correlation,
-            correlation_learned=0.11,
-            correlation_output=math.nan,
-            correlation_added=-0.33,
-        )
-    )
+def test_whether_the_two_move_together(reduced, correlation, expected):
+    others = {"correlation_learned": 0.11, "correlation_output": math.nan, "correlation_added": -0.33}
+    sentence = sentences.together_sentence(reduced._replace(correlation=correlation, **others))
     assert expected in sentence
     assert "+0.11 at the learned κ, W + κ A C; undefined for CBSA's output" in sentence
     assert "-0.33 for a step against Eq. 6, W + A C." in sentence
     assert "nan" not in sentence
 
 
-def test_heads_that_compress_are_counted(images):
-    reduced = reduced_rates(build(), [images])
+def test_heads_that_compress_are_counted(reduced):
     reduced = reduced._replace(
         tokens_learned=[[1.0, -1.0], [2.0, 3.0]], step_tokens=[[1.0, -1.0], [-2.0, -3.0]]
     )

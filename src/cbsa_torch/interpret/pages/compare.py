@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from cbsa_torch.interpret import _style, plots
 from cbsa_torch.interpret.pages import render
 from cbsa_torch.interpret.pages.maps import MOST_PICTURES, Maps, Pictures, measure_maps
-from cbsa_torch.interpret.pages.measures import Measures, as_numbers, measure_model
+from cbsa_torch.interpret.pages.measures import Measures, measure_model
 from cbsa_torch.interpret.pages.render import PageFiles
-from cbsa_torch.interpret.pages.sentences import later_half, sentences
+from cbsa_torch.interpret.pages.sentences import later_change, sentences
 from cbsa_torch.interpret.plots import Curve
 
 PREFIX = "compare_"
@@ -156,13 +156,8 @@ def _check_runs(runs: Sequence[ComparedRun]) -> None:
 
 def measure_run(run: ComparedRun, batch_size: int, robustness_images: int) -> MeasuredRun:
     """Measure a run; arguments are those of :func:`compare`."""
-    measures = measure_model(
-        run.model,
-        run.images,
-        labels=run.labels,
-        batch_size=batch_size,
-        robustness_images=robustness_images,
-    )
+    sizes = {"batch_size": batch_size, "robustness_images": robustness_images}
+    measures = measure_model(run.model, run.images, labels=run.labels, **sizes)
     pictures = Pictures.of(run.images[:MOST_PICTURES]) if run.pictures is None else run.pictures
     return MeasuredRun(
         run=run,
@@ -184,9 +179,7 @@ def _numbers(item: MeasuredRun) -> dict[str, Any]:
         "flops": item.run.flops,
         "accuracy": item.run.accuracy,
         "history": list(item.run.history),
-        **as_numbers(item.measures),
-        "statements": item.sentences,
-        "maps": {"layers": [layer.name for layer in item.maps.layers], "missing": item.maps.missing},
+        **render.numbers_of(item.measures, item.sentences, item.maps),
     }
 
 
@@ -196,7 +189,7 @@ def shared_figures(measured: Sequence[MeasuredRun], colors: Mapping[str, str]) -
 
     def add(figure: str, axis: str, item: MeasuredRun, layers: Sequence[str], values: Sequence[float]) -> None:
         numbers = render.layer_numbers(item.measures, layers)
-        curves.setdefault(figure, {}).setdefault(axis, {})[item.run.name] = Curve(numbers, values)
+        curves.setdefault(figure, {}).setdefault(axis, {})[item.run.name] = (numbers, values)
 
     for item in measured:
         m = item.measures
@@ -217,13 +210,9 @@ def shared_figures(measured: Sequence[MeasuredRun], colors: Mapping[str, str]) -
         name: plots.layer_curves(panels, colors, from_zero=name != "coding_rate")
         for name, panels in curves.items()
     }
-    histories = {item.run.name: item.run.history for item in measured if item.run.history}
-    if histories:
+    if histories := {item.run.name: item.run.history for item in measured if item.run.history}:
         figures["learning_curves"] = plots.learning_curves(histories, colors)
-    robust = {
-        item.run.name: item.measures.robustness for item in measured if item.measures.robustness is not None
-    }
-    if robust:
+    if robust := {item.run.name: r for item in measured if (r := item.measures.robustness) is not None}:
         figures["robustness"] = plots.robustness_curve(robust, measured[0].measures.robustness_metric, colors)
     return figures
 
@@ -244,7 +233,7 @@ def summary_table(measured: Sequence[MeasuredRun]) -> list[tuple[str, list[str]]
 def _column(item: MeasuredRun) -> dict[str, str]:
     run, measures = item.run, item.measures
     rates, reduced, sparsity, robust = measures.rates, measures.reduced, measures.sparsity, measures.robustness
-    half, effects = later_half(rates), [] if reduced is None else list(itertools.chain(*reduced.tokens_learned))
+    effects = [] if reduced is None else list(itertools.chain(*reduced.tokens_learned))
     kept = "same predictions" if run.labels is None else "accuracy"
     noisy = robust.values[robust.sigmas.index(SIGMA)] if robust is not None and SIGMA in robust.sigmas else None
     return {
@@ -255,7 +244,7 @@ def _column(item: MeasuredRun) -> dict[str, str]:
         "attention layers": str(len(rates.layers)),
         "Rᶜ, last layer": _number(rates.rate[-1], ".1f"),
         "normalised Rᶜ, last layer": _number(rates.normalized[-1], ".1f"),
-        "Rᶜ over the later half": _percent(half and half.change, "+.1f"),
+        "Rᶜ over the later half": _percent(later_change(rates.rate), "+.1f"),
         "correlation, κ = 1": _number(reduced and reduced.correlation, "+.2f"),
         "correlation, κ = 1 the other way": _number(reduced and reduced.correlation_added, "+.2f"),
         "correlation, κ learned": _number(reduced and reduced.correlation_learned, "+.2f"),
@@ -267,11 +256,11 @@ def _column(item: MeasuredRun) -> dict[str, str]:
 
 
 def _percent(value: float | None, form: str = ".1f") -> str:
-    return NOTHING if value is None or not math.isfinite(value) else f"{100 * value:{form}} %"
+    return _number(None if value is None else 100 * value, form, " %")
 
 
-def _number(value: float | None, form: str) -> str:
-    return NOTHING if value is None or not math.isfinite(value) else format(value, form)
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:{form}}{unit}"
 
 
 def _mean(values: Sequence[float]) -> float:

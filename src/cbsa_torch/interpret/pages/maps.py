@@ -122,14 +122,10 @@ def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
     with capture(model) as records:
         model(pictures.inputs)
     for number, record in enumerate(records.values(), 1):
-        reason = _no_map(record)
-        if reason is None:
-            try:
-                heads = cls_attention_maps(record)
-            except ValueError as error:  # a mixer without such a map says why
-                reason = str(error)
-        if reason is not None:
-            missing[record.name] = reason
+        try:
+            heads = _maps_of(record)
+        except ValueError as error:
+            missing[record.name] = str(error)
             continue
         fields, count = _fields(record)
         kind = type(record.layer).__name__
@@ -166,12 +162,13 @@ def _notes(layer: nn.Module) -> list[str]:
     return []
 
 
-def _no_map(record: LayerRecord) -> str | None:
+def _maps_of(record: LayerRecord) -> Tensor:
+    """``(B, H, rows, columns)``; raises ``ValueError`` that says why there are none."""
     if record.grid_size is None:
-        return "its tokens have no grid"
+        raise ValueError("its tokens have no grid")
     if len(record.grid_size) != 2:
-        return f"its grid has {len(record.grid_size)} axes, and a map needs 2"
-    return None
+        raise ValueError(f"its grid has {len(record.grid_size)} axes, and a map needs 2")
+    return cls_attention_maps(record)
 
 
 def _fields(record: LayerRecord) -> tuple[np.ndarray | None, int]:

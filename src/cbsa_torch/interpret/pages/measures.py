@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_positive_int
-from cbsa_torch.interpret._names import named_modules
-from cbsa_torch.interpret.capture import attention_layers
-from cbsa_torch.interpret.pages.numbers import finite
+from cbsa_torch.interpret.capture import attention_layers, named_modules
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
 from cbsa_torch.interpret.robustness import Robustness, robustness
 from cbsa_torch.interpret.structure import (
@@ -24,8 +22,7 @@ from cbsa_torch.interpret.structure import (
 from cbsa_torch.nn import CBSA, ISTA, TokenMixer
 
 SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)
-SEEDS = (0, 1, 2)
-"""Standard deviations and seeds of the noise on the parameters."""
+"""Standard deviations of the noise on the parameters."""
 
 T = TypeVar("T")
 
@@ -104,20 +101,13 @@ def measure_model(
         robustness=measured(
             "robustness",
             off,
-            lambda: robustness(model, _metric(model, few, labels, batch_size), sigmas=SIGMAS, seeds=SEEDS),
+            lambda: robustness(model, _metric(model, few, labels, batch_size), sigmas=SIGMAS),
         ),
         robustness_metric="accuracy" if labels is not None else "share of predictions that stay the same",
         robustness_images=len(few),
         missing=missing,
         notes=_notes(model, rates.coding.layers),
     )
-
-
-def as_numbers(measures: Measures) -> dict[str, Any]:
-    """Plain values, for JSON; None where a number is undefined."""
-    numbers: dict[str, Any] = finite(measures)
-    numbers["coding_rate"] = numbers.pop("rates")
-    return numbers
 
 
 def _notes(model: nn.Module, measured: list[str]) -> list[str]:

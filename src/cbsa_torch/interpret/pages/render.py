@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.interpret import plots
 from cbsa_torch.interpret.pages import embed
 from cbsa_torch.interpret.pages.maps import Maps, Pictures, evenly_spaced, page_data
 from cbsa_torch.interpret.pages.measures import Measures
-from cbsa_torch.interpret.pages.numbers import dump
 
 PANEL_LAYERS = 6
 """At most so many layers are in the static panels of maps."""
@@ -185,3 +188,37 @@ def write_page(files: PageFiles, page: str, numbers: Any, prefix: str = "") -> P
         if re.fullmatch(rf"{prefix}({names}){number}[.](png|svg)", path.name) and path not in files.figures:
             path.unlink()
     return files
+
+
+def numbers_of(measures: Measures, sentences: Mapping[str, str], maps: Maps) -> dict[str, Any]:
+    """What the JSON file of a page holds of a model, by name."""
+    numbers = measures._asdict()
+    numbers["coding_rate"] = numbers.pop("rates")
+    shown = {"layers": [layer.name for layer in maps.layers], "missing": maps.missing}
+    return {**numbers, "statements": sentences, "maps": shown}
+
+
+def dump(numbers: Any) -> str:
+    """``numbers`` as JSON, which knows neither NaN nor infinity: what :func:`finite` makes of them.
+
+    Raises:
+        TypeError: something in it that JSON has no form for.
+    """
+    return json.dumps(finite(numbers), allow_nan=False, indent=2)
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None for NaN and infinity, however deep inside.
+
+    Named tuples and mappings become dictionaries, lists and tuples lists, tensors and arrays nested lists;
+    anything else stays as it is.
+    """
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return finite(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

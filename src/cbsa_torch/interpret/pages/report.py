@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cbsa_torch.interpret import plots
 from cbsa_torch.interpret.pages import render
 from cbsa_torch.interpret.pages.maps import MOST_PICTURES, Pictures, measure_maps
-from cbsa_torch.interpret.pages.measures import as_numbers, measure_model
+from cbsa_torch.interpret.pages.measures import measure_model
 from cbsa_torch.interpret.pages.render import PageFiles
 from cbsa_torch.interpret.pages.sentences import sentences
 
@@ -86,7 +86,7 @@ def report(
         evaluation=evaluation,
         score="miou" if evaluation and "miou" in evaluation else "top1",
         score_title=plots.SCORES[plots.score_of(history)],
-        best=_best(history),
+        best=best_epoch(history),
         measures=measures,
         cbsa_layers=render.layer_numbers(measures, measures.reduced.layers) if measures.reduced else [],
         sentences=found,
@@ -100,14 +100,12 @@ def report(
         "facts": dict(facts),
         "history": list(history),
         "evaluation": evaluation,
-        **as_numbers(measures),
-        "statements": found,
-        "maps": {"layers": [layer.name for layer in maps.layers], "missing": maps.missing},
+        **render.numbers_of(measures, found, maps),
     }
     return render.write_page(files, page, numbers)
 
 
-def _best(history: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
+def best_epoch(history: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
     """The epoch of the highest validation score, and that score; None if there is none."""
     key = plots.score_of(history)
     known = [row for row in history if row.get(key) is not None and math.isfinite(row[key])]

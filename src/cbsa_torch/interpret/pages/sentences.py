@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from cbsa_torch.interpret.pages.measures import Measures
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates
@@ -26,71 +26,45 @@ def sentences(measures: Measures) -> dict[str, str]:
     return found
 
 
-class LaterHalf(NamedTuple):
-    """How the compression term changes over the later half of the layers (Fig. 5)."""
-
-    first: int
-    """The middle layer, counted from 1."""
-    last: int
-    """The last layer."""
-    change: float
-    """Share by which the term changes from the first of them to the last; negative = compressed."""
-    change_normalized: float
-    """The same of the term with every token scaled to unit norm."""
-    compresses: bool
-    """The term is lower at the last than at the first."""
-    steadily: bool
-    """Every layer's term is below that of the layer before."""
-
-
-def later_half(rates: LayerRates) -> LaterHalf | None:
-    """Compare the middle layer with the last; None for a model of one layer."""
-    count = len(rates.layers)
-    if count < 2:
-        return None
-    middle = (count - 1) // 2
-    later = rates.rate[middle:]
-    return LaterHalf(
-        first=middle + 1,
-        last=count,
-        change=_change(rates.rate[middle], rates.rate[-1]),
-        change_normalized=_change(rates.normalized[middle], rates.normalized[-1]),
-        compresses=later[-1] < later[0],
-        steadily=all(after < before for before, after in itertools.pairwise(later)),
-    )
+def later_change(values: Sequence[float]) -> float:
+    """By which share values of layers change from the middle layer to the last; NaN where that is undefined."""
+    before, after = values[(len(values) - 1) // 2], values[-1]
+    return after / before - 1 if before and len(values) > 1 else math.nan
 
 
 def later_half_sentence(rates: LayerRates) -> str:
-    """Whether the later half of the layers compresses (the paper's first observation)."""
-    found = later_half(rates)
-    if found is None:
+    """Whether the later half of the layers compresses (the paper's first observation, Fig. 5)."""
+    count, change = len(rates.layers), later_change(rates.rate)
+    if count < 2:
         return "The model has one layer: whether later layers compress cannot be said."
-    undefined = [i for i in range(found.first, found.last + 1) if not math.isfinite(rates.rate[i - 1])]
-    if undefined or not math.isfinite(found.change):
+    first = (count + 1) // 2  # counted from 1
+    later = rates.rate[first - 1 :]
+    undefined = [layer for layer, rate in enumerate(later, first) if not math.isfinite(rate)]
+    if undefined or not math.isfinite(change):
         reason = (
             f"the rate of layer {undefined[0]} is not a finite number"
             if undefined
-            else f"the rate of layer {found.first} is zero, and a change has no share of it"
+            else f"the rate of layer {first} is zero, and a change has no share of it"
         )
         return f"Whether the later half of the layers compresses cannot be said: {reason}."
-    if abs(found.change) < HARDLY:
+    if abs(change) < HARDLY:
         verdict = "Over the later half of the layers the rate hardly changes here, unlike in the paper"
-    elif found.steadily:
+    elif all(after < before for before, after in itertools.pairwise(later)):
         verdict = "The later half of the layers compresses, layer by layer, as in the paper"
-    elif found.compresses:
+    elif later[-1] < later[0]:
         verdict = "The later half of the layers compresses, though not in every layer"
     else:
         verdict = "The later half of the layers does not compress here, unlike in the paper"
     return (
-        f"{verdict}: from layer {found.first} to layer {found.last} the term changes by "
-        f"{100 * found.change:+.1f} % (normalised: {_percent(found.change_normalized)})."
+        f"{verdict}: from layer {first} to layer {count} the term changes by "
+        f"{100 * change:+.1f} % (normalised: {_percent(later_change(rates.normalized))})."
     )
 
 
 def together_sentence(reduced: ReducedRates) -> str:
     """Whether both reductions move together (the paper's second observation), in every reading of Fig. 6."""
     layers = len(reduced.layers)
-    heads = f"{_count(reduced.tokens)} heads of {layers} layer{'s' if layers > 1 else ''}"
+    heads = f"{sum(map(len, reduced.tokens))} heads of {layers} layer{'s' if layers > 1 else ''}"
     correlation = reduced.correlation
     if math.isnan(correlation):
         verdict = "Whether the two move together cannot be said"
@@ -138,17 +112,9 @@ def gap_sentence(reduced: ReducedRates) -> str:
     )
 
 
-def _count(rows: list[list[float]]) -> int:
-    return sum(len(row) for row in rows)
-
-
 def _signed(correlation: float) -> str:
     return "undefined" if math.isnan(correlation) else f"{correlation:+.2f}"
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %" if math.isfinite(share) else "cannot be said"
-
-
-def _change(before: float, after: float) -> float:
-    return after / before - 1 if before else math.nan
