@@ -1,10 +1,15 @@
 """The model before its classes are known: no values, no draws, no weights read twice."""
 
+import dataclasses
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cbsa_torch.models.checkpoint import load_checkpoint
-from cbsa_torch.train import build, train
+from cbsa_torch.train import build, evaluate_checkpoint, predict_images, train
 from cbsa_torch.train.config.base import ModelConfig
 from cbsa_torch.train.data import input_spec
 from cbsa_torch.train.errors import ConfigError
@@ -53,3 +58,58 @@ def test_arguments_with_which_no_checkpoint_opens_are_refused_before_training(co
     with pytest.raises(ConfigError, match=f"model.args {key} is not allowed"):
         train(config)
     assert not RunFolder(config.output).path.exists()
+
+
+# ---- fine-tuning
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_fine_tuning_with_other_classes_and_size(finished, config, images, source, tmp_path):
+    shutil.rmtree(images)
+    for split in ("train", "val", "test"):
+        for name, value in (("dark", 30), ("light", 220)):
+            (images / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = np.full((32, 32, 3), value + i, dtype=np.uint8)
+                Image.fromarray(pixels).save(images / split / name / f"{i}.png")
+    start = finished[1].folder
+    config.model = ModelConfig(
+        "cbt_nano_patch4_32",
+        image_size=24,
+        init_from=str(start if source == "folder" else RunFolder(start).weights),
+    )
+    train(config)
+    model, info = load_checkpoint(RunFolder(config.output).weights)
+    assert (model.num_classes, info["input"]["input_size"]) == (2, [3, 24, 24])
+    assert model.pos_embed.shape[1] == 1 + 6 * 6
+    assert evaluate_checkpoint(config.output).images == 16
+    (prediction,) = predict_images(config.output, [images / "test" / "dark" / "0.png"])
+    assert sorted(prediction.classes) == ["dark", "light"]
+    best = train(dataclasses.replace(config, resume=True))
+    assert best.folder == RunFolder(config.output).path
+
+
+def test_fine_tuning_starts_from_the_given_weights(finished, config):
+    config.model = ModelConfig("cbt_nano_patch4_32", init_from=str(finished[1].folder))
+    config.optim.lr, config.optim.epochs = 1e-6, 1
+    assert train(config).best_score == finished[1].best_score
+
+
+def test_fine_tuning_another_model_is_refused(finished, config):
+    config.model = ModelConfig("cbt_nano_patch4_64", init_from=str(finished[1].folder))
+    with pytest.raises(
+        ConfigError, match=r"holds 'cbt_nano_patch4_32', but model\.name is 'cbt_nano_patch4_64'"
+    ):
+        train(config)
+
+
+def test_fine_tuning_cannot_change_the_architecture(finished, config):
+    config.model.init_from = str(finished[1].folder)
+    with pytest.raises(ConfigError, match=r"model\.args cannot be changed together with model\.init_from"):
+        train(config)
+
+
+def test_fine_tuning_from_nothing_is_refused(config, tmp_path):
+    config.model = ModelConfig("cbt_nano_patch4_32", init_from=str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="none"):
+        train(config)

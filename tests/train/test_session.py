@@ -1,9 +1,11 @@
-"""A run that was interrupted goes on as if it had not been."""
+"""A run goes on as if it had not been interrupted, killed wherever it was; or with what was changed."""
 
 import copy
 import dataclasses
 import json
+import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,16 @@ from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import load_config, train, trainer
 from cbsa_torch.train.engine.accelerate import new_accelerator
-from cbsa_torch.train.errors import RunFolderError
+from cbsa_torch.train.errors import InterruptedRun
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.state import load_state, save_state
+from tests.helpers.colour_folder import tiny_config, write_colours
+from tests.helpers.killing import train_and_kill
 from tests.helpers.runs import (
     STEPS,
     assert_same_tensors,
     during_training_step,
+    elsewhere,
     interrupt,
     last,
     measured,
@@ -105,15 +110,13 @@ def test_ctrl_c_keeps_the_states(config, monkeypatch, contents):
         assert after[name] == kept[name]
 
 
-def test_a_run_interrupted_in_its_first_epoch_starts_over(config, tmp_path, monkeypatch, capsys):
+def test_a_run_interrupted_in_its_first_epoch_starts_over(config, whole, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         during_training_step(patch, 2, interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert "there is no training state yet" in capsys.readouterr().out
     train(dataclasses.replace(config, resume=True))
-    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
-    train(whole)
     assert_same_tensors(last(config)["model"], last(whole)["model"])
 
 
@@ -129,57 +132,47 @@ def test_resuming_repairs_metrics_cut_short_or_ahead_of_the_checkpoint(config, m
     assert [row["epoch"] for row in rows(config)] == [1, 2]
 
 
-def test_metrics_of_a_first_epoch_without_checkpoint_are_forgotten(config):
-    train(config)
-    folder = RunFolder(config.output)
-    shutil.rmtree(folder.state_folder)
-    folder.keep_metrics_until(1)  # as a run leaves it that was killed before its first state
+def test_metrics_of_a_first_epoch_without_checkpoint_are_forgotten(config, run):
+    shutil.rmtree(run.state_folder)
+    run.keep_metrics_until(1)  # as a run leaves it that was killed before its first state
     train(dataclasses.replace(config, resume=True))
     assert [row["epoch"] for row in rows(config)] == [1, 2]
 
 
-def test_resuming_a_finished_run_changes_no_checkpoint(config, contents):
-    result = train(config)
-    before = contents(Path(config.output))
-    assert train(dataclasses.replace(config, resume=True)) == result
-    after = contents(Path(config.output))
-    assert all(
-        after[name] == before[name]
-        for name in ("states/step_0000000006.state", "model.safetensors", "metrics.jsonl")
-    )
+@pytest.mark.parametrize("own", [False, True])
+def test_resuming_a_finished_run_changes_no_file_that_counts(config, run, contents, own):
+    """By the configuration that it was started with, or by the one in its folder."""
+    if own:
+        config.overwrite = True
+        train(config)
+        config = load_config(run.config)
+        assert not config.overwrite
+    before = contents(run.path)
+    best = max(rows(config), key=lambda row: row["val_top1"])
+    assert train(dataclasses.replace(config, resume=True)) == (run.path, best["epoch"], best["val_top1"])
+    after = contents(run.path)
+    for name in ("states/step_0000000006.state", "model.safetensors", "metrics.jsonl"):
+        assert after[name] == before[name]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_resumed_run_is_configured_by_its_own_folder(config, overwrite):
-    config.overwrite = overwrite
-    train(config)
-    own = load_config(RunFolder(config.output).config)
-    own.resume = True
-    train(own)
-
-
-def test_resuming_with_another_configuration_names_what_changed(config, contents):
-    train(config)
-    before = contents(Path(config.output))
-    changed = copy.deepcopy(config)
-    changed.resume, changed.optim.lr, changed.model.args["depth"] = True, 1.0, "2"
-    with pytest.raises(RunFolderError, match=r"model\.args\.depth: 1 -> 2\n  optim\.lr: 0\.003 -> 1\.0"):
-        train(changed)
-    assert contents(Path(config.output)) == before
-
-
-def test_what_changes_no_number_may_change_without_asking(config):
-    train(config)
-    other = copy.deepcopy(config)
+def test_what_changes_no_number_may_change_without_asking(config, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        during_training_step(patch, STEPS + 1, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
     # "--data.download the first time", say the recipes
-    other.data.workers, other.data.download, other.engine.keep_states = 1, True, 1
-    train(other)
-
-
-def test_a_moved_run_resumes(config, tmp_path):
+    config.data.workers, config.data.download, config.engine.keep_states = 1, True, 1
     train(config)
-    shutil.move(config.output, tmp_path / "moved")
-    train(dataclasses.replace(config, output=str(tmp_path / "moved"), resume=True))
+    assert measured(config) == measured(whole)
+    assert_same_tensors(last(config)["model"], last(whole)["model"])
+
+
+def test_a_moved_run_resumes(config, run, tmp_path, capsys):
+    shutil.move(run.path, tmp_path / "moved")
+    config.output, config.optim.epochs = str(tmp_path / "moved"), 3
+    train(dataclasses.replace(config, resume=True, accept_changes=True))
+    assert "continuing after epoch 2 of 3" in capsys.readouterr().out
+    assert [row["epoch"] for row in rows(config)] == [1, 2, 3]
 
 
 def break_newest(config, content):
@@ -200,15 +193,12 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("content", BREAKS.values(), ids=BREAKS)
-def test_a_broken_newest_state_is_named_and_the_one_before_taken(config, tmp_path, capsys, content):
-    train(config)
+def test_a_broken_newest_state_is_named_and_the_one_before_taken(config, run, whole, capsys, content):
     path = break_newest(config, content)
     train(config)
     said = capsys.readouterr().out
     assert f"left aside: {path}" in said
     assert "continuing after epoch 1 of 2" in said
-    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
-    train(whole)
     assert measured(config) == measured(whole)
     assert_same_tensors(last(config)["model"], last(whole)["model"])
 
@@ -224,21 +214,20 @@ def test_broken_states_left_aside_do_not_push_out_new_ones(config, monkeypatch):
         train(config)
     assert [path.name[-8:-6] for path in states(config)] == ["12", "09", "08", "07"]
     train(config)
+    assert [row["epoch"] for row in rows(config)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("content", BREAKS.values(), ids=BREAKS)
-def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, contents, content):
-    config.engine.keep_states = 1
-    train(config)
+def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, run, contents, content):
+    states(config)[1].unlink()
     path = break_newest(config, content)
-    before = contents(RunFolder(config.output).state_folder)
+    before = contents(run.state_folder)
     with pytest.raises(CheckpointError, match=f"no training state can be used: {path}"):
         train(config)
-    assert contents(RunFolder(config.output).state_folder) == before
+    assert contents(run.state_folder) == before
 
 
-def test_an_optimiser_state_of_another_shape_is_refused(config):
-    train(config)
+def test_an_optimiser_state_of_another_shape_is_refused(config, run):
     path = states(config)[0]
     state = load_state(path)
     for values in state["optimizer"]["state"].values():
@@ -249,13 +238,142 @@ def test_an_optimiser_state_of_another_shape_is_refused(config):
         train(config)
 
 
-def test_the_state_of_another_model_is_refused(config, tmp_path):
-    train(config)
-    other = copy.deepcopy(config)
-    other.output, other.model.args["depth"] = str(tmp_path / "other"), "2"
-    train(other)
-    shutil.copy(states(config)[0], states(other)[0])
+def test_the_state_of_another_model_is_refused(config, run):
+    config.model.args["depth"], config.accept_changes = "2", True
+    run.describe(config)
     with pytest.raises(
         CheckpointError, match=r"step_0000000006\.state does not fit the model: missing blocks\.1"
     ):
-        train(other)
+        train(config)
+
+
+# ---- with another configuration: it takes effect, or is refused before anything is lost
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Four epochs with a cosine, stopped after the second step of the second; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = tiny_config(write_colours(folder / "images"), folder / "run")
+    config.optim.epochs = 4
+    with pytest.MonkeyPatch.context() as patch:
+        during_training_step(
+            patch, STEPS + 2, lambda loss, logits: (signal.raise_signal(signal.SIGTERM), loss)[1]
+        )
+        with pytest.raises(InterruptedRun):
+            train(config)
+    return config
+
+
+@pytest.fixture
+def changed(stopped, tmp_path):
+    """A copy of that run, of which changes are accepted."""
+    other = elsewhere(stopped, tmp_path / "changed")
+    shutil.copytree(stopped.output, other.output)
+    other.accept_changes = True
+    return other
+
+
+def test_another_weight_decay_is_used(changed, monkeypatch):
+    changed.optim.weight_decay = 0.25
+    used, run_epoch = [], trainer._run_epoch
+
+    def patched(session, progress):
+        run_epoch(session, progress)
+        used.append({group["weight_decay"] for group in session.optimizer.param_groups})
+
+    monkeypatch.setattr(trainer, "_run_epoch", patched)
+    train(changed)
+    assert used == [{0.0, 0.25}] * 3
+
+
+@pytest.mark.parametrize("batch_size", [4, 24])
+def test_another_batch_size_keeps_the_schedule_in_its_epoch(changed, batch_size):
+    changed.optim.batch_size = batch_size
+    train(changed)
+    steps = 24 // batch_size
+    for row in rows(changed)[1:]:
+        share = (row["epoch"] * steps - 1) / (4 * steps)  # of the schedule, before the epoch's last step
+        assert row["lr"] == pytest.approx(changed.optim.lr * (1 + math.cos(math.pi * share)) / 2)
+
+
+def test_other_accumulation_goes_on_at_the_same_image(changed):
+    changed.engine.accumulate = 4
+    train(changed)
+    assert [row["step"] for row in rows(changed)] == [STEPS * epoch for epoch in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.model.args.update(depth="2"), "does not fit the model"),
+        (lambda c: setattr(c.optim, "ema_decay", 0.9), "no average of the weights"),
+        (lambda c: setattr(c.optim, "name", "lion"), "another optimiser"),
+    ],
+    ids=["model", "average", "optimiser"],
+)
+def test_what_does_not_fit_is_refused_and_the_run_stays_as_it_was(changed, change, message):
+    before = copy.deepcopy(changed)
+    change(changed)
+    with pytest.raises(CheckpointError, match=message):
+        train(changed)
+    own = load_config(RunFolder(changed.output).config)
+    assert (own.model.args, own.optim) == (before.model.args, before.optim)
+    before.accept_changes = False
+    train(before)
+    assert len(rows(before)) == 4
+
+
+# ---- kill -9 at every moment
+
+
+PARTS = 6
+"""The moments are divided among so many tests."""
+
+
+@pytest.fixture
+def killed_config(config):
+    """Six steps with averaging and dropped paths, a state after every second, on augmented images."""
+    config.engine.save_steps = 2
+    config.optim.ema_decay = 0.9
+    config.model.name, config.model.args = "vit_tiny_patch16_224", {
+        "embed_dim": "12", "depth": "2", "num_heads": "2", "patch_size": "8", "drop_path_rate": "0.3",
+    }  # fmt: skip
+    config.model.image_size = 32
+    return config
+
+
+def everything(config):
+    """What must not depend on interruptions."""
+    state = last(config)
+    weights, info = load_checkpoint(RunFolder(config.output).weights)
+    return state, weights.state_dict(), info
+
+
+def assert_same_run(first, second):
+    (one, weights, info), (other, others_weights, others_info) = everything(first), everything(second)
+    assert_same_tensors(one["model"], other["model"])
+    assert_same_tensors(one["ema"], other["ema"])
+    for name, state in one["optimizer"]["state"].items():
+        assert_same_tensors(state, other["optimizer"]["state"][name])
+    assert_same_tensors(weights, others_weights)
+    timed = ("seconds", "waited")
+    assert {k: v for k, v in one["progress"].items() if k not in timed} == {
+        k: v for k, v in other["progress"].items() if k not in timed
+    }
+    assert (info["epoch"], info["val_top1"]) == (others_info["epoch"], others_info["val_top1"])
+    assert measured(first) == measured(second)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed_anywhere_a_run_goes_on_exactly(killed_config, tmp_path, part):
+    whole = elsewhere(killed_config, tmp_path / "whole")
+    moments = train_and_kill(whole)
+    assert moments is not None
+    assert moments >= 40  # so many kill points there are
+    for number in range(1 + part, moments + 1, PARTS):
+        cut = elsewhere(killed_config, tmp_path / f"cut{number}")
+        assert train_and_kill(cut, number) is None
+        train(cut)
+        assert_same_run(cut, whole)
+        assert not list(RunFolder(cut.output).path.rglob("*.tmp"))

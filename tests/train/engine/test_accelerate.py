@@ -1,7 +1,6 @@
 """Several processes on the CPU (gloo) compute what one computes, sharded or not, stopped or not."""
 
 import copy
-import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from cbsa_torch.models import load_checkpoint
-from cbsa_torch.train import load_config, train
+from cbsa_torch.train import train
 from cbsa_torch.train.config.base import ModelConfig, dump_yaml
 from cbsa_torch.train.engine.accelerate import synchronize_batch_norm
 from cbsa_torch.train.run.folder import RunFolder
@@ -38,9 +37,7 @@ def test_the_others_end_when_one_process_fails_alone(digits, tmp_path, moment):
     (tmp_path / "run.yaml").write_text(dump_yaml(digits))
     command = [*LAUNCHER, "tests.helpers.failing", moment, "train", "--config", str(tmp_path / "run.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=60, env=environment
-    )
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
     assert result.returncode == 1
     assert f"exitcode: {130 if moment == 'interrupt' else 1}) local_rank: 1" in result.stderr
     assert ("only here" in result.stderr) == (moment != "interrupt")

@@ -1,6 +1,5 @@
 """Evaluation and prediction of trained segmenters, by the library and by the commands."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,20 +11,16 @@ from PIL import Image
 from cbsa_torch.cli import main
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.segmentation import multi_scale_logits, sliding_logits
-from cbsa_torch.train import WindowOptions, evaluate_checkpoint, open_trained, predict_images, train
+from cbsa_torch.train import WindowOptions, evaluate_checkpoint, open_trained, predict_images
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.run.folder import RunFolder
-from tests.helpers.masked_folder import COUNTS, NAMES, tiny_segmentation, write_masked_folder
-from tests.train.conftest import tiny_config, write_split
+from tests.helpers.masked_folder import COUNTS, NAMES, write_masked_folder
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture
+def run(segmenter):
     """A trained segmenter and its data."""
-    folder = tmp_path_factory.mktemp("segmenter")
-    config = tiny_segmentation(write_masked_folder(folder / "scenes"), folder / "run")
-    train(config)
-    return config
+    return segmenter
 
 
 def normalised(model_info, path):
@@ -189,15 +184,3 @@ def test_a_report_shows_the_layers_of_encoder_and_decoder(run, capsys):
 def test_comparisons_are_of_classifiers(run, capsys):
     assert main(["compare", run.output, run.output]) == 1
     assert "is of the task 'segmentation'" in capsys.readouterr().err
-
-
-def test_options_of_segmenters_are_refused_for_classifiers(tmp_path, capsys):
-    for split in ("train", "val"):
-        write_split(tmp_path / "images" / split, 4)
-    config = tiny_config(tmp_path / "images", tmp_path / "run")
-    config.engine.tracker, config.optim.epochs, config.optim.batch_size = "none", 1, 4
-    train(dataclasses.replace(config))
-    assert main(["eval", "--checkpoint", config.output, "--split", "val", "--flip"]) == 1
-    assert "flip is for segmenters" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="masks is for segmenters"):
-        predict_images(config.output, [tmp_path / "x.png"], masks=tmp_path)
