@@ -1,4 +1,4 @@
-"""The model before its classes are known: no values, no draws, no weights read twice."""
+"""Models of a run: known before their classes, built once, and from the weights of another."""
 
 import dataclasses
 import shutil
@@ -95,17 +95,16 @@ def test_fine_tuning_starts_from_the_given_weights(finished, config):
     assert train(config).best_score == finished[1].best_score
 
 
-def test_fine_tuning_another_model_is_refused(finished, config):
-    config.model = ModelConfig("cbt_nano_patch4_64", init_from=str(finished[1].folder))
-    with pytest.raises(
-        ConfigError, match=r"holds 'cbt_nano_patch4_32', but model\.name is 'cbt_nano_patch4_64'"
-    ):
-        train(config)
-
-
-def test_fine_tuning_cannot_change_the_architecture(finished, config):
-    config.model.init_from = str(finished[1].folder)
-    with pytest.raises(ConfigError, match=r"model\.args cannot be changed together with model\.init_from"):
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("cbt_nano_patch4_64", {}, "holds 'cbt_nano_patch4_32', but model.name is 'cbt_nano_patch4_64'"),
+        ("cbt_nano_patch4_32", {"depth": "1"}, "model.args cannot be changed together with model.init_from"),
+    ],
+)
+def test_fine_tuning_another_model_is_refused(finished, config, name, args, message):
+    config.model = ModelConfig(name, args=args, init_from=str(finished[1].folder))
+    with pytest.raises(ConfigError, match=message):
         train(config)
 
 

@@ -51,11 +51,11 @@ def test_the_recipe_trains_and_evaluates_in_two_processes(tmp_path: Path):
     result = run_command(
         2, "train", "--config", "imagenet", "--data.root", str(root), "--output", str(run),
         "--optim.epochs", "2", "--optim.warmup-epochs", "1", "--optim.batch-size", "12", "--data.workers", "1",
-        "--engine.threads", "1",
+        "--engine.threads", "1", "--model.image-size", "64",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     config = load_config(run / "config.yaml")
-    assert (config.model.name, config.model.image_size) == ("cbt_tiny_patch16_224", None)
+    assert (config.model.name, config.model.image_size) == ("cbt_tiny_patch16_224", 64)
     assert "folder: 36 training and 16 validation images, 3 classes" in result.stdout
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]

@@ -85,29 +85,23 @@ def test_the_scale_of_mixed_precision_goes_on(config, tmp_path, monkeypatch, nam
     assert_same_tensors(last(cut)["model"], last(config)["model"])
 
 
-def test_a_resumed_run_says_where_it_goes_on(config, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        during_training_step(patch, STEPS + 1, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    assert "interrupted; the last training state is that of epoch 1" in capsys.readouterr().out
-    train(dataclasses.replace(config, resume=True))
-    assert "continuing after epoch 1 of 2" in capsys.readouterr().out
-
-
-def test_ctrl_c_keeps_the_states(config, monkeypatch, contents):
+def test_ctrl_c_keeps_the_states_and_says_where_the_run_goes_on(config, monkeypatch, capsys, contents):
     kept = {}
 
     def stop(loss, logits):
         kept.update(contents(Path(config.output)))
         raise KeyboardInterrupt
 
-    during_training_step(monkeypatch, STEPS + 2, stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
+    with monkeypatch.context() as patch:
+        during_training_step(patch, STEPS + 2, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert "interrupted; the last training state is that of epoch 1" in capsys.readouterr().out
     after = contents(Path(config.output))
     for name in ("states/step_0000000003.state", "model.safetensors", "metrics.jsonl", "config.yaml"):
         assert after[name] == kept[name]
+    train(dataclasses.replace(config, resume=True))
+    assert "continuing after epoch 1 of 2" in capsys.readouterr().out
 
 
 def test_a_run_interrupted_in_its_first_epoch_starts_over(config, whole, monkeypatch, capsys):

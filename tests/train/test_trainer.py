@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from cbsa_torch import cli
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import evaluate_checkpoint, load_config, train, trainer
 from cbsa_torch.train.config.base import ModelConfig, dump_yaml
-from cbsa_torch.train.data import read_skipped
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks import classification
@@ -52,15 +50,12 @@ def falling_accuracy(evaluate):
 # ---- a whole run
 
 
-def test_a_run_learns_the_colours(finished):
-    _, result = finished
+def test_a_run_learns_the_colours_and_leaves_its_configuration(finished):
+    config, result = finished
     assert result.best_score >= 0.9
     assert evaluate_checkpoint(result.folder).top1 >= 0.9
-
-
-def test_a_run_folder_holds_the_configuration(finished):
-    config, result = finished
     assert load_config(RunFolder(result.folder).config) == config
+    assert not list(Path(result.folder).rglob("*.tmp"))
 
 
 def test_a_run_folder_describes_the_environment(finished):
@@ -109,10 +104,6 @@ def test_the_best_or_the_last_weights_are_kept(config, monkeypatch, keep):
     assert (keep == "last") == torch.equal(model.head.weight, last(config)["model"]["head.weight"])
 
 
-def test_no_temporary_files_are_left(finished):
-    assert not list(Path(finished[1].folder).rglob("*.tmp"))
-
-
 def test_the_same_seed_gives_the_same_run(config, whole, tmp_path):
     train(config)
     assert_same_tensors(last(config)["model"], last(whole)["model"])
@@ -141,25 +132,7 @@ def test_an_image_size_other_than_the_design_trains(config):
     assert evaluate_checkpoint(config.output).images == 12
 
 
-def test_images_of_different_sizes_train(config, images, capsys):
-    for i, size in enumerate([(50, 20), (9, 70), (1, 1)]):
-        Image.new("RGB", size, (200, 60, 40)).save(images / "train" / "red" / f"odd_{i}.png")
-    train(config)
-    assert "27 training" in capsys.readouterr().out
-    assert read_skipped(RunFolder(config.output).skipped) == []
-
-
 # ---- steps and optimisers
-
-
-@pytest.mark.parametrize("name", ["adamw", "lion"])
-@pytest.mark.parametrize("ema_decay", [None, 0.5])
-def test_optimisers_and_averaging_train(config, name, ema_decay):
-    config.optim.name, config.optim.ema_decay = name, ema_decay
-    train(config)
-    state = last(config)
-    assert (state["ema"] is None) == (ema_decay is None)
-    assert evaluate_checkpoint(config.output).images == 12
 
 
 def test_the_average_is_what_is_evaluated_and_kept(config):
@@ -171,7 +144,7 @@ def test_the_average_is_what_is_evaluated_and_kept(config):
     assert not torch.equal(state["ema"]["head.weight"], state["model"]["head.weight"])
 
 
-@pytest.mark.parametrize("batch_size", [10, 16, 23, 24])
+@pytest.mark.parametrize("batch_size", [10, 24])
 def test_a_batch_size_need_not_divide_the_data(config, batch_size):
     config.optim.batch_size = batch_size
     train(config)
@@ -281,24 +254,6 @@ def test_the_gradient_of_a_step_is_clipped_to_its_norm(config, tmp_path, accumul
     assert sum((first[name] - second[name]).square().sum() for name in first).sqrt() == pytest.approx(
         0.02, rel=1e-2
     )
-
-
-def test_an_unknown_optimiser_names_the_nearest(config):
-    config.optim.name = "adamww"
-    with pytest.raises(ConfigError, match=r"'adamww'; did you mean 'adamw"):
-        train(config)
-
-
-def test_an_unknown_model_names_the_nearest(config):
-    config.model.name = "cbt_nano_patch4_23"
-    with pytest.raises(ConfigError, match="did you mean 'cbt_nano_patch4_"):
-        train(config)
-
-
-def test_wrong_model_arguments_are_refused(config):
-    config.model.args = {"embed_dmi": "16"}
-    with pytest.raises(ConfigError, match=r"cannot build cbt_nano_patch4_32 with .*embed_dmi"):
-        train(config)
 
 
 def test_precision_may_differ_from_that_of_an_earlier_run_in_the_process(config, finished):

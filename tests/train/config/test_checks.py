@@ -58,6 +58,7 @@ def test_seeds_that_no_generator_takes_are_refused(config, seed):
         ("model", {"image_size": -5}, "model.image_size must be at least 1, got -5"),
         ("model", {"args": {"num_classes": 7}}, "model.args num_classes must be left out (the data gives"),
         ("model", {"image_size": 32, "args": {"img_size": 64}}, "img_size must be left out beside model.image"),
+        ("model", {"name": "cbt_nano_patch4_23"}, "did you mean 'cbt_nano_patch4_"),
         ("model", {"args": {"no_such_option": 1}}, "cannot build cbt_nano_patch4_32 with"),
         (
             "optim",

@@ -259,24 +259,21 @@ def stopped(config, monkeypatch):
     return config
 
 
-def test_other_classes_are_refused_by_name(stopped, contents):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.move, "on 3 classes, the data has 3; new: 'rouge', missing: 'red'. Put"),
+        (shutil.copytree, "on 3 classes, the data has 4; new: 'rouge'"),
+    ],
+)
+def test_other_classes_are_refused_by_name(stopped, contents, change, message):
     before = contents(RunFolder(stopped.output).state_folder)
     for split in ("train", "val", "test"):
         root = Path(stopped.data.root) / split
-        shutil.move(root / "red", root / "rouge")
-    with pytest.raises(
-        CheckpointError, match="on 3 classes, the data has 3; new: 'rouge', missing: 'red'. Put"
-    ):
+        change(root / "red", root / "rouge")
+    with pytest.raises(CheckpointError, match=message):
         train(stopped)
     assert contents(RunFolder(stopped.output).state_folder) == before
-
-
-def test_more_classes_are_refused_by_name(stopped):
-    for split in ("train", "val", "test"):
-        root = Path(stopped.data.root) / split
-        shutil.copytree(root / "red", root / "pink")
-    with pytest.raises(CheckpointError, match="on 3 classes, the data has 4; new: 'pink'"):
-        train(stopped)
 
 
 def test_another_number_of_images_is_said(stopped, capsys):

@@ -92,14 +92,6 @@ def test_the_second_signal_acts_at_once(config, monkeypatch):
     assert not states(config)
 
 
-def test_requests_are_noted_inside_only():
-    with StopRequests() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop
-        assert stop.received is signal.SIGTERM
-
-
 def test_a_handler_that_python_did_not_install_is_given_up_for_the_default(monkeypatch):
     """A program in C around Python may have one: Python calls it None, and cannot put it back."""
     before = signal.getsignal(signal.SIGTERM)
