@@ -80,6 +80,7 @@ def test_it_trains_with_cbsa_in_an_interpreter_of_its_own(folder, tmp_path):
     assert result.stdout.split() == ["accuracy", "100.0"]
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves the files of images open
 @pytest.mark.parametrize("mixer", ["AgentAttention", "MSSA", "TSSA"])
 def test_it_trains_with_the_others(mixer, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", str(folder), str(tmp_path)])

@@ -29,13 +29,11 @@ def test_a_draft_tells_the_input_and_draws_nothing(config, name, mode):
 
 
 @pytest.mark.parametrize("fine_tuned", [False, True])
-def test_a_run_builds_and_reads_its_model_once(config, tmp_path, monkeypatch, fine_tuned):
+def test_a_run_builds_and_reads_its_model_once(config, whole, monkeypatch, fine_tuned):
     if fine_tuned:
-        train(config)
-        config.model = ModelConfig(name=config.model.name, init_from=config.output)
-        config.output = str(tmp_path / "other")
+        config.model = ModelConfig(name=config.model.name, init_from=whole.output)
     counts = {"built": 0, "read": 0}
-    create = build.timm.create_model
+    create, open_weights = build.timm.create_model, build.open_weights
 
     def built(*args, **kwargs):
         model = create(*args, **kwargs)
@@ -44,10 +42,10 @@ def test_a_run_builds_and_reads_its_model_once(config, tmp_path, monkeypatch, fi
 
     def read(path):
         counts["read"] += 1
-        return load_checkpoint(path)
+        return open_weights(path)
 
     monkeypatch.setattr(build.timm, "create_model", built)
-    monkeypatch.setattr(build, "load_checkpoint", read)
+    monkeypatch.setattr(build, "open_weights", read)
     train(config)
     assert counts == {"built": 1, "read": 1 if fine_tuned else 0}
 

@@ -28,8 +28,7 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 
 
 @pytest.mark.parametrize(
-    "moment",
-    ["backward", *(pytest.param(name, marks=pytest.mark.slow) for name in ("setup", "interrupt"))],
+    "moment", ["backward", *(pytest.param(name, marks=pytest.mark.slow) for name in ("setup", "interrupt"))]
 )
 def test_the_others_end_when_one_process_fails_alone(digits, tmp_path, moment):
     """In a bounded time, without an abort, though they wait for it in an exchange; by the real torchrun."""
