@@ -1,7 +1,5 @@
 """Several runs in one process, one after the other: the ``main`` of tests.helpers.processes."""
 
-import sys
-
 from cbsa_torch.train import load_config, train
 from cbsa_torch.train.engine.accelerate import leave_process_group
 
@@ -11,7 +9,3 @@ def main(paths):
     for path in paths:
         train(load_config(path))
     leave_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -4,8 +4,6 @@ import os
 import signal
 from pathlib import Path
 
-import torch
-
 from cbsa_torch._core import files
 from cbsa_torch.train import losses, train
 from tests.helpers.processes import CONTEXT
@@ -25,7 +23,6 @@ class _Events:
 
 
 def _train(config, fatal, counted):
-    torch.set_num_threads(1)
     events = _Events(fatal)
     fsync, replace, loss = os.fsync, Path.replace, losses.mean_loss
 

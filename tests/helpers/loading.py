@@ -1,6 +1,6 @@
 """``python -m tests.helpers.loading START_METHOD STUCK ENDING``: a program that reads by workers, and ends somehow.
 
-It prints the process numbers of its workers when they have read something.
+It tells the process numbers of its workers when they have read something.
 """
 
 import multiprocessing
@@ -32,14 +32,15 @@ class Images(Dataset):
         return self.transform(Image.new("RGB", (8, 8))), 0
 
 
-def run(start_method, stuck, ending):
-    multiprocessing.set_start_method(start_method)
+def run(start_method, stuck, ending, tell=print):
+    multiprocessing.set_start_method(start_method, force=True)
     config = DataConfig(workers=2)
     loader = make_loader(Images(stuck == "stuck"), SPEC, config, 2, train=False)
     batches = iter(loader)
     next(batches)
     next(batches)
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    tell(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+    sys.stdout.flush()
     time.sleep(2 if stuck == "stuck" else 0)
     if ending == "error":
         raise RuntimeError("as told")

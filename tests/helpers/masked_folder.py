@@ -57,13 +57,7 @@ def tiny_segmentation(root: Path, output: Path) -> SegmentationTrainConfig:
             name="folder", root=str(root), workers=0, crop_size=32, max_class_share=None
         ),
         optim=OptimConfig(
-            name="adamw",
-            lr=3e-3,
-            batch_size=4,
-            epochs=2,
-            warmup_epochs=0,
-            label_smoothing=0.0,
-            schedule="poly",
+            name="adamw", lr=3e-3, batch_size=4, epochs=2, warmup_epochs=0, label_smoothing=0.0, schedule="poly"
         ),
         engine=EngineConfig(cpu=True, tracker="none"),
     )

@@ -1,5 +1,6 @@
 """Looking into run folders, and disturbing a training step."""
 
+import copy
 import json
 
 import torch
@@ -10,6 +11,13 @@ from cbsa_torch.train.run.state import load_state
 
 STEPS = 3
 """Steps of one epoch of the tiny configuration."""
+
+
+def elsewhere(config, output):
+    """The same configuration with another folder."""
+    other = copy.deepcopy(config)
+    other.output = str(output)
+    return other
 
 
 def last(config):

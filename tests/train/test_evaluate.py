@@ -10,7 +10,7 @@ from PIL import Image
 
 from cbsa_torch.models import load_checkpoint, save_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
-from cbsa_torch.train import WindowOptions, evaluate, evaluate_checkpoint, predict_images, train
+from cbsa_torch.train import WindowOptions, evaluate, evaluate_checkpoint, predict_images
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder
@@ -50,10 +50,9 @@ def test_the_validation_accuracy_of_a_run_is_that_of_its_best_checkpoint(finishe
     assert result.top1 == finished[1].best_score
 
 
-def test_evaluation_writes_beside_the_checkpoint(config):
-    train(config)
-    evaluate_checkpoint(config.output, split="val")
-    assert (RunFolder(config.output).path / "eval_val.json").exists()
+def test_evaluation_writes_beside_the_checkpoint(run):
+    evaluate_checkpoint(run.path, split="val")
+    assert (run.path / "eval_val.json").exists()
 
 
 def test_a_missing_split_is_refused(finished, tmp_path, images):
@@ -71,14 +70,10 @@ def test_data_with_other_classes_is_refused(finished, tmp_path, images):
         evaluate_checkpoint(finished[1].folder, data=data, output=tmp_path / "e.json")
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no trained model"):
-        evaluate_checkpoint(tmp_path)
-
-
-def test_a_missing_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        evaluate_checkpoint(tmp_path / "nowhere")
+@pytest.mark.parametrize(("name", "message"), [(".", "holds no trained model"), ("nowhere", "nowhere")])
+def test_a_run_that_is_not_there_is_refused(tmp_path, name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        evaluate_checkpoint(tmp_path / name)
 
 
 def test_a_checkpoint_that_no_run_wrote_is_refused(finished, tmp_path):
@@ -88,15 +83,12 @@ def test_a_checkpoint_that_no_run_wrote_is_refused(finished, tmp_path):
         open_trained(tmp_path / "m.safetensors")
 
 
-def test_predictions_name_the_colours(finished, images):
+def test_predictions_name_the_colours_by_falling_probability(finished, images):
     paths = [images / "test" / name / f"{name}_0.png" for name in ("red", "blue", "green")]
     predictions = predict_images(finished[1].folder, paths, top=2)
     assert [p.classes[0] for p in predictions] == ["red", "blue", "green"]
     assert all(len(p.classes) == 2 and p.error is None for p in predictions)
-
-
-def test_probabilities_fall_and_sum_to_one(finished, images):
-    (prediction,) = predict_images(finished[1].folder, [images / "test" / "red" / "red_1.png"], top=99)
+    (prediction,) = predict_images(finished[1].folder, paths[:1], top=99)
     assert sorted(prediction.classes) == ["blue", "green", "red"]
     assert prediction.probabilities == sorted(prediction.probabilities, reverse=True)
     assert sum(prediction.probabilities) == pytest.approx(1, abs=1e-5)

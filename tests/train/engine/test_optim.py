@@ -5,12 +5,13 @@ import io
 import pytest
 import timm
 import torch
+from timm.scheduler import PolyLRScheduler
 
 import cbsa_torch.models  # noqa: F401
 from cbsa_torch.models import load_checkpoint, save_checkpoint
 from cbsa_torch.train.config.base import OptimConfig
 from cbsa_torch.train.engine.accelerate import to_channels_last
-from cbsa_torch.train.engine.optim import has_fused, make_optimizer
+from cbsa_torch.train.engine.optim import has_fused, make_optimizer, make_scheduler
 
 ARGS = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_representatives": 4}
 MODEL = "cbt_nano_patch4_32"
@@ -129,3 +130,24 @@ def test_a_gradient_in_another_layout_is_read_right(name):
             optimizer.step()
         weights[fused] = conv.weight.detach()
     assert torch.allclose(weights[True], weights[False], atol=1e-5)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_weight_decay_of_matrices_only_or_of_everything(everything):
+    model = timm.create_model("cbt_pico_patch1_8", embed_dim=16, depth=1, num_heads=2)
+    optimizer = make_optimizer(model, OptimConfig(name="adamw", weight_decay=0.1, decay_everything=everything))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        assert (id(parameter) in decayed) == (everything or matrix), name
+
+
+def test_the_learning_rate_falls_as_a_power():
+    config = OptimConfig(lr=3e-3, epochs=2, warmup_epochs=0, schedule="poly")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=config.lr)
+    scheduler = make_scheduler(optimizer, config, 10)
+    assert isinstance(scheduler, PolyLRScheduler)
+    for step in (0, 7, 19):
+        scheduler.step_update(step)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(config.lr * (1 - step / 20) ** 0.9)

@@ -1,45 +1,38 @@
-"""Teachers that do not fit, data of other classes, and the command ``cbsa adapt``."""
+"""Teachers that do not fit, data of other classes, the command ``cbsa adapt``, and two processes."""
 
 import copy
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from cbsa_torch.cli import main
 from cbsa_torch.models import load_checkpoint, save_checkpoint
-from cbsa_torch.train import train
-from cbsa_torch.train.config.base import TrainConfig
 from cbsa_torch.train.errors import ConfigError, RunFolderError
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.adaptation.stages import recover, stages
-from tests.train.tasks.adaptation.conftest import VIT
+from tests.helpers import processes
+from tests.helpers.runs import elsewhere, measured
+from tests.helpers.small_vit import adapt_config, untrained_like
 
 
-def another_vit(config, tmp_path, **args):
-    """The folder of a ViT like ``vit`` but for ``args``, trained for one epoch."""
-    plain = TrainConfig(output=str(tmp_path / "teacher"), data=config.data, optim=config.optim)
-    plain.engine = config.engine
-    plain.model.name, plain.model.image_size = "vit_tiny_patch16_224", 8
-    plain.model.args = {**VIT, **args}
-    return str(train(plain).folder)
-
-
-@pytest.mark.parametrize("args", [{"embed_dim": "24"}, {"depth": "2"}, {"depth": "4"}, {"patch_size": "4"}])
-def test_a_teacher_of_another_shape_is_named_before_anything_is_written(config, tmp_path, args):
-    config.distill.teacher = another_vit(config, tmp_path, **args)
+@pytest.mark.parametrize("args", [{"embed_dim": 24}, {"depth": 2}, {"depth": 4}, {"patch_size": 4}])
+def test_a_teacher_of_another_shape_is_named_before_anything_is_written(config, vit, tmp_path, args):
+    config.distill.teacher = untrained_like(vit, tmp_path / "teacher.safetensors", **args)
     with pytest.raises(ConfigError, match=r"distill\.teacher must be built as the original is"):
         recover(config)
     assert not Path(config.output).exists()
 
 
-def test_a_teacher_of_another_shape_may_teach_its_logits(config, tmp_path):
-    config.distill.teacher = another_vit(config, tmp_path, embed_dim="24")
+def test_a_teacher_of_another_shape_may_teach_its_logits(config, vit, tmp_path):
+    config.distill.teacher = untrained_like(vit, tmp_path / "teacher.safetensors", embed_dim=24)
     config.distill.features = 0.0
     assert recover(config).best_epoch == 1
 
@@ -76,17 +69,14 @@ def test_other_classes_get_a_head_of_their_own(config, tmp_path):
     assert changed == {"head.weight", "head.bias"}
 
 
-def test_a_teacher_of_these_classes_teaches_a_new_head(config, tmp_path):
-    for classes in ("ab", "xy"):
-        folder_of(tmp_path / classes, classes)
-    config.data = dataclasses.replace(config.data, name="folder", root=str(tmp_path / "xy"))
+def test_a_teacher_of_these_classes_teaches_a_new_head(config, vit, tmp_path):
+    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "ab", "ab"))
     config.optim.batch_size, config.distill.features = 8, 0.0
-    config.distill.teacher = another_vit(config, tmp_path)
-    config.data = dataclasses.replace(config.data, root=str(tmp_path / "ab"))
+    config.distill.teacher = untrained_like(vit, tmp_path / "teacher.safetensors", ["x", "y"])
     with pytest.raises(ConfigError, match=r"distill\.teacher was trained on others than the data have"):
         recover(config)
     assert not Path(config.output).exists()
-    config.data = dataclasses.replace(config.data, root=str(tmp_path / "xy"))
+    config.data.root = folder_of(tmp_path / "xy", "xy")
     assert recover(config).best_epoch == 1
 
 
@@ -174,3 +164,40 @@ def test_a_cnn_cannot_be_adapted(config, tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be adapted: .*attention"):
         recover(config)
     assert not Path(config.output).exists()
+
+
+def for_processes(vit, folder):
+    config = adapt_config(vit, folder / "adapted")
+    config.distill.features, config.optim.epochs = 2.0, 2
+    # Adam would divide small gradients by themselves, and with them their rounding
+    config.optim.name, config.optim.lr, config.new_lr = "sgd", 0.05, None
+    return config
+
+
+@pytest.fixture(scope="module")
+def alone(vit, tmp_path_factory):
+    """A recovery in one process after two epochs, and after a third one; not to be changed."""
+    config = for_processes(vit, tmp_path_factory.mktemp("alone"))
+    recover(copy.deepcopy(config))
+    further = elsewhere(config, f"{config.output}_further")
+    shutil.copytree(config.output, further.output)
+    further.optim.epochs, further.accept_changes = 3, True
+    recover(further)
+    return config, further
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["copies", "sharded"])
+def test_two_processes_recover_like_one(vit, alone, tmp_path, sharded):
+    config = for_processes(vit, tmp_path)
+    config.engine.fsdp = sharded
+    assert ("sharded" in processes.train(2, config, "adapt").stdout) == sharded
+    kept = [load_file(RunFolder(run.output).weights) for run in (config, alone[0])]
+    torch.testing.assert_close(*kept, rtol=1e-4, atol=1e-5)
+    config.engine.fsdp, config.optim.epochs, config.accept_changes = False, 3, True
+    recover(config)  # goes on in one process
+    first, second = measured(config), measured(alone[1])
+    assert len(first) == len(second) == 3
+    for one, other in zip(first, second, strict=True):
+        assert one["val_top1"] == other["val_top1"]
+        for key in ("train_loss", "val_loss"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5)

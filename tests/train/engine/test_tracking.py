@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
+import resource
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from cbsa_torch.train.engine.tracking import (
     tracker_names,
 )
 from cbsa_torch.train.errors import ConfigError
+from tests.helpers import processes
 
 
 class Fake(GeneralTracker):
@@ -138,35 +138,31 @@ def test_tensorboard_events_read_back(tmp_path):
     assert not said
 
 
-FULL_DISK = """
-import resource, sys
-from cbsa_torch.train.config.base import TrainConfig
-from cbsa_torch.train.engine.accelerate import new_accelerator
-from cbsa_torch.train.engine.tracking import finish_trackers, log, start_trackers
-config, said = TrainConfig(output=sys.argv[1]), []
-accelerator = new_accelerator(cpu=True, log_with="tensorboard", project_dir=sys.argv[1])
-if sys.argv[2] == "later":
-    start_trackers(accelerator, config, said.append)
-    log(accelerator, {"loss": 1.0}, 0, said.append)
-assert not said, said
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # a full disk: no file grows any more
-if sys.argv[2] == "start":
-    start_trackers(accelerator, config, said.append)
-for step in range(1, 60):
-    log(accelerator, {"loss": 1.0}, step, said.append)
-finish_trackers(accelerator, said.append)
-assert len(said) == 1, said
-print("trained to the end;", said[0])
-"""
+def log_to_a_full_disk(args):
+    """The ``main`` of a process whose disk is full from the start, or later; it must not fail."""
+    folder, when = args
+    config, said = TrainConfig(output=folder), []
+    accelerator = new_accelerator(cpu=True, log_with="tensorboard", project_dir=folder)
+    if when == "later":
+        start_trackers(accelerator, config, said.append)
+        log(accelerator, {"loss": 1.0}, 0, said.append)
+    assert not said, said
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))  # no file grows any more
+    if when == "start":
+        start_trackers(accelerator, config, said.append)
+    for step in range(1, 60):
+        log(accelerator, {"loss": 1.0}, step, said.append)
+    finish_trackers(accelerator, said.append)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    print(len(said), said[0])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
 @pytest.mark.parametrize("when", ["start", "later"])
 def test_a_full_disk_under_tensorboard_neither_stops_nor_hangs_the_run(tmp_path, when):
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), when]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = processes.run(1, str(tmp_path), when, main=log_to_a_full_disk, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "trained to the end; tracker tensorboard" in result.stdout
+    assert result.stdout.startswith("1 tracker tensorboard")
     assert "File too large" in result.stdout
 
 

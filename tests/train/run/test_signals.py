@@ -1,19 +1,18 @@
 """A run that is asked to stop saves its state first, wherever it is."""
 
-import dataclasses
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+from cbsa_torch import cli
 from cbsa_torch.train import train, trainer
 from cbsa_torch.train.config.base import dump_yaml
 from cbsa_torch.train.errors import InterruptedRun
 from cbsa_torch.train.run.signals import StopRequests
 from cbsa_torch.train.tasks import classification
+from tests.helpers.processes import Command
 from tests.helpers.runs import STEPS, assert_same_tensors, during_training_step, last, measured, states
 
 
@@ -34,9 +33,7 @@ def send(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, tmp_path, monkeypatch, number):
-    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
-    train(whole)
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, whole, monkeypatch, number):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         during_training_step(patch, STEPS + 2, send(number))
@@ -53,9 +50,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, tmp_p
     assert_same_tensors(last(config)["model"], last(whole)["model"])
 
 
-def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, tmp_path, monkeypatch):
-    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
-    train(whole)
+def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, whole, monkeypatch):
     task = classification.Classification
     evaluate = task.evaluate
     with monkeypatch.context() as patch:
@@ -97,14 +92,6 @@ def test_the_second_signal_acts_at_once(config, monkeypatch):
     assert not states(config)
 
 
-def test_requests_are_noted_inside_only():
-    with StopRequests() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop
-        assert stop.received is signal.SIGTERM
-
-
 def test_a_handler_that_python_did_not_install_is_given_up_for_the_default(monkeypatch):
     """A program in C around Python may have one: Python calls it None, and cannot put it back."""
     before = signal.getsignal(signal.SIGTERM)
@@ -121,22 +108,25 @@ def test_a_handler_that_python_did_not_install_is_given_up_for_the_default(monke
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def in_a_session(args):
+    """A process group of its own, like that of a command in a terminal."""
+    os.setsid()
+    return cli.main(args)
+
+
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
 def test_the_command_says_by_its_exit_code_that_it_can_be_continued(config, tmp_path, number, workers):
     """The signal goes to all of its processes, as from a terminal, from systemd or timeout."""
     config.optim.epochs, config.data.workers = 2000, workers
     config.optim.batch_size, config.engine.save_steps = 1, 1  # a state while the workers are at work
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
-    command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--config", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 50
-    while not states(config):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert f"stopped by {number.name}; the last training state is that of epoch" in errors
+    with Command(1, "train", "--config", str(tmp_path / "config.yaml"), main=in_a_session) as command:
+        deadline = time.monotonic() + 50
+        while not states(config):
+            assert command.running()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(command.pids[0], number)
+        result = command.wait(30)
+    assert result.returncode == 75
+    assert f"stopped by {number.name}; the last training state is that of epoch" in result.stderr

@@ -1,7 +1,6 @@
 """Recovery as a whole: what is trained, from what, and that it goes on where it was stopped."""
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,14 @@ import torch
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import evaluate_checkpoint
+from cbsa_torch.train.config.base import OptimConfig
 from cbsa_torch.train.engine.optim import make_optimizer, make_scheduler
 from cbsa_torch.train.errors import ConfigError, RunFolderError
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.adaptation import distill
 from cbsa_torch.train.tasks.adaptation.stages import recover, stages
-from tests.helpers.runs import assert_same_tensors, last, measured
+from tests.helpers.runs import assert_same_tensors, elsewhere, last, measured
 
 
 def weights(folder):
@@ -29,7 +29,7 @@ def test_a_run_is_opened_and_goes_on_exactly(config, tmp_path, monkeypatch):
     assert trained.info["model_args"]["mixer"] == "adapted_cbsa"
     measured_again = evaluate_checkpoint(result.folder, split="val", output=tmp_path / "e.json")
     assert measured_again.top1 == result.best_score
-    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
+    cut = elsewhere(config, tmp_path / "cut")
     original, calls = distill.mean_loss, []
 
     def interrupted(*args):
@@ -107,8 +107,6 @@ def test_an_adapted_run_gets_more_layers(config, tmp_path):
 
 
 def test_the_rate_of_what_is_new():
-    from cbsa_torch.train.config.base import OptimConfig
-
     model = torch.nn.Linear(3, 2)
     model.step = torch.nn.Parameter(torch.ones(2, 1))
     config = OptimConfig(name="adamw", lr=1e-3, warmup_lr=1e-4, epochs=4, warmup_epochs=1, weight_decay=0.1)

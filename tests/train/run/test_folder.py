@@ -10,20 +10,88 @@ import pytest
 from cbsa_torch.cli import main
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import train
-from cbsa_torch.train.errors import ConfigError, RunFolderError
+from cbsa_torch.train.errors import ConfigError, DataError, RunFolderError
 from cbsa_torch.train.run.folder import RunFolder
-from tests.helpers.runs import STEPS, during_training_step, interrupt, last, rows, states
+from tests.helpers.runs import STEPS, during_training_step, interrupt, last, measured, rows, states
+
+# ---- what may be an output
 
 
-@pytest.fixture
-def run(config):
-    """A finished run."""
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("foreign_config", [False, True])
+def test_a_folder_that_is_not_a_run_is_refused(config, overwrite, foreign_config, contents):
+    folder = Path(config.output)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    if foreign_config:
+        (folder / "config.yaml").write_text("theme: dark\n")
+    before = contents(folder)
+    config.overwrite = overwrite
+    with pytest.raises(RunFolderError, match="holds files that are not a run"):
+        train(config)
+    assert contents(folder) == before
+
+
+def test_an_empty_folder_may_be_used(config, whole):
+    Path(config.output).mkdir()
     train(config)
-    return RunFolder(config.output)
+    assert measured(config) == measured(whole)
+
+
+def test_a_file_as_output_is_refused(config):
+    Path(config.output).write_text("mine")
+    with pytest.raises(RunFolderError, match="is not a folder"):
+        train(config)
+    assert Path(config.output).read_text() == "mine"
+
+
+def test_there_must_be_something_to_resume(config):
+    config.resume = True
+    with pytest.raises(RunFolderError, match="nothing to resume"):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_of_another_configuration_is_refused_with_what_changed(config, run, contents, resume):
+    before = contents(run.path)
+    config.resume, config.optim.lr, config.model.args["depth"] = resume, 1.0, "2"
+    expected = (
+        r"of another configuration:\n  model\.args\.depth: 1 -> 2\n  optim\.lr: 0\.003 -> 1\.0\ncontinue it"
+    )
+    with pytest.raises(RunFolderError, match=expected):
+        train(config)
+    assert contents(run.path) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optim", "name", "nonsense"),
+        ("optim", "batch_size", 0),
+        ("model", "name", "nonsense"),
+        ("model", "args", {"depth": "0"}),
+        ("model", "init_from", "nowhere.safetensors"),
+        ("data", "root", "nowhere"),
+        ("data", "name", "torch/nonsense"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_run_is_overwritten(config, run, contents, section, key, value):
+    before = contents(run.path)
+    config.overwrite = True
+    setattr(getattr(config, section), key, value)
+    with pytest.raises((ConfigError, DataError, FileNotFoundError)):
+        train(config)
+    assert contents(run.path) == before
+
+
+# ---- what may lie in it
 
 
 def test_overwriting_leaves_what_is_not_of_a_run(config, run):
-    (run.path / "eval_test.json").write_text("{}")
+    stale = [run.path / name for name in ("eval_test.json", "report.html")]
+    for path in stale:
+        path.write_text("{}")
     foreign = [run.path / "notes.txt", run.path / "thesis" / "chapter.tex", run.state_folder / "backup.pt"]
     for path in foreign:
         path.parent.mkdir(exist_ok=True)
@@ -33,8 +101,7 @@ def test_overwriting_leaves_what_is_not_of_a_run(config, run):
     config.overwrite, config.optim.epochs = True, 1
     train(config)
     assert [path.read_text() for path in foreign] == ["mine"] * 3
-    assert not (run.path / "eval_test.json").exists()
-    assert not [path for path in events if path.exists()]
+    assert not [path for path in (*stale, *events) if path.exists()]
     assert [row["epoch"] for row in rows(config)] == [1]
     assert len(states(config)) == 1
 
@@ -97,6 +164,7 @@ def test_an_empty_configuration_is_not_taken_for_the_defaults(config, run, conte
     assert contents(run.path) == before
     config.overwrite = True
     train(config)
+    assert len(rows(config)) == 2
 
 
 def test_a_killed_overwriting_can_be_repeated_without_environment(config, run, monkeypatch):
@@ -126,6 +194,7 @@ def test_lost_states_are_not_trained_over(config, run, contents):
     assert contents(run.path) == before
     config.overwrite = True
     train(config)
+    assert len(states(config)) == 2
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "states"])
@@ -190,24 +259,21 @@ def stopped(config, monkeypatch):
     return config
 
 
-def test_other_classes_are_refused_by_name(stopped, contents):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.move, "on 3 classes, the data has 3; new: 'rouge', missing: 'red'. Put"),
+        (shutil.copytree, "on 3 classes, the data has 4; new: 'rouge'"),
+    ],
+)
+def test_other_classes_are_refused_by_name(stopped, contents, change, message):
     before = contents(RunFolder(stopped.output).state_folder)
     for split in ("train", "val", "test"):
         root = Path(stopped.data.root) / split
-        shutil.move(root / "red", root / "rouge")
-    with pytest.raises(
-        CheckpointError, match="on 3 classes, the data has 3; new: 'rouge', missing: 'red'. Put"
-    ):
+        change(root / "red", root / "rouge")
+    with pytest.raises(CheckpointError, match=message):
         train(stopped)
     assert contents(RunFolder(stopped.output).state_folder) == before
-
-
-def test_more_classes_are_refused_by_name(stopped):
-    for split in ("train", "val", "test"):
-        root = Path(stopped.data.root) / split
-        shutil.copytree(root / "red", root / "pink")
-    with pytest.raises(CheckpointError, match="on 3 classes, the data has 4; new: 'pink'"):
-        train(stopped)
 
 
 def test_another_number_of_images_is_said(stopped, capsys):

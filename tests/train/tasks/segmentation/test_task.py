@@ -1,6 +1,5 @@
 """Segmenters train through the engine of all runs: windows in validation, exact resume, frozen encoders."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,41 +7,28 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.scheduler import PolyLRScheduler
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
-from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config.base import dump_yaml
-from cbsa_torch.train.config.checks import check_config
-from cbsa_torch.train.engine.optim import make_scheduler
+from cbsa_torch.train import evaluate_checkpoint, load_config, train
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.segmentation import SegmentationTrainConfig
 from cbsa_torch.train.tasks.segmentation.task import Segmentation
-from tests.helpers.masked_folder import ENCODER, NAMES, tiny_segmentation, write_masked_folder
-from tests.helpers.runs import assert_same_tensors, during_training_step, interrupt, last, measured, rows
-from tests.train.conftest import tiny_config
-from tests.train.test_distributed import launch, launch_training
-
-STEPS = 3
-"""Steps of an epoch."""
+from tests.helpers import processes
+from tests.helpers.colour_folder import tiny_config, write_colours
+from tests.helpers.masked_folder import ENCODER, NAMES
+from tests.helpers.runs import STEPS, assert_same_tensors, during_training_step, interrupt, last, measured, rows
 
 
-@pytest.fixture
-def config(tmp_path):
-    return tiny_segmentation(write_masked_folder(tmp_path / "scenes"), tmp_path / "run")
-
-
-def test_a_run_measures_mean_iou_and_its_checkpoint_rebuilds_the_model(config):
-    result = train(config)
-    assert [row["epoch"] for row in rows(config)] == [1, 2]
-    assert result.best_score == max(row["val_miou"] for row in rows(config))
-    model, info = load_checkpoint(RunFolder(config.output).weights)
-    assert (info["model"], info["class_names"], info["val_miou"]) == ("segmenter", NAMES, result.best_score)
+def test_a_run_measures_mean_iou_and_its_checkpoint_rebuilds_the_model(segmenter):
+    found = rows(segmenter)
+    assert [row["epoch"] for row in found] == [1, 2]
+    model, info = load_checkpoint(RunFolder(segmenter.output).weights)
+    best = max(row["val_miou"] for row in found)
+    assert (info["model"], info["class_names"], info["val_miou"]) == ("segmenter", NAMES, best)
     assert model(torch.randn(1, 3, 30, 50)).shape == (1, 3, 30, 50)
-    assert load_config(RunFolder(config.output).config) == config
-    card = RunFolder(config.output).card.read_text()
+    assert load_config(RunFolder(segmenter.output).config) == segmenter
+    card = RunFolder(segmenter.output).card.read_text()
     assert "pipeline_tag: image-segmentation" in card
     assert "Mean IoU on validation" in card
 
@@ -53,42 +39,38 @@ def test_it_learns(config):
     assert rows(config)[-1]["train_loss"] < 0.6 * rows(config)[0]["train_loss"]
 
 
-def test_a_run_killed_within_an_epoch_goes_on_exactly(config, tmp_path, monkeypatch):
+def test_a_run_killed_within_an_epoch_goes_on_exactly(config, segmenter, monkeypatch):
     config.engine.save_steps = 1
-    train(config)
-    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
         during_training_step(patch, STEPS + 3, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train(cut)
-    assert last(cut)["progress"]["batch"] == 2
+            train(config)
+    assert last(config)["progress"]["batch"] == 2
     torch.manual_seed(99)
-    train(cut)
-    assert measured(cut) == measured(config)
-    assert_same_tensors(last(cut)["model"], last(config)["model"])
+    train(config)
+    assert measured(config) == measured(segmenter)
+    assert_same_tensors(last(config)["model"], last(segmenter)["model"])
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_encoder_stays_as_it_was(config, frozen):
     config.model.args["freeze_encoder"] = frozen
-    before = Segmentation(config).open(Path("unused"), continued=False).model
-    torch.manual_seed(config.seed)
-    train(config)
-    states = [last(dataclasses.replace(config))["model"]]
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=3), accept_changes=True)
-    train(config)
-    states.append(last(config)["model"])
+    states = []
+    for epochs in (1, 2):
+        config.optim.epochs, config.accept_changes = epochs, epochs == 2
+        train(config)
+        states.append(last(config)["model"])
     changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
-    assert states[0].keys() == before.state_dict().keys()
     assert any(name.startswith("decoder.") for name in changed)
     assert any(name.startswith("encoder.") for name in changed) is not frozen
 
 
-@pytest.fixture
-def classifier(images, tmp_path):
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
     """The folder of a trained classifier with the encoder of the segmenter."""
-    config = tiny_config(images, tmp_path / "classifier")
-    config.engine.tracker = "none"
+    folder = tmp_path_factory.mktemp("classifier")
+    config = tiny_config(write_colours(folder / "images"), folder / "run")
+    config.engine.tracker, config.optim.epochs = "none", 1
     config.model.args = {key: str(value) for key, value in ENCODER.items()}
     train(config)
     return config.output
@@ -120,12 +102,10 @@ def test_another_encoder_than_that_of_its_weights_is_refused(config, classifier)
     assert not Path(config.output).exists()
 
 
-def test_a_segmenter_is_no_encoder(config, tmp_path):
-    train(config)
-    further = tiny_segmentation(Path(config.data.root), tmp_path / "further")
-    further.model.args, further.model.encoder_from = {}, config.output
+def test_a_segmenter_is_no_encoder(config, segmenter):
+    config.model.args, config.model.encoder_from = {}, segmenter.output
     with pytest.raises(ConfigError, match=r"must be a classifier, .* use model\.init_from"):
-        train(further)
+        train(config)
 
 
 def test_an_encoder_of_one_size_is_refused_before_the_folder_is_touched(config):
@@ -161,32 +141,23 @@ def test_pretrained_weights_are_fetched_for_a_new_run_only(config, monkeypatch):
         assert asked.count(True) == 1
 
 
-def test_two_processes_train_and_measure_like_one(config, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True], ids=["copies", "sharded"])
+def test_two_processes_train_and_measure_like_one(config, segmenter, tmp_path, sharded):
     """Five validation images of different sizes, which two processes do not share out evenly."""
-    alone = dataclasses.replace(config, output=str(tmp_path / "alone"))
-    train(alone)
-    launch_training(2, config)
-    for first, second in zip(measured(config), measured(alone), strict=True):
+    config.engine.fsdp = sharded
+    assert ("sharded" in processes.train(2, config).stdout) == sharded
+    for first, second in zip(measured(config), measured(segmenter), strict=True):
         assert first["val_miou"] == pytest.approx(second["val_miou"], abs=2e-3)  # a pixel may tip over
         for key in ("train_loss", "val_loss"):
             assert first[key] == pytest.approx(second[key], rel=1e-5)
     several, one = tmp_path / "several.json", tmp_path / "one.json"
-    for count, output in ((2, several), (1, one)):
-        result = launch(count, "eval", "--checkpoint", config.output, "--split", "val", "--output", str(output))
-        assert result.returncode == 0, result.stderr
+    arguments = ["--checkpoint", config.output, "--split", "val", "--output", str(several)]
+    result = processes.run(2, "eval", *arguments)
+    assert result.returncode == 0, result.stderr
+    evaluate_checkpoint(config.output, split="val", output=one)
     first, second = (json.loads(path.read_text()) for path in (several, one))
     assert first == second
     assert first["images"] == 5
-
-
-def test_sharded_training_equals_one_process(config, tmp_path):
-    alone = dataclasses.replace(config, output=str(tmp_path / "alone"))
-    train(alone)
-    config.engine.fsdp = True
-    launch_training(2, config)
-    for first, second in zip(measured(config), measured(alone), strict=True):
-        assert first["val_miou"] == pytest.approx(second["val_miou"], abs=2e-3)
-        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
 
 
 def test_bad_masks_are_listed_and_the_rest_is_trained_on(config):
@@ -240,34 +211,8 @@ def test_weights_of_the_whole_and_of_the_encoder_exclude_each_other(config):
         train(config)
 
 
-def test_a_run_goes_on_from_the_weights_of_another(config, tmp_path):
-    train(config)
-    further = tiny_segmentation(Path(config.data.root), tmp_path / "further")
-    further.model.args, further.model.init_from = {}, config.output
-    opened = Segmentation(further).open(Path("unused"), continued=False)
-    kept = load_checkpoint(RunFolder(config.output).weights)[0].state_dict()
+def test_a_run_starts_from_the_weights_of_another(config, segmenter):
+    config.model.args, config.model.init_from = {}, segmenter.output
+    opened = Segmentation(config).open(Path("unused"), continued=False)
+    kept = load_checkpoint(RunFolder(segmenter.output).weights)[0].state_dict()
     assert_same_tensors(opened.model.state_dict(), kept)
-
-
-def test_recipes_are_of_the_task_they_name(tmp_path):
-    config = load_config("segmenter_ade20k")
-    assert isinstance(config, SegmentationTrainConfig)
-    check_config(config)
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_yaml(config))
-    assert load_config(path) == config
-    path.write_text("task: segmentatoin")
-    with pytest.raises(
-        ConfigError, match="task must be one of 'classification', 'segmentation', .*did you mean"
-    ):
-        load_config(path)
-
-
-def test_the_learning_rate_falls_as_a_power(config):
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=config.optim.lr)
-    scheduler = make_scheduler(optimizer, config.optim, 10)
-    assert isinstance(scheduler, PolyLRScheduler)
-    for step in (0, 7, 19):
-        scheduler.step_update(step)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(config.optim.lr * (1 - step / 20) ** 0.9)
