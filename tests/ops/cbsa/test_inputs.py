@@ -76,16 +76,26 @@ BAD_ATTENTION = [
 
 @pytest.mark.parametrize(("attention", "kind", "message"), BAD_ATTENTION, ids=range(len(BAD_ATTENTION)))
 def test_a_bad_attention_is_named(attention, kind, message):
-    assert ops.attention_inputs(**GOOD, attention=ATTENTION).attention is ATTENTION
     with pytest.raises(kind, match=message):
-        ops.attention_inputs(**GOOD, attention=attention)
+        ops.cbsa_inputs(**GOOD, attention=attention)
 
 
-def test_other_arguments_are_checked_beside_an_attention():
-    for change, kind, message in BAD_INPUT:
-        if not {"keys", "values", "broadcast", "step_representatives"} & change.keys():
-            with pytest.raises(kind, match=message):
-                ops.attention_inputs(**{**GOOD, "attention": ATTENTION, **change})
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"keys": GOOD["tokens"]},
+        {"values": GOOD["tokens"]},
+        {"key_mask": torch.ones(2, 4, dtype=torch.bool)},
+        {"step_representatives": torch.ones(3)},
+        {"step_representatives": 0.5},
+        {"broadcast": "softmax"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_of_the_extraction_are_refused_beside_an_attention(option):
+    assert ops.cbsa_inputs(**GOOD, attention=ATTENTION).attention is ATTENTION
+    with pytest.raises(ValueError, match="attention cannot be given beside keys, values"):
+        ops.cbsa_inputs(**GOOD, attention=ATTENTION, **option)
 
 
 @pytest.mark.parametrize(

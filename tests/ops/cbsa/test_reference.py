@@ -305,10 +305,10 @@ def test_stages_of_a_given_attention_fit_together():
     exists = torch.tensor([[True] * 4, [True, False, True, False]])
     attention[1, :, :, 3:] = representatives[1, :, 1] = math.nan  # hidden
     stages = ops.cbsa_stages(
-        ops.attention_inputs(
+        ops.cbsa_inputs(
             tokens,
             representatives,
-            attention,
+            attention=attention,
             step_tokens=step,
             token_mask=token_mask,
             representative_mask=exists,
