@@ -119,19 +119,9 @@ def test_a_frozen_encoder_stays_as_it_is():
     [*((encoder, "cbsa") for encoder in ENCODERS), (ENCODERS[0], "mssa"), (ENCODERS[0], "mhsa")],
 )
 def test_a_file_and_back(tmp_path, encoder, mixer):
-    args = {
-        "encoder": encoder,
-        "encoder_args": SMALL,
-        "mixer": mixer,
-        "num_classes": 3,
-        "depth": 1,
-        "num_heads": 2,
-        "head_dim": 8,
-        "dim": 24,
-        "mixer_args": {"tied": True} if mixer != "mhsa" else {},
-        "img_size": 56,
-        "freeze_encoder": True,
-    }
+    args = {"encoder": encoder, "encoder_args": SMALL, "img_size": 56, "freeze_encoder": True}
+    args |= {"mixer": mixer, "num_classes": 3, "depth": 1, "num_heads": 2, "head_dim": 8, "dim": 24}
+    args["mixer_args"] = {"tied": True} if mixer != "mhsa" else {}
     model = timm.create_model("segmenter", **args).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)

@@ -93,9 +93,7 @@ def segmenter(
     refuse_fetching(
         "encoder_args", encoder_args, "use pretrained_encoder=True, or load weights into model.encoder"
     )
-    taken = (
-        mixer_args.keys() & inspect.signature(MaskTransformerDecoder).parameters.keys() if mixer_args else None
-    )
+    taken = inspect.signature(MaskTransformerDecoder).parameters.keys() & (mixer_args or {})
     if taken:
         raise ValueError(f"mixer_args must hold options of the mixer, not {', '.join(sorted(taken))}")
     factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
