@@ -17,7 +17,7 @@ import timm
 from torch import Tensor, nn
 
 from cbsa_torch.models.checkpoint import CheckpointError, read_tensors, save_checkpoint, unwrap
-from cbsa_torch.models.official_names import (
+from cbsa_torch.models.official import (
     PER_HEAD,
     build_and_load,
     check_shapes,

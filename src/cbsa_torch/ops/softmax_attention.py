@@ -45,22 +45,18 @@ def softmax_attention(
     check_attention(queries, keys, values, key_mask)
     if attn_mask is not None:
         _check_attn_mask(attn_mask, queries, keys)
-    if key_mask is None:
-        with no_autocast(queries):
-            return F.scaled_dot_product_attention(queries, keys, values, attn_mask, dropout, scale=scale)
-    keys, values = zero_rows(keys, key_mask), zero_rows(values, key_mask)
-    # A row of weights needs something to sum to 1 over.
-    nothing = ~key_mask.any(-1)[:, None, None, None]
-    attended = key_mask[:, None, None, :] | nothing
-    if attn_mask is None:
-        attn_mask = attended
-    elif attn_mask.dtype == torch.bool:
-        attn_mask = attn_mask & attended
-    else:
-        attn_mask = attn_mask.masked_fill(~attended, -torch.inf)
+    if key_mask is not None:
+        keys, values = zero_rows(keys, key_mask), zero_rows(values, key_mask)
+        # A row of weights needs something to sum to 1 over.
+        nothing = ~key_mask.any(-1)[:, None, None, None]
+        attended = key_mask[:, None, None, :] | nothing
+        if attn_mask is None or attn_mask.dtype == torch.bool:
+            attn_mask = attended if attn_mask is None else attn_mask & attended
+        else:
+            attn_mask = attn_mask.masked_fill(~attended, -torch.inf)
     with no_autocast(queries):
         output = F.scaled_dot_product_attention(queries, keys, values, attn_mask, dropout, scale=scale)
-    return output.masked_fill(nothing, 0.0)
+    return output if key_mask is None else output.masked_fill(nothing, 0.0)
 
 
 def _check_attn_mask(attn_mask: Tensor, queries: Tensor, keys: Tensor) -> None:

@@ -48,6 +48,12 @@ def test_images_are_padded_prefix_tokens_dropped_and_masks_cropped(encoder, size
         assert_close(model(x), expected, 1e-5)
 
 
+def test_a_vit_of_timm_sees_two_columns_of_patches_at_least():
+    model, x = small().eval(), torch.randn(1, 3, 40, 9)
+    with torch.no_grad():
+        assert torch.equal(model(x), model(F.pad(x, (0, 23, 0, 8)))[..., :40, :9])
+
+
 POOLED = "vit_pwee_patch16_reg1_gap_256"
 """Its classifier has a norm of its own, which features do not need."""
 

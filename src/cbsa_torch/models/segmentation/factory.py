@@ -116,12 +116,12 @@ def segmenter(
         )
         return Segmenter(made, decoder, freeze_encoder=freeze_encoder)
 
-    model: Any = build_entry("segmenter", build, pretrained, **timm_args)
+    model: Segmenter = build_entry("segmenter", build, pretrained, **timm_args)
     known = getattr(model.encoder, "pretrained_cfg", None) or {}
-    model.pretrained_cfg |= {key: known[key] for key in _FROM_ENCODER if key in known}
-    model.pretrained_cfg["num_classes"] = num_classes
-    made: Segmenter = model
-    return made
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  (set by timm)
+    cfg |= {key: known[key] for key in _FROM_ENCODER if key in known}
+    cfg["num_classes"] = num_classes
+    return model
 
 
 def _encoder(name: str, pretrained: bool, args: dict[str, Any], norm_eps: float | None) -> nn.Module:

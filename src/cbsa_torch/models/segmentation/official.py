@@ -9,7 +9,7 @@ import timm
 from torch import Tensor, nn
 
 from cbsa_torch.models.checkpoint import CheckpointError
-from cbsa_torch.models.official_names import build_and_load, check_shapes, choose_heads, count_layers, grid_side
+from cbsa_torch.models.official import build_and_load, check_shapes, choose_heads, count_layers, grid_side
 from cbsa_torch.models.segmentation.decoder import HEAD_DIM, MaskTransformerDecoder
 
 # Our name to the official one, in the decoder.

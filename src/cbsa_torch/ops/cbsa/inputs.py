@@ -115,8 +115,8 @@ def cbsa_inputs(
         sizes = (b, representatives.shape[2])
         check_mask("representative_mask", representative_mask, sizes, "(B, M)", "a real representative")
     if attention is not None:
-        sizes = (b, h, representatives.shape[2], n)
-        check_rows("attention", attention, sizes, "(B, H, M, N)", "tokens", tokens)
+        m = representatives.shape[2]
+        check_rows("attention", attention, (b, h, m, n), "(B, H, M, N)", "tokens", tokens)
     return CBSAInputs(
         tokens,
         representatives,
