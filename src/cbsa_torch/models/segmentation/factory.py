@@ -118,7 +118,7 @@ def segmenter(
 
     model: Segmenter = build_entry("segmenter", build, pretrained, **timm_args)
     known = getattr(model.encoder, "pretrained_cfg", None) or {}
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  (set by timm)
+    cfg: Any = model.pretrained_cfg
     cfg |= {key: known[key] for key in _FROM_ENCODER if key in known}
     cfg["num_classes"] = num_classes
     return model
