@@ -1,14 +1,13 @@
 """Every option says what it is."""
 
 import ast
-import inspect
 import re
 from pathlib import Path
 
 import pytest
 
 import cbsa_torch
-from cbsa_torch.cli import COMMANDS, main
+from cbsa_torch.cli import main
 
 SOURCE = Path(cbsa_torch.__file__).parent
 FILES = [
@@ -43,5 +42,4 @@ def test_train_help_shows_every_setting_with_its_meaning(capsys):
     plain = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     for part in ("--seed", "--optim.weight-decay", "Of everything drawn at random", "Strength of weight decay"):
         assert part in plain
-    assert inspect.cleandoc("    Use the CPU although there is a GPU.") in plain
-    assert set(COMMANDS) >= {"train"}
+    assert "Use the CPU although there is a GPU." in plain

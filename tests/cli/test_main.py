@@ -34,8 +34,8 @@ def test_an_unknown_command_names_the_nearest(capsys):
 
 
 def test_a_missing_dependency_says_which_extra(monkeypatch, capsys):
-    def missing(module, extra):
-        raise ImportError(f"{module} is missing: pip install cbsa-torch[{extra}]")
+    def missing(extra):
+        raise ImportError(f"tyro is missing: pip install cbsa-torch[{extra}]")
 
     monkeypatch.setattr("cbsa_torch.cli.require", missing)
     assert main(["list"]) == 1

@@ -47,7 +47,6 @@ def test_key_lists_of_the_other_sizes(name, heads, head_dim, stem):
     assert sum(p.numel() for p in model.parameters()) == golden.describe(f"keys_{name}")["parameters"]
     assert (model.blocks[0].attn.num_heads, model.blocks[0].attn.head_dim) == (heads, head_dim)
     assert hasattr(model.stem, "norm1") == (stem == "linear")
-    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
 
 
 def crate(dim=32, depth=2, classes=5):
@@ -73,12 +72,12 @@ def crate(dim=32, depth=2, classes=5):
 
 
 def test_an_unpublished_width_needs_num_heads(tmp_path):
-    with pytest.raises(CheckpointError, match="heads of a CRATE of width 32 cannot be told .*; give num_heads"):
+    with pytest.raises(CheckpointError, match="heads cannot be told from its weights; give num_heads"):
         load_official(crate())
     model = load_official(crate(), num_heads=4)
     assert model.blocks[0].attn.num_heads == 4
     assert model(torch.randn(1, 3, 12, 12)).shape == (1, 5)
-    with pytest.raises(CheckpointError, match="num_heads 5 does not divide the 32 channels"):
+    with pytest.raises(CheckpointError, match="32 channels of its projections are not 5 heads"):
         load_official(crate(), num_heads=5)
     torch.save(crate(), tmp_path / "crate.pth")
     info = convert_official(tmp_path / "crate.pth", tmp_path / "ours.safetensors", num_heads=4)
@@ -124,7 +123,7 @@ LAYER = "transformer.layers.1.0.fn"
             {f"{LAYER}.to_out.0.bias": None},
             r"missing transformer\.layers\.1\.0\.fn\.to_out\.0\.bias; unexpected noth",
         ),
-        ({"pos_embedding": None}, "is not an official checkpoint: missing pos_embedding"),
+        ({"pos_embedding": None}, "is not an official checkpoint: pos_embedding is missing"),
         ({"norm.weight": torch.ones(16)}, "unexpected norm.weight"),
         ({"transformer.layers.0.1.fn.weight": torch.ones(32, 32).long()}, "ista.weight is torch.int64"),
     ],
@@ -138,7 +137,7 @@ def test_what_does_not_fit_is_named(change, message):
 @pytest.mark.parametrize(("shape", "got"), [((1, 1, 4), r"\(1, 1, 4\)"), ((0, 1, 1), r"\(0, 1, 1\)")])
 def test_steps_of_another_shape_are_refused(shape, got):
     state = as_cbsa(crate(), 1, heads=4) | {f"{LAYER}.step_rep": torch.ones(shape)}
-    with pytest.raises(CheckpointError, match=rf"step_rep {got} instead of \(heads, 1, 1\)"):
+    with pytest.raises(CheckpointError, match=rf"step_rep has shape {got} instead of \(heads, 1, 1\)"):
         load_official(state)
 
 
@@ -149,8 +148,10 @@ def test_a_stem_of_one_convolution_is_not_official():
         load_official({key: value for key, value in state.items() if key not in stem})
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-@pytest.mark.parametrize(("suffix", "wrapped"), [(".pth", False), (".pth.tar", True), (".safetensors", False)])
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "wrapped"),
+    [("", ".pth", False), ("module.", ".pth.tar", True), ("_orig_mod.", ".safetensors", False)],
+)
 def test_an_official_checkpoint_converts(tmp_path, prefix, suffix, wrapped):
     model = official_model()
     state = {prefix + k: v for k, v in official_state(model).items()}

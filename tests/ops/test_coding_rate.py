@@ -82,37 +82,30 @@ def test_dtypes():
         assert_close(ops.coding_rate(x), ops.coding_rate(x.double()).float(), 1e-6)
 
 
+X, MASK = torch.zeros(2, 4, 3), torch.ones(2, 4, dtype=torch.bool)
+
+
 @pytest.mark.parametrize(
-    ("call", "kind", "message"),
+    ("function", "arguments", "options", "kind", "message"),
     [
-        (lambda: ops.coding_rate(torch.zeros(3)), ValueError, r"x must have shape \(..., N, q\)"),
-        (lambda: ops.coding_rate(torch.zeros(3, 0)), ValueError, "at least one vector"),
-        (lambda: ops.coding_rate(torch.zeros(3, 2, dtype=torch.int32)), TypeError, "x must have a floating"),
-        (lambda: ops.coding_rate(torch.zeros(3, 2), eps=-1), ValueError, "eps must be positive"),
+        (ops.coding_rate, [X[0, 0]], {}, ValueError, r"x must have shape \(..., N, q\)"),
+        (ops.coding_rate, [X[:, :0]], {}, ValueError, "at least one vector"),
+        (ops.coding_rate, [X.int()], {}, TypeError, "x must have a floating"),
+        (ops.coding_rate, [X], {"eps": -1}, ValueError, "eps must be positive"),
+        (ops.coding_rate, [X[0]], {"token_mask": MASK}, ValueError, "x must have a batch axis"),
         (
-            lambda: ops.coding_rate(torch.zeros(3, 2), token_mask=torch.ones(3, dtype=torch.bool)),
-            ValueError,
-            "batch axis",
-        ),
-        (
-            lambda: ops.coding_rate(torch.zeros(3, 4, 2), token_mask=torch.ones(3, 4)),
+            ops.coding_rate,
+            [X],
+            {"token_mask": MASK.float()},
             TypeError,
             "token_mask must have dtype torch.bool",
         ),
-        (lambda: ops.compression_rate(torch.zeros(4, 2)), ValueError, r"projected must have shape"),
-        (lambda: ops.compression_rate(torch.zeros(2, 0, 3)), ValueError, r"projected must have shape"),
-        (
-            lambda: ops.compression_rate(torch.zeros(2, 4, 3), token_mask=torch.ones(2, 4, dtype=torch.bool)),
-            ValueError,
-            "projected must have a batch axis",
-        ),
-        (
-            lambda: ops.rate_reduction(torch.zeros(2, 5, 6), torch.zeros(2, 3, 4, 2)),
-            ValueError,
-            "the same leading axes and N",
-        ),
+        (ops.compression_rate, [X[0]], {}, ValueError, "projected must have shape"),
+        (ops.compression_rate, [X[:, :0]], {}, ValueError, "projected must have shape"),
+        (ops.compression_rate, [X], {"token_mask": MASK}, ValueError, "projected must have a batch axis"),
+        (ops.rate_reduction, [X, X[:, None, :2]], {}, ValueError, "the same leading axes and N"),
     ],
 )
-def test_bad_input_is_named(call, kind, message):
+def test_bad_input_is_named(function, arguments, options, kind, message):
     with pytest.raises(kind, match=message):
-        call()
+        function(*arguments, **options)

@@ -98,19 +98,6 @@ def test_similarities():
     assert counting.channel_attention(11, **heads).similarities == H * 11 * 5
 
 
-@pytest.mark.parametrize(
-    ("dim", "heads", "printed"),
-    [(192, 3, (0.53, 0.45, 1.4)), (384, 6, (1.1, 0.91, 2.8))],
-    ids=["tiny", "small"],
-)
-def test_similarities_of_table_4(dim, heads, printed):
-    """Millions over 12 layers of 14 x 14 + 1 tokens, for CBSA, TSSA and MSSA."""
-    for mixer, expected in zip((CBSA, TSSA, MSSA), printed, strict=True):
-        with torch.device("meta"):
-            millions = 12 * mixer(dim, heads).counts(torch.empty(1, 197, dim)).similarities / 1e6
-        assert float(f"{millions:.2g}") == expected
-
-
 def test_counts_add_up():
     a, b = Counts(1, 20, 300), Counts(4000, 50000, 600000)
     assert a + b == Counts(4001, 50020, 600300)
@@ -135,30 +122,6 @@ def test_mixers_count_what_they_do_between_their_projections(mixer, head_dim, n)
     x = torch.randn(1, n, 12)
     projections = layer.qkv.weight.numel() + layer.proj.weight.numel()
     assert layer.counts(x).products == measured(lambda: layer(x)) - 2 * n * projections
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"contraction": "exact"}, {"contraction": "none"}, {"representatives": "tokens"}, {"tied": True}],
-    ids=str,
-)
-def test_a_layer_counts_what_it_was_built_to_do(options):
-    layer = CBSA(12, 3, **options)
-    x = torch.randn(1, 16, 12)
-    projections = 2 * 16 * 12 * 12 * (1 if layer.tied else 2)
-    assert layer.counts(x).products == measured(lambda: layer(x)) - projections
-
-
-@pytest.mark.parametrize("p", [8, 64])
-def test_cbsa_is_cheaper_than_mssa_from_twice_the_head_dimension_on(p):
-    """2 N^2 P > 3 N M P + 2 M^2 P at M = P is (2 N + P)(N - 2 P) > 0: at P = 64 the crossover is 128."""
-    for n in (p, 2 * p - 1, 2 * p, 2 * p + 1, 5 * p):
-        cbsa = counting.cbsa(n, p, num_heads=1, head_dim=p).products
-        mssa = counting.softmax_attention(n, num_heads=1, head_dim=p).products
-        assert cbsa == 2 * (3 * n * p * p + 2 * p**2 * p)  # two per multiply-add
-        assert mssa == 2 * 2 * n**2 * p
-        assert (cbsa < mssa) == (n > 2 * p)
-        assert (cbsa == mssa) == (n == 2 * p)
 
 
 def test_bad_contractions_are_named():

@@ -110,55 +110,12 @@ def test_agents_that_do_not_exist():
 
 
 @each_case
-def test_a_full_mask_is_no_mask(case):
-    inputs = draw(case)
-    assert_close(case.run(*inputs, torch.ones(2, 5, dtype=torch.bool)), case.run(*inputs, None), 1e-12)
-
-
-@each_case
-@pytest.mark.parametrize("layout", ["heads inside", "channels first", "strided", "expanded"])
-def test_strides_do_not_matter(case, layout):
-    inputs = draw(case)
-    if layout == "heads inside":
-        others = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
-    elif layout == "channels first":
-        others = [t.mT.contiguous().mT for t in inputs]
-    elif layout == "strided":
-        others = [t.repeat_interleave(2, -1)[..., ::2] for t in inputs]
-    else:
-        inputs = [t[:1].repeat(2, 1, 1, 1) for t in inputs]
-        others = [t[:1].expand(2, -1, -1, -1) for t in inputs]
-    assert not any(t.is_contiguous() for t in others)
-    mask = torch.tensor([[True, True, False, True, False], [True] * 5])
-    for chosen in (None, mask):
-        assert_close(case.run(*others, chosen), case.run(*inputs, chosen), 1e-12)
-
-
-@each_case
 def test_the_order_of_tokens_and_of_items_does_not_matter(case):
     inputs, order = draw(case, n=7), torch.randperm(7)
     moved = [t if kind == "m" else t[:, :, order].flip(0) for t, kind in zip(inputs, case.lengths, strict=True)]
     if "m" in case.lengths:
         moved[1] = moved[1].flip(0)
     assert_close(case.run(*moved, None), case.run(*inputs, None)[:, :, order].flip(0), 1e-12)
-
-
-ONE_TOKEN = {
-    "mssa": lambda w: w,
-    "tssa": lambda w: -w * torch.softmax(3 * TEMPERATURE, 0)[:, None, None] / (1 + w**2),
-    "channel": lambda w: w * 0.8**2 / (0.8**2 + w**2),
-    "linear": lambda w: w / (1 + w.square().sum(-1, keepdim=True) / 0.8**2),
-    "linear eigh": lambda w: w / (1 + w.square().sum(-1, keepdim=True) / 0.8**2),
-    "softmax": lambda w: w,
-    "agent": lambda w: w,
-    "features": lambda w: w,
-}
-
-
-@pytest.mark.parametrize("name", ONE_TOKEN)
-def test_one_token(name):
-    *others, last = draw(CASES[name], n=1)
-    assert_close(CASES[name].run(*others, last, None), ONE_TOKEN[name](last), 1e-7)
 
 
 @each_case
@@ -236,32 +193,6 @@ def test_both_solvers_agree_at_repeated_eigenvalues(kind, average):
         assert_close(own, gradient, 1e-12)
 
 
-@pytest.mark.parametrize("solver", ["cholesky", "eigh"])
-def test_gradcheck_at_repeated_eigenvalues(solver):
-    tokens = repeated_eigenvalues("all equal").requires_grad_()
-    assert torch.autograd.gradcheck(lambda w: ops.linear_cbsa(w, eps=0.6, solver=solver), tokens)
-
-
-@pytest.mark.parametrize("name", ["linear mean", "linear eigh mean", "channel mean"])
-@pytest.mark.parametrize("times", [2, 5])
-def test_a_mean_does_not_depend_on_how_often_tokens_repeat(name, times):
-    (tokens,) = draw(CASES[name])
-    out = CASES[name].run(tokens, None)
-    assert_close(CASES[name].run(tokens.repeat(1, 1, times, 1), None), out.repeat(1, 1, times, 1), 1e-12)
-    by_sum = CASES[name.removesuffix(" mean")]
-    assert (
-        by_sum.run(tokens.repeat(1, 1, times, 1), None)[:, :, :5] - by_sum.run(tokens, None)
-    ).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("solver", ["cholesky", "eigh"])
-def test_linear_attention_keeps_what_is_small_and_removes_what_is_large(solver):
-    columns = torch.linalg.qr(torch.randn(1, 1, 9, 2).double()).Q
-    out = ops.linear_cbsa(columns * torch.tensor([1e-3, 1e3]).double(), eps=1.0, solver=solver)
-    assert_close(out[..., 0], 1e-3 * columns[..., 0], 1e-5)
-    assert_close(out[..., 1], 1e-3 * columns[..., 1], 1e-5)  # sigma / (1 + sigma^2)
-
-
 def zeros(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype)
 
@@ -303,20 +234,10 @@ def test_bad_tokens_are_named(function, tokens, mask, kind, message):
 BAD_OPTIONS = [
     (ops.mssa, {"scale": "a"}, TypeError, "scale must be a number, got 'a'"),
     (ops.tssa, {"temperature": None}, TypeError, "temperature must be a number, got None"),
-    (
-        ops.tssa,
-        {"temperature": zeros(2)},
-        ValueError,
-        r"temperature must have shape \(H,\) = \(3\), got \(2,\)",
-    ),
+    (ops.tssa, {"temperature": zeros(2)}, ValueError, r"temperature must have shape \(H,\) = \(3\), got"),
     (ops.tssa, {"temperature": zeros(3, 1)}, ValueError, r"temperature must have shape \(H,\)"),
     (ops.tssa, {"temperature": zeros(3, dtype=torch.long)}, TypeError, "temperature must have a floating"),
-    (
-        partial(ops.linear_attention, GOOD, GOOD),
-        {"temperature": "a"},
-        TypeError,
-        "temperature must be a number",
-    ),
+    (partial(ops.linear_attention, GOOD, GOOD), {"temperature": "a"}, TypeError, "temperature must be a num"),
     (ops.channel_attention, {"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
     (ops.channel_attention, {"eps": math.nan}, ValueError, "eps must be positive and finite, got nan"),
     (ops.channel_attention, {"basis": zeros(4, 4)}, ValueError, r"\(P, P\) or \(H, P, P\) for H=3, P=5"),
@@ -328,12 +249,7 @@ BAD_OPTIONS = [
     (ops.linear_cbsa, {"eps": -1.0}, ValueError, "eps must be positive and finite, got -1.0"),
     (ops.linear_cbsa, {"eps": "a"}, TypeError, "eps must be a number, got 'a'"),
     (ops.linear_cbsa, {"eps": 1e-200}, ValueError, "eps must be positive"),
-    (
-        ops.linear_cbsa,
-        {"solver": "choleski"},
-        ValueError,
-        "solver must be one of 'cholesky', 'eigh', got 'choleski'; did you mean 'cholesky'",
-    ),
+    (ops.linear_cbsa, {"solver": "choleski"}, ValueError, "solver must be one of .*did you mean 'cholesky'"),
 ]
 
 
@@ -352,35 +268,30 @@ BAD_ATTENTION = [
     ({"values": zeros(2, 3, 4, 5).to("meta")}, ValueError, "values must be on the device of queries"),
     ({"key_mask": ones(2, 5)}, ValueError, r"key_mask must have shape \(B, K\) = \(2, 4\)"),
     ({"key_mask": zeros(2, 4)}, TypeError, r"key_mask must have dtype torch.bool \(True = a real key\)"),
-    ({"scale": "a"}, TypeError, "scale must be a number"),
 ]
-
-
-@pytest.mark.parametrize(("change", "kind", "message"), BAD_ATTENTION)
-def test_bad_attention_inputs_are_named(change, kind, message):
-    with pytest.raises(kind, match=message):
-        ops.softmax_attention(**{"queries": GOOD, "keys": GOOD, "values": GOOD, **change})
-
-
+AGENTS = zeros(2, 3, 2, 5)
 BAD_AGENTS = [
-    ({"queries": zeros(3, 4, 5)}, ValueError, "queries must have shape"),
     ({"agents": zeros(2, 3, 2, 6)}, ValueError, "agents must have shape"),
     ({"agents": [1], "agent_mask": ones(2, 1)}, TypeError, "agents must be a torch.Tensor"),
     ({"agents": zeros(2, 3, 2, 5).double()}, TypeError, "agents must have the dtype of queries"),
-    ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
-    ({"values": zeros(2, 3, 5, 5)}, ValueError, "values must have shape"),
-    ({"key_mask": ones(2, 5)}, ValueError, r"key_mask must have shape \(B, K\)"),
     ({"agent_mask": ones(2, 4)}, ValueError, r"agent_mask must have shape \(B, M\) = \(2, 2\), got \(2, 4\)"),
     ({"agent_mask": zeros(2, 2)}, TypeError, "agent_mask must have dtype torch.bool"),
+    ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
     ({"scale": "a"}, TypeError, "scale must be a number"),
 ]
 
 
-@pytest.mark.parametrize(("change", "kind", "message"), BAD_AGENTS)
-def test_bad_agents_raise(change, kind, message):
-    good = {"queries": GOOD, "agents": zeros(2, 3, 2, 5), "keys": GOOD, "values": GOOD}
+@pytest.mark.parametrize(
+    ("function", "change", "kind", "message"),
+    [
+        *((ops.softmax_attention, *bad) for bad in [*BAD_ATTENTION, *BAD_AGENTS[-2:]]),
+        *((ops.linear_attention, *bad) for bad in BAD_ATTENTION),
+        *((partial(ops.agent_attention, agents=AGENTS), *bad) for bad in [*BAD_ATTENTION, *BAD_AGENTS]),
+    ],
+)
+def test_bad_attention_inputs_are_named(function, change, kind, message):
     with pytest.raises(kind, match=message):
-        ops.agent_attention(**{**good, **change})
+        function(**{"queries": GOOD, "keys": GOOD, "values": GOOD, **change})
 
 
 def test_values_may_have_another_size():

@@ -55,12 +55,6 @@ def test_pools_averages_of_windows(grid):
     assert_close(pooled, weights @ tokens, 1e-12)
 
 
-def test_constant_tokens_pool_to_themselves():
-    tokens = torch.randn(1, 2, 1, 3).expand(-1, -1, 35, -1)
-    pooled = ops.pool_representatives(tokens, (5, 7), 6).values
-    assert_close(pooled, tokens[:, :, : pooled.shape[2]], 1e-6)
-
-
 @given(grid=grids, limit=st.integers(1, 20), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_padded_items_pool_as_they_would_alone(grid, limit, data):
@@ -118,27 +112,14 @@ def test_cells_without_real_tokens_give_no_representative():
     assert torch.equal(pooled[0, 0, 3], tokens[0, 0, 15])
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: ops.representative_grid((0, 3), 4),
-            "grid_size must be a tuple of one to three positive integers",
-        ),
-        (lambda: ops.representative_grid((2, 2, 2, 2), 4), "grid_size must be a tuple of one to three"),
-        (lambda: ops.representative_grid((3, 3), 0), "num_representatives must be at least 1"),
-        (
-            lambda: ops.pool_representatives(torch.zeros(1, 1, 8, 2), (3, 3), 4),
-            r"tokens must have shape .*\(3, 3\)",
-        ),
-        (
-            lambda: ops.pool_representatives(
-                torch.zeros(1, 1, 9, 2), (3, 3), 4, token_mask=torch.ones(1, 8, dtype=torch.bool)
-            ),
-            "token_mask",
-        ),
-    ],
-)
-def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_bad_input_is_named():
+    for grid in ((0, 3), (2, 2, 2, 2)):
+        with pytest.raises(ValueError, match="grid_size must be a tuple of one to three positive integers"):
+            ops.representative_grid(grid, 4)
+    with pytest.raises(ValueError, match="num_representatives must be at least 1"):
+        ops.representative_grid((3, 3), 0)
+    tokens = torch.zeros(1, 1, 9, 2)
+    with pytest.raises(ValueError, match=r"tokens must have shape .*\(3, 3\)"):
+        ops.pool_representatives(tokens[:, :, :8], (3, 3), 4)
+    with pytest.raises(ValueError, match="token_mask must have shape"):
+        ops.pool_representatives(tokens, (3, 3), 4, token_mask=torch.ones(1, 8, dtype=torch.bool))

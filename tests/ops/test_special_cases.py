@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from cbsa_torch import ops
 from tests.helpers.compare import assert_close
@@ -56,27 +55,19 @@ def along(w, chosen, eps, **options):
     )
 
 
-@pytest.mark.parametrize("scale", [None, 1.3])
-def test_all_tokens_give_mssa(scale):
+@pytest.mark.parametrize(("scale", "masked"), [(None, False), (1.3, False), (None, True)])
+def test_all_tokens_give_mssa(scale, masked):
     factor = P**-0.5 if scale is None else scale
     identity = torch.eye(N).double().expand(B, H, N, N)
+    mask = mask_of(N, 5) if masked else None
+    rows = mask_of(N, 5 if masked else N)[:, None, :, None]
     assert_same(
         [
-            lambda w: ops.contract_and_broadcast(w, w, identity, scale=scale),
-            lambda w: ops.mssa(w, scale=scale),
-            lambda w: torch.softmax(factor * w @ w.mT, -1) @ w,
-        ],
-        draw(),
-    )
-
-
-def test_all_tokens_give_mssa_with_a_mask():
-    mask = mask_of(N, 5)
-    identity = torch.eye(N).double().expand(B, H, N, N)
-    assert_same(
-        [
-            lambda w: ops.contract_and_broadcast(w, w, identity, token_mask=mask, representative_mask=mask),
-            lambda w: ops.mssa(w, token_mask=mask),
+            lambda w: ops.contract_and_broadcast(
+                w, w, identity, scale=scale, token_mask=mask, representative_mask=mask
+            ),
+            lambda w: ops.mssa(w, scale=scale, token_mask=mask),
+            lambda w: torch.softmax((factor * w @ w.mT).masked_fill(~rows.mT, -math.inf), -1) @ w * rows,
         ],
         draw(),
     )
@@ -84,13 +75,16 @@ def test_all_tokens_give_mssa_with_a_mask():
 
 @pytest.mark.parametrize("eps", EPS)
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_principal_directions_give_linear_attention(eps, solver):
+@pytest.mark.parametrize("length", [N, 6])
+def test_principal_directions_give_linear_attention(eps, solver, length):
+    mask = None if length == N else mask_of(N, length)
+    rows = mask_of(N, length)[:, None, :, None]
     assert_same(
         [
-            lambda w: along(w, ops.principal_directions(w), eps),
-            lambda w: ops.linear_cbsa(w, eps=eps, solver=solver),
-            lambda w: w @ torch.linalg.inv(torch.eye(P).double() + w.mT @ w / eps**2),
-            lambda w: spectral(w, damping(eps)),
+            lambda w: along(w, ops.principal_directions(w, token_mask=mask), eps, token_mask=mask),
+            lambda w: ops.linear_cbsa(w, eps=eps, solver=solver, token_mask=mask),
+            lambda w: w * rows @ torch.linalg.inv(torch.eye(P).double() + w.mT @ (w * rows) / eps**2),
+            lambda w: spectral(w * rows, damping(eps)),
         ],
         draw(),
     )
@@ -116,17 +110,6 @@ def test_principal_directions_are_the_singular_value_decomposition():
     assert_close(chosen.attention.mT @ chosen.values, w.masked_fill(~real, 0.0), 1e-9)  # R Sigma L^T
     assert_close(chosen.attention @ chosen.attention.mT, torch.eye(P).double().expand(B, H, P, P), 1e-9)
     assert (chosen.attention.mT.masked_select(~real) == 0).all()
-
-
-def test_principal_directions_with_a_mask_give_masked_linear_attention():
-    mask = mask_of(N, 6)
-    assert_same(
-        [
-            lambda w: along(w, ops.principal_directions(w, token_mask=mask), 0.7, token_mask=mask),
-            lambda w: ops.linear_cbsa(w, eps=0.7, token_mask=mask),
-        ],
-        draw(),
-    )
 
 
 @pytest.mark.parametrize("eps", EPS)
@@ -229,10 +212,11 @@ def test_an_unused_channel_has_a_gradient():
     assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("scale", [None, 0.8])
-def test_without_contraction_and_residual_it_is_agent_attention(scale):
+@pytest.mark.parametrize(("scale", "length"), [(None, N), (0.8, N), (None, 4)])
+def test_without_contraction_and_residual_it_is_agent_attention(scale, length):
     agents, keys, values = draw(5), draw(), draw()
     factor = P**-0.5 if scale is None else scale
+    mask = None if length == N else mask_of(N, length)
 
     def by_cbsa(w):
         def run(step):
@@ -245,41 +229,20 @@ def test_without_contraction_and_residual_it_is_agent_attention(scale):
                 contraction="none",
                 broadcast="softmax",
                 scale=scale,
+                key_mask=mask,
             )
 
         return run(1.0) - run(0.0)
 
     def by_hand(w):
-        collected = torch.softmax(factor * agents @ keys.mT, -1) @ values
+        hidden = ~mask_of(N, length)[:, None, None]
+        collected = torch.softmax((factor * agents @ keys.mT).masked_fill(hidden, -math.inf), -1) @ values
         return torch.softmax(factor * w @ agents.mT, -1) @ collected
 
-    assert_same([by_cbsa, lambda w: ops.agent_attention(w, agents, keys, values, scale=scale), by_hand], draw())
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_agents_pooled_from_shared_tokens(masked):
-    """As in the layer: one tensor is query, key and value, and the agents come from it."""
-    mask = mask_of(N, 4) if masked else None
-
-    def pooled(w):
-        return w[:, :, ::3] + w[:, :, 1:2]
-
-    def by_cbsa(w):
-        options = {"contraction": "none", "broadcast": "softmax", "token_mask": mask}
-        both = [ops.cbsa(w, pooled(w), step_representatives=step, **options) for step in (1.0, 0.0)]
-        return both[0] - both[1]
-
     def by_operator(w):
-        out = ops.agent_attention(w, pooled(w), w, w, key_mask=mask)
-        return out if mask is None else out.masked_fill(~mask[:, None, :, None], 0.0)
+        return ops.agent_attention(w, agents, keys, values, scale=scale, key_mask=mask)
 
-    def by_fused_attention(w):
-        attended = None if mask is None else mask[:, None, None]
-        collected = F.scaled_dot_product_attention(pooled(w), w, w, attn_mask=attended)
-        out = F.scaled_dot_product_attention(w, pooled(w), collected)
-        return out if mask is None else out * mask[:, None, :, None]
-
-    assert_same([by_cbsa, by_operator, by_fused_attention], draw())
+    assert_same([by_cbsa, by_operator, by_hand], draw())
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cbsa_torch.cli.options import parse, take_option
+from cbsa_torch.cli.options import parse, resumed, take_option
 from cbsa_torch.models.checkpoint import is_ours, read_info
 from cbsa_torch.models.hub import PREFIX, weights_path
 from cbsa_torch.train.config.base import RunConfig, TrainConfig
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.registry import load_config, read_config
-from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.adaptation.stages import recover
 from cbsa_torch.train.tasks.adaptation.task import AdaptTrainConfig
 
@@ -36,10 +35,8 @@ def run(args: list[str]) -> None:
     staged, rest = take_option("--stage-epochs", rest)
     if staged is not None and not staged.isdecimal():
         raise ConfigError(f"--stage-epochs must be a whole number, got {staged!r}")
-    if source is None and "--resume" in rest:
-        # A resumed run is configured by its own folder.
-        own = RunFolder(take_option("--output", rest)[0] or AdaptTrainConfig().output).config
-        source = str(own) if own.exists() else None
+    if source is None:
+        source = resumed(rest, AdaptTrainConfig().output)
     default = AdaptTrainConfig() if source is None else adaptation_config(load_config(source), source)
     if model is not None:
         if source is None:

@@ -22,7 +22,7 @@ from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import FETCHING_ARGS
+from cbsa_torch.models.checkpoint import refuse_fetching
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
 from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
 from cbsa_torch.train.errors import ConfigError
@@ -60,8 +60,10 @@ def run(args: list[str]) -> None:
         raise ConfigError("no models given: cbsa count MODEL ...")
     if options.plot is not None and not options.plot.endswith((".png", ".svg")):
         raise ConfigError(f"--plot must end in .png or .svg, got {options.plot}")
-    _check_distinct(options.output, options.plot)
-    if options.plot is not None:
+    drawn = [] if options.plot is None else [Path(options.plot), Path(options.plot).with_suffix(".json")]
+    if options.output is not None and Path(options.output) in drawn:
+        raise ConfigError(f"--output {options.output} is a file that --plot {options.plot} writes")
+    if drawn:
         try:  # before anything is counted
             from cbsa_torch.bench import plots
             from cbsa_torch.interpret.plots import to_png, to_svg
@@ -87,27 +89,16 @@ def run(args: list[str]) -> None:
     if options.output is not None:
         write_atomically(Path(options.output), json.dumps(rows, indent=2).encode())
         print(f"counts: {options.output}")
-    if options.plot is not None:
+    if drawn:
+        picture, numbers = drawn
         sizes = mixer_sizes(options.models[0], options.args)
         curves = flops_curves(**sizes)
         figure = plots.flops_against_tokens(CURVE_TOKENS, curves, sizes)
-        data = to_png(figure) if options.plot.endswith(".png") else to_svg(figure).encode()
-        write_atomically(Path(options.plot), data)
-        numbers = Path(options.plot).with_suffix(".json")
-        write_atomically(
-            numbers, json.dumps({**sizes, "tokens": CURVE_TOKENS, "flops": curves}, indent=2).encode()
-        )
-        print(f"plot: {options.plot}, numbers: {numbers}")
-
-
-def _check_distinct(output: str | None, plot: str | None) -> None:
-    """The plot also writes its numbers; neither may replace the counts."""
-    if (
-        output is not None
-        and plot is not None
-        and Path(output) in (Path(plot), Path(plot).with_suffix(".json"))
-    ):
-        raise ConfigError(f"--output {output} is a file that --plot {plot} writes; give another name")
+        data = to_png(figure) if picture.suffix == ".png" else to_svg(figure).encode()
+        write_atomically(picture, data)
+        record = {**sizes, "tokens": CURVE_TOKENS, "flops": curves}
+        write_atomically(numbers, json.dumps(record, indent=2).encode())
+        print(f"plot: {picture}, numbers: {numbers}")
 
 
 def _count_cells(layer: LayerCounts) -> tuple[str, str, str]:
@@ -136,9 +127,7 @@ def count_named(name: str, args: Mapping[str, str], image_size: Sequence[int]) -
 
 def _build(name: str, args: Mapping[str, str], img_size: tuple[int, int] | None = None) -> Any:
     """A model without storage, for images of a size where its constructor wants to know it."""
-    refused = FETCHING_ARGS & args.keys()
-    if refused:
-        raise ConfigError(f"--args cannot be {', '.join(refused)}: counting needs no weights")
+    refuse_fetching("--args", args, "counting needs no weights")
     model_args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in args.items()}
     with torch.device("meta"):
         if img_size is None:
@@ -160,9 +149,7 @@ def as_dict(name: str, size: list[int], counts: ModelCounts) -> dict[str, Any]:
             "kind": layer.kind,
             "parameters": layer.parameters,
             "flops": layer.counts.flops,
-            "products": layer.counts.products,
-            "factorizations": layer.counts.factorizations,
-            "similarities": layer.counts.similarities,
+            **layer.counts._asdict(),
         }
 
     return {
@@ -207,6 +194,5 @@ def flops_curves(dim: int, num_heads: int, head_dim: int) -> dict[str, list[int]
             # Mixers take a map, channels first; feed-forwards read the last axis.
             mixes = isinstance(layer, TokenMixer)
             sizes = [(dim, 1, n) if mixes else (1, n, dim) for n in CURVE_TOKENS]
-            model = nn.Sequential(layer)  # a layer counts as part of a model
-            curves[name] = [count_model(model, size).total.counts.flops for size in sizes]
+            curves[name] = [count_model(layer, size).total.counts.flops for size in sizes]
     return curves

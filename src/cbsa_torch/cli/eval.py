@@ -39,8 +39,7 @@ class _EvalArgs(WindowOptions):
 def run(args: list[str]) -> None:
     """Evaluate a trained model."""
     options = parse(_EvalArgs, args, "eval")
-    changes: dict[str, Any] = {"root": options.root, "name": options.data}
-    changes["max_bad_images"] = options.max_bad_images
+    changes = {"root": options.root, "name": options.data, "max_bad_images": options.max_bad_images}
     changes = {key: value for key, value in changes.items() if value is not None}
     if options.max_bad_images is not None:
         at_least(0, max_bad_images=options.max_bad_images)

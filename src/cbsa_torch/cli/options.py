@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 
 from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.run.folder import RunFolder
 
 
 @dataclass
@@ -39,6 +40,14 @@ def at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def resumed(args: list[str], default: str) -> str | None:
+    """The configuration in the run's own folder (``--output``) if ``--resume`` is given; None without one."""
+    if "--resume" not in args:
+        return None
+    own = RunFolder(take_option("--output", args)[0] or default).config
+    return str(own) if own.exists() else None
 
 
 def take_option(name: str, args: list[str]) -> tuple[str | None, list[str]]:

@@ -79,16 +79,8 @@ def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
         "weights": f"epoch {trained.info['epoch']}, validation {task.score_title} {100 * score:.2f} %",
     }
     environment = folder.read_environment()
-    known = [
-        f"{label}{environment[key][:length]}"
-        for label, key, length in (
-            ("cbsa_torch ", "cbsa_torch", None),
-            ("torch ", "torch", None),
-            ("", "device", None),
-            ("", "date", 10),
-        )
-        if isinstance(environment.get(key), str)
-    ]
+    shown = {"cbsa_torch": "cbsa_torch {}", "torch": "torch {}", "device": "{}", "date": "{:.10}"}
+    known = [text.format(environment[k]) for k, text in shown.items() if isinstance(environment.get(k), str)]
     if known:
         card["trained with"] = ", ".join(known)
     return card

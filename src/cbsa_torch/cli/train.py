@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cbsa_torch.cli.options import parse, take_option
+from cbsa_torch.cli.options import parse, resumed, take_option
 from cbsa_torch.train.registry import load_config
-from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.trainer import train
 
 USAGE = """usage: cbsa train [--config RECIPE_OR_YAML] [--model NAME] [options]
@@ -22,12 +21,9 @@ def run(args: list[str]) -> None:
     model, rest = take_option("--model", rest)
     if model is not None:
         rest = ["--model.name", model, *rest]
-    if source is None and "--resume" in rest:
-        # A resumed run is configured by its own folder.
-        output = take_option("--output", rest)[0] or load_config("digits").output
-        own = RunFolder(output).config
-        source = str(own) if own.exists() else None
-    default = load_config("digits" if source is None else source)
+    if source is None:
+        source = resumed(rest, load_config("digits").output) or "digits"
+    default = load_config(source)
     if {"-h", "--help"} & set(rest):
         print(USAGE)
     train(parse(type(default), rest, "train", default))

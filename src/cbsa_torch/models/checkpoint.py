@@ -85,7 +85,9 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     path = Path(path)
     tensors = read_tensors(path)
     info = read_info(path)
-    _check_digest(path, tensors)
+    metadata = _metadata(path)
+    if "sha256" in metadata and _digest(tensors, metadata["cbsa_torch"]) != metadata["sha256"]:
+        raise CheckpointError(f"{path} was altered after it was written: its checksum does not fit")
     try:
         model = timm.create_model(info["model"], **info["model_args"])
     except Exception as error:
@@ -137,13 +139,6 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _check_digest(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse a file of ours in which a bit has changed."""
-    metadata = _metadata(path)
-    if "sha256" in metadata and _digest(tensors, metadata["cbsa_torch"]) != metadata["sha256"]:
-        raise CheckpointError(f"{path} was altered after it was written: its checksum does not fit")
 
 
 def _check_info(info: Any, source: str) -> None:
@@ -232,25 +227,15 @@ def check_fit(
     tensors: dict[str, Tensor], own: dict[str, Tensor], source: str, *, exact_dtype: bool = False
 ) -> None:
     """Compare names, shapes and kinds of numbers (or, with ``exact_dtype``, dtypes) with a model's ``own``."""
-
-    def fits(name: str) -> bool:
-        given, needed = tensors[name], own[name]
-        if exact_dtype:
-            return given.dtype == needed.dtype
-        return given.is_floating_point() == needed.is_floating_point()
-
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {tensors[name].dtype}, the model needs {own[name].dtype}"
-        for name in own
-        if name in tensors and not fits(name)
-    ]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
+    for name, needed in own.items():
+        given = tensors.get(name, needed)
+        other_dtype = given.dtype != needed.dtype
+        if other_dtype and (exact_dtype or given.is_floating_point() != needed.is_floating_point()):
+            problems.append(f"{name} is {given.dtype}, the model needs {needed.dtype}")
+        if given.shape != needed.shape:
+            problems.append(f"{name} has shape {tuple(given.shape)}, the model needs {tuple(needed.shape)}")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{source} does not fit the model: {shown}")

@@ -9,41 +9,45 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 
-from cbsa_torch._core.checks import check_positive_int
-from cbsa_torch.models.checkpoint import (
-    CheckpointError,
-    floating_dtype,
-    load_strictly,
-    read_tensors,
-    save_checkpoint,
-    unwrap,
+from cbsa_torch.models.checkpoint import CheckpointError, read_tensors, save_checkpoint, unwrap
+from cbsa_torch.models.official import (
+    PER_HEAD,
+    build_and_load,
+    check_shapes,
+    choose_heads,
+    count_layers,
+    grid_side,
 )
 from cbsa_torch.models.registry import model_name, sizes_of
 from cbsa_torch.models.segmentation.official import is_segmentation, read_segmentation
 
-# Our name to the official one; * is the rest of the name, {} the index of a layer.
+# Our name to the official one.
 _COMMON = {
-    "pos_embed": "pos_embedding",
-    "cls_token": "cls_token",
-    "norm.*": "mlp_head.0.*",
-    "head.*": "mlp_head.1.*",
-    "blocks.{}.norm1.*": "transformer.layers.{}.0.norm.*",
-    "blocks.{}.norm2.*": "transformer.layers.{}.1.norm.*",
-    "blocks.{}.ista.weight": "transformer.layers.{}.1.fn.weight",
+    r"pos_embed": r"pos_embedding",
+    r"cls_token": r"cls_token",
+    r"norm\.(.+)": r"mlp_head.0.\1",
+    r"head\.(.+)": r"mlp_head.1.\1",
+    r"blocks\.(\d+)\.norm1\.(.+)": r"transformer.layers.\1.0.norm.\2",
+    r"blocks\.(\d+)\.norm2\.(.+)": r"transformer.layers.\1.1.norm.\2",
+    r"blocks\.(\d+)\.ista\.weight": r"transformer.layers.\1.1.fn.weight",
 }
 _STEMS = {
-    "conv": {"stem.proj.*": "to_patch_embedding.proj.*", "blocks.{}.attn.proj.*": "{}.to_out.*"},
+    "conv": {
+        r"stem\.proj\.(.+)": r"to_patch_embedding.proj.\1",
+        r"blocks\.(\d+)\.attn\.proj\.(.+)": r"transformer.layers.\1.0.fn.to_out.\2",
+    },
     "linear": {
-        "stem.norm1.*": "to_patch_embedding.1.*",
-        "stem.proj.*": "to_patch_embedding.2.*",
-        "stem.norm2.*": "to_patch_embedding.3.*",
-        "blocks.{}.attn.proj.*": "{}.to_out.0.*",
+        r"stem\.norm1\.(.+)": r"to_patch_embedding.1.\1",
+        r"stem\.proj\.(.+)": r"to_patch_embedding.2.\1",
+        r"stem\.norm2\.(.+)": r"to_patch_embedding.3.\1",
+        r"blocks\.(\d+)\.attn\.proj\.(.+)": r"transformer.layers.\1.0.fn.to_out.0.\2",
     },
 }
 _MIXERS = {
@@ -54,8 +58,6 @@ _MIXERS = {
 """By mixer: our name within ``blocks.{}.attn`` to the official one within ``transformer.layers.{}.0.fn``."""
 _RECOGNISED_BY = {"CBSA": "step_x", "TSSA": "temp", "MSSA": "qkv.weight"}
 """A layer's mixer is the first whose parameter here it has."""
-_FLATTENED = ("step_x", "step_rep", "temp")
-"""Stored as (H, 1, 1) or (H, 1) by the official code."""
 
 
 def load_official(source: str | Path | Mapping[str, Any], *, num_heads: int | None = None) -> nn.Module:
@@ -116,43 +118,45 @@ def _read(
 
 
 def _read_classifier(
-    official: dict[str, Tensor], name: str, num_heads: int | None
+    official: dict[str, Tensor], source: str, num_heads: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     stem = "linear" if "to_patch_embedding.2.weight" in official else "conv"
-    mixers = _read_mixers(official, name)
-    args = _read_sizes(official, name, stem, mixers, num_heads)
-    family, family_args = _family(mixers, stem, name)
-    sizes = sizes_of(family)
-    size = next(
-        (
-            s
-            for s in sizes
-            if (sizes[s].args["embed_dim"], sizes[s].args["depth"]) == (args["embed_dim"], len(mixers))
-        ),
-        "tiny",
-    )
-    model_args = {**args, **family_args}
-    ours_named = model_name(family, size)
-    try:
-        model = timm.create_model(ours_named, **model_args, dtype=floating_dtype(official))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{name} is not an official checkpoint: {error}") from error
-    names = {ours: _official_name(ours, stem, mixers) for ours in model.state_dict()}
-    missing = [theirs for theirs in names.values() if theirs not in official]
-    unexpected = sorted(official.keys() - set(names.values()))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{name} does not fit {ours_named}: missing {_some(missing)}; unexpected {_some(unexpected)}"
-        )
-    converted = {
-        ours: official[theirs].flatten() if theirs.endswith(_FLATTENED) else official[theirs]
-        for ours, theirs in names.items()
-    }
-    load_strictly(model, converted, name)
-    return model.eval(), {"model": ours_named, "model_args": model_args}
+    mixers = _read_mixers(official, source)
+    family, family_args = _family(mixers, stem, source)
+    args = _read_sizes(official, source, stem, mixers, num_heads, family) | family_args
+    width_and_depth = args["embed_dim"], args["depth"]
+    sizes = sizes_of(family).items()
+    alike = (name for name, size in sizes if (size.args["embed_dim"], size.args["depth"]) == width_and_depth)
+    name = model_name(family, next(alike, "tiny"))
+    table = _COMMON | _STEMS[stem]
+    for i, mixer in enumerate(mixers):
+        table |= {
+            rf"blocks\.{i}\.attn\.{ours}": f"{_within(i)}.{theirs}" for ours, theirs in _MIXERS[mixer].items()
+        }
+    model = build_and_load(partial(timm.create_model, name, **args), official, table, source)
+    return model, {"model": name, "model_args": args}
 
 
-def _family(mixers: list[str], stem: str, name: str) -> tuple[str, dict[str, Any]]:
+def _within(i: int) -> str:
+    """Where the official code keeps the mixer of a layer."""
+    return f"transformer.layers.{i}.0.fn"
+
+
+def _read_mixers(official: dict[str, Tensor], source: str) -> list[str]:
+    """The mixer of every layer, by the names of its parameters."""
+    mixers = []
+    for i in range(count_layers(official, "transformer.layers.", source)):
+        told_by = {f"{_within(i)}.{parameter}": kind for kind, parameter in _RECOGNISED_BY.items()}
+        kinds = [kind for key, kind in told_by.items() if key in official]
+        if not kinds:
+            raise CheckpointError(
+                f"{source} is not an official checkpoint: layer {i} has none of {', '.join(told_by)}"
+            )
+        mixers.append(kinds[0])
+    return mixers
+
+
+def _family(mixers: list[str], stem: str, source: str) -> tuple[str, dict[str, Any]]:
     """The registered family with these layers, and the arguments that make it so."""
     kinds = set(mixers)
     first = mixers.count("MSSA")
@@ -166,97 +170,37 @@ def _family(mixers: list[str], stem: str, name: str) -> tuple[str, dict[str, Any
         return "cbt", args
     if mixers == ["MSSA"] * first + ["CBSA"] * (len(mixers) - first):
         return "crate_cbt", {**args, "num_first_layers": first}
-    raise CheckpointError(f"{name} has layers {', '.join(mixers)}, in an order that none of our models has")
-
-
-def _official_name(ours: str, stem: str, mixers: list[str]) -> str:
-    for source, target in {**_COMMON, **_STEMS[stem]}.items():
-        pattern = re.escape(source).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.+)")
-        match = re.fullmatch(pattern, ours)
-        if match:
-            if target.startswith("{}"):
-                target = f"transformer.layers.{{}}.0.fn{target[2:]}"
-            for group in match.groups():  # in order of appearance: the index, then the rest
-                target = target.replace("{}" if "{}" in target else "*", group, 1)
-            return target
-    _, index, _, rest = ours.split(".", 3)
-    return f"transformer.layers.{index}.0.fn.{_MIXERS[mixers[int(index)]][rest]}"
-
-
-def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-    return (", ".join(keys[:8]) or "nothing") + more
-
-
-def _read_mixers(official: dict[str, Tensor], name: str) -> list[str]:
-    """The mixer of every layer, by the names of its parameters."""
-    layers = {int(m[1]) for key in official if (m := re.match(r"transformer\.layers\.(\d{1,4})\.", key))}
-    if layers != set(range(len(layers))):
-        raise CheckpointError(f"{name} has layers {sorted(layers)[:8]} ..., not 0 to {len(layers) - 1}")
-    mixers = []
-    for i in range(len(layers)):
-        prefix = f"transformer.layers.{i}.0.fn"
-        kind = next((k for k, parameter in _RECOGNISED_BY.items() if f"{prefix}.{parameter}" in official), None)
-        if kind is None:
-            raise CheckpointError(
-                f"{name} is not an official checkpoint: layer {i} has none of "
-                + ", ".join(f"{prefix}.{parameter}" for parameter in _RECOGNISED_BY.values())
-            )
-        mixers.append(kind)
-    return mixers
+    raise CheckpointError(f"{source} has layers {', '.join(mixers)}, in an order that none of our models has")
 
 
 def _read_sizes(
-    official: dict[str, Tensor], name: str, stem: str, mixers: list[str], num_heads: int | None
+    official: dict[str, Tensor], source: str, stem: str, mixers: list[str], num_heads: int | None, family: str
 ) -> dict[str, Any]:
     """Constructor arguments, from the shapes of tensors."""
-    needed = {"pos_embedding": "(1, 1 + tokens, dim)", "mlp_head.1.weight": "(classes, dim)"}
-    if stem == "conv":
-        needed["to_patch_embedding.proj.0.0.weight"] = "(dim / 8, channels, 3, 3)"
-    else:
-        needed["to_patch_embedding.2.weight"] = "(dim, channels * patch * patch)"
+    patches = "to_patch_embedding.2.weight" if stem == "linear" else "to_patch_embedding.proj.0.0.weight"
+    needed = {"pos_embedding": "(1, tokens, dim)", "mlp_head.1.weight": "(classes, dim)"}
+    needed[patches] = "(dim, channels * patch * patch)" if stem == "linear" else "(dim / 8, channels, 3, 3)"
     for i, mixer in enumerate(mixers):
-        prefix = f"transformer.layers.{i}.0.fn"
-        needed[f"{prefix}.{_MIXERS[mixer]['qkv.weight']}"] = "(heads * head_dim, dim)"
-        for step in _FLATTENED:
-            if step in _MIXERS[mixer].values():
-                needed[f"{prefix}.{step}"] = "(heads, 1)" if step == "temp" else "(heads, 1, 1)"
-    missing = [key for key in needed if key not in official]
-    if missing or not mixers:
-        raise CheckpointError(
-            f"{name} is not an official checkpoint: missing {_some(missing or ['transformer.layers'])}; "
-            f"it holds {_some(list(official))}"
-        )
-    wrong = [
-        f"{key} {tuple(official[key].shape)} instead of {shape}"
-        for key, shape in needed.items()
-        if official[key].ndim != shape.count(",") + 1
-        or 0 in official[key].shape
-        or (shape.startswith("(heads, 1") and official[key][0].numel() != 1)
-    ]
-    if wrong:
-        raise CheckpointError(f"{name} is not an official checkpoint: {_some(wrong)}")
-    _, length, dim = official["pos_embedding"].shape
-    side = math.isqrt(length - 1)
-    if side * side != length - 1:
-        raise CheckpointError(f"{name}: {length - 1} position embeddings are not a square grid")
-    if stem == "conv":
+        for theirs in _MIXERS[mixer].values():
+            per_head = "(heads, 1)" if theirs == "temp" else "(heads, 1, 1)"
+            needed[f"{_within(i)}.{theirs}"] = per_head if theirs in PER_HEAD else "(heads * head_dim, dim)"
+    check_shapes(official, needed, source)
+    if stem == "linear":
+        patch_size, in_chans = _patch(official[patches].shape[1], source)
+    else:
         pattern = r"to_patch_embedding\.proj\.\d+\.0\.weight"
         convolutions = sum(bool(re.fullmatch(pattern, key)) for key in official)
         if convolutions < 2:
-            raise CheckpointError(f"{name}: the official stems have 3 or 4 convolutions of stride 2, got one")
-        patch_size = 2**convolutions
-        in_chans = official["to_patch_embedding.proj.0.0.weight"].shape[1]
-    else:
-        patch_size, in_chans = _patch(official["to_patch_embedding.2.weight"].shape[1], name)
-    heads = _read_heads(official, name, stem, mixers, num_heads)
-    inner = official[f"transformer.layers.0.0.fn.{_MIXERS[mixers[0]]['qkv.weight']}"].shape[0]
-    if inner % heads:
-        raise CheckpointError(
-            f"{name}: num_heads {heads} does not divide the {inner} channels of its projections"
-        )
+            raise CheckpointError(f"{source}: the official stems have 3 or 4 convolutions of stride 2, got one")
+        patch_size, in_chans = 2**convolutions, official[patches].shape[1]
+    _, length, dim = official["pos_embedding"].shape
+    inner = official[f"{_within(0)}.{_MIXERS[mixers[0]]['qkv.weight']}"].shape[0]
+    telling = [f"{_within(i)}.{_RECOGNISED_BY[mixer]}" for i, mixer in enumerate(mixers) if mixer != "MSSA"]
+    told = official[telling[0]].shape[0] if telling else None  # the shapes of MSSA do not tell
+    published = {size.args["embed_dim"]: size.args["num_heads"] for size in sizes_of(family).values()}
+    heads = choose_heads(source, inner, told=told, given=num_heads, usual=published.get(dim))
     return {
-        "img_size": side * patch_size,
+        "img_size": grid_side(length - 1, source) * patch_size,
         "patch_size": patch_size,
         "in_chans": in_chans,
         "num_classes": official["mlp_head.1.weight"].shape[0],
@@ -267,33 +211,10 @@ def _read_sizes(
     }
 
 
-def _patch(patch_dim: int, name: str) -> tuple[int, int]:
+def _patch(patch_dim: int, source: str) -> tuple[int, int]:
     """Patch size and channels (3 or 1) of a linear stem from the number of values in a patch."""
     for in_chans in (3, 1):
         side = math.isqrt(patch_dim // in_chans)
         if side * side * in_chans == patch_dim:
             return side, in_chans
-    raise CheckpointError(f"{name}: {patch_dim} values per patch are not a square of 3 or 1 channels")
-
-
-def _read_heads(official: dict[str, Tensor], name: str, stem: str, mixers: list[str], given: int | None) -> int:
-    """Heads from the shapes of CBSA or TSSA layers; of MSSA alone, those of the published widths."""
-    if given is not None:
-        check_positive_int("num_heads", given)
-    layers = [(i, mixer) for i, mixer in enumerate(mixers) if mixer != "MSSA"]
-    if layers:
-        i, mixer = layers[0]
-        heads = official[f"transformer.layers.{i}.0.fn.{_RECOGNISED_BY[mixer]}"].shape[0]
-        if given not in (None, heads):
-            raise CheckpointError(f"{name} has {heads} heads, not num_heads={given}")
-        return heads
-    if given is not None:
-        return given
-    dim = official["pos_embedding"].shape[2]
-    family = "crate_original" if stem == "linear" else "crate"
-    published = {size.args["embed_dim"]: size.args["num_heads"] for size in sizes_of(family).values()}
-    if dim not in published:
-        raise CheckpointError(
-            f"{name}: the heads of a CRATE of width {dim} cannot be told from its weights; give num_heads"
-        )
-    return published[dim]
+    raise CheckpointError(f"{source}: {patch_dim} values per patch are not a square of 3 or 1 channels")

@@ -71,11 +71,15 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
         check_positive_int("input_size", side)
     parts = _parts(model)
     found: dict[str, Counts] = dict.fromkeys(parts, Counts())
-    handles = []
+    handles, busy = [], False
 
     def hook(part: str) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            found[part] = found[part] + _count(module, args, kwargs, output)
+            nonlocal busy
+            if not busy:  # counting a mixer calls its input projection once more
+                busy = True
+                found[part] += _count(module, args, kwargs, output)
+                busy = False
 
         return count
 
@@ -105,9 +109,7 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
         for part in parts
         if parameters[part] or any(found[part])
     ]
-    whole = Counts()
-    for layer in layers:
-        whole = whole + layer.counts
+    whole = sum((layer.counts for layer in layers), Counts())
     total = LayerCounts("total", type(model).__name__, sum(layer.parameters for layer in layers), whole)
     return ModelCounts(layers, total, counter.get_total_flops())
 
@@ -135,12 +137,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _parts(model: nn.Module, name: str = "") -> list[str]:
-    """Names of the modules that get a row of their own, in order: all that are or hold no mixer."""
+    """Names of the modules that get a row of their own, in order: what holds mixers, and all directly in it."""
     names = [name]
-    for child_name, child in model.named_children():
-        full = f"{name}.{child_name}".lstrip(".")
-        holds_parts = any(_is_part(m) for m in child.modules() if m is not child)
-        names += _parts(child, full) if holds_parts and not _is_part(child) else [full]
+    if not _is_part(model) and (not name or any(map(_is_part, model.modules()))):
+        for child_name, child in model.named_children():
+            names += _parts(child, f"{name}.{child_name}".lstrip("."))
     return names
 
 

@@ -15,11 +15,10 @@ from timm.layers import global_pool_nlc
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
 from cbsa_torch._core.modules import no_weight_decay_inside
-from cbsa_torch._core.precision import compute_dtype
+from cbsa_torch.models.resize import resize
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
 
 Mixer = Callable[..., nn.Module]
@@ -183,10 +182,8 @@ class WhiteBoxTransformer(nn.Module):
         if grid_size == self.grid_size:
             return self.pos_embed
         prefix, patches = self.pos_embed.split([self.num_prefix_tokens, math.prod(self.grid_size)], dim=1)
-        # In channels-last memory, which timm's function leaves it in, torch (2.14) gets a width of 1 wrong.
-        patches = patches.mT.reshape(1, -1, *self.grid_size).contiguous().to(compute_dtype(patches.dtype))
-        patches = F.interpolate(patches, grid_size, mode="bicubic", antialias=True).flatten(2).mT
-        return torch.cat([prefix, patches.to(prefix.dtype)], dim=1)
+        patches = resize(patches.mT.reshape(1, -1, *self.grid_size), grid_size, "bicubic")
+        return torch.cat([prefix, patches.flatten(2).mT], dim=1)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``."""

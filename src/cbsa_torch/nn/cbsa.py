@@ -24,7 +24,7 @@ from cbsa_torch.nn.representatives import PrincipalDirections
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import run, run_and_project
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs, attention_inputs, cbsa_inputs
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages
 
 
@@ -155,7 +155,7 @@ class CBSA(TokenMixer):
             "representative_mask": chosen.mask,
         }
         if chosen.attention is not None:
-            return attention_inputs(heads.queries, chosen.values, chosen.attention, **options)
+            return cbsa_inputs(heads.queries, chosen.values, attention=chosen.attention, **options)
         assert self.step_representatives is not None
         return cbsa_inputs(
             heads.queries,

@@ -4,7 +4,7 @@ from cbsa_torch._core.types import CBSAStages, Representatives
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.agent_attention import agent_attention
 from cbsa_torch.ops.cbsa.api import cbsa, contract_and_broadcast
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs, attention_inputs, cbsa_inputs
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages
 from cbsa_torch.ops.coding_rate import coding_rate, compression_rate, rate_reduction
 from cbsa_torch.ops.directions import basis_directions, principal_directions
@@ -20,7 +20,6 @@ __all__ = [
     "CBSAStages",
     "Representatives",
     "agent_attention",
-    "attention_inputs",
     "basis_directions",
     "cbsa",
     "cbsa_inputs",

@@ -49,6 +49,3 @@ def agent_attention(
         agents = zero_rows(agents, agent_mask)
     collected = softmax_attention(agents, keys, values, scale=scale, key_mask=key_mask)  # (B, H, M, V)
     return softmax_attention(queries, agents, collected, scale=scale, key_mask=agent_mask)
-
-
-__all__ = ["agent_attention"]

@@ -133,18 +133,3 @@ def channel_attention(num_tokens: int, *, num_heads: int, head_dim: int, weighte
     """Channel attention (13) along the standard basis; ``weighted``: TSSA's mean weighted by membership."""
     similarities = num_heads * num_tokens * head_dim
     return Counts(2 * similarities if weighted else 0, 0, similarities)
-
-
-__all__ = [
-    "Counts",
-    "agent_attention",
-    "basis_directions",
-    "cbsa",
-    "channel_attention",
-    "ista",
-    "linear",
-    "linear_attention",
-    "linear_cbsa",
-    "principal_directions",
-    "softmax_attention",
-]

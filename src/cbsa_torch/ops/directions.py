@@ -117,6 +117,3 @@ def _along(w: Tensor, directions: Tensor, floor: float = 0.0) -> tuple[Tensor, T
     length = safe.sqrt().masked_fill(empty, 0.0)
     inverse = safe.rsqrt().masked_fill(empty, 0.0)
     return length[..., None] * directions.mT, inverse[..., None] * reach.mT
-
-
-__all__ = ["basis_directions", "principal_directions"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.checks import check_floating, check_mask, check_per_head, check_rows, check_shape
+from cbsa_torch._core.checks import check_per_head
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch.ops.masking import zero_rows
+from cbsa_torch.ops.masking import check_attention, zero_rows
 
 
 def linear_attention(
@@ -40,20 +40,15 @@ def linear_attention(
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
     """
-    check_floating("queries", queries)
-    check_shape("queries", queries, (None, None, None, None), "(B, H, N, P)")
-    b, h, _, p = queries.shape
-    check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", "queries", queries)
-    check_rows("values", values, (b, h, keys.shape[2], None), "(B, H, K, V)", "queries", queries)
-    check_per_head("temperature", temperature, h)
-    if key_mask is not None:
-        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
+    check_attention(queries, keys, values, key_mask)
+    check_per_head("temperature", temperature, queries.shape[1])
     dtype = compute_dtype(queries.dtype)
     with no_autocast(queries):
         q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
         gain = temperature.to(dtype)[:, None, None] if isinstance(temperature, Tensor) else temperature
         k, v = zero_rows(k, key_mask), zero_rows(v, key_mask)
-        logits_q, logits_k = (torch.cat([x, -x], -1) * (gain * p**0.25) for x in (q, k))  # (B, H, ., 2 P)
+        gain = gain * q.shape[-1] ** 0.25
+        logits_q, logits_k = (torch.cat([x, -x], -1) * gain for x in (q, k))  # (B, H, ., 2 P)
         if key_mask is not None:
             # The lowest number and not -inf: an item without any key stays finite.
             logits_k = logits_k.masked_fill(~key_mask[:, None, :, None], torch.finfo(dtype).min)
@@ -66,6 +61,3 @@ def linear_attention(
         total = features_k.sum(-2)[..., None]  # (B, H, 2 P, 1), at least 1
         output = (features_q @ (features_k.mT @ v)) / (features_q @ total)
     return output.to(queries.dtype)
-
-
-__all__ = ["linear_attention"]

@@ -94,6 +94,3 @@ class _SpectralFilter(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (filtered,) = ctx.saved_tensors
         return -(filtered @ ((gradient + gradient.mT) / 2) @ filtered)
-
-
-__all__ = ["linear_cbsa"]

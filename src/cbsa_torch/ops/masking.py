@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.checks import check_floating, check_mask, check_shape
-
-
-class RealTokens(NamedTuple):
-    """Tokens in the dtype to compute in, with zeros in place of masked ones."""
-
-    values: Tensor
-    """``(B, H, N, P)``."""
-    number: Tensor | int
-    """How many are real: N, or ``(B, 1, 1, 1)`` with a mask, at least 1."""
+from cbsa_torch._core.checks import check_floating, check_mask, check_rows, check_shape
 
 
 def check_tokens(tokens: Tensor, token_mask: Tensor | None) -> None:
@@ -27,13 +16,23 @@ def check_tokens(tokens: Tensor, token_mask: Tensor | None) -> None:
         check_mask("token_mask", token_mask, (tokens.shape[0], tokens.shape[2]), "(B, N)", "a real token")
 
 
-def real_tokens(tokens: Tensor, token_mask: Tensor | None, dtype: torch.dtype) -> RealTokens:
-    """Read checked tokens."""
+def check_attention(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None) -> None:
+    """Raise unless these are ``(B, H, N, P)``, ``(B, H, K, P)``, ``(B, H, K, V)`` and, if given, ``(B, K)``."""
+    check_floating("queries", queries)
+    check_shape("queries", queries, (None, None, None, None), "(B, H, N, P)")
+    b, h, _, p = queries.shape
+    check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", "queries", queries)
+    check_rows("values", values, (b, h, keys.shape[2], None), "(B, H, K, V)", "queries", queries)
+    if key_mask is not None:
+        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
+
+
+def real_tokens(tokens: Tensor, token_mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | int]:
+    """Tokens in ``dtype``, zero where masked; and how many are real: N, or ``(B, 1, 1, 1)`` of at least 1."""
     values = zero_rows(tokens.to(dtype), token_mask)
     if token_mask is None:
-        return RealTokens(values, tokens.shape[2])
-    count = token_mask.sum(-1).clamp(min=1).to(dtype)[:, None, None, None]
-    return RealTokens(values, count)
+        return values, tokens.shape[2]
+    return values, token_mask.sum(-1).clamp(min=1).to(dtype)[:, None, None, None]
 
 
 def zero_rows(rows: Tensor, mask: Tensor | None) -> Tensor:

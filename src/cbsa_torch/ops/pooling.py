@@ -89,13 +89,6 @@ def check_grid(grid_size: GridSize) -> GridSize:
     return sides
 
 
-def _in_window(position: Tensor, cell: Tensor, count: Tensor | int, size: Tensor | int) -> Tensor:
-    """Whether positions lie in windows of adaptive average pooling of ``size`` into ``count``: from
-    floor(cell size / count) up to ceil((cell + 1) size / count).
-    """
-    return (position >= cell * size // count) & (position < ((cell + 1) * size + count - 1) // count)
-
-
 def _closest(grid_size: GridSize, limit: int) -> GridSize:
     return _search(grid_size, limit)[0]
 
@@ -146,11 +139,12 @@ def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Te
     remaining = cells.prod(-1)  # (B,)
     exists = index[None] < remaining[:, None]  # (B, M)
     for axis, side in enumerate(grid_size):
-        count, size = cells[:, axis, None], extent[:, axis, None]  # (B, 1)
+        count, size = cells[:, axis, None, None], extent[:, axis, None, None]  # (B, 1, 1)
         remaining = remaining // cells[:, axis]
-        cell = index[None] // remaining[:, None] % count  # (B, M): this cell's index along the axis
-        position = torch.arange(side, device=device) - first[:, axis, None]  # (B, side)
-        member = _in_window(position[:, None], cell[..., None], count[..., None], size[..., None])
+        cell = index[:, None] // remaining[:, None, None] % count  # (B, M, 1): this cell's index along the axis
+        position = (torch.arange(side, device=device) - first[:, axis, None])[:, None]  # (B, 1, side)
+        # windows as in adaptive pooling: from floor(cell size / count) up to ceil((cell + 1) size / count)
+        member = (position >= cell * size // count) & (position < ((cell + 1) * size + count - 1) // count)
         weights = (weights[..., None] & member[:, :, None]).flatten(2)
     weights = weights & token_mask[:, None]  # (B, M, N)
     total = weights.sum(-1, keepdim=True)

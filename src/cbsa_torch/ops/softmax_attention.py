@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cbsa_torch._core.checks import check_floating, check_mask, check_number, check_rows, check_shape
+from cbsa_torch._core.checks import check_number
 from cbsa_torch._core.precision import no_autocast
-from cbsa_torch.ops.masking import check_tokens, real_tokens, zero_rows
+from cbsa_torch.ops.masking import check_attention, check_tokens, real_tokens, zero_rows
 
 
 def softmax_attention(
@@ -42,30 +42,21 @@ def softmax_attention(
     """
     if scale is not None:
         check_number("scale", scale)
-    check_floating("queries", queries)
-    check_shape("queries", queries, (None, None, None, None), "(B, H, N, P)")
-    b, h, _, p = queries.shape
-    check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", "queries", queries)
-    check_rows("values", values, (b, h, keys.shape[2], None), "(B, H, K, V)", "queries", queries)
+    check_attention(queries, keys, values, key_mask)
     if attn_mask is not None:
         _check_attn_mask(attn_mask, queries, keys)
-    if key_mask is None:
-        with no_autocast(queries):
-            return F.scaled_dot_product_attention(queries, keys, values, attn_mask, dropout, scale=scale)
-    check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
-    keys, values = zero_rows(keys, key_mask), zero_rows(values, key_mask)
-    # A row of weights needs something to sum to 1 over.
-    nothing = ~key_mask.any(-1)[:, None, None, None]
-    attended = key_mask[:, None, None, :] | nothing
-    if attn_mask is None:
-        attn_mask = attended
-    elif attn_mask.dtype == torch.bool:
-        attn_mask = attn_mask & attended
-    else:
-        attn_mask = attn_mask.masked_fill(~attended, -torch.inf)
+    if key_mask is not None:
+        keys, values = zero_rows(keys, key_mask), zero_rows(values, key_mask)
+        # A row of weights needs something to sum to 1 over.
+        nothing = ~key_mask.any(-1)[:, None, None, None]
+        attended = key_mask[:, None, None, :] | nothing
+        if attn_mask is None or attn_mask.dtype == torch.bool:
+            attn_mask = attended if attn_mask is None else attn_mask & attended
+        else:
+            attn_mask = attn_mask.masked_fill(~attended, -torch.inf)
     with no_autocast(queries):
         output = F.scaled_dot_product_attention(queries, keys, values, attn_mask, dropout, scale=scale)
-    return output.masked_fill(nothing, 0.0)
+    return output if key_mask is None else output.masked_fill(nothing, 0.0)
 
 
 def _check_attn_mask(attn_mask: Tensor, queries: Tensor, keys: Tensor) -> None:
@@ -111,6 +102,3 @@ def mssa(
     w, _ = real_tokens(tokens, token_mask, tokens.dtype)
     output = softmax_attention(w, w, w, scale=scale, key_mask=token_mask, attn_mask=attn_mask, dropout=dropout)
     return zero_rows(output, token_mask)
-
-
-__all__ = ["mssa", "softmax_attention"]

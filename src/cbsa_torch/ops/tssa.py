@@ -114,6 +114,3 @@ def _memberships(
     if token_mask is not None:
         membership = membership.masked_fill(~token_mask[:, None, :], 0.0)
     return membership, membership / (membership.sum(-1, keepdim=True) + _MEMBERSHIP_FLOOR)
-
-
-__all__ = ["channel_attention", "tssa", "tssa_memberships"]

@@ -195,14 +195,6 @@ def test_low_precision_compares_in_float32():
     assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_compiles_in_one_graph_and_exports():
-    model = decoder().eval()
-    x = features(4, 6)
-    expected = model(x)
-    assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected, 1e-10)
-    assert_close(torch.export.export(model, (x,)).module()(x), expected, 1e-10)
-
-
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [

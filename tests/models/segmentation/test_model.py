@@ -48,6 +48,12 @@ def test_images_are_padded_prefix_tokens_dropped_and_masks_cropped(encoder, size
         assert_close(model(x), expected, 1e-5)
 
 
+def test_a_vit_of_timm_sees_two_columns_of_patches_at_least():
+    model, x = small().eval(), torch.randn(1, 3, 40, 9)
+    with torch.no_grad():
+        assert torch.equal(model(x), model(F.pad(x, (0, 23, 0, 8)))[..., :40, :9])
+
+
 POOLED = "vit_pwee_patch16_reg1_gap_256"
 """Its classifier has a norm of its own, which features do not need."""
 
@@ -119,19 +125,9 @@ def test_a_frozen_encoder_stays_as_it_is():
     [*((encoder, "cbsa") for encoder in ENCODERS), (ENCODERS[0], "mssa"), (ENCODERS[0], "mhsa")],
 )
 def test_a_file_and_back(tmp_path, encoder, mixer):
-    args = {
-        "encoder": encoder,
-        "encoder_args": SMALL,
-        "mixer": mixer,
-        "num_classes": 3,
-        "depth": 1,
-        "num_heads": 2,
-        "head_dim": 8,
-        "dim": 24,
-        "mixer_args": {"tied": True} if mixer != "mhsa" else {},
-        "img_size": 56,
-        "freeze_encoder": True,
-    }
+    args = {"encoder": encoder, "encoder_args": SMALL, "img_size": 56, "freeze_encoder": True}
+    args |= {"mixer": mixer, "num_classes": 3, "depth": 1, "num_heads": 2, "head_dim": 8, "dim": 24}
+    args["mixer_args"] = {"tied": True} if mixer != "mhsa" else {}
     model = timm.create_model("segmenter", **args).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)

@@ -8,7 +8,6 @@ import torch
 from cbsa_torch.models import MaskTransformerDecoder, Segmenter, load_checkpoint, load_official
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.convert import convert_official, read_official
-from tests.helpers import golden
 from tests.helpers.compare import assert_close
 
 
@@ -108,14 +107,6 @@ def test_a_whole_model_from_a_file_and_as_ours(tmp_path, depict, distilled):
         assert torch.equal(twin(x), model(x))
 
 
-def test_the_golden_keys_are_all_used():
-    description = golden.describe("segmentation_decoder")
-    state = {key: torch.zeros(shape) for key, shape, _ in description["state_dict"]}
-    model = load_official(state)
-    assert len(model.state_dict()) == len(state)
-    assert sum(p.numel() for p in model.parameters()) == sum(v.numel() for v in state.values())
-
-
 def without(state, key):
     return {name: value for name, value in state.items() if name != key}
 
@@ -126,13 +117,10 @@ ONE = torch.ones(1)
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (
-            without(decoder_state(), "net.layers.0.fn.proj.weight"),
-            "net.layers.0.fn.proj.weight with 2 axes, got not",
-        ),
+        (without(decoder_state(), "net.layers.0.fn.proj.weight"), "net.layers.0.fn.proj.weight is missing"),
         (without(decoder_state(), "mask_norm.bias"), "missing mask_norm.bias"),
         (decoder_state() | {"more": ONE}, "unexpected more"),
-        (decoder_state() | {"cls_emb": torch.ones(6, 64)}, r"cls_emb with 3 axes, got \(6, 64\)"),
+        (decoder_state() | {"cls_emb": torch.ones(6, 64)}, r"cls_emb has shape \(6, 64\) instead of \(1, cl"),
         (decoder_state() | {"net.layers.7.norm.bias": ONE}, r"it has layers \[0, 1, 7\]"),
         (decoder_state() | {"snet.layers.0.norm.bias": ONE}, "is a DEPICT-CA"),
         ({"cls_emb": torch.ones(1, 6, 64), "blocks.0.norm1.bias": ONE}, "a decoder of Segmenter itself"),
@@ -140,7 +128,7 @@ ONE = torch.ones(1)
         (whole() | {"more": ONE}, r"holds more than encoder\.\* and decoder\.\*"),
         (without(whole(), "encoder.norm.bias"), "missing encoder.norm.bias"),
         (whole() | {"encoder.pos_embed": torch.ones(1, 18, 64)}, "17 position embeddings are not a square"),
-        (without(whole(), "encoder.pos_embed"), "its encoder has no encoder.pos_embed of a ViT"),
+        (without(whole(), "encoder.pos_embed"), "encoder.pos_embed is missing"),
         (whole() | {"encoder.blocks.0.x": ONE}, "unexpected encoder.blocks.0.x"),
     ],
 )

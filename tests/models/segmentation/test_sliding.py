@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from cbsa_torch.models import multi_scale_logits, segmenter, sliding_logits
-from cbsa_torch.models.segmentation.sliding import window_starts
+from cbsa_torch.models import multi_scale_logits, sliding_logits
 from tests.helpers.compare import assert_close
 
 
@@ -75,40 +74,6 @@ def test_windows_of_all_images_share_batches():
     assert {size[2:] for size in model.sizes} == {(4, 4)}
 
 
-def test_a_batch_is_its_images():
-    model = Positional().eval()
-    images = torch.randn(2, 3, 9, 11, dtype=torch.float64)
-    together = sliding_logits(model, images, 4, 3)
-    assert together.shape == (2, 3, 9, 11)
-    for image, logits in zip(images, together, strict=True):
-        assert_close(logits, sliding_logits(model, [image], 4, 3)[0], 1e-12)
-
-
-def test_one_window_is_the_model():
-    model = Positional().eval()
-    images = torch.randn(2, 3, 7, 5, dtype=torch.float64)
-    assert_close(sliding_logits(model, images, 8), model(images), 1e-12)
-
-
-@pytest.mark.parametrize("mixer", ["cbsa", "mssa", "mhsa"])
-def test_a_segmenter_on_images_of_different_sizes(mixer):
-    model = segmenter(
-        encoder="cbt_nano_patch4_64",
-        mixer=mixer,
-        num_classes=4,
-        encoder_args={"embed_dim": 16, "depth": 1, "num_heads": 2},
-        num_heads=2,
-        head_dim=4,
-    ).double()
-    images = [torch.randn(3, *size, dtype=torch.float64) for size in ((30, 50), (20, 20), (9, 41))]
-    found = sliding_logits(model, images, window=(18, 22), stride=(10, 22), batch_size=3)
-    model.eval()
-    with torch.no_grad():
-        for image, logits in zip(images, found, strict=True):
-            assert logits.shape == (4, *image.shape[1:])
-            assert_close(logits, by_hand(model, image, (18, 22), (10, 22)), 1e-9)
-
-
 def test_the_model_is_left_as_it_was():
     model = nn.Sequential(Positional(), nn.Dropout(0.5).eval())
     images = torch.randn(1, 3, 6, 6, dtype=torch.float64)
@@ -147,18 +112,18 @@ def test_several_scales_and_flips():
     assert_close(found.exp().sum(0), torch.ones(12, 10, dtype=torch.float64), 1e-10)
 
 
-def test_one_scale_without_flip_has_the_windows_probabilities():
-    model = Positional().eval()
-    images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
-    found = multi_scale_logits(model, images, 6, scales=(1.0,), flip=False)
-    assert_close(found.softmax(1), sliding_logits(model, images, 6).softmax(1), 1e-10)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_images_of_low_precision_are_resized(dtype):
     model, exact = Positional(), multi_scale_logits(Positional(), IMAGES)
     found = multi_scale_logits(model, IMAGES.to(dtype))
     torch.testing.assert_close(found, exact, atol=0.05, rtol=0.05)
+
+
+def test_images_of_any_memory_layout_are_resized_to_any_width():
+    images = torch.randn(1, 3, 8, 2, dtype=torch.float64)
+    expected = multi_scale_logits(Positional(), images, scales=(0.5,))
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert_close(multi_scale_logits(Positional(), channels_last, scales=(0.5,)), expected, 1e-12)
 
 
 def test_flips_make_it_symmetric():
@@ -173,20 +138,6 @@ def test_one_class_keeps_its_sigmoid():
     images = torch.randn(1, 2, 5, 5, dtype=torch.float64)
     found = multi_scale_logits(model, images, 8, scales=(1.0,), flip=False)
     assert_close(found.sigmoid(), model(images).sigmoid().detach(), 1e-10)
-
-
-@pytest.mark.parametrize(
-    ("length", "window", "stride", "starts"),
-    [
-        (10, 4, 4, [0, 4, 6]),
-        (8, 4, 4, [0, 4]),
-        (4, 4, 4, [0]),
-        (3, 4, 4, [0]),
-        (9, 4, 2, [0, 2, 4, 5]),
-    ],
-)
-def test_where_windows_start(length, window, stride, starts):
-    assert window_starts(length, window, stride) == starts
 
 
 IMAGES = torch.zeros(1, 3, 4, 4)

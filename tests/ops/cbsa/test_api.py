@@ -20,7 +20,7 @@ def test_what_auto_is():
     assert chosen(1, 6, 64, 16384, 64) == "tiled"
     assert chosen(1, 6, 64, 16384, 64, broadcast="softmax") == "eager"
     tokens = torch.empty(1, 2, 40000, 4)
-    given = ops.attention_inputs(tokens, torch.empty(1, 2, 64, 4), torch.empty(1, 2, 64, 40000))
+    given = ops.cbsa_inputs(tokens, torch.empty(1, 2, 64, 4), attention=torch.empty(1, 2, 64, 40000))
     assert api.fastest(given, None) == "eager"
 
 
@@ -63,7 +63,7 @@ def test_what_an_implementation_cannot_do_raises():
     with pytest.raises(ValueError, match="impl must be one of 'auto', 'eager'.*did you mean 'eager'"):
         ops.cbsa(tokens, tokens, impl="egaer")
     with pytest.raises(ValueError, match="impl='tiled' computes the attention itself"):
-        api.run(ops.attention_inputs(tokens, tokens, attention), "tiled")
+        api.run(ops.cbsa_inputs(tokens, tokens, attention=attention), "tiled")
     with pytest.raises(ValueError, match="impl='triton' broadcasts with the attention it extracted"):
         ops.cbsa(tokens, tokens, broadcast="softmax", impl="triton")
 

@@ -66,15 +66,6 @@ def test_separate_keys_and_values_and_fresh_broadcast_are_two_attentions():
     assert_close(out, F.scaled_dot_product_attention(tokens, representatives, collected), 1e-12)
 
 
-def test_values_default_to_keys_and_scale_to_the_root_of_the_dimension():
-    tokens, representatives = inputs()
-    keys = torch.randn(2, 3, 11, 5).double()
-    out = ops.cbsa(tokens, representatives, keys=keys)
-    assert_close(out, ops.cbsa(tokens, representatives, keys=keys, values=keys), 0)
-    assert_close(out, ops.cbsa(tokens, representatives, keys=keys, scale=5**-0.5), 1e-12)
-    assert (out - ops.cbsa(tokens, representatives, keys=keys, scale=1.0)).abs().max() > 1e-3
-
-
 def test_stages_fit_together():
     tokens, representatives = inputs()
     stages = stages_of(tokens, representatives, step_representatives=0.3, step_tokens=-2.0)
@@ -274,30 +265,6 @@ def test_low_precision_is_float32_inside_and_autocast_is_ignored(dtype):
     assert stages_of(tokens, representatives).attention.dtype == torch.float32
 
 
-def test_strides_do_not_matter():
-    storage = torch.randn(2, 11, 3, 5).double()
-    tokens = storage.transpose(1, 2)
-    representatives = torch.randn(3, 4, 5).double().expand(2, -1, -1, -1)
-    out = ops.cbsa(tokens, representatives)
-    assert_close(out, ops.cbsa(tokens.contiguous(), representatives.contiguous()), 1e-13)
-
-
-def test_compiles_in_one_graph():
-    tokens, representatives = inputs(dtype=torch.float32, grad=True)
-    mask = torch.arange(11) < torch.tensor([[11], [5]])
-
-    def f(tokens, representatives):
-        return ops.cbsa(tokens, representatives, contraction="exact", token_mask=mask)
-
-    leaves = tokens, representatives
-    found = torch.compile(f, fullgraph=True, backend="aot_eager")(*leaves)
-    expected = f(*leaves)
-    assert_close(found, expected, 1e-6)
-    grads = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, expected))
-    for ours, theirs in zip(*grads, strict=True):
-        assert_close(ours, theirs, 1e-5)
-
-
 def test_stages_of_a_given_attention_fit_together():
     tokens, representatives = torch.randn(2, 3, 7, 5).double(), torch.randn(2, 3, 4, 5).double()
     attention, step = torch.randn(2, 3, 4, 7).double(), torch.randn(3).double()
@@ -305,10 +272,10 @@ def test_stages_of_a_given_attention_fit_together():
     exists = torch.tensor([[True] * 4, [True, False, True, False]])
     attention[1, :, :, 3:] = representatives[1, :, 1] = math.nan  # hidden
     stages = ops.cbsa_stages(
-        ops.attention_inputs(
+        ops.cbsa_inputs(
             tokens,
             representatives,
-            attention,
+            attention=attention,
             step_tokens=step,
             token_mask=token_mask,
             representative_mask=exists,

@@ -7,7 +7,6 @@ in both, so the masks are the same.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -100,9 +99,14 @@ class MaskTransformerDecoder(nn.Module):
         if "num_prefix_tokens" in options:
             raise TypeError("num_prefix_tokens is no option here: the class embeddings are the prefix tokens")
         num_heads = default_num_heads(dim) if num_heads is None else num_heads
-        make = functools.partial(_constructor(mixer), **options)
-        if _pools(mixer, options):
-            make.keywords.setdefault("num_representatives", NUM_REPRESENTATIVES)
+        if isinstance(mixer, str):
+            check_choice("mixer", mixer, tuple(MIXERS))
+            mixer = MIXERS[mixer]
+        if not callable(mixer):
+            raise TypeError(f"mixer must be a name or a constructor, got {mixer!r}")
+        counts = inspect.isclass(mixer) and issubclass(mixer, (CBSA, AgentAttention))
+        if counts and options.get("representatives", "pool") in ("pool", "learned"):
+            options.setdefault("num_representatives", NUM_REPRESENTATIVES)
         self.num_classes = num_classes
         self.dim = dim
         self.encoder_dim = encoder_dim
@@ -113,7 +117,9 @@ class MaskTransformerDecoder(nn.Module):
         self.class_embed = nn.Parameter(torch.empty(1, num_classes, dim, **factory_kwargs))
         self.layers = nn.ModuleList()
         for _ in range(depth):
-            attn = make(dim, num_heads, head_dim=head_dim, num_prefix_tokens=num_classes, **factory_kwargs)
+            attn = mixer(
+                dim, num_heads, head_dim=head_dim, num_prefix_tokens=num_classes, **factory_kwargs, **options
+            )
             self.layers.append(DecoderLayer(dim, attn, learned_step=learned_step, **factory_kwargs))
         self.norm = nn.LayerNorm(dim, **factory_kwargs)
         self.similarity = CosineSimilarity()
@@ -246,20 +252,3 @@ class ScaleShift(nn.Module):
 
 def _class_norm(num_classes: int, **factory_kwargs: Any) -> nn.Module:
     return ScaleShift(**factory_kwargs) if num_classes == 1 else nn.LayerNorm(num_classes, **factory_kwargs)
-
-
-def _constructor(mixer: Mixer) -> Callable[..., nn.Module]:
-    if isinstance(mixer, str):
-        check_choice("mixer", mixer, tuple(MIXERS))
-        return MIXERS[mixer]
-    if not callable(mixer):
-        raise TypeError(f"mixer must be a name or a constructor, got {mixer!r}")
-    return mixer
-
-
-def _pools(mixer: Mixer, options: dict[str, Any]) -> bool:
-    """Whether the mixer has a number of representatives that the caller left open."""
-    made = _constructor(mixer)
-    if not inspect.isclass(made) or not issubclass(made, (CBSA, AgentAttention)):
-        return False
-    return options.get("representatives", "pool") in ("pool", "learned")

@@ -93,9 +93,7 @@ def segmenter(
     refuse_fetching(
         "encoder_args", encoder_args, "use pretrained_encoder=True, or load weights into model.encoder"
     )
-    taken = (
-        mixer_args.keys() & inspect.signature(MaskTransformerDecoder).parameters.keys() if mixer_args else None
-    )
+    taken = inspect.signature(MaskTransformerDecoder).parameters.keys() & (mixer_args or {})
     if taken:
         raise ValueError(f"mixer_args must hold options of the mixer, not {', '.join(sorted(taken))}")
     factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -118,12 +116,12 @@ def segmenter(
         )
         return Segmenter(made, decoder, freeze_encoder=freeze_encoder)
 
-    model: Any = build_entry("segmenter", build, pretrained, **timm_args)
+    model: Segmenter = build_entry("segmenter", build, pretrained, **timm_args)
     known = getattr(model.encoder, "pretrained_cfg", None) or {}
-    model.pretrained_cfg |= {key: known[key] for key in _FROM_ENCODER if key in known}
-    model.pretrained_cfg["num_classes"] = num_classes
-    made: Segmenter = model
-    return made
+    cfg: Any = model.pretrained_cfg
+    cfg |= {key: known[key] for key in _FROM_ENCODER if key in known}
+    cfg["num_classes"] = num_classes
+    return model
 
 
 def _encoder(name: str, pretrained: bool, args: dict[str, Any], norm_eps: float | None) -> nn.Module:

@@ -81,6 +81,5 @@ def _last_info(encoder: nn.Module) -> dict[str, Any] | None:
 def _fixed_size(encoder: nn.Module) -> tuple[int, int] | None:
     """The one size of a ViT that cannot resample its position embedding as it runs."""
     embed: Any = getattr(encoder, "patch_embed", None)
-    strict = getattr(embed, "strict_img_size", False)
-    size: tuple[int, int] | None = getattr(embed, "img_size", None) if strict else None
+    size: Any = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
     return None if size is None else (int(size[0]), int(size[1]))

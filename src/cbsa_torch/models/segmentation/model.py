@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_bool, check_floating
+from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
 from cbsa_torch.models.segmentation.features import channels, check_encoder, patch_features, strides
 
@@ -18,7 +19,8 @@ class Segmenter(nn.Module):
     """Semantic segmentation: patch features of an encoder, masks of a decoder, upsampled to the image.
 
     Images whose sides are no multiples of the patch are padded at the bottom and on the right with zeros (the
-    mean colour, once they are normalised), and the masks are cropped again.
+    mean colour, once they are normalised), and the masks are cropped again. A ViT of timm with a dynamic image
+    size is given two columns of patches at least.
 
     Args:
         encoder: any model of timm that offers ``forward_intermediates`` or ``forward_features``: ViT, DeiT,
@@ -89,16 +91,17 @@ class Segmenter(nn.Module):
         return self.decoder(features, self._padded(x))[..., : x.shape[2], : x.shape[3]]
 
     def _padded(self, x: Tensor) -> tuple[int, int]:
-        """The next sides that are multiples of the patch."""
+        """The next sides that are multiples of the patch; of timm's ViTs two patches wide at least."""
         vertical, horizontal = self.strides
-        return -(-x.shape[2] // vertical) * vertical, -(-x.shape[3] // horizontal) * horizontal
+        rows, columns = -(-x.shape[2] // vertical), -(-x.shape[3] // horizontal)
+        if getattr(self.encoder, "dynamic_img_size", False):
+            # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
+            columns = max(columns, 2)
+        return rows * vertical, columns * horizontal
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: what encoder and decoder say."""
-        listed: set[str] = getattr(self.encoder, "no_weight_decay", set)()
-        return {f"encoder.{name}" for name in listed} | {
-            f"decoder.{name}" for name in self.decoder.no_weight_decay()
-        }
+        return no_weight_decay_inside(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the encoder's layers in the backward pass, where it can."""

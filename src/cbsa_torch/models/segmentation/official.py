@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import re
+from functools import partial
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 
-from cbsa_torch._core.checks import check_positive_int
-from cbsa_torch.models.checkpoint import CheckpointError, floating_dtype, load_strictly
+from cbsa_torch.models.checkpoint import CheckpointError
+from cbsa_torch.models.official import build_and_load, check_shapes, choose_heads, count_layers, grid_side
 from cbsa_torch.models.segmentation.decoder import HEAD_DIM, MaskTransformerDecoder
 
-_LAYER = r"net\.layers\.(\d{1,4})\.(.+)"
-_WITHIN_LAYER = {
-    "norm.weight": "norm.weight",
-    "norm.bias": "norm.bias",
-    "fn.step_x": "attn.step_tokens",
-    "fn.step_rep": "attn.step_representatives",
-    "fn.proj.weight": "attn.qkv.weight",
-    "fn.to_out.weight": "attn.proj.weight",
-    "fn.to_out.bias": "attn.proj.bias",
-    "fn.proj": "attn.qkv.weight",
-    "fn.step_size": "step",
+# Our name to the official one, in the decoder.
+_COMMON = {
+    r"class_embed": r"cls_emb",
+    r"norm\.(.+)": r"decoder_norm.\1",
+    r"mask_norm\.(.+)": r"mask_norm.\1",
+    r"layers\.(\d+)\.norm\.(.+)": r"net.layers.\1.norm.\2",
 }
-"""The official name within a layer to ours; the last two are DEPICT's."""
-_OUTSIDE = {"cls_emb": "class_embed", "decoder_norm.": "norm.", "mask_norm.": "mask_norm."}
+_CBT = {
+    r"layers\.(\d+)\.attn\.step_tokens": r"net.layers.\1.fn.step_x",
+    r"layers\.(\d+)\.attn\.step_representatives": r"net.layers.\1.fn.step_rep",
+    r"layers\.(\d+)\.attn\.qkv\.weight": r"net.layers.\1.fn.proj.weight",
+    r"layers\.(\d+)\.attn\.proj\.(.+)": r"net.layers.\1.fn.to_out.\2",
+}
+_DEPICT = {
+    r"layers\.(\d+)\.attn\.qkv\.weight": r"net.layers.\1.fn.proj",
+    r"layers\.(\d+)\.step": r"net.layers.\1.fn.step_size",
+}
 _HEADS = ("encoder.head.", "encoder.head_dist.", "encoder.pre_logits.")
 """The classifier that the encoder was trained with; the official code keeps it and does not use it."""
 ENCODER_NORM_EPS = 1e-5
@@ -41,13 +43,13 @@ def is_segmentation(official: dict[str, Tensor]) -> bool:
 
 
 def read_segmentation(
-    official: dict[str, Tensor], name: str, num_heads: int | None = None
+    official: dict[str, Tensor], source: str, num_heads: int | None = None
 ) -> tuple[nn.Module, dict[str, Any] | None]:
     """Build the model of an official state dict.
 
     Args:
         official: names and tensors of the official code, with or without the encoder.
-        name: of the source, for messages.
+        source: of the weights, for messages.
         num_heads: of a DEPICT decoder whose heads are not of dimension 100.
 
     Returns:
@@ -58,69 +60,48 @@ def read_segmentation(
         CheckpointError: another decoder, or tensors that do not fit; names are the official code's.
     """
     alone = "cls_emb" in official
+    if not alone and any(not key.startswith(("encoder.", "decoder.")) for key in official):
+        raise CheckpointError(f"{source} holds more than encoder.* and decoder.*")
     prefix = "" if alone else "decoder."
-    encoder = {key: value for key, value in official.items() if key.startswith("encoder.")}
-    decoder = {key[len(prefix) :]: official[key] for key in official if key not in encoder or alone}
-    if any(not key.startswith(prefix) for key in official if key not in encoder):
-        raise CheckpointError(f"{name} holds more than encoder.* and decoder.*")
-    args = _decoder_args(decoder, name, num_heads)
-    info: dict[str, Any] | None = None
-    model: nn.Module
-    try:
-        if alone:
-            mixer_args = args.pop("mixer_args", {})
-            model = MaskTransformerDecoder(**args, dim=decoder["cls_emb"].shape[2], **mixer_args)
-        else:
-            info = {"model": "segmenter", "model_args": {**args, **_encoder_args(encoder, name)}}
-            model = timm.create_model("segmenter", **info["model_args"])
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{name} is not an official checkpoint: {error}") from error
-    model.to(floating_dtype(official))
-    converted = {f"{prefix}{_our_name(key, name)}": _flat(key, value) for key, value in decoder.items()}
-    converted |= {key: value for key, value in encoder.items() if not key.startswith(_HEADS)}
-    load_strictly(model, converted, name)
-    return model.eval(), info
+    decoder = {key.removeprefix(prefix): t for key, t in official.items() if key.startswith(prefix)}
+    depict = "net.layers.0.fn.step_size" in decoder
+    args = _decoder_args(decoder, source, depict, num_heads)
+    table = _COMMON | (_DEPICT if depict else _CBT)
+    if alone:
+        mixer_args = args.pop("mixer_args", {})
+        make = partial(MaskTransformerDecoder, **args, dim=decoder["cls_emb"].shape[2], **mixer_args)
+        return build_and_load(make, official, table, source), None
+    args |= _encoder_args(official, source)
+    table = {rf"decoder\.{ours}": f"decoder.{theirs}" for ours, theirs in table.items()}
+    table[r"encoder\.(.+)"] = r"encoder.\1"
+    used = {key: tensor for key, tensor in official.items() if not key.startswith(_HEADS)}
+    model = build_and_load(partial(timm.create_model, "segmenter", **args), used, table, source)
+    return model, {"model": "segmenter", "model_args": args}
 
 
-def _our_name(key: str, name: str) -> str:
-    layer = re.fullmatch(_LAYER, key)
-    if layer and layer[2] in _WITHIN_LAYER:
-        return f"layers.{layer[1]}.{_WITHIN_LAYER[layer[2]]}"
-    for theirs, ours in _OUTSIDE.items():
-        if key == theirs or (theirs.endswith(".") and key.startswith(theirs)):
-            return ours + key[len(theirs) :]
-    raise CheckpointError(f"{name} is not an official checkpoint: unexpected {key} in the decoder")
-
-
-def _flat(key: str, value: Tensor) -> Tensor:
-    """Steps are stored as (H, 1, 1)."""
-    return value.flatten() if key.endswith((".step_x", ".step_rep")) else value
-
-
-def _decoder_args(decoder: dict[str, Tensor], name: str, num_heads: int | None) -> dict[str, Any]:
+def _decoder_args(
+    decoder: dict[str, Tensor], source: str, depict: bool, num_heads: int | None
+) -> dict[str, Any]:
     """Constructor arguments from the shapes of the tensors that determine them."""
     if any(key.startswith(("snet.", "cnet.")) for key in decoder):
         raise CheckpointError(
-            f"{name} is a DEPICT-CA: its decoder of self- and cross-attention is not supported, DEPICT-SA is"
+            f"{source} is a DEPICT-CA: its decoder of self- and cross-attention is not supported, DEPICT-SA is"
         )
     if any(key.startswith("blocks.") for key in decoder):
-        raise CheckpointError(f"{name} is a decoder of Segmenter itself, with a feed-forward: not supported")
-    layers = {int(found[1]) for key in decoder if (found := re.fullmatch(_LAYER, key))}
-    if not layers or layers != set(range(len(layers))):
-        raise CheckpointError(f"{name} is not an official checkpoint: it has layers {sorted(layers)[:8]}")
-    first = "net.layers.0.fn"
-    depict = f"{first}.step_size" in decoder
-    projection = f"{first}.proj" if depict else f"{first}.proj.weight"
-    needed = {"cls_emb": 3, projection: 2} | ({} if depict else {f"{first}.step_x": 3})
-    for key, ndim in needed.items():
-        if key not in decoder or decoder[key].ndim != ndim or 0 in decoder[key].shape:
-            got = tuple(decoder[key].shape) if key in decoder else "nothing"
-            raise CheckpointError(f"{name} is not an official checkpoint: {key} with {ndim} axes, got {got}")
-    inner = decoder[projection].shape[0]
-    heads = _heads(decoder, name, inner, depict, num_heads)
+        raise CheckpointError(f"{source} is a decoder of Segmenter itself, with a feed-forward: not supported")
+    depth = count_layers(decoder, "net.layers.", source)
+    within = [f"net.layers.{i}.fn" for i in range(depth)]
+    projection = "proj" if depict else "proj.weight"
+    needed = {"cls_emb": "(1, classes, dim)", f"{within[0]}.{projection}": "(heads * head_dim, dim)"}
+    if not depict:
+        needed |= {f"{layer}.{step}": "(heads, 1, 1)" for layer in within for step in ("step_x", "step_rep")}
+    check_shapes(decoder, needed, source)
+    inner = decoder[f"{within[0]}.{projection}"].shape[0]
+    told = None if depict else decoder[f"{within[0]}.step_x"].shape[0]
+    heads = choose_heads(source, inner, told=told, given=num_heads, usual=inner // HEAD_DIM)
     args: dict[str, Any] = {
         "num_classes": decoder["cls_emb"].shape[1],
-        "depth": len(layers),
+        "depth": depth,
         "num_heads": heads,
         "head_dim": inner // heads,
         "mixer": "mssa" if depict else "cbsa",
@@ -129,47 +110,25 @@ def _decoder_args(decoder: dict[str, Tensor], name: str, num_heads: int | None) 
     return args | ({"learned_step": True, "mixer_args": {"tied": True}} if depict else {})
 
 
-def _heads(decoder: dict[str, Tensor], name: str, inner: int, depict: bool, given: int | None) -> int:
-    if given is not None:
-        check_positive_int("num_heads", given)
-    told = inner // HEAD_DIM if depict else decoder["net.layers.0.fn.step_x"].shape[0]
-    if not depict and given not in (None, told):
-        raise CheckpointError(f"{name} has {told} heads, not num_heads={given}")
-    heads = told if given is None else given
-    if not heads or inner % heads:
-        raise CheckpointError(
-            f"{name}: {inner} channels of its projections are not {heads} heads; give num_heads"
-        )
-    return heads
-
-
-def _encoder_args(encoder: dict[str, Tensor], name: str) -> dict[str, Any]:
+def _encoder_args(official: dict[str, Tensor], source: str) -> dict[str, Any]:
     """A timm ViT, and the arguments that make it this one."""
-    blocks = {int(found[1]) for key in encoder if (found := re.match(r"encoder\.blocks\.(\d{1,4})\.", key))}
-    needed = {
-        "encoder.pos_embed": 3,
-        "encoder.patch_embed.proj.weight": 4,
-        "encoder.blocks.0.mlp.fc1.weight": 2,
-    }
-    for key, ndim in needed.items():
-        if key not in encoder or encoder[key].ndim != ndim or 0 in encoder[key].shape:
-            raise CheckpointError(f"{name} is not an official checkpoint: its encoder has no {key} of a ViT")
-    dim, in_chans, patch, _ = encoder["encoder.patch_embed.proj.weight"].shape
-    distilled = "encoder.dist_token" in encoder
-    cells = encoder["encoder.pos_embed"].shape[1] - 1 - distilled
-    side = math.isqrt(max(cells, 0))
-    if side * side != cells or not cells:
-        raise CheckpointError(f"{name}: {cells} position embeddings are not a square grid")
+    positions, patches = "encoder.pos_embed", "encoder.patch_embed.proj.weight"
+    hidden = "encoder.blocks.0.mlp.fc1.weight"
+    shapes = {positions: "(1, tokens, dim)", patches: "(dim, channels, patch, patch)", hidden: "(hidden, dim)"}
+    check_shapes(official, shapes, source)
+    dim, in_chans, patch, _ = official[patches].shape
+    distilled = "encoder.dist_token" in official
+    side = grid_side(official[positions].shape[1] - 1 - distilled, source)
     if dim % ENCODER_HEAD_DIM:
-        raise CheckpointError(f"{name}: the width {dim} of its encoder is not whole heads of 64")
+        raise CheckpointError(f"{source}: the width {dim} of its encoder is not whole heads of 64")
     return {
         "encoder": "deit_tiny_distilled_patch16_224" if distilled else "vit_tiny_patch16_224",
         "encoder_args": {
             "embed_dim": dim,
-            "depth": len(blocks),
+            "depth": count_layers(official, "encoder.blocks.", source),
             "num_heads": dim // ENCODER_HEAD_DIM,
             "patch_size": patch,
-            "mlp_ratio": encoder["encoder.blocks.0.mlp.fc1.weight"].shape[0] / dim,
+            "mlp_ratio": official[hidden].shape[0] / dim,
         },
         "encoder_norm_eps": ENCODER_NORM_EPS,
         "img_size": side * patch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,12 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_bool, check_floating, check_positive, check_positive_int, check_sides
 from cbsa_torch._core.modes import evaluating
 from cbsa_torch._core.precision import compute_dtype
+from cbsa_torch.models.resize import resize
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Of Segmenter's multi-scale evaluation, which the paper follows."""
 Size = int | tuple[int, int]
-
-
-class Window(NamedTuple):
-    """Where a crop lies."""
-
-    image: int
-    top: int
-    left: int
-    height: int
-    width: int
+Images = TypeVar("Images", Tensor, list[Tensor])
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -35,29 +27,13 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-@overload
-def sliding_logits(
-    model: nn.Module, images: Tensor, window: Size = ..., stride: Size | None = ..., batch_size: int = ...
-) -> Tensor: ...
-
-
-@overload
 def sliding_logits(
     model: nn.Module,
-    images: Sequence[Tensor],
-    window: Size = ...,
-    stride: Size | None = ...,
-    batch_size: int = ...,
-) -> list[Tensor]: ...
-
-
-def sliding_logits(
-    model: nn.Module,
-    images: Tensor | Sequence[Tensor],
+    images: Images,
     window: Size = 512,
     stride: Size | None = None,
     batch_size: int = 8,
-) -> Tensor | list[Tensor]:
+) -> Images:
     """Run ``model`` on windows of the images and average its logits where windows overlap.
 
     The windows of all images go through the model together, in batches of windows of one size. A side shorter
@@ -66,7 +42,7 @@ def sliding_logits(
     Args:
         model: ``(B, C, height, width)`` images of any size to ``(B, K, height, width)`` logits, such as a
             :class:`Segmenter`.
-        images: ``(B, C, height, width)``, or a sequence of ``(C, height, width)`` of different sizes. They may
+        images: ``(B, C, height, width)``, or a list of ``(C, height, width)`` of different sizes. They may
             be on another device than the model: windows are moved batch by batch.
         window: side or (height, width) in pixels.
         stride: from one window to the next, at most the window. Default: the window, as Segmenter evaluates
@@ -81,58 +57,36 @@ def sliding_logits(
         ValueError: sizes below 1, a stride above the window, images or logits of another shape.
         TypeError: images that are not floating-point tensors.
     """
-    window, stride = _window_and_stride(window, stride)
+    sides = check_sides("window", window)
+    steps = sides if stride is None else check_sides("stride", stride)
+    if steps[0] > sides[0] or steps[1] > sides[1]:
+        raise ValueError(f"stride must be at most the window {sides}, or pixels are left out; got {steps}")
     check_positive_int("batch_size", batch_size)
     listed = _as_list(images)
-    by_size: dict[tuple[int, int], list[Window]] = defaultdict(list)
+    by_size: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
     for i, image in enumerate(listed):
-        for place in _windows(i, (image.shape[1], image.shape[2]), window, stride):
-            by_size[place.height, place.width].append(place)
+        size = min(sides[0], image.shape[1]), min(sides[1], image.shape[2])
+        tops, lefts = (window_starts(*along) for along in zip(image.shape[1:], size, steps, strict=True))
+        by_size[size] += [(i, top, left) for top in tops for left in lefts]
     sums: dict[int, Tensor] = {}
     with evaluating(model):
-        for places in by_size.values():
+        for size, places in by_size.items():
             for start in range(0, len(places), batch_size):
-                _add(model, listed, places[start : start + batch_size], sums)
-    results = [sums[i].div_(_overlaps(image, window, stride)) for i, image in enumerate(listed)]
+                _add(model, listed, size, places[start : start + batch_size], sums)
+    results = [sums[i].div_(_overlaps(image, sides, steps)) for i, image in enumerate(listed)]
     return torch.stack(results) if isinstance(images, Tensor) else results
 
 
-@overload
 def multi_scale_logits(
     model: nn.Module,
-    images: Tensor,
-    window: Size = ...,
-    stride: Size | None = ...,
-    batch_size: int = ...,
-    *,
-    scales: Sequence[float] = ...,
-    flip: bool = ...,
-) -> Tensor: ...
-
-
-@overload
-def multi_scale_logits(
-    model: nn.Module,
-    images: Sequence[Tensor],
-    window: Size = ...,
-    stride: Size | None = ...,
-    batch_size: int = ...,
-    *,
-    scales: Sequence[float] = ...,
-    flip: bool = ...,
-) -> list[Tensor]: ...
-
-
-def multi_scale_logits(
-    model: nn.Module,
-    images: Tensor | Sequence[Tensor],
+    images: Images,
     window: Size = 512,
     stride: Size | None = None,
     batch_size: int = 8,
     *,
     scales: Sequence[float] = SCALES,
     flip: bool = True,
-) -> Tensor | list[Tensor]:
+) -> Images:
     """:func:`sliding_logits` of the images at several scales, and mirrored, averaged as probabilities.
 
     Args:
@@ -153,7 +107,7 @@ def multi_scale_logits(
     total: list[Tensor | None] = [None] * len(listed)
     views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
     for scale, mirrored in views:
-        resized = [_resize(image, _scaled(image, scale)) for image in listed]
+        resized = [_rescaled(image, scale) for image in listed]
         if mirrored:
             resized = [image.flip(-1) for image in resized]
         for i, logits in enumerate(sliding_logits(model, resized, window, stride, batch_size)):
@@ -167,46 +121,33 @@ def multi_scale_logits(
 
 
 def _as_logits(chances: Tensor) -> Tensor:
-    tiny = torch.finfo(chances.dtype).tiny
-    if len(chances) == 1:
-        return torch.logit(chances, eps=torch.finfo(chances.dtype).eps)
-    return chances.clamp(min=tiny).log()
+    limits = torch.finfo(chances.dtype)
+    return torch.logit(chances, eps=limits.eps) if len(chances) == 1 else chances.clamp(min=limits.tiny).log()
 
 
-def _scaled(image: Tensor, scale: float) -> tuple[int, int]:
-    return max(round(image.shape[1] * scale), 1), max(round(image.shape[2] * scale), 1)
+def _rescaled(image: Tensor, scale: float) -> Tensor:
+    size = max(round(image.shape[1] * scale), 1), max(round(image.shape[2] * scale), 1)
+    return image if size == image.shape[1:] else resize(image[None], size, "bilinear")[0]
 
 
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    if size == tuple(image.shape[1:]):
-        return image
-    exact = image[None].to(compute_dtype(image.dtype))  # half precision has no such kernel on the CPU
-    return F.interpolate(exact, size, mode="bilinear", antialias=True)[0].to(image.dtype)
-
-
-def _windows(
-    image: int, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
-) -> list[Window]:
-    height, width = min(window[0], size[0]), min(window[1], size[1])
-    return [
-        Window(image, top, left, height, width)
-        for top in window_starts(size[0], height, stride[0])
-        for left in window_starts(size[1], width, stride[1])
-    ]
-
-
-def _add(model: nn.Module, images: list[Tensor], places: list[Window], sums: dict[int, Tensor]) -> None:
-    """Run the model on some windows of one size and add the logits to their images'."""
-    crops = [images[i][:, top : top + h, left : left + w] for i, top, left, h, w in places]
+def _add(
+    model: nn.Module,
+    images: list[Tensor],
+    size: tuple[int, int],
+    places: list[tuple[int, int, int]],
+    sums: dict[int, Tensor],
+) -> None:
+    """Run the model on windows of one size, at (image, top, left), and add the logits to their images'."""
+    h, w = size
+    crops = [images[i][:, top : top + h, left : left + w] for i, top, left in places]
     like = next(model.parameters(), crops[0])
     logits: Tensor = model(torch.stack([crop.to(like.device) for crop in crops]))
-    size = (places[0].height, places[0].width)
     if logits.ndim != 4 or tuple(logits.shape[2:]) != size or len(logits) != len(places):
         raise ValueError(
             f"model must return (B, K, height, width) logits of its images, got {tuple(logits.shape)} "
-            f"for {len(places)} images of {size[0]} x {size[1]}"
+            f"for {len(places)} images of {h} x {w}"
         )
-    for (i, top, left, h, w), found in zip(places, logits, strict=True):
+    for (i, top, left), found in zip(places, logits, strict=True):
         if i not in sums:
             dtype = compute_dtype(found.dtype)
             shape = (len(found), *images[i].shape[1:])
@@ -225,7 +166,7 @@ def _overlaps(image: Tensor, window: tuple[int, int], stride: tuple[int, int]) -
     return torch.outer(*lines)
 
 
-def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _as_list(images: Tensor | list[Tensor]) -> list[Tensor]:
     if isinstance(images, Tensor) and images.ndim != 4:
         raise ValueError(f"images must have shape (B, C, height, width), got {tuple(images.shape)}")
     listed = list(images)
@@ -242,11 +183,3 @@ def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
                 f"and {image.shape[0]} of {image.dtype}"
             )
     return listed
-
-
-def _window_and_stride(window: Size, stride: Size | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    sides = check_sides("window", window)
-    steps = sides if stride is None else check_sides("stride", stride)
-    if steps[0] > sides[0] or steps[1] > sides[1]:
-        raise ValueError(f"stride must be at most the window {sides}, or pixels are left out; got {steps}")
-    return sides, steps

@@ -8,7 +8,7 @@ from torch import Tensor
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs, attention_inputs, cbsa_inputs, check_projection
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, check_projection
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
 from cbsa_torch.ops.cbsa.two_softmax import two_softmax
@@ -123,10 +123,10 @@ def contract_and_broadcast(
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
-    inputs = attention_inputs(
+    inputs = cbsa_inputs(
         tokens,
         representatives,
-        attention,
+        attention=attention,
         step_tokens=step_tokens,
         scale=scale,
         contraction=contraction,
@@ -224,6 +224,3 @@ def folds(inputs: CBSAInputs, out_weight: Tensor) -> bool:
         return False
     (_, _, m, p), n, c = inputs.representatives.shape, inputs.keys.shape[2], out_weight.shape[0]
     return (n + p) * m * c < n * p * (m + c)
-
-
-__all__ = ["cbsa", "contract_and_broadcast", "run", "run_and_project"]

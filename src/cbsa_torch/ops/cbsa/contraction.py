@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.precision import solve_dtype
+from cbsa_torch.ops.cbsa.reference import contract_exact, contract_softmax, exact_system
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
 
 
@@ -22,14 +23,9 @@ def contract(rep: Tensor, kind: str, scale: float, eps: float, mask: Tensor | No
         eps: epsilon of Eq. 7.
         mask: ``(B, M)`` bool, True = exists.
     """
-    if kind == "none":
-        return rep
     if kind == "softmax":
-        return zero_rows(_attention(rep, scale, mask) @ rep, mask)
-    wide = rep.to(solve_dtype(rep))
-    factor, small = _factor(wide, eps, mask)
-    solved = torch.cholesky_solve(wide.mT if small else wide, factor)
-    return (solved.mT if small else solved).to(rep.dtype)
+        return zero_rows(contract_softmax(rep, scale, mask)[1], mask)
+    return contract_exact(rep, eps, mask) if kind == "exact" else rep
 
 
 def contract_backward(
@@ -40,14 +36,13 @@ def contract_backward(
     if kind == "none":
         return gradient
     if kind == "softmax":
-        p = _attention(rep, scale, mask)
+        p = masked_softmax(scale * (rep @ rep.mT), None if mask is None else mask[:, None, None, :])
         dp = gradient @ rep.mT
         dg = p * (dp - (p * dp).sum(-1, keepdim=True))
         return zero_rows(p.mT @ gradient + scale * (dg + dg.mT) @ rep, mask)
     wide, dc = rep.to(solve_dtype(rep)), gradient.to(solve_dtype(rep))
-    alpha = _alpha(wide, eps, mask)
-    factor, small = _factor(wide, eps, mask)
-    if small:  # C = Rep G^-1 with G = I + alpha Rep^T Rep; dG = alpha (dRep^T Rep + Rep^T dRep)
+    factor, alpha, by_channels = exact_system(wide, eps, mask)
+    if by_channels:  # C = Rep G^-1 with G = I + alpha Rep^T Rep; dG = alpha (dRep^T Rep + Rep^T dRep)
         c, y = (torch.cholesky_solve(t.mT, factor).mT for t in (wide, dc))
         h = c.mT @ y
         result = y - alpha * (wide @ (h + h.mT))
@@ -56,26 +51,3 @@ def contract_backward(
         e = y @ c.mT
         result = y - alpha * ((e + e.mT) @ wide)
     return zero_rows(result.to(rep.dtype), mask)
-
-
-def _attention(rep: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    return masked_softmax(scale * (rep @ rep.mT), None if mask is None else mask[:, None, None, :])
-
-
-def _alpha(rep: Tensor, eps: float, mask: Tensor | None) -> Tensor | float:
-    """P / (M eps^2), with M the number of representatives that exist."""
-    if mask is None:
-        return rep.shape[-1] / (rep.shape[-2] * eps**2)
-    count = mask.sum(-1).clamp(min=1).to(rep.dtype)[:, None, None, None]
-    return rep.shape[-1] / (count * eps**2)
-
-
-def _factor(rep: Tensor, eps: float, mask: Tensor | None) -> tuple[Tensor, bool]:
-    """Cholesky factor of I + alpha Rep^T Rep (True), or of I + alpha Rep Rep^T where that is smaller."""
-    m, p = rep.shape[-2:]
-    small = p <= m
-    scaled = _alpha(rep, eps, mask) * rep
-    gram = rep.mT @ scaled if small else rep @ scaled.mT
-    identity = torch.eye(min(m, p), dtype=rep.dtype, device=rep.device)
-    factor, failed = torch.linalg.cholesky_ex(identity + gram)
-    return factor.masked_fill((failed != 0)[..., None, None], float("nan")), small

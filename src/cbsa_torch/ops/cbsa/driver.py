@@ -12,6 +12,7 @@ the dtype of the keys, and a product with an output projection is bfloat16 for b
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -102,11 +103,9 @@ def like_tokens(tokens: Tensor) -> Tensor:
 def empty_results(problem: Problem) -> Results:
     """Tensors for what the forward pass returns."""
     b, _, n, _ = problem.keys.shape
-    output = (
-        like_tokens(problem.keys)
-        if problem.out_weight is None
-        else problem.keys.new_empty(b, n, problem.out_weight.shape[0])
-    )
+    output = like_tokens(problem.keys)
+    if problem.out_weight is not None:
+        output = problem.keys.new_empty(b, n, problem.out_weight.shape[0])
     sizes, dtype = problem.representatives.shape, compute_dtype(problem.keys.dtype)
     picked = problem.keys.new_empty(sizes, dtype=dtype)
     normalizer = problem.keys.new_zeros(*sizes[:3], passes_of(problem.impl).normalizer_size(n), dtype=dtype)
@@ -115,16 +114,11 @@ def empty_results(problem: Problem) -> Results:
 
 def forward(problem: Problem) -> Results:
     """Extract, contract, broadcast."""
-    passes = passes_of(problem.impl)
     with no_autocast(problem.keys):
         queries, eta, kappa, weight = _operands(problem)
         bias = None if problem.out_bias is None else problem.out_bias.to(problem.keys.dtype)
         results = empty_results(problem)
-        for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
-            values, mask, exists = (
-                _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask)
-            )
-            part = passes(queries[group], problem.keys[group], values, mask, problem.scale)
+        for group, part, exists in _parts(problem, queries):
             picked, normalizer = part.extract()
             results.picked[group], results.normalizer[group, ..., : normalizer.shape[-1]] = picked, normalizer
             rep = zero_rows(queries[group] + eta * picked, exists)
@@ -137,7 +131,6 @@ def forward(problem: Problem) -> Results:
 
 def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Problem) -> Gradients:
     """Gradients from that of the output; ``picked`` and ``normalizer`` are of the forward pass."""
-    passes = passes_of(problem.impl)
     with no_autocast(problem.keys):
         queries, eta, kappa, weight = _operands(problem)
         d_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
@@ -145,11 +138,7 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Prob
         d_values = None if problem.values is None else like_tokens(problem.keys)
         d_eta, d_kappa = (queries.new_zeros(problem.keys.shape[1]) for _ in range(2))
         d_weight = torch.zeros_like(queries.new_empty(0) if weight is None else weight)
-        for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
-            values, mask, exists = (
-                _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask)
-            )
-            part = passes(queries[group], problem.keys[group], values, mask, problem.scale, normalizer[group])
+        for group, part, exists in _parts(problem, queries, normalizer):
             rep = zero_rows(queries[group] + eta * picked[group], exists)
             c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)
             carried = kappa * c if weight is None else (kappa * c) @ weight
@@ -193,14 +182,22 @@ def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dtype = compute_dtype(problem.keys.dtype)
     queries = zero_rows(problem.representatives.to(dtype), problem.representative_mask)
     eta, kappa = (step.to(dtype)[:, None, None] for step in (problem.step_representatives, problem.step_tokens))
-    if problem.out_weight is None:
-        return queries, eta, kappa, None
-    return (
-        queries,
-        eta,
-        kappa,
-        problem.out_weight.t().unflatten(0, (problem.keys.shape[1], problem.keys.shape[3])).to(dtype),
-    )
+    weight = problem.out_weight
+    if weight is not None:
+        weight = weight.t().unflatten(0, (problem.keys.shape[1], problem.keys.shape[3])).to(dtype)
+    return queries, eta, kappa, weight
+
+
+def _parts(
+    problem: Problem, queries: Tensor, normalizer: Tensor | None = None
+) -> Iterator[tuple[slice, Tiles | TritonPasses, Tensor | None]]:
+    """The items group by group: which they are, the passes over their tokens, their mask of representatives."""
+    passes = passes_of(problem.impl)
+    for group in passes.groups(problem.keys.shape[0], problem.keys.shape[2]):
+        values, mask, exists, saved = (
+            _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask, normalizer)
+        )
+        yield group, passes(queries[group], problem.keys[group], values, mask, problem.scale, saved), exists
 
 
 def _of(rows: Tensor | None, group: slice) -> Tensor | None:

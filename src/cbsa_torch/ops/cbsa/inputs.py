@@ -21,7 +21,7 @@ from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, DEFAULT_EPS, Broadc
 
 
 class CBSAInputs(NamedTuple):
-    """Checked inputs of CBSA, defaults filled in. Made by :func:`cbsa_inputs` or :func:`attention_inputs`."""
+    """Checked inputs of CBSA, defaults filled in. Made by :func:`cbsa_inputs`."""
 
     tokens: Tensor
     representatives: Tensor
@@ -49,6 +49,7 @@ def cbsa_inputs(
     tokens: Tensor,
     representatives: Tensor,
     *,
+    attention: Tensor | None = None,
     keys: Tensor | None = None,
     values: Tensor | None = None,
     step_representatives: Tensor | float = 1.0,
@@ -63,12 +64,22 @@ def cbsa_inputs(
 ) -> CBSAInputs:
     """Check the arguments of :func:`cbsa_torch.ops.cbsa` and fill in its defaults.
 
+    With ``attention``, those of :func:`cbsa_torch.ops.contract_and_broadcast`: nothing is extracted.
+
     Raises:
-        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+        ValueError: shapes, options or devices that do not fit; options of the extraction beside ``attention``.
+        TypeError: wrong dtypes.
     """
     check_choice("contraction", contraction, CONTRACTIONS)
     check_choice("broadcast", broadcast, BROADCASTS)
     check_positive("eps", eps)
+    if attention is not None:
+        fixed = keys is values is key_mask is None and broadcast == "shared"
+        if not fixed or isinstance(step_representatives, Tensor) or step_representatives != 1.0:
+            raise ValueError(
+                "attention cannot be given beside keys, values, key_mask, step_representatives or "
+                "broadcast='softmax': they are of the extraction that it replaces"
+            )
     if scale is not None:
         check_number("scale", scale)
     check_floating("tokens", tokens)
@@ -103,12 +114,15 @@ def cbsa_inputs(
     if representative_mask is not None:
         sizes = (b, representatives.shape[2])
         check_mask("representative_mask", representative_mask, sizes, "(B, M)", "a real representative")
+    if attention is not None:
+        m = representatives.shape[2]
+        check_rows("attention", attention, (b, h, m, n), "(B, H, M, N)", "tokens", tokens)
     return CBSAInputs(
         tokens,
         representatives,
         keys,
         values,
-        attention=None,
+        attention=attention,
         step_representatives=_per_head("step_representatives", step_representatives, tokens),
         step_tokens=_per_head("step_tokens", step_tokens, tokens),
         scale=p**-0.5 if scale is None else scale,
@@ -119,38 +133,6 @@ def cbsa_inputs(
         key_mask=key_mask,
         representative_mask=representative_mask,
     )
-
-
-def attention_inputs(
-    tokens: Tensor,
-    representatives: Tensor,
-    attention: Tensor,
-    *,
-    step_tokens: Tensor | float = 1.0,
-    scale: float | None = None,
-    contraction: Contraction = "softmax",
-    eps: float = DEFAULT_EPS,
-    token_mask: Tensor | None = None,
-    representative_mask: Tensor | None = None,
-) -> CBSAInputs:
-    """Check the arguments of :func:`cbsa_torch.ops.contract_and_broadcast` and fill in its defaults.
-
-    Raises:
-        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
-    """
-    inputs = cbsa_inputs(
-        tokens,
-        representatives,
-        step_tokens=step_tokens,
-        scale=scale,
-        contraction=contraction,
-        eps=eps,
-        token_mask=token_mask,
-        representative_mask=representative_mask,
-    )
-    b, h, n, _ = tokens.shape
-    check_rows("attention", attention, (b, h, representatives.shape[2], n), "(B, H, M, N)", "tokens", tokens)
-    return inputs._replace(attention=attention)
 
 
 def check_projection(inputs: CBSAInputs, out_weight: Tensor, out_bias: Tensor | None) -> None:

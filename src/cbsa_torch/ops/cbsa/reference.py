@@ -13,18 +13,7 @@ from torch.nn import functional as F
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import CBSAStages
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
-
-
-def masked_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the last axis; entries where ``mask`` is False get 0, and so does a row of them.
-
-    The dtype's lowest number stands for -inf so that a row without any entry stays finite, forward and
-    backward, before it is set to zero.
-    """
-    if mask is None:
-        return torch.softmax(logits, dim=-1)
-    lowest = torch.finfo(logits.dtype).min
-    return torch.softmax(logits.masked_fill(~mask, lowest), dim=-1).masked_fill(~mask, 0.0)
+from cbsa_torch.ops.masking import masked_softmax, zero_rows
 
 
 def extract(
@@ -84,21 +73,25 @@ def contract_exact(representatives: Tensor, eps: float, mask: Tensor | None = No
         The contraction ``(B, H, M, P)``.
     """
     rep = representatives.to(solve_dtype(representatives))
+    factor, _, by_channels = exact_system(rep, eps, mask)
+    solved = torch.cholesky_solve(rep.mT if by_channels else rep, factor)
+    return (solved.mT if by_channels else solved).to(representatives.dtype)
+
+
+def exact_system(rep: Tensor, eps: float, mask: Tensor | None) -> tuple[Tensor, Tensor | float, bool]:
+    """The system of :func:`contract_exact`.
+
+    Returns:
+        The Cholesky factor of I_P + alpha X^T X, or of I_M + alpha X X^T if M < P; alpha; and whether P <= M.
+    """
     m, p = rep.shape[-2:]
-    if mask is None:
-        rep_scaled = rep * (p / (m * eps**2))
-    else:
-        count = mask.sum(-1).clamp(min=1).to(rep.dtype)[:, None, None, None]  # (B, 1, 1, 1)
-        rep_scaled = rep * (p / (count * eps**2))
+    count = m if mask is None else mask.sum(-1).clamp(min=1).to(rep.dtype)[:, None, None, None]  # (B, 1, 1, 1)
+    alpha = p / (count * eps**2)
+    scaled = alpha * rep
     identity = torch.eye(min(m, p), dtype=rep.dtype, device=rep.device)
     # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
-    if p <= m:
-        factor, failed = torch.linalg.cholesky_ex(identity + rep.mT @ rep_scaled)  # (B, H, P, P)
-        contracted = torch.cholesky_solve(rep.mT, factor).mT
-    else:
-        factor, failed = torch.linalg.cholesky_ex(identity + rep @ rep_scaled.mT)  # (B, H, M, M)
-        contracted = torch.cholesky_solve(rep, factor)
-    return contracted.masked_fill((failed != 0)[..., None, None], float("nan")).to(representatives.dtype)
+    factor, failed = torch.linalg.cholesky_ex(identity + (rep.mT @ scaled if p <= m else rep @ scaled.mT))
+    return factor.masked_fill((failed != 0)[..., None, None], float("nan")), alpha, p <= m
 
 
 def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tensor:
@@ -126,8 +119,7 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
     """Evaluate CBSA equation by equation and return every intermediate.
 
     Args:
-        inputs: checked by :func:`cbsa_torch.ops.cbsa_inputs` (arguments of :func:`cbsa_torch.ops.cbsa`) or
-            :func:`cbsa_torch.ops.attention_inputs` (those of :func:`cbsa_torch.ops.contract_and_broadcast`).
+        inputs: made by :func:`cbsa_torch.ops.cbsa_inputs`.
 
     Returns:
         :class:`CBSAStages`: attention, extracted and contracted representatives, output, ... in the dtype
@@ -137,20 +129,13 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
     dtype = compute_dtype(inputs.tokens.dtype)
     token_mask, key_mask, representative_mask = inputs.token_mask, inputs.key_mask, inputs.representative_mask
     with no_autocast(inputs.tokens):
-        tokens, representatives, keys, values = (
-            t.to(dtype) for t in (inputs.tokens, inputs.representatives, inputs.keys, inputs.values)
-        )
         eta, kappa = (
             step.to(dtype)[:, None, None] for step in (inputs.step_representatives, inputs.step_tokens)
         )
         # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
-        if token_mask is not None:
-            tokens = tokens.masked_fill(~token_mask[:, None, :, None], 0.0)
-        if key_mask is not None:
-            hidden = ~key_mask[:, None, :, None]
-            keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
-        if representative_mask is not None:
-            representatives = representatives.masked_fill(~representative_mask[:, None, :, None], 0.0)
+        tokens = zero_rows(inputs.tokens.to(dtype), token_mask)
+        keys, values = (zero_rows(t.to(dtype), key_mask) for t in (inputs.keys, inputs.values))
+        representatives = zero_rows(inputs.representatives.to(dtype), representative_mask)
 
         if inputs.attention is None:
             attention, picked = extract(representatives, keys, values, inputs.scale, key_mask)
@@ -159,9 +144,8 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
             attention, extracted = inputs.attention.to(dtype), representatives
             if token_mask is not None:
                 attention = attention.masked_fill(~token_mask[:, None, None, :], 0.0)
-        if representative_mask is not None:  # what does not exist attends to nothing
-            absent = ~representative_mask[:, None, :, None]
-            attention, extracted = attention.masked_fill(absent, 0.0), extracted.masked_fill(absent, 0.0)
+        # what does not exist attends to nothing
+        attention, extracted = (zero_rows(t, representative_mask) for t in (attention, extracted))
 
         contraction_attention = None
         if inputs.contraction == "softmax":
@@ -170,16 +154,14 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
             contracted = contract_exact(extracted, inputs.eps, representative_mask)
         else:
             contracted = extracted
-        if representative_mask is not None:
-            contracted = contracted.masked_fill(~representative_mask[:, None, :, None], 0.0)
+        contracted = zero_rows(contracted, representative_mask)
 
         if inputs.broadcast == "softmax":
             logits = inputs.scale * (tokens @ representatives.mT)  # (B, H, N, M)
             weights = masked_softmax(
                 logits, None if representative_mask is None else representative_mask[:, None, None, :]
             )
-            if token_mask is not None:
-                weights = weights.masked_fill(~token_mask[:, None, :, None], 0.0)
+            weights = zero_rows(weights, token_mask)
             if key_mask is not None:  # without any real key there is nothing to attend to
                 weights = weights.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
         else:

@@ -11,8 +11,6 @@ written and the broadcast costs no product beyond that of the projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -51,27 +49,21 @@ class Tiles:
         self.queries = scale * queries
         self.keys, self.values, self.mask, self.scale = keys, values, mask, scale
         self.shares = normalizer
-        tiles = self._count(n)
+        tiles = max(1, (n + TILE // 2) // TILE)
         self.places = [slice(i * n // tiles, (i + 1) * n // tiles) for i in range(tiles)]
         self.keeps = tiles == 1 or (normalizer is None and b * h * m * n <= KEEP)
         self.kept: dict[int, Tensor] = {}
 
     @staticmethod
-    def groups(b: int, n: int) -> Iterator[slice]:
+    def groups(b: int, n: int) -> list[slice]:
         """Items that are handled together: short ones together, long ones alone."""
         step = max(1, GROUP // max(1, n))
-        for first in range(0, b, step):
-            yield slice(first, min(first + step, b))
+        return [slice(first, first + step) for first in range(0, b, step)]
 
     @staticmethod
     def normalizer_size(n: int) -> int:
         """A bound on the number of tiles: no comparison, never one, so that exported programs keep N open."""
         return n // TILE + 2
-
-    @staticmethod
-    def _count(n: int) -> int:
-        """How many tiles cover ``n`` tokens."""
-        return max(1, (n + TILE // 2) // TILE)
 
     def extract(self) -> tuple[Tensor, Tensor]:
         """R = A V ``(B, H, M, P)``, zero for items without real tokens, and the shares ``(B, H, M, tiles)``."""

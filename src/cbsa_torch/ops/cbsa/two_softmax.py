@@ -20,14 +20,14 @@ def two_softmax(inputs: CBSAInputs) -> Tensor:
     dtype = compute_dtype(inputs.tokens.dtype)
     scale, key_mask, representative_mask = inputs.scale, inputs.key_mask, inputs.representative_mask
     with no_autocast(inputs.tokens):
-        tokens, rep, keys, values = (
-            t.to(dtype) for t in (inputs.tokens, inputs.representatives, inputs.keys, inputs.values)
-        )
+        tokens = zero_rows(inputs.tokens.to(dtype), inputs.token_mask)
+        rep = zero_rows(inputs.representatives.to(dtype), representative_mask)
         eta, kappa = (
             step.to(dtype)[:, None, None] for step in (inputs.step_representatives, inputs.step_tokens)
         )
-        tokens, rep = zero_rows(tokens, inputs.token_mask), zero_rows(rep, representative_mask)
-        picked = softmax_attention(rep, keys, values, scale=scale, key_mask=key_mask)
+        picked = softmax_attention(
+            rep, inputs.keys.to(dtype), inputs.values.to(dtype), scale=scale, key_mask=key_mask
+        )
         extracted = zero_rows(rep + eta * picked, representative_mask)
         contracted = kappa * contract(extracted, inputs.contraction, scale, inputs.eps, representative_mask)
         output = softmax_attention(tokens, rep, contracted, scale=scale, key_mask=representative_mask)

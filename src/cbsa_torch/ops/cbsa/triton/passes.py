@@ -8,7 +8,6 @@ measured on a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,10 +139,9 @@ class TritonPasses:
         self.lse = None if normalizer is None else normalizer[..., 0].contiguous()
 
     @staticmethod
-    def groups(b: int, n: int) -> Iterator[slice]:
+    def groups(b: int, n: int) -> list[slice]:
         """All items together."""
-        if b:
-            yield slice(0, b)
+        return [slice(0, b)] if b else []
 
     @staticmethod
     def normalizer_size(n: int) -> int:
