@@ -18,6 +18,8 @@ ODD_NAMES = ["$x_{", "</script><b>", "\u732b \U0001f408", '"quoted" & \\']
 
 HISTORY = [{"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_top1": 1 - 0.5 / e} for e in (1, 2, 3)]
 
+LONG_NAME = f"a_hybrid_with_a_name_too_long_for_a_phone_{'x' * 40}"
+
 EVALUATION = {"top1": 0.9, "loss": 0.3, "images": 10, "split": "test"}
 
 

@@ -1,12 +1,8 @@
 """The page in a real browser: nothing fails, nothing is fetched, the chooser works, a phone needs no scrolling."""
 
 import pytest
-import torch
 
-from cbsa_torch import interpret
-from tests.helpers import pages as models
 from tests.helpers.browser import find_browser, visit
-from tests.helpers.pages import EVALUATION, HISTORY, compared
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
@@ -54,23 +50,9 @@ return {
 """
 
 
-def build(family):
-    return models.build("crate_cbt" if "hybrid" in family else family, depth=3)
-
-
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """A report and a comparison."""
-    torch.manual_seed(0)
-    folder, images = tmp_path_factory.mktemp("pages"), torch.randn(3, 1, 8, 8)
-    names = [f"a long name {i}" for i in range(12)]
-    evaluation = {**EVALUATION, "confusion": [[1] * 12] * 12, "class_names": names}
-    card = {"a fact": "with a word that is much too long for a phone: " + "x" * 90}
-    shown = {"title": "A model", "facts": card, "history": HISTORY, "evaluation": evaluation}
-    report = interpret.report(build("cbt"), images, folder, labels=[0, 1, 2], **shown)
-    names = ("cbt", "stem_vit", "a_hybrid_with_a_name_too_long_for_a_phone_" + "x" * 40)
-    runs = [compared(name, build(name), images, labels=[0, 1, 2], history=HISTORY) for name in names]
-    return {"report": report.page, "compare": interpret.compare(runs, folder).page}
+@pytest.fixture
+def pages(full_report, full_comparison):
+    return {"report": full_report.page, "compare": full_comparison.page}
 
 
 @pytest.mark.parametrize("name", ["report", "compare"])

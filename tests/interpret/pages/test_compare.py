@@ -10,8 +10,8 @@ import torch
 from cbsa_torch import interpret
 from cbsa_torch.interpret.pages.compare import mean_coherence, measure_run, shared_figures, summary_table
 from tests.helpers.pages import (
-    CBSA_ONLY,
     HISTORY,
+    LONG_NAME,
     NOT_OF_A_VIT,
     ODD_NAMES,
     build,
@@ -22,14 +22,8 @@ from tests.helpers.pages import (
 )
 
 
-def test_models_side_by_side(images, tmp_path):
-    runs = [
-        compared("ours", build(), images, history=HISTORY),
-        compared("vit", vit(), images, history=HISTORY, accuracy=None),
-        compared("hybrid", build("crate_cbt", depth=4), images, history=HISTORY),
-        compared("crate", build("crate"), images),
-    ]
-    files = interpret.compare(runs, tmp_path, robustness_images=1)
+def test_models_side_by_side(full_comparison):
+    files = full_comparison
     page = files.page.read_text()
     assert headings(page) == [
         "Learning curves",
@@ -43,27 +37,27 @@ def test_models_side_by_side(images, tmp_path):
         "Robustness to noise on the parameters",
         "Left out",
     ]
-    assert page.count('<div class="maps">') == 4
+    assert page.count('<div class="maps">') == 3
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     numbers = strict(files.numbers)
-    assert [len(run["coding_rate"]["rate"]) for run in numbers["runs"]] == [2, 2, 4, 2]
-    assert [run["reduced"] is None for run in numbers["runs"]] == [False, True, False, True]
+    assert [len(run["coding_rate"]["rate"]) for run in numbers["runs"]] == [3, 3, 3]
+    assert [run["reduced"] is None for run in numbers["runs"]] == [False, True, False]
     assert numbers["runs"][0]["history"] == HISTORY
     shared = "learning_curves coding_rate gap ranks coherence sparsity robustness"
     own = "reduced_rates step_sizes compressing_heads coherence attention_maps receptive_fields"
     expected = {*shared.split(), *(f"{name}_{i}" for name in own.split() for i in (1, 3))}
-    expected |= {"attention_maps_2", "attention_maps_4", "coherence_4"}
+    expected.add("attention_maps_2")
     assert {path.stem for path in files.figures} == {f"compare_{name}" for name in expected}
     listed = re.findall(
         r'<h3><span class="key"[^>]*></span>(\w+)</h3>\s*<ul class="left-out">(.*?)</ul>', page, re.DOTALL
     )
     left_out = {name: dict(re.findall("<li>(.*?): (.*?)[.]</li>", text)) for name, text in listed}
     assert {name: set(reasons) for name, reasons in left_out.items()} == {
-        "vit": NOT_OF_A_VIT,
-        "crate": {"Learning curves", *CBSA_ONLY, "Step sizes"},
+        "stem_vit": NOT_OF_A_VIT,
+        LONG_NAME: {"Learning curves"},
     }
-    assert left_out["vit"]["Sparsity"] == "the model has no ISTA"
+    assert left_out["stem_vit"]["Sparsity"] == "the model has no ISTA"
 
 
 def test_a_run_has_one_colour_everywhere(images):

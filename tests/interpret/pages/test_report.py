@@ -11,8 +11,6 @@ from cbsa_torch import interpret
 from cbsa_torch.interpret.pages.report import best_epoch
 from tests.helpers.pages import (
     CBSA_ONLY,
-    EVALUATION,
-    HISTORY,
     NOT_OF_A_VIT,
     ODD_NAMES,
     build,
@@ -33,19 +31,8 @@ SECTIONS = {
 }
 
 
-def test_everything_is_on_one_page_that_loads_nothing(images, tmp_path):
-    evaluation = {**EVALUATION, "confusion": [[5, 0], [1, 4]], "class_names": ["<cat>", "dog"]}
-    files = interpret.report(
-        build(),
-        images,
-        tmp_path,
-        title="A <b>model</b>",
-        facts={"data": "5 & more"},
-        history=HISTORY,
-        evaluation=evaluation,
-        pictures=interpret.Pictures.of(images[:2], ["</script>", "b"]),
-        labels=[0, 1, 2, 0],
-    )
+def test_everything_is_on_one_page_that_loads_nothing(full_report):
+    files = full_report
     page = files.page.read_text()
     assert "&lt;cat&gt;" in page
     assert "<b>model</b>" not in page
@@ -67,7 +54,7 @@ def test_everything_is_on_one_page_that_loads_nothing(images, tmp_path):
     assert {path.name for path in files.figures} == expected
     assert all(path.stat().st_size > 1000 for path in files.figures)
     numbers = strict(files.numbers)
-    assert numbers["coding_rate"]["layers"] == ["blocks.0.attn", "blocks.1.attn"]
+    assert numbers["coding_rate"]["layers"] == [f"blocks.{i}.attn" for i in range(3)]
     assert numbers["statements"]["together"].replace("'", "&#39;") in page
     assert numbers["robustness"]["clean"] in (0, 0.25, 0.5, 0.75, 1)
     assert numbers["robustness_metric"] == "accuracy"
