@@ -28,7 +28,7 @@ from cbsa_torch._core.types import (
     Representatives,
     Strategy,
 )
-from cbsa_torch.nn.grids import GridFollower, install_grid_hook
+from cbsa_torch.nn.grids import GridFollower, install_grid_hook_once
 from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.nn.tokens import (
@@ -123,7 +123,7 @@ class TokenMixer(nn.Module, abc.ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        install_grid_hook(after_removal=False)
+        install_grid_hook_once()
         check_bool("recompute", recompute)
         self.recompute = recompute
         check_positive_int("dim", dim)
