@@ -1,10 +1,10 @@
 """What is under way through a model: which image the tokens in a layer belong to, and so which grid they are.
 
-A :class:`Pass` is one batch of images on its way. Tokens are recognised by a tag (:class:`PassTags`): hooks tag
-what goes into blocks and comes out, for as long as those tensors live. Gradient checkpointing keeps the input of
-a block and computes with it again, so that a recomputation finds its pass, in any thread. Tokens without a tag
-are of the block that is running, or else of an image that this thread has embedded and that has not come this
-far (:class:`ThreadState`).
+A :class:`Pass` is one batch of images on its way. Tokens are recognised by a tag (:class:`PassTags`): hooks
+tag what goes into blocks and comes out, for as long as those tensors live. Gradient checkpointing keeps the
+input of a block and computes with it again, so that a recomputation finds its pass, in any thread. Tokens
+without a tag are of the block that is running, or else of an image that this thread has embedded and that has
+not come this far (:class:`ThreadState`).
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class GridSource:
             return True
         around = [child for child in module.children() if self.surround(child, layers)]
         blocks = [module] if around else []
-        if any(child in layers for child in around):
-            # transformers checkpoints a layer's forward, without its hooks: there the norm knows the tokens.
+        if around and type(module).__module__.startswith("transformers."):
+            # It checkpoints a layer's forward, without the layer's hooks: there the norm knows the tokens.
             blocks += [child for child in module.children() if "norm" in type(child).__name__.lower()]
         for block in blocks:
             if not any(f.source is self for f in _owners(block, GridFollower)):

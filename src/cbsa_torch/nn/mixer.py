@@ -193,22 +193,6 @@ class TokenMixer(nn.Module, abc.ABC):
         self.proj = None if tied else nn.Linear(inner, dim_out, proj_bias, device, dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    @abc.abstractmethod
-    def mix(self, heads: Heads) -> Tensor:
-        """The operator: ``(B, H, N, P)`` tokens to their update. Masked tokens are zeroed by the caller."""
-
-    @abc.abstractmethod
-    def count_heads(self, heads: Heads) -> Counts:
-        """What :meth:`mix` costs per item, without the projections."""
-
-    def mix_and_project(self, heads: Heads) -> Tensor:
-        """:meth:`mix`, and out of the subspaces: ``(B, N, C)``. A mixer may do both at once."""
-        joined = self.norm(self.mix(heads).transpose(1, 2).flatten(2))  # (B, N, H * P)
-        if self.proj is not None:
-            return self.proj(joined)
-        assert heads.basis is not None, "projections are tied"
-        return F.linear(joined, heads.basis.t())
-
     @classmethod
     def with_options(cls, **options: Any) -> type[TokenMixer]:
         """Choose options for what takes a class, such as timm's ``attn_layer``.
@@ -363,6 +347,21 @@ class TokenMixer(nn.Module, abc.ABC):
             tokens = tokens.masked_fill(~token_mask[..., None], 0.0)
         return MixerInput(tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope)
 
+    def _locate(
+        self, tokens: Tensor, map_grid: GridSize | None, grid_size: GridSize | None
+    ) -> tuple[GridSize | None, int]:
+        """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
+        if map_grid is not None:
+            if grid_size is not None and check_grid(grid_size) != map_grid:
+                raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
+            return map_grid, 0
+        grid_size = self.grid_size if grid_size is None else grid_size
+        if grid_size is None and not self.needs_grid:
+            return None, self.num_prefix_tokens or 0
+        if grid_size is None and self.grid_source is not None:
+            grid_size = self.grid_source.grid_of(tokens)
+        return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
+
     def project(self, source: MixerInput) -> Heads:
         """Into the subspaces."""
         b, n, _ = source.x.shape
@@ -378,6 +377,22 @@ class TokenMixer(nn.Module, abc.ABC):
         # A norm may return float32 under autocast.
         queries, keys = (norm(t).to(values.dtype) for norm, t in ((self.q_norm, queries), (self.k_norm, keys)))
         return Heads(source, queries, keys, values)
+
+    @abc.abstractmethod
+    def mix(self, heads: Heads) -> Tensor:
+        """The operator: ``(B, H, N, P)`` tokens to their update. Masked tokens are zeroed by the caller."""
+
+    @abc.abstractmethod
+    def count_heads(self, heads: Heads) -> Counts:
+        """What :meth:`mix` costs per item, without the projections."""
+
+    def mix_and_project(self, heads: Heads) -> Tensor:
+        """:meth:`mix`, and out of the subspaces: ``(B, N, C)``. A mixer may do both at once."""
+        joined = self.norm(self.mix(heads).transpose(1, 2).flatten(2))  # (B, N, H * P)
+        if self.proj is not None:
+            return self.proj(joined)
+        assert heads.basis is not None, "projections are tied"
+        return F.linear(joined, heads.basis.t())
 
     def heads(self, *args: Any, **kwargs: Any) -> Heads:
         """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
@@ -406,21 +421,6 @@ class TokenMixer(nn.Module, abc.ABC):
     def needs_grid(self) -> bool:
         """Whether the mixer uses the tokens' grid: whether representatives are made from it."""
         return getattr(self.representatives, "needs_grid", False)
-
-    def _locate(
-        self, tokens: Tensor, map_grid: GridSize | None, grid_size: GridSize | None
-    ) -> tuple[GridSize | None, int]:
-        """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
-        if map_grid is not None:
-            if grid_size is not None and check_grid(grid_size) != map_grid:
-                raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
-            return map_grid, 0
-        grid_size = self.grid_size if grid_size is None else grid_size
-        if grid_size is None and not self.needs_grid:
-            return None, self.num_prefix_tokens or 0
-        if grid_size is None and self.grid_source is not None:
-            grid_size = self.grid_source.grid_of(tokens)
-        return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
 
     def _make_representatives(
         self, kind: RepresentativeKind | Strategy, number: int | None, layout: Layout
