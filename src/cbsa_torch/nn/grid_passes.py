@@ -47,6 +47,15 @@ class Traced:
         self.earlier = earlier
         """The image before, if it is in the same graph, or was embedded in one that does not encode it."""
 
+    def images(self) -> list[Traced]:
+        """Return the image and those before."""
+        found: list[Traced] = []
+        image: Traced | None = self
+        while image is not None and image.graph:
+            found.append(image)
+            image = image.earlier
+        return found
+
 
 class ThreadState:
     """What is under way in one thread. Compiled code reads, writes and guards ``traced``."""

@@ -108,10 +108,8 @@ class GridSource:
 
     def settle(self, state: ThreadState) -> None:
         """Count what compiled graphs have embedded since among the images that are waited for."""
-        note: Traced | None = state.traced
-        while note is not None and note.graph:
-            self._expect(state, note.grid, self.graphs[note.graph])
-            note = note.earlier
+        for image in state.traced.images():
+            self._expect(state, image.grid, self.graphs[image.graph])
         state.traced = Traced()
 
     def _expect(self, state: ThreadState, grid: GridSize | None, reached: Collection[int] = ()) -> None:
@@ -158,7 +156,7 @@ class GridSource:
 
     for _function in (graph_before, _is_waiting, _new_graph, join_graph):
         # What torch.compiler.assume_constant_result does, but that would import the compiler (a second).
-        _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        _function._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 class GridFollower:
@@ -177,11 +175,13 @@ class GridFollower:
         """
         if not torch.compiler.is_dynamo_compiling():
             return self._look_up(x)
-        note = self.source.threads.state.traced
-        if self._is_in_graph() and not self._may_be_earlier(x, note):
-            if note.grid is None or not self.source.fits(note.grid, x):
-                raise self._unknown(x, [note.grid])
-            return note.grid
+        if self._is_in_graph():
+            note = self.source.threads.state.traced
+            others = [image for image in note.images() if image.grid != note.grid]
+            if not any(self.source.fits(image.grid, x) for image in others):
+                if note.grid is None or not self.source.fits(note.grid, x):
+                    raise self._unknown(x, [note.grid])
+                return note.grid
         return torch.compiler.disable(self._look_up)(x)
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -205,15 +205,6 @@ class GridFollower:
             return False
         self.source.join_graph(self.number)
         return True
-
-    def _may_be_earlier(self, x: Tensor, note: Traced) -> bool:
-        """While Dynamo traces: whether the tokens may be of an image before, with another grid."""
-        earlier = note.earlier
-        while earlier is not None:
-            if earlier.grid != note.grid and self.source.fits(earlier.grid, x):
-                return True
-            earlier = earlier.earlier
-        return False
 
     def _look_up(self, x: Tensor) -> GridSize:
         state = self.source.threads.state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -80,7 +80,11 @@ def adapt_vit(
         ValueError: no layer can be adapted, a layer asked for by its index cannot, or options that do not fit.
             TypeError: options of the wrong type. After an error the model is as it was.
     """
-    given = {"num_representatives": num_representatives, "broadcast": broadcast, "contraction": contraction}
+    given: dict[str, Any] = {
+        "num_representatives": num_representatives,
+        "broadcast": broadcast,
+        "contraction": contraction,
+    }
     given |= {"contraction_step": contraction_step, "eps": eps, "layout": layout}
     options = {name: value for name, value in given.items() if value is not None}
     if not isinstance(model, nn.Module):
