@@ -124,13 +124,11 @@ class TokenMixer(nn.Module, abc.ABC):
     ) -> None:
         super().__init__()
         install_grid_hook_once()
-        check_bool("recompute", recompute)
-        self.recompute = recompute
         check_positive_int("dim", dim)
         check_positive_int("num_heads", num_heads)
         check_choice("qkv", qkv, QKVS)
-        check_bool("tied", tied)
-        check_bool("orthogonal", orthogonal)
+        for option, value in (("recompute", recompute), ("tied", tied), ("orthogonal", orthogonal)):
+            check_bool(option, value)
         if head_dim is not None and attn_head_dim is not None and head_dim != attn_head_dim:
             raise ValueError(f"head_dim ({head_dim}) and attn_head_dim ({attn_head_dim}) must agree")
         head_dim = attn_head_dim if head_dim is None else head_dim
@@ -169,6 +167,7 @@ class TokenMixer(nn.Module, abc.ABC):
         self.tied = tied
         self.orthogonal = orthogonal
         self.shared_qkv = qkv == "shared"
+        self.recompute = recompute
         self.attn_drop = attn_drop
         self.grid_size: GridSize | None = None
         self.grid_source: GridFollower | None = None
@@ -182,14 +181,11 @@ class TokenMixer(nn.Module, abc.ABC):
         if orthogonal:
             check_factorable(self.qkv.weight)
             keep_rows_orthonormal(self.qkv)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
-        self.norm: nn.Module = nn.Identity()
-        if norm_layer is not None and qk_norm:
-            self.q_norm = norm_layer(head_dim, device=device, dtype=dtype)
-            self.k_norm = norm_layer(head_dim, device=device, dtype=dtype)
-        if norm_layer is not None and scale_norm:
-            self.norm = norm_layer(inner, device=device, dtype=dtype)
+        norms = [(head_dim, qk_norm), (head_dim, qk_norm), (inner, scale_norm)]
+        self.q_norm, self.k_norm, self.norm = (
+            norm_layer(size, device=device, dtype=dtype) if norm_layer and wanted else nn.Identity()
+            for size, wanted in norms
+        )
         self.proj = None if tied else nn.Linear(inner, dim_out, proj_bias, device, dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
