@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -80,12 +80,14 @@ def adapt_vit(
         ValueError: no layer can be adapted, a layer asked for by its index cannot, or options that do not fit.
             TypeError: options of the wrong type. After an error the model is as it was.
     """
-    given: dict[str, Any] = {
+    given = {
         "num_representatives": num_representatives,
         "broadcast": broadcast,
         "contraction": contraction,
+        "contraction_step": contraction_step,
+        "eps": eps,
+        "layout": layout,
     }
-    given |= {"contraction_step": contraction_step, "eps": eps, "layout": layout}
     options = {name: value for name, value in given.items() if value is not None}
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
