@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize, prune
 
 from cbsa_torch import CBSA
 from cbsa_torch._core.linear import is_plain_linear, matrix_of
-from cbsa_torch.nn import MSSA, LinearCBSA
+from cbsa_torch.nn import MSSA
 from tests.helpers.compare import assert_close
 
 pytestmark = pytest.mark.filterwarnings(
@@ -126,18 +126,23 @@ def dispatched(layer):
     return layer.qkv.weight, layer.qkv.bias
 
 
-def quantised_by_torchao(layer):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def by_torchao(layer, config):
+    from torchao.quantization import quantize_
 
-    quantize_(layer, Int8WeightOnlyConfig(), lambda module, name: name == "qkv")
+    quantize_(layer, config, lambda module, name: name == "qkv")
     return layer.qkv.weight.dequantize(), layer.qkv.bias
+
+
+def quantised_by_torchao(layer):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return by_torchao(layer, Int8WeightOnlyConfig())
 
 
 def quantised_with_activations(layer):
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
-    quantize_(layer, Int8DynamicActivationInt8WeightConfig(), lambda module, name: name == "qkv")
-    return layer.qkv.weight.dequantize(), layer.qkv.bias
+    return by_torchao(layer, Int8DynamicActivationInt8WeightConfig())
 
 
 def quantised_by_torch(layer):
@@ -145,24 +150,13 @@ def quantised_by_torch(layer):
     return layer.qkv.weight().dequantize(), layer.qkv.bias()
 
 
-CHANGES = {
-    change: 5e-2 if "activations" in change.__name__ or change is quantised_by_torch else 1e-5
-    for change in (
-        *(
-            with_lora,
-            with_dora,
-            with_a_saved_module,
-            with_a_forward_hook,
-            with_a_pre_hook,
-            with_another_forward,
-        ),
-        *(with_a_subclass, with_a_parametrisation, with_pruning, with_compilation, offloaded, dispatched),
-        *(quantised_by_torchao, quantised_with_activations, quantised_by_torch),
-    )
-}
-each_change = pytest.mark.parametrize(
-    ("change", "tolerance"), CHANGES.items(), ids=lambda c: getattr(c, "__name__", "")
-)
+CHANGES = [
+    *(with_lora, with_dora, with_a_saved_module, with_a_forward_hook, with_a_pre_hook, with_another_forward),
+    *(with_a_subclass, with_a_parametrisation, with_pruning, with_compilation, offloaded, dispatched),
+    *(quantised_by_torchao, quantised_with_activations, quantised_by_torch),
+]
+COARSE = quantised_with_activations, quantised_by_torch
+each_change = pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 
 
 def plain_twin(build, state, weight, bias):
@@ -177,27 +171,26 @@ def plain_twin(build, state, weight, bias):
 
 
 @each_change
-@pytest.mark.parametrize("mixer", [CBSA, MSSA, LinearCBSA])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_tied_layers_project_out_with_what_the_layer_does(mixer, change, tolerance, bias):
+@pytest.mark.parametrize(("mixer", "bias"), [(CBSA, False), (CBSA, True), (MSSA, True)])
+def test_tied_layers_project_out_with_what_the_layer_does(mixer, bias, change):
     def build():
         return mixer(DIM, HEADS, tied=True, qkv_bias=bias).eval()
 
     layer = build()
     before, state = layer(X), copy.deepcopy(layer.state_dict())
     expected = plain_twin(build, state, *change(layer))(X)
-    assert_close(layer(X), expected, tolerance)
+    assert_close(layer(X), expected, 5e-2 if change in COARSE else 1e-5)
     same = change in (with_compilation, offloaded, dispatched) or "quantised" in change.__name__
     assert same or (before - expected).abs().max() > 0.1 * expected.abs().max()
 
 
 @each_change
-def test_untied_layers_with_folded_projections_call_both_layers(change, tolerance):
+def test_untied_layers_with_folded_projections_call_both_layers(change):
     layer = CBSA(DIM, HEADS, num_representatives=4, impl="tiled").eval()
     state = copy.deepcopy(layer.state_dict())
     weight, bias = change(layer)
     twin = plain_twin(lambda: CBSA(DIM, HEADS, num_representatives=4, impl="eager").eval(), state, weight, bias)
-    assert_close(layer(X), twin(X), tolerance)
+    assert_close(layer(X), twin(X), 5e-2 if change in COARSE else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +275,7 @@ def test_what_is_no_affine_map_is_refused(hidden):
 
 
 @each_change
-def test_what_cannot_be_drawn_anew_is_left_as_it_is(change, tolerance):
+def test_what_cannot_be_drawn_anew_is_left_as_it_is(change):
     layer = CBSA(DIM, HEADS, tied=True, num_representatives=4).eval()
     change(layer)
     before = layer(X)

@@ -1,7 +1,5 @@
 """The layer: parity with the official one, every grid and layout, timm's arguments, bad input."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -74,20 +72,14 @@ def test_prefix_tokens(prefix):
     x = torch.randn(2, prefix + 12, 8)
     assert layer(x, grid_size=(3, 4)).shape == x.shape
     layer.set_input_size((3, 4))
+    assert layer.token_grid(x) == ((3, 4), prefix)
     assert_close(layer(x), layer(x, grid_size=(3, 4)), 0)
-    inferred = CBSA(8, 2, num_representatives=4)
+    inferred = CBSA(8, num_heads=1, attn_head_dim=4, num_representatives=4, grid_size=(4, 3))
+    assert inferred.qkv.weight.shape == (4, 8)
+    inferred = CBSA(8, 2, num_representatives=4, grid_size=(4, 3))
+    assert inferred.token_grid(x) == ((4, 3), prefix)
     inferred.load_state_dict(layer.state_dict())
     assert_close(inferred(x, grid_size=(3, 4)), layer(x), 0)
-
-
-def test_padded_sequence_with_a_class_token_is_each_item_alone():
-    layer = CBSA(8, 2, num_representatives=3, num_prefix_tokens=1).double()
-    x = torch.randn(2, 9, 8).double()
-    mask = torch.arange(9) < torch.tensor([[9], [5]])
-    out = layer(x, grid_size=(8,), token_mask=mask)
-    assert_close(out[1:, :5], layer(x[1:, :5], grid_size=(4,)), 1e-12)
-    for shaped in (mask[:, None], mask[:, None, None]):
-        assert_close(layer(x, grid_size=(8,), attn_mask=shaped), out, 0)
 
 
 def test_tied_projection_is_the_transpose():
@@ -151,14 +143,6 @@ def test_export():
         assert_close(exported.module()(x), layer(x), 1e-6)
 
 
-def test_meta_device_and_reset():
-    layer = CBSA(8, 2, device="meta")
-    assert layer(torch.zeros(1, 16, 8, device="meta")).shape == (1, 16, 8)
-    layer.to_empty(device="cpu")
-    layer.reset_parameters()
-    assert all(torch.isfinite(p).all() for p in layer.parameters())
-
-
 BAD_CONSTRUCTIONS = [
     ({"dim": 0}, ValueError, "dim must be at least 1"),
     ({"num_heads": 2.0}, TypeError, "num_heads must be an int"),
@@ -181,69 +165,37 @@ def test_bad_options_are_named(options, kind, message):
         CBSA(**{"dim": 12, "num_heads": 3, **options})
 
 
-def bool_ones(*shape):
-    return torch.ones(*shape, dtype=torch.bool)
-
-
+TOKENS, MASK = torch.zeros(2, 9, 12), torch.ones(2, 9, dtype=torch.bool)
 BAD_INPUTS = [
-    (lambda layer: layer(torch.zeros(9, 12)), ValueError, r"x must be \(B, N, C\) tokens or"),
-    (lambda layer: layer(torch.zeros(1, 12, 2, 2, 2, 2)), ValueError, "1-, 2- or 3-D grid"),
-    (lambda layer: layer(torch.zeros(1, 9, 13)), ValueError, "x must have dim=12 channels on axis 2, got 13"),
-    (lambda layer: layer(torch.zeros(1, 13, 3, 3)), ValueError, "dim=12 channels on axis 1, got 13"),
-    (lambda layer: layer(torch.zeros(1, 9, 12, dtype=torch.long)), TypeError, "x must have a floating"),
-    (lambda layer: layer("image"), TypeError, "x must be a torch.Tensor, got str"),
-    (lambda layer: layer(torch.zeros(1, 7, 12)), ValueError, "7 tokens.*not a square grid; pass grid_size"),
-    (lambda layer: layer(torch.zeros(1, 7, 12), grid_size=(3, 3)), ValueError, "9 cells, but x has 7 tokens"),
-    (lambda layer: layer(torch.zeros(1, 7, 12), grid_size=(0, 3)), ValueError, "positive integers"),
-    (
-        lambda layer: layer(torch.zeros(1, 12, 3, 3), grid_size=(1, 9)),
-        ValueError,
-        "differs from the feature map",
-    ),
-    (lambda layer: layer(torch.zeros(2, 9, 12), token_mask=bool_ones(2, 8)), ValueError, "token_mask"),
-    (lambda layer: layer(torch.zeros(2, 9, 12), token_mask=torch.ones(2, 9)), TypeError, "torch.bool"),
-    (
-        lambda layer: layer(torch.zeros(2, 12, 3, 3), token_mask=bool_ones(2, 9)),
-        ValueError,
-        r"token_mask must have shape \(B, \*grid\)",
-    ),
-    (
-        lambda layer: layer(torch.zeros(9, 9, 12), attn_mask=bool_ones(9, 9).tril()),
-        ValueError,
-        "attn_mask must be a boolean key-padding mask",
-    ),
-    (
-        lambda layer: layer(torch.zeros(2, 9, 12), attn_mask=[True]),
-        TypeError,
-        "attn_mask must be a torch.Tensor",
-    ),
-    (lambda layer: layer(torch.zeros(2, 9, 12), grid_size=3), ValueError, "grid_size must be a tuple"),
-    (
-        lambda layer: layer(torch.zeros(2, 9, 12), grid_size=(3.0, 3.0)),
-        ValueError,
-        r"integers, got \(3.0, 3.0\)",
-    ),
-    (lambda layer: layer(torch.zeros(2, 9, 12), grid_size=()), ValueError, "one to three positive integers"),
-    (
-        lambda layer: CBSA(12, 3, representatives="learned")(torch.zeros(2, 5, 12), grid_size=(3, 3)),
-        ValueError,
-        "9 cells, but x has 5 tokens",
-    ),
+    ({"x": torch.zeros(9, 12)}, ValueError, r"x must be \(B, N, C\) tokens or"),
+    ({"x": torch.zeros(1, 12, 2, 2, 2, 2)}, ValueError, "1-, 2- or 3-D grid"),
+    ({"x": torch.zeros(1, 9, 13)}, ValueError, "x must have dim=12 channels on axis 2, got 13"),
+    ({"x": torch.zeros(1, 13, 3, 3)}, ValueError, "dim=12 channels on axis 1, got 13"),
+    ({"x": TOKENS.long()}, TypeError, "x must have a floating"),
+    ({"x": "image"}, TypeError, "x must be a torch.Tensor, got str"),
+    ({"x": torch.zeros(1, 7, 12)}, ValueError, "7 tokens.*not a square grid; pass grid_size"),
+    ({"x": torch.zeros(1, 12, 3, 3), "grid_size": (1, 9)}, ValueError, "differs from the feature map"),
+    ({"x": torch.zeros(1, 12, 3, 3), "token_mask": MASK[:1]}, ValueError, r"must have shape \(B, \*grid\)"),
+    ({"token_mask": torch.ones(2, 9)}, TypeError, "torch.bool"),
+    ({"attn_mask": [True]}, TypeError, "attn_mask must be a torch.Tensor"),
+    ({"grid_size": (2, 4)}, ValueError, r"8 cells \+ 0 prefix tokens, but x has 9 tokens"),
+    ({"grid_size": (0, 3)}, ValueError, "positive integers"),
+    ({"grid_size": 3}, ValueError, "grid_size must be a tuple"),
+    ({"grid_size": (3.0, 3.0)}, ValueError, r"integers, got \(3.0, 3.0\)"),
+    ({"grid_size": ()}, ValueError, "one to three positive integers"),
 ]
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), BAD_INPUTS)
-def test_bad_input_is_named(call, kind, message):
+@pytest.mark.parametrize(("arguments", "kind", "message"), BAD_INPUTS)
+def test_bad_input_is_named(arguments, kind, message):
     with pytest.raises(kind, match=message):
-        call(CBSA(12, 3))
+        CBSA(12, 3, num_prefix_tokens=0)(**{"x": TOKENS, **arguments})
 
 
-def test_fixed_prefix_tokens_must_fit():
-    layer = CBSA(12, 3, num_prefix_tokens=2)
+def test_grids_are_checked_by_every_layer_and_when_they_are_set():
+    layer = CBSA(12, 3, num_prefix_tokens=2, representatives="learned")
     with pytest.raises(ValueError, match=r"9 cells \+ 2 prefix tokens, but x has 10 tokens"):
         layer(torch.zeros(1, 10, 12), grid_size=(3, 3))
-    with pytest.raises(ValueError, match="10 tokens, which less 2 prefix tokens is not a square"):
-        layer(torch.zeros(1, 10, 12))
     with pytest.raises(ValueError, match="positive integers"):
         layer.set_input_size((-1, 3))
 
@@ -252,14 +204,6 @@ def test_printing_tells_the_options():
     text = repr(CBSA(12, 3, contraction="exact"))
     assert "contraction='exact'" in text
     assert "num_representatives=64" in text
-
-
-def test_compute_grows_linearly():
-    """The attention matrix is M x N: its size per token does not depend on N."""
-    layer = CBSA(8, 2, num_representatives=4)
-    for side in (8, 32):
-        attention = layer.stages(torch.randn(1, side * side, 8)).attention
-        assert attention.numel() == 2 * 4 * math.prod((side, side))
 
 
 def test_onnx(tmp_path):
@@ -272,45 +216,6 @@ def test_onnx(tmp_path):
     session = onnxruntime.InferenceSession(path)
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close(torch.from_numpy(out), layer(x), 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "reference"),
-    [
-        ({"qkv_bias": True}, {}),
-        ({"proj_bias": False}, {}),
-        ({"attn_head_dim": 2}, {}),
-        ({"head_dim": 6}, {}),
-        ({"num_representatives": 4, "grid_size": (2, 8)}, {"num_representatives": 4}),
-        ({"num_representatives": 4, "num_prefix_tokens": 7}, {"num_representatives": 4}),
-        ({"num_representatives": 2}, {}),
-        ({"representatives": "learned"}, {}),
-        ({"contraction": "none"}, {}),
-        ({"contraction": "exact", "eps": 1.0}, {"contraction": "exact"}),
-        ({"tied": True}, {}),
-        ({"qkv": "separate"}, {}),
-        (
-            {"layout": "official", "num_prefix_tokens": 4, "grid_size": (3, 4)},
-            {"num_prefix_tokens": 4, "grid_size": (3, 4)},
-        ),
-        ({"dim_out": 5}, {}),
-        ({"proj_drop": 0.9}, {}),
-        ({"scale_norm": True, "norm_layer": nn.LayerNorm}, {}),
-        ({"qk_norm": True, "norm_layer": nn.LayerNorm, "qkv": "separate"}, {"qkv": "separate"}),
-    ],
-    ids=lambda options: "+".join(options) or "default",
-)
-def test_every_option_has_its_effect(options, reference):
-    x = torch.randn(2, 16, 8)
-    outputs = []
-    for chosen in (options, reference):
-        torch.manual_seed(1)
-        layer = CBSA(8, 2, **chosen)
-        with torch.no_grad():
-            for index, parameter in enumerate(layer.parameters()):  # biases start at zero otherwise
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-        outputs.append(layer(x))
-    assert outputs[0].shape != outputs[1].shape or (outputs[0] - outputs[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])

@@ -1,5 +1,7 @@
 """CBSA layers that hand their output projection to the operator, and what they keep in memory."""
 
+import copy
+
 import pytest
 import torch
 
@@ -20,43 +22,47 @@ def test_a_layer_in_low_precision_is_as_good_as_eager(dtype):
     torch.manual_seed(0)
     exact = CBSA(32, 2, num_representatives=16, num_prefix_tokens=0, impl="eager").double()
     x = torch.randn(2, 900, 32)
-    results = {}
-    for impl, layer in (("tiled", exact), ("eager", exact), ("oracle", exact)):
-        kind = torch.float64 if impl == "oracle" else dtype
-        copy = CBSA(
-            32, 2, num_representatives=16, num_prefix_tokens=0, impl="eager" if impl == "oracle" else impl
-        )
-        copy.load_state_dict(layer.state_dict())
-        copy.to(dtype).to(kind)  # the oracle gets the rounded weights, too
+    results = []
+    for impl, kind in (("tiled", dtype), ("eager", dtype), ("eager", torch.float64)):
+        layer = copy.deepcopy(exact).to(dtype).to(kind)  # all get the rounded weights
+        layer.impl = impl
         inputs = x.to(dtype).to(kind).requires_grad_()
-        out = copy(inputs)
-        grads = torch.autograd.grad(out.float().square().sum(), [inputs, *copy.parameters()])
-        results[impl] = [out, *grads]
-    for fast, eager, oracle in zip(*results.values(), strict=True):
+        out = layer(inputs)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [inputs, *layer.parameters()])])
+    for fast, eager, oracle in zip(*results, strict=True):
         error, allowed = (relative_error(t.double(), oracle) for t in (fast, eager))
         assert error <= 2 * allowed + 1e-3
 
 
+class Counting(torch.nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["hook", "global hook", "forward", "subclass"])
 @pytest.mark.usefixtures("always_folded")
-def test_hooks_and_subclasses_of_the_projection_still_run():
-    x = torch.randn(1, 49, 16)
+def test_a_projection_that_was_changed_is_called(how):
+    x, calls = torch.randn(1, 49, 16), []
     layer = CBSA(16, 2, num_representatives=4, impl="tiled")
-    expected, calls = layer(x), []
-    handle = layer.proj.register_forward_hook(lambda *_: calls.append("hook"))
+    expected, proj = layer(x), layer.proj
+    if how == "hook":
+        proj.register_forward_hook(lambda *_: calls.append("hook"))
+    elif how == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(m))
+    elif how == "forward":
+        proj.forward = lambda t: (calls.append("forward"), torch.nn.Linear.forward(proj, t))[1]
+    else:
+        layer.proj = Counting(16, 16)
+        layer.proj.load_state_dict(proj.state_dict())
     assert relative_error(layer(x), expected) < 1e-5
-    assert calls == ["hook"]
-    handle.remove()
-
-    class Adapted(torch.nn.Linear):
-        def forward(self, x):
-            calls.append("subclass")
-            return super().forward(x)
-
-    adapted = Adapted(16, 16)
-    adapted.load_state_dict(layer.proj.state_dict())
-    layer.proj = adapted
-    assert relative_error(layer(x), expected) < 1e-5
-    assert calls == ["hook", "subclass"]
+    if how == "global hook":
+        handle.remove()
+        assert proj in calls
+    else:
+        assert calls == [how] or layer.proj.calls == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"recompute": True}, {"qkv": "separate"}], ids=str)
@@ -89,21 +95,6 @@ def test_second_gradients_after_autocast():
         (gradient,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=True)
         results.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
     assert relative_error(*results) < 0.05
-
-
-def test_replaced_and_globally_hooked_projections_run(monkeypatch):
-    layer, x, calls = CBSA(16, 2, num_representatives=4, impl="tiled"), torch.randn(1, 49, 16), []
-    forward = layer.proj.forward
-    layer.proj.forward = lambda t: (calls.append("replaced"), forward(t))[1]
-    layer(x)
-    assert calls == ["replaced"]
-    del layer.proj.forward
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(m))
-    try:
-        layer(x)
-    finally:
-        handle.remove()
-    assert layer.proj in calls
 
 
 def memory(layer, x):

@@ -159,16 +159,6 @@ def test_another_number_of_output_channels(name):
     assert_close(layer(x), whole(x)[:, :8], 1e-6)
 
 
-@each_mixer
-def test_class_and_register_tokens(build):
-    layer = build(num_prefix_tokens=2)
-    x = torch.randn(2, 2 + 15, DIM)
-    assert layer(x, (3, 5)).shape == x.shape
-    assert layer.token_grid(x, (3, 5)) == ((3, 5), 2)
-    with pytest.raises(ValueError, match="grid_size"):
-        layer(x, (4, 5))
-
-
 @each_name
 def test_a_padded_batch_is_each_item_alone(name):
     layer = MIXERS[name]().double()
@@ -245,28 +235,30 @@ def test_autocast_and_low_precision(build, dtype):
         assert_close(layer.to(dtype)(x.to(dtype)).float(), expected[0], 5e-2)
 
 
-@each_name
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+ONE_OF_EACH_CLASS = ("cbsa", "mssa", "mhsa", "tssa", "linear", "agent", "linear attention", "adapted")
+COMPILED = [(name, masked) for name in MIXERS for masked in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [pytest.param(*c, marks=() if c[0] in ONE_OF_EACH_CLASS else pytest.mark.slow) for c in COMPILED],
+)
 def test_compiles_in_one_graph(name, masked):
-    torch.compiler.reset()
-    layer = MIXERS[name]()
-    x = torch.randn(2, 12, DIM)
     mask = torch.arange(12) < torch.tensor([[12], [6]]) if masked else None
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    arguments = ((3, 4), mask)
-    out, grad_input, grads = gradients(compiled, x, *arguments)
-    grads = {key.removeprefix("_orig_mod."): gradient.clone() for key, gradient in grads.items()}
-    assert_same((out, grad_input, grads), gradients(layer, x, *arguments), 1e-4)
+    assert_compiles(name, "aot_eager", (3, 4), mask)
 
 
 def test_compiles_by_inductor():
+    assert_compiles("linear", "inductor")
+
+
+def assert_compiles(name, backend, *arguments):
     torch.compiler.reset()
-    layer = MIXERS["linear"]()
-    x = torch.randn(2, 12, DIM)
-    compiled = torch.compile(layer, fullgraph=True)
-    out, grad_input, grads = gradients(compiled, x)
+    layer, x = MIXERS[name](), torch.randn(2, 12, DIM)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    out, grad_input, grads = gradients(compiled, x, *arguments)
     grads = {key.removeprefix("_orig_mod."): gradient.clone() for key, gradient in grads.items()}
-    assert_same((out, grad_input, grads), gradients(layer, x), 1e-4)
+    assert_same((out, grad_input, grads), gradients(layer, x, *arguments), 1e-4)
 
 
 # --- parameters and state ---
@@ -283,16 +275,11 @@ def test_every_parameter_gets_a_gradient(build):
 
 
 @each_mixer
-def test_state_dict_and_deepcopy(build, tmp_path):
-    torch.manual_seed(1)
-    layer = build()
-    torch.manual_seed(2)
-    other = build()
-    x = torch.randn(2, 9, DIM)
+def test_state_dict_and_deepcopy(build):
+    layer, other, x = build(), build(), torch.randn(2, 9, DIM)
     expected = layer(x)
     assert (other(x) - expected).abs().max() > 1e-4
-    torch.save(layer.state_dict(), tmp_path / "layer.pt")
-    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    other.load_state_dict(layer.state_dict())
     assert_close(other(x), expected, 1e-6)
     twin = copy.deepcopy(layer)
     assert_close(twin(x), expected, 0)
@@ -321,12 +308,10 @@ def test_reset_parameters(build):
 
 
 @each_mixer
-def test_parameters_without_weight_decay_exist(build):
-    layer = build()
-    names = dict(layer.named_parameters())
-    assert layer.no_weight_decay() <= names.keys()
-    steps = {name for name in names if name.startswith("step_") or name == "temperature"}
-    assert steps <= layer.no_weight_decay()
+def test_steps_and_bases_have_no_weight_decay(build):
+    named = {name for name, _ in build().named_parameters()}
+    expected = {n for n in named if n.startswith("step_") or n == "temperature" or "parametrizations" in n}
+    assert build().no_weight_decay() == expected
 
 
 @each_mixer
@@ -372,10 +357,7 @@ def test_bad_options_are_named(mixer, options, kind, message):
         ({"qk_norm": True, "norm_layer": nn.LayerNorm}, "qk_norm needs qkv='separate'"),
         ({"tied": True, "dim_out": 6}, "tied needs qkv='shared' and dim_out equal to dim"),
         ({"orthogonal": True, "head_dim": 6}, r"num_heads \* head_dim \(=18\) at most dim \(=12\)"),
-        (
-            {"orthogonal": True, "dtype": torch.bfloat16},
-            "orthogonal needs float32 or float64 parameters, got torch.bfloat16",
-        ),
+        ({"orthogonal": True, "dtype": torch.bfloat16}, "orthogonal needs float32 or float64 parameters"),
     ],
 )
 def test_bad_options_of_shared_projections_are_named(build, options, message):
@@ -411,24 +393,17 @@ def test_bad_inputs_are_named(mixer):
     x = torch.zeros(2, 9, DIM)
     mask = torch.ones(2, 9, dtype=torch.bool)
     if not layer.compares_tokens:
-        with pytest.raises(
-            ValueError, match=f"is_causal must be False: {mixer.__name__} summarises all tokens"
-        ):
+        name = mixer.__name__
+        with pytest.raises(ValueError, match=f"is_causal must be False: {name} summarises all tokens"):
             layer(x, is_causal=True)
         with pytest.raises(ValueError, match="attn_mask must be a boolean key-padding mask"):
             layer(x, attn_mask=torch.ones(9, 9, dtype=torch.bool))
-        with pytest.raises(
-            ValueError, match=f"attn_drop must be 0 for {mixer.__name__}, which has no N x N weights"
-        ):
+        with pytest.raises(ValueError, match=f"attn_drop must be 0 for {name}, which has no N x N weights"):
             mixer(DIM, HEADS, attn_drop=0.1)
     with pytest.raises(ValueError, match="not both"):
         layer(x, token_mask=mask, attn_mask=mask[:, None])
     with pytest.raises(ValueError, match="9 cells|12 cells"):
         layer(x, (3, 4))
-    with pytest.raises(ValueError, match="x must have dim=12 channels"):
-        layer(torch.zeros(2, 9, 7))
-    with pytest.raises(ValueError, match=r"token_mask must have shape \(B, N\)"):
-        layer(x, token_mask=mask[:, :8])
     with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
         layer(x, mask=mask)
 
@@ -458,18 +433,6 @@ def test_bad_own_options_are_named(build, message):
 
 
 # --- around the mixers ---
-
-
-@pytest.mark.parametrize("mixer", CLASSES)
-def test_timm_creates_models_with_them(mixer):
-    import timm
-
-    model = timm.create_model("vit_tiny_patch16_224", attn_layer=mixer, img_size=64, num_classes=3)
-    assert all(type(block.attn) is mixer for block in model.blocks)
-    out = model(torch.randn(1, 3, 64, 64))
-    assert out.shape == (1, 3)
-    out.square().sum().backward()
-    assert all(0 < p.grad.abs().sum() < torch.inf for p in model.blocks.parameters())
 
 
 @pytest.mark.parametrize("mixer", [MHSA, partial(CBSA, qkv="separate"), AgentAttention])
@@ -528,10 +491,3 @@ def test_options_for_what_takes_a_class():
         CBSA.with_options(tide=True)(DIM, HEADS)
     with pytest.raises(TypeError, match="cannot be subclassed; subclass CBSA"):
         type("Mine", (chosen,), {})
-
-
-def test_the_mean_form_of_channel_attention_is_the_sum_with_n_eps_squared():
-    mean, literal = TSSA(DIM, HEADS, form="channel"), TSSA(DIM, HEADS, form="channel", average=False, eps=3.0)
-    literal.load_state_dict(mean.state_dict())
-    x = torch.randn(2, 9, DIM)
-    assert_close(literal(x), mean(x), 1e-6)

@@ -30,27 +30,23 @@ def without_attention(tokens):
     return Representatives(tokens[:, :, :2])
 
 
+def with_no_attention(tokens):
+    return Representatives(tokens, attention=torch.ones(1))
+
+
 BAD_STRATEGIES = [
     (returns(lambda tokens: tokens[:, :, :2]), TypeError, r"must return ops.Representatives\(.*got Tensor"),
     (returns(lambda tokens: None), TypeError, "must return ops.Representatives.*got NoneType"),
     (returns(lambda tokens: (tokens, None)), TypeError, "must return ops.Representatives.*got tuple"),
     (returns(with_attention), ValueError, "gives_attention = True if and only if.*got one"),
     (returns(without_attention, gives_attention=True), ValueError, "gives_attention = True if.*got none"),
-    (
-        returns(lambda tokens: Representatives(tokens[..., :2])),
-        ValueError,
-        r"representatives must have shape \(B, H, M, P\)",
-    ),
+    (returns(lambda tokens: Representatives(tokens[..., :2])), ValueError, "representatives must have shape"),
     (
         returns(lambda tokens: Representatives(tokens, torch.ones(2, 3))),
         TypeError,
-        "representative_mask must have dtype torch.bool",
+        "must have dtype torch.bool",
     ),
-    (
-        returns(lambda tokens: Representatives(tokens, attention=torch.ones(1)), gives_attention=True),
-        ValueError,
-        "attention must have shape",
-    ),
+    (returns(with_no_attention, gives_attention=True), ValueError, "attention must have shape"),
 ]
 
 
@@ -59,12 +55,6 @@ def test_strategies_that_break_the_protocol_are_named(strategy, kind, message):
     layer = CBSA(DIM, HEADS, representatives=strategy)
     with pytest.raises(kind, match=message):
         layer(torch.zeros(2, 9, DIM))
-
-
-@pytest.mark.parametrize("strategy", [s for s, kind, _ in BAD_STRATEGIES if kind is TypeError][:3])
-def test_agents_must_be_representatives(strategy):
-    with pytest.raises(TypeError, match="must return ops.Representatives"):
-        AgentAttention(DIM, HEADS, representatives=strategy)(torch.zeros(2, 9, DIM))
 
 
 def test_a_strategy_of_your_own_may_bring_its_attention():

@@ -28,7 +28,7 @@ from cbsa_torch._core.types import (
     Representatives,
     Strategy,
 )
-from cbsa_torch.nn.grids import GridFollower, install_grid_hook
+from cbsa_torch.nn.grids import GridFollower, install_grid_hook_once
 from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.nn.tokens import (
@@ -123,14 +123,12 @@ class TokenMixer(nn.Module, abc.ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        install_grid_hook(after_removal=False)
-        check_bool("recompute", recompute)
-        self.recompute = recompute
+        install_grid_hook_once()
         check_positive_int("dim", dim)
         check_positive_int("num_heads", num_heads)
         check_choice("qkv", qkv, QKVS)
-        check_bool("tied", tied)
-        check_bool("orthogonal", orthogonal)
+        for option, value in (("recompute", recompute), ("tied", tied), ("orthogonal", orthogonal)):
+            check_bool(option, value)
         if head_dim is not None and attn_head_dim is not None and head_dim != attn_head_dim:
             raise ValueError(f"head_dim ({head_dim}) and attn_head_dim ({attn_head_dim}) must agree")
         head_dim = attn_head_dim if head_dim is None else head_dim
@@ -169,6 +167,7 @@ class TokenMixer(nn.Module, abc.ABC):
         self.tied = tied
         self.orthogonal = orthogonal
         self.shared_qkv = qkv == "shared"
+        self.recompute = recompute
         self.attn_drop = attn_drop
         self.grid_size: GridSize | None = None
         self.grid_source: GridFollower | None = None
@@ -182,32 +181,13 @@ class TokenMixer(nn.Module, abc.ABC):
         if orthogonal:
             check_factorable(self.qkv.weight)
             keep_rows_orthonormal(self.qkv)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
-        self.norm: nn.Module = nn.Identity()
-        if norm_layer is not None and qk_norm:
-            self.q_norm = norm_layer(head_dim, device=device, dtype=dtype)
-            self.k_norm = norm_layer(head_dim, device=device, dtype=dtype)
-        if norm_layer is not None and scale_norm:
-            self.norm = norm_layer(inner, device=device, dtype=dtype)
+        norms = [(head_dim, qk_norm), (head_dim, qk_norm), (inner, scale_norm)]
+        self.q_norm, self.k_norm, self.norm = (
+            norm_layer(size, device=device, dtype=dtype) if norm_layer and wanted else nn.Identity()
+            for size, wanted in norms
+        )
         self.proj = None if tied else nn.Linear(inner, dim_out, proj_bias, device, dtype)
         self.proj_drop = nn.Dropout(proj_drop)
-
-    @abc.abstractmethod
-    def mix(self, heads: Heads) -> Tensor:
-        """The operator: ``(B, H, N, P)`` tokens to their update. Masked tokens are zeroed by the caller."""
-
-    @abc.abstractmethod
-    def count_heads(self, heads: Heads) -> Counts:
-        """What :meth:`mix` costs per item, without the projections."""
-
-    def mix_and_project(self, heads: Heads) -> Tensor:
-        """:meth:`mix`, and out of the subspaces: ``(B, N, C)``. A mixer may do both at once."""
-        joined = self.norm(self.mix(heads).transpose(1, 2).flatten(2))  # (B, N, H * P)
-        if self.proj is not None:
-            return self.proj(joined)
-        assert heads.basis is not None, "projections are tied"
-        return F.linear(joined, heads.basis.t())
 
     @classmethod
     def with_options(cls, **options: Any) -> type[TokenMixer]:
@@ -363,6 +343,21 @@ class TokenMixer(nn.Module, abc.ABC):
             tokens = tokens.masked_fill(~token_mask[..., None], 0.0)
         return MixerInput(tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope)
 
+    def _locate(
+        self, tokens: Tensor, map_grid: GridSize | None, grid_size: GridSize | None
+    ) -> tuple[GridSize | None, int]:
+        """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
+        if map_grid is not None:
+            if grid_size is not None and check_grid(grid_size) != map_grid:
+                raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
+            return map_grid, 0
+        grid_size = self.grid_size if grid_size is None else grid_size
+        if grid_size is None and not self.needs_grid:
+            return None, self.num_prefix_tokens or 0
+        if grid_size is None and self.grid_source is not None:
+            grid_size = self.grid_source.grid_of(tokens)
+        return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
+
     def project(self, source: MixerInput) -> Heads:
         """Into the subspaces."""
         b, n, _ = source.x.shape
@@ -378,6 +373,22 @@ class TokenMixer(nn.Module, abc.ABC):
         # A norm may return float32 under autocast.
         queries, keys = (norm(t).to(values.dtype) for norm, t in ((self.q_norm, queries), (self.k_norm, keys)))
         return Heads(source, queries, keys, values)
+
+    @abc.abstractmethod
+    def mix(self, heads: Heads) -> Tensor:
+        """The operator: ``(B, H, N, P)`` tokens to their update. Masked tokens are zeroed by the caller."""
+
+    @abc.abstractmethod
+    def count_heads(self, heads: Heads) -> Counts:
+        """What :meth:`mix` costs per item, without the projections."""
+
+    def mix_and_project(self, heads: Heads) -> Tensor:
+        """:meth:`mix`, and out of the subspaces: ``(B, N, C)``. A mixer may do both at once."""
+        joined = self.norm(self.mix(heads).transpose(1, 2).flatten(2))  # (B, N, H * P)
+        if self.proj is not None:
+            return self.proj(joined)
+        assert heads.basis is not None, "projections are tied"
+        return F.linear(joined, heads.basis.t())
 
     def heads(self, *args: Any, **kwargs: Any) -> Heads:
         """The tokens in their subspaces, as :meth:`forward` makes them from these arguments."""
@@ -406,21 +417,6 @@ class TokenMixer(nn.Module, abc.ABC):
     def needs_grid(self) -> bool:
         """Whether the mixer uses the tokens' grid: whether representatives are made from it."""
         return getattr(self.representatives, "needs_grid", False)
-
-    def _locate(
-        self, tokens: Tensor, map_grid: GridSize | None, grid_size: GridSize | None
-    ) -> tuple[GridSize | None, int]:
-        """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
-        if map_grid is not None:
-            if grid_size is not None and check_grid(grid_size) != map_grid:
-                raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
-            return map_grid, 0
-        grid_size = self.grid_size if grid_size is None else grid_size
-        if grid_size is None and not self.needs_grid:
-            return None, self.num_prefix_tokens or 0
-        if grid_size is None and self.grid_source is not None:
-            grid_size = self.grid_source.grid_of(tokens)
-        return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
 
     def _make_representatives(
         self, kind: RepresentativeKind | Strategy, number: int | None, layout: Layout

@@ -12,51 +12,10 @@ from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 
 
-class MSSA(TokenMixer):
-    """Multi-head Subspace Self-Attention of CRATE (Eq. 9): softmax attention with one shared projection.
-
-    CBSA with all tokens as representatives; O(N^2). Use it as ``x + MSSA(norm(x))``.
-
-    Args:
-        dim: channels of input and output.
-        num_heads: number of subspaces H.
-        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`.
-    """
+class _SoftmaxAttention(TokenMixer):
+    """What both do between their projections."""
 
     compares_tokens = True
-
-    def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
-        super().__init__(dim, num_heads, qkv="shared", **options)
-
-    def mix(self, heads: Heads) -> Tensor:
-        """Apply :func:`cbsa_torch.ops.mssa`."""
-        dropout = self.attn_drop if self.training else 0.0
-        source = heads.source
-        return ops.mssa(
-            heads.queries, token_mask=source.token_mask, attn_mask=source.attn_mask, dropout=dropout
-        )
-
-    def count_heads(self, heads: Heads) -> counting.Counts:
-        """Count both products with the N x N matrix."""
-        n = heads.queries.shape[2]
-        return counting.softmax_attention(n, num_heads=self.num_heads, head_dim=self.head_dim)
-
-
-class MHSA(TokenMixer):
-    """Standard multi-head self-attention (Vaswani et al., 2017), the black-box baseline; O(N^2).
-
-    Queries, keys and values have projections of their own, so there are no bases to tie or keep orthogonal.
-
-    Args:
-        dim: channels of input and output.
-        num_heads: number of heads H.
-        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` raise.
-    """
-
-    compares_tokens = True
-
-    def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
-        super().__init__(dim, num_heads, qkv="separate", **options)
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.softmax_attention`."""
@@ -73,3 +32,34 @@ class MHSA(TokenMixer):
         """Count both products with the N x N matrix."""
         n = heads.queries.shape[2]
         return counting.softmax_attention(n, num_heads=self.num_heads, head_dim=self.head_dim)
+
+
+class MSSA(_SoftmaxAttention):
+    """Multi-head Subspace Self-Attention of CRATE (Eq. 9): softmax attention with one shared projection.
+
+    CBSA with all tokens as representatives; O(N^2). Use it as ``x + MSSA(norm(x))``. Its operator is
+    :func:`cbsa_torch.ops.mssa`.
+
+    Args:
+        dim: channels of input and output.
+        num_heads: number of subspaces H.
+        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
+        super().__init__(dim, num_heads, qkv="shared", **options)
+
+
+class MHSA(_SoftmaxAttention):
+    """Standard multi-head self-attention (Vaswani et al., 2017), the black-box baseline; O(N^2).
+
+    Queries, keys and values have projections of their own, so there are no bases to tie or keep orthogonal.
+
+    Args:
+        dim: channels of input and output.
+        num_heads: number of heads H.
+        **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` raise.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
+        super().__init__(dim, num_heads, qkv="separate", **options)

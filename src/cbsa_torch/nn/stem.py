@@ -34,8 +34,7 @@ class ConvStem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_chans", in_chans), ("embed_dim", embed_dim), ("patch_size", patch_size)):
-            check_positive_int(name, value)
+        _check_sizes(in_chans=in_chans, embed_dim=embed_dim, patch_size=patch_size)
         if patch_size & (patch_size - 1):
             raise ValueError(f"patch_size must be a power of two, got {patch_size}")
         count = max(patch_size.bit_length() - 1, 1)
@@ -91,8 +90,7 @@ class LinearStem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_chans", in_chans), ("embed_dim", embed_dim), ("patch_size", patch_size)):
-            check_positive_int(name, value)
+        _check_sizes(in_chans=in_chans, embed_dim=embed_dim, patch_size=patch_size)
         self.in_chans = in_chans
         self.patch_size = patch_size
         patch_dim = in_chans * patch_size**2
@@ -117,6 +115,11 @@ class LinearStem(nn.Module):
         x = x.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # (B, C, h, p, w, p)
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (B, h, w, p * p * C), channels last within a patch
         return self.norm2(self.proj(self.norm1(x))).permute(0, 3, 1, 2)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        check_positive_int(name, value)
 
 
 def _check_images(x: Tensor, in_chans: int) -> None:

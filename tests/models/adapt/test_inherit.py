@@ -96,20 +96,9 @@ def test_hooks_and_parametrisations_of_projections_act():
     assert_close(adapt_vit(model).model(IMAGE), adapt_vit(expected).model(IMAGE), 1e-5)
 
 
-def hooked(layer):
-    layer.qkv.register_forward_hook(lambda *_: None)
-
-
-def parametrised(layer):
-    parametrize.register_parametrization(layer.qkv, "weight", nn.Identity())
-
-
-def subclassed(layer):
-    class Own(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    layer.qkv = Own(32, 96)
+class Own(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 def quantised(layer):
@@ -118,12 +107,14 @@ def quantised(layer):
     quantize_(layer.qkv, Int8WeightOnlyConfig())
 
 
-def adapted_by_lora(layer):
-    with_lora(layer, "qkv")
-
-
-def masked_gradient(layer):
-    layer.qkv.weight.register_hook(lambda gradient: gradient * 0)
+CHANGED_PROJECTIONS = {
+    "hooked": lambda layer: layer.qkv.register_forward_hook(lambda *_: None),
+    "parametrised": lambda layer: parametrize.register_parametrization(layer.qkv, "weight", nn.Identity()),
+    "subclassed": lambda layer: setattr(layer, "qkv", Own(32, 96)),
+    "quantised": quantised,
+    "adapted by LoRA": lambda layer: with_lora(layer, "qkv"),
+    "masked gradient": lambda layer: layer.qkv.weight.register_hook(lambda gradient: gradient * 0),
+}
 
 
 def state(model):
@@ -135,9 +126,7 @@ def state(model):
     return modules, {name: id(parameter) for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "change", [hooked, parametrised, subclassed, quantised, adapted_by_lora, masked_gradient]
-)
+@pytest.mark.parametrize("change", CHANGED_PROJECTIONS.values(), ids=CHANGED_PROJECTIONS)
 @pytest.mark.parametrize("mixer", CUT)
 def test_changed_projections_are_not_cut_up(change, mixer):
     model = built().train()
@@ -150,17 +139,9 @@ def test_changed_projections_are_not_cut_up(change, mixer):
     assert [layer.name for layer in report.refused] == ["blocks.1.attn"]
 
 
-def hooked_weights(layer):
-    layer.attn_drop.register_forward_hook(lambda *_: None)
-
-
 def parametrised_biases(layer):
     layer.extra = nn.Parameter(torch.zeros(2))
     parametrize.register_parametrization(layer, "extra", nn.Identity())
-
-
-def not_linear(layer):
-    layer.proj = nn.Sequential(layer.proj, nn.GELU())
 
 
 def offloaded(layer):
@@ -172,9 +153,15 @@ def offloaded(layer):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (hooked_weights, "its attn_drop has hooks or another forward, which would be lost"),
+        (
+            lambda layer: layer.attn_drop.register_forward_hook(print),
+            "its attn_drop has hooks or another forward, which would be lost",
+        ),
         (parametrised_biases, "its parameters are parametrised, which would be lost"),
-        (not_linear, "its proj is Sequential, not a linear layer"),
+        (
+            lambda layer: setattr(layer, "proj", nn.Sequential(layer.proj)),
+            "its proj is Sequential, not a linear layer",
+        ),
         (offloaded, "the weights of its qkv are offloaded; adapt the model first"),
     ],
 )

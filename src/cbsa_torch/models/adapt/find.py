@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 from timm.layers import Attention
@@ -55,28 +55,22 @@ class AttentionLayer(NamedTuple):
 
 def find_attention(model: nn.Module) -> list[AttentionLayer]:
     """Every attention layer of ``model`` in order, those that cannot be adapted included."""
-    found: list[AttentionLayer] = []
-    _search(model, "", found)
-    return found
+    return list(_search(model, ""))
 
 
-def _search(module: nn.Module, name: str, found: list[AttentionLayer]) -> None:
+def _search(module: nn.Module, name: str) -> Iterator[AttentionLayer]:
     kind = type(module).__name__
     # The model itself may have attention in its name.
     if name and _is_known(module):
-        found.append(AttentionLayer(name, module, incompatibility(module)))
+        yield AttentionLayer(name, module, incompatibility(module))
     elif name and _POOLS.search(kind):
         reason = "attention pooling of a head has queries of its own"
-        found.append(AttentionLayer(name, module, reason, is_pool=True))
-    elif name and _ATTENTION.search(kind) and not _holds_adaptable(module):
-        found.append(AttentionLayer(name, module, incompatibility(module)))
+        yield AttentionLayer(name, module, reason, is_pool=True)
+    elif name and _ATTENTION.search(kind) and not any(map(_is_known, module.modules())):
+        yield AttentionLayer(name, module, incompatibility(module))
     else:
         for child_name, child in module.named_children():
-            _search(child, f"{name}.{child_name}".lstrip("."), found)
-
-
-def _holds_adaptable(module: nn.Module) -> bool:
-    return any(_is_known(m) for m in module.modules())
+            yield from _search(child, f"{name}.{child_name}".lstrip("."))
 
 
 def _is_known(module: nn.Module) -> bool:

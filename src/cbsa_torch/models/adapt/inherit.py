@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.linear import changed_calls, is_plain_linear
 from cbsa_torch.models.adapt.find import ROTARY, projections_of
 from cbsa_torch.models.adapt.hugging_face import HF_MIXERS, is_hugging_face
+from cbsa_torch.models.adapt.report import LayerReport
 from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS, SeparateHeads
 from cbsa_torch.nn import MSSA, TSSA, AdaptedCBSA, AgentAttention, LinearAttention, LinearCBSA, TokenMixer
 
@@ -86,17 +87,14 @@ def _can_be_cut(layer: nn.Module) -> bool:
     return not any(parameter._backward_hooks for parameter in layer.parameters())
 
 
-class Inherited(NamedTuple):
-    """A layer in place of another, and what it has of it."""
+def inherit(
+    source: nn.Module, mixer: str, options: dict[str, Any], name: str
+) -> tuple[TokenMixer, LayerReport]:
+    """Our mixer with the weights of ``source``, which keeps them, too: modules are shared, not copied.
 
-    mixer: TokenMixer
-    inherited: tuple[str, ...]
-    new: tuple[str, ...]
-    dropped: tuple[str, ...]
-
-
-def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited:
-    """Our mixer with the weights of ``source``, which keeps them, too: modules are shared, not copied."""
+    Args:
+        name: of the layer, for the report.
+    """
     kind = KINDS[mixer]
     projections = projections_of(source)
     first, projection = next(iter(projections.values())), list(projections.values())[-1]
@@ -112,20 +110,20 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
     if isinstance(layer, SeparateHeads):
         layer.inherit_projections(source)
     else:
-        for name in _TAKEN_SHARED if kind.shared else _TAKEN:
-            setattr(layer, name, getattr(source, name))
+        for part in _TAKEN_SHARED if kind.shared else _TAKEN:
+            setattr(layer, part, getattr(source, part))
         if kind.shared:
             layer.qkv = _values(cast(nn.Linear, first))
-    names = {name for name, _ in source.named_parameters()}
-    new = _start(layer, names, options, _like(projection, source))
+    theirs = {key for key, _ in source.named_parameters()}
+    new = _start(layer, theirs, options, _like(projection, source))
     inherited = set(source.modules())
     for module in layer.modules():
         if module not in inherited:
             module.training = source.training
-    kept = [name for name, _ in layer.named_parameters() if name in names]
-    dropped = sorted(names - set(kept))
+    kept = [key for key, _ in layer.named_parameters() if key in theirs]
+    dropped = sorted(theirs - set(kept))
     if kind.shared:
-        kept = [f"{name} (values)" if name.startswith("qkv.") else name for name in kept]
+        kept = [f"{key} (values)" if key.startswith("qkv.") else key for key in kept]
         dropped = ["queries and keys of qkv", *dropped]
     dropout = getattr(source, "attn_drop", None)
     rate = dropout.p if isinstance(dropout, nn.Dropout) else getattr(source, "attention_dropout", 0.0)
@@ -133,8 +131,9 @@ def inherit(source: nn.Module, mixer: str, options: dict[str, Any]) -> Inherited
         dropped.append(f"attention dropout of {rate}")
     elif rate:
         layer.attn_drop = rate
-    values = tuple(f"{name} = {value:g}" for name, value in new.items())
-    return Inherited(layer, tuple(kept), values, tuple(dropped))
+    values = tuple(f"{key} = {value:g}" for key, value in new.items())
+    kinds = type(source).__name__, type(layer).__name__
+    return layer, LayerReport(name, *kinds, tuple(kept), values, tuple(dropped))
 
 
 def _variants(source: nn.Module) -> Mapping[type[TokenMixer], type[SeparateHeads]]:

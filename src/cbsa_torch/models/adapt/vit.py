@@ -12,13 +12,12 @@ from cbsa_torch._core.types import Broadcast, Contraction, Layout
 from cbsa_torch.models.adapt.find import (
     ADAPTABLE,
     ROTARY,
-    AttentionLayer,
     Layers,
     find_attention,
     select_layers,
 )
 from cbsa_torch.models.adapt.hugging_face import hugging_face_towers, is_hugging_face
-from cbsa_torch.models.adapt.inherit import KINDS, Inherited, check_options, inherit, why_not_inherited
+from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit, why_not_inherited
 from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
 from cbsa_torch.nn import TokenMixer, follow_grid
 from cbsa_torch.nn.grids import EMBEDDING
@@ -97,40 +96,40 @@ def adapt_vit(
     plan = _plan(model, mixer, layers)
     if not inplace:
         model = copy.deepcopy(model)
-    names = [item.layer.name for item in plan if not item.reason]
-    built = {name: inherit(model.get_submodule(name), mixer, options) for name in names}
-    _swap(model, {name: result.mixer for name, result in built.items()})
-    reports = tuple(_report(item, built.get(item.layer.name)) for item in plan)
+    built: dict[str, TokenMixer] = {}
+    reports = list(plan)
+    for i, layer in enumerate(plan):
+        if not layer.reason:
+            built[layer.name], reports[i] = inherit(model.get_submodule(layer.name), mixer, options, layer.name)
+    _swap(model, built)
     asked = layers if isinstance(layers, str) else tuple(layers)
-    return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, asked, reports))
+    return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, asked, tuple(reports)))
 
 
-class _Item(NamedTuple):
-    layer: AttentionLayer
-    reason: str
-    """Why the layer stays as it is; empty if it is replaced."""
-    refused: bool
+def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[LayerReport]:
+    """Say of each attention layer why it stays as it is, if it does.
 
-
-def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
-    """What to do with each attention layer; raises where nothing, or not what was asked for, can be done."""
+    Raises:
+        ValueError: none of those asked for can be replaced, or one asked for by its index cannot.
+    """
     found = find_attention(model)
     if not any(not layer.is_pool for layer in found):
         raise ValueError(f"model has no attention layers: {type(model).__name__}; adapt_vit takes {ADAPTABLE}")
     chosen = select_layers(found, layers)
     covered = {id(module) for tower, *_ in _towers(model) for module in tower.modules()}
-    items = []
+    reports = []
     for layer in found:
         reason = layer.incompatibility or _why_not(layer.module, mixer, id(layer.module) in covered)
         asked = layer.name in chosen
         if not asked and not layer.is_pool:
             reason = "not asked for"
-        items.append(_Item(layer, reason, asked and bool(reason)))
-    refusals = [item for item in items if item.refused]
+        kind = type(layer.module).__name__
+        reports.append(LayerReport(layer.name, kind, reason=reason, refused=asked and bool(reason)))
+    refusals = [report for report in reports if report.refused]
     if len(refusals) == len(chosen) or (refusals and not isinstance(layers, str)):
         by_reason: dict[str, list[str]] = {}
-        for item in refusals:
-            by_reason.setdefault(item.reason, []).append(item.layer.name)
+        for report in refusals:
+            by_reason.setdefault(report.reason, []).append(report.name)
         reasons = "; ".join(
             f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
             for reason, names in by_reason.items()
@@ -139,7 +138,7 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[_Item]:
             f"model {type(model).__name__} has layers that cannot be adapted: {reasons}. "
             f"adapt_vit takes {ADAPTABLE}"
         )
-    return items
+    return reports
 
 
 def _why_not(module: nn.Module, mixer: str, has_grid: bool) -> str:
@@ -181,10 +180,3 @@ def _swap(model: nn.Module, mixers: dict[str, TokenMixer]) -> None:
         for name, module in before.items():
             model.set_submodule(name, module)
         raise
-
-
-def _report(item: _Item, result: Inherited | None) -> LayerReport:
-    name, before = item.layer.name, type(item.layer.module).__name__
-    if result is None:
-        return LayerReport(name, before, reason=item.reason, refused=item.refused)
-    return LayerReport(name, before, type(result.mixer).__name__, result.inherited, result.new, result.dropped)
