@@ -125,6 +125,7 @@ def _run(args, environment, folder, output, main):
     os.environ.update(environment)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # of its workers: the default, as in a new interpreter
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.exit(main(args))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import util
 
 import pytest
 from torch.utils.data import DataLoader
@@ -18,9 +19,12 @@ from tests.helpers.processes import CONTEXT
 
 
 def test_importing_registers_nothing():
-    before = atexit._ncallbacks(), signal.getsignal(signal.SIGCHLD)
+    def registered():
+        return atexit._ncallbacks(), len(util._finalizer_registry), signal.getsignal(signal.SIGCHLD)
+
+    before = registered()
     runpy.run_path(workers.__file__)
-    assert (atexit._ncallbacks(), signal.getsignal(signal.SIGCHLD)) == before
+    assert registered() == before
 
 
 def test_workers_are_killed_and_the_handler_of_their_signal_stays():
@@ -86,14 +90,25 @@ def test_stuck_workers_end_with_their_program(start_method, ending, code):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGKILL]])
-def test_workers_end_with_their_program_when_it_is_killed(numbers):
+@pytest.mark.parametrize(
+    ("stuck", "ending", "numbers", "code"),
+    [
+        ("at_work", "wait", [signal.SIGTERM, signal.SIGTERM], -signal.SIGTERM),
+        ("at_work", "wait", [signal.SIGKILL], -signal.SIGKILL),
+        ("stuck", "error", [], 1),
+    ],
+)
+def test_workers_end_with_a_process_of_multiprocessing(stuck, ending, numbers, code):
     ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=loading.run, args=("fork", "at_work", "wait", theirs.send))
+    process = CONTEXT.Process(target=loading.run, args=("fork", stuck, ending, theirs.send))
     process.start()
     workers = [int(number) for number in ours.recv().split()]
-    for number in numbers:
-        os.kill(process.pid, number)
-    process.join(40)
-    assert process.exitcode == -numbers[0]
-    assert_ended(workers)
+    try:
+        for number in numbers:
+            os.kill(process.pid, number)
+        process.join(40)
+        assert process.exitcode == code
+        assert_ended(workers)
+    finally:
+        for number in filter(is_running, [process.pid, *workers]):
+            os.kill(number, signal.SIGKILL)

@@ -8,13 +8,14 @@ look for it every five seconds.
 
 from __future__ import annotations
 
-import atexit
 import copy
 import functools
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -23,12 +24,12 @@ from torch.utils.data import DataLoader
 def ignore_signals_in_workers(loader: DataLoader[Any]) -> None:
     """Let a loader's workers, if it has any, be ended by the process that trains alone.
 
-    The first call for a loader with workers registers an exit handler of this process; it kills such workers.
+    The first call of a process for a loader with workers registers an exit handler, which kills such workers.
     """
     if loader.num_workers:
         loader.multiprocessing_context = _worker_context()
         loader.worker_init_fn = functools.partial(_start_worker, then=loader.worker_init_fn)
-        _register_exit_handler()
+        _register_exit_handler(os.getpid())
 
 
 class _Worker(multiprocessing.Process):
@@ -53,9 +54,10 @@ def _start_worker(number: int, then: Callable[[int], None] | None) -> None:
 
 
 @functools.cache
-def _register_exit_handler() -> None:
-    # It runs before that of multiprocessing, which was registered earlier: that one sends SIGTERM, and waits.
-    atexit.register(kill_workers)
+def _register_exit_handler(process: int) -> None:
+    # Not by atexit: a process that multiprocessing started (torch.multiprocessing.spawn) runs no such handlers.
+    # This one runs at the end of any process, before multiprocessing sends SIGTERM to workers and waits.
+    Finalize(None, kill_workers, exitpriority=100)
 
 
 def kill_workers() -> None:
