@@ -27,20 +27,20 @@ from torch import nn
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import measure
-from cbsa_torch.cli.adapt import adaptation_config, with_data_of
+from cbsa_torch.cli.adapt import with_data_of
 from cbsa_torch.cli.options import at_least
 from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
 from cbsa_torch.models.adapt.vit import MixerName
 from cbsa_torch.models.counting import count_model
-from cbsa_torch.train.config.base import ModelConfig, TrainConfig
+from cbsa_torch.train.config import ModelConfig, TrainConfig
 from cbsa_torch.train.data import input_spec
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import EXPECTED_ERRORS, ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
+from cbsa_torch.train.losses import DistillConfig
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import environment
-from cbsa_torch.train.tasks.adaptation.distill import DistillConfig
 from cbsa_torch.train.tasks.adaptation.stages import recover
 from cbsa_torch.train.tasks.adaptation.task import (
     Adaptation,
@@ -221,7 +221,7 @@ def _base(options: Options) -> AdaptTrainConfig:
     if options.config is None:
         base = with_data_of(AdaptTrainConfig(), options.model)
     else:
-        base = adaptation_config(load_config(options.config), options.config)
+        base = load_config(options.config, AdaptTrainConfig.task)
         if base.model.args:
             raise ConfigError(
                 f"options of mixers belong into --variants, not into model.args of {options.config}"

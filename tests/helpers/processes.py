@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch.distributed import TCPStore
 
 from cbsa_torch import cli
-from cbsa_torch.train.config.base import dump_yaml
+from cbsa_torch.train.config import dump_yaml
 
 CONTEXT = multiprocessing.get_context("forkserver")
 """All processes that tests fork come from its server; it is started with what is named here."""

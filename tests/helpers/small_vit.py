@@ -7,9 +7,9 @@ from pathlib import Path
 import timm
 
 from cbsa_torch.models import load_checkpoint, save_checkpoint
-from cbsa_torch.train.config.base import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from cbsa_torch.train.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from cbsa_torch.train.losses import DistillConfig
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.adaptation.distill import DistillConfig
 from cbsa_torch.train.tasks.adaptation.task import AdaptedModelConfig, AdaptTrainConfig
 
 

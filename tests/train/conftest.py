@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.trainer import TrainResult, train
 from tests.helpers.colour_folder import tiny_config, write_colours

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cbsa_torch.train.config.base import dump_yaml
-from cbsa_torch.train.config.checks import check_config
+from cbsa_torch.train.config import check_config, dump_yaml
 from cbsa_torch.train.data import read_skipped
 from cbsa_torch.train.registry import load_config, read_config, recipe_names
 from tests.helpers.imagenet_folder import CLASSES, write_imagenet_folder

@@ -16,7 +16,7 @@ import torch
 from cbsa_torch import cli
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import evaluate_checkpoint, load_config, train, trainer
-from cbsa_torch.train.config.base import ModelConfig, dump_yaml
+from cbsa_torch.train.config import ModelConfig, dump_yaml
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks import classification

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config.base import RunConfig, TrainConfig, from_dict
+from cbsa_torch.train.config import RunConfig, TrainConfig, from_dict
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.tasks.adaptation.task import Adaptation, AdaptTrainConfig
 from cbsa_torch.train.tasks.base import Task
@@ -39,7 +39,7 @@ def read_config(values: Any, where: str) -> RunConfig:
     """A configuration from its values, of the task that ``values["task"]`` names (default: classification).
 
     Args:
-        values: a mapping, as :func:`cbsa_torch.train.config.base.to_dict` gives it.
+        values: a mapping, as :func:`cbsa_torch.train.config.to_dict` gives it.
         where: what was read, for errors.
 
     Raises:
@@ -60,8 +60,16 @@ def recipe_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in RECIPES.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_config(source: str | Path) -> RunConfig:
-    """Read a configuration from a YAML file, or from a recipe by name."""
+def load_config(source: str | Path, task: str | None = None) -> Any:
+    """Read a configuration from a YAML file, or from a recipe by name.
+
+    Args:
+        source: the file or the recipe.
+        task: what it must be for. Default: any task.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it is of another task.
+    """
     if str(source) in recipe_names():
         content, name = (RECIPES / f"{source}.yaml").read_bytes(), f"recipe {source}"
     elif Path(source).is_file():
@@ -79,4 +87,7 @@ def load_config(source: str | Path) -> RunConfig:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
     if values is None:
         raise ConfigError(f"{name} is empty; a configuration of defaults alone is {{}}")
-    return read_config(values, name)
+    config = read_config(values, name)
+    if task not in (None, config.task):
+        raise ConfigError(f"{name} is of the task {config.task!r}, not {task!r}")
+    return config

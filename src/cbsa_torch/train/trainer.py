@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import DataLoaderConfiguration
 from torch import Tensor, nn
 
-from cbsa_torch.train.config.base import RunConfig
-from cbsa_torch.train.config.checks import check_config
-from cbsa_torch.train.data import IGNORE, read_skipped
-from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, training_settings
-from cbsa_torch.train.engine.console import counted
+from cbsa_torch.train.config import RunConfig, check_config
+from cbsa_torch.train.data import IGNORE, read_skipped, set_epoch
+from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.registry import task_of
@@ -54,9 +53,15 @@ def train(config: RunConfig) -> TrainResult:
         torch.set_num_threads(config.engine.threads)
     folder = RunFolder(config.output)
     changes = folder.check(config)
-    settings = training_settings(config.engine, config.seed)
     accelerator = new_accelerator(
-        log_with=tracker_names(config.engine.tracker), project_dir=folder.path, **settings
+        mixed_precision=config.engine.precision,
+        cpu=config.engine.cpu,
+        gradient_accumulation_steps=config.engine.accumulate,
+        step_scheduler_with_optimizer=False,
+        # the order of an epoch follows from the seed and its number alone
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+        log_with=tracker_names(config.engine.tracker),
+        project_dir=folder.path,
     )
     stop = StopRequests()
     try:
@@ -103,9 +108,12 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     config, epochs = session.config, session.config.optim.epochs
     epoch, batches = progress.epoch + 1, len(session.train_loader)
     if progress.batch < batches:
-        loader = start_epoch(session.accelerator, session.train_loader, progress.epoch, progress.batch)
-        with session.reporter.bar(f"epoch {epoch}/{epochs}", len(loader)) as advance:
-            train_one_epoch(session, progress, counted(loader, advance))
+        loader = session.train_loader
+        set_epoch(loader, progress.epoch)
+        if progress.batch:  # those were seen already, and are not read again
+            loader = session.accelerator.skip_first_batches(loader, progress.batch)
+        with session.reporter.bar(f"epoch {epoch}/{epochs}", loader, len(loader)) as shown:
+            train_one_epoch(session, progress, shown)
     if progress.targets == 0:
         raise DataError(f"no training image of epoch {epoch} could be read{_listed(session.folder)}")
     check_finite(session.accelerator, session.model, progress.step)
@@ -167,7 +175,8 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
     model.train()
     parts: list[Tensor] = []
     before = time.perf_counter()
-    for images, targets in _timed(batches, progress):
+    for images, targets in batches:
+        progress.waited += time.perf_counter() - before
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.accumulate(model):
             done = progress.batch // accelerator.gradient_accumulation_steps
@@ -205,7 +214,12 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
             progress.step += 1
             if session.ema is not None:
                 session.ema.update(accelerator.unwrap_model(model), step=progress.step)
-            _after_step(session, progress, stops > 0)
+            every = session.config.engine.save_steps
+            if stops or (every is not None and progress.step % every == 0):
+                check_finite(accelerator, model, progress.step)
+                save_state(session, progress)
+            if stops:
+                _raise_interrupted(session)
         before = time.perf_counter()
 
 
@@ -236,19 +250,6 @@ def _scale_gradients(model: nn.Module, factor: float) -> None:
                 parameter.grad.mul_(factor)
 
 
-def _timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
-    """The batches, the time until each is there being counted."""
-    rest = iter(batches)
-    while True:
-        start = time.perf_counter()
-        try:
-            batch = next(rest)
-        except StopIteration:
-            return
-        progress.waited += time.perf_counter() - start
-        yield batch
-
-
 def _validate(session: Session, progress: Progress) -> EvalResult:
     """Evaluate; asked to stop, save where the run is and stop."""
 
@@ -259,23 +260,9 @@ def _validate(session: Session, progress: Progress) -> EvalResult:
                 _raise_interrupted(session)
             yield batch
 
-    with session.reporter.bar("validating", len(session.val_loader)) as advance:
-        return session.task.evaluate(
-            session.accelerator,
-            session.eval_model,
-            counted(until_stopped(), advance),
-            session.description["class_names"],
-        )
-
-
-def _after_step(session: Session, progress: Progress, stop: bool) -> None:
-    """Save the state where the configuration or a signal asks for it."""
-    every = session.config.engine.save_steps
-    if stop or (every is not None and progress.step % every == 0):
-        check_finite(session.accelerator, session.model, progress.step)
-        save_state(session, progress)
-    if stop:
-        _raise_interrupted(session)
+    with session.reporter.bar("validating", until_stopped(), len(session.val_loader)) as batches:
+        names = session.description["class_names"]
+        return session.task.evaluate(session.accelerator, session.eval_model, batches, names)
 
 
 def _stop_requested(session: Session) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import ModelConfig, dump_yaml
+from cbsa_torch.train.config import ModelConfig, dump_yaml
 from cbsa_torch.train.engine.accelerate import synchronize_batch_norm
 from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers import in_turn, processes

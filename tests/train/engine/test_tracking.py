@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.engine import tracking
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.tracking import (

@@ -11,18 +11,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cbsa_torch.train.config.base import EngineConfig
-from cbsa_torch.train.data import set_epoch
 from cbsa_torch.train.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def new_accelerator(**settings: Any) -> Accelerator:
@@ -49,18 +48,6 @@ def leave_process_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # wrapped models hold the group, and lie in cycles
         torch.distributed.destroy_process_group()
-
-
-def training_settings(config: EngineConfig, seed: int) -> dict[str, Any]:
-    """What :func:`new_accelerator` needs for training."""
-    return {
-        "mixed_precision": config.precision,
-        "cpu": config.cpu,
-        "gradient_accumulation_steps": config.accumulate,
-        "step_scheduler_with_optimizer": False,
-        # The order of an epoch follows from the seed and its number alone.
-        "dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-    }
 
 
 def shard(accelerator: Accelerator, model: nn.Module) -> None:
@@ -92,32 +79,22 @@ def use_separate_generator(loader: DataLoader[Any]) -> None:
     loader.generator = torch.Generator()
 
 
-def start_epoch(accelerator: Accelerator, loader: DataLoader[Any], epoch: int, batch: int) -> DataLoader[Any]:
-    """The batches of an epoch from number ``batch`` (from 0) on, shuffled and augmented as that epoch is.
-
-    Args:
-        epoch: from 0.
-        batch: how many batches were seen already; they are not read again.
-    """
-    set_epoch(loader, epoch)
-    return accelerator.skip_first_batches(loader, batch) if batch else loader
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], None], expected: tuple[type[Exception], ...]) -> None:
-    """Do ``work`` on the main process; to be called on every process, which all wait for it.
+def on_main(accelerator: Accelerator, work: Callable[[], T], expected: tuple[type[Exception], ...]) -> T:
+    """What ``work`` gives on the main process; to be called on every process, which all wait for it.
 
     Raises:
         Exception: what the main process met, if it is one of ``expected``; on every process.
     """
-    met: list[Exception | None] = [None]
+    done: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            work()
+            done[0] = work()
         except expected as error:
-            met[0] = error
-    broadcast_object_list(met)
-    if met[0] is not None:
-        raise met[0]
+            done[1] = error
+    result, failure = broadcast_object_list(done)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def to_channels_last(model: M) -> M:
@@ -150,10 +127,7 @@ class CPUSyncBatchNormAct2d(BatchNormAct2d):
         return activated
 
 
-SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm2d: CPUSyncBatchNorm2d,
-    BatchNormAct2d: CPUSyncBatchNormAct2d,
-}
+SYNCHRONIZED: dict[type, type] = {nn.BatchNorm2d: CPUSyncBatchNorm2d, BatchNormAct2d: CPUSyncBatchNormAct2d}
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -168,30 +142,23 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def _normalize(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def _normalize(norm: Any, x: Tensor) -> Tensor:
     """Training statistics and outputs, computed in float32 at least, whatever autocast made of ``x``."""
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = _total(values.new_tensor(float(x.numel() // x.shape[1])))
-    mean = _total(values.sum((0, 2, 3))) / count
+    count = _Total.apply(values.new_tensor(float(x.numel() // x.shape[1])))
+    mean = _Total.apply(values.sum((0, 2, 3))) / count
     centered = values - mean.view(1, -1, 1, 1)
-    variance = _total(centered.square().sum((0, 2, 3))) / count
+    variance = _Total.apply(centered.square().sum((0, 2, 3))) / count
     if norm.track_running_stats:
-        _track(norm, mean.detach(), variance.detach(), float(count))
+        norm.num_batches_tracked += 1
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.detach().to(norm.running_mean), momentum)
+        unbiased = variance.detach() * (float(count) / max(float(count) - 1, 1))  # as torch has it
+        norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
     normalized = centered * (variance + norm.eps).rsqrt().view(1, -1, 1, 1)
     if norm.affine:
         normalized = normalized * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
     return normalized.to(x.dtype)
-
-
-def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
-    assert norm.num_batches_tracked is not None
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.num_batches_tracked += 1
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
-    unbiased = variance * (count / max(count - 1, 1))  # as torch has it
-    norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
 
 
 class _Total(torch.autograd.Function):
@@ -212,8 +179,3 @@ class _Total(torch.autograd.Function):
         total = grad.contiguous().clone()
         torch.distributed.all_reduce(total)
         return total
-
-
-def _total(x: Tensor) -> Tensor:
-    total: Tensor = _Total.apply(x)
-    return total

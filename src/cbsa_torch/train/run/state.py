@@ -97,18 +97,13 @@ def restore(
             f"this one has {groups}"
         )
     # The fused steps of torch write as far as the weights reach, whatever the size of the state.
-    problems = [
-        f"the optimiser's {key} of {name} has shape {tuple(value.shape)}, {name} has "
-        f"{tuple(state_spec[name].shape)}"
-        for name, values in optimizer_values["state"].items()
-        for key, value in values.items()
-        if name in state_spec
-        and isinstance(value, Tensor)
-        and key in SHAPED
-        and value.shape != state_spec[name].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:8])}")
+    for name in state_spec.keys() & optimizer_values["state"].keys():
+        for key, value in optimizer_values["state"][name].items():
+            if key in SHAPED and value.shape != state_spec[name].shape:
+                raise CheckpointError(
+                    f"{source} does not fit the model: the optimiser's {key} of {name} has shape "
+                    f"{tuple(value.shape)}, {name} has {tuple(state_spec[name].shape)}"
+                )
     whole = StateDictOptions(full_state_dict=True)
     settings = ("weight_decay", "lr_scale", "fused")
     configured = [{key: group[key] for key in settings if key in group} for group in optimizer.param_groups]
@@ -124,10 +119,10 @@ def restore(
 
 def random_states() -> dict[str, Any]:
     """The state of every generator a training step draws from, as plain containers."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy: Any = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -137,8 +132,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
     """Undo what was drawn since :func:`random_states`."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -220,17 +214,13 @@ class TrainingStates:
         return None, problems
 
 
-def data_facts(class_names: Sequence[str], training: Any, validation: Any) -> dict[str, Any]:
-    """What a state remembers of the data sets: the classes in the order of the outputs, and how many images."""
-    return {"class_names": list(class_names), "training": len(training), "validation": len(validation)}
-
-
 def compare_data(before: dict[str, Any], now: dict[str, Any], batch: int, source: str) -> list[str]:
     """What changed in the data since a state was saved, in words.
 
     Args:
-        before: :func:`data_facts` of the state.
-        now: those of the data as they are.
+        before: what a state remembers: ``class_names`` in the order of the outputs, and the numbers of
+            ``training`` and ``validation`` images.
+        now: the same of the data as they are.
         batch: batches done of the epoch under way.
         source: the state's file, for errors.
 

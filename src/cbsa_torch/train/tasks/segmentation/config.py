@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cbsa_torch.train.config.base import LOCAL, ModelConfig, RunConfig
-from cbsa_torch.train.config.checks import check_rules
+from cbsa_torch.train.config import LOCAL, WEIGHTS, DataSource, ModelConfig, RunConfig, check_rules, data_rules
 
 
 @dataclass
@@ -34,7 +33,7 @@ class ScenesConfig:
 
 
 @dataclass
-class SegmentationDataConfig:
+class SegmentationDataConfig(DataSource):
     """The images, their masks and the augmentation."""
 
     name: str = "folder"
@@ -44,12 +43,6 @@ class SegmentationDataConfig:
     ~/.cache/cbsa_torch)."""
     ignore_label: int | None = None
     """Pixel value of a "folder"'s masks that stands for no class. Default: there is none."""
-    val_fraction: float = 0.1
-    """Share of a "folder"'s training images held out for validation if there is no val split."""
-    workers: int = field(default=4, metadata=LOCAL)
-    """Processes that read images; 0: the training process itself."""
-    max_bad_images: int = 10
-    """Unreadable images and bad masks that are left out, counted and listed; one more stops the run."""
     crop_size: int = 512
     """Side of the square training crops; what an image leaves free is padded and ignored."""
     base_size: int | None = None
@@ -58,8 +51,6 @@ class SegmentationDataConfig:
     """Smallest and largest scale of training images."""
     max_class_share: float | None = 0.75
     """Crops in which one class has a larger share are drawn again, up to ten times in all."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
     photometric: bool = True
     """Change brightness, contrast, saturation and hue at random."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -84,7 +75,7 @@ class SegmentationModelConfig(ModelConfig):
 
     name: str = "segmenter"
     """The model of timm that has an encoder and a decoder of masks."""
-    encoder_from: str | None = field(default=None, metadata=LOCAL)
+    encoder_from: str | None = field(default=None, metadata=WEIGHTS)
     """Weights that the encoder starts from: "pretrained" for those that timm has for model.args encoder; or a
     trained classifier as for init_from, which then also says which encoder it is."""
 
@@ -104,29 +95,16 @@ class SegmentationTrainConfig(RunConfig):
         return self.data.crop_size if self.windows.size is None else self.windows.size
 
 
-def check_windows(config: SegmentationTrainConfig) -> None:
-    """Refuse windows that cannot work; raises ConfigError."""
-    side, stride = config.window(), config.windows.stride
-    check_rules([
-        (side >= 1, "windows.size must be at least 1", side),
-        (stride is None or 1 <= stride <= side, f"windows.stride must be in [1, {side}], the window", stride),
-        (config.windows.batch >= 1, "windows.batch must be at least 1", config.windows.batch),
-    ])  # fmt: skip
-
-
 def check_data_config(config: SegmentationDataConfig) -> None:
     """Refuse values that cannot work; raises ConfigError."""
     scenes, share, ignore = config.scenes, config.max_class_share, config.ignore_label
     base = config.crop_size if config.base_size is None else config.base_size
     rules = [
-        (0 < config.val_fraction < 1, "data.val_fraction must be in (0, 1)", config.val_fraction),
-        (config.workers >= 0, "data.workers must not be negative", config.workers),
-        (config.max_bad_images >= 0, "data.max_bad_images must not be negative", config.max_bad_images),
+        *data_rules(config),
         (config.crop_size >= 1, "data.crop_size must be at least 1", config.crop_size),
         (base >= 1, "data.base_size must be at least 1", base),
         (0 < config.scale[0] <= config.scale[1], "data.scale must rise above 0", config.scale),
         (share is None or 0 < share <= 1, "data.max_class_share must be in (0, 1]", share),
-        (0 <= config.hflip <= 1, "data.hflip must be in [0, 1]", config.hflip),
         (ignore is None or 0 <= ignore <= 0xFFFF, "data.ignore_label must be in [0, 65535]", ignore),
         (
             ignore is None or config.name == "folder",

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
@@ -20,12 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
-from cbsa_torch.train.build import build_model, draft_model, open_source
+from cbsa_torch.train.build import build_model, draft_model, open_source, read_args
+from cbsa_torch.train.config import check_rules
 from cbsa_torch.train.data import InputSpec, input_spec
 from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
+    PredictOptions,
     Task,
     TaskSetup,
     Trained,
@@ -35,11 +36,7 @@ from cbsa_torch.train.tasks.base import (
     spread_indices,
 )
 from cbsa_torch.train.tasks.segmentation.colours import write_coloured_mask
-from cbsa_torch.train.tasks.segmentation.config import (
-    SegmentationTrainConfig,
-    check_data_config,
-    check_windows,
-)
+from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig, check_data_config
 from cbsa_torch.train.tasks.segmentation.evaluation import SegmentationResult, Windows, measure, share
 from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
 from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform, training_transform
@@ -83,7 +80,7 @@ class Segmentation(Task):
         """Refuse settings of data, windows and model that cannot work."""
         model = self.config.model
         check_data_config(self.config.data)
-        check_windows(self.config)
+        self._windows(None, None)
         if model.name != "segmenter":
             raise ConfigError(f"model.name must be 'segmenter' for segmentation, got {model.name!r}")
         if model.init_from is not None and model.encoder_from is not None:
@@ -95,16 +92,19 @@ class Segmentation(Task):
 
     def _windows(self, given: WindowOptions | None, batch: int | None) -> Windows:
         """Windows as in validation, but for what is given."""
-        given, config = WindowOptions() if given is None else given, self.config.windows
+        config, names = self.config.windows, ("window", "stride", "batch_size")
+        if given is None:
+            given, names = WindowOptions(), ("windows.size", "windows.stride", "windows.batch")
         stride = config.stride if given.stride is None and given.window is None else given.stride
         size = self.config.window() if given.window is None else given.window
-        if size < 1:
-            raise ConfigError(f"window must be at least 1, got {size}")
-        if stride is not None and not 1 <= stride <= size:
-            raise ConfigError(f"stride must be in [1, {size}], the window, got {stride}")
-        if not given.scales or not all(0 < scale <= 16 for scale in given.scales):
-            raise ConfigError(f"scales must be numbers in (0, 16], got {given.scales}")
-        return Windows(size, stride, config.batch if batch is None else batch, given.scales, given.flip)
+        batch, scales = config.batch if batch is None else batch, given.scales
+        check_rules([
+            (size >= 1, f"{names[0]} must be at least 1", size),
+            (stride is None or 1 <= stride <= size, f"{names[1]} must be in [1, {size}], the window", stride),
+            (batch >= 1, f"{names[2]} must be at least 1", batch),
+            (bool(scales) and all(0 < s <= 16 for s in scales), "scales must be numbers in (0, 16]", scales),
+        ])  # fmt: skip
+        return Windows(size, stride, batch, scales, given.flip)
 
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data sets, and the model with a mask for each of their classes."""
@@ -167,19 +167,11 @@ class Segmentation(Task):
         return measure(accelerator, model, batches, class_names, self._windows(windows, batch_size))
 
     def predict(
-        self,
-        trained: Trained,
-        images: Sequence[str | Path],
-        *,
-        top: int,
-        on_bad_image: str,
-        masks: str | Path | None,
-        overwrite: bool,
-        windows: WindowOptions,
+        self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
     ) -> list[MaskPrediction]:
         """Write ``NAME_mask.png`` and ``NAME_labels.png`` of each image, of any size."""
-        folder, seen = Path(MASKS if masks is None else masks), self._windows(windows, None)
-        check_choice("on_bad_image", on_bad_image, ("stop", "skip"))
+        folder, seen = Path(options.masks or MASKS), self._windows(options, None)
+        check_choice("on_bad_image", options.on_bad_image, ("stop", "skip"))
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is not a folder, where masks could be written")
         taken: dict[str, Path] = {}
@@ -190,14 +182,14 @@ class Segmentation(Task):
                     f"{other} and {path} would both be written as {path.stem}_mask.png in {folder}"
                 )
         present = [path for stem in taken for path in _mask_files(folder, stem) if path.exists()]
-        if present and not overwrite:
+        if present and not options.overwrite:
             raise ConfigError(f"{present[0]} is there already; choose another folder (--masks), or --overwrite")
         folder.mkdir(parents=True, exist_ok=True)
         return [
             MaskPrediction(str(path), {}, error=image)
             if isinstance(image, str)
             else _write_masks(trained, path, image, folder, seen)
-            for path, image in read_images(images, trained.spec.mode, on_bad_image)
+            for path, image in read_images(images, trained.spec.mode, options.on_bad_image)
         ]
 
     def sample(self, dataset: Any, spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
@@ -270,9 +262,7 @@ def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
                 f"got {args[key]!r}"
             )
     own = {key: value for key, value in info["model_args"].items() if key != "num_classes"}
-    # as YAML in one line, the form in which all arguments are kept
-    encoder_args = yaml.safe_dump(own, default_flow_style=True, width=float("inf")).strip()
-    chosen = {**args, "encoder": info["model"], "encoder_args": encoder_args}
+    chosen: dict[str, Any] = {**args, "encoder": info["model"], "encoder_args": own}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, args=chosen))
 
 
@@ -283,7 +273,7 @@ def encoder_weights(config: SegmentationTrainConfig) -> dict[str, Tensor] | None
         return None
     if source != PRETRAINED:
         return open_source("model.encoder_from", source)[0].state_dict()
-    args = {key: yaml.safe_load(str(value)) for key, value in config.model.args.items()}
+    args = read_args(config.model)
     name, encoder_args = args.get("encoder", "vit_tiny_patch16_224"), args.get("encoder_args") or {}
     refused = sorted(FETCHING_ARGS & set(encoder_args))
     if refused:

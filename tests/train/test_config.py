@@ -8,7 +8,7 @@ import yaml
 
 from cbsa_torch.cli import main
 from cbsa_torch.train.build import build_model
-from cbsa_torch.train.config.base import ModelConfig, TrainConfig, dump_yaml
+from cbsa_torch.train.config import ModelConfig, TrainConfig, dump_yaml
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.registry import load_config
 

@@ -6,8 +6,7 @@ import re
 import pytest
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import TrainConfig
-from cbsa_torch.train.config.checks import check_config, check_images
+from cbsa_torch.train.config import TrainConfig, check_config, check_images
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder
 

@@ -6,9 +6,12 @@ A recipe is a YAML file with the same names, for the keys it sets. Unknown keys 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import types
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -26,6 +29,10 @@ def _one_line(value: Any) -> str:
 
 LOCAL = {"local": True}
 """Metadata of settings that tell of a machine or a run's folder, not of the model: they are not published."""
+WEIGHTS = {**LOCAL, "weights": True}
+"""Of settings that name weights, which must not lie in the run's own folder."""
+UNCOMPARED = {"compared": False}
+"""Of settings that a continued run may change, as they do not change what is computed."""
 
 
 @dataclass
@@ -38,7 +45,7 @@ class ModelConfig:
     """Side in pixels that images are resized to. Default: what the model was designed for."""
     args: dict[str, str | int | float | bool] = field(default_factory=dict)
     """Further constructor arguments, e.g. num_representatives 49 contraction exact."""
-    init_from: str | None = field(default=None, metadata=LOCAL)
+    init_from: str | None = field(default=None, metadata=WEIGHTS)
     """Start from the weights of this run folder, .safetensors file of ours, released checkpoint (.pth,
     .pth.tar) of the official code, or hf-hub:owner/name (fine-tuning)."""
 
@@ -49,17 +56,27 @@ class ModelConfig:
         }
 
 
-class DataSource(Protocol):
-    """What the settings of every kind of data have."""
+@dataclass
+class DataSource:
+    """The settings that every kind of data has."""
 
-    name: str
-    root: str | None
-    workers: int
-    max_bad_images: int
+    name: str = "folder"
+    """Which data set."""
+    root: str | None = field(default=None, metadata=LOCAL)
+    """Its folder."""
+    val_fraction: float = 0.1
+    """Share of the training images held out for validation if there is no val split."""
+    workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
+    """Processes that read images; 0: the training process itself."""
+    max_bad_images: int = field(default=10, metadata=UNCOMPARED)
+    """Unreadable images, and bad masks, that are left out, counted and listed; one more stops the run. 0: the
+    first does."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
 
 
 @dataclass
-class DataConfig:
+class DataConfig(DataSource):
     """The images and their augmentation."""
 
     name: str = "folder"
@@ -69,20 +86,12 @@ class DataConfig:
     """Folder with train/, val/ and perhaps test/, each holding one folder of images per class; or, for a
     timm data set, where its files are; or, for a fetched one, its folder (default: $CBSA_DATA, else
     ~/.cache/cbsa_torch)."""
-    val_fraction: float = 0.1
-    """Share of the training images held out for validation if there is no val split."""
-    download: bool = field(default=False, metadata=LOCAL)
+    download: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Let timm or torchvision download the data set, if they can."""
-    workers: int = field(default=4, metadata=LOCAL)
-    """Processes that read images; 0: the training process itself."""
-    max_bad_images: int = 10
-    """Unreadable images that are left out, counted and listed; one more stops the run. 0: the first does."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Random resized crop: smallest and largest share of the area."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
     """Random resized crop: smallest and largest ratio of sides."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
     rotate: float = 0.0
     """Random rotation by up to this many degrees."""
     shift: float = 0.0
@@ -148,11 +157,11 @@ class EngineConfig:
     """torch.compile the model."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
-    save_steps: int | None = None
+    save_steps: int | None = field(default=None, metadata=UNCOMPARED)
     """Save the state also every this many optimiser steps, besides after every epoch."""
-    keep_states: int = 2
+    keep_states: int = field(default=2, metadata=UNCOMPARED)
     """How many of the last states are kept."""
-    tracker: str = field(default="tensorboard", metadata=LOCAL)
+    tracker: str = field(default="tensorboard", metadata=LOCAL | UNCOMPARED)
     """Any tracker that Accelerate knows ("wandb", "mlflow", "trackio" ...), or "none"."""
 
 
@@ -163,16 +172,16 @@ class RunConfig:
     task: ClassVar[str]
     """The key ``task`` of a YAML file; without it a file is about classification."""
 
-    output: str = field(default="runs/latest", metadata=LOCAL)
+    output: str = field(default="runs/latest", metadata=LOCAL | UNCOMPARED)
     """The run's folder."""
     seed: int = 0
     """Of everything drawn at random: first weights, order of the images, augmentation, dropout. From 0 on."""
-    resume: bool = field(default=False, metadata=LOCAL)
+    resume: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Take the configuration from the run in the output folder, which must exist. Without it, a run of the
     same configuration is continued, too."""
-    accept_changes: bool = field(default=False, metadata=LOCAL)
+    accept_changes: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Continue the run in the output folder although its configuration is another."""
-    overwrite: bool = field(default=False, metadata=LOCAL)
+    overwrite: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Replace the run in the output folder."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSource
@@ -190,11 +199,21 @@ class TrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
 
 
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[Any, Any], Any]]:
+    """Every setting of a configuration: its key, such as "optim.lr", its metadata and its value."""
+    for item in dataclasses.fields(config):
+        key, value = f"{prefix}{item.name}", getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, f"{key}.")
+        else:
+            yield key, item.metadata, value
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Everything as plain values, for YAML and JSON; the task is named where it is not classification."""
     # replaced by itself: arguments that were set later get their one form, too
     model = dataclasses.replace(config.model)
-    values = _plain(dataclasses.asdict(dataclasses.replace(config, model=model)))
+    values = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(config, model=model)), default=str))
     return values if config.task == TrainConfig.task else {"task": config.task, **values}
 
 
@@ -261,9 +280,77 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+def check_rules(rules: Iterable[tuple[bool, str, Any]]) -> None:
+    """Raise ConfigError for the first of (holds, rule, got) that does not hold."""
+    for holds, rule, got in rules:
+        if not holds:
+            raise ConfigError(f"{rule}, got {got}")
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse values that cannot work, before anything is read or written; the data are the task's to check."""
+    for key, value in flat(to_dict(config)).items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ConfigError(f"{key} must be finite, got {item}")
+    optim, ema = config.optim, config.optim.ema_decay
+    threads, every, keep = config.engine.threads, config.engine.save_steps, config.engine.keep_states
+    size, model = config.model.image_size, config.model
+    check_rules([
+        (0 <= config.seed < 2**31, "seed must be in [0, 2**31)", config.seed),
+        (size is None or size >= 1, "model.image_size must be at least 1", size),
+        (
+            "num_classes" not in model.args,
+            "model.args num_classes must be left out (the data gives the number of classes)",
+            model.args.get("num_classes"),
+        ),
+        (
+            size is None or "img_size" not in model.args,
+            "model.args img_size must be left out beside model.image_size",
+            model.args.get("img_size"),
+        ),
+        (optim.batch_size >= 1, "optim.batch_size must be at least 1", optim.batch_size),
+        (optim.epochs >= 1, "optim.epochs must be at least 1", optim.epochs),
+        (optim.lr > 0, "optim.lr must be positive", optim.lr),
+        (optim.weight_decay >= 0, "optim.weight_decay must not be negative", optim.weight_decay),
+        (optim.warmup_epochs >= 0, "optim.warmup_epochs must not be negative", optim.warmup_epochs),
+        (0 <= optim.label_smoothing < 1, "optim.label_smoothing must be in [0, 1)", optim.label_smoothing),
+        (ema is None or 0 < ema < 1, "optim.ema_decay must be in (0, 1)", ema),
+        (optim.poly_power > 0, "optim.poly_power must be positive", optim.poly_power),
+        (0 <= optim.min_lr <= optim.lr, "optim.min_lr must be in [0, optim.lr]", optim.min_lr),
+        (optim.warmup_lr >= 0, "optim.warmup_lr must not be negative", optim.warmup_lr),
+        (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
+        (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
+        (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
+        (keep >= 1, "engine.keep_states must be at least 1", keep),
+        (every is None or every >= 1, "engine.save_steps must be at least 1", every),
+        (
+            ema is None or not config.engine.fsdp,
+            "optim.ema_decay must be unset with engine.fsdp (sharded weights are not averaged)",
+            ema,
+        ),
+        (not (config.resume and config.overwrite), "resume and overwrite exclude each other", "both"),
+    ])  # fmt: skip
+
+
+def data_rules(data: DataSource) -> list[tuple[bool, str, Any]]:
+    """What holds for every kind of data, as :func:`check_rules` takes it."""
+    return [
+        (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
+        (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
+        (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
+        (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
+    ]
+
+
+def check_images(data: DataConfig) -> None:
+    """Refuse settings of a classifier's images that cannot work."""
+    scale, ratio = data.crop_scale, data.crop_ratio
+    check_rules([
+        *data_rules(data),
+        (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
+        (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
+        (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),
+        (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
+        (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
+    ])  # fmt: skip
