@@ -30,7 +30,7 @@ from cbsa_torch.cli.adapt import adaptation_config, with_data_of
 from cbsa_torch.cli.options import at_least
 from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
-from cbsa_torch.train.config.base import ModelConfig, TrainConfig
+from cbsa_torch.train.config import ModelConfig, TrainConfig
 from cbsa_torch.train.data import input_spec
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import EXPECTED_ERRORS, ConfigError

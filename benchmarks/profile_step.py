@@ -33,7 +33,7 @@ import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.bench.measure import interleaved
 from cbsa_torch.models import registry
 from cbsa_torch.train import TrainConfig, load_config
-from cbsa_torch.train.config.base import DataConfig, OptimConfig
+from cbsa_torch.train.config import DataConfig, OptimConfig
 from cbsa_torch.train.data import input_spec, make_loader, open_splits
 from cbsa_torch.train.data.checked_images import PlainImages
 from cbsa_torch.train.engine.accelerate import to_channels_last

@@ -37,7 +37,7 @@ from cbsa_torch.interpret.plots import to_png
 from cbsa_torch.models import segmenter
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config
-from cbsa_torch.train.config.base import RunConfig, dump_yaml
+from cbsa_torch.train.config import RunConfig, dump_yaml
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder, changed_keys, environment
 from cbsa_torch.train.tasks.segmentation import (

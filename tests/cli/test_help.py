@@ -13,7 +13,7 @@ from cbsa_torch.cli import COMMANDS, main
 SOURCE = Path(cbsa_torch.__file__).parent
 FILES = [
     *sorted((SOURCE / "cli").glob("*.py")),
-    SOURCE / "train/config/base.py",
+    SOURCE / "train/config.py",
     SOURCE / "train/tasks/segmentation/config.py",
 ]
 

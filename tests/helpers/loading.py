@@ -10,7 +10,7 @@ import time
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data.loader import InputSpec, make_loader
 
 SPEC = InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)

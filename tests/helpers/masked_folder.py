@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cbsa_torch.train.config.base import EngineConfig, OptimConfig
+from cbsa_torch.train.config import EngineConfig, OptimConfig
 from cbsa_torch.train.tasks.segmentation.config import (
     SegmentationDataConfig,
     SegmentationModelConfig,

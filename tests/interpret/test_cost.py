@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+
 from benchmarks import interpret_cost
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbsa_torch.train.config.base import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from cbsa_torch.train.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from cbsa_torch.train.trainer import TrainResult, train
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 60, 40)}

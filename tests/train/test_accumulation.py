@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import ModelConfig
+from cbsa_torch.train.config import ModelConfig
 from tests.helpers.runs import (
     STEPS,
     assert_same_tensors,

@@ -8,8 +8,15 @@ import pytest
 import yaml
 
 from cbsa_torch.train.build import build_model
-from cbsa_torch.train.config.base import ModelConfig, TrainConfig, dump_yaml, from_dict, to_dict
-from cbsa_torch.train.config.checks import check_config, check_images
+from cbsa_torch.train.config import (
+    ModelConfig,
+    TrainConfig,
+    check_config,
+    check_images,
+    dump_yaml,
+    from_dict,
+    to_dict,
+)
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.registry import load_config, recipe_names
 

@@ -14,7 +14,7 @@ import torch
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config.base import dump_yaml
+from cbsa_torch.train.config import dump_yaml
 from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers.runs import assert_same_tensors, last, measured, rows, states
 

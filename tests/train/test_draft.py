@@ -5,7 +5,7 @@ import torch
 
 from cbsa_torch.models.checkpoint import load_checkpoint
 from cbsa_torch.train import build, train
-from cbsa_torch.train.config.base import ModelConfig
+from cbsa_torch.train.config import ModelConfig
 from cbsa_torch.train.data import input_spec
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder

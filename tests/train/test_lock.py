@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import dump_yaml
+from cbsa_torch.train.config import dump_yaml
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.lock import FolderLock

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cbsa_torch.train.config.base import from_dict, to_dict
+from cbsa_torch.train.config import from_dict, to_dict
 from cbsa_torch.train.registry import TASKS, read_config, task_of
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cbsa_torch.train import train, trainer
-from cbsa_torch.train.config.base import dump_yaml
+from cbsa_torch.train.config import dump_yaml
 from cbsa_torch.train.errors import InterruptedRun
 from cbsa_torch.train.run.signals import StopRequests
 from cbsa_torch.train.tasks import classification

@@ -8,7 +8,7 @@ import torch
 
 import cbsa_torch.models  # noqa: F401
 from cbsa_torch.models import load_checkpoint, save_checkpoint
-from cbsa_torch.train.config.base import OptimConfig
+from cbsa_torch.train.config import OptimConfig
 from cbsa_torch.train.engine.accelerate import to_channels_last
 from cbsa_torch.train.engine.optim import has_fused, make_optimizer
 

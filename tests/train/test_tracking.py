@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.engine import tracking
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.tracking import (
@@ -140,7 +140,7 @@ def test_tensorboard_events_read_back(tmp_path):
 
 FULL_DISK = """
 import resource, sys
-from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.tracking import finish_trackers, log, start_trackers
 config, said = TrainConfig(output=sys.argv[1]), []

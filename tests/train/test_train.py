@@ -16,7 +16,7 @@ from PIL import Image
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import evaluate_checkpoint, load_config, predict_images, train
-from cbsa_torch.train.config.base import ModelConfig, OptimConfig
+from cbsa_torch.train.config import ModelConfig, OptimConfig
 from cbsa_torch.train.engine.optim import make_optimizer
 from cbsa_torch.train.errors import ConfigError, DataError, NonFiniteLossError, RunFolderError
 from cbsa_torch.train.run.folder import RunFolder

@@ -7,8 +7,7 @@ import pytest
 
 from cbsa_torch.cli import main
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config.base import TrainConfig
-from cbsa_torch.train.config.checks import check_config
+from cbsa_torch.train.config import TrainConfig, check_config
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder
 

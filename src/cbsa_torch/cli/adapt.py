@@ -8,7 +8,7 @@ from pathlib import Path
 from cbsa_torch.cli.options import parse, take_option
 from cbsa_torch.models.checkpoint import is_ours, read_info
 from cbsa_torch.models.hub import PREFIX, weights_path
-from cbsa_torch.train.config.base import RunConfig, TrainConfig
+from cbsa_torch.train.config import RunConfig, TrainConfig
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.registry import load_config, read_config
 from cbsa_torch.train.run.folder import RunFolder

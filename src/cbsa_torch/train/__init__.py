@@ -4,7 +4,7 @@ from cbsa_torch._core.optional import require
 
 require("train")
 
-from cbsa_torch.train.config.base import (  # noqa: E402
+from cbsa_torch.train.config import (  # noqa: E402
     DataConfig,
     EngineConfig,
     ModelConfig,

@@ -14,7 +14,7 @@ from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import FETCHING_ARGS
 from cbsa_torch.models.hub import PREFIX, fetch_weights, open_weights, weights_path
-from cbsa_torch.train.config.base import RunConfig
+from cbsa_torch.train.config import RunConfig
 from cbsa_torch.train.errors import ConfigError
 
 Built = tuple[nn.Module, dict[str, Any]]

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from cbsa_torch.models.registry import FAMILIES
-from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.registry import TASKS
 from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig
 
@@ -135,7 +135,7 @@ def published(info: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's description without what tells of the machine it was trained on.
 
     Of its ``config`` only known settings are kept, without those that are marked as local in the dataclasses of
-    :mod:`cbsa_torch.train.config.base` and without absolute paths; read again, these have their defaults.
+    :mod:`cbsa_torch.train.config` and without absolute paths; read again, these have their defaults.
     """
     config = info.get("config")
     if not isinstance(config, Mapping):

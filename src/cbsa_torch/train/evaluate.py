@@ -13,7 +13,7 @@ import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint
 from cbsa_torch.models.hub import weights_path
-from cbsa_torch.train.config.base import DataSource
+from cbsa_torch.train.config import DataSource
 from cbsa_torch.train.data import InputSpec, read_skipped
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.console import Reporter, counted

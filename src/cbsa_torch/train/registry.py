@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config.base import RunConfig, TrainConfig, from_dict
+from cbsa_torch.train.config import RunConfig, TrainConfig, from_dict
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.tasks.adaptation.task import Adaptation, AdaptTrainConfig
 from cbsa_torch.train.tasks.base import Task
@@ -39,7 +39,7 @@ def read_config(values: Any, where: str) -> RunConfig:
     """A configuration from its values, of the task that ``values["task"]`` names (default: classification).
 
     Args:
-        values: a mapping, as :func:`cbsa_torch.train.config.base.to_dict` gives it.
+        values: a mapping, as :func:`cbsa_torch.train.config.to_dict` gives it.
         where: what was read, for errors.
 
     Raises:

@@ -20,7 +20,7 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch._version import __version__
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
 from cbsa_torch.train.card import model_card
-from cbsa_torch.train.config.base import RunConfig, to_dict
+from cbsa_torch.train.config import RunConfig, to_dict
 from cbsa_torch.train.engine.accelerate import (
     on_main,
     shard,

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch.train.config.base import RunConfig
-from cbsa_torch.train.config.checks import check_config
+from cbsa_torch.train.config import RunConfig, check_config
 from cbsa_torch.train.data import IGNORE, read_skipped
 from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, training_settings
 from cbsa_torch.train.engine.console import counted

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import open_split, open_splits
 from cbsa_torch.train.data.arrays import over_grey
 from cbsa_torch.train.data.fetch import animals28, fetch

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data.auto_augment import AugmentOp
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader
 from cbsa_torch.train.data.augmentation import check_augmentation
 from cbsa_torch.train.data.checked_images import PlainImages

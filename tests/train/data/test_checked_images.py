@@ -15,7 +15,7 @@ from PIL import Image
 
 from cbsa_torch.cli import main
 from cbsa_torch.train import evaluate_checkpoint, train
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import IGNORE, InputSpec, checked_images, make_loader, open_splits, read_skipped
 from cbsa_torch.train.data.checked_images import SkippedImages
 from cbsa_torch.train.errors import DataError

@@ -11,7 +11,7 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_
 from torch.utils.data import IterableDataset
 from torchvision.datasets import FakeData
 
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader, open_splits, set_epoch
 from cbsa_torch.train.data.arrays import ArrayImages
 from cbsa_torch.train.data.checked_images import PlainImages

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader, open_splits
 from cbsa_torch.train.errors import ConfigError, DataError
 

@@ -15,7 +15,7 @@ from torchvision.datasets import Flowers102
 
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import evaluate_checkpoint, train
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import IGNORE, InputSpec, make_loader, open_splits, read_skipped
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.registry import load_config

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data.augmentation import check_augmentation, keep_one_bit
 from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.data.workers import ignore_signals_in_workers

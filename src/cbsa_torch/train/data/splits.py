@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.images import SPLIT_NAMES, class_folders, class_samples, find_splits
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data.arrays import open_digits, open_fetched
 from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages, SkippedImages
 from cbsa_torch.train.data.fetch import DATA_SETS

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
 from cbsa_torch.images import DataError
-from cbsa_torch.train.config.base import DataConfig
+from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, SkippedImages
 
 TEST_AS_VALIDATION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")

@@ -18,7 +18,7 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cbsa_torch.train.config.base import EngineConfig
+from cbsa_torch.train.config import EngineConfig
 from cbsa_torch.train.data import set_epoch
 from cbsa_torch.train.errors import ConfigError
 

@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config.base import OptimConfig
+from cbsa_torch.train.config import OptimConfig
 from cbsa_torch.train.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ from accelerate.utils import LoggerType
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.random import keep_random_states
-from cbsa_torch.train.config.base import RunConfig, flat, to_dict
+from cbsa_torch.train.config import RunConfig, flat, to_dict
 from cbsa_torch.train.errors import ConfigError
 
 NONE = "none"

@@ -26,7 +26,7 @@ from cbsa_torch._core.files import remove_temporary_files, write_atomically
 from cbsa_torch._version import __version__
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.hub import PREFIX
-from cbsa_torch.train.config.base import RunConfig, dump_yaml, flat, to_dict
+from cbsa_torch.train.config import RunConfig, dump_yaml, flat, to_dict
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.lock import FolderLock

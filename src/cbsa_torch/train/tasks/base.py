@@ -1,6 +1,6 @@
 """What a task is: everything that training, evaluation, prediction and reports do not know themselves.
 
-To add a task, write a configuration (a subclass of :class:`cbsa_torch.train.config.base.RunConfig`) and a
+To add a task, write a configuration (a subclass of :class:`cbsa_torch.train.config.RunConfig`) and a
 subclass of :class:`Task`, and add both to the table in :mod:`cbsa_torch.train.registry`.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cbsa_torch._core.checks import check_choice
-from cbsa_torch.train.config.base import RunConfig
+from cbsa_torch.train.config import RunConfig
 from cbsa_torch.train.data import InputSpec, read_image_file
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.losses import Loss

@@ -17,8 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from cbsa_torch.train.build import build_model, draft_model
-from cbsa_torch.train.config.base import TrainConfig
-from cbsa_torch.train.config.checks import check_images
+from cbsa_torch.train.config import TrainConfig, check_images
 from cbsa_torch.train.data import IGNORE, InputSpec, input_spec, make_loader, open_split, open_splits
 from cbsa_torch.train.engine.accelerate import use_separate_generator
 from cbsa_torch.train.errors import ConfigError, DataError

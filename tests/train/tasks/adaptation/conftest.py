@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from cbsa_torch.train.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
 from cbsa_torch.train.tasks.adaptation.distill import DistillConfig
 from cbsa_torch.train.tasks.adaptation.task import AdaptedModelConfig, AdaptTrainConfig
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cbsa_torch.train.config.base import dump_yaml
+from cbsa_torch.train.config import dump_yaml
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.adaptation.stages import recover
 from tests.helpers.runs import measured

@@ -107,7 +107,7 @@ def test_an_adapted_run_gets_more_layers(config, tmp_path):
 
 
 def test_the_rate_of_what_is_new():
-    from cbsa_torch.train.config.base import OptimConfig
+    from cbsa_torch.train.config import OptimConfig
 
     model = torch.nn.Linear(3, 2)
     model.step = torch.nn.Parameter(torch.ones(2, 1))

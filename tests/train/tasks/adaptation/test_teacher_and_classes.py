@@ -12,7 +12,7 @@ from PIL import Image
 from cbsa_torch.cli import main
 from cbsa_torch.models import load_checkpoint, save_checkpoint
 from cbsa_torch.train import train
-from cbsa_torch.train.config.base import TrainConfig
+from cbsa_torch.train.config import TrainConfig
 from cbsa_torch.train.errors import ConfigError, RunFolderError
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.registry import load_config

@@ -13,8 +13,7 @@ from timm.scheduler import PolyLRScheduler
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import load_config, train
-from cbsa_torch.train.config.base import dump_yaml
-from cbsa_torch.train.config.checks import check_config
+from cbsa_torch.train.config import check_config, dump_yaml
 from cbsa_torch.train.engine.optim import make_scheduler
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.run.folder import RunFolder

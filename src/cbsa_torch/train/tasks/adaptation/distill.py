@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbsa_torch.models.adapt.find import find_attention
-from cbsa_torch.train.config.base import LOCAL
+from cbsa_torch.train.config import LOCAL
 from cbsa_torch.train.data import IGNORE
 from cbsa_torch.train.losses import mean_loss
 

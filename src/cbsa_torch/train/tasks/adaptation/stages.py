@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from cbsa_torch.models.adapt.find import find_attention, select_layers
-from cbsa_torch.train.config.checks import check_config
+from cbsa_torch.train.config import check_config
 from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder

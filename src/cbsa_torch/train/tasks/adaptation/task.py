@@ -18,8 +18,7 @@ from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
 from cbsa_torch.models.hub import PREFIX
 from cbsa_torch.nn import TokenMixer
 from cbsa_torch.train.build import open_source
-from cbsa_torch.train.config.base import LOCAL, ModelConfig, OptimConfig, TrainConfig
-from cbsa_torch.train.config.checks import check_rules
+from cbsa_torch.train.config import LOCAL, ModelConfig, OptimConfig, TrainConfig, check_rules
 from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.losses import Loss

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cbsa_torch.train.config.base import LOCAL, ModelConfig, RunConfig
-from cbsa_torch.train.config.checks import check_rules
+from cbsa_torch.train.config import LOCAL, ModelConfig, RunConfig, check_rules
 
 
 @dataclass

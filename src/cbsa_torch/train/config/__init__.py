@@ -1,1 +1,0 @@
-"""Configurations: dataclasses, reading and checking them."""
