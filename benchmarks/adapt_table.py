@@ -35,9 +35,9 @@ from cbsa_torch.train.data import input_spec
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import EXPECTED_ERRORS, ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
+from cbsa_torch.train.losses import DistillConfig
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import environment
-from cbsa_torch.train.tasks.adaptation.distill import DistillConfig
 from cbsa_torch.train.tasks.adaptation.stages import recover
 from cbsa_torch.train.tasks.adaptation.task import (
     Adaptation,

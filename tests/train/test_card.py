@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from cbsa_torch.models import from_pretrained
-from cbsa_torch.train.card import MOST_ROWS, clean, data_title, model_card
+from cbsa_torch.train.hub import MOST_ROWS, clean, data_title, model_card
 
 INFO = {
     "model": "crate_cbt_pico_patch1_8",

@@ -21,8 +21,7 @@ from cbsa_torch.models.checkpoint import read_info
 from cbsa_torch.models.hub import HubError
 from cbsa_torch.train import hub
 from cbsa_torch.train.build import build_model
-from cbsa_torch.train.card import REPO_ID, published
-from cbsa_torch.train.hub import push_to_hub, save_for_hub
+from cbsa_torch.train.hub import REPO_ID, published, push_to_hub, save_for_hub
 
 SECRET = "/home/somebody/secret"
 NAME = "cbt_pico_patch1_8"

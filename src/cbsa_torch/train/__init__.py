@@ -13,8 +13,8 @@ from cbsa_torch.train.config import (  # noqa: E402
 )
 from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained, predict_images  # noqa: E402
 from cbsa_torch.train.hub import push_to_hub, save_for_hub  # noqa: E402
+from cbsa_torch.train.losses import DistillConfig  # noqa: E402
 from cbsa_torch.train.registry import load_config  # noqa: E402
-from cbsa_torch.train.tasks.adaptation.distill import DistillConfig  # noqa: E402
 from cbsa_torch.train.tasks.adaptation.stages import recover  # noqa: E402
 from cbsa_torch.train.tasks.adaptation.task import AdaptedModelConfig, AdaptTrainConfig  # noqa: E402
 from cbsa_torch.train.tasks.base import WindowOptions  # noqa: E402

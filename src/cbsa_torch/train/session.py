@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch._version import __version__
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
-from cbsa_torch.train.card import model_card
 from cbsa_torch.train.config import RunConfig, to_dict
 from cbsa_torch.train.engine.accelerate import (
     on_main,
@@ -32,6 +31,7 @@ from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.engine.optim import check_optimizer, make_optimizer, make_scheduler
 from cbsa_torch.train.engine.tracking import start_trackers
 from cbsa_torch.train.errors import ConfigError, DataError, RunFolderError
+from cbsa_torch.train.hub import model_card
 from cbsa_torch.train.losses import Loss, cross_entropy
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.signals import StopRequests

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import Flowers102, OxfordIIITPet
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.images import SPLIT_NAMES, class_folders, class_samples, find_splits
@@ -15,8 +16,23 @@ from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data.arrays import open_digits, open_fetched
 from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages, SkippedImages
 from cbsa_torch.train.data.fetch import DATA_SETS
-from cbsa_torch.train.data.torchvision_sets import SETS, TEST_AS_VALIDATION, open_set
 from cbsa_torch.train.errors import ConfigError, DataError
+
+TEST_AS_VALIDATION = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+"""Data sets ``torch/NAME`` of timm that have training and test images alone.
+
+timm calls their test images "validation". An epoch must not be chosen by them, so validation images are held
+out of the training images, and the test images stay what they are.
+"""
+
+SETS = {"flowers102": Flowers102, "pets": OxfordIIITPet}
+"""By ``data.name``; downloaded by torchvision, which checks MD5 sums."""
+
+_PARTS: dict[str, dict[str, str]] = {
+    "flowers102": {"train": "train", "val": "val", "test": "test"},
+    "pets": {"train": "trainval", "test": "test"},
+}
+"""The official splits: 1,020 / 1,020 / 6,149 flowers; 3,680 / 3,669 pets."""
 
 OWN_NAMES = ("digits", *DATA_SETS, *SETS, "folder")
 
@@ -110,7 +126,7 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
     if config.name == "folder":
         return _from_folder(config, mode, bad)
     if config.name in SETS:
-        parts, class_names = open_set(config, mode, bad)
+        parts, class_names = _open_torchvision(config, mode, bad)
         return _with_validation(config, class_names, parts["train"], parts.get("val"), parts["test"])
     return _from_timm(config, mode, bad)
 
@@ -145,6 +161,26 @@ def _from_folder(config: DataConfig, mode: str, skipped: SkippedImages) -> Split
         raise DataError(f"{found['train'] / class_names[min(empty)]} holds no images")
     opened = {split: CheckedImages(ListedFiles(listed), mode, skipped) for split, listed in samples.items()}
     return _with_validation(config, class_names, opened["train"], opened.get("val"), opened.get("test"))
+
+
+def _open_torchvision(
+    config: DataConfig, mode: str, skipped: SkippedImages
+) -> tuple[dict[str, CheckedImages], list[str]]:
+    """The official splits of a data set in ``SETS`` by name, and the names of its classes."""
+    opened: dict[str, CheckedImages] = {}
+    class_names: list[str] = []
+    for split, official in _PARTS[config.name].items():
+        try:
+            images = SETS[config.name](config.root, split=official, download=config.download)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise DataError(
+                f"torchvision cannot open {config.name} in {config.root}: {error} "
+                "(--data.download lets it fetch the files)"
+            ) from error
+        files = images._image_files if isinstance(images, Flowers102) else images._images
+        class_names = class_names or list(images.classes)
+        opened[split] = CheckedImages(ListedFiles(list(zip(files, images._labels, strict=True))), mode, skipped)
+    return opened, class_names
 
 
 def _with_validation(config: DataConfig, class_names: list[str], train: Any, val: Any, test: Any) -> Splits:

@@ -9,7 +9,7 @@ import pytest
 
 from cbsa_torch.train import train
 from cbsa_torch.train.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
-from cbsa_torch.train.tasks.adaptation.distill import DistillConfig
+from cbsa_torch.train.losses import DistillConfig
 from cbsa_torch.train.tasks.adaptation.task import AdaptedModelConfig, AdaptTrainConfig
 
 VIT = {"patch_size": "2", "in_chans": "1", "embed_dim": "48", "depth": "3", "num_heads": "3"}

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from cbsa_torch.models import adapt_vit
 from cbsa_torch.train.data import IGNORE
-from cbsa_torch.train.tasks.adaptation.distill import (
+from cbsa_torch.train.losses import (
     Distillation,
     DistillConfig,
     blocks_with_attention,

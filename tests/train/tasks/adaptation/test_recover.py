@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from cbsa_torch.models import load_checkpoint
-from cbsa_torch.train import evaluate_checkpoint
+from cbsa_torch.train import evaluate_checkpoint, losses
 from cbsa_torch.train.engine.optim import make_optimizer, make_scheduler
 from cbsa_torch.train.errors import ConfigError, RunFolderError
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.adaptation import distill
 from cbsa_torch.train.tasks.adaptation.stages import recover, stages
 from tests.helpers.runs import assert_same_tensors, last, measured
 
@@ -30,7 +29,7 @@ def test_a_run_is_opened_and_goes_on_exactly(config, tmp_path, monkeypatch):
     measured_again = evaluate_checkpoint(result.folder, split="val", output=tmp_path / "e.json")
     assert measured_again.top1 == result.best_score
     cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
-    original, calls = distill.mean_loss, []
+    original, calls = losses.mean_loss, []
 
     def interrupted(*args):
         calls.append(1)
@@ -39,7 +38,7 @@ def test_a_run_is_opened_and_goes_on_exactly(config, tmp_path, monkeypatch):
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "mean_loss", interrupted)
+        patch.setattr(losses, "mean_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             recover(cut)
     assert last(cut)["progress"]["batch"] == 2
@@ -90,7 +89,7 @@ def test_layer_by_layer_from_the_last(config, vit, monkeypatch):
     assert {run.distill.teacher for run in runs} == {str(vit)}
     result = recover(config, stage_epochs=1)
     assert open_trained(result.folder).info["model_args"]["layers"] == [0, 1, 2]
-    monkeypatch.setattr(distill, "mean_loss", lambda *_: pytest.fail("a finished stage was trained again"))
+    monkeypatch.setattr(losses, "mean_loss", lambda *_: pytest.fail("a finished stage was trained again"))
     assert recover(config, stage_epochs=1) == result
 
 

@@ -21,8 +21,7 @@ from cbsa_torch.train.build import open_source
 from cbsa_torch.train.config import LOCAL, ModelConfig, OptimConfig, TrainConfig, check_rules
 from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.losses import Loss
-from cbsa_torch.train.tasks.adaptation.distill import Distillation, DistillConfig
+from cbsa_torch.train.losses import Distillation, DistillConfig, Loss
 from cbsa_torch.train.tasks.base import TaskSetup
 from cbsa_torch.train.tasks.classification import Classification
 

@@ -15,9 +15,8 @@ from cbsa_torch.train.tasks.segmentation.evaluation import (
     scores,
     to_record,
 )
-from cbsa_torch.train.tasks.segmentation.masked_images import MaskedImages
 from cbsa_torch.train.tasks.segmentation.scenes import EmojiScenes, open_scenes
-from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
+from cbsa_torch.train.tasks.segmentation.splits import MaskedImages, open_segmentation, open_segmentation_split
 from cbsa_torch.train.tasks.segmentation.transforms import (
     MaskedTransform,
     evaluation_transform,
