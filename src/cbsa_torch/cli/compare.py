@@ -13,7 +13,7 @@ from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import ComparedRun, compare
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import evaluate_split, open_eval_split
+from cbsa_torch.train.evaluate import evaluate_split
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.base import Trained
 
@@ -71,9 +71,10 @@ def compare_runs(
     compared = []
     for checkpoint, trained in opened.items():
         folder = trained.path.parent
-        split = open_eval_split(trained, None, folder / "eval_report.skipped.txt")
-        inputs, labels = trained.task.sample(split.dataset, trained.spec, images)
-        evaluation = evaluate_split(trained, split, folder / f"eval_{split.name}.json")
+        skipped = folder / "eval_report.skipped.txt"
+        split, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
+        inputs, labels = trained.task.sample(dataset, trained.spec, images)
+        evaluation = evaluate_split(trained, split, dataset, skipped, output=folder / f"eval_{split}.json")
         titles = runs.titles(trained, inputs[:shown], labels[:shown])
         compared.append(
             ComparedRun(
@@ -89,7 +90,7 @@ def compare_runs(
             )
         )
     data = opened[checkpoints[0]].config.data.name
-    title = f"{len(compared)} models on {data}, {split.name} split"
+    title = f"{len(compared)} models on {data}, {split} split"
     return compare(compared, output, title=title, robustness_images=robustness_images).page
 
 

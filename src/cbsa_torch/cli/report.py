@@ -14,7 +14,7 @@ from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import report
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import evaluate_split, open_eval_split
+from cbsa_torch.train.evaluate import evaluate_split
 from cbsa_torch.train.run.folder import RunFolder
 
 
@@ -71,9 +71,10 @@ def report_run(
     trained = runs.open_run(checkpoint)
     given, given_titles = runs.read_inputs(trained, files)  # a bad file stops before anything takes time
     folder = RunFolder(trained.path.parent)
-    split = open_eval_split(trained, None, folder.path / "eval_report.skipped.txt")
-    inputs, labels = trained.task.sample(split.dataset, trained.spec, images)
-    result = evaluate_split(trained, split, folder.path / f"eval_{split.name}.json")
+    skipped = folder.path / "eval_report.skipped.txt"
+    split, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
+    inputs, labels = trained.task.sample(dataset, trained.spec, images)
+    result = evaluate_split(trained, split, dataset, skipped, output=folder.path / f"eval_{split}.json")
     titles = [*given_titles, *runs.titles(trained, inputs[:shown], labels[:shown])]
     written = report(
         trained.model,
@@ -82,9 +83,9 @@ def report_run(
         title=f"{trained.info['model']} on {trained.config.data.name}",
         facts=runs.facts(trained, folder),
         history=folder.read_metrics(print),
-        evaluation={**result.record(), "split": split.name, "class_names": trained.class_names},
+        evaluation={**result.record(), "split": split, "class_names": trained.class_names},
         pictures=runs.pictures(trained, torch.cat([given, inputs[:shown]]), titles),
         labels=labels or None,
         robustness_images=robustness_images,
     )
-    return RunReport(split.name, trained.task.score_title, result.score, written.page)
+    return RunReport(split, trained.task.score_title, result.score, written.page)

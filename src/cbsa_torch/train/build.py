@@ -14,7 +14,7 @@ from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import FETCHING_ARGS
 from cbsa_torch.models.hub import PREFIX, fetch_weights, open_weights, weights_path
-from cbsa_torch.train.config import RunConfig
+from cbsa_torch.train.config import ModelConfig, RunConfig
 from cbsa_torch.train.errors import ConfigError
 
 Built = tuple[nn.Module, dict[str, Any]]
@@ -56,12 +56,7 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     if settings.name not in known:
         suggestion = nearest(settings.name, registry.names()) or nearest(settings.name, known)
         raise ConfigError(f"no model {settings.name!r} in timm{suggestion}; `cbsa list` shows ours")
-    try:
-        args: dict[str, Any] = {
-            k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in settings.args.items()
-        }
-    except yaml.YAMLError as error:
-        raise ConfigError(f"model.args are not values of YAML: {error}") from error
+    args = read_args(settings)
     if settings.image_size is not None:
         args["img_size"] = settings.image_size
     if num_classes is not None:
@@ -70,6 +65,14 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
         return timm.create_model(settings.name, **args), args
     except Exception as error:  # constructors of any model of timm, called with anything
         raise ConfigError(f"cannot build {settings.name} with {args}: {error}") from error
+
+
+def read_args(settings: ModelConfig) -> dict[str, Any]:
+    """The values of ``model.args``, which are kept as YAML; raises ConfigError where they are none."""
+    try:
+        return {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in settings.args.items()}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"model.args are not values of YAML: {error}") from error
 
 
 def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any], Path]:

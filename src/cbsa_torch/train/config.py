@@ -6,6 +6,7 @@ A recipe is a YAML file with the same names, for the keys it sets. Unknown keys 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Iterable
@@ -196,7 +197,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     """Everything as plain values, for YAML and JSON; the task is named where it is not classification."""
     # replaced by itself: arguments that were set later get their one form, too
     model = dataclasses.replace(config.model)
-    values = _plain(dataclasses.asdict(dataclasses.replace(config, model=model)))
+    values = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(config, model=model)), default=str))
     return values if config.task == TrainConfig.task else {"task": config.task, **values}
 
 
@@ -263,25 +264,6 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def check_numbers(values: dict[str, Any], prefix: str = "") -> None:
-    """Refuse numbers that are not finite, wherever they are; raises ConfigError with the key."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            check_numbers(value, f"{prefix}{key}.")
-            continue
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(item, float) and not math.isfinite(item):
-                raise ConfigError(f"{prefix}{key} must be finite, got {item}")
-
-
 def check_rules(rules: Iterable[tuple[bool, str, Any]]) -> None:
     """Raise ConfigError for the first of (holds, rule, got) that does not hold."""
     for holds, rule, got in rules:
@@ -291,7 +273,10 @@ def check_rules(rules: Iterable[tuple[bool, str, Any]]) -> None:
 
 def check_config(config: RunConfig) -> None:
     """Refuse values that cannot work, before anything is read or written; the data are the task's to check."""
-    check_numbers(to_dict(config))
+    for key, value in flat(to_dict(config)).items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ConfigError(f"{key} must be finite, got {item}")
     optim, data = config.optim, config.data
     threads, every, keep = config.engine.threads, config.engine.save_steps, config.engine.keep_states
     size, model = config.model.image_size, config.model

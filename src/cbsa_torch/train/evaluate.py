@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
@@ -16,10 +16,10 @@ from cbsa_torch.models.hub import weights_path
 from cbsa_torch.train.config import DataSource
 from cbsa_torch.train.data import InputSpec, read_skipped
 from cbsa_torch.train.engine.accelerate import new_accelerator
-from cbsa_torch.train.engine.console import Reporter, counted
+from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.registry import read_config, task_of
-from cbsa_torch.train.tasks.base import EvalResult, Trained, WindowOptions
+from cbsa_torch.train.tasks.base import EvalResult, PredictOptions, Trained, WindowOptions
 
 
 def open_trained(checkpoint: str | Path) -> Trained:
@@ -34,91 +34,56 @@ def open_trained(checkpoint: str | Path) -> Trained:
     path = weights_path(checkpoint)
     model, info = load_checkpoint(path)
     try:
-        fed = info["input"]
-        spec = InputSpec(
-            tuple(fed["input_size"]),
-            tuple(fed["mean"]),
-            tuple(fed["std"]),
-            fed["interpolation"],
-            fed["crop_pct"],
-        )
+        spec = InputSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in info["input"].items()})
         task = task_of(read_config(info["config"], f"{path}: config"))
         return Trained(model, spec, list(info["class_names"]), task, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
 
 
-class EvalSplit(NamedTuple):
-    """A split of images, opened to evaluate a trained model on."""
-
-    name: str
-    """"train", "val" or "test"."""
-    dataset: Dataset[Any]
-    """Samples without a transform, until they are evaluated."""
-    skipped: Path
-    """The file that lists images that could not be read."""
-
-
-def open_eval_split(trained: Trained, split: str | None, skipped: Path) -> EvalSplit:
-    """Open a split of the data of ``trained.task``.
-
-    Args:
-        trained: the model; the data must have its classes.
-        split: "train", "val" or "test". None: the test split, or the validation split where there is none.
-        skipped: the file that will list images that cannot be read.
-
-    Raises:
-        ConfigError, DataError: the data cannot be opened, or have no such split or other classes.
-    """
-    name, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
-    return EvalSplit(name, dataset, skipped)
-
-
 def evaluate_split(
     trained: Trained,
-    split: EvalSplit,
-    output: Path,
+    name: str,
+    dataset: Dataset[Any],
+    skipped: Path,
     *,
     batch_size: int | None = None,
     windows: WindowOptions | None = None,
+    output: Path,
 ) -> EvalResult:
-    """Evaluate on a split that is open, and write what was measured to the JSON file ``output``.
+    """Evaluate on a split that is open, and write what was measured to a JSON file.
 
     Args:
-        batch_size, windows: as for :func:`evaluate_checkpoint`.
+        name, dataset, skipped: the split, as ``trained.task.open_split`` opened it.
+        batch_size, windows, output: as for :func:`evaluate_checkpoint`.
 
     Raises:
         DataError: no image could be read, or more are unreadable than allowed.
     """
-    task, skipped = trained.task, split.skipped
+    task = trained.task
     accelerator = new_accelerator(mixed_precision="no")
     reporter = Reporter(accelerator.is_main_process)
     if accelerator.is_main_process:
         skipped.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    loader = task.evaluation_loader(split.dataset, trained.spec, accelerator, batch_size)
+    loader = task.evaluation_loader(dataset, trained.spec, accelerator, batch_size)
     device = next(trained.model.parameters()).device
-    with reporter.bar(f"evaluating {split.name}", len(loader)) as advance:
+    model = trained.model.to(accelerator.device)
+    with reporter.bar(f"evaluating {name}", loader, len(loader)) as batches:
         result = task.evaluate(
-            accelerator,
-            trained.model.to(accelerator.device),
-            counted(loader, advance),
-            trained.class_names,
-            windows=windows,
-            batch_size=batch_size,
+            accelerator, model, batches, trained.class_names, windows=windows, batch_size=batch_size
         )
     trained.model.to(device)  # where it was: the caller may go on with it
-    is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()
     unread = read_skipped(skipped)
     if unread:
         reporter.say(f"{len(unread)} unreadable image(s) were left out, listed in {skipped}")
     if result.images == 0:
-        raise DataError(f"no image of the {split.name} split could be read")
-    if is_main:
+        raise DataError(f"no image of the {name} split could be read")
+    if accelerator.is_main_process:
         record = {
             "checkpoint": trained.path.name,
-            "split": split.name,
+            "split": name,
             **result.record(),
             "skipped_images": unread,
             "class_names": trained.class_names,
@@ -162,8 +127,11 @@ def evaluate_checkpoint(
     trained.task.check_windows(windows)
     name = f"eval_{split}{'_multi_scale' if windows.multi_scale else ''}.json"
     output = trained.path.parent / name if output is None else Path(output)
-    opened = open_eval_split(trained, split, output.with_suffix(".skipped.txt"))
-    return evaluate_split(trained, opened, output, batch_size=batch_size, windows=windows)
+    skipped = output.with_suffix(".skipped.txt")
+    _, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
+    return evaluate_split(
+        trained, split, dataset, skipped, batch_size=batch_size, windows=windows, output=output
+    )
 
 
 def predict_images(
@@ -171,7 +139,7 @@ def predict_images(
     images: Sequence[str | Path],
     *,
     top: int = 5,
-    on_bad_image: str = "stop",
+    on_bad_image: Literal["stop", "skip"] = "stop",
     masks: str | Path | None = None,
     overwrite: bool = False,
     windows: WindowOptions | None = None,
@@ -198,12 +166,9 @@ def predict_images(
             written then. DataError: an image that cannot be read.
     """
     trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint)
-    return trained.task.predict(
-        trained,
-        images,
-        top=top,
-        on_bad_image=on_bad_image,
-        masks=masks,
-        overwrite=overwrite,
-        windows=WindowOptions() if windows is None else windows,
+    seen = WindowOptions() if windows is None else windows
+    folder = None if masks is None else str(masks)
+    options = PredictOptions(
+        seen.window, seen.stride, seen.scales, seen.flip, top, on_bad_image, folder, overwrite
     )
+    return trained.task.predict(trained, images, options)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from cbsa_torch.train.config import RunConfig, check_config
 from cbsa_torch.train.data import IGNORE, read_skipped
 from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, training_settings
-from cbsa_torch.train.engine.console import counted
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.registry import task_of
@@ -103,8 +102,8 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     epoch, batches = progress.epoch + 1, len(session.train_loader)
     if progress.batch < batches:
         loader = start_epoch(session.accelerator, session.train_loader, progress.epoch, progress.batch)
-        with session.reporter.bar(f"epoch {epoch}/{epochs}", len(loader)) as advance:
-            train_one_epoch(session, progress, counted(loader, advance))
+        with session.reporter.bar(f"epoch {epoch}/{epochs}", loader, len(loader)) as shown:
+            train_one_epoch(session, progress, shown)
     if progress.targets == 0:
         raise DataError(f"no training image of epoch {epoch} could be read{_listed(session.folder)}")
     check_finite(session.accelerator, session.model, progress.step)
@@ -204,7 +203,12 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
             progress.step += 1
             if session.ema is not None:
                 session.ema.update(accelerator.unwrap_model(model), step=progress.step)
-            _after_step(session, progress, stops > 0)
+            every = session.config.engine.save_steps
+            if stops or (every is not None and progress.step % every == 0):
+                check_finite(accelerator, model, progress.step)
+                save_state(session, progress)
+            if stops:
+                _raise_interrupted(session)
         before = time.perf_counter()
 
 
@@ -258,23 +262,9 @@ def _validate(session: Session, progress: Progress) -> EvalResult:
                 _raise_interrupted(session)
             yield batch
 
-    with session.reporter.bar("validating", len(session.val_loader)) as advance:
-        return session.task.evaluate(
-            session.accelerator,
-            session.eval_model,
-            counted(until_stopped(), advance),
-            session.description["class_names"],
-        )
-
-
-def _after_step(session: Session, progress: Progress, stop: bool) -> None:
-    """Save the state where the configuration or a signal asks for it."""
-    every = session.config.engine.save_steps
-    if stop or (every is not None and progress.step % every == 0):
-        check_finite(session.accelerator, session.model, progress.step)
-        save_state(session, progress)
-    if stop:
-        _raise_interrupted(session)
+    with session.reporter.bar("validating", until_stopped(), len(session.val_loader)) as batches:
+        names = session.description["class_names"]
+        return session.task.evaluate(session.accelerator, session.eval_model, batches, names)
 
 
 def _stop_requested(session: Session) -> bool:

@@ -150,10 +150,7 @@ class CPUSyncBatchNormAct2d(BatchNormAct2d):
         return activated
 
 
-SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm2d: CPUSyncBatchNorm2d,
-    BatchNormAct2d: CPUSyncBatchNormAct2d,
-}
+SYNCHRONIZED: dict[type, type] = {nn.BatchNorm2d: CPUSyncBatchNorm2d, BatchNormAct2d: CPUSyncBatchNormAct2d}
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -168,30 +165,23 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def _normalize(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def _normalize(norm: Any, x: Tensor) -> Tensor:
     """Training statistics and outputs, computed in float32 at least, whatever autocast made of ``x``."""
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = _total(values.new_tensor(float(x.numel() // x.shape[1])))
-    mean = _total(values.sum((0, 2, 3))) / count
+    count = _Total.apply(values.new_tensor(float(x.numel() // x.shape[1])))
+    mean = _Total.apply(values.sum((0, 2, 3))) / count
     centered = values - mean.view(1, -1, 1, 1)
-    variance = _total(centered.square().sum((0, 2, 3))) / count
+    variance = _Total.apply(centered.square().sum((0, 2, 3))) / count
     if norm.track_running_stats:
-        _track(norm, mean.detach(), variance.detach(), float(count))
+        norm.num_batches_tracked += 1
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.detach().to(norm.running_mean), momentum)
+        unbiased = variance.detach() * (float(count) / max(float(count) - 1, 1))  # as torch has it
+        norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
     normalized = centered * (variance + norm.eps).rsqrt().view(1, -1, 1, 1)
     if norm.affine:
         normalized = normalized * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
     return normalized.to(x.dtype)
-
-
-def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
-    assert norm.num_batches_tracked is not None
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.num_batches_tracked += 1
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
-    unbiased = variance * (count / max(count - 1, 1))  # as torch has it
-    norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
 
 
 class _Total(torch.autograd.Function):
@@ -212,8 +202,3 @@ class _Total(torch.autograd.Function):
         total = grad.contiguous().clone()
         torch.distributed.all_reduce(total)
         return total
-
-
-def _total(x: Tensor) -> Tensor:
-    total: Tensor = _Total.apply(x)
-    return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,13 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-
-
-def counted(batches: Iterable[T], advance: Callable[[], None]) -> Iterator[T]:
-    """The batches; ``advance`` is called when each is done with."""
-    for batch in batches:
-        yield batch
-        advance()
 
 
 class Reporter:
@@ -30,10 +23,10 @@ class Reporter:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show a bar that vanishes when done; yields the function that advances it."""
+    def bar(self, label: str, batches: Iterable[T], total: int) -> Iterator[Iterable[T]]:
+        """Show a bar that vanishes when done; yields the batches, whose use advances it."""
         if not self.console.is_terminal or self.console.quiet:
-            yield lambda: None
+            yield batches
             return
         columns = (
             TextColumn("{task.description}"),
@@ -42,5 +35,4 @@ class Reporter:
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(label, total=total)
-            yield lambda: progress.advance(task)
+            yield progress.track(batches, total=total, description=label)

@@ -6,7 +6,8 @@ is written to, is named once and left alone from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,13 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, say: Say = print
     """
     names = [item.name if isinstance(item, GeneralTracker) else str(item) for item in accelerator.log_with]
     run_name = Path(config.output).resolve().name
-    try:
-        with keep_random_states():  # a tracker may draw, e.g. for a run's name
-            accelerator.init_trackers(
-                # TensorBoard's project is a folder
-                "tensorboard" if names == ["tensorboard"] else PROJECT,
-                config=hyperparameters(config),
-                init_kwargs={name: {argument: run_name} for name, argument in RUN_NAME_ARGUMENT.items()},
-            )
-    except Exception as error:  # a tracker raises anything
-        accelerator.trackers.clear()
-        _report(", ".join(names), "could not start", error, say)
+    with _going_on(accelerator.trackers, f"{', '.join(names)} could not start", say):
+        accelerator.init_trackers(
+            # TensorBoard's project is a folder
+            "tensorboard" if names == ["tensorboard"] else PROJECT,
+            config=hyperparameters(config),
+            init_kwargs={name: {argument: run_name} for name, argument in RUN_NAME_ARGUMENT.items()},
+        )
 
 
 def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
@@ -108,25 +105,29 @@ def log(accelerator: Accelerator, values: Mapping[str, Any], step: int, say: Say
         say: gets one line for each tracker that failed.
     """
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    for tracker in list(accelerator.trackers):
-        try:
-            with keep_random_states():  # a tracker may draw, e.g. for a run's name
-                tracker.log(numbers, step=step)
-        except Exception as error:  # a tracker raises anything
-            accelerator.trackers.remove(tracker)
-            _report(tracker.name, f"failed at step {step} and is not used any more", error, say)
+    working = []
+    for tracker in accelerator.trackers:
+        kept = [tracker]
+        with _going_on(kept, f"{tracker.name} failed at step {step} and is not used any more", say):
+            tracker.log(numbers, step=step)
+        working += kept
+    accelerator.trackers[:] = working
 
 
 def finish_trackers(accelerator: Accelerator, say: Say = print) -> None:
     """End the run in every tracker that still works."""
-    for tracker in list(accelerator.trackers):
-        accelerator.trackers.remove(tracker)
-        try:
-            with keep_random_states():  # a tracker may draw, e.g. for a run's name
-                tracker.finish()
-        except Exception as error:  # a tracker raises anything
-            _report(tracker.name, "could not finish; what it shows may not be all", error, say)
+    for tracker in accelerator.trackers:
+        with _going_on([], f"{tracker.name} could not finish; what it shows may not be all", say):
+            tracker.finish()
+    accelerator.trackers.clear()
 
 
-def _report(name: str, what: str, error: Exception, say: Say) -> None:
-    say(f"tracker {name} {what} ({type(error).__name__}: {error}); the run goes on, metrics.jsonl has all")
+@contextmanager
+def _going_on(trackers: list[Any], what: str, say: Say) -> Iterator[None]:
+    """Report an error of a tracker, which may be any, and forget the trackers; keep the random states."""
+    try:
+        with keep_random_states():  # a tracker may draw, e.g. for a run's name
+            yield
+    except Exception as error:
+        trackers.clear()
+        say(f"tracker {what} ({type(error).__name__}: {error}); the run goes on, metrics.jsonl has all")

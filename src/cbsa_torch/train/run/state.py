@@ -124,10 +124,10 @@ def restore(
 
 def random_states() -> dict[str, Any]:
     """The state of every generator a training step draws from, as plain containers."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -137,8 +137,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
     """Undo what was drawn since :func:`random_states`."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

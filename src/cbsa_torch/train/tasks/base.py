@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -108,6 +108,21 @@ class WindowOptions:
         return self.scales != (1.0,) or self.flip
 
 
+@dataclass
+class PredictOptions(WindowOptions):
+    """How image files are classified or segmented."""
+
+    top: int = 5
+    """Classifiers: how many classes to name."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do about an unreadable image."""
+    masks: str | None = None
+    """Segmenters: the folder for NAME_mask.png (coloured, with a legend) and NAME_labels.png (numbers).
+    Default: predicted_masks."""
+    overwrite: bool = False
+    """Segmenters: replace files of these names."""
+
+
 class Task(ABC):
     """A kind of training, built with the configuration of a run.
 
@@ -172,6 +187,9 @@ class Task(ABC):
 
         Returns:
             The split's name, and its samples without a transform.
+
+        Raises:
+            ConfigError, DataError: the data cannot be opened, or have no such split or other classes.
         """
 
     @abstractmethod
@@ -208,15 +226,7 @@ class Task(ABC):
 
     @abstractmethod
     def predict(
-        self,
-        trained: Trained,
-        images: Sequence[str | Path],
-        *,
-        top: int,
-        on_bad_image: str,
-        masks: str | Path | None,
-        overwrite: bool,
-        windows: WindowOptions,
+        self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
     ) -> Sequence[Prediction]:
         """See :func:`cbsa_torch.train.predict_images`."""
 

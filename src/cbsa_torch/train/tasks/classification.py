@@ -22,6 +22,7 @@ from cbsa_torch.train.data import IGNORE, InputSpec, input_spec, make_loader, op
 from cbsa_torch.train.engine.accelerate import use_separate_generator
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
+    PredictOptions,
     Task,
     TaskSetup,
     Trained,
@@ -119,9 +120,10 @@ class Classification(Task):
         self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
     ) -> tuple[str, Dataset[Any]]:
         """A split of (image, label)."""
+        data = self.config.data
         if split is None:
-            return open_splits(self.config.data, mode, skipped).test_or_val(class_names)
-        return split, open_split(self.config.data, mode, split, class_names, skipped)
+            return open_splits(data, mode, skipped).test_or_val(class_names)
+        return split, open_split(data, mode, split, class_names, skipped)
 
     def evaluation_loader(
         self, dataset: Dataset[Any], spec: InputSpec, accelerator: Accelerator, batch_size: int | None = None
@@ -179,31 +181,23 @@ class Classification(Task):
 
     @torch.inference_mode()
     def predict(
-        self,
-        trained: Trained,
-        images: Sequence[str | Path],
-        *,
-        top: int,
-        on_bad_image: str,
-        masks: str | Path | None,
-        overwrite: bool,
-        windows: WindowOptions,
+        self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
     ) -> list[ClassPrediction]:
         """The ``top`` most likely classes of each image."""
-        self.check_windows(windows)
-        if masks is not None or overwrite:
-            name = "overwrite" if overwrite else "masks"
+        self.check_windows(options)
+        if options.masks is not None or options.overwrite:
+            name = "overwrite" if options.overwrite else "masks"
             raise ConfigError(f"{name} is for segmenters; this model is a classifier")
-        if top < 1:
-            raise ConfigError(f"top must be at least 1, got {top}")
+        if options.top < 1:
+            raise ConfigError(f"top must be at least 1, got {options.top}")
         device, transform = next(trained.model.parameters()).device, eval_transform(trained.spec)
         predictions = []
-        for path, image in read_images(images, trained.spec.mode, on_bad_image):
+        for path, image in read_images(images, trained.spec.mode, options.on_bad_image):
             if isinstance(image, str):
                 predictions.append(ClassPrediction(str(path), [], [], image))
                 continue
             probabilities = trained.model(transform(image)[None].to(device)).softmax(-1)[0]
-            best = probabilities.topk(min(top, len(trained.class_names)))
+            best = probabilities.topk(min(options.top, len(trained.class_names)))
             names = [trained.class_names[i] for i in best.indices.tolist()]
             predictions.append(ClassPrediction(str(path), names, best.values.tolist()))
         return predictions

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import timm
-import yaml
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
@@ -17,7 +16,7 @@ from cbsa_torch.models.adapt.report import AdaptReport
 from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
 from cbsa_torch.models.hub import PREFIX
 from cbsa_torch.nn import TokenMixer
-from cbsa_torch.train.build import open_source
+from cbsa_torch.train.build import open_source, read_args
 from cbsa_torch.train.config import LOCAL, ModelConfig, OptimConfig, TrainConfig, check_rules
 from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.errors import ConfigError
@@ -226,10 +225,7 @@ def adapt_original(original: Original, settings: AdaptedModelConfig) -> Adapted:
     Raises:
         ConfigError: what :func:`cbsa_torch.models.adapt_vit` refuses, or an original adapted in another way.
     """
-    try:
-        options = {key: yaml.safe_load(str(value)) for key, value in settings.args.items()}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"model.args are not values of YAML: {error}") from error
+    options = read_args(settings)
     layers: Any = settings.layers_asked()
     try:
         if original.name == ENTRY:

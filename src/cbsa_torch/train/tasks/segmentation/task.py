@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
@@ -20,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
-from cbsa_torch.train.build import build_model, draft_model, open_source
+from cbsa_torch.train.build import build_model, draft_model, open_source, read_args
 from cbsa_torch.train.data import InputSpec, input_spec
 from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
+    PredictOptions,
     Task,
     TaskSetup,
     Trained,
@@ -167,19 +167,11 @@ class Segmentation(Task):
         return measure(accelerator, model, batches, class_names, self._windows(windows, batch_size))
 
     def predict(
-        self,
-        trained: Trained,
-        images: Sequence[str | Path],
-        *,
-        top: int,
-        on_bad_image: str,
-        masks: str | Path | None,
-        overwrite: bool,
-        windows: WindowOptions,
+        self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
     ) -> list[MaskPrediction]:
         """Write ``NAME_mask.png`` and ``NAME_labels.png`` of each image, of any size."""
-        folder, seen = Path(MASKS if masks is None else masks), self._windows(windows, None)
-        check_choice("on_bad_image", on_bad_image, ("stop", "skip"))
+        folder, seen = Path(options.masks or MASKS), self._windows(options, None)
+        check_choice("on_bad_image", options.on_bad_image, ("stop", "skip"))
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is not a folder, where masks could be written")
         taken: dict[str, Path] = {}
@@ -190,14 +182,14 @@ class Segmentation(Task):
                     f"{other} and {path} would both be written as {path.stem}_mask.png in {folder}"
                 )
         present = [path for stem in taken for path in _mask_files(folder, stem) if path.exists()]
-        if present and not overwrite:
+        if present and not options.overwrite:
             raise ConfigError(f"{present[0]} is there already; choose another folder (--masks), or --overwrite")
         folder.mkdir(parents=True, exist_ok=True)
         return [
             MaskPrediction(str(path), {}, error=image)
             if isinstance(image, str)
             else _write_masks(trained, path, image, folder, seen)
-            for path, image in read_images(images, trained.spec.mode, on_bad_image)
+            for path, image in read_images(images, trained.spec.mode, options.on_bad_image)
         ]
 
     def sample(self, dataset: Any, spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
@@ -270,9 +262,7 @@ def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
                 f"got {args[key]!r}"
             )
     own = {key: value for key, value in info["model_args"].items() if key != "num_classes"}
-    # as YAML in one line, the form in which all arguments are kept
-    encoder_args = yaml.safe_dump(own, default_flow_style=True, width=float("inf")).strip()
-    chosen = {**args, "encoder": info["model"], "encoder_args": encoder_args}
+    chosen: dict[str, Any] = {**args, "encoder": info["model"], "encoder_args": own}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, args=chosen))
 
 
@@ -283,7 +273,7 @@ def encoder_weights(config: SegmentationTrainConfig) -> dict[str, Tensor] | None
         return None
     if source != PRETRAINED:
         return open_source("model.encoder_from", source)[0].state_dict()
-    args = {key: yaml.safe_load(str(value)) for key, value in config.model.args.items()}
+    args = read_args(config.model)
     name, encoder_args = args.get("encoder", "vit_tiny_patch16_224"), args.get("encoder_args") or {}
     refused = sorted(FETCHING_ARGS & set(encoder_args))
     if refused:
