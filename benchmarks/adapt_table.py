@@ -26,7 +26,7 @@ from torch import nn
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import adapted as bench
-from cbsa_torch.cli.adapt import adaptation_config, with_data_of
+from cbsa_torch.cli.adapt import with_data_of
 from cbsa_torch.cli.options import at_least
 from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
@@ -209,7 +209,7 @@ def _base(options: Options) -> AdaptTrainConfig:
     if options.config is None:
         base = with_data_of(AdaptTrainConfig(), options.model)
     else:
-        base = adaptation_config(load_config(options.config), options.config)
+        base = load_config(options.config, AdaptTrainConfig.task)
         if base.model.args:
             raise ConfigError(
                 f"options of mixers belong into --variants, not into model.args of {options.config}"

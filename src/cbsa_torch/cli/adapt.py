@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from cbsa_torch.cli.options import parse, take_option
 from cbsa_torch.models.checkpoint import is_ours, read_info
 from cbsa_torch.models.hub import PREFIX, weights_path
-from cbsa_torch.train.config import RunConfig, TrainConfig
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.registry import load_config, read_config
+from cbsa_torch.train.registry import load_config, read_config, task_of
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.adaptation.stages import recover
 from cbsa_torch.train.tasks.adaptation.task import AdaptTrainConfig
@@ -40,7 +40,7 @@ def run(args: list[str]) -> None:
         # A resumed run is configured by its own folder.
         own = RunFolder(take_option("--output", rest)[0] or AdaptTrainConfig().output).config
         source = str(own) if own.exists() else None
-    default = AdaptTrainConfig() if source is None else adaptation_config(load_config(source), source)
+    default = AdaptTrainConfig() if source is None else load_config(source, AdaptTrainConfig.task)
     if model is not None:
         if source is None:
             default = with_data_of(default, model)
@@ -52,22 +52,14 @@ def run(args: list[str]) -> None:
     recover(parse(AdaptTrainConfig, rest, "adapt", default), None if staged is None else int(staged))
 
 
-def adaptation_config(config: RunConfig, source: str) -> AdaptTrainConfig:
-    """The configuration, if it is of the task.
-
-    Raises:
-        ConfigError: it is of another.
-    """
-    if not isinstance(config, AdaptTrainConfig):
-        raise ConfigError(f"--config {source} is of the task {config.task!r}, not 'adaptation'")
-    return config
-
-
 def with_data_of(config: AdaptTrainConfig, model: str) -> AdaptTrainConfig:
     """The configuration with the data and the augmentation that a model was trained with, where it says."""
     path = Path(model)
     if model.startswith(PREFIX) or not path.exists() or not is_ours(weights_path(path)):
         return config
     info = read_info(weights_path(path))
-    trained = read_config(info["config"], f"{model}: config") if "config" in info else None
-    return dataclasses.replace(config, data=trained.data) if isinstance(trained, TrainConfig) else config
+    if "config" not in info:
+        return config
+    trained = task_of(read_config(info["config"], f"{model}: config"))
+    data: Any = trained.config.data
+    return dataclasses.replace(config, data=data) if trained.one_class_per_image else config

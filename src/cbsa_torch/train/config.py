@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -29,6 +29,10 @@ def _one_line(value: Any) -> str:
 
 LOCAL = {"local": True}
 """Metadata of settings that tell of a machine or a run's folder, not of the model: they are not published."""
+WEIGHTS = {**LOCAL, "weights": True}
+"""Of settings that name weights, which must not lie in the run's own folder."""
+UNCOMPARED = {"compared": False}
+"""Of settings that a continued run may change, as they do not change what is computed."""
 
 
 @dataclass
@@ -41,7 +45,7 @@ class ModelConfig:
     """Side in pixels that images are resized to. Default: what the model was designed for."""
     args: dict[str, str | int | float | bool] = field(default_factory=dict)
     """Further constructor arguments, e.g. num_representatives 49 contraction exact."""
-    init_from: str | None = field(default=None, metadata=LOCAL)
+    init_from: str | None = field(default=None, metadata=WEIGHTS)
     """Start from the weights of this run folder, .safetensors file of ours, released checkpoint (.pth,
     .pth.tar) of the official code, or hf-hub:owner/name (fine-tuning)."""
 
@@ -74,11 +78,11 @@ class DataConfig:
     ~/.cache/cbsa_torch)."""
     val_fraction: float = 0.1
     """Share of the training images held out for validation if there is no val split."""
-    download: bool = field(default=False, metadata=LOCAL)
+    download: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Let timm or torchvision download the data set, if they can."""
-    workers: int = field(default=4, metadata=LOCAL)
+    workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
     """Processes that read images; 0: the training process itself."""
-    max_bad_images: int = 10
+    max_bad_images: int = field(default=10, metadata=UNCOMPARED)
     """Unreadable images that are left out, counted and listed; one more stops the run. 0: the first does."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Random resized crop: smallest and largest share of the area."""
@@ -151,11 +155,11 @@ class EngineConfig:
     """torch.compile the model."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
-    save_steps: int | None = None
+    save_steps: int | None = field(default=None, metadata=UNCOMPARED)
     """Save the state also every this many optimiser steps, besides after every epoch."""
-    keep_states: int = 2
+    keep_states: int = field(default=2, metadata=UNCOMPARED)
     """How many of the last states are kept."""
-    tracker: str = field(default="tensorboard", metadata=LOCAL)
+    tracker: str = field(default="tensorboard", metadata=LOCAL | UNCOMPARED)
     """Any tracker that Accelerate knows ("wandb", "mlflow", "trackio" ...), or "none"."""
 
 
@@ -166,16 +170,16 @@ class RunConfig:
     task: ClassVar[str]
     """The key ``task`` of a YAML file; without it a file is about classification."""
 
-    output: str = field(default="runs/latest", metadata=LOCAL)
+    output: str = field(default="runs/latest", metadata=LOCAL | UNCOMPARED)
     """The run's folder."""
     seed: int = 0
     """Of everything drawn at random: first weights, order of the images, augmentation, dropout. From 0 on."""
-    resume: bool = field(default=False, metadata=LOCAL)
+    resume: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Take the configuration from the run in the output folder, which must exist. Without it, a run of the
     same configuration is continued, too."""
-    accept_changes: bool = field(default=False, metadata=LOCAL)
+    accept_changes: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Continue the run in the output folder although its configuration is another."""
-    overwrite: bool = field(default=False, metadata=LOCAL)
+    overwrite: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Replace the run in the output folder."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSource
@@ -191,6 +195,16 @@ class TrainConfig(RunConfig):
     task: ClassVar[str] = "classification"
     """Its name."""
     data: DataConfig = field(default_factory=DataConfig)
+
+
+def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[Any, Any], Any]]:
+    """Every setting of a configuration: its key, such as "optim.lr", its metadata and its value."""
+    for item in dataclasses.fields(config):
+        key, value = f"{prefix}{item.name}", getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, f"{key}.")
+        else:
+            yield key, item.metadata, value
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -277,7 +291,7 @@ def check_config(config: RunConfig) -> None:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
                 raise ConfigError(f"{key} must be finite, got {item}")
-    optim, data = config.optim, config.data
+    optim, data, ema = config.optim, config.data, config.optim.ema_decay
     threads, every, keep = config.engine.threads, config.engine.save_steps, config.engine.keep_states
     size, model = config.model.image_size, config.model
     check_rules([
@@ -299,11 +313,7 @@ def check_config(config: RunConfig) -> None:
         (optim.weight_decay >= 0, "optim.weight_decay must not be negative", optim.weight_decay),
         (optim.warmup_epochs >= 0, "optim.warmup_epochs must not be negative", optim.warmup_epochs),
         (0 <= optim.label_smoothing < 1, "optim.label_smoothing must be in [0, 1)", optim.label_smoothing),
-        (
-            optim.ema_decay is None or 0 < optim.ema_decay < 1,
-            "optim.ema_decay must be in (0, 1)",
-            optim.ema_decay,
-        ),
+        (ema is None or 0 < ema < 1, "optim.ema_decay must be in (0, 1)", ema),
         (optim.poly_power > 0, "optim.poly_power must be positive", optim.poly_power),
         (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
         (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
@@ -315,9 +325,9 @@ def check_config(config: RunConfig) -> None:
         (keep >= 1, "engine.keep_states must be at least 1", keep),
         (every is None or every >= 1, "engine.save_steps must be at least 1", every),
         (
-            not (config.engine.fsdp and optim.ema_decay is not None),
+            ema is None or not config.engine.fsdp,
             "optim.ema_decay must be unset with engine.fsdp (sharded weights are not averaged)",
-            optim.ema_decay,
+            ema,
         ),
         (not (config.resume and config.overwrite), "resume and overwrite exclude each other", "both"),
     ])  # fmt: skip

@@ -34,9 +34,9 @@ def open_trained(checkpoint: str | Path) -> Trained:
     path = weights_path(checkpoint)
     model, info = load_checkpoint(path)
     try:
-        spec = InputSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in info["input"].items()})
+        fed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["input"].items()}
         task = task_of(read_config(info["config"], f"{path}: config"))
-        return Trained(model, spec, list(info["class_names"]), task, info, path)
+        return Trained(model, InputSpec(**fed), list(info["class_names"]), task, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
 

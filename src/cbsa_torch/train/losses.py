@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbsa_torch.models.adapt.find import find_attention
-from cbsa_torch.train.config import LOCAL
+from cbsa_torch.train.config import WEIGHTS
 from cbsa_torch.train.data import IGNORE
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -56,7 +56,7 @@ class DistillConfig:
     features: float = 0.0
     """Weight of the difference after every block with attention: its square over that of the teacher's
     features, mean over the images and the blocks."""
-    teacher: str | None = field(default=None, metadata=LOCAL)
+    teacher: str | None = field(default=None, metadata=WEIGHTS)
     """As model.original. Default: that."""
 
     @property
@@ -86,11 +86,9 @@ class Distillation:
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.config, self.label_smoothing, self.dtype = config, label_smoothing, AUTOCAST.get(precision)
-        names = blocks_with_attention(student) if config.features else []
-        if config.features and blocks_with_attention(teacher) != names:
-            raise ValueError(
-                f"it has {len(blocks_with_attention(teacher))} blocks with attention, the model {len(names)}"
-            )
+        names, others = (blocks_with_attention(m) if config.features else [] for m in (student, teacher))
+        if others != names:
+            raise ValueError(f"it has {len(others)} blocks with attention, the model {len(names)}")
         self.blocks = [student.get_submodule(name) for name in names]
         self.teacher_blocks = [teacher.get_submodule(name) for name in names]
 

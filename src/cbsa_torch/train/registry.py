@@ -60,8 +60,16 @@ def recipe_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in RECIPES.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_config(source: str | Path) -> RunConfig:
-    """Read a configuration from a YAML file, or from a recipe by name."""
+def load_config(source: str | Path, task: str | None = None) -> Any:
+    """Read a configuration from a YAML file, or from a recipe by name.
+
+    Args:
+        source: the file or the recipe.
+        task: what it must be for. Default: any task.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it is of another task.
+    """
     if str(source) in recipe_names():
         content, name = (RECIPES / f"{source}.yaml").read_bytes(), f"recipe {source}"
     elif Path(source).is_file():
@@ -79,4 +87,7 @@ def load_config(source: str | Path) -> RunConfig:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
     if values is None:
         raise ConfigError(f"{name} is empty; a configuration of defaults alone is {{}}")
-    return read_config(values, name)
+    config = read_config(values, name)
+    if task not in (None, config.task):
+        raise ConfigError(f"{name} is of the task {config.task!r}, not {task!r}")
+    return config

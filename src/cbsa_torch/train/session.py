@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -37,7 +37,6 @@ from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.signals import StopRequests
 from cbsa_torch.train.run.state import (
     compare_data,
-    data_facts,
     load_state,
     model_state,
     optimizer_state,
@@ -108,7 +107,7 @@ class Session:
     val_loader: Any
     """What the task evaluates on."""
     data_facts: dict[str, Any]
-    """What a training state remembers of the data."""
+    """What a training state remembers of the data, see :func:`compare_data`."""
     loss: Loss
     """What is minimised."""
     steps_per_epoch: int
@@ -195,7 +194,11 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
         scheduler=scheduler,
         train_loader=train_loader,
         val_loader=val_loader,
-        data_facts=data_facts(setup.class_names, train_loader.dataset, setup.val),
+        data_facts={
+            "class_names": list(setup.class_names),
+            "training": len(train_loader.dataset),
+            "validation": len(setup.val),  # type: ignore[arg-type]
+        },
         loss=cross_entropy(config.optim.label_smoothing) if setup.loss is None else setup.loss,
         steps_per_epoch=steps_per_epoch,
         description=description,
@@ -234,15 +237,7 @@ def save_state(session: Session, progress: Progress) -> None:
 def resume(session: Session) -> Progress:
     """Load the newest state that is whole, or start over if the run died before its first."""
     folder, accelerator, reporter = session.folder, session.accelerator, session.reporter
-    found: list[Any] = [None, [], None]
-    if accelerator.is_main_process:
-        try:
-            found = [*folder.states().newest(), None]
-        except CheckpointError as error:
-            found[2] = str(error)
-    path, problems, failure = broadcast_object_list(found)  # the same for every process
-    if failure is not None:
-        raise CheckpointError(failure)
+    path, problems = on_main(accelerator, folder.states().newest, (CheckpointError,))
     for problem in problems:
         reporter.say(f"left aside: {problem}")
     progress = Progress() if path is None else _restore(session, path)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import DataLoaderConfiguration
 from torch import Tensor, nn
 
 from cbsa_torch.train.config import RunConfig, check_config
-from cbsa_torch.train.data import IGNORE, read_skipped
-from cbsa_torch.train.engine.accelerate import new_accelerator, start_epoch, training_settings
+from cbsa_torch.train.data import IGNORE, read_skipped, set_epoch
+from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.registry import task_of
@@ -52,9 +53,15 @@ def train(config: RunConfig) -> TrainResult:
         torch.set_num_threads(config.engine.threads)
     folder = RunFolder(config.output)
     changes = folder.check(config)
-    settings = training_settings(config.engine, config.seed)
     accelerator = new_accelerator(
-        log_with=tracker_names(config.engine.tracker), project_dir=folder.path, **settings
+        mixed_precision=config.engine.precision,
+        cpu=config.engine.cpu,
+        gradient_accumulation_steps=config.engine.accumulate,
+        step_scheduler_with_optimizer=False,
+        # the order of an epoch follows from the seed and its number alone
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+        log_with=tracker_names(config.engine.tracker),
+        project_dir=folder.path,
     )
     stop = StopRequests()
     try:
@@ -101,7 +108,10 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     config, epochs = session.config, session.config.optim.epochs
     epoch, batches = progress.epoch + 1, len(session.train_loader)
     if progress.batch < batches:
-        loader = start_epoch(session.accelerator, session.train_loader, progress.epoch, progress.batch)
+        loader = session.train_loader
+        set_epoch(loader, progress.epoch)
+        if progress.batch:  # those were seen already, and are not read again
+            loader = session.accelerator.skip_first_batches(loader, progress.batch)
         with session.reporter.bar(f"epoch {epoch}/{epochs}", loader, len(loader)) as shown:
             train_one_epoch(session, progress, shown)
     if progress.targets == 0:
@@ -165,7 +175,8 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
     model.train()
     parts: list[Tensor] = []
     before = time.perf_counter()
-    for images, targets in _timed(batches, progress):
+    for images, targets in batches:
+        progress.waited += time.perf_counter() - before
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.accumulate(model):
             done = progress.batch // accelerator.gradient_accumulation_steps
@@ -237,19 +248,6 @@ def _scale_gradients(model: nn.Module, factor: float) -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
-
-
-def _timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
-    """The batches, the time until each is there being counted."""
-    rest = iter(batches)
-    while True:
-        start = time.perf_counter()
-        try:
-            batch = next(rest)
-        except StopIteration:
-            return
-        progress.waited += time.perf_counter() - start
-        yield batch
 
 
 def _validate(session: Session, progress: Progress) -> EvalResult:

@@ -25,14 +25,12 @@ timm calls their test images "validation". An epoch must not be chosen by them, 
 out of the training images, and the test images stay what they are.
 """
 
-SETS = {"flowers102": Flowers102, "pets": OxfordIIITPet}
-"""By ``data.name``; downloaded by torchvision, which checks MD5 sums."""
-
-_PARTS: dict[str, dict[str, str]] = {
-    "flowers102": {"train": "train", "val": "val", "test": "test"},
-    "pets": {"train": "trainval", "test": "test"},
+SETS: dict[str, tuple[Any, dict[str, str]]] = {
+    "flowers102": (Flowers102, {"train": "train", "val": "val", "test": "test"}),
+    "pets": (OxfordIIITPet, {"train": "trainval", "test": "test"}),
 }
-"""The official splits: 1,020 / 1,020 / 6,149 flowers; 3,680 / 3,669 pets."""
+"""By ``data.name``, with the official splits: 1,020 / 1,020 / 6,149 flowers; 3,680 / 3,669 pets. Downloaded by
+torchvision, which checks MD5 sums."""
 
 OWN_NAMES = ("digits", *DATA_SETS, *SETS, "folder")
 
@@ -169,9 +167,10 @@ def _open_torchvision(
     """The official splits of a data set in ``SETS`` by name, and the names of its classes."""
     opened: dict[str, CheckedImages] = {}
     class_names: list[str] = []
-    for split, official in _PARTS[config.name].items():
+    source, official_splits = SETS[config.name]
+    for split, official in official_splits.items():
         try:
-            images = SETS[config.name](config.root, split=official, download=config.download)
+            images = source(config.root, split=official, download=config.download)
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
                 f"torchvision cannot open {config.name} in {config.root}: {error} "

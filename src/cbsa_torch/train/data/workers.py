@@ -66,8 +66,7 @@ def kill_workers() -> None:
     workers = [child for child in multiprocessing.active_children() if isinstance(child, _Worker)]
     if not workers:
         return
-    has_children_signal = hasattr(signal, "SIGCHLD")  # Windows has none
-    handler = signal.getsignal(signal.SIGCHLD) if has_children_signal else None
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None  # Windows has none
     if handler is not None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:

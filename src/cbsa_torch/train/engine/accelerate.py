@@ -11,18 +11,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cbsa_torch.train.config import EngineConfig
-from cbsa_torch.train.data import set_epoch
 from cbsa_torch.train.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def new_accelerator(**settings: Any) -> Accelerator:
@@ -49,18 +48,6 @@ def leave_process_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # wrapped models hold the group, and lie in cycles
         torch.distributed.destroy_process_group()
-
-
-def training_settings(config: EngineConfig, seed: int) -> dict[str, Any]:
-    """What :func:`new_accelerator` needs for training."""
-    return {
-        "mixed_precision": config.precision,
-        "cpu": config.cpu,
-        "gradient_accumulation_steps": config.accumulate,
-        "step_scheduler_with_optimizer": False,
-        # The order of an epoch follows from the seed and its number alone.
-        "dataloader_config": DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-    }
 
 
 def shard(accelerator: Accelerator, model: nn.Module) -> None:
@@ -92,32 +79,22 @@ def use_separate_generator(loader: DataLoader[Any]) -> None:
     loader.generator = torch.Generator()
 
 
-def start_epoch(accelerator: Accelerator, loader: DataLoader[Any], epoch: int, batch: int) -> DataLoader[Any]:
-    """The batches of an epoch from number ``batch`` (from 0) on, shuffled and augmented as that epoch is.
-
-    Args:
-        epoch: from 0.
-        batch: how many batches were seen already; they are not read again.
-    """
-    set_epoch(loader, epoch)
-    return accelerator.skip_first_batches(loader, batch) if batch else loader
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], None], expected: tuple[type[Exception], ...]) -> None:
-    """Do ``work`` on the main process; to be called on every process, which all wait for it.
+def on_main(accelerator: Accelerator, work: Callable[[], T], expected: tuple[type[Exception], ...]) -> T:
+    """What ``work`` gives on the main process; to be called on every process, which all wait for it.
 
     Raises:
         Exception: what the main process met, if it is one of ``expected``; on every process.
     """
-    met: list[Exception | None] = [None]
+    done: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            work()
+            done[0] = work()
         except expected as error:
-            met[0] = error
-    broadcast_object_list(met)
-    if met[0] is not None:
-        raise met[0]
+            done[1] = error
+    result, failure = broadcast_object_list(done)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def to_channels_last(model: M) -> M:

@@ -32,11 +32,6 @@ RUN_NAME_ARGUMENT = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
 Say = Callable[[str], None]
 
 
-def known_trackers() -> list[str]:
-    """Every tracker that this version of Accelerate can drive, installed or not."""
-    return sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
-
-
 def check_tracker(name: str) -> None:
     """Refuse a tracker that cannot be used here; touches nothing.
 
@@ -46,7 +41,7 @@ def check_tracker(name: str) -> None:
     Raises:
         ConfigError: no such tracker, or its package is not installed.
     """
-    known = known_trackers()
+    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
     if name != NONE and name not in known:
         allowed = ", ".join([*known, NONE])
         raise ConfigError(

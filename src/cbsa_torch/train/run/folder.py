@@ -26,25 +26,11 @@ from cbsa_torch._core.files import remove_temporary_files, write_atomically
 from cbsa_torch._version import __version__
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.hub import PREFIX
-from cbsa_torch.train.config import RunConfig, dump_yaml, flat, to_dict
+from cbsa_torch.train.config import RunConfig, dump_yaml, flat, settings, to_dict
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.lock import FolderLock
 from cbsa_torch.train.run.state import TrainingStates, load_state
-
-NOT_COMPARED = (
-    "output",
-    "resume",
-    "accept_changes",
-    "overwrite",
-    "data.download",
-    "data.workers",
-    "data.max_bad_images",
-    "engine.save_steps",
-    "engine.keep_states",
-    "engine.tracker",
-)
-"""Keys that a continued run may change: they do not change what is computed."""
 
 WRITTEN = (
     "metrics.jsonl",
@@ -242,10 +228,11 @@ def _remove_if_empty(folder: Path) -> None:
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
     """The differences of two configurations as ``key: old -> new``."""
     before, after = flat(to_dict(old)), flat(to_dict(new))
+    free = {key for key, metadata, _ in settings(new) if not metadata.get("compared", True)}
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before | after)
-        if before.get(key) != after.get(key) and key not in NOT_COMPARED
+        if before.get(key) != after.get(key) and key not in free
     ]
 
 
@@ -257,10 +244,7 @@ def environment() -> dict[str, Any]:
         "cbsa_torch": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
+        **{package.__name__: package.__version__ for package in (torch, torchvision, timm, accelerate)},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cpu_count": os.cpu_count(),
@@ -270,18 +254,11 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the source tree this package runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()
 
 
 def describe_last_state(folder: RunFolder) -> str:
@@ -307,12 +284,10 @@ def check_sources(config: RunConfig, output: Path) -> None:
     Raises:
         RunFolderError: with the key, the path and what to do.
     """
-    given = {
-        f"model.{key}": getattr(config.model, key, None) for key in ("init_from", "encoder_from", "original")
-    }
-    given["distill.teacher"] = getattr(getattr(config, "distill", None), "teacher", None)
-    for key, source in given.items():
-        if not source or source.startswith(PREFIX) or not _lies_in(Path(source), output):
+    for key, metadata, source in settings(config):
+        if not metadata.get("weights") or not source or source.startswith(PREFIX):
+            continue
+        if not _lies_in(Path(source), output):
             continue
         raise RunFolderError(
             f"{key} {source} lies in output {output}, where the run writes its own weights; choose "

@@ -124,10 +124,10 @@ def restore(
 
 def random_states() -> dict[str, Any]:
     """The state of every generator a training step draws from, as plain containers."""
-    name, keys, *rest = np.random.get_state()
+    numpy: Any = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -219,17 +219,13 @@ class TrainingStates:
         return None, problems
 
 
-def data_facts(class_names: Sequence[str], training: Any, validation: Any) -> dict[str, Any]:
-    """What a state remembers of the data sets: the classes in the order of the outputs, and how many images."""
-    return {"class_names": list(class_names), "training": len(training), "validation": len(validation)}
-
-
 def compare_data(before: dict[str, Any], now: dict[str, Any], batch: int, source: str) -> list[str]:
     """What changed in the data since a state was saved, in words.
 
     Args:
-        before: :func:`data_facts` of the state.
-        now: those of the data as they are.
+        before: what a state remembers: ``class_names`` in the order of the outputs, and the numbers of
+            ``training`` and ``validation`` images.
+        now: the same of the data as they are.
         batch: batches done of the epoch under way.
         source: the state's file, for errors.
 

@@ -11,12 +11,7 @@ from cbsa_torch.train.config import check_config
 from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.tasks.adaptation.task import (
-    AdaptTrainConfig,
-    check_adaptation,
-    knows,
-    open_original,
-)
+from cbsa_torch.train.tasks.adaptation.task import AdaptTrainConfig, check_adaptation, knows, open_original
 from cbsa_torch.train.trainer import TrainResult, train
 
 

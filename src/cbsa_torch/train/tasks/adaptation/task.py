@@ -17,7 +17,15 @@ from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
 from cbsa_torch.models.hub import PREFIX
 from cbsa_torch.nn import TokenMixer
 from cbsa_torch.train.build import open_source, read_args
-from cbsa_torch.train.config import LOCAL, ModelConfig, OptimConfig, TrainConfig, check_rules
+from cbsa_torch.train.config import (
+    LOCAL,
+    UNCOMPARED,
+    WEIGHTS,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    check_rules,
+)
 from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.losses import Distillation, DistillConfig, Loss
@@ -34,7 +42,7 @@ class AdaptedModelConfig(ModelConfig):
 
     name: str = ENTRY
     """The model of timm that rebuilds an adapted one."""
-    original: str | None = field(default=None, metadata=LOCAL)
+    original: str | None = field(default=None, metadata=WEIGHTS)
     """The ViT that is adapted: a run's folder, a .safetensors file of ours, hf-hub:owner/name, or the name of a
     timm model, whose pretrained weights are fetched. An adapted one gets more layers adapted."""
     mixer: MixerName = "adapted_cbsa"
@@ -73,7 +81,7 @@ class AdaptTrainConfig(TrainConfig):
 
     task: ClassVar[str] = "adaptation"
     """Its name."""
-    output: str = field(default="runs/adapted", metadata=LOCAL)
+    output: str = field(default="runs/adapted", metadata=LOCAL | UNCOMPARED)
     """The run's folder."""
     model: AdaptedModelConfig = field(default_factory=AdaptedModelConfig)
     optim: OptimConfig = field(default_factory=paper_optimiser)
@@ -138,18 +146,11 @@ class Adaptation(Classification):
         new_head = _head_for(splits.class_names, original, adapted)
         loss = _distillation(config, original, adapted, splits.class_names)
         _freeze(config.tune, adapted, head=new_head or config.tune_head)
+        spec = input_spec(adapted.model, config.model.image_size)
         scale = 1.0 if config.new_lr is None else config.new_lr / config.optim.lr
-        return TaskSetup(
-            model=adapted.model,
-            model_args=adapted.args,
-            class_names=splits.class_names,
-            spec=input_spec(adapted.model, config.model.image_size),
-            train=splits.train,
-            val=splits.val,
-            loss=loss,
-            lr_scales={} if scale == 1 else dict.fromkeys(adapted.new, scale),
-            note=str(adapted.report),
-        )
+        scales = {} if scale == 1 else dict.fromkeys(_added(adapted.model), scale)
+        data = splits.class_names, spec, splits.train, splits.val
+        return TaskSetup(adapted.model, adapted.args, *data, loss, scales, str(adapted.report))
 
 
 class Original(NamedTuple):
@@ -213,10 +214,6 @@ class Adapted(NamedTuple):
     args: dict[str, Any]
     """Arguments of ``adapted_vit`` that rebuild it."""
     report: AdaptReport
-    new: tuple[str, ...]
-    """Parameters that adaptation added, by name."""
-    layers: tuple[str, ...]
-    """Attention layers that are adapted now."""
 
 
 def adapt_original(original: Original, settings: AdaptedModelConfig) -> Adapted:
@@ -234,7 +231,7 @@ def adapt_original(original: Original, settings: AdaptedModelConfig) -> Adapted:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.original {settings.original} cannot be adapted: {error}") from error
     args = report.model_args(original.name, **original.args)
-    return Adapted(model, args, report, *_added(model))
+    return Adapted(model, args, report)
 
 
 def _extend(original: Original, mixer: str, options: dict[str, Any], layers: Any) -> Adapted:
@@ -253,20 +250,23 @@ def _extend(original: Original, mixer: str, options: dict[str, Any], layers: Any
     if not left:
         raise ValueError("all layers that model.layers asks for are adapted already")
     model, report = adapt_vit(original.model, mixer, layers=left, **options)  # type: ignore[arg-type]
-    return Adapted(model, {**copy.deepcopy(args), "layers": sorted(done + left)}, report, *_added(model))
+    return Adapted(model, {**copy.deepcopy(args), "layers": sorted(done + left)}, report)
 
 
-def _added(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is new in a model's adapted layers, and the layers."""
-    layers = [layer.name for layer in find_attention(model) if isinstance(layer.module, TokenMixer)]
-    new = [
+def _adapted_layers(model: nn.Module) -> list[str]:
+    """Names of the attention layers that are adapted."""
+    return [layer.name for layer in find_attention(model) if isinstance(layer.module, TokenMixer)]
+
+
+def _added(model: nn.Module) -> list[str]:
+    """Names of the parameters that adaptation added."""
+    return [
         f"{layer}.{name}"
-        for layer in layers
+        for layer in _adapted_layers(model)
         for name, _ in model.get_submodule(layer).named_parameters()
         # steps and temperatures are the layer's own; everything else is in a part that it inherited
         if "." not in name and (name.startswith("step") or name == "temperature")
     ]
-    return tuple(new), tuple(layers)
 
 
 def _head_for(class_names: list[str], original: Original, adapted: Adapted) -> bool:
@@ -318,10 +318,10 @@ def _freeze(tune: str, adapted: Adapted, *, head: bool) -> None:
     model: Any = adapted.model
     model.requires_grad_(False)
     if tune == "attention":
-        for layer in adapted.layers:
+        for layer in _adapted_layers(model):
             model.get_submodule(layer).requires_grad_(True)
     else:
-        for name in adapted.new:
+        for name in _added(model):
             model.get_parameter(name).requires_grad_(True)
     if head:
         classifiers = model.get_classifier()  # two of a distilled DeiT

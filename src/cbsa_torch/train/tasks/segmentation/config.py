@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cbsa_torch.train.config import LOCAL, ModelConfig, RunConfig, check_rules
+from cbsa_torch.train.config import LOCAL, UNCOMPARED, WEIGHTS, ModelConfig, RunConfig, check_rules
 
 
 @dataclass
@@ -45,9 +45,9 @@ class SegmentationDataConfig:
     """Pixel value of a "folder"'s masks that stands for no class. Default: there is none."""
     val_fraction: float = 0.1
     """Share of a "folder"'s training images held out for validation if there is no val split."""
-    workers: int = field(default=4, metadata=LOCAL)
+    workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
     """Processes that read images; 0: the training process itself."""
-    max_bad_images: int = 10
+    max_bad_images: int = field(default=10, metadata=UNCOMPARED)
     """Unreadable images and bad masks that are left out, counted and listed; one more stops the run."""
     crop_size: int = 512
     """Side of the square training crops; what an image leaves free is padded and ignored."""
@@ -83,7 +83,7 @@ class SegmentationModelConfig(ModelConfig):
 
     name: str = "segmenter"
     """The model of timm that has an encoder and a decoder of masks."""
-    encoder_from: str | None = field(default=None, metadata=LOCAL)
+    encoder_from: str | None = field(default=None, metadata=WEIGHTS)
     """Weights that the encoder starts from: "pretrained" for those that timm has for model.args encoder; or a
     trained classifier as for init_from, which then also says which encoder it is."""
 
@@ -101,16 +101,6 @@ class SegmentationTrainConfig(RunConfig):
     def window(self) -> int:
         """Side of the windows in pixels."""
         return self.data.crop_size if self.windows.size is None else self.windows.size
-
-
-def check_windows(config: SegmentationTrainConfig) -> None:
-    """Refuse windows that cannot work; raises ConfigError."""
-    side, stride = config.window(), config.windows.stride
-    check_rules([
-        (side >= 1, "windows.size must be at least 1", side),
-        (stride is None or 1 <= stride <= side, f"windows.stride must be in [1, {side}], the window", stride),
-        (config.windows.batch >= 1, "windows.batch must be at least 1", config.windows.batch),
-    ])  # fmt: skip
 
 
 def check_data_config(config: SegmentationDataConfig) -> None:

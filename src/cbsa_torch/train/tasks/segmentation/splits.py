@@ -56,33 +56,21 @@ class MaskedImages(Dataset[Any]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Any:
-        image, mask = self._read(self.pairs[index])
-        return (image, mask) if self.transform is None else self.transform(image, mask)
-
-    def _read(self, pair: Pair) -> tuple[Image.Image, np.ndarray]:
+        pair, image = self.pairs[index], None
         try:
+            if not pair.image.exists():
+                raise UnreadableImageError(f"no image for mask {pair.mask}")
             image = read_image_file(pair.image, self.mode)
+            if not pair.mask.exists():
+                raise UnreadableImageError(f"no mask for image {pair.image}")
+            values = read_mask_file(pair.mask)
+            check_size(pair, image, values)
+            mask = self.labels(values)
         except UnreadableImageError as error:
-            why = f"no image for mask {pair.mask}" if not pair.image.exists() else str(error)
-            self.skipped.add(str(pair.image), why)
-            image = Image.new(self.mode, BLANK_SIZE)
-            return image, _ignored(image)
-        try:
-            return image, self._read_mask(pair, image)
-        except UnreadableImageError as error:
-            self.skipped.add(str(pair.mask), str(error))
-            return image, _ignored(image)
-
-    def _read_mask(self, pair: Pair, image: Image.Image) -> np.ndarray:
-        if not pair.mask.exists():
-            raise UnreadableImageError(f"no mask for image {pair.image}")
-        values = read_mask_file(pair.mask)
-        check_size(pair, image, values)
-        return self.labels(values)
-
-
-def _ignored(image: Image.Image) -> np.ndarray:
-    return np.full((image.size[1], image.size[0]), IGNORE, dtype=np.int64)
+            self.skipped.add(str(pair.image if image is None else pair.mask), str(error))
+            image = Image.new(self.mode, BLANK_SIZE) if image is None else image
+            mask = np.full(image.size[::-1], IGNORE, dtype=np.int64)
+        return (image, mask) if self.transform is None else self.transform(image, mask)
 
 
 def open_segmentation(

@@ -20,6 +20,7 @@ from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
 from cbsa_torch.train.build import build_model, draft_model, open_source, read_args
+from cbsa_torch.train.config import check_rules
 from cbsa_torch.train.data import InputSpec, input_spec
 from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
@@ -35,11 +36,7 @@ from cbsa_torch.train.tasks.base import (
     spread_indices,
 )
 from cbsa_torch.train.tasks.segmentation.colours import write_coloured_mask
-from cbsa_torch.train.tasks.segmentation.config import (
-    SegmentationTrainConfig,
-    check_data_config,
-    check_windows,
-)
+from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig, check_data_config
 from cbsa_torch.train.tasks.segmentation.evaluation import SegmentationResult, Windows, measure, share
 from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
 from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform, training_transform
@@ -83,7 +80,7 @@ class Segmentation(Task):
         """Refuse settings of data, windows and model that cannot work."""
         model = self.config.model
         check_data_config(self.config.data)
-        check_windows(self.config)
+        self._windows(None, None)
         if model.name != "segmenter":
             raise ConfigError(f"model.name must be 'segmenter' for segmentation, got {model.name!r}")
         if model.init_from is not None and model.encoder_from is not None:
@@ -95,16 +92,19 @@ class Segmentation(Task):
 
     def _windows(self, given: WindowOptions | None, batch: int | None) -> Windows:
         """Windows as in validation, but for what is given."""
-        given, config = WindowOptions() if given is None else given, self.config.windows
+        config, names = self.config.windows, ("window", "stride", "batch_size")
+        if given is None:
+            given, names = WindowOptions(), ("windows.size", "windows.stride", "windows.batch")
         stride = config.stride if given.stride is None and given.window is None else given.stride
         size = self.config.window() if given.window is None else given.window
-        if size < 1:
-            raise ConfigError(f"window must be at least 1, got {size}")
-        if stride is not None and not 1 <= stride <= size:
-            raise ConfigError(f"stride must be in [1, {size}], the window, got {stride}")
-        if not given.scales or not all(0 < scale <= 16 for scale in given.scales):
-            raise ConfigError(f"scales must be numbers in (0, 16], got {given.scales}")
-        return Windows(size, stride, config.batch if batch is None else batch, given.scales, given.flip)
+        batch, scales = config.batch if batch is None else batch, given.scales
+        check_rules([
+            (size >= 1, f"{names[0]} must be at least 1", size),
+            (stride is None or 1 <= stride <= size, f"{names[1]} must be in [1, {size}], the window", stride),
+            (batch >= 1, f"{names[2]} must be at least 1", batch),
+            (bool(scales) and all(0 < s <= 16 for s in scales), "scales must be numbers in (0, 16]", scales),
+        ])  # fmt: skip
+        return Windows(size, stride, batch, scales, given.flip)
 
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data sets, and the model with a mask for each of their classes."""

@@ -95,24 +95,17 @@ class MixedCrop(v2.RandomCrop):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Where to crop."""
-        mask = next(part for part in flat_inputs if isinstance(part, tv_tensors.Mask)).as_subclass(Tensor)
+        mask = next(part for part in flat_inputs if isinstance(part, tv_tensors.Mask))
         params: dict[str, Any] = {}
         for _ in range(_TRIES):
             params = super().make_params(flat_inputs)
-            if self.max_share is None or largest_share(_cropped(mask, params)) <= self.max_share:
+            if self.max_share is None or largest_share(self.transform(mask, params)) <= self.max_share:
                 break
         return params
 
 
 def largest_share(labels: Tensor) -> float:
     """Share of the commonest class among the labels that are not ignored; 1 if all are ignored."""
+    labels = labels.as_subclass(Tensor)
     known = labels[labels != IGNORE]
     return known.bincount().max().item() / known.numel() if known.numel() else 1.0
-
-
-def _cropped(mask: Tensor, params: dict[str, Any]) -> Tensor:
-    """The labels in a crop, without its padding."""
-    left, top = (params["padding"][:2]) if params["needs_pad"] else (0, 0)
-    first = params["top"] - top, params["left"] - left
-    last = first[0] + params["height"], first[1] + params["width"]
-    return mask[max(first[0], 0) : max(last[0], 0), max(first[1], 0) : max(last[1], 0)]
