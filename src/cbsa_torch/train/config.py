@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -56,17 +56,27 @@ class ModelConfig:
         }
 
 
-class DataSource(Protocol):
-    """What the settings of every kind of data have."""
+@dataclass
+class DataSource:
+    """The settings that every kind of data has."""
 
-    name: str
-    root: str | None
-    workers: int
-    max_bad_images: int
+    name: str = "folder"
+    """Which data set."""
+    root: str | None = field(default=None, metadata=LOCAL)
+    """Its folder."""
+    val_fraction: float = 0.1
+    """Share of the training images held out for validation if there is no val split."""
+    workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
+    """Processes that read images; 0: the training process itself."""
+    max_bad_images: int = field(default=10, metadata=UNCOMPARED)
+    """Unreadable images, and bad masks, that are left out, counted and listed; one more stops the run. 0: the
+    first does."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
 
 
 @dataclass
-class DataConfig:
+class DataConfig(DataSource):
     """The images and their augmentation."""
 
     name: str = "folder"
@@ -76,20 +86,12 @@ class DataConfig:
     """Folder with train/, val/ and perhaps test/, each holding one folder of images per class; or, for a
     timm data set, where its files are; or, for a fetched one, its folder (default: $CBSA_DATA, else
     ~/.cache/cbsa_torch)."""
-    val_fraction: float = 0.1
-    """Share of the training images held out for validation if there is no val split."""
     download: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Let timm or torchvision download the data set, if they can."""
-    workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
-    """Processes that read images; 0: the training process itself."""
-    max_bad_images: int = field(default=10, metadata=UNCOMPARED)
-    """Unreadable images that are left out, counted and listed; one more stops the run. 0: the first does."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Random resized crop: smallest and largest share of the area."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
     """Random resized crop: smallest and largest ratio of sides."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
     rotate: float = 0.0
     """Random rotation by up to this many degrees."""
     shift: float = 0.0
@@ -291,7 +293,7 @@ def check_config(config: RunConfig) -> None:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
                 raise ConfigError(f"{key} must be finite, got {item}")
-    optim, data, ema = config.optim, config.data, config.optim.ema_decay
+    optim, ema = config.optim, config.optim.ema_decay
     threads, every, keep = config.engine.threads, config.engine.save_steps, config.engine.keep_states
     size, model = config.model.image_size, config.model
     check_rules([
@@ -315,8 +317,6 @@ def check_config(config: RunConfig) -> None:
         (0 <= optim.label_smoothing < 1, "optim.label_smoothing must be in [0, 1)", optim.label_smoothing),
         (ema is None or 0 < ema < 1, "optim.ema_decay must be in (0, 1)", ema),
         (optim.poly_power > 0, "optim.poly_power must be positive", optim.poly_power),
-        (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
-        (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
         (0 <= optim.min_lr <= optim.lr, "optim.min_lr must be in [0, optim.lr]", optim.min_lr),
         (optim.warmup_lr >= 0, "optim.warmup_lr must not be negative", optim.warmup_lr),
         (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
@@ -333,15 +333,24 @@ def check_config(config: RunConfig) -> None:
     ])  # fmt: skip
 
 
+def data_rules(data: DataSource) -> list[tuple[bool, str, Any]]:
+    """What holds for every kind of data, as :func:`check_rules` takes it."""
+    return [
+        (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
+        (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
+        (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
+        (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
+    ]
+
+
 def check_images(data: DataConfig) -> None:
     """Refuse settings of a classifier's images that cannot work."""
     scale, ratio = data.crop_scale, data.crop_ratio
     check_rules([
+        *data_rules(data),
         (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
-        (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
         (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
         (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),
-        (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
         (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
         (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
     ])  # fmt: skip

@@ -7,32 +7,17 @@ from cbsa_torch.train.tasks.segmentation.config import (
     SegmentationDataConfig,
     SegmentationTrainConfig,
 )
-from cbsa_torch.train.tasks.segmentation.evaluation import (
-    ClassScore,
-    SegmentationMetric,
-    SegmentationScores,
-    miou_without,
-    scores,
-    to_record,
-)
+from cbsa_torch.train.tasks.segmentation.evaluation import SegmentationMetric, miou_without, to_record
 from cbsa_torch.train.tasks.segmentation.scenes import EmojiScenes, open_scenes
-from cbsa_torch.train.tasks.segmentation.splits import MaskedImages, open_segmentation, open_segmentation_split
-from cbsa_torch.train.tasks.segmentation.transforms import (
-    MaskedTransform,
-    evaluation_transform,
-    training_transform,
-)
+from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
+from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform, training_transform
 
 __all__ = [
     "IGNORE",
-    "ClassScore",
     "EmojiScenes",
-    "MaskedImages",
-    "MaskedTransform",
     "ScenesConfig",
     "SegmentationDataConfig",
     "SegmentationMetric",
-    "SegmentationScores",
     "SegmentationTrainConfig",
     "colour_mask",
     "evaluation_transform",
@@ -41,7 +26,6 @@ __all__ = [
     "open_segmentation",
     "open_segmentation_split",
     "palette",
-    "scores",
     "to_record",
     "training_transform",
     "write_coloured_mask",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cbsa_torch.train.config import LOCAL, UNCOMPARED, WEIGHTS, ModelConfig, RunConfig, check_rules
+from cbsa_torch.train.config import LOCAL, WEIGHTS, DataSource, ModelConfig, RunConfig, check_rules, data_rules
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ScenesConfig:
 
 
 @dataclass
-class SegmentationDataConfig:
+class SegmentationDataConfig(DataSource):
     """The images, their masks and the augmentation."""
 
     name: str = "folder"
@@ -43,12 +43,6 @@ class SegmentationDataConfig:
     ~/.cache/cbsa_torch)."""
     ignore_label: int | None = None
     """Pixel value of a "folder"'s masks that stands for no class. Default: there is none."""
-    val_fraction: float = 0.1
-    """Share of a "folder"'s training images held out for validation if there is no val split."""
-    workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
-    """Processes that read images; 0: the training process itself."""
-    max_bad_images: int = field(default=10, metadata=UNCOMPARED)
-    """Unreadable images and bad masks that are left out, counted and listed; one more stops the run."""
     crop_size: int = 512
     """Side of the square training crops; what an image leaves free is padded and ignored."""
     base_size: int | None = None
@@ -57,8 +51,6 @@ class SegmentationDataConfig:
     """Smallest and largest scale of training images."""
     max_class_share: float | None = 0.75
     """Crops in which one class has a larger share are drawn again, up to ten times in all."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
     photometric: bool = True
     """Change brightness, contrast, saturation and hue at random."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -108,14 +100,11 @@ def check_data_config(config: SegmentationDataConfig) -> None:
     scenes, share, ignore = config.scenes, config.max_class_share, config.ignore_label
     base = config.crop_size if config.base_size is None else config.base_size
     rules = [
-        (0 < config.val_fraction < 1, "data.val_fraction must be in (0, 1)", config.val_fraction),
-        (config.workers >= 0, "data.workers must not be negative", config.workers),
-        (config.max_bad_images >= 0, "data.max_bad_images must not be negative", config.max_bad_images),
+        *data_rules(config),
         (config.crop_size >= 1, "data.crop_size must be at least 1", config.crop_size),
         (base >= 1, "data.base_size must be at least 1", base),
         (0 < config.scale[0] <= config.scale[1], "data.scale must rise above 0", config.scale),
         (share is None or 0 < share <= 1, "data.max_class_share must be in (0, 1]", share),
-        (0 <= config.hflip <= 1, "data.hflip must be in [0, 1]", config.hflip),
         (ignore is None or 0 <= ignore <= 0xFFFF, "data.ignore_label must be in [0, 65535]", ignore),
         (
             ignore is None or config.name == "folder",
