@@ -155,7 +155,7 @@ def test_the_command(vit, tmp_path, capsys, monkeypatch):
     [
         (["--stage-epochs", "x"], "--stage-epochs must be a whole number, got 'x'"),
         (["--stage-epochs", "0"], "stage_epochs must be at least 1, got 0"),
-        (["--config", "digits"], "--config digits is of the task 'classification', not 'adaptation'"),
+        (["--config", "digits"], "recipe digits is of the task 'classification', not 'adaptation'"),
         (["--data", "digitts"], "digitts"),
     ],
 )
