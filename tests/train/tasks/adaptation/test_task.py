@@ -129,7 +129,7 @@ def test_the_command(vit, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["adapt", "--model", str(vit), "--output", "all", "--distill.logits", "1", *SHORT]) == 0
     said = capsys.readouterr().out
-    assert "3 of 3 attention layers are now 'cbsa'" in said
+    assert "3 of 3 attention layers are now 'adapted_cbsa'" in said
     assert load_config(RunFolder("all").config).data == load_config(RunFolder(vit).config).data
     for command in (["eval"], ["report", "--images", "16", "--shown", "1", "--robustness-images", "0"]):
         assert main([command[0], "--checkpoint", "all", *command[1:]]) == 0
