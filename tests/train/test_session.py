@@ -228,7 +228,7 @@ def test_an_optimiser_state_of_another_shape_is_refused(config, run):
         values["exp_avg"] = torch.zeros(3)
     save_state(path, state)
     config.optim.epochs, config.accept_changes = 3, True
-    with pytest.raises(CheckpointError, match=r"the optimiser's exp_avg of blocks.0.ista.weight has shape \(3,\)"):
+    with pytest.raises(CheckpointError, match=r"the optimiser's exp_avg of cls_token has shape \(3,\)"):
         train(config)
 
 

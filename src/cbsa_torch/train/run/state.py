@@ -97,12 +97,12 @@ def restore(
             f"this one has {groups}"
         )
     # The fused steps of torch write as far as the weights reach, whatever the size of the state.
-    for name in state_spec.keys() & optimizer_values["state"].keys():
-        for key, value in optimizer_values["state"][name].items():
-            if key in SHAPED and value.shape != state_spec[name].shape:
+    for name, spec in state_spec.items():
+        for key, value in optimizer_values["state"].get(name, {}).items():
+            if key in SHAPED and value.shape != spec.shape:
                 raise CheckpointError(
                     f"{source} does not fit the model: the optimiser's {key} of {name} has shape "
-                    f"{tuple(value.shape)}, {name} has {tuple(state_spec[name].shape)}"
+                    f"{tuple(value.shape)}, {name} has {tuple(spec.shape)}"
                 )
     whole = StateDictOptions(full_state_dict=True)
     settings = ("weight_decay", "lr_scale", "fused")
