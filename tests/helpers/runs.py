@@ -1,11 +1,13 @@
-"""Looking into run folders, and disturbing a training step."""
+"""Looking into run folders, refusals, and disturbing a training step."""
 
 import copy
 import json
+from pathlib import Path
 
+import pytest
 import torch
 
-from cbsa_torch.train import losses
+from cbsa_torch.train import losses, train
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.state import load_state
 
@@ -45,6 +47,27 @@ def assert_same_tensors(first: dict, second: dict) -> None:
         torch.testing.assert_close(tensor, second[name], atol=0, rtol=0, msg=name)
 
 
+def assert_same_run(config, other) -> None:
+    """The same metrics of every epoch, and the same last weights."""
+    assert measured(config) == measured(other)
+    assert_same_tensors(last(config)["model"], last(other)["model"])
+
+
+def contents(folder) -> dict[str, bytes] | None:
+    """Every file under a folder by name, None where there is no folder."""
+    root = Path(folder)
+    files = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return files if root.exists() else None
+
+
+def assert_refused(config, error, message, start=train) -> None:
+    """The run does not start, and its folder stays as it is, or is not made."""
+    before = contents(config.output)
+    with pytest.raises(error, match=message):
+        start(config)
+    assert contents(config.output) == before
+
+
 def during_training_step(monkeypatch, number, act) -> None:
     """Replace the loss of training step ``number`` (from 1) by ``act(loss, logits)``."""
     original, count = losses.mean_loss, 0
@@ -60,5 +83,12 @@ def during_training_step(monkeypatch, number, act) -> None:
     monkeypatch.setattr(losses, "mean_loss", patched)
 
 
-def interrupt(loss, logits):
+def interrupt(*args):
     raise KeyboardInterrupt
+
+
+def interrupt_training(config, step, start=train) -> None:
+    """Train until Ctrl-C in training step ``step`` (from 1)."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        during_training_step(patch, step, interrupt)
+        start(config)
