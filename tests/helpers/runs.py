@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def last(config):
 def states(config):
     """The files of the trainer's states, newest first."""
     return RunFolder(config.output).states().paths()
+
+
+def wait_for_state(command, config) -> None:
+    """Wait until a running command has saved a state of its run."""
+    deadline = time.monotonic() + 50
+    while not states(config):
+        assert command.running()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def rows(config) -> list[dict]:
@@ -60,12 +70,12 @@ def contents(folder) -> dict[str, bytes] | None:
     return files if root.exists() else None
 
 
-def assert_refused(config, error, message, start=train) -> None:
-    """The run does not start, and its folder stays as it is, or is not made."""
-    before = contents(config.output)
+def assert_refused(config, error, message, start=train, folder=None) -> None:
+    """The run does not start, and its folder (or a given one) stays as it is, or is not made."""
+    before = contents(folder or config.output)
     with pytest.raises(error, match=message):
         start(config)
-    assert contents(config.output) == before
+    assert contents(folder or config.output) == before
 
 
 def during_training_step(monkeypatch, number, act) -> None:

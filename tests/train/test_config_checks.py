@@ -49,7 +49,11 @@ def test_seeds_that_no_generator_takes_are_refused(config, seed):
         ("data", {"color_jitter": -0.1}, "data.color_jitter must be in [0, 10], got -0.1"),
         ("data", {"color_jitter": 1e40}, "data.color_jitter must be in [0, 10]"),
         ("data", {"workers": 10**6}, "data.workers must be in [0, 1024]"),
+        ("data", {"auto_augment": "rand-foo"}, "data.auto_augment 'rand-foo' has a section 'foo'"),
         ("engine", {"threads": 2**40}, "engine.threads must be in [1, 4096]"),
+        ("engine", {"accumulate": 3}, "batch_size (8) must be divisible by"),
+        ("engine", {"precision": "fp16"}, "engine.precision fp16 needs a GPU"),  # Accelerate would use float32
+        ("engine", {"fsdp": True}, "engine.fsdp needs several processes"),
         ("model", {"image_size": 0}, "model.image_size must be at least 1, got 0"),
         ("model", {"image_size": -5}, "model.image_size must be at least 1, got -5"),
         ("model", {"args": {"num_classes": 7}}, "model.args num_classes must be left out (the data gives"),
