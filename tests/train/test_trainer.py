@@ -220,12 +220,6 @@ def test_an_unfinished_accumulation_at_the_end_of_an_epoch_is_one_step(config):
     assert [row["step"] for row in rows(config)] == [2, 4]
 
 
-def test_the_batch_must_divide_among_accumulation_steps(config):
-    config.engine.accumulate = 3
-    with pytest.raises(ConfigError, match=r"batch_size \(8\) must be divisible .* \(1 x 3\)"):
-        train(config)
-
-
 def test_the_learning_rate_warms_up_and_falls(config):
     config.optim.epochs, config.optim.warmup_epochs, config.optim.min_lr = 4, 2, 1e-5
     train(config)
@@ -341,12 +335,6 @@ def test_data_of_which_nothing_can_be_read_stop_the_run(config, images: Path, sp
         train(config)
     assert rows(config) == []
     assert not states(config)
-
-
-def test_fp16_is_refused_on_the_cpu(config):
-    """Accelerate would compute in float32 and say nothing."""
-    config.engine.precision = "fp16"
-    assert_refused(config, ConfigError, r"engine\.precision fp16 needs a GPU")
 
 
 # ---- a disk that is full or read-only

@@ -9,13 +9,11 @@ import pytest
 from PIL import Image
 from timm.data.auto_augment import AugmentOp
 
-from cbsa_torch.train import train
 from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader
 from cbsa_torch.train.data.augmentation import check_augmentation
 from cbsa_torch.train.data.checked_images import PlainImages
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.run.folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -38,13 +36,6 @@ from cbsa_torch.train.run.folder import RunFolder
 def test_strange_policies_are_refused(text, message):
     with pytest.raises(ConfigError, match=f"^data.auto_augment .*{re.escape(message)}"):
         check_augmentation(text, "RGB")
-
-
-def test_they_are_refused_before_the_folder(config):
-    config.data.auto_augment = "rand-foo"
-    with pytest.raises(ConfigError, match=r"data\.auto_augment 'rand-foo' has a section 'foo'"):
-        train(config)
-    assert not RunFolder(config.output).path.exists()
 
 
 def operations(transform):
