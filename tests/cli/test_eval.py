@@ -27,9 +27,10 @@ def test_another_folder_with_unreadable_images(trained_on_folder, colours, tmp_p
     shutil.copytree(colours / "train", other / "train")
     (other / "test" / "dark" / "bad.png").write_bytes(b"")
     checkpoint += ["--root", str(other), "--output", str(tmp_path / "eval.json")]
-    assert main([*checkpoint, "--max-bad-images", "0"]) == 1
-    assert "bad.png" in capsys.readouterr().err
-    assert main(checkpoint) == 0
+    for limit, message in (("0", "bad.png"), ("-1", "--max-bad-images must be at least 0")):
+        assert main([*checkpoint, "--max-bad-images", limit]) == 1
+        assert message in capsys.readouterr().err
+    assert main([*checkpoint, "--max-bad-images", "1"]) == 0
     out = capsys.readouterr().out
     assert "1 unreadable image(s) were left out" in out
     assert "images: 20" in out

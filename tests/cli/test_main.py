@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -131,16 +130,15 @@ def test_ctrl_c_is_exit_code_130_and_a_bug_keeps_its_traceback(monkeypatch, caps
         main(["train"])
 
 
-def test_a_real_ctrl_c_during_training_saves_exits_75_and_resumes(tmp_path, tiny):
+def test_a_real_ctrl_c_during_training_saves_and_exits_75(tmp_path, tiny):
+    """That a run goes on from there is tested where the signals are."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "cbsa_torch.cli", "train", "--output", str(run)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, *tiny, "--optim.epochs", "6"],
+        [sys.executable, "-m", "cbsa_torch.cli", "train", "--output", str(run), *tiny, "--optim.epochs", "6"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
         # A shell's background jobs, and all they start, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
@@ -153,10 +151,3 @@ def test_a_real_ctrl_c_during_training_saves_exits_75_and_resumes(tmp_path, tiny
     line = rf"cbsa: stopped by SIGINT; the last training state is that of epoch \d+.*--output {run} --resume"
     assert re.fullmatch(line, err.strip().splitlines()[-1])
     assert "Traceback" not in out + err
-    resumed = subprocess.run(
-        [*command, "--resume"], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"continuing after epoch \d+ of 6", resumed.stdout)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == list(range(1, 7))

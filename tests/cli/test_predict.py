@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from cbsa_torch.cli import main
 
 
@@ -18,11 +16,9 @@ def test_it_names_classes(trained, digit, tmp_path, capsys):
     assert all(f"{p:.4f}" in out for p in row["probabilities"])
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not an image"])
-def test_a_bad_image_stops_or_is_skipped(trained, digit, tmp_path, content, capsys):
+def test_a_bad_image_stops_or_is_skipped(trained, digit, tmp_path, capsys):
     bad, output = tmp_path / "bad.png", tmp_path / "predictions.json"
-    if content is not None:
-        bad.write_bytes(content)
+    bad.write_bytes(b"not an image")
     command = ["predict", str(bad), str(digit), "--checkpoint", str(trained), "--output", str(output)]
     assert main(command) == 1
     err = capsys.readouterr().err

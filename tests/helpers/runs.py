@@ -1,11 +1,14 @@
-"""Looking into run folders, and disturbing a training step."""
+"""Looking into run folders, refusals, and disturbing a training step."""
 
 import copy
 import json
+import time
+from pathlib import Path
 
+import pytest
 import torch
 
-from cbsa_torch.train import losses
+from cbsa_torch.train import losses, train
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.state import load_state
 
@@ -29,6 +32,15 @@ def states(config):
     return RunFolder(config.output).states().paths()
 
 
+def wait_for_state(command, config) -> None:
+    """Wait until a running command has saved a state of its run."""
+    deadline = time.monotonic() + 50
+    while not states(config):
+        assert command.running()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def rows(config) -> list[dict]:
     return [json.loads(line) for line in RunFolder(config.output).metrics.read_text().splitlines()]
 
@@ -43,6 +55,27 @@ def assert_same_tensors(first: dict, second: dict) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=0, rtol=0, msg=name)
+
+
+def assert_same_run(config, other) -> None:
+    """The same metrics of every epoch, and the same last weights."""
+    assert measured(config) == measured(other)
+    assert_same_tensors(last(config)["model"], last(other)["model"])
+
+
+def contents(folder) -> dict[str, bytes] | None:
+    """Every file under a folder by name, None where there is no folder."""
+    root = Path(folder)
+    files = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return files if root.exists() else None
+
+
+def assert_refused(config, error, message, start=train, folder=None) -> None:
+    """The run does not start, and its folder (or a given one) stays as it is, or is not made."""
+    before = contents(folder or config.output)
+    with pytest.raises(error, match=message):
+        start(config)
+    assert contents(folder or config.output) == before
 
 
 def during_training_step(monkeypatch, number, act) -> None:
@@ -60,5 +93,12 @@ def during_training_step(monkeypatch, number, act) -> None:
     monkeypatch.setattr(losses, "mean_loss", patched)
 
 
-def interrupt(loss, logits):
+def interrupt(*args):
     raise KeyboardInterrupt
+
+
+def interrupt_training(config, step, start=train) -> None:
+    """Train until Ctrl-C in training step ``step`` (from 1)."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        during_training_step(patch, step, interrupt)
+        start(config)

@@ -48,8 +48,7 @@ def test_floats_are_0_to_1(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values",
-    [*(np.float32([[v, 1]]) for v in (1.5, -0.1, np.nan)), np.int32([[65536]]), np.int32([[-1]])],
+    "values", [*(np.float32([[v, 1]]) for v in (1.5, -0.1, np.nan)), np.int32([[65536]]), np.int32([[-1]])]
 )
 def test_values_without_an_agreed_scale_are_refused(tmp_path, values):
     path = saved(tmp_path / "x.tif", Image.fromarray(values))

@@ -10,42 +10,21 @@ import torch
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from cbsa_torch.models import from_pretrained, hub, load_checkpoint, load_official, save_checkpoint
+from cbsa_torch.models import from_pretrained, hub, load_checkpoint, load_official
 from cbsa_torch.models.hub import HubError
+from tests.helpers.hub import INFO, NoNetworkError, logits, write_weights
 from tests.helpers.official import official_model, official_state
-
-NAME = "cbt_pico_patch1_8"
-INFO = {
-    "model": NAME,
-    "model_args": {"embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3},
-    "class_names": ["cat", "dog", "/n|a"],
-    "input": {
-        "input_size": [1, 8, 8],
-        "mean": [0.25],
-        "std": [0.5],
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-    },
-}
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    folder = tmp_path / "run"
-    save_checkpoint(folder / "model.safetensors", timm.create_model(NAME, **INFO["model_args"]), INFO)
-    return folder
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(torch.linspace(-1, 1, 128).view(2, 1, 8, 8))
+    return write_weights(tmp_path / "run", INFO)
 
 
 def test_from_a_folder_or_a_file(folder):
@@ -81,10 +60,6 @@ def test_from_the_hub(folder, monkeypatch):
         assert torch.equal(logits(model), logits(from_pretrained(folder)))
         assert (asked["repo_id"], asked["filename"]) == ("me/mine", "model.safetensors")
         assert (asked["revision"], asked["token"]) == ("v1", "t")
-
-
-class NoNetworkError(HfHubHTTPError.__bases__[0]):
-    """An error of the HTTP client that huggingface_hub uses, whichever that is."""
 
 
 def hub_error(kind, message):

@@ -58,10 +58,7 @@ def crate(dim=32, depth=2, classes=5):
     for i in range(depth):
         prefix = f"transformer.layers.{i}"
         for j in (0, 1):
-            state[f"{prefix}.{j}.norm.weight"], state[f"{prefix}.{j}.norm.bias"] = (
-                torch.ones(dim),
-                torch.zeros(dim),
-            )
+            state |= {f"{prefix}.{j}.norm.weight": torch.ones(dim), f"{prefix}.{j}.norm.bias": torch.zeros(dim)}
         state[f"{prefix}.0.fn.qkv.weight"] = torch.randn(dim, dim)
         state[f"{prefix}.0.fn.to_out.0.weight"] = torch.randn(dim, dim)
         state[f"{prefix}.0.fn.to_out.0.bias"] = torch.randn(dim)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,11 +51,3 @@ def run(config: TrainConfig, whole: TrainConfig) -> RunFolder:
     folder = RunFolder(config.output)
     folder.describe(config)
     return folder
-
-
-@pytest.fixture
-def contents() -> Callable[[Path], dict[str, bytes]]:
-    """Read every file under a folder."""
-    return lambda root: {
-        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
-    }

@@ -8,18 +8,13 @@ from markdown_it import MarkdownIt
 
 from cbsa_torch.models import from_pretrained
 from cbsa_torch.train.hub import MOST_ROWS, clean, data_title, model_card
+from tests.helpers.hub import INFO as INFO_OF_THE_HUB
 
 INFO = {
     "model": "crate_cbt_pico_patch1_8",
     "model_args": {"num_classes": 2, "contraction": "exact"},
     "class_names": ["cat", "dog"],
-    "input": {
-        "input_size": [1, 8, 8],
-        "mean": [0.25],
-        "std": [0.5],
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-    },
+    "input": INFO_OF_THE_HUB["input"],
     "config": {
         "output": "/home/me/run",
         "seed": 3,
@@ -98,24 +93,10 @@ def test_many_classes_are_cut():
     assert "800 more" in text
 
 
-NASTY = [
-    "---",
-    "a|b",
-    "`x`",
-    "<script>",
-    "# head",
-    "a\nb: c",
-    "\udcff\x00",
-    "[x](y)",
-    "yes",
-    "é: - {",
-    "@me",
-    "*b*",
-    "",
-]
+MARKUP = ["---", "a|b", "`x`", "<script>", "# head", "a\nb: c", "[x](y)", "yes", "é: - {", "@me", "*b*"]
 
 
-@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("name", [*MARKUP, "\udcff\x00", ""])
 def test_nasty_names(name):
     check_names([name, "dog"], f"/data/{name}")
 

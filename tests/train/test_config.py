@@ -37,18 +37,8 @@ def test_no_keys_at_all_give_the_defaults_but_an_empty_file_is_refused(tmp_path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sed: 1", r"unknown key 'sed' in .*; did you mean 'seed'\?"),
-        ("optim:\n  weight_decy: 0.1", r"'weight_decy' in .*optim; did you mean 'weight_decay'\?"),
-    ],
-)
-def test_an_unknown_key_names_its_section_and_the_nearest(tmp_path, text, message):
-    with pytest.raises(ConfigError, match=message):
-        load_config(write(tmp_path, text))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+        ("sed: 1", "config.yaml; did you mean 'seed'?"),
+        ("optim:\n  weight_decy: 0.1", "optim; did you mean 'weight_decay'?"),
         ("seed: two", "seed must be int, got 'two'"),
         ("seed: 1.5", "seed must be int"),
         ("seed: true", "seed must be int"),
@@ -67,31 +57,21 @@ def test_an_unknown_key_names_its_section_and_the_nearest(tmp_path, text, messag
         ("model:\n  args: [1]", "args must be a mapping"),
     ],
 )
-def test_values_of_another_type_are_refused(tmp_path, text, message):
+def test_unknown_keys_and_values_of_another_type_are_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(write(tmp_path, text))
 
 
-def test_floats_may_be_written_without_a_dot(tmp_path):
-    config = load_config(write(tmp_path, "optim:\n  lr: 1e-3\n  warmup_epochs: 5\n  clip_grad: 1"))
-    assert (config.optim.lr, config.optim.warmup_epochs, config.optim.clip_grad) == (1e-3, 5.0, 1.0)
-    assert type(config.optim.clip_grad) is float
-
-
-def test_optional_values_may_be_null(tmp_path):
-    config = load_config(write(tmp_path, "optim:\n  ema_decay: null\nmodel:\n  image_size: null"))
-    assert config.optim.ema_decay is None
-    assert config.model.image_size is None
+def test_floats_may_be_written_without_a_dot_and_optional_values_be_null(tmp_path):
+    text = "optim:\n  lr: 1e-3\n  warmup_epochs: 5\n  clip_grad: 1\n  ema_decay: null"
+    optim = load_config(write(tmp_path, text)).optim
+    assert (optim.lr, optim.warmup_epochs, optim.clip_grad, optim.ema_decay) == (1e-3, 5.0, 1.0, None)
+    assert type(optim.clip_grad) is float
 
 
 @pytest.mark.parametrize("text", ["no", "'no'"])
 def test_precision_no_needs_no_quotes(tmp_path, text):
     assert load_config(write(tmp_path, f"engine:\n  precision: {text}")).engine.precision == "no"
-
-
-def test_model_arguments_become_strings_that_yaml_reads_back(tmp_path):
-    config = load_config(write(tmp_path, "model:\n  args: {depth: 2, tied: true, contraction: exact}"))
-    assert config.model.args == {"depth": "2", "tied": "true", "contraction": "exact"}
 
 
 def test_lists_and_mappings_as_model_arguments_are_kept_whole():
@@ -100,10 +80,12 @@ def test_lists_and_mappings_as_model_arguments_are_kept_whole():
     assert {key: yaml.safe_load(text) for key, text in args.items()} == values
 
 
-def test_model_arguments_may_be_values_of_python(tmp_path):
+def test_model_arguments_may_be_values_of_python_or_yaml(tmp_path):
     values = {"depth": 2, "tied": True, "mlp_ratio": 0.5, "contraction": "exact"}
     config = TrainConfig(model=ModelConfig(args=values))
     assert config.model.args == {"depth": "2", "tied": "true", "mlp_ratio": "0.5", "contraction": "exact"}
+    text = "model:\n  args: {depth: 2, tied: true, mlp_ratio: 0.5, contraction: exact}"
+    assert load_config(write(tmp_path, text)).model.args == config.model.args
     config.model.args["depth"] = 3
     assert load_config(write(tmp_path, dump_yaml(config))).model.args["depth"] == "3"
     config.model.name, config.model.args = "cbt_pico_patch1_8", {"depth": 1, "tied": True, "embed_dim": "32"}

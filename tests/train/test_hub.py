@@ -11,67 +11,46 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_hf_hub_args
 
 from cbsa_torch.cli import main
-from cbsa_torch.models import from_pretrained, load_checkpoint, save_checkpoint
+from cbsa_torch.models import from_pretrained, load_checkpoint
 from cbsa_torch.models import hub as models_hub
 from cbsa_torch.models.checkpoint import read_info
 from cbsa_torch.models.hub import HubError
 from cbsa_torch.train import hub
 from cbsa_torch.train.build import build_model
 from cbsa_torch.train.hub import REPO_ID, published, push_to_hub, save_for_hub
+from tests.helpers.hub import INFO, NAME, NoNetworkError, logits, write_weights
 
 SECRET = "/home/somebody/secret"
-NAME = "cbt_pico_patch1_8"
-
-
-@pytest.fixture(scope="module")
-def info() -> dict:
-    return {
-        "model": NAME,
-        "model_args": {"embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3},
-        "class_names": ["cat", "dog", "/n|a"],
-        "input": {
-            "input_size": [1, 8, 8],
-            "mean": [0.25],
-            "std": [0.5],
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
-        "config": {
-            "output": f"{SECRET}/run",
-            "seed": 1,
-            "resume": False,
-            "model": {"name": NAME, "image_size": None, "args": {}, "init_from": f"{SECRET}/start"},
-            "data": {"name": "folder", "root": f"{SECRET}/animals", "hflip": 0.5},
-            "optim": {"name": "lion", "lr": 1e-3, "keep": "best"},
-            "engine": {"precision": "no", "plugin": f"{SECRET}/plugin"},
-        },
-        "epoch": 4,
-        "val_top1": 0.8125,
-        "cbsa_torch": "0.1.0",
-    }
+DESCRIPTION = {
+    **INFO,
+    "config": {
+        "output": f"{SECRET}/run",
+        "seed": 1,
+        "resume": False,
+        "model": {"name": NAME, "image_size": None, "args": {}, "init_from": f"{SECRET}/start"},
+        "data": {"name": "folder", "root": f"{SECRET}/animals", "hflip": 0.5},
+        "optim": {"name": "lion", "lr": 1e-3, "keep": "best"},
+        "engine": {"precision": "no", "plugin": f"{SECRET}/plugin"},
+    },
+    "epoch": 4,
+    "val_top1": 0.8125,
+    "cbsa_torch": "0.1.0",
+}
 
 
 @pytest.fixture
-def run(tmp_path, info) -> Path:
+def run(tmp_path) -> Path:
     """A run's folder with what must stay on the machine."""
-    torch.manual_seed(0)
-    folder = tmp_path / "run"
-    save_checkpoint(folder / "model.safetensors", timm.create_model(NAME, **info["model_args"]), info)
+    folder = write_weights(tmp_path / "run", DESCRIPTION)
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "skipped_images.txt"):
         (folder / name).write_text(SECRET)
     return folder
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(torch.linspace(-1, 1, 128).view(2, 1, 8, 8))
-
-
-def test_saved_and_loaded_again(run, tmp_path, info):
+def test_saved_and_loaded_again(run, tmp_path):
     model, found = load_checkpoint(run / "model.safetensors")
     save_for_hub(tmp_path / "saved", model, found)
     names = sorted(path.name for path in (tmp_path / "saved").iterdir())
@@ -170,10 +149,6 @@ def test_the_command(run, api, capsys):
     assert api.asked["private"] is None
     assert main(["push", "--checkpoint", str(run / "nowhere"), "--repo-id", "me/mine"]) == 1
     assert "no checkpoint at" in capsys.readouterr().err
-
-
-class NoNetworkError(HfHubHTTPError.__bases__[0]):
-    """An error of the HTTP client that huggingface_hub uses, whichever that is."""
 
 
 def test_a_push_without_network_or_with_a_bad_name_is_one_line(run, api, monkeypatch, capsys):

@@ -47,14 +47,8 @@ def test_the_hub_format(tmp_path):
 
 
 def test_by_name():
-    base_args = {"depth": 2, "dynamic_img_size": True}
-    model = timm.create_model(
-        "adapted_vit",
-        base="vit_small_patch16_dinov3",
-        mixer="adapted_cbsa",
-        layers="latter_half",
-        base_args=base_args,
-    )
+    options = {"layers": "latter_half", "base_args": {"depth": 2, "dynamic_img_size": True}}
+    model = timm.create_model("adapted_vit", base="vit_small_patch16_dinov3", mixer="adapted_cbsa", **options)
     assert model.pretrained_cfg["input_size"] == (3, 256, 256)
     assert model.pretrained_cfg["num_classes"] == 0
     model = timm.create_model(

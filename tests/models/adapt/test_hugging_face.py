@@ -19,13 +19,7 @@ from cbsa_torch import adapt_vit, interpret
 from cbsa_torch.models.counting import count_model
 from tests.helpers.compare import assert_close
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 MODELS = {
     "vit": lambda: ViTModel(ViTConfig(**SIZES, intermediate_size=64)),
     "vit classifier": lambda: ViTForImageClassification(ViTConfig(**SIZES, intermediate_size=64)),
@@ -128,8 +122,10 @@ def test_counted_and_looked_into(name):
     assert interpret.cls_attention_maps(next(iter(records.values()))).shape == (1, 2, 4, 4)
 
 
-def test_layers_with_hooks_are_refused():
+def test_layers_with_hooks_and_mixers_of_one_projection_are_refused():
     model = built("vit")
+    with pytest.raises(ValueError, match="'mssa' has one projection"):
+        adapt_vit(model, "mssa")
     layer = model.get_submodule(adapt_vit(model).report.adapted[0].name)
     layer.register_forward_hook(lambda *_: None)
     (refused,) = adapt_vit(model).report.refused
@@ -146,11 +142,6 @@ def test_adapters_act_in_the_adapted_model():
     image = torch.randn(1, 3, 32, 32)
     expected = output(adapt_vit(merged, "linear").model, image)
     torch.testing.assert_close(output(adapt_vit(model, "linear").model, image), expected)
-
-
-def test_one_projection_is_refused():
-    with pytest.raises(ValueError, match="'mssa' has one projection"):
-        adapt_vit(built("vit"), "mssa")
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 
 from cbsa_torch import adapt_vit, interpret
 from cbsa_torch.models.adapt import vit as adapt_module
-from cbsa_torch.models.counting import count_model
 from tests.helpers.compare import assert_close
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
@@ -200,11 +199,3 @@ def test_modes_of_inherited_layers_stay():
     model.blocks[0].attn.proj.eval()
     layer = adapt_vit(model, inplace=True).model.blocks[0].attn
     assert (layer.training, layer.qkv.training, layer.proj.training) == (True, True, False)
-
-
-def test_tied_models_are_counted_once():
-    import cbsa_torch.models  # noqa: F401
-
-    model = timm.create_model("cbt_pico_patch1_8", embed_dim=16, depth=1, num_heads=2, tied=True)
-    counts = count_model(model, (1, 8, 8))
-    assert counts.total.counts.products == counts.torch_flops

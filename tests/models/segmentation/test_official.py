@@ -17,17 +17,13 @@ def decoder_state(dim=64, classes=6, depth=2, heads=3, depict=False):
         layer = f"net.layers.{i}"
         state |= {f"{layer}.norm.weight": torch.randn(dim), f"{layer}.norm.bias": torch.randn(dim)}
         if depict:
-            state |= {
-                f"{layer}.fn.proj": torch.randn(heads * 100, dim),
-                f"{layer}.fn.step_size": torch.randn(1),
-            }
+            state[f"{layer}.fn.proj"] = torch.randn(heads * 100, dim)
+            state[f"{layer}.fn.step_size"] = torch.randn(1)
             continue
         state |= {f"{layer}.fn.{step}": torch.randn(heads, 1, 1) for step in ("step_x", "step_rep")}
         state[f"{layer}.fn.proj.weight"] = torch.randn(heads * 100, dim)
-        state |= {
-            f"{layer}.fn.to_out.weight": torch.randn(dim, heads * 100),
-            f"{layer}.fn.to_out.bias": torch.randn(dim),
-        }
+        state[f"{layer}.fn.to_out.weight"] = torch.randn(dim, heads * 100)
+        state[f"{layer}.fn.to_out.bias"] = torch.randn(dim)
     for norm, width in (("decoder_norm", dim), ("mask_norm", classes)):
         state |= {f"{norm}.weight": torch.randn(width), f"{norm}.bias": torch.randn(width)}
     return state
@@ -36,10 +32,8 @@ def decoder_state(dim=64, classes=6, depth=2, heads=3, depict=False):
 def encoder_state(dim=64, depth=2, grid=4, patch=16, distilled=False):
     linear = {"attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (96, dim), "mlp.fc2": (dim, 96)}
     state = {"cls_token": torch.randn(1, 1, dim), "pos_embed": torch.randn(1, grid**2 + 1 + distilled, dim)}
-    state |= {
-        "patch_embed.proj.weight": torch.randn(dim, 3, patch, patch) * 0.05,
-        "patch_embed.proj.bias": torch.randn(dim),
-    }
+    state["patch_embed.proj.weight"] = torch.randn(dim, 3, patch, patch) * 0.05
+    state["patch_embed.proj.bias"] = torch.randn(dim)
     for i in range(depth):
         for norm in ("norm1", "norm2"):
             state |= {f"blocks.{i}.{norm}.{kind}": torch.randn(dim) for kind in ("weight", "bias")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 
 import numpy as np
@@ -9,13 +10,11 @@ import pytest
 from PIL import Image
 from timm.data.auto_augment import AugmentOp
 
-from cbsa_torch.train import train
 from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import InputSpec, make_loader
 from cbsa_torch.train.data.augmentation import check_augmentation
 from cbsa_torch.train.data.checked_images import PlainImages
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.run.folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -40,13 +39,6 @@ def test_strange_policies_are_refused(text, message):
         check_augmentation(text, "RGB")
 
 
-def test_they_are_refused_before_the_folder(config):
-    config.data.auto_augment = "rand-foo"
-    with pytest.raises(ConfigError, match=r"data\.auto_augment 'rand-foo' has a section 'foo'"):
-        train(config)
-    assert not RunFolder(config.output).path.exists()
-
-
 def operations(transform):
     """All of timm's operations in a transform, which draws a few for each image."""
     found = []
@@ -65,6 +57,7 @@ def operations(transform):
      "v0r-mstd9", "3a-mstd0.5"],
 )  # fmt: skip
 def test_policies_that_are_accepted_work_at_the_ends_of_their_range(policy, mode):
+    random.seed(0), np.random.seed(0)  # timm draws from both
     shape = (40, 30) if mode == "L" else (40, 30, 3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     channels = 1 if mode == "L" else 3

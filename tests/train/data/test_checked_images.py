@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cbsa_torch.cli import main
 from cbsa_torch.train import evaluate_checkpoint, train
 from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import IGNORE, InputSpec, checked_images, make_loader, open_splits, read_skipped
@@ -272,18 +271,6 @@ def test_evaluation_of_nothing_but_unreadable_images_is_refused(finished, images
     data = folder(images, max_bad_images=100)
     with pytest.raises(DataError, match="no image of the test split could be read"):
         evaluate_checkpoint(finished[1].folder, data=data, output=tmp_path / "e.json")
-
-
-def test_the_limit_of_an_evaluation_is_an_option(finished, images, tmp_path, capsys):
-    spoil(images, 2, "test")
-    args = ["eval", "--checkpoint", str(finished[1].folder), "--root", str(images)]
-    args += ["--output", str(tmp_path / "e.json"), "--max-bad-images"]
-    assert main([*args, "2"]) == 0
-    assert "2 unreadable image(s) were left out" in capsys.readouterr().out
-    assert main([*args, "1"]) == 1
-    assert "max_bad_images is 1" in capsys.readouterr().err
-    assert main([*args, "-1"]) == 1
-    assert "--max-bad-images must be at least 0" in capsys.readouterr().err
 
 
 # ---- training

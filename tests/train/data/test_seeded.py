@@ -93,12 +93,9 @@ def test_epochs_differ(images, workers):
     assert not torch.isclose(shown[0], shown[1]).all((1, 2, 3)).any()
 
 
-def test_seeds_and_indices_differ(images):
-    flat = ArrayImages(
-        np.tile(np.random.default_rng(0).integers(0, 255, (1, 40, 40, 3), dtype=np.uint8), (8, 1, 1, 1)),
-        np.zeros(8),
-        "RGB",
-    )
+def test_seeds_and_indices_differ():
+    image = np.random.default_rng(0).integers(0, 255, (1, 40, 40, 3), dtype=np.uint8)
+    flat = ArrayImages(np.tile(image, (8, 1, 1, 1)), np.zeros(8), "RGB")
     first, second = samples(loader_of(flat)), samples(loader_of(flat, seed=1))
     assert len({image.numpy().tobytes() for image in [*first, *second]}) == 16
 
@@ -117,12 +114,8 @@ def test_the_random_states_of_the_process_are_not_touched(kind, images):
 def test_the_generators_are_not_copies_of_each_other_and_numbers_are_not_confused():
     """Python's and NumPy's are the same algorithm; with one seed they would draw the same numbers."""
     seed_everything(0, 1, 2)
-    drawn = [
-        [random.random() for _ in range(20)],
-        np.random.random(20).tolist(),
-        torch.rand(20).double().tolist(),
-    ]
-    assert len({round(x, 6) for row in drawn for x in row}) == 60
+    drawn = [*(random.random() for _ in range(20)), *np.random.random(20), *torch.rand(20).tolist()]
+    assert len({round(float(x), 6) for x in drawn}) == 60
     seeds = []
     for numbers in [(0, 1, 12), (0, 11, 2), (1, 0, 12), (12, 1, 0)]:
         seed_everything(*numbers)
@@ -135,11 +128,7 @@ def test_flips_are_even_over_indices():
     image = np.zeros((1, 8, 8, 3), dtype=np.uint8)
     image[:, :, 0] = 255
     dataset = SeededSamples(ArrayImages(np.tile(image, (2000, 1, 1, 1)), np.zeros(2000), "RGB"), 0)
-    dataset.transform = lambda shown: (
-        random.random() < 0.5,
-        np.random.random() < 0.5,
-        torch.rand(1).item() < 0.5,
-    )
+    dataset.transform = lambda _: [x < 0.5 for x in (random.random(), np.random.random(), torch.rand(1).item())]
     flips = np.array([dataset[i][0] for i in range(2000)])
     assert (np.abs(flips.mean(0) - 0.5) < 0.05).all()
     assert (np.abs(np.corrcoef(flips.T) - np.eye(3)) < 0.1).all()
@@ -160,14 +149,8 @@ def test_evaluation_and_data_sets_that_stream_are_not_seeded(images):
 
 def prepared(images, processes=2, rank=0):
     loader = loader_of(datasets("folder", images))
-    return prepare_data_loader(
-        loader,
-        num_processes=processes,
-        process_index=rank,
-        put_on_device=False,
-        use_seedable_sampler=True,
-        data_seed=7,
-    )
+    ranks = {"num_processes": processes, "process_index": rank, "put_on_device": False}
+    return prepare_data_loader(loader, **ranks, use_seedable_sampler=True, data_seed=7)
 
 
 def test_the_epoch_reaches_the_samples_in_several_processes_and_after_skipped_batches(images):

@@ -60,11 +60,6 @@ def test_a_folder_of_classes_alone_is_a_training_set(images):
     assert splits.test is None
 
 
-def test_a_folder_data_set_needs_a_root():
-    with pytest.raises(DataError, match=r"data\.root is required"):
-        open_splits(DataConfig(name="folder"), "RGB")
-
-
 def test_classes_must_be_those_of_training_and_have_images(images):
     (images / "val" / "zebra").mkdir()
     with pytest.raises(DataError, match=r"val has a class .zebra. that the training images have not"):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import timm
@@ -22,7 +21,15 @@ from cbsa_torch.train.engine.accelerate import synchronize_batch_norm
 from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers import in_turn, processes
 from tests.helpers.colour_folder import digits_config
-from tests.helpers.runs import assert_same_tensors, elsewhere, last, measured, rows, states
+from tests.helpers.runs import (
+    assert_same_run,
+    elsewhere,
+    last,
+    measured,
+    rows,
+    states,
+    wait_for_state,
+)
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
 
@@ -100,10 +107,8 @@ def test_sharded_training_equals_copies_and_goes_on_in_one_process(digits, alone
     digits.engine.fsdp = True
     assert "sharded" in processes.train(2, digits).stdout
     assert_same_curve(digits, alone)
-    weights = load_checkpoint(RunFolder(digits.output).weights)[0].state_dict()
-    torch.testing.assert_close(
-        weights, load_checkpoint(RunFolder(alone.output).weights)[0].state_dict(), rtol=1e-4, atol=1e-5
-    )
+    weights = [load_checkpoint(RunFolder(run.output).weights)[0].state_dict() for run in (digits, alone)]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
     other = elsewhere(alone, tmp_path / "alone")
     shutil.copytree(alone.output, other.output)
     for config in (digits, other):
@@ -140,8 +145,7 @@ def test_a_sharded_run_goes_on_exactly_within_an_epoch(digits, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "continuing after epoch 0 of 1, batch 6 of 8" in result.stdout
     assert "each with a copy (DDP)" in result.stdout
-    assert measured(cut) == measured(digits)
-    assert_same_tensors(last(cut)["model"], last(digits)["model"])
+    assert_same_run(cut, digits)
     assert_same_curve(copies, digits)
 
 
@@ -166,13 +170,6 @@ def test_mixed_precision_is_the_same_sharded_and_copied(digits, tmp_path):
     assert_same_curve(digits, sharded, rel=1e-3)
 
 
-def test_sharding_needs_several_processes(digits):
-    digits.engine.fsdp = True
-    with pytest.raises(ValueError, match=r"engine\.fsdp needs several processes"):
-        train(digits)
-    assert not RunFolder(digits.output).path.exists()
-
-
 @pytest.fixture(scope="module")
 def dropping(tmp_path_factory):
     """A run of two processes that draw differently which paths they drop."""
@@ -189,17 +186,12 @@ def test_two_processes_of_which_one_is_stopped_go_on_exactly(dropping, tmp_path,
     cut = elsewhere(dropping, tmp_path / "cut")
     (tmp_path / "cut.yaml").write_text(dump_yaml(cut))
     with processes.Command(2, "train", "--config", str(tmp_path / "cut.yaml")) as command:
-        deadline = time.monotonic() + 50
-        while not states(cut):
-            assert command.running()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_state(command, cut)
         os.kill(command.pids[1], number)
         assert command.wait(60).returncode in (75, -number)
     assert len(rows(cut)) < 2
     processes.train(2, cut)
-    assert measured(cut) == measured(dropping)
-    assert_same_tensors(last(cut)["model"], last(dropping)["model"])
+    assert_same_run(cut, dropping)
 
 
 # ---- batch norm over all processes is, in a group of one, torch's and timm's own

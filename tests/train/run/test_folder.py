@@ -12,30 +12,36 @@ from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train import train
 from cbsa_torch.train.errors import ConfigError, DataError, RunFolderError
 from cbsa_torch.train.run.folder import RunFolder
-from tests.helpers.runs import STEPS, during_training_step, interrupt, last, measured, rows, states
+from tests.helpers.runs import (
+    STEPS,
+    assert_refused,
+    assert_same_run,
+    interrupt,
+    interrupt_training,
+    last,
+    rows,
+    states,
+)
 
 # ---- what may be an output
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("foreign_config", [False, True])
-def test_a_folder_that_is_not_a_run_is_refused(config, overwrite, foreign_config, contents):
+def test_a_folder_that_is_not_a_run_is_refused(config, overwrite, foreign_config):
     folder = Path(config.output)
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     if foreign_config:
         (folder / "config.yaml").write_text("theme: dark\n")
-    before = contents(folder)
     config.overwrite = overwrite
-    with pytest.raises(RunFolderError, match="holds files that are not a run"):
-        train(config)
-    assert contents(folder) == before
+    assert_refused(config, RunFolderError, "holds files that are not a run")
 
 
 def test_an_empty_folder_may_be_used(config, whole):
     Path(config.output).mkdir()
     train(config)
-    assert measured(config) == measured(whole)
+    assert_same_run(config, whole)
 
 
 def test_a_file_as_output_is_refused(config):
@@ -47,21 +53,16 @@ def test_a_file_as_output_is_refused(config):
 
 def test_there_must_be_something_to_resume(config):
     config.resume = True
-    with pytest.raises(RunFolderError, match="nothing to resume"):
-        train(config)
-    assert not Path(config.output).exists()
+    assert_refused(config, RunFolderError, "nothing to resume")
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_run_of_another_configuration_is_refused_with_what_changed(config, run, contents, resume):
-    before = contents(run.path)
+def test_a_run_of_another_configuration_is_refused_with_what_changed(config, run, resume):
     config.resume, config.optim.lr, config.model.args["depth"] = resume, 1.0, "2"
     expected = (
         r"of another configuration:\n  model\.args\.depth: 1 -> 2\n  optim\.lr: 0\.003 -> 1\.0\ncontinue it"
     )
-    with pytest.raises(RunFolderError, match=expected):
-        train(config)
-    assert contents(run.path) == before
+    assert_refused(config, RunFolderError, expected)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +77,10 @@ def test_a_run_of_another_configuration_is_refused_with_what_changed(config, run
         ("data", "name", "torch/nonsense"),
     ],
 )
-def test_what_cannot_work_is_refused_before_a_run_is_overwritten(config, run, contents, section, key, value):
-    before = contents(run.path)
+def test_what_cannot_work_is_refused_before_a_run_is_overwritten(config, run, section, key, value):
     config.overwrite = True
     setattr(getattr(config, section), key, value)
-    with pytest.raises((ConfigError, DataError, FileNotFoundError)):
-        train(config)
-    assert contents(run.path) == before
+    assert_refused(config, (ConfigError, DataError, FileNotFoundError), "nonsense|nowhere|batch_size|depth")
 
 
 # ---- what may lie in it
@@ -117,26 +115,20 @@ def test_overwriting_leaves_no_empty_folders(config, run, monkeypatch):
 
 @pytest.mark.parametrize("source", ["", "model.safetensors"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_does_not_start_from_its_own_weights(config, run, contents, source, overwrite):
-    before = contents(run.path)
+def test_a_run_does_not_start_from_its_own_weights(config, run, source, overwrite):
     config.model.args, config.model.init_from = {}, str(run.path / source)
     config.overwrite = overwrite
-    with pytest.raises(RunFolderError, match=r"model\.init_from .* lies in output .*, where the run writes"):
-        train(config)
-    assert contents(run.path) == before
+    assert_refused(config, RunFolderError, r"model\.init_from .* lies in output .*, where the run writes")
 
 
-def test_data_inside_an_output_is_not_overwritten(config, run, contents):
+def test_data_inside_an_output_is_not_overwritten(config, run):
     shutil.move(config.data.root, run.path / "images")
     link = run.path.parent / "link"
     link.symlink_to(run.path / "images")
-    before = contents(run.path)
     config.overwrite = True
     for root in (run.path / "images", link):
         config.data.root = str(root)
-        with pytest.raises(RunFolderError, match=r"data\.root .* lies in output .* to be overwritten"):
-            train(config)
-    assert contents(run.path) == before
+        assert_refused(config, RunFolderError, r"data\.root .* lies in output .* to be overwritten")
 
 
 def test_a_run_needs_no_description_of_its_environment(config, run, capsys):
@@ -145,23 +137,16 @@ def test_a_run_needs_no_description_of_its_environment(config, run, capsys):
     assert "finished already: epoch 2 of 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_without_configuration_is_named(config, run, contents, resume, overwrite):
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
+def test_a_run_without_configuration_is_named(config, run, resume, overwrite):
     run.config.unlink()
-    before = contents(run.path)
-    config.resume, config.overwrite = resume, overwrite and not resume
-    with pytest.raises(RunFolderError, match=r"holds files of a run, but no config\.yaml: put it back"):
-        train(config)
-    assert contents(run.path) == before
+    config.resume, config.overwrite = resume, overwrite
+    assert_refused(config, RunFolderError, r"holds files of a run, but no config\.yaml: put it back")
 
 
-def test_an_empty_configuration_is_not_taken_for_the_defaults(config, run, contents):
+def test_an_empty_configuration_is_not_taken_for_the_defaults(config, run):
     run.config.write_text("")
-    before = contents(run.path)
-    with pytest.raises(ConfigError, match=r"config\.yaml is empty"):
-        train(config)
-    assert contents(run.path) == before
+    assert_refused(config, ConfigError, r"config\.yaml is empty")
     config.overwrite = True
     train(config)
     assert len(rows(config)) == 2
@@ -171,7 +156,7 @@ def test_a_killed_overwriting_can_be_repeated_without_environment(config, run, m
     run.environment.unlink()
     config.overwrite = True
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "describe", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(RunFolder, "describe", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config)
@@ -186,12 +171,9 @@ def test_a_folder_among_the_states_is_passed_over(config, run, capsys):
     assert len(states(config)) == 2
 
 
-def test_lost_states_are_not_trained_over(config, run, contents):
+def test_lost_states_are_not_trained_over(config, run):
     shutil.rmtree(run.state_folder)
-    before = contents(run.path)
-    with pytest.raises(RunFolderError, match="holds a run of 2 epochs, but no state to go on from"):
-        train(config)
-    assert contents(run.path) == before
+    assert_refused(config, RunFolderError, "holds a run of 2 epochs, but no state to go on from")
     config.overwrite = True
     train(config)
     assert len(states(config)) == 2
@@ -249,13 +231,10 @@ def test_bad_lines_stop_neither_a_run_nor_its_readers(config, run, capsys):
 
 
 @pytest.fixture
-def stopped(config, monkeypatch):
+def stopped(config):
     """Stopped in the second epoch, with a state of its first step."""
     config.engine.save_steps = 1
-    with monkeypatch.context() as patch:
-        during_training_step(patch, STEPS + 2, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    interrupt_training(config, STEPS + 2)
     return config
 
 
@@ -266,14 +245,11 @@ def stopped(config, monkeypatch):
         (shutil.copytree, "on 3 classes, the data has 4; new: 'rouge'"),
     ],
 )
-def test_other_classes_are_refused_by_name(stopped, contents, change, message):
-    before = contents(RunFolder(stopped.output).state_folder)
+def test_other_classes_are_refused_by_name(stopped, change, message):
     for split in ("train", "val", "test"):
         root = Path(stopped.data.root) / split
         change(root / "red", root / "rouge")
-    with pytest.raises(CheckpointError, match=message):
-        train(stopped)
-    assert contents(RunFolder(stopped.output).state_folder) == before
+    assert_refused(stopped, CheckpointError, message, folder=RunFolder(stopped.output).state_folder)
 
 
 def test_another_number_of_images_is_said(stopped, capsys):

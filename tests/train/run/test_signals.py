@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 
@@ -13,7 +12,7 @@ from cbsa_torch.train.errors import InterruptedRun
 from cbsa_torch.train.run.signals import StopRequests
 from cbsa_torch.train.tasks import classification
 from tests.helpers.processes import Command
-from tests.helpers.runs import STEPS, assert_same_tensors, during_training_step, last, measured, states
+from tests.helpers.runs import STEPS, assert_same_run, during_training_step, last, states, wait_for_state
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +45,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(config, whole
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert last(config)["progress"]["step"] == STEPS + 2
     train(config)
-    assert measured(config) == measured(whole)
-    assert_same_tensors(last(config)["model"], last(whole)["model"])
+    assert_same_run(config, whole)
 
 
 def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, whole, monkeypatch):
@@ -64,8 +62,7 @@ def test_a_signal_during_validation_keeps_the_whole_epoch_of_training(config, wh
             train(config)
     during_training_step(monkeypatch, 2 * STEPS, lambda loss, logits: pytest.fail("trained again"))
     train(config)
-    assert measured(config) == measured(whole)
-    assert_same_tensors(last(config)["model"], last(whole)["model"])
+    assert_same_run(config, whole)
 
 
 def test_a_signal_in_the_last_validation_but_one_moment_too_late_ends_the_run_as_usual(config, monkeypatch):
@@ -121,11 +118,7 @@ def test_the_command_says_by_its_exit_code_that_it_can_be_continued(config, tmp_
     config.optim.batch_size, config.engine.save_steps = 1, 1  # a state while the workers are at work
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     with Command(1, "train", "--config", str(tmp_path / "config.yaml"), main=in_a_session) as command:
-        deadline = time.monotonic() + 50
-        while not states(config):
-            assert command.running()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_state(command, config)
         os.killpg(command.pids[0], number)
         result = command.wait(30)
     assert result.returncode == 75

@@ -14,14 +14,14 @@ from cbsa_torch.train.errors import ConfigError, RunFolderError
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.adaptation.stages import recover, stages
-from tests.helpers.runs import assert_same_tensors, elsewhere, last, measured
+from tests.helpers.runs import assert_refused, assert_same_run, elsewhere, interrupt_training, last
 
 
 def weights(folder):
     return load_checkpoint(RunFolder(folder).weights)[0].state_dict()
 
 
-def test_a_run_is_opened_and_goes_on_exactly(config, tmp_path, monkeypatch):
+def test_a_run_is_opened_and_goes_on_exactly(config, tmp_path):
     config.engine.save_steps = 2
     result = recover(config)
     trained = open_trained(result.folder)
@@ -29,22 +29,10 @@ def test_a_run_is_opened_and_goes_on_exactly(config, tmp_path, monkeypatch):
     measured_again = evaluate_checkpoint(result.folder, split="val", output=tmp_path / "e.json")
     assert measured_again.top1 == result.best_score
     cut = elsewhere(config, tmp_path / "cut")
-    original, calls = losses.mean_loss, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(losses, "mean_loss", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            recover(cut)
+    interrupt_training(cut, 4, recover)
     assert last(cut)["progress"]["batch"] == 2
     recover(cut)
-    assert measured(cut) == measured(config)
-    assert_same_tensors(last(cut)["model"], last(config)["model"])
+    assert_same_run(cut, config)
 
 
 def test_a_step_in_parts_with_a_teacher_is_the_step_in_one(config, tmp_path):
@@ -100,9 +88,7 @@ def test_an_adapted_run_gets_more_layers(config, tmp_path):
     more.output, more.model.layers, more.model.original = str(tmp_path / "more"), "all", str(first.folder)
     assert open_trained(recover(more).folder).info["model_args"]["layers"] == [0, 1, 2]
     more.output, more.model.mixer, more.model.args = str(tmp_path / "other"), "linear", {}
-    with pytest.raises(ConfigError, match="it is adapted already, to 'adapted_cbsa'"):
-        recover(more)
-    assert not Path(more.output).exists()
+    assert_refused(more, ConfigError, "it is adapted already, to 'adapted_cbsa'", recover)
 
 
 def test_the_rate_of_what_is_new():
@@ -140,9 +126,7 @@ def test_bad_settings_are_named_before_anything_is_written(config, changes, mess
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         setattr(getattr(config, section) if section else config, name, value)
-    with pytest.raises(ConfigError, match=message):
-        recover(config)
-    assert not Path(config.output).exists()
+    assert_refused(config, ConfigError, message, recover)
 
 
 def test_an_original_within_the_output_and_stages_of_no_epoch(config, vit):

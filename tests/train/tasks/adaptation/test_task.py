@@ -19,16 +19,14 @@ from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.adaptation.stages import recover, stages
 from tests.helpers import processes
-from tests.helpers.runs import elsewhere, measured
+from tests.helpers.runs import assert_refused, elsewhere, measured
 from tests.helpers.small_vit import adapt_config, untrained_like
 
 
 @pytest.mark.parametrize("args", [{"embed_dim": 24}, {"depth": 2}, {"depth": 4}, {"patch_size": 4}])
 def test_a_teacher_of_another_shape_is_named_before_anything_is_written(config, vit, tmp_path, args):
     config.distill.teacher = untrained_like(vit, tmp_path / "teacher.safetensors", **args)
-    with pytest.raises(ConfigError, match=r"distill\.teacher must be built as the original is"):
-        recover(config)
-    assert not Path(config.output).exists()
+    assert_refused(config, ConfigError, r"distill\.teacher must be built as the original is", recover)
 
 
 def test_a_teacher_of_another_shape_may_teach_its_logits(config, vit, tmp_path):
@@ -37,14 +35,13 @@ def test_a_teacher_of_another_shape_may_teach_its_logits(config, vit, tmp_path):
     assert recover(config).best_epoch == 1
 
 
-def test_a_teacher_within_the_output_is_refused(config, vit):
+def test_a_teacher_within_the_output_is_refused(config):
     config.distill.teacher = str(Path(config.output) / "model.safetensors")
-    with pytest.raises(RunFolderError, match=r"distill\.teacher .* lies in output"):
-        recover(config)
+    assert_refused(config, RunFolderError, r"distill\.teacher .* lies in output", recover)
 
 
-def folder_of(path, classes):
-    """Eight images for each class and split."""
+def give_other_classes(config, path, classes="ab"):
+    """Eight images for each class and split, a whole batch of which is smaller."""
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "val", "test"):
         for name in classes:
@@ -52,12 +49,13 @@ def folder_of(path, classes):
             for i in range(8):
                 pixels = torch.randint(0, 256, (8, 8), generator=generator, dtype=torch.uint8).numpy()
                 Image.fromarray(pixels).save(path / split / name / f"{i}.png")
-    return str(path)
+    config.data = dataclasses.replace(config.data, name="folder", root=str(path))
+    config.optim.batch_size = 8
 
 
 def test_other_classes_get_a_head_of_their_own(config, tmp_path):
-    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "images", "ab"))
-    config.optim.batch_size, config.tune = 8, "new"
+    give_other_classes(config, tmp_path / "images")
+    config.tune = "new"
     with pytest.raises(ConfigError, match=r"distill\.logits needs a teacher of the same classes"):
         recover(config)
     config.distill.logits = 0.0
@@ -70,19 +68,17 @@ def test_other_classes_get_a_head_of_their_own(config, tmp_path):
 
 
 def test_a_teacher_of_these_classes_teaches_a_new_head(config, vit, tmp_path):
-    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "ab", "ab"))
-    config.optim.batch_size, config.distill.features = 8, 0.0
+    give_other_classes(config, tmp_path / "ab")
+    config.distill.features = 0.0
     config.distill.teacher = untrained_like(vit, tmp_path / "teacher.safetensors", ["x", "y"])
-    with pytest.raises(ConfigError, match=r"distill\.teacher was trained on others than the data have"):
-        recover(config)
-    assert not Path(config.output).exists()
-    config.data.root = folder_of(tmp_path / "xy", "xy")
+    assert_refused(config, ConfigError, r"distill\.teacher was trained on others than the data have", recover)
+    give_other_classes(config, tmp_path / "xy", "xy")
     assert recover(config).best_epoch == 1
 
 
 def test_the_head_of_new_classes_is_trained_in_every_stage(config, tmp_path):
-    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "images", "ab"))
-    config.optim.batch_size, config.tune, config.distill.logits = 8, "new", 0.0
+    give_other_classes(config, tmp_path / "images")
+    config.tune, config.distill.logits = "new", 0.0
     assert [stage.tune_head for stage in stages(config, 1)] == [True] * 3
     recover(config, stage_epochs=1)
     heads = [
@@ -101,8 +97,8 @@ def test_both_heads_of_a_distilled_deit_are_trained(config, tmp_path):
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **args)
     info = {"model": "deit_tiny_distilled_patch16_224", "model_args": {"num_classes": 3, **args}}
     save_checkpoint(config.model.original, model, info)
-    config.data = dataclasses.replace(config.data, name="folder", root=folder_of(tmp_path / "images", "ab"))
-    config.optim.batch_size, config.tune = 8, "new"
+    give_other_classes(config, tmp_path / "images")
+    config.tune = "new"
     config.distill = dataclasses.replace(config.distill, logits=0.0, features=0.0)
     assert recover(config).best_epoch == 1
 
@@ -161,9 +157,7 @@ def test_a_cnn_cannot_be_adapted(config, tmp_path):
     config.model.original = str(tmp_path / "cnn.safetensors")
     info = {"model": "resnet10t", "model_args": args}
     save_checkpoint(config.model.original, timm.create_model("resnet10t", **args), info)
-    with pytest.raises(ConfigError, match=r"cannot be adapted: .*attention"):
-        recover(config)
-    assert not Path(config.output).exists()
+    assert_refused(config, ConfigError, r"cannot be adapted: .*attention", recover)
 
 
 def for_processes(vit, folder):

@@ -7,12 +7,19 @@ import pytest
 
 from cbsa_torch.train import train
 from tests.helpers.masked_folder import tiny_segmentation, write_masked_folder
+from tests.helpers.pairs import write_pairs
 
 
 @pytest.fixture
 def config(tmp_path):
     """Two epochs of three steps."""
     return tiny_segmentation(write_masked_folder(tmp_path / "scenes"), tmp_path / "run")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A folder of a few pairs of three classes."""
+    return write_pairs(tmp_path / "data")
 
 
 @pytest.fixture(scope="session")

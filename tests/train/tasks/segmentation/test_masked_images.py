@@ -12,16 +12,11 @@ from torch.utils.data import DataLoader
 from cbsa_torch.images import IGNORE, DataError
 from cbsa_torch.train.data import read_skipped
 from cbsa_torch.train.tasks.segmentation import SegmentationDataConfig, evaluation_transform, open_segmentation
-from tests.helpers.pairs import SIZE, write_image_or_mask, write_pairs
+from tests.helpers.pairs import SIZE, write_image_or_mask
 
 
 def config(root, **changes):
     return SegmentationDataConfig(root=str(root), workers=0, **changes)
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "data")
 
 
 def cut_short(path):

@@ -12,16 +12,11 @@ from cbsa_torch.train.tasks.segmentation import (
     open_segmentation,
     open_segmentation_split,
 )
-from tests.helpers.pairs import NAMES, SIZE, write_pairs
+from tests.helpers.pairs import NAMES, SIZE
 
 
 def config(root, name="folder", **changes):
     return SegmentationDataConfig(name=name, root=str(root), workers=0, **changes)
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "data")
 
 
 def test_a_folder_opens_with_its_three_splits(pairs):

@@ -17,10 +17,7 @@ from cbsa_torch.train.tasks.segmentation import (
     evaluation_transform,
     training_transform,
 )
-from cbsa_torch.train.tasks.segmentation.transforms import (
-    largest_share,
-    photometric_distortion,
-)
+from cbsa_torch.train.tasks.segmentation.transforms import largest_share, photometric_distortion
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
