@@ -13,6 +13,7 @@ from timm.data.auto_augment import (
     posterize,
     rand_augment_transform,
 )
+from torchvision.transforms import Compose
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.random import keep_random_states
@@ -58,8 +59,10 @@ def check_augmentation(text: str | None, mode: str) -> None:
             )
     options = {"translate_const": 10, "img_mean": (128,) * len(mode)}
     try:
+        transform = Compose([POLICIES[policy](text, options)])
+        keep_one_bit(transform)  # as the loader does
         with keep_random_states():
-            POLICIES[policy](text, options)(Image.new(mode, (32, 32)))
+            transform(Image.new(mode, (32, 32)))
     except Exception as error:  # timm raises AssertionError, KeyError, ValueError and others
         raise ConfigError(
             f"data.auto_augment {text!r} cannot be used: {type(error).__name__}: {error}"
