@@ -278,8 +278,9 @@ def follow_grid(
     """Let the token mixers in a model take their grid from its patch embedding.
 
     timm's constructors with ``attn_layer=`` do this by themselves; call it after you put a layer into a model
-    that is already there, or for models of another make. A grid that a layer was given (``set_input_size``)
-    goes first.
+    that is already there (until then it raises, if it replaced another), for models of another make, and
+    without the hook of :func:`install_grid_hook`. A grid that a layer was given (``set_input_size``) goes
+    first.
 
     Args:
         model: what holds the layers.
@@ -309,7 +310,7 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
     Yields:
         A follower for each layer that has a ``patch_embed`` around it, or follows one already.
     """
-    asked = {layer: getattr(layer, "grid_source", None) for layer in layers}
+    asked = {layer: getattr(layer, "grid_follower", None) for layer in layers}
     found: dict[nn.Module, GridFollower] = {layer: own for layer, own in asked.items() if own is not None}
     sources = []
     try:
@@ -346,6 +347,7 @@ install_grid_hook_once = functools.cache(install_grid_hook)
 def remove_grid_hook() -> None:
     """Remove the hook of :func:`install_grid_hook`: layers of later models need :func:`follow_grid`.
 
+    Layers that are built without the hook assume no square: those that need a grid raise until they have one.
     Models that are built already go on as they are.
     """
     install_grid_hook_once()  # now, so that no mixer does it
@@ -356,10 +358,19 @@ def remove_grid_hook() -> None:
 _installed: list[RemovableHandle] = []
 
 
+def has_grid_hook() -> bool:
+    """Whether the hook of :func:`install_grid_hook` is there now."""
+    return bool(_installed)
+
+
 def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    before = module._modules.get(EMBEDDING)
     if child is None:
         return
+    replaced = module._modules.get(name)
+    if replaced is not None:
+        # The model around may have a patch embedding, which is not seen from here.
+        _assume_no_squares(child, known=set(replaced.modules()))
+    before = module._modules.get(EMBEDDING)
     if name != EMBEDDING:
         # Again with every part: a subclass may add prefix tokens after its blocks.
         if before is not None:
@@ -368,12 +379,20 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
         _follow(module, child, [part for part in module.children() if part is not before])
 
 
+def _assume_no_squares(module: nn.Module, known: set[nn.Module]) -> None:
+    """Tell all mixers in a module, but those that are ``known``: they were only wrapped."""
+    for part in module.modules():
+        mixer: Any = part
+        if hasattr(mixer, "grid_follower") and mixer not in known:
+            mixer.assumes_square = False
+
+
 def _follow(
     model: nn.Module, embedding: nn.Module, parts: Iterable[nn.Module], num_prefix_tokens: int | None = None
 ) -> int:
     """Let the mixers in the ``parts`` of a model follow; how many there are."""
     parts = list(parts)
-    mixers: set[Any] = {m for m in _modules_inside(parts, embedding) if hasattr(m, "grid_source")}
+    mixers: set[Any] = {m for m in _modules_inside(parts, embedding) if hasattr(m, "grid_follower")}
     if num_prefix_tokens is None:
         num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
     source = next(iter(_owners(embedding, GridSource)), None)
@@ -386,8 +405,8 @@ def _follow(
     for part in parts:
         source.surround(part, mixers)
     for mixer in mixers:
-        if mixer.grid_source is None or mixer.grid_source.source is not source:
-            mixer.grid_source = source.follower()
+        if mixer.grid_follower is None or mixer.grid_follower.source is not source:
+            mixer.grid_follower = source.follower()
     return len(mixers)
 
 
@@ -426,4 +445,4 @@ def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> Gr
 def _asks(module: nn.Module) -> bool:
     """Whether it is a layer that needs a grid and was not given one."""
     layer: Any = module
-    return hasattr(module, "grid_source") and layer.needs_grid and layer.grid_size is None
+    return hasattr(module, "grid_follower") and layer.needs_grid and layer.grid_size is None
