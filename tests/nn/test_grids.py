@@ -425,6 +425,75 @@ def test_layers_put_in_later_follow_when_told():
     assert_close(model(WIDE), told(model, WIDE), 1e-6)
 
 
+def appended_copy(model):
+    model(SQUARE)
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+
+
+def appended_block(model):
+    model.blocks.append(type(model.blocks[0])(24, 2, attn_layer=AgentAttention).eval())
+
+
+def replaced_attention(model):
+    model.blocks[1].attn = AgentAttention(24, 2)
+
+
+def moved_block(model):
+    other = flexible()
+    other(TALL)
+    model.blocks[1] = other.blocks[1]
+
+
+@pytest.mark.parametrize("change", [appended_copy, appended_block, replaced_attention, moved_block])
+@torch.no_grad()
+def test_parts_that_join_a_model_later_follow_its_images(change):
+    model = flexible()
+    change(model)
+    for image in IMAGES:
+        assert_close(model(image), told(model, image), 1e-6)
+
+
+@torch.no_grad()
+def test_models_side_by_side_keep_their_grids():
+    both = nn.ModuleList([flexible(), flexible()])
+    both[0](WIDE), both[1](TALL)
+    layer = CBSA(24, 2)
+    both.append(layer)
+    assert_close(layer(torch.ones(1, 16, 24)), layer(torch.ones(1, 16, 24), (4, 4)), 1e-6)
+    for image in (WIDE, TALL):
+        for model in both[:2]:
+            assert_close(model(image), told(model, image), 1e-6)
+
+
+@torch.no_grad()
+def test_a_copied_block_alone_knows_no_grid():
+    model = flexible()
+    model(WIDE)
+    with pytest.raises(ValueError, match="nothing tells their grid"):
+        copy.deepcopy(model.blocks[0])(torch.randn(1, 17, 24))
+
+
+def test_images_that_stop_early_do_not_disturb_the_next():
+    model = flexible()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            model.forward_intermediates(WIDE, indices=[0], stop_early=True)
+            outputs = model.forward_head(model.forward_features(TALL))
+        with torch.no_grad():
+            assert_close(outputs.clone(), told(model, TALL), 1e-6)
+
+
+@torch.no_grad()
+def test_the_size_that_a_model_is_set_to_counts():
+    model = vit(AgentAttention)
+    model.set_input_size(img_size=(32, 128))
+    tokens = torch.randn(1, 17, 24)
+    expected = copy.deepcopy(model)
+    for block in expected.blocks:
+        block.attn.set_input_size((2, 8), 1)
+    assert_close(model.blocks(tokens), expected.blocks(tokens), 1e-6)
+
+
 @torch.no_grad()
 def test_layers_that_replace_others_assume_no_square():
     holder = nn.Sequential(nn.Identity(), nn.Sequential(CBSA(24, 2)))

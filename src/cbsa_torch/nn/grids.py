@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ class GridSource:
     def __init__(self, model: nn.Module, embedding: nn.Module, num_prefix_tokens: int | None) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         """None: what the grid leaves."""
-        self.built_for: GridSize | None = getattr(embedding, "grid_size", None)
+        self.embedding: weakref.ref[nn.Module] | None = weakref.ref(embedding)
+        """None for a copy, until its own embedding is called."""
         self.fixed_size: bool = getattr(embedding, "strict_img_size", False)
         self.seen: set[GridSize | None] = set()
         """Every grid so far, None for those that were not noted."""
@@ -57,7 +59,14 @@ class GridSource:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "graphs": defaultdict(set), "handles": []}
+        # A copy may be of a few blocks, without the embedding: it knows nothing until its embedding is called.
+        return {**vars(self), "graphs": defaultdict(set), "handles": [], "seen": set(), "embedding": None}
+
+    @property
+    def built_for(self) -> GridSize | None:
+        """The grid of the images that the model is set up for; None if nothing tells."""
+        embedding = None if self.embedding is None else self.embedding()
+        return getattr(embedding, "grid_size", None)
 
     def follower(self) -> GridFollower:
         """A new follower: one for each module that asks."""
@@ -82,6 +91,14 @@ class GridSource:
                 ]
         return bool(around)
 
+    def lead(self, parts: Iterable[nn.Module], mixers: set[Any]) -> None:
+        """Let the ``mixers`` in ``parts`` of the model follow."""
+        for part in parts:
+            self.surround(part, mixers)
+        for mixer in mixers:
+            if mixer.grid_follower is None or mixer.grid_follower.source is not self:
+                mixer.grid_follower = self.follower()
+
     def remove(self) -> None:
         """Take all hooks away again."""
         while self.handles:
@@ -102,6 +119,7 @@ class GridSource:
             earlier = state.traced if fresh or self._is_waiting() else None
             state.traced = Traced(grid, self._new_graph(), earlier)
             return
+        self.embedding = weakref.ref(embedding)
         self.settle(state)
         state.blocks.clear()  # those that failed in compiled code
         self._expect(state, grid)
@@ -230,7 +248,7 @@ class GridFollower:
         del state.blocks[depth:]
         y = output[0] if isinstance(output, tuple) and output else output
         if found is not None and isinstance(y, Tensor) and y.ndim == 3 and self.source.fits(found.grid, y):
-            self.source.tags.put(y, found)
+            self.source.tags.put(y, found, is_new=True)
 
     def _find(self, state: ThreadState, x: Tensor) -> Pass | None:
         """The pass that tokens belong to: theirs, that of the block around, or the one that can be meant."""
@@ -370,6 +388,8 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
     if replaced is not None:
         # The model around may have a patch embedding, which is not seen from here.
         _assume_no_squares(child, known=set(replaced.modules()))
+    if replaced is not None or isinstance(module, (nn.Sequential, nn.ModuleList)):
+        _join(child, [*module.children()] if replaced is None else [replaced, *module.children()])
     before = module._modules.get(EMBEDDING)
     if name != EMBEDDING:
         # Again with every part: a subclass may add prefix tokens after its blocks.
@@ -377,6 +397,16 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
             _follow(module, before, [child])
     elif before is None or before not in child.modules():  # not just wrapped, by torch.compile for example
         _follow(module, child, [part for part in module.children() if part is not before])
+
+
+def _join(child: nn.Module, others: list[nn.Module]) -> None:
+    """Let the mixers in a new part of a model follow what those it replaces, or those beside it, follow."""
+    mixers: set[Any] = {part for part in _modules_inside([child]) if hasattr(part, "grid_follower")}
+    if mixers:
+        leaders = (getattr(part, "grid_follower", None) for part in _modules_inside(others))
+        leader = next((leader for leader in leaders if leader is not None), None)
+        if leader is not None:
+            leader.source.lead([child], mixers)
 
 
 def _assume_no_squares(module: nn.Module, known: set[nn.Module]) -> None:
@@ -401,17 +431,12 @@ def _follow(
             return 0
         source = GridSource(model, embedding, num_prefix_tokens)
     source.num_prefix_tokens = num_prefix_tokens
-    source.built_for = getattr(embedding, "grid_size", None)
-    for part in parts:
-        source.surround(part, mixers)
-    for mixer in mixers:
-        if mixer.grid_follower is None or mixer.grid_follower.source is not source:
-            mixer.grid_follower = source.follower()
+    source.lead(parts, mixers)
     return len(mixers)
 
 
-def _modules_inside(parts: Iterable[nn.Module], embedding: nn.Module) -> Iterator[nn.Module]:
-    """The modules in parts of a model, but not those below another patch embedding than this."""
+def _modules_inside(parts: Iterable[nn.Module], embedding: nn.Module | None = None) -> Iterator[nn.Module]:
+    """The modules in parts of a model, but not those inside models with another patch embedding than this."""
     for part in parts:
         yield part
         if part._modules.get(EMBEDDING) in (None, embedding):
