@@ -350,7 +350,8 @@ def remove_grid_hook() -> None:
     """Remove the hook of :func:`install_grid_hook`: layers of later models need :func:`follow_grid`.
 
     Layers that are built without the hook assume no square: those that need a grid raise until they have one.
-    Models that are built already go on as they are.
+    Models and layers that are built already go on as they are: such a layer, put into a model after this, still
+    assumes a square.
     """
     install_grid_hook_once()  # now, so that no mixer does it
     while _installed:
