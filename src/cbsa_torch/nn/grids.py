@@ -7,7 +7,8 @@ feature extractors) calls its patch embedding first: a forward hook there sees t
 (:mod:`cbsa_torch.nn.grid_passes`), or raises where they may be of several.
 
 ``torch.compile`` traces the embedding and the layers of a model in one graph, where the grid is an attribute,
-written and read. A block that is compiled alone leaves its graph to ask, at both of its ends.
+written and read. A block that is compiled alone breaks the graph before and after the block to look the grid
+up.
 
 One case is not seen: tokens embedded in one thread and encoded in another, which has itself embedded an image
 with as many patches, outside a call of the whole model, and not encoded it yet. They are taken for that image.
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
+from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn.grid_passes import Pass, PassTags, PerThread, ThreadState, Traced
 
@@ -152,15 +154,18 @@ class GridSource:
 
     # While Dynamo traces: it simulates what it traces, but it calls these, and what they return is constant.
 
+    @called_while_tracing
     def graph_before(self) -> int:
         """The number of the graph that embedded before this trace."""
         return self.threads.state.traced.graph
 
+    @called_while_tracing
     def _is_waiting(self) -> bool:
         """Whether what it embedded was not encoded in it."""
         graph = self.graph_before()
         return graph > 0 and not self.graphs[graph]
 
+    @called_while_tracing
     def _new_graph(self) -> int:
         """A number for an embedding in a graph."""
         if not self.fixed_size:
@@ -168,13 +173,10 @@ class GridSource:
         self.threads.graph = next(_graph_numbers)
         return self.threads.graph
 
+    @called_while_tracing
     def join_graph(self, follower: int) -> None:
         """Note that a follower is in the graph, after the embedding."""
         self.graphs[self.threads.graph].add(follower)
-
-    for _function in (graph_before, _is_waiting, _new_graph, join_graph):
-        # What torch.compiler.assume_constant_result does, but that would import the compiler (a second).
-        _function._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 class GridFollower:
@@ -366,7 +368,8 @@ def remove_grid_hook() -> None:
     """Remove the hook of :func:`install_grid_hook`: layers of later models need :func:`follow_grid`.
 
     Layers that are built without the hook assume no square: those that need a grid raise until they have one.
-    Models that are built already go on as they are.
+    Models and layers that are built already go on as they are: such a layer, put into a model after this, still
+    assumes a square.
     """
     install_grid_hook_once()  # now, so that no mixer does it
     while _installed:

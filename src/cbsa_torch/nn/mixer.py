@@ -44,7 +44,7 @@ from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
 from cbsa_torch.ops.pooling import check_grid
 
-STEPS = ("step_", "temperature")
+_STEPS = ("step_", "temperature")
 """Name prefixes of per-head parameters: step sizes and temperatures."""
 
 
@@ -250,10 +250,14 @@ class TokenMixer(nn.Module, abc.ABC):
         like = next(self.qkv.parameters())
         return nn.Parameter(torch.empty(self.num_heads, device=like.device, dtype=like.dtype))
 
+    def step_names(self) -> list[str]:
+        """Names of the mixer's own parameters with one number per head: step sizes and temperatures."""
+        return [name for name, _ in self.named_parameters(recurse=False) if name.startswith(_STEPS)]
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: step sizes, temperatures and orthonormal bases."""
-        steps = {name for name, _ in self.named_parameters(recurse=False) if name.startswith(STEPS)}
-        return steps | {f"{name}.parametrizations.weight.original" for name in self._orthonormal_layers()}
+        bases = (f"{name}.parametrizations.weight.original" for name in self._orthonormal_layers())
+        return {*self.step_names(), *bases}
 
     def _orthonormal_layers(self) -> dict[str, nn.Linear]:
         found = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))
