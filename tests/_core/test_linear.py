@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 from cbsa_torch import CBSA
-from cbsa_torch._core.linear import is_plain_linear, matrix_of
+from cbsa_torch._core.linear import is_offloaded, is_plain_linear, matrix_of
 from cbsa_torch.nn import MSSA
 from tests.helpers.compare import assert_close
 
@@ -287,3 +287,10 @@ def test_what_cannot_be_drawn_anew_is_left_as_it_is(change):
         with pytest.raises(ValueError, match="reset_parameters cannot draw"):
             layer.reset_parameters()
         assert torch.equal(layer(X), before)
+
+
+def test_offloaded_layers_are_told_from_those_on_meta():
+    layer, meta = CBSA(DIM, HEADS), CBSA(DIM, HEADS, device="meta")
+    assert [is_offloaded(m) for m in (layer, meta)] == [False, False]
+    offloaded(layer)
+    assert [is_offloaded(m) for m in (layer, layer.qkv, nn.Sequential(layer))] == [True, True, True]

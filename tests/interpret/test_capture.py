@@ -289,3 +289,14 @@ def test_capture_under_autocast():
         model(torch.randn(1, 16, DIM))
     assert records["0"].tokens.dtype == torch.bfloat16
     assert records["1"].stages.attention.dtype == torch.float32
+
+
+def test_offloaded_layers_are_refused():
+    accelerate = pytest.importorskip("accelerate", reason="offloads the model")
+    model = cbt()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with (
+        pytest.raises(ValueError, match=r"blocks.0.attn keeps its weights elsewhere"),
+        interpret.capture(model),
+    ):
+        model(torch.randn(1, 1, 8, 8))

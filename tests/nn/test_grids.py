@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import itertools
+import pickle
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +38,8 @@ def told(model, image):
     """The output of a copy whose layers were given the grid."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if hasattr(module, "grid_source"):
-            module.grid_source = None
+        if hasattr(module, "grid_follower"):
+            module.grid_follower = None
             grid = (image.shape[2] // 16, image.shape[3] // 16)
             module.set_input_size(grid, num_prefix_tokens=model.num_prefix_tokens)
     return model(image)
@@ -147,7 +148,7 @@ def test_copies_have_grids_of_their_own():
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert other.blocks[0].attn.grid_source.source is not model.blocks[0].attn.grid_source.source
+        assert other.blocks[0].attn.grid_follower.source is not model.blocks[0].attn.grid_follower.source
         assert_right([other(image) for image in IMAGES], model)
 
 
@@ -370,7 +371,7 @@ def test_recomputation_of_changed_tokens_is_refused():
 
 def test_nothing_is_kept():
     model, outputs = flexible(), []
-    source = model.blocks[0].attn.grid_source.source
+    source = model.blocks[0].attn.grid_follower.source
     handle = model.blocks[0].register_forward_hook(lambda _, __, out: outputs.append(weakref.ref(out)))
     model.set_grad_checkpointing(True)
     gc.disable()
@@ -415,10 +416,102 @@ def test_layers_put_in_later_follow_when_told():
     options = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": (32, 128), "num_classes": 3}
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
     model.blocks[1].attn = AgentAttention(24, 2)
+    for unaware in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match=r"17 tokens, and assumes no square.*follow_grid\(model\)"):
+            unaware(WIDE)
     assert follow_grid(model) == 1
     assert model.blocks[1].attn.token_grid(torch.randn(1, 17, 24)) == ((2, 8), 1)
     model.patch_embed = copy.deepcopy(model.patch_embed)
     assert_close(model(WIDE), told(model, WIDE), 1e-6)
+
+
+def appended_copy(model):
+    model(SQUARE)
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+
+
+def appended_block(model):
+    model.blocks.append(type(model.blocks[0])(24, 2, attn_layer=AgentAttention).eval())
+
+
+def replaced_attention(model):
+    model.blocks[1].attn = AgentAttention(24, 2)
+
+
+def moved_block(model):
+    other = flexible()
+    other(TALL)
+    model.blocks[1] = other.blocks[1]
+
+
+@pytest.mark.parametrize("change", [appended_copy, appended_block, replaced_attention, moved_block])
+@torch.no_grad()
+def test_parts_that_join_a_model_later_follow_its_images(change):
+    model = flexible()
+    change(model)
+    for image in IMAGES:
+        assert_close(model(image), told(model, image), 1e-6)
+
+
+@torch.no_grad()
+def test_models_side_by_side_keep_their_grids():
+    both = nn.ModuleList([flexible(), flexible()])
+    both[0](WIDE), both[1](TALL)
+    layer = CBSA(24, 2)
+    both.append(layer)
+    assert_close(layer(torch.ones(1, 16, 24)), layer(torch.ones(1, 16, 24), (4, 4)), 1e-6)
+    for image in (WIDE, TALL):
+        for model in both[:2]:
+            assert_close(model(image), told(model, image), 1e-6)
+
+
+@torch.no_grad()
+def test_a_copied_block_alone_knows_no_grid():
+    model = flexible()
+    model(WIDE)
+    with pytest.raises(ValueError, match="nothing tells their grid"):
+        copy.deepcopy(model.blocks[0])(torch.randn(1, 17, 24))
+
+
+def test_images_that_stop_early_do_not_disturb_the_next():
+    model = flexible()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            model.forward_intermediates(WIDE, indices=[0], stop_early=True)
+            outputs = model.forward_head(model.forward_features(TALL))
+        with torch.no_grad():
+            assert_close(outputs.clone(), told(model, TALL), 1e-6)
+
+
+@torch.no_grad()
+def test_the_size_that_a_model_is_set_to_counts():
+    model = vit(AgentAttention)
+    model.set_input_size(img_size=(32, 128))
+    tokens = torch.randn(1, 17, 24)
+    expected = copy.deepcopy(model)
+    for block in expected.blocks:
+        block.attn.set_input_size((2, 8), 1)
+    assert_close(model.blocks(tokens), expected.blocks(tokens), 1e-6)
+
+
+@torch.no_grad()
+def test_layers_that_replace_others_assume_no_square():
+    holder = nn.Sequential(nn.Identity(), nn.Sequential(CBSA(24, 2)))
+    tokens = torch.randn(1, 16, 24)
+    standing = holder[1][0]
+    holder[1] = nn.Sequential(standing)  # only wrapped
+    assert_close(holder(tokens), standing(tokens, (4, 4)), 1e-6)
+    holder[0] = nn.Sequential(CBSA(24, 2))
+    layer = holder[0][0]
+    with pytest.raises(ValueError, match="CBSA got 16 tokens"):
+        holder(tokens)
+    assert layer(torch.randn(1, 24, 4, 4)).shape == (1, 24, 4, 4)
+    wide = layer(tokens, (2, 8))
+    assert not torch.allclose(wide, standing(tokens, (4, 4)))
+    layer.set_input_size((2, 8))
+    assert_close(layer(tokens), wide, 1e-6)
+    holder[0] = MSSA(24, 2)  # needs no grid
+    assert holder(tokens).shape == tokens.shape
 
 
 class Tower(nn.Module):
@@ -475,10 +568,14 @@ def test_the_hook_can_be_removed():
     try:
         remove_grid_hook()
         assert not any(hook is grids._on_registration for hook in hooks.values())
-        assert vit().blocks[0].attn.grid_source is None  # building a mixer does not bring it back
+        model = vit(AgentAttention, img_size=(32, 128))  # building a mixer does not bring it back
+        with pytest.raises(ValueError, match=r"17 tokens, and assumes no square.*follow_grid\(model\)"):
+            model(WIDE)
+        assert follow_grid(model) == 2
+        assert_close(model(WIDE), told(model, WIDE), 1e-6)
         install_grid_hook()
         install_grid_hook()
         assert sum(hook is grids._on_registration for hook in hooks.values()) == 1
-        assert vit().blocks[0].attn.grid_source is not None
+        assert vit().blocks[0].attn.grid_follower is not None
     finally:
         install_grid_hook()

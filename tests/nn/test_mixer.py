@@ -461,10 +461,10 @@ def test_the_grid_is_asked_for_once_and_not_when_computing_again(mixer, recomput
             return (2, 8)
 
     layer = mixer(DIM, HEADS, num_representatives=4, recompute=recompute)
-    layer.grid_source = Source()
+    layer.grid_follower = Source()
     x = torch.randn(2, 16, DIM, requires_grad=True)
     layer(x).sum().backward()
-    assert layer.grid_source.calls == 1
+    assert layer.grid_follower.calls == 1
     assert_close(layer(x), layer(x, (2, 8)), 0)
     source = layer.read(x)
     assert (source.grid_size, source.num_prefix_tokens, source.map_grid) == ((2, 8), 0, None)

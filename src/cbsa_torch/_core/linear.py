@@ -14,16 +14,17 @@ from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
 from cbsa_torch._core.autodiff import is_transformed
+from cbsa_torch._core.compiler import COMPILED
 
 _TENSORS_OF_TORCH = ("FakeTensor", "FunctionalTensor", "DTensor")
 """Tensor classes that compute as their values do. Other subclasses, such as quantised ones, are not read."""
-_WRAPPED = ("base_layer", "original_module", "_orig_mod")
+_WRAPPED = ("base_layer", "original_module", COMPILED)
 """Where wrappers keep the layer that they change: adapters and saved modules of peft, ``torch.compile``."""
 _LARGEST_DEVIATION = 0.1
 """From an affine map, relative: far above rounding and 8-bit quantisation, far below a non-linearity."""
 
 
-def changed_calls(module: nn.Module) -> str:
+def call_changes(module: nn.Module) -> str:
     """What was done to a module that acts when it is called, for an error message; empty if nothing was."""
     if "forward" in vars(module):
         return "its forward was replaced"
@@ -42,7 +43,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
     return (
         isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward
-        and not changed_calls(layer)
+        and not call_changes(layer)
         and not _has_acting_global_hook()
         and all(is_readable(layer._parameters.get(name)) for name in ("weight", "bias"))
     )
@@ -99,11 +100,19 @@ def why_not_drawn(module: nn.Module) -> str:
         return f"{kind} is an adapter, or quantised"
     if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
         return "its weight is computed from something else (parametrised, pruned)"
-    if "forward" in vars(module) and any(parameter.is_meta for parameter in held):
+    if is_offloaded(module):
         return "its weights are offloaded"
     if not all(is_readable(parameter) for parameter in held):
         return f"its parameters are not ordinary tensors: {type(held[0]).__name__}"
     return ""
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether parameters in a module are elsewhere between its calls: on meta, and a ``forward`` loads them."""
+    return any(
+        "forward" in vars(part) and any(parameter.is_meta for parameter in part.parameters())
+        for part in module.modules()
+    )
 
 
 def is_readable(tensor: Tensor | None) -> bool:
@@ -117,7 +126,7 @@ def _check_affine(layer: nn.Linear, matrix: Tensor, probe: Tensor, out: Tensor) 
         return
     got, expected = out[-1], out[-2] + probe[-1].to(matrix.dtype) @ matrix.mT
     if (got - expected).abs().max() > _LARGEST_DEVIATION * torch.maximum(got.abs().max(), expected.abs().max()):
-        why = changed_calls(layer) or f"{type(layer).__name__} has a forward of its own"
+        why = call_changes(layer) or f"{type(layer).__name__} has a forward of its own"
         raise ValueError(
             "the matrix of a projection is needed (it is tied, or measured), and this one is no affine map "
             f"x W^T + b: {why}"

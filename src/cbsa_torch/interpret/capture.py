@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch._core.linear import is_readable
+from cbsa_torch._core.compiler import COMPILED
+from cbsa_torch._core.linear import is_offloaded, is_readable
 from cbsa_torch._core.modes import uncompiled
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
 from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
 from cbsa_torch.nn.grids import GridFollower, watch_grids
 from cbsa_torch.nn.tokens import as_token_mask, is_token_mask, resolve_grid
-
-_WRAPPED = "_orig_mod"
-"""Where ``torch.compile`` keeps the module that it wraps."""
 
 Locate = Callable[..., tuple[GridSize | None, int]]
 """The grid of a layer's tokens and the number of prefix tokens: :func:`_locate`, knowing the model."""
@@ -137,8 +135,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Every measure names layers by this, so that names can be matched.
     """
     for name, module in model.named_modules():
-        if _WRAPPED not in module._modules:
-            yield ".".join(part for part in name.split(".") if part != _WRAPPED), module
+        if COMPILED not in module._modules:
+            yield ".".join(part for part in name.split(".") if part != COMPILED), module
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -231,7 +229,7 @@ def _locate(
 
 def _read_mixer(name: str, layer: TokenMixer, locate: Locate, *args: Any, **kwargs: Any) -> LayerRecord:
     x: Tensor = next(iter(inspect.signature(layer.forward).bind(*args, **kwargs).arguments.values()))
-    if any(p.is_meta for p in layer.parameters()) and not x.is_meta:
+    if is_offloaded(layer) and not x.is_meta:
         raise ValueError(
             f"{name} keeps its weights elsewhere between calls (offloaded): load them to capture it"
         )

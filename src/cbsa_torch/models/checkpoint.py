@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from cbsa_torch._core.compiler import COMPILED
 from cbsa_torch._core.files import write_atomically
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
@@ -204,7 +205,7 @@ def unwrap(content: Any, source: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{source} holds tensors that are not dense, whole and of 16 bit or more: {odd[:5]}"
         )
-    stripped = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in content.items()}
+    stripped = {re.sub(rf"^(module\.|{COMPILED}\.)+", "", str(key)): value for key, value in content.items()}
     if len(stripped) < len(content):
         raise CheckpointError(f"{source} holds tensors whose names differ by a module. prefix alone")
     return stripped

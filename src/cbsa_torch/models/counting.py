@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Attention
-from timm.layers.attention import AttentionRope
-from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch._core.linear import is_plain_linear
 from cbsa_torch._core.modes import evaluating
+from cbsa_torch.models.adapt.find import SOFTMAX
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.models.segmentation.decoder import CosineSimilarity
 from cbsa_torch.nn import ISTA, TokenMixer
@@ -131,8 +129,7 @@ def _countable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-_SOFTMAX = (Attention, AttentionRope, EvaAttention)
-_PARTS = (TokenMixer, ISTA, *_SOFTMAX, CosineSimilarity)
+_PARTS = (TokenMixer, ISTA, *SOFTMAX, CosineSimilarity)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -178,7 +175,7 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         return counting.linear(tokens, module.in_features, module.out_features)
     if isinstance(module, ISTA):
         return counting.ista(x.numel() // x.shape[-1], x.shape[-1])
-    if isinstance(module, _SOFTMAX) or is_hugging_face(module):
+    if isinstance(module, SOFTMAX) or is_hugging_face(module):
         return _count_softmax(module, x)
     if isinstance(module, CosineSimilarity):
         classes: Tensor = args[1]

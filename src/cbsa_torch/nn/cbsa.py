@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, exact_eps
-from cbsa_torch._core.linear import changed_calls, is_plain_linear
+from cbsa_torch._core.linear import call_changes, is_plain_linear
 from cbsa_torch._core.types import (
     CONTRACTIONS,
     IMPLS,
@@ -114,7 +114,7 @@ class CBSA(TokenMixer):
 
     def mix_and_project(self, heads: Heads) -> Tensor:
         """Hand the output projection to the operator where nothing comes between."""
-        between = not isinstance(self.norm, nn.Identity) or changed_calls(self.norm)
+        between = not isinstance(self.norm, nn.Identity) or bool(call_changes(self.norm))
         if between or not (self.proj is None or is_plain_linear(self.proj)):
             return super().mix_and_project(heads)
         if self.proj is None:

@@ -112,16 +112,20 @@ class PassTags:
         """The pass of ``x``, if it is known."""
         tag = self._by_address.get(_address(x))
         tensor = None if tag is None else tag()
-        if tag is None or tensor is None or tag.version != x._version:
+        if tag is None or tensor is None or tag.version != _version(x):
             return None
         return tag.found if tensor.shape == x.shape and tensor.stride() == x.stride() else None
 
-    def put(self, x: Tensor, found: Pass) -> None:
-        """Tag ``x``, where that is possible."""
+    def put(self, x: Tensor, found: Pass, *, is_new: bool = False) -> None:
+        """Tag ``x``, where that is possible.
+
+        ``is_new``: a block has just made it. Other inference tensors are not tagged, since nothing tells
+        whether they are written into.
+        """
         address = _address(x)
-        if address:
+        if address and (is_new or not x.is_inference()):
             tag = _Tag(x, self._drop)
-            tag.address, tag.version, tag.found = address, x._version, found
+            tag.address, tag.version, tag.found = address, _version(x), found
             self._by_address[address] = tag
 
     def _drop(self, tag: _Tag) -> None:
@@ -129,9 +133,14 @@ class PassTags:
             del self._by_address[tag.address]
 
 
+def _version(x: Tensor) -> int:
+    """How often ``x`` was written into; inference tensors do not count it."""
+    return 0 if x.is_inference() else x._version
+
+
 def _address(x: Tensor) -> int:
-    """Where the values are; 0 where nothing lasting tells (fake tensors, transforms, no version counter)."""
-    if type(x) is not Tensor or x.is_inference():
+    """Where the values are; 0 where nothing lasting tells (fake tensors, transforms)."""
+    if type(x) is not Tensor:
         return 0
     try:
         return x.data_ptr()

@@ -7,7 +7,8 @@ feature extractors) calls its patch embedding first: a forward hook there sees t
 (:mod:`cbsa_torch.nn.grid_passes`), or raises where they may be of several.
 
 ``torch.compile`` traces the embedding and the layers of a model in one graph, where the grid is an attribute,
-written and read. A block that is compiled alone leaves its graph to ask, at both of its ends.
+written and read. A block that is compiled alone breaks the graph before and after the block to look the grid
+up.
 
 One case is not seen: tokens embedded in one thread and encoded in another, which has itself embedded an image
 with as many patches, outside a call of the whole model, and not encoded it yet. They are taken for that image.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
+from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn.grid_passes import Pass, PassTags, PerThread, ThreadState, Traced
 
@@ -41,7 +44,8 @@ class GridSource:
     def __init__(self, model: nn.Module, embedding: nn.Module, num_prefix_tokens: int | None) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         """None: what the grid leaves."""
-        self.built_for: GridSize | None = getattr(embedding, "grid_size", None)
+        self.embedding: weakref.ref[nn.Module] | None = weakref.ref(embedding)
+        """None for a copy, until its own embedding is called."""
         self.fixed_size: bool = getattr(embedding, "strict_img_size", False)
         self.seen: set[GridSize | None] = set()
         """Every grid so far, None for those that were not noted."""
@@ -57,7 +61,14 @@ class GridSource:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "graphs": defaultdict(set), "handles": []}
+        # A copy may be of a few blocks, without the embedding: it knows nothing until its embedding is called.
+        return {**vars(self), "graphs": defaultdict(set), "handles": [], "seen": set(), "embedding": None}
+
+    @property
+    def built_for(self) -> GridSize | None:
+        """The grid of the images that the model is set up for; None if nothing tells."""
+        embedding = None if self.embedding is None else self.embedding()
+        return getattr(embedding, "grid_size", None)
 
     def follower(self) -> GridFollower:
         """A new follower: one for each module that asks."""
@@ -82,6 +93,14 @@ class GridSource:
                 ]
         return bool(around)
 
+    def lead(self, parts: Iterable[nn.Module], mixers: set[Any]) -> None:
+        """Let the ``mixers`` in ``parts`` of the model follow."""
+        for part in parts:
+            self.surround(part, mixers)
+        for mixer in mixers:
+            if mixer.grid_follower is None or mixer.grid_follower.source is not self:
+                mixer.grid_follower = self.follower()
+
     def remove(self) -> None:
         """Take all hooks away again."""
         while self.handles:
@@ -102,6 +121,7 @@ class GridSource:
             earlier = state.traced if fresh or self._is_waiting() else None
             state.traced = Traced(grid, self._new_graph(), earlier)
             return
+        self.embedding = weakref.ref(embedding)
         self.settle(state)
         state.blocks.clear()  # those that failed in compiled code
         self._expect(state, grid)
@@ -134,15 +154,18 @@ class GridSource:
 
     # While Dynamo traces: it simulates what it traces, but it calls these, and what they return is constant.
 
+    @called_while_tracing
     def graph_before(self) -> int:
         """The number of the graph that embedded before this trace."""
         return self.threads.state.traced.graph
 
+    @called_while_tracing
     def _is_waiting(self) -> bool:
         """Whether what it embedded was not encoded in it."""
         graph = self.graph_before()
         return graph > 0 and not self.graphs[graph]
 
+    @called_while_tracing
     def _new_graph(self) -> int:
         """A number for an embedding in a graph."""
         if not self.fixed_size:
@@ -150,13 +173,10 @@ class GridSource:
         self.threads.graph = next(_graph_numbers)
         return self.threads.graph
 
+    @called_while_tracing
     def join_graph(self, follower: int) -> None:
         """Note that a follower is in the graph, after the embedding."""
         self.graphs[self.threads.graph].add(follower)
-
-    for _function in (graph_before, _is_waiting, _new_graph, join_graph):
-        # What torch.compiler.assume_constant_result does, but that would import the compiler (a second).
-        _function._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 class GridFollower:
@@ -230,7 +250,7 @@ class GridFollower:
         del state.blocks[depth:]
         y = output[0] if isinstance(output, tuple) and output else output
         if found is not None and isinstance(y, Tensor) and y.ndim == 3 and self.source.fits(found.grid, y):
-            self.source.tags.put(y, found)
+            self.source.tags.put(y, found, is_new=True)
 
     def _find(self, state: ThreadState, x: Tensor) -> Pass | None:
         """The pass that tokens belong to: theirs, that of the block around, or the one that can be meant."""
@@ -278,8 +298,9 @@ def follow_grid(
     """Let the token mixers in a model take their grid from its patch embedding.
 
     timm's constructors with ``attn_layer=`` do this by themselves; call it after you put a layer into a model
-    that is already there, or for models of another make. A grid that a layer was given (``set_input_size``)
-    goes first.
+    that is already there (until then it raises, if it replaced another), for models of another make, and
+    without the hook of :func:`install_grid_hook`. A grid that a layer was given (``set_input_size``) goes
+    first.
 
     Args:
         model: what holds the layers.
@@ -309,7 +330,7 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
     Yields:
         A follower for each layer that has a ``patch_embed`` around it, or follows one already.
     """
-    asked = {layer: getattr(layer, "grid_source", None) for layer in layers}
+    asked = {layer: getattr(layer, "grid_follower", None) for layer in layers}
     found: dict[nn.Module, GridFollower] = {layer: own for layer, own in asked.items() if own is not None}
     sources = []
     try:
@@ -346,7 +367,9 @@ install_grid_hook_once = functools.cache(install_grid_hook)
 def remove_grid_hook() -> None:
     """Remove the hook of :func:`install_grid_hook`: layers of later models need :func:`follow_grid`.
 
-    Models that are built already go on as they are.
+    Layers that are built without the hook assume no square: those that need a grid raise until they have one.
+    Models and layers that are built already go on as they are: such a layer, put into a model after this, still
+    assumes a square.
     """
     install_grid_hook_once()  # now, so that no mixer does it
     while _installed:
@@ -356,10 +379,21 @@ def remove_grid_hook() -> None:
 _installed: list[RemovableHandle] = []
 
 
+def has_grid_hook() -> bool:
+    """Whether the hook of :func:`install_grid_hook` is there now."""
+    return bool(_installed)
+
+
 def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    before = module._modules.get(EMBEDDING)
     if child is None:
         return
+    replaced = module._modules.get(name)
+    if replaced is not None:
+        # The model around may have a patch embedding, which is not seen from here.
+        _assume_no_squares(child, known=set(replaced.modules()))
+    if replaced is not None or isinstance(module, (nn.Sequential, nn.ModuleList)):
+        _join(child, [*module.children()] if replaced is None else [replaced, *module.children()])
+    before = module._modules.get(EMBEDDING)
     if name != EMBEDDING:
         # Again with every part: a subclass may add prefix tokens after its blocks.
         if before is not None:
@@ -368,12 +402,30 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
         _follow(module, child, [part for part in module.children() if part is not before])
 
 
+def _join(child: nn.Module, others: list[nn.Module]) -> None:
+    """Let the mixers in a new part of a model follow what those it replaces, or those beside it, follow."""
+    mixers: set[Any] = {part for part in _modules_inside([child]) if hasattr(part, "grid_follower")}
+    if mixers:
+        leaders = (getattr(part, "grid_follower", None) for part in _modules_inside(others))
+        leader = next((leader for leader in leaders if leader is not None), None)
+        if leader is not None:
+            leader.source.lead([child], mixers)
+
+
+def _assume_no_squares(module: nn.Module, known: set[nn.Module]) -> None:
+    """Tell all mixers in a module, but those that are ``known``: they were only wrapped."""
+    for part in module.modules():
+        mixer: Any = part
+        if hasattr(mixer, "grid_follower") and mixer not in known:
+            mixer.assumes_square = False
+
+
 def _follow(
     model: nn.Module, embedding: nn.Module, parts: Iterable[nn.Module], num_prefix_tokens: int | None = None
 ) -> int:
     """Let the mixers in the ``parts`` of a model follow; how many there are."""
     parts = list(parts)
-    mixers: set[Any] = {m for m in _modules_inside(parts, embedding) if hasattr(m, "grid_source")}
+    mixers: set[Any] = {m for m in _modules_inside(parts, embedding) if hasattr(m, "grid_follower")}
     if num_prefix_tokens is None:
         num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
     source = next(iter(_owners(embedding, GridSource)), None)
@@ -382,17 +434,12 @@ def _follow(
             return 0
         source = GridSource(model, embedding, num_prefix_tokens)
     source.num_prefix_tokens = num_prefix_tokens
-    source.built_for = getattr(embedding, "grid_size", None)
-    for part in parts:
-        source.surround(part, mixers)
-    for mixer in mixers:
-        if mixer.grid_source is None or mixer.grid_source.source is not source:
-            mixer.grid_source = source.follower()
+    source.lead(parts, mixers)
     return len(mixers)
 
 
-def _modules_inside(parts: Iterable[nn.Module], embedding: nn.Module) -> Iterator[nn.Module]:
-    """The modules in parts of a model, but not those below another patch embedding than this."""
+def _modules_inside(parts: Iterable[nn.Module], embedding: nn.Module | None = None) -> Iterator[nn.Module]:
+    """The modules in parts of a model, but not those inside models with another patch embedding than this."""
     for part in parts:
         yield part
         if part._modules.get(EMBEDDING) in (None, embedding):
@@ -426,4 +473,4 @@ def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> Gr
 def _asks(module: nn.Module) -> bool:
     """Whether it is a layer that needs a grid and was not given one."""
     layer: Any = module
-    return hasattr(module, "grid_source") and layer.needs_grid and layer.grid_size is None
+    return hasattr(module, "grid_follower") and layer.needs_grid and layer.grid_size is None

@@ -28,7 +28,7 @@ from cbsa_torch._core.types import (
     Representatives,
     Strategy,
 )
-from cbsa_torch.nn.grids import GridFollower, install_grid_hook_once
+from cbsa_torch.nn.grids import GridFollower, has_grid_hook, install_grid_hook_once
 from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.nn.tokens import (
@@ -44,8 +44,8 @@ from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
 from cbsa_torch.ops.pooling import check_grid
 
-STEPS = ("step_", "temperature")
-"""How the names of parameters begin that a mixer has one of per head."""
+_STEPS = ("step_", "temperature")
+"""Name prefixes of per-head parameters: step sizes and temperatures."""
 
 
 class TokenMixer(nn.Module, abc.ABC):
@@ -83,7 +83,9 @@ class TokenMixer(nn.Module, abc.ABC):
 
     Attributes:
         qkv: the input projection. proj: the output projection (None if tied). representatives: what makes
-            them, of mixers that have some, else None.
+            them, of mixers that have some, else None. assumes_square: whether ``(B, N, C)`` tokens without a
+            grid are read as a square. False for a layer that replaced another one inside a model, or was built
+            while the hook of ``nn.install_grid_hook`` was removed: the model's grids may be others.
 
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
@@ -170,7 +172,8 @@ class TokenMixer(nn.Module, abc.ABC):
         self.recompute = recompute
         self.attn_drop = attn_drop
         self.grid_size: GridSize | None = None
-        self.grid_source: GridFollower | None = None
+        self.grid_follower: GridFollower | None = None
+        self.assumes_square = has_grid_hook()
         self.num_prefix_tokens: int | None = None
         self.set_input_size(grid_size, num_prefix_tokens)
         self.channels_first = channels_first
@@ -247,17 +250,21 @@ class TokenMixer(nn.Module, abc.ABC):
         like = next(self.qkv.parameters())
         return nn.Parameter(torch.empty(self.num_heads, device=like.device, dtype=like.dtype))
 
+    def step_names(self) -> list[str]:
+        """Names of the mixer's own parameters with one number per head: step sizes and temperatures."""
+        return [name for name, _ in self.named_parameters(recurse=False) if name.startswith(_STEPS)]
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: step sizes, temperatures and orthonormal bases."""
-        steps = {name for name, _ in self.named_parameters(recurse=False) if name.startswith(STEPS)}
-        return steps | {f"{name}.parametrizations.weight.original" for name in self._orthonormal_layers()}
+        bases = (f"{name}.parametrizations.weight.original" for name in self._orthonormal_layers())
+        return {*self.step_names(), *bases}
 
     def _orthonormal_layers(self) -> dict[str, nn.Linear]:
         found = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))
         return {name: layer for name, layer in found if is_orthonormal(layer)}
 
     def set_input_size(self, grid_size: GridSize | None, num_prefix_tokens: int | None = None) -> None:
-        """Set the grid of token inputs (None: assume a square again) and, if given, the prefix tokens."""
+        """Set the grid of token inputs (None: forget it) and, if given, the prefix tokens."""
         self.grid_size = None if grid_size is None else check_grid(grid_size)
         if num_prefix_tokens is not None:
             whole = isinstance(num_prefix_tokens, int) and not isinstance(num_prefix_tokens, bool)
@@ -278,7 +285,8 @@ class TokenMixer(nn.Module, abc.ABC):
 
         Args:
             x: ``(B, N, C)`` tokens, prefix tokens first, or a ``(B, C, *grid)`` feature map.
-            grid_size: the grid of token inputs. Default: the layer's; without it, a square.
+            grid_size: the grid of token inputs. Default: the layer's (``set_input_size``), else that of the
+                model's patch embedding, else a square, if the layer may assume one (``assumes_square``).
             token_mask: ``(B, N)``, or ``(B, *grid)`` for a feature map; bool, True = a real token. The
                 others are ignored and get zeros.
             attn_mask: timm's argument; a boolean mask that is the same for every query is read as
@@ -354,8 +362,14 @@ class TokenMixer(nn.Module, abc.ABC):
         grid_size = self.grid_size if grid_size is None else grid_size
         if grid_size is None and not self.needs_grid:
             return None, self.num_prefix_tokens or 0
-        if grid_size is None and self.grid_source is not None:
-            grid_size = self.grid_source.grid_of(tokens)
+        if grid_size is None and self.grid_follower is not None:
+            grid_size = self.grid_follower.grid_of(tokens)
+        if grid_size is None and not self.assumes_square:
+            raise ValueError(
+                f"grid_size is needed: {type(self).__name__} got {tokens.shape[1]} tokens, and assumes no "
+                "square, for it replaced a layer of a model, or was built while the grid hook was removed. "
+                "Call cbsa_torch.nn.follow_grid(model) once, or give grid_size (forward, set_input_size)"
+            )
         return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
 
     def project(self, source: MixerInput) -> Heads:
@@ -437,7 +451,7 @@ class TokenMixer(nn.Module, abc.ABC):
         source, tokens, grid, mask = heads.source, heads.queries, None, heads.source.token_mask
         if self.needs_grid:
             grid = source.grid_size
-            assert grid is not None, "read for mixers that need one"
+            assert grid is not None, "read() sets it when needs_grid"
             first = 0 if self.layout == "official" else source.num_prefix_tokens
             cells = slice(first, first + math.prod(grid))
             tokens, mask = tokens[:, :, cells], None if mask is None else mask[:, cells]

@@ -132,8 +132,8 @@ def is_token_mask(attn_mask: Tensor, b: int, n: int) -> bool:
 def as_token_mask(attn_mask: Tensor, b: int, n: int) -> Tensor:
     """Read timm's ``attn_mask`` as a token mask where it is one: bool, the same for every query.
 
-    Linear attention has no N x N matrix to mask entry by entry. Two axes are read as timm reads them,
-    (queries, keys), and so refused.
+    Linear attention has no N x N matrix to mask entry by entry. A 2-D mask is refused: timm reads it as
+    (queries, keys).
     """
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive_int, check_shape
+from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import GridSize, Representatives
 from cbsa_torch.ops.masking import zero_rows
@@ -89,18 +90,14 @@ def check_grid(grid_size: GridSize) -> GridSize:
     return sides
 
 
+@called_while_tracing
 def _closest(grid_size: GridSize, limit: int) -> GridSize:
     return _search(grid_size, limit)[0]
 
 
+@called_while_tracing
 def _candidates(grid_size: GridSize, limit: int) -> tuple[GridSize, ...]:
     return _search(grid_size, limit)[1]
-
-
-# Numbers in, numbers out: the compiler should call these, not trace them. This is all that
-# torch.compiler.assume_constant_result does, but that would import the compiler (a second) with the package.
-_closest._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1024)

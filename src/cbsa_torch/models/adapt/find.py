@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch._core.linear import changed_calls
+from cbsa_torch._core.linear import call_changes, is_offloaded
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.nn import TokenMixer
 
@@ -22,6 +22,8 @@ STANDARD: tuple[type[nn.Module], ...] = (Attention,)
 """Softmax attention with one ``qkv`` layer for queries, keys and values, as our mixers have it."""
 ROTARY: tuple[type[nn.Module], ...] = (AttentionRope, EvaAttention)
 """The same with rotary embeddings, projections of their own or odd biases: EVA, DINOv3, Perception Encoder."""
+SOFTMAX = (*STANDARD, *ROTARY)
+"""timm's softmax attention of all tokens with all."""
 
 ADAPTABLE = (
     "the self-attention of timm's ViTs (Attention, AttentionRope, EvaAttention: ViT, DeiT, DeiT-3, DINOv2, "
@@ -74,7 +76,7 @@ def _search(module: nn.Module, name: str) -> Iterator[AttentionLayer]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    return isinstance(module, (*STANDARD, *ROTARY, TokenMixer)) or is_hugging_face(module)
+    return isinstance(module, (*SOFTMAX, TokenMixer)) or is_hugging_face(module)
 
 
 def incompatibility(module: nn.Module) -> str:
@@ -84,7 +86,7 @@ def incompatibility(module: nn.Module) -> str:
         return f"it is {kind} of cbsa_torch already"
     if is_hugging_face(module):
         return _changed(module)
-    base = next((base for base in (*STANDARD, *ROTARY) if isinstance(module, base)), None)
+    base = next((base for base in SOFTMAX if isinstance(module, base)), None)
     if base is None:
         biased = any("rel" in name and "pos" in name for name, _ in module.named_parameters())
         other = "its bias by relative position needs all pairs of tokens" if biased else ""
@@ -104,7 +106,7 @@ def projections_of(module: nn.Module) -> dict[str, nn.Module]:
 
 def _changed(module: nn.Module) -> str:
     """What was done to a layer after it was built that another could not keep, or nothing."""
-    change = changed_calls(module)
+    change = call_changes(module)
     if change:
         return f"{change}, which would be lost; remove that first"
     if parametrize.is_parametrized(module):
@@ -112,9 +114,7 @@ def _changed(module: nn.Module) -> str:
     for name, layer in projections_of(module).items():
         if not isinstance(getattr(layer, "in_features", None), int):
             return f"its {name} is {type(layer).__name__}, not a linear layer"
-        if any(
-            "forward" in vars(m) and p.is_meta for m in layer.modules() for p in m.parameters(recurse=False)
-        ):
+        if is_offloaded(layer):
             return f"the weights of its {name} are offloaded; adapt the model first"
     scale = getattr(module, "scale", getattr(module, "scaling", None))
     if isinstance(scale, float) and not math.isclose(scale, cast(int, module.head_dim) ** -0.5):

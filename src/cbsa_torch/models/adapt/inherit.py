@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cbsa_torch._core.checks import check_choice
-from cbsa_torch._core.linear import changed_calls, is_plain_linear
+from cbsa_torch._core.linear import call_changes, is_plain_linear
 from cbsa_torch.models.adapt.find import ROTARY, projections_of
 from cbsa_torch.models.adapt.hugging_face import HF_MIXERS, is_hugging_face
 from cbsa_torch.models.adapt.report import LayerReport
@@ -75,7 +75,7 @@ def why_not_inherited(source: nn.Module, mixer: str) -> str:
                 return (
                     f"its qkv was changed ({type(part).__name__}), and {mixer!r} takes only rows of its weight"
                 )
-        elif any(map(changed_calls, part.modules())):
+        elif any(map(call_changes, part.modules())):
             return f"its {name} has hooks or another forward, which would be lost; remove that first"
     return ""
 

@@ -115,16 +115,16 @@ def empty_results(problem: Problem) -> Results:
 def forward(problem: Problem) -> Results:
     """Extract, contract, broadcast."""
     with no_autocast(problem.keys):
-        queries, eta, kappa, weight = _operands(problem)
+        representatives, eta, kappa, weight = _operands(problem)
         bias = None if problem.out_bias is None else problem.out_bias.to(problem.keys.dtype)
         results = empty_results(problem)
-        for group, part, exists in _parts(problem, queries):
+        for group, part, exists in _parts(problem, representatives):
             picked, normalizer = part.extract()
             results.picked[group], results.normalizer[group, ..., : normalizer.shape[-1]] = picked, normalizer
-            rep = zero_rows(queries[group] + eta * picked, exists)
-            carried = kappa * contract(rep, problem.contraction, problem.scale, problem.eps, exists)
+            rep = zero_rows(representatives[group] + eta * picked, exists)
+            carried = kappa * contract(rep, problem.contraction, problem.scale, problem.eps, exists)  # kappa C
             if weight is not None:
-                carried = carried @ weight
+                carried = carried @ weight  # kappa C U_out
             part.broadcast(carried, bias, results.output[group])
         return results
 
@@ -132,14 +132,14 @@ def forward(problem: Problem) -> Results:
 def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Problem) -> Gradients:
     """Gradients from that of the output; ``picked`` and ``normalizer`` are of the forward pass."""
     with no_autocast(problem.keys):
-        queries, eta, kappa, weight = _operands(problem)
-        d_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        representatives, eta, kappa, weight = _operands(problem)
+        d_representatives = torch.empty_like(representatives, memory_format=torch.contiguous_format)
         d_keys = like_tokens(problem.keys)
         d_values = None if problem.values is None else like_tokens(problem.keys)
-        d_eta, d_kappa = (queries.new_zeros(problem.keys.shape[1]) for _ in range(2))
-        d_weight = torch.zeros_like(queries.new_empty(0) if weight is None else weight)
-        for group, part, exists in _parts(problem, queries, normalizer):
-            rep = zero_rows(queries[group] + eta * picked[group], exists)
+        d_eta, d_kappa = (representatives.new_zeros(problem.keys.shape[1]) for _ in range(2))
+        d_weight = torch.zeros_like(representatives.new_empty(0) if weight is None else weight)
+        for group, part, exists in _parts(problem, representatives, normalizer):
+            rep = zero_rows(representatives[group] + eta * picked[group], exists)
             c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)
             carried = kappa * c if weight is None else (kappa * c) @ weight
             d_carried = collected = part.collect(gradient[group])
@@ -151,7 +151,7 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Prob
                 kappa * d_carried, rep, problem.contraction, problem.scale, problem.eps, exists
             )
             d_eta += (d_rep * picked[group]).sum((0, 2, 3))
-            d_queries[group] = d_rep + part.differentiate(
+            d_representatives[group] = d_rep + part.differentiate(
                 gradient[group],
                 carried=carried,
                 collected=collected,
@@ -160,13 +160,14 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Prob
                 d_keys=d_keys[group],
                 d_values=_of(d_values, group),
             )
+        d_representatives = zero_rows(d_representatives, problem.representative_mask)
         d_out_weight = d_out_bias = None
         if problem.out_weight is not None:
             d_out_weight = d_weight.flatten(0, 1).t().to(problem.out_weight).contiguous()
         if problem.out_bias is not None:
-            d_out_bias = gradient.sum((0, 1), dtype=queries.dtype).to(problem.out_bias)
+            d_out_bias = gradient.sum((0, 1), dtype=representatives.dtype).to(problem.out_bias)
         found = (
-            zero_rows(d_queries, problem.representative_mask).to(problem.representatives.dtype).contiguous(),
+            d_representatives.to(problem.representatives.dtype).contiguous(),
             d_keys,
             d_values,
             d_eta.to(problem.step_representatives.dtype),
@@ -178,18 +179,18 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Prob
 
 
 def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """In the dtype to compute in: queries, both steps ``(H, 1, 1)``, projection ``(H, P, C)``."""
+    """In the dtype to compute in: representatives, both steps ``(H, 1, 1)``, projection ``(H, P, C)``."""
     dtype = compute_dtype(problem.keys.dtype)
-    queries = zero_rows(problem.representatives.to(dtype), problem.representative_mask)
+    representatives = zero_rows(problem.representatives.to(dtype), problem.representative_mask)
     eta, kappa = (step.to(dtype)[:, None, None] for step in (problem.step_representatives, problem.step_tokens))
     weight = problem.out_weight
     if weight is not None:
         weight = weight.t().unflatten(0, (problem.keys.shape[1], problem.keys.shape[3])).to(dtype)
-    return queries, eta, kappa, weight
+    return representatives, eta, kappa, weight
 
 
 def _parts(
-    problem: Problem, queries: Tensor, normalizer: Tensor | None = None
+    problem: Problem, representatives: Tensor, normalizer: Tensor | None = None
 ) -> Iterator[tuple[slice, Tiles | TritonPasses, Tensor | None]]:
     """The items group by group: which they are, the passes over their tokens, their mask of representatives."""
     passes = passes_of(problem.impl)
@@ -197,7 +198,8 @@ def _parts(
         values, mask, exists, saved = (
             _of(t, group) for t in (problem.values, problem.key_mask, problem.representative_mask, normalizer)
         )
-        yield group, passes(queries[group], problem.keys[group], values, mask, problem.scale, saved), exists
+        part = passes(representatives[group], problem.keys[group], values, mask, problem.scale, saved)
+        yield group, part, exists
 
 
 def _of(rows: Tensor | None, group: slice) -> Tensor | None:

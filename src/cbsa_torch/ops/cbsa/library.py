@@ -110,8 +110,7 @@ def _differentiate(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor |
 
 def _by_reference(gradient: Tensor, problem: Problem, needed: tuple[bool, ...]) -> dict[str, Tensor]:
     """The gradients by name, as functions of inputs and gradient, which can be differentiated again."""
-    # Each a node of its own: representatives may be made from the keys, and what reaches the keys through them
-    # is not this operator's to add.
+    # Views, so that autograd.grad stops here and does not follow representatives back to the keys.
     own: Any = Problem(*(t.view_as(t) if isinstance(t, Tensor) else t for t in problem))  # type: ignore[arg-type]
     inputs = CBSAInputs(
         own.keys,

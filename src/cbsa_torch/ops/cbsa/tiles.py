@@ -27,7 +27,7 @@ class Tiles:
     """The passes over the tokens of a few items.
 
     Args:
-        queries: ``(B, H, M, P)``, in the dtype to compute in.
+        representatives: ``(B, H, M, P)``, in the dtype to compute in.
         keys: ``(B, H, N, P)``, any strides and dtype.
         values: like ``keys``, or None if they are the keys.
         mask: ``(B, N)`` bool; rows of masked tokens are read as zeros, whatever they hold.
@@ -37,16 +37,16 @@ class Tiles:
 
     def __init__(
         self,
-        queries: Tensor,
+        representatives: Tensor,
         keys: Tensor,
         values: Tensor | None,
         mask: Tensor | None,
         scale: float,
         normalizer: Tensor | None = None,
     ) -> None:
-        b, h, m, _ = queries.shape
+        b, h, m, _ = representatives.shape
         n = keys.shape[2]
-        self.queries = scale * queries
+        self.representatives = scale * representatives
         self.keys, self.values, self.mask, self.scale = keys, values, mask, scale
         self.shares = normalizer
         tiles = max(1, (n + TILE // 2) // TILE)
@@ -90,7 +90,11 @@ class Tiles:
         return picked, shares
 
     def broadcast(self, carried: Tensor, bias: Tensor | None, output: Tensor) -> None:
-        """Write A^T ``carried`` into ``output``: ``(B, H, N, P)`` per head, ``(B, N, C)`` jointly."""
+        """Write A^T ``carried`` into ``output``.
+
+        ``carried`` is kappa C ``(B, H, M, P)`` for ``(B, H, N, P)`` per head, or kappa C U_out ``(B, H, M, C)``
+        for ``(B, N, C)`` jointly.
+        """
         for i, place in enumerate(self.places):
             weights, share = self._weights(i), self._share(i)
             shared = carried if len(self.places) == 1 and self.mask is None else share * carried
@@ -108,7 +112,7 @@ class Tiles:
 
     def collect(self, gradient: Tensor) -> Tensor:
         """A dO, ``(B, H, M, P)`` or ``(B, H, M, C)``, from a gradient shaped like the output."""
-        collected = self.queries.new_zeros(*self.queries.shape[:3], gradient.shape[-1])
+        collected = self.representatives.new_zeros(*self.representatives.shape[:3], gradient.shape[-1])
         for i in range(len(self.places)):
             collected.addcmul_(self._share(i), self._collect_tile(i, gradient))
         return collected
@@ -131,16 +135,17 @@ class Tiles:
         d_keys: Tensor,
         d_values: Tensor | None,
     ) -> Tensor:
-        """Write dK and dV (dK + dV without ``d_values``); return the gradient of Q through A.
+        """Write dK and dV (dK + dV without ``d_values``); return the gradient of the representatives through A.
 
         ``collected`` is A dO, ``d_picked`` the gradient of R. D_i = sum_n A_in dA_in needs no pass of its own:
         it is made of tensors of size M x P.
         """
         row_sums = ((carried * collected).sum(-1) + (d_picked * picked).sum(-1))[..., None]  # D, (B, H, M, 1)
-        d_queries = torch.zeros_like(self.queries)
+        d_representatives = torch.zeros_like(self.representatives)
         for i in range(len(self.places)):
-            d_queries += self._differentiate_tile(i, gradient, carried, row_sums, d_picked, d_keys, d_values)
-        return self.scale * d_queries
+            tile = i, gradient, carried, row_sums, d_picked, d_keys, d_values
+            d_representatives += self._differentiate_tile(*tile)
+        return self.scale * d_representatives
 
     def _differentiate_tile(
         self,
@@ -153,7 +158,7 @@ class Tiles:
         d_values: Tensor | None,
     ) -> Tensor:
         """A function of its own, so that what one tile needs is gone before the next comes."""
-        b, h, m, _ = self.queries.shape
+        b, h, m, _ = self.representatives.shape
         weights, share, place = self._weights(i).flatten(0, 1), self._share(i), self.places[i]
         keys = self._read(self.keys, place)
         values = keys if self.values is None else self._read(self.values, place)
@@ -167,12 +172,12 @@ class Tiles:
             d_weights = d_weights.to(weights.dtype).add_(shift.flatten(1, 2)).view(b * h, m, -1)
         d_weights.baddbmm_(d_rows, values.flatten(0, 1).mT)
         d_logits = d_weights.mul_(weights)  # (B H, M, T)
-        queries = self.queries.flatten(0, 1)
+        representatives = self.representatives.flatten(0, 1)
         d_v = weights.mT @ d_rows  # (B H, T, P)
         if d_values is None:
-            d_keys[:, :, place] = d_v.baddbmm_(d_logits.mT, queries).unflatten(0, (b, h))
+            d_keys[:, :, place] = d_v.baddbmm_(d_logits.mT, representatives).unflatten(0, (b, h))
         else:
-            d_keys[:, :, place] = (d_logits.mT @ queries).unflatten(0, (b, h))
+            d_keys[:, :, place] = (d_logits.mT @ representatives).unflatten(0, (b, h))
             d_values[:, :, place] = d_v.unflatten(0, (b, h))
         return (d_logits @ keys.flatten(0, 1)).view(b, h, m, -1)
 
@@ -181,7 +186,7 @@ class Tiles:
 
         One item is read in place; several are copied, since no stride joins item and head.
         """
-        part = rows[:, :, place].to(self.queries.dtype)
+        part = rows[:, :, place].to(self.representatives.dtype)
         if self.mask is not None:
             return part.masked_fill(~self.mask[:, None, place, None], 0.0)
         return part if part.shape[0] == 1 else part.contiguous()
@@ -190,7 +195,7 @@ class Tiles:
         """``(B, H, M, T)``. The lowest number stands for -inf: a tile without any real token gets a
         log-sum-exp that makes its share vanish beside any other.
         """
-        logits = self.queries @ keys.mT
+        logits = self.representatives @ keys.mT
         if self.mask is not None:
             logits.masked_fill_(~self.mask[:, None, None, place], torch.finfo(logits.dtype).min)
         return logits
@@ -224,6 +229,6 @@ class Tiles:
 
         Masked tokens have weights of zero; their gradient is cleared for it may hold NaN.
         """
-        dtype = torch.bfloat16 if self.keys.dtype == torch.bfloat16 else self.queries.dtype
+        dtype = torch.bfloat16 if self.keys.dtype == torch.bfloat16 else self.representatives.dtype
         part = gradient[:, place].to(dtype)
         return part if self.mask is None else part.masked_fill(~self.mask[:, place, None], 0.0)

@@ -1,4 +1,4 @@
-"""Triton kernels of the fused CBSA: A is rebuilt tile by tile, and nothing of size M x N reaches memory.
+"""Triton kernels of CBSA: A is computed again tile by tile, and nothing of size M x N reaches memory.
 
 Forward: ``extract`` (R = A V by an online softmax; ``merge`` joins its splits), then ``broadcast``
 (O = A^T kappa C). Backward: ``collect`` (T = A dO), then ``gradients``. The contraction in between works on
@@ -41,7 +41,7 @@ from cbsa_torch.ops.cbsa.triton.parts import (
 
 @triton.jit
 def extract(
-    queries: tl.tuple,
+    representatives: tl.tuple,
     keys: tl.tuple,
     values: tl.tuple,
     mask: tl.tensor,
@@ -69,8 +69,8 @@ def extract(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     exists = rows < M
-    q_base = address(queries, problem, heads, 0)
-    q = load_rows(q_base, rows, exists, queries[3], P, BLOCK_P, INTERPRETED)
+    q_base = address(representatives, problem, heads, 0)
+    q = load_rows(q_base, rows, exists, representatives[3], P, BLOCK_P, INTERPRETED)
     k_base = address(keys, problem, heads, first.to(tl.int64))
     if values is not None:
         v_base = address(values, problem, heads, first.to(tl.int64))
@@ -142,7 +142,7 @@ def merge(
 
 @triton.jit
 def broadcast(
-    queries: tl.tuple,
+    representatives: tl.tuple,
     keys: tl.tuple,
     mask: tl.tensor,
     carried: tl.tensor,
@@ -169,7 +169,7 @@ def broadcast(
     SHIFT: tl.constexpr = 15.0 if dtype == tl.float16 else 0.0
     problem, _, first, last = place(N, span)
     columns = tl.arange(0, BLOCK_N)
-    q_base = address(queries, problem, heads, 0)
+    q_base = address(representatives, problem, heads, 0)
     k_base = address(keys, problem, heads, first.to(tl.int64))
     o_base = address(output, problem, heads, first.to(tl.int64))
     if mask is not None:
@@ -181,7 +181,7 @@ def broadcast(
 
     rows = tl.arange(0, BLOCK_M)
     if BLOCKS == 1:
-        q = load_rows(q_base, rows, rows < M, queries[3], P, BLOCK_P, INTERPRETED)
+        q = load_rows(q_base, rows, rows < M, representatives[3], P, BLOCK_P, INTERPRETED)
         c = load_rows(carried, rows, rows < M, P, P, BLOCK_P, INTERPRETED)
         level = load_lse(lse, rows, rows < M, SHIFT)
     for start in range(first, last, BLOCK_N):
@@ -192,7 +192,7 @@ def broadcast(
         for block in range(BLOCKS):
             if BLOCKS > 1:
                 part = block * BLOCK_M + rows
-                q = load_rows(q_base, part, part < M, queries[3], P, BLOCK_P, INTERPRETED)
+                q = load_rows(q_base, part, part < M, representatives[3], P, BLOCK_P, INTERPRETED)
                 c = load_rows(carried, part, part < M, P, P, BLOCK_P, INTERPRETED)
                 level = load_lse(lse, part, part < M, SHIFT)
             logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (BLOCK_N, BLOCK_M)
@@ -206,7 +206,7 @@ def broadcast(
 
 @triton.jit
 def collect(
-    queries: tl.tuple,
+    representatives: tl.tuple,
     keys: tl.tuple,
     gradient: tl.tuple,
     mask: tl.tensor,
@@ -230,8 +230,8 @@ def collect(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     exists = rows < M
-    q_base = address(queries, problem, heads, 0)
-    q = load_rows(q_base, rows, exists, queries[3], P, BLOCK_P, INTERPRETED)
+    q_base = address(representatives, problem, heads, 0)
+    q = load_rows(q_base, rows, exists, representatives[3], P, BLOCK_P, INTERPRETED)
     level = load_lse(lse + problem * M, rows, exists, SHIFT)
     k_base = address(keys, problem, heads, first.to(tl.int64))
     g_base = address(gradient, problem, heads, first.to(tl.int64))
@@ -256,7 +256,7 @@ def collect(
 
 @triton.jit
 def gradients(
-    queries: tl.tuple,
+    representatives: tl.tuple,
     keys: tl.tuple,
     values: tl.tuple,
     gradient: tl.tuple,
@@ -269,7 +269,7 @@ def gradients(
     row_sums: tl.tensor,
     d_keys: tl.tuple,
     d_values: tl.tuple,
-    d_queries: tl.tensor,
+    d_representatives: tl.tensor,
     heads: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
@@ -286,14 +286,14 @@ def gradients(
 
     Here dS = A (dA - D) and dA = kappa C dO^T + dR V^T; all is transposed, tokens as rows, so that only dS
     has to leave registers, for dQ. One launch gives all three if registers allow. If not, a launch without
-    ``d_queries`` sums over BLOCKS blocks of representatives, and one without ``d_keys`` takes a block per
-    program. Without ``d_values`` values are the keys, and ``d_keys`` gets both gradients.
+    ``d_representatives`` sums over BLOCKS blocks of representatives, and one without ``d_keys`` takes a block
+    per program. Without ``d_values`` values are the keys, and ``d_keys`` gets both gradients.
     """
     dtype: tl.constexpr = keys[0].dtype.element_ty
     SHIFT: tl.constexpr = 15.0 if dtype == tl.float16 else 0.0
     problem, split, first, last = place(N, span)
     columns = tl.arange(0, BLOCK_N)
-    q_base = address(queries, problem, heads, 0)
+    q_base = address(representatives, problem, heads, 0)
     k_base = address(keys, problem, heads, first.to(tl.int64))
     g_base = address(gradient, problem, heads, first.to(tl.int64))
     if values is not None:
@@ -316,12 +316,12 @@ def gradients(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < M
     if BLOCKS == 1:
-        q = load_rows(q_base, rows, exists, queries[3], P, BLOCK_P, INTERPRETED)
+        q = load_rows(q_base, rows, exists, representatives[3], P, BLOCK_P, INTERPRETED)
         c = load_rows(carried, rows, exists, P, P, BLOCK_P, INTERPRETED)
         r = load_rows(d_picked, rows, exists, P, P, BLOCK_P, INTERPRETED)
         level = load_lse(lse, rows, exists, SHIFT)
         centre = tl.load(row_sums + rows, mask=exists, other=0.0) * slope
-    if d_queries is not None:
+    if d_representatives is not None:
         dq = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     for start in range(first, last, BLOCK_N):
         real = real_tokens(mask, start + columns, last)
@@ -338,7 +338,7 @@ def gradients(
         for block in range(BLOCKS):
             if BLOCKS > 1:
                 part = block * BLOCK_M + rows
-                q = load_rows(q_base, part, part < M, queries[3], P, BLOCK_P, INTERPRETED)
+                q = load_rows(q_base, part, part < M, representatives[3], P, BLOCK_P, INTERPRETED)
                 c = load_rows(carried, part, part < M, P, P, BLOCK_P, INTERPRETED)
                 r = load_rows(d_picked, part, part < M, P, P, BLOCK_P, INTERPRETED)
                 level = load_lse(lse, part, part < M, SHIFT)
@@ -370,7 +370,7 @@ def gradients(
                         dk = tl.dot(a, r, dk, input_precision="ieee")
                     else:
                         dv = tl.dot(a, r, dv, input_precision="ieee")
-            if d_queries is not None:
+            if d_representatives is not None:
                 if dtype == tl.float16:
                     dq += tl.dot(tl.trans(d_s), k) * undo_s
                 else:
@@ -382,6 +382,6 @@ def gradients(
         if d_values is not None:
             store_rows(dv_base, columns, here, d_values[3], dv, P, BLOCK_P, INTERPRETED)
             dv_base += BLOCK_N * d_values[3]
-    if d_queries is not None:
+    if d_representatives is not None:
         base = (problem * tl.cdiv(N, span) + split) * M * P
-        store_rows(d_queries + base, rows, exists, P, dq, P, BLOCK_P, INTERPRETED)
+        store_rows(d_representatives + base, rows, exists, P, dq, P, BLOCK_P, INTERPRETED)

@@ -120,20 +120,20 @@ class TritonPasses:
 
     def __init__(
         self,
-        queries: Tensor,
+        representatives: Tensor,
         keys: Tensor,
         values: Tensor | None,
         mask: Tensor | None,
         scale: float,
         normalizer: Tensor | None = None,
     ) -> None:
-        check_supported(keys, queries.shape[2])
+        check_supported(keys, representatives.shape[2])
         b, h, n, p = keys.shape
-        self.size = b, h, queries.shape[2], n, p
+        self.size = b, h, representatives.shape[2], n, p
         self.dtype = keys.dtype
         self.device = keys.device
         self.scale = scale
-        self.queries, self.keys = _rows(queries.to(keys.dtype)), _rows(keys)
+        self.representatives, self.keys = _rows(representatives.to(keys.dtype)), _rows(keys)
         self.values = None if values is None else _rows(values)
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         self.lse = None if normalizer is None else normalizer[..., 0].contiguous()
@@ -194,7 +194,7 @@ class TritonPasses:
         plan = self._plan()
         picked, highest = self._empty(plan.splits, m, p), self._empty(plan.splits, m)
         total = None if plan.splits == 1 else self._empty(plan.splits, m)
-        inputs = self.queries, self.keys, self.values, self.mask
+        inputs = self.representatives, self.keys, self.values, self.mask
         self._over_tokens(kernels.extract, plan, plan.blocks, *inputs, picked, highest, total)
         if total is None:
             picked, self.lse = picked[:, :, 0], highest[:, :, 0]
@@ -207,10 +207,10 @@ class TritonPasses:
         return picked, self.lse[..., None]
 
     def broadcast(self, carried: Tensor, bias: Tensor | None, output: Tensor) -> None:
-        """Write A^T ``carried`` into ``output`` ``(B, H, N, P)``."""
+        """Write A^T ``carried``, which is kappa C ``(B, H, M, P)``, into ``output`` ``(B, H, N, P)``."""
         assert output.ndim == 4, "these passes take no output projection"
         operand, undo = _operand(carried, self.dtype)
-        inputs = self.queries, self.keys, self.mask, operand, undo, self.lse
+        inputs = self.representatives, self.keys, self.mask, operand, undo, self.lse
         plan = self._plan()
         self._over_tokens(kernels.broadcast, plan, None, *inputs, _rows(output), BLOCKS=plan.blocks)
 
@@ -219,7 +219,7 @@ class TritonPasses:
         _, _, m, _, p = self.size
         plan = self._plan()
         collected = self._empty(plan.splits, m, p)
-        inputs = self.queries, self.keys, _rows(gradient), self.mask, self.lse
+        inputs = self.representatives, self.keys, _rows(gradient), self.mask, self.lse
         self._over_tokens(kernels.collect, plan, plan.blocks, *inputs, collected)
         return _summed(collected)
 
@@ -234,25 +234,26 @@ class TritonPasses:
         d_keys: Tensor,
         d_values: Tensor | None,
     ) -> Tensor:
-        """Write dK and dV; return the gradient of Q through A."""
+        """Write dK and dV; return the gradient of the representatives through A."""
         _, _, m, _, p = self.size
         plan = self._plan(gradients=True)
         operand_c, undo_c = _operand(carried, self.dtype)
         operand_r, undo_r = _operand(d_picked, self.dtype)
         # D of the rounded operands: rows of dS then sum to zero better than with the exact ones
         row_sums = (_restored(operand_c, undo_c) * collected + _restored(operand_r, undo_r) * picked).sum(-1)
-        d_queries = self._empty(plan.splits, m, p)
+        d_representatives = self._empty(plan.splits, m, p)
         inputs = (
-            *(self.queries, self.keys, self.values, _rows(gradient), self.mask),
+            *(self.representatives, self.keys, self.values, _rows(gradient), self.mask),
             *(operand_c, undo_c, operand_r, undo_r, self.lse, row_sums),
         )
         to_tokens = _rows(d_keys), None if d_values is None else _rows(d_values)
         if plan.blocks == 1 and self.dtype != torch.float32:
-            self._over_tokens(kernels.gradients, plan, 1, *inputs, *to_tokens, d_queries, BLOCKS=1)
+            self._over_tokens(kernels.gradients, plan, 1, *inputs, *to_tokens, d_representatives, BLOCKS=1)
         else:  # both at once do not fit registers
             self._over_tokens(kernels.gradients, plan, 1, *inputs, *to_tokens, None, BLOCKS=plan.blocks)
-            self._over_tokens(kernels.gradients, plan, plan.blocks, *inputs, None, None, d_queries, BLOCKS=1)
-        return _summed(d_queries)
+            results = None, None, d_representatives
+            self._over_tokens(kernels.gradients, plan, plan.blocks, *inputs, *results, BLOCKS=1)
+        return _summed(d_representatives)
 
 
 def _rows(rows: Tensor) -> tuple[Tensor, int, int, int]:

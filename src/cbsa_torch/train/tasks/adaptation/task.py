@@ -261,11 +261,10 @@ def _adapted_layers(model: nn.Module) -> list[str]:
 def _added(model: nn.Module) -> list[str]:
     """Names of the parameters that adaptation added."""
     return [
-        f"{layer}.{name}"
-        for layer in _adapted_layers(model)
-        for name, _ in model.get_submodule(layer).named_parameters()
-        # steps and temperatures are the layer's own; everything else is in a part that it inherited
-        if "." not in name and (name.startswith("step") or name == "temperature")
+        f"{layer.name}.{name}"
+        for layer in find_attention(model)
+        if isinstance(layer.module, TokenMixer)
+        for name in layer.module.step_names()  # everything else is inherited
     ]
 
 
