@@ -40,6 +40,6 @@ def test_train_help_shows_every_setting_with_its_meaning(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     plain = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    for part in ("--seed", "--optim.weight-decay", "Of everything drawn at random", "Strength of weight decay"):
+    for part in ("--seed", "--optim.weight-decay", "Seed of all random numbers", "Strength of weight decay"):
         assert part in plain
     assert "Use the CPU although there is a GPU." in plain

@@ -20,7 +20,7 @@ HISTORY = [{"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_top1": 1 - 
 
 LONG_NAME = f"a_hybrid_with_a_name_too_long_for_a_phone_{'x' * 40}"
 
-EVALUATION = {"top1": 0.9, "loss": 0.3, "images": 10, "split": "test"}
+EVALUATION = {"score": 0.9, "loss": 0.3, "images": 10, "split": "test"}
 
 
 def build(family="cbt", **options):

@@ -10,7 +10,7 @@ import torch
 
 from cbsa_torch.train import losses, train
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.run.state import load_state
+from cbsa_torch.train.run.state import read_state
 
 STEPS = 3
 """Steps of one epoch of the tiny configuration."""
@@ -24,7 +24,7 @@ def elsewhere(config, output):
 
 
 def last(config):
-    return load_state(states(config)[0])
+    return read_state(states(config)[0])
 
 
 def states(config):

@@ -163,9 +163,11 @@ def test_an_epoch_without_neighbours_is_a_dot_at_a_whole_number(kept):
     assert whole.axes[0].lines[1].get_marker() == "None"  # a line shows these
 
 
-def test_learning_curves_are_of_the_score_that_runs_have():
+def test_learning_curves_are_of_the_score_that_is_named():
     rows = [{"epoch": e, "train_loss": 2.0, "val_loss": 1.0, "val_miou": 0.1 * e} for e in (1, 2)]
-    left, right = drawn(plots.learning_curves({"a": rows, "b": rows[:1]}))
+    left, right = drawn(
+        plots.learning_curves({"a": rows, "b": rows[:1]}, score="val_miou", score_title="mean IoU")
+    )
     assert right.get_ylabel() == "validation mean IoU (%)"
     assert list(right.lines[0].get_ydata()) == [10, 20]
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "b"]

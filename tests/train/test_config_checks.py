@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from cbsa_torch.train.config import TrainConfig, check_config, check_images
+from cbsa_torch.train.config import TrainConfig, check_config, check_image_settings
 from cbsa_torch.train.errors import ConfigError
 from tests.helpers.runs import assert_refused
 
@@ -102,7 +102,7 @@ def test_values_that_cannot_work_are_refused_by_name(section, key, value):
     config = changed(TrainConfig(), section, **{key: value})
     with pytest.raises(ConfigError, match=rf"{section}\.{key} must .*, got "):
         check_config(config)
-        check_images(config.data)
+        check_image_settings(config.data)
 
 
 def test_resume_and_overwrite_exclude_each_other():

@@ -110,9 +110,20 @@ def test_an_opened_model_evaluates_and_predicts_like_its_file(finished, images, 
 
 def test_a_classifier_knows_no_windows_and_no_masks(finished, tmp_path):
     trained = open_trained(finished[1].folder)
-    with pytest.raises(ConfigError, match="window is for segmenters"):
+    with pytest.raises(ConfigError, match="window has no effect for the task 'classification'"):
         evaluate_checkpoint(trained, windows=WindowOptions(window=8), output=tmp_path / "e.json")
     for options in ({"windows": WindowOptions(flip=True)}, {"masks": tmp_path}, {"overwrite": True}):
-        with pytest.raises(ConfigError, match=r"^(flip|masks|overwrite) is for segmenters"):
+        with pytest.raises(ConfigError, match=r"^(flip|masks|overwrite) has no effect for the task"):
             predict_images(trained, [], **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_evaluation_moves_the_model_back(finished, tmp_path, monkeypatch):
+    trained = open_trained(finished[1].folder)
+    moved = []
+    monkeypatch.setattr(trained.model, "to", lambda device: moved.append(device) or trained.model)
+    monkeypatch.setattr(trained.model, "forward", lambda x: pytest.fail("no forward"))
+    with pytest.raises(pytest.fail.Exception, match="no forward"):
+        evaluate_checkpoint(trained, output=tmp_path / "e.json")
+    assert moved[-1] == next(trained.model.parameters()).device
+    assert len(moved) == 2

@@ -17,7 +17,7 @@ from cbsa_torch.train import load_config, train, trainer
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import InterruptedRun
 from cbsa_torch.train.run.folder import RunFolder
-from cbsa_torch.train.run.state import load_state, save_state
+from cbsa_torch.train.run.state import read_state, write_state
 from tests.helpers.colour_folder import tiny_config, write_colours
 from tests.helpers.damage import flip_bit
 from tests.helpers.killing import train_and_kill
@@ -184,10 +184,10 @@ def test_without_a_whole_state_a_run_is_refused_and_left_as_it_is(config, run):
 
 def test_an_optimiser_state_of_another_shape_is_refused(config, run):
     path = states(config)[0]
-    state = load_state(path)
+    state = read_state(path)
     for values in state["optimizer"]["state"].values():
         values["exp_avg"] = torch.zeros(3)
-    save_state(path, state)
+    write_state(path, state)
     config.optim.epochs, config.accept_changes = 3, True
     with pytest.raises(CheckpointError, match=r"the optimiser's exp_avg of cls_token has shape \(3,\)"):
         train(config)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.optional import require
+from cbsa_torch._version import __version__
 
 COMMANDS = {
     "train": "Train a classifier or a segmenter (default: the embedded digits).",
@@ -37,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0
     if args[0] == "--version":
-        from cbsa_torch import __version__
-
         print(__version__)
         return 0
     if args[0] not in COMMANDS:

@@ -33,7 +33,7 @@ class _TimedArgs:
     device: str = "cpu"
     """Where: "cpu", "cuda", "cuda:1" ..."""
     dtype: Dtype = "float32"
-    """Of weights and inputs."""
+    """Data type of weights and inputs."""
     threads: int = 2
     """CPU threads."""
     repetitions: int = 9

@@ -89,9 +89,16 @@ def compare_runs(
                 history=RunFolder(folder).read_metrics(print),
             )
         )
-    data = opened[checkpoints[0]].config.data.name
-    title = f"{len(compared)} models on {data}, {split} split"
-    return compare(compared, output, title=title, robustness_images=robustness_images).page
+    reference = opened[checkpoints[0]]
+    title = f"{len(compared)} models on {reference.config.data.name}, {split} split"
+    return compare(
+        compared,
+        output,
+        title=title,
+        score=reference.task.score,
+        score_title=reference.task.score_title,
+        robustness_images=robustness_images,
+    ).page
 
 
 def _check_same_data(opened: dict[str, Trained]) -> None:

@@ -42,7 +42,7 @@ class RunReport(NamedTuple):
     split: str
     """"test", or "val" where there is no test split."""
     score_title: str
-    """"accuracy", or "mean IoU" of a segmenter."""
+    """What the score is called: "accuracy", or "mean IoU" of a segmenter."""
     score: float
     page: Path
     """``report.html``."""
@@ -83,7 +83,14 @@ def report_run(
         title=f"{trained.info['model']} on {trained.config.data.name}",
         facts=runs.facts(trained, folder),
         history=folder.read_metrics(print),
-        evaluation={**result.record(), "split": split, "class_names": trained.class_names},
+        evaluation={
+            **result.record(),
+            "score": result.score,
+            "split": split,
+            "class_names": trained.class_names,
+        },
+        score=trained.task.score,
+        score_title=trained.task.score_title,
         pictures=runs.pictures(trained, torch.cat([given, inputs[:shown]]), titles),
         labels=labels or None,
         robustness_images=robustness_images,

@@ -1,8 +1,8 @@
 """From a mask file to class labels, one whole number per pixel, or to foreground and background.
 
-Pillow decodes. Refused is whatever would make up labels: colours, transparency, JPEG and GIF, grey of 2 or 4
-bits and small PGM (which Pillow stretches to 0..255), PBM (inverted), and values that the data set does not
-know.
+Pillow decodes. Refuses files from which labels would have to be guessed: colours, transparency, JPEG and GIF,
+grey of 2 or 4 bits and small PGM (which Pillow stretches to 0..255), PBM (inverted), and values that the data
+set does not know.
 """
 
 from __future__ import annotations

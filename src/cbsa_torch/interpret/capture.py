@@ -202,7 +202,7 @@ def _prefix_around(modules: Mapping[str, nn.Module], name: str) -> int | None:
 
 
 def _locate(
-    grids: GridFollower | None,
+    follower: GridFollower | None,
     around: int | None,
     x: Tensor,
     own: int | None = None,
@@ -212,7 +212,7 @@ def _locate(
     """The grid of a layer's tokens, None if nothing tells, and the number of prefix tokens before it.
 
     Args:
-        grids: who knows the grid; None outside models with a patch embedding.
+        follower: knows the grid; None outside models with a patch embedding.
         around: the number of prefix tokens that the model states.
         x: ``(B, N, C)`` the tensor that the layer was called with.
         own: the number that the layer states, which goes first.
@@ -220,8 +220,8 @@ def _locate(
     """
     prefix = around if own is None else own
     try:
-        if grids is not None or square:
-            return resolve_grid(x.shape[1], None if grids is None else grids.grid_of(x), prefix)
+        if follower is not None or square:
+            return resolve_grid(x.shape[1], None if follower is None else follower.grid_of(x), prefix)
     except (ValueError, RuntimeError):  # no grid fits, or nothing tells which of several
         pass
     return None, prefix or 0

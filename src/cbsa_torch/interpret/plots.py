@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,33 +25,28 @@ from cbsa_torch.interpret.structure import AttentionRanks, Sparsity
 RATE, NORMALIZED_RATE = "$R^c(Z^\\ell\\,|\\,U^\\ell)$ (nats)", "normalised $R^c$ (nats)"
 """Labels of the two compression terms."""
 
-SCORES = {"val_top1": "accuracy", "val_miou": "mean IoU"}
-"""The validation score of a run: its column in ``metrics.jsonl``, and what it is called."""
-
-
 Curve = tuple[Sequence[int], Sequence[float]]
 """Numbers of layers, from 1, and a value for each."""
 
 
-def score_of(history: Sequence[Mapping[str, Any]]) -> str:
-    """The column of the validation score: the first of :data:`SCORES` that a row has."""
-    return next((key for key in SCORES if any(key in row for row in history)), "val_top1")
-
-
 def learning_curves(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]], colors: Mapping[str, str] | None = None
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    colors: Mapping[str, str] | None = None,
+    *,
+    score: str = "val_top1",
+    score_title: str = "accuracy",
 ) -> Figure:
     """Loss and validation score against the epoch; the training loss is dotted.
 
     Args:
-        histories: name of a run to its rows, one per epoch, with epoch, train_loss, val_loss and a score
-            (:data:`SCORES`). Values that are missing or not finite leave gaps. The legend leaves out a run
-            whose name is empty.
+        histories: name of a run to its rows, one per epoch, with epoch, train_loss, val_loss and the score.
+            Values that are missing or not finite leave gaps. The legend leaves out a run whose name is empty.
         colors: of each name. Default: those of :func:`cbsa_torch.interpret._style.run_colors`.
+        score: key of the validation score in the rows, a share of 1.
+        score_title: what the score is called.
     """
     figure, (left, right) = _figure(2, len(histories))
     colors = _style.run_colors(histories) if colors is None else colors
-    score = score_of([*itertools.chain(*histories.values())])
     for name, history in histories.items():
         epochs, color = [row["epoch"] for row in history], colors[name]
         _style.curve(left, epochs, _series(history, "train_loss"), ":", color=color, linewidth=1.1)
@@ -60,7 +54,7 @@ def learning_curves(
         _style.curve(right, epochs, 100 * _series(history, score), color=color)
     left.set(xlabel="epoch", ylabel="loss (dotted: training)")
     _style.from_zero(left)
-    right.set(xlabel="epoch", ylabel=f"validation {SCORES[score]} (%)")
+    right.set(xlabel="epoch", ylabel=f"validation {score_title} (%)")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _style.runs_legend(left)

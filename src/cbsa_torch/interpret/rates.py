@@ -53,16 +53,16 @@ class ReducedRates(NamedTuple):
     """kappa, as learned."""
     gap: list[list[float]]
     correlation: float
-    """Of ``tokens``."""
+    """Rank correlation of ``tokens`` with ``representatives``."""
     correlation_learned: float
-    """Of ``tokens_learned``."""
+    """The same for ``tokens_learned``."""
     images: int
     output: list[list[float]]
     correlation_output: float
-    """Of ``output``."""
+    """The same for ``output``."""
     tokens_added: list[list[float]]
     correlation_added: float
-    """Of ``tokens_added``."""
+    """The same for ``tokens_added``."""
     gap_max: list[list[float]]
     """The largest ``gap`` of any image. The largest number here is the smallest tau for which Eq. 4 holds."""
 

@@ -1,4 +1,4 @@
-"""How a model bears noise on the parameters of its attention layers (the paper's Fig. 8)."""
+"""Robustness of a model to noise on the parameters of its attention layers (the paper's Fig. 8)."""
 
 from __future__ import annotations
 

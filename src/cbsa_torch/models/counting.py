@@ -26,7 +26,7 @@ class LayerCounts(NamedTuple):
     """One part of a model."""
 
     name: str
-    """Of the part: ``stem``, ``blocks.0.attn``, ... or ``total``."""
+    """Name of the part: ``stem``, ``blocks.0.attn``, ... or ``total``."""
     kind: str
     """Its class."""
     parameters: int

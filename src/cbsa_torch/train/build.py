@@ -43,34 +43,34 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     Raises:
         ConfigError: it cannot be built.
     """
-    settings = config.model
-    if settings.init_from is not None:
+    model_config = config.model
+    if model_config.init_from is not None:
         return _fit(config, num_classes, *(_open_init_from(config) if draft is None else draft))
-    fetching = sorted(FETCHING_ARGS & settings.args.keys())
+    fetching = sorted(FETCHING_ARGS & model_config.args.keys())
     if fetching:
         raise ConfigError(
             f"model.args {fetching[0]} is not allowed (a weights file could not be opened with it); trained "
             "weights come by model.init_from"
         )
     known = timm.list_models()
-    if settings.name not in known:
-        suggestion = nearest(settings.name, registry.names()) or nearest(settings.name, known)
-        raise ConfigError(f"no model {settings.name!r} in timm{suggestion}; `cbsa list` shows ours")
-    args = read_args(settings)
-    if settings.image_size is not None:
-        args["img_size"] = settings.image_size
+    if model_config.name not in known:
+        suggestion = nearest(model_config.name, registry.names()) or nearest(model_config.name, known)
+        raise ConfigError(f"no model {model_config.name!r} in timm{suggestion}; `cbsa list` shows ours")
+    args = read_args(model_config)
+    if model_config.image_size is not None:
+        args["img_size"] = model_config.image_size
     if num_classes is not None:
         args["num_classes"] = num_classes
     try:
-        return timm.create_model(settings.name, **args), args
+        return timm.create_model(model_config.name, **args), args
     except Exception as error:  # constructors of any model of timm, called with anything
-        raise ConfigError(f"cannot build {settings.name} with {args}: {error}") from error
+        raise ConfigError(f"cannot build {model_config.name} with {args}: {error}") from error
 
 
-def read_args(settings: ModelConfig) -> dict[str, Any]:
+def read_args(model_config: ModelConfig) -> dict[str, Any]:
     """The values of ``model.args``, which are kept as YAML; raises ConfigError where they are none."""
     try:
-        return {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in settings.args.items()}
+        return {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in model_config.args.items()}
     except yaml.YAMLError as error:
         raise ConfigError(f"model.args are not values of YAML: {error}") from error
 
@@ -97,24 +97,24 @@ def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any]
 
 def _open_init_from(config: RunConfig) -> Built:
     """The model of ``model.init_from``."""
-    settings = config.model
-    model, info, path = open_source("model.init_from", settings.init_from)
-    if info["model"] != settings.name:
+    model_config = config.model
+    model, info, path = open_source("model.init_from", model_config.init_from)
+    if info["model"] != model_config.name:
         raise ConfigError(
-            f"model.init_from {path} holds {info['model']!r}, but model.name is {settings.name!r}"
+            f"model.init_from {path} holds {info['model']!r}, but model.name is {model_config.name!r}"
         )
-    if settings.args:
+    if model_config.args:
         raise ConfigError("model.args cannot be changed together with model.init_from")
     return model, dict(info["model_args"])
 
 
 def _fit(config: RunConfig, num_classes: int | None, model: Any, args: dict[str, Any]) -> Built:
     """A trained model with a new head and another image size, where asked for."""
-    settings = config.model
+    model_config = config.model
     if num_classes is not None and num_classes != args.get("num_classes"):
         model.reset_classifier(num_classes)
         args["num_classes"] = num_classes
-    if settings.image_size is not None:
-        model.set_input_size(img_size=settings.image_size)
-        args["img_size"] = settings.image_size
+    if model_config.image_size is not None:
+        model.set_input_size(img_size=model_config.image_size)
+        args["img_size"] = model_config.image_size
     return model, args

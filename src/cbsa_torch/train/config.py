@@ -30,9 +30,9 @@ def _one_line(value: Any) -> str:
 LOCAL = {"local": True}
 """Metadata of settings that tell of a machine or a run's folder, not of the model: they are not published."""
 WEIGHTS = {**LOCAL, "weights": True}
-"""Of settings that name weights, which must not lie in the run's own folder."""
+"""Metadata of settings that name weights, which must not lie in the run's own folder."""
 UNCOMPARED = {"compared": False}
-"""Of settings that a continued run may change, as they do not change what is computed."""
+"""Metadata of settings that a continued run may change, as they do not change what is computed."""
 
 
 @dataclass
@@ -175,7 +175,7 @@ class RunConfig:
     output: str = field(default="runs/latest", metadata=LOCAL | UNCOMPARED)
     """The run's folder."""
     seed: int = 0
-    """Of everything drawn at random: first weights, order of the images, augmentation, dropout. From 0 on."""
+    """Seed of all random numbers: first weights, order of the images, augmentation, dropout. From 0 on."""
     resume: bool = field(default=False, metadata=LOCAL | UNCOMPARED)
     """Take the configuration from the run in the output folder, which must exist. Without it, a run of the
     same configuration is continued, too."""
@@ -343,7 +343,7 @@ def data_rules(data: DataSource) -> list[tuple[bool, str, Any]]:
     ]
 
 
-def check_images(data: DataConfig) -> None:
+def check_image_settings(data: DataConfig) -> None:
     """Refuse settings of a classifier's images that cannot work."""
     scale, ratio = data.crop_scale, data.crop_ratio
     check_rules([

@@ -69,11 +69,13 @@ def evaluate_split(
     loader = task.evaluation_loader(dataset, trained.spec, accelerator, batch_size)
     device = next(trained.model.parameters()).device
     model = trained.model.to(accelerator.device)
-    with reporter.bar(f"evaluating {name}", loader, len(loader)) as batches:
-        result = task.evaluate(
-            accelerator, model, batches, trained.class_names, windows=windows, batch_size=batch_size
-        )
-    trained.model.to(device)  # where it was: the caller may go on with it
+    try:
+        with reporter.bar(f"evaluating {name}", loader, len(loader)) as batches:
+            result = task.evaluate(
+                accelerator, model, batches, trained.class_names, windows=windows, batch_size=batch_size
+            )
+    finally:
+        trained.model.to(device)  # where it was: the caller may go on with it
     accelerator.wait_for_everyone()
     unread = read_skipped(skipped)
     if unread:
@@ -124,7 +126,7 @@ def evaluate_checkpoint(
     if data is not None:
         trained = trained._replace(task=trained.task.with_data(data))
     windows = WindowOptions() if windows is None else windows
-    trained.task.check_windows(windows)
+    trained.task.check_options(windows)
     name = f"eval_{split}{'_multi_scale' if windows.multi_scale else ''}.json"
     output = trained.path.parent / name if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
@@ -138,7 +140,7 @@ def predict_images(
     checkpoint: str | Path | Trained,
     images: Sequence[str | Path],
     *,
-    top: int = 5,
+    top: int | None = None,
     on_bad_image: Literal["stop", "skip"] = "stop",
     masks: str | Path | None = None,
     overwrite: bool = False,
@@ -149,7 +151,7 @@ def predict_images(
     Args:
         checkpoint: a run folder, a ``.safetensors`` file of one, or what :func:`open_trained` opened.
         images: files.
-        top: how many classes of an image a classifier names.
+        top: how many classes of an image a classifier names. Default: 5.
         on_bad_image: "stop" raises DataError; "skip" reports the error in that image's prediction.
         masks: folder for a segmenter's ``NAME_mask.png`` (coloured, with a legend) and ``NAME_labels.png`` (the
             numbers of the classes); created if need be. The images' names without suffix must differ. Default:
@@ -162,13 +164,19 @@ def predict_images(
         ``shares`` of classes and the paths ``mask`` and ``labels``.
 
     Raises:
-        ConfigError: options that cannot work, two images of one name, masks that are there already; nothing was
-            written then. DataError: an image that cannot be read.
+        ConfigError: options that cannot work or have no effect for the model, two images of one name, masks
+            that are there already; nothing was written then. DataError: an image that cannot be read.
     """
     trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint)
     seen = WindowOptions() if windows is None else windows
-    folder = None if masks is None else str(masks)
     options = PredictOptions(
-        seen.window, seen.stride, seen.scales, seen.flip, top, on_bad_image, folder, overwrite
+        window=seen.window,
+        stride=seen.stride,
+        scales=seen.scales,
+        flip=seen.flip,
+        top=top,
+        on_bad_image=on_bad_image,
+        masks=None if masks is None else str(masks),
+        overwrite=overwrite,
     )
     return trained.task.predict(trained, images, options)

@@ -1,4 +1,4 @@
-"""Trained models for others: the model card, what it and the file tell, and the Hugging Face Hub."""
+"""Publishing trained models: files, model card, upload."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cbsa_torch.models.hub import WEIGHTS, explained, timm_config, weights_path
 from cbsa_torch.models.registry import FAMILIES
 from cbsa_torch.train.config import TrainConfig, flat
 from cbsa_torch.train.registry import TASKS
-from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig
+from cbsa_torch.train.tasks.base import TIMM_LINK
 
 REPO_ID = "OWNER/NAME"
 """Stands for the repository until the model is pushed to one."""
@@ -28,8 +28,6 @@ MOST_CLASSES = 200
 MOST_ROWS = 12
 """Rows of the curve: the first, the last, and some between."""
 PAPER = "2509.16875"
-SEGMENTER_DEFAULTS = {"encoder": "vit_tiny_patch16_224", "mixer": "cbsa"}
-"""Of the constructor's arguments that a card tells."""
 KEPT = {
     "best": ", the best epoch so far on these same images, which makes it a little optimistic",
     "last": ", kept because it is the last, not for its accuracy",
@@ -119,7 +117,7 @@ def model_card(info: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = (
         _front_matter(info, task, score),
         template_path=str(TEMPLATE),
         name=_shown(info["model"]),
-        what_it_is=_what_it_is(info),
+        what_it_is=_what_it_is(info, task),
         repo_id=REPO_ID,
         class_count=len(names),
         classes=_table([("output", "class"), *enumerate(names[:MOST_CLASSES])]) + more,
@@ -198,8 +196,9 @@ def data_title(config: Mapping[str, Any]) -> str:
 
 def _task_class(info: Mapping[str, Any]) -> type[Any]:
     """The task that the description names; of a model that no run trained, the one that it is for."""
-    segments = info["model"] == SegmentationTrainConfig().model.name
-    likely = SegmentationTrainConfig.task if segments else TrainConfig.task
+    likely = next(
+        (name for name, (_, task) in TASKS.items() if task.own_model == info["model"]), TrainConfig.task
+    )
     named = (info.get("config") or {}).get("task")
     return TASKS[named if named in TASKS else likely][1]
 
@@ -238,16 +237,15 @@ def _papers(model: str) -> list[str]:
     return [] if family is None else list(dict.fromkeys([FAMILIES[family].paper, PAPER]))
 
 
-def _what_it_is(info: Mapping[str, Any]) -> str:
-    model, args, family = info["model"], info["model_args"], _family(info["model"])
-    timm = "[timm](https://github.com/huggingface/pytorch-image-models)"
-    if model == SegmentationTrainConfig().model.name:
-        encoder, mixer = (_shown(args.get(key, default)) for key, default in SEGMENTER_DEFAULTS.items())
-        what = f"An image segmenter: encoder {encoder} of {timm}, decoder of masks with {mixer.upper()} layers"
+def _what_it_is(info: Mapping[str, Any], task: type[Any]) -> str:
+    model, family = info["model"], _family(info["model"])
+    what = f"An {task.model_kind}"
+    if model == task.own_model:
+        what = f"{what}: {task.model_summary(info['model_args'], _shown)}"
     elif family is not None:
-        what = f"An image classifier: {_shown(FAMILIES[family].summary)}"
+        what = f"{what}: {_shown(FAMILIES[family].summary)}"
     else:
-        return f"An image classifier: `{clean(model)}` of {timm}."
+        return f"{what}: `{clean(model)}` of {TIMM_LINK}."
     papers = (f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in _papers(model) or [PAPER])
     return (
         f"{what}; implemented in cbsa-torch, the library for CBSA (Contract-and-Broadcast Self-Attention). "
@@ -271,9 +269,9 @@ def _input(spec: Mapping[str, Any]) -> str:
 
 
 def _recipe(info: Mapping[str, Any]) -> str:
-    settings = {**published(info)["config"], "task": None, "model": {"args": info["model_args"]}}
-    settings["data"] = {**(settings.get("data") or {}), "name": None}
-    known = [(key, value) for key, value in flat(settings).items() if value is not None]
+    values = {**published(info)["config"], "task": None, "model": {"args": info["model_args"]}}
+    values["data"] = {**(values.get("data") or {}), "name": None}
+    known = [(key, value) for key, value in flat(values).items() if value is not None]
     return _table([("setting", "value"), ("data", data_title(info["config"])), *known])
 
 

@@ -1,6 +1,6 @@
 """A run at work: what it works with, how it is set up, saved and resumed.
 
-Of the functions here, all are called on every process; files are written by the main process.
+Every function here is called on every process; only the main one writes files.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.run.signals import StopRequests
 from cbsa_torch.train.run.state import (
     compare_data,
-    load_state,
     model_state,
     optimizer_state,
     random_states,
+    read_state,
     restore,
     restore_random_states,
 )
@@ -255,7 +255,7 @@ def resume(session: Session) -> Progress:
 
 
 def _restore(session: Session, path: Path) -> Progress:
-    state = load_state(path)
+    state = read_state(path)
     try:
         progress = Progress(**state["progress"])
         for remark in compare_data(state["data"], session.data_facts, progress.batch, str(path)):

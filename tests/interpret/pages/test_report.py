@@ -11,6 +11,7 @@ from cbsa_torch import interpret
 from cbsa_torch.interpret.pages.report import best_epoch
 from tests.helpers.pages import (
     CBSA_ONLY,
+    EVALUATION,
     NOT_OF_A_VIT,
     ODD_NAMES,
     build,
@@ -142,5 +143,13 @@ def test_a_history_that_diverged_is_drawn_and_valid_json(images, tmp_path):
 
 
 def test_without_a_finite_score_no_epoch_is_the_best():
-    assert best_epoch(DIVERGED) == (1, 0.4)
-    assert best_epoch(DIVERGED[1:]) is None
+    assert best_epoch(DIVERGED, "val_top1") == (1, 0.4)
+    assert best_epoch(DIVERGED[1:], "val_top1") is None
+
+
+def test_a_score_of_any_name_is_shown_under_its_title(images, tmp_path):
+    history = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_f1": 0.25}]
+    options = {"score": "val_f1", "score_title": "mean F1", "history": history, "evaluation": EVALUATION}
+    page = interpret.report(vit(), images, tmp_path, robustness_images=0, **options).page.read_text()
+    assert "mean F1 on the 10 images" in page
+    assert "Best validation mean F1: 25.00 % in epoch 1" in page

@@ -12,10 +12,10 @@ from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.train.run.state import (
     MAGIC,
     TrainingStates,
-    load_state,
     random_states,
+    read_state,
     restore_random_states,
-    save_state,
+    write_state,
 )
 from tests.helpers.damage import Trap, flip_bit
 
@@ -24,8 +24,8 @@ WEIGHTS = {"w": torch.linspace(-1, 1, 5000)}
 
 def test_a_state_reads_back(tmp_path):
     state = {"progress": {"epoch": 3}, "model": {"w": torch.arange(3)}, "ema": None}
-    save_state(tmp_path / "last.pt", state)
-    found = load_state(tmp_path / "last.pt")
+    write_state(tmp_path / "last.pt", state)
+    found = read_state(tmp_path / "last.pt")
     assert torch.equal(found["model"]["w"], torch.arange(3))
     assert (found["progress"], found["ema"]) == ({"epoch": 3}, None)
 
@@ -33,37 +33,37 @@ def test_a_state_reads_back(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 torn", b"\x80\x02", b"\xff" * 64, b"(lp0\n."])
 def test_what_is_no_state_is_refused(tmp_path, content):
     (tmp_path / "last.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"last\.pt is not a trainer state"):
-        load_state(tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match=r"last\.pt is not a training state"):
+        read_state(tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
 def test_a_truncated_state_and_one_with_a_flipped_bit_are_refused(tmp_path, share):
     path = tmp_path / "last.pt"
-    save_state(path, {"model": WEIGHTS})
+    write_state(path, {"model": WEIGHTS})
     whole = path.read_bytes()
     for spoil in (flip_bit, lambda path, share: path.write_bytes(whole[: int(share * len(whole)) - 1])):
         path.write_bytes(whole)
         spoil(path, share)
-        with pytest.raises(CheckpointError, match=r"last\.pt is (not a trainer state|truncated or altered)"):
-            load_state(path)
+        with pytest.raises(CheckpointError, match=r"last\.pt is (not a training state|truncated or altered)"):
+            read_state(path)
 
 
 def test_a_missing_state_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"last\.pt"):
-        load_state(tmp_path / "last.pt")
+        read_state(tmp_path / "last.pt")
 
 
 def test_a_malicious_state_is_refused_unexecuted(tmp_path):
     path, victim = tmp_path / "last.pt", tmp_path / "created"
     torch.save({"progress": Trap(victim)}, path)
     pickled = path.read_bytes()
-    with pytest.raises(CheckpointError, match="is not a trainer state"):
-        load_state(path)
+    with pytest.raises(CheckpointError, match="is not a training state"):
+        read_state(path)
     # An attacker knows how checksums are made.
     path.write_bytes(MAGIC + hashlib.sha256(pickled).hexdigest().encode() + pickled)
-    with pytest.raises(CheckpointError, match="holds no trainer state: Weights only load failed"):
-        load_state(path)
+    with pytest.raises(CheckpointError, match="holds no training state: Weights only load failed"):
+        read_state(path)
     assert not victim.exists()
 
 
@@ -72,9 +72,9 @@ def test_random_states_read_back_from_a_file(tmp_path):
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
 
     draw()
-    save_state(tmp_path / "last.pt", {"random": random_states()})
+    write_state(tmp_path / "last.pt", {"random": random_states()})
     expected = draw()
-    restore_random_states(load_state(tmp_path / "last.pt")["random"])
+    restore_random_states(read_state(tmp_path / "last.pt")["random"])
     assert draw() == expected
 
 

@@ -21,7 +21,7 @@ from cbsa_torch.interpret.pages.sentences import later_change, sentences
 from cbsa_torch.interpret.plots import Curve
 
 PREFIX = "compare_"
-"""Of the figures' files: the folder may hold a report, too."""
+"""Beginning of the figures' file names: the folder may hold a report, too."""
 
 RUN_FIGURES = ("reduced_rates", "step_sizes", "compressing_heads", "coherence")
 """Figures that each run has one of, side by side: their values do not fit one axis."""
@@ -73,6 +73,8 @@ def compare(
     folder: str | Path,
     *,
     title: str | None = None,
+    score: str = "val_top1",
+    score_title: str = "accuracy",
     batch_size: int = 64,
     robustness_images: int = 128,
 ) -> PageFiles:
@@ -85,6 +87,8 @@ def compare(
         runs: two models or more.
         folder: where to write; made if it does not exist.
         title: heading of the page. Default: the number of models.
+        score: key of the validation score in the rows of the runs' ``history``.
+        score_title: what that score is called.
         batch_size: images per forward pass.
         robustness_images: how many of the images (the first) the robustness curves use; 0 leaves them out.
 
@@ -101,7 +105,7 @@ def compare(
     colors = _style.run_colors(run.name for run in runs)
     measured = [measure_run(run, batch_size, robustness_images) for run in runs]
     folder = Path(folder)
-    shared = shared_figures(measured, colors)
+    shared = shared_figures(measured, colors, score, score_title)
     written = render.save_figures(shared, folder, PREFIX)
     sections = []
     for number, item in enumerate(measured, 1):
@@ -183,7 +187,12 @@ def _numbers(item: MeasuredRun) -> dict[str, Any]:
     }
 
 
-def shared_figures(measured: Sequence[MeasuredRun], colors: Mapping[str, str]) -> dict[str, Figure]:
+def shared_figures(
+    measured: Sequence[MeasuredRun],
+    colors: Mapping[str, str],
+    score: str = "val_top1",
+    score_title: str = "accuracy",
+) -> dict[str, Figure]:
     """Figures that hold the curves of all runs that have them."""
     curves: dict[str, dict[str, dict[str, Curve]]] = {}
 
@@ -211,7 +220,9 @@ def shared_figures(measured: Sequence[MeasuredRun], colors: Mapping[str, str]) -
         for name, panels in curves.items()
     }
     if histories := {item.run.name: item.run.history for item in measured if item.run.history}:
-        figures["learning_curves"] = plots.learning_curves(histories, colors)
+        figures["learning_curves"] = plots.learning_curves(
+            histories, colors, score=score, score_title=score_title
+        )
     if robust := {item.run.name: r for item in measured if (r := item.measures.robustness) is not None}:
         figures["robustness"] = plots.robustness_curve(robust, measured[0].measures.robustness_metric, colors)
     return figures

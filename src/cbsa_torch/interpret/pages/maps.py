@@ -78,7 +78,7 @@ class LayerMaps(NamedTuple):
     """One layer's maps."""
 
     name: str
-    """Of the layer in the model."""
+    """Name of the layer in the model."""
     number: int
     """Counted from 1 among the captured layers."""
     kind: str

@@ -28,6 +28,8 @@ def report(
     labels: Sequence[int] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     evaluation: Mapping[str, Any] | None = None,
+    score: str = "val_top1",
+    score_title: str = "accuracy",
     batch_size: int = 64,
     robustness_images: int = 128,
 ) -> PageFiles:
@@ -47,9 +49,12 @@ def report(
             captions.
         labels: B class indices, for the robustness curve. Without them it shows how many predictions stay the
             same.
-        history: one row per epoch with epoch, train_loss, val_loss and val_top1 or val_miou; NaN and None
+        history: one row per epoch with epoch, train_loss, val_loss and the validation score; NaN and None
             leave gaps.
-        evaluation: of a test: top1 or miou, loss, images (their number), confusion, class_names, split.
+        evaluation: of a test: score (a share of 1), loss, images (their number), split, and, if known,
+            confusion and class_names.
+        score: key of the validation score in the rows of ``history``.
+        score_title: what the score of ``history`` and ``evaluation`` is called.
         batch_size: images per forward pass.
         robustness_images: how many of ``images`` (the first) the robustness curve uses; 0 leaves it out.
 
@@ -70,7 +75,11 @@ def report(
     )
     maps = measure_maps(model, pictures)
     found = sentences(measures)
-    figures = {"learning_curves": plots.learning_curves({"": history})} if history else {}
+    figures = (
+        {"learning_curves": plots.learning_curves({"": history}, score=score, score_title=score_title)}
+        if history
+        else {}
+    )
     figures |= render.measure_figures(measures)
     of_maps = render.map_figures(maps, pictures)
     folder = Path(folder)
@@ -84,9 +93,8 @@ def report(
         title=title,
         facts=facts,
         evaluation=evaluation,
-        score="miou" if evaluation and "miou" in evaluation else "top1",
-        score_title=plots.SCORES[plots.score_of(history)],
-        best=best_epoch(history),
+        score_title=score_title,
+        best=best_epoch(history, score),
         measures=measures,
         cbsa_layers=render.layer_numbers(measures, measures.reduced.layers) if measures.reduced else [],
         sentences=found,
@@ -105,9 +113,8 @@ def report(
     return render.write_page(files, page, numbers)
 
 
-def best_epoch(history: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
+def best_epoch(history: Sequence[Mapping[str, Any]], score: str) -> tuple[int, float] | None:
     """The epoch of the highest validation score, and that score; None if there is none."""
-    key = plots.score_of(history)
-    known = [row for row in history if row.get(key) is not None and math.isfinite(row[key])]
-    best = max(known, key=lambda row: row[key], default=None)
-    return None if best is None else (best["epoch"], best[key])
+    known = [row for row in history if row.get(score) is not None and math.isfinite(row[score])]
+    best = max(known, key=lambda row: row[score], default=None)
+    return None if best is None else (best["epoch"], best[score])

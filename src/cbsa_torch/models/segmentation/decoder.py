@@ -34,7 +34,7 @@ MIXERS: dict[str, type[nn.Module]] = {
 Mixer = str | Callable[..., nn.Module]
 
 HEAD_DIM = 100
-"""Of the official decoders of every size."""
+"""Width of a head in the official decoders of every size."""
 NUM_REPRESENTATIVES = 100
 """A 10 x 10 grid in the official decoder."""
 

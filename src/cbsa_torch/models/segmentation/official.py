@@ -34,7 +34,7 @@ _HEADS = ("encoder.head.", "encoder.head_dist.", "encoder.pre_logits.")
 ENCODER_NORM_EPS = 1e-5
 """PyTorch's default, which the official encoder has; timm's ViT has 1e-6."""
 ENCODER_HEAD_DIM = 64
-"""Of every ViT that Segmenter's recipe uses."""
+"""Width of a head in every ViT that Segmenter's recipe uses."""
 
 
 def is_segmentation(official: dict[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.models.resize import resize
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Of Segmenter's multi-scale evaluation, which the paper follows."""
+"""Factors of Segmenter's multi-scale evaluation, which the paper follows."""
 Size = int | tuple[int, int]
 Images = TypeVar("Images", Tensor, list[Tensor])
 

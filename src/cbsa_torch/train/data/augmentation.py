@@ -25,8 +25,6 @@ POLICIES = {
     **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), auto_augment_transform),
 }
 """timm's policies, and what builds a transform from their description."""
-
-
 _SETS = ("tweights", "t3a", "t3aw")
 """Sets of operations that "rand" may choose from, besides its own."""
 

@@ -24,8 +24,8 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
-def new_accelerator(**settings: Any) -> Accelerator:
-    """An Accelerator with these settings, whatever an earlier run in this process used.
+def new_accelerator(**options: Any) -> Accelerator:
+    """An Accelerator with these options, whatever an earlier run in this process used.
 
     Its process group stays, as it can be made only once in a process: see ``leave_process_group``.
 
@@ -33,7 +33,7 @@ def new_accelerator(**settings: Any) -> Accelerator:
         ConfigError: fp16 on the CPU, where Accelerate would silently compute in float32.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(**settings)
+    accelerator = Accelerator(**options)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("engine.precision fp16 needs a GPU; on the CPU, bf16 is the mixed precision")
     return accelerator

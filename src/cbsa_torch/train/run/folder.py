@@ -30,24 +30,7 @@ from cbsa_torch.train.config import RunConfig, dump_yaml, flat, settings, to_dic
 from cbsa_torch.train.errors import RunFolderError
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.lock import FolderLock
-from cbsa_torch.train.run.state import TrainingStates, load_state
-
-WRITTEN = (
-    "metrics.jsonl",
-    "model.safetensors",
-    "README.md",
-    "skipped_images.txt",
-    "states/step_*.state",
-    "tensorboard/**/events.out.tfevents.*",
-    "tensorboard/**/hparams.yml",
-    "report.html",
-    "report.json",
-    "figures/*.svg",
-    "figures/*.png",
-    "eval_*.json",
-    "eval_*.skipped.txt",
-)
-"""What a run, its evaluations and its report write besides config.yaml and environment.json."""
+from cbsa_torch.train.run.state import TrainingStates, read_state
 
 
 class RunFolder:
@@ -171,9 +154,23 @@ class RunFolder:
             self.describe(config)
 
     def _written(self) -> Iterator[Path]:
-        """The files here that a run wrote; what else lies here is not ours to remove."""
-        for pattern in WRITTEN:
-            yield from [path for path in self.path.glob(pattern) if path.is_file() or path.is_symlink()]
+        """The files besides the configuration that a run, its evaluations and its report wrote.
+
+        What else lies here is not ours to remove.
+        """
+        yield from filter(_is_file, (self.metrics, self.weights, self.card, self.skipped, self.report))
+        patterns = (
+            (self.state_folder, "step_*.state"),
+            (self.tensorboard, "**/events.out.tfevents.*"),
+            (self.tensorboard, "**/hparams.yml"),
+            (self.path, "report.json"),
+            (self.figures, "*.svg"),
+            (self.figures, "*.png"),
+            (self.path, "eval_*.json"),
+            (self.path, "eval_*.skipped.txt"),
+        )
+        for folder, pattern in patterns:
+            yield from filter(_is_file, list(folder.glob(pattern)))
 
     def describe(self, config: RunConfig) -> None:
         """Write config.yaml and environment.json."""
@@ -218,6 +215,10 @@ class RunFolder:
         except (OSError, ValueError, RecursionError):
             return {}
         return values if isinstance(values, dict) else {}
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() or path.is_symlink()
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -269,7 +270,7 @@ def describe_last_state(folder: RunFolder) -> str:
         return str(error)
     if path is None:
         return "there is no training state yet"
-    done = load_state(path)["progress"]
+    done = read_state(path)["progress"]
     within = f" and {done['batch']} batches" if done["batch"] else ""
     best = f", the best epoch was {done['best_epoch']}" if done["best_epoch"] else ""
     return (

@@ -105,15 +105,15 @@ def restore(
                     f"{tuple(value.shape)}, {name} has {tuple(spec.shape)}"
                 )
     whole = StateDictOptions(full_state_dict=True)
-    settings = ("weight_decay", "lr_scale", "fused")
-    configured = [{key: group[key] for key in settings if key in group} for group in optimizer.param_groups]
+    from_config = ("weight_decay", "lr_scale", "fused")
+    configured = [{key: group[key] for key in from_config if key in group} for group in optimizer.param_groups]
     # The optimiser first: to make its state, torch lets it take a step of length zero.
     try:
         set_optimizer_state_dict(model, optimizer, optimizer_values, options=whole)
     except KeyError as error:
         raise CheckpointError(f"{source} has the state of another optimiser: no {error} in it") from error
-    for group, own_settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update(own_settings)  # as configured now, like the learning rate, which the schedule sets
+    for group, own_values in zip(optimizer.param_groups, configured, strict=True):
+        group.update(own_values)  # as configured now, like the learning rate, which the schedule sets
     set_model_state_dict(model, dict(model_values), options=whole)
 
 
@@ -138,7 +138,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state (tensors, numbers, strings, plain containers) atomically, with its checksum."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -146,26 +146,26 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, MAGIC + hashlib.sha256(data).hexdigest().encode() + data)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read a state written by :func:`save_state`.
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a state written by :func:`write_state`.
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: not such a file, truncated or altered.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no trainer state at {path}")
+        raise FileNotFoundError(f"no training state at {path}")
     content = path.read_bytes()
     if not content.startswith(MAGIC):
-        raise CheckpointError(f"{path} is not a trainer state")
+        raise CheckpointError(f"{path} is not a training state")
     digest, data = content[len(MAGIC) :][:DIGEST], content[len(MAGIC) + DIGEST :]
     if hashlib.sha256(data).hexdigest().encode() != digest:
         raise CheckpointError(f"{path} is truncated or altered: its checksum does not fit")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a strange file raises nearly anything: IndexError, OSError, struct.error, ...
-        raise CheckpointError(f"{path} holds no trainer state: {error}") from error
+        raise CheckpointError(f"{path} holds no training state: {error}") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds no trainer state")
+        raise CheckpointError(f"{path} holds no training state")
     return state
 
 
@@ -191,7 +191,7 @@ class TrainingStates:
         new ones out.
         """
         new = self.folder / f"step_{step:010d}.state"
-        save_state(new, state)
+        write_state(new, state)
         for path in [path for path in self.paths() if path <= new][self.keep :]:
             path.unlink()
 
@@ -204,7 +204,7 @@ class TrainingStates:
         problems: list[str] = []
         for path in self.paths():
             try:
-                load_state(path)
+                read_state(path)
             except (CheckpointError, OSError) as error:  # damaged, or may not be read
                 problems.append(str(error))
             else:

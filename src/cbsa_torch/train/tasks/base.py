@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -23,8 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch.train.config import RunConfig
 from cbsa_torch.train.data import InputSpec, read_image_file
-from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.losses import Loss
+
+TIMM_LINK = "[timm](https://github.com/huggingface/pytorch-image-models)"
+"""In Markdown, for model cards."""
 
 
 class TaskSetup(NamedTuple):
@@ -91,7 +94,7 @@ class Prediction(Protocol):
 
 @dataclass
 class WindowOptions:
-    """How a segmenter sees whole images; classifiers know none of it."""
+    """How a segmenter sees whole images; classifiers refuse all but the defaults."""
 
     window: int | None = None
     """Segmenters: side of the windows in pixels. Default: as in validation."""
@@ -112,8 +115,8 @@ class WindowOptions:
 class PredictOptions(WindowOptions):
     """How image files are classified or segmented."""
 
-    top: int = 5
-    """Classifiers: how many classes to name."""
+    top: int | None = None
+    """Classifiers: how many classes to name. Default: 5."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What to do about an unreadable image."""
     masks: str | None = None
@@ -138,12 +141,19 @@ class Task(ABC):
     """The Hugging Face Hub's name of the task."""
     hub_metric: ClassVar[str]
     """The Hub's name of the score."""
+    model_kind: ClassVar[str] = "image classifier"
+    """What models of the task are called on their cards."""
+    own_model: ClassVar[str | None] = None
+    """Name of the one model that the task trains. Default: classifiers of many names."""
     share_title: ClassVar[str]
     """What the numbers of :meth:`Prediction.class_shares` are."""
     one_class_per_image: ClassVar[bool]
     """Whether an image has a single class, so that runs can be compared image by image."""
     data_name_elsewhere: ClassVar[str | None] = None
     """``data.name`` of another folder to evaluate on. Default: as in training."""
+
+    unused_options: ClassVar[frozenset[str]] = frozenset()
+    """Fields of :class:`PredictOptions` that have no effect for the task, and are refused."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -152,13 +162,28 @@ class Task(ABC):
         """The same task on other data, given as ``config.data`` is."""
         return type(self)(dataclasses.replace(self.config, data=data))
 
+    @classmethod
+    def model_summary(cls, args: Mapping[str, Any], shown: Callable[[object], str]) -> str:
+        """What :attr:`own_model` is made of, in Markdown for its card.
+
+        Args:
+            args: its constructor arguments; those left out have their defaults.
+            shown: escapes a value for Markdown.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no model of its own")
+
     @abstractmethod
     def check(self) -> None:
         """Refuse settings of the task that cannot work; raises ConfigError."""
 
-    @abstractmethod
-    def check_windows(self, windows: WindowOptions) -> None:
-        """Refuse options of evaluation and prediction that cannot work; raises ConfigError."""
+    def check_options(self, options: WindowOptions) -> None:
+        """Refuse options of evaluation or prediction that have no effect or cannot work; raises ConfigError."""
+        for option in dataclasses.fields(options):
+            if option.name in self.unused_options and getattr(options, option.name) != option.default:
+                raise ConfigError(
+                    f"{option.name} has no effect for the task {self.config.task!r}, which this model was "
+                    "trained for; leave it out"
+                )
 
     @abstractmethod
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
@@ -201,7 +226,8 @@ class Task(ABC):
         Args:
             dataset: a split, whose transform is set.
             spec: what the model is fed.
-            batch_size: images in a forward pass of one process. Default: the task's.
+            batch_size: images in a forward pass of one process; tasks that see images by windows use it in
+                :meth:`evaluate` instead. Default: the task's.
         """
 
     @abstractmethod
@@ -221,7 +247,11 @@ class Task(ABC):
             batches: of :meth:`evaluation_loader`; equally many on every process.
             class_names: in the order of the model's outputs.
             windows: how images are seen. Default: as in validation.
-            batch_size: windows in a forward pass, where images are seen by windows. Default: as in validation.
+            batch_size: what :meth:`evaluation_loader` was given. Tasks that see images by windows put as many
+                windows into a forward pass; for others the batches have that size already.
+
+        Raises:
+            ConfigError: what :meth:`check_options` refuses in ``windows``.
         """
 
     @abstractmethod
@@ -263,7 +293,7 @@ class Trained(NamedTuple):
 
     @property
     def config(self) -> RunConfig:
-        """Of the run that trained it."""
+        """The configuration of the run that trained it."""
         return self.task.config
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from cbsa_torch.train.build import build_model, draft_model
-from cbsa_torch.train.config import TrainConfig, check_images
+from cbsa_torch.train.config import TrainConfig, check_image_settings
 from cbsa_torch.train.data import IGNORE, InputSpec, input_spec, make_loader, open_split, open_splits
 from cbsa_torch.train.engine.accelerate import use_separate_generator
 from cbsa_torch.train.errors import ConfigError, DataError
@@ -34,6 +33,8 @@ from cbsa_torch.train.tasks.base import (
 
 EVALUATION_BATCH = 256
 """Images in a forward pass of an evaluation, unless it is told otherwise."""
+TOP = 5
+"""How many classes a prediction names, unless it is told otherwise."""
 
 
 class ClassificationResult(NamedTuple):
@@ -91,16 +92,11 @@ class Classification(Task):
     share_title = "probability"
     one_class_per_image = True
     data_name_elsewhere = "folder"
+    unused_options = frozenset({"window", "stride", "scales", "flip", "masks", "overwrite"})
 
     def check(self) -> None:
         """Refuse settings of the data that cannot work."""
-        check_images(self.config.data)
-
-    def check_windows(self, windows: WindowOptions) -> None:
-        """Refuse all: classifiers see an image at once."""
-        for option in dataclasses.fields(WindowOptions):
-            if getattr(windows, option.name) != option.default:
-                raise ConfigError(f"{option.name} is for segmenters; this model is a classifier")
+        check_image_settings(self.config.data)
 
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data sets, and the model with a head for their classes."""
@@ -146,6 +142,8 @@ class Classification(Task):
         batch_size: int | None = None,
     ) -> ClassificationResult:
         """Accuracy and loss over the images that could be read."""
+        if windows is not None:
+            self.check_options(windows)
         model.eval()
         # Predictions are gathered below, so every process counts them all: metrics must not add up again.
         common: dict[str, Any] = {
@@ -184,12 +182,10 @@ class Classification(Task):
         self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
     ) -> list[ClassPrediction]:
         """The ``top`` most likely classes of each image."""
-        self.check_windows(options)
-        if options.masks is not None or options.overwrite:
-            name = "overwrite" if options.overwrite else "masks"
-            raise ConfigError(f"{name} is for segmenters; this model is a classifier")
-        if options.top < 1:
-            raise ConfigError(f"top must be at least 1, got {options.top}")
+        self.check_options(options)
+        top = TOP if options.top is None else options.top
+        if top < 1:
+            raise ConfigError(f"top must be at least 1, got {top}")
         device, transform = next(trained.model.parameters()).device, eval_transform(trained.spec)
         predictions = []
         for path, image in read_images(images, trained.spec.mode, options.on_bad_image):
@@ -197,7 +193,7 @@ class Classification(Task):
                 predictions.append(ClassPrediction(str(path), [], [], image))
                 continue
             probabilities = trained.model(transform(image)[None].to(device)).softmax(-1)[0]
-            best = probabilities.topk(min(options.top, len(trained.class_names)))
+            best = probabilities.topk(min(top, len(trained.class_names)))
             names = [trained.class_names[i] for i in best.indices.tolist()]
             predictions.append(ClassPrediction(str(path), names, best.values.tolist()))
         return predictions

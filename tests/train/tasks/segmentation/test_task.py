@@ -315,6 +315,8 @@ def test_masks_that_are_there_stay(segmenter, tmp_path, capsys):
     assert len(list(masks.iterdir())) == 2
     with pytest.raises(ValueError, match="on_bad_image must be one of"):
         predict_images(segmenter.output, [image], masks=tmp_path / "other", on_bad_image="sikp")
+    with pytest.raises(ConfigError, match="top has no effect for the task 'segmentation'"):
+        predict_images(segmenter.output, [image], masks=tmp_path / "other", top=3)
 
 
 def test_the_same_data_elsewhere_keep_their_layout(segmenter, tmp_path, capsys):

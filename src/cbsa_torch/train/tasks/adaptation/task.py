@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -11,6 +12,7 @@ import timm
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch.models.adapt.factory import adapted_vit
 from cbsa_torch.models.adapt.find import find_attention, select_layers
 from cbsa_torch.models.adapt.report import AdaptReport
 from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
@@ -158,7 +160,7 @@ class Original(NamedTuple):
 
     model: nn.Module
     name: str
-    """Of timm."""
+    """The model's name in timm."""
     args: dict[str, Any]
     """Constructor arguments that rebuild it."""
     class_names: list[str] | None
@@ -216,20 +218,20 @@ class Adapted(NamedTuple):
     report: AdaptReport
 
 
-def adapt_original(original: Original, settings: AdaptedModelConfig) -> Adapted:
+def adapt_original(original: Original, model_config: AdaptedModelConfig) -> Adapted:
     """Adapt a copy. An original that is adapted already, in the same way, gets more layers adapted.
 
     Raises:
         ConfigError: what :func:`cbsa_torch.models.adapt_vit` refuses, or an original adapted in another way.
     """
-    options = read_args(settings)
-    layers: Any = settings.layers_asked()
+    options = read_args(model_config)
+    layers: Any = model_config.layers_asked()
     try:
         if original.name == ENTRY:
-            return _extend(original, settings.mixer, options, layers)
-        model, report = adapt_vit(original.model, settings.mixer, layers=layers, **options)
+            return _extend(original, model_config.mixer, options, layers)
+        model, report = adapt_vit(original.model, model_config.mixer, layers=layers, **options)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.original {settings.original} cannot be adapted: {error}") from error
+        raise ConfigError(f"model.original {model_config.original} cannot be adapted: {error}") from error
     args = report.model_args(original.name, **original.args)
     return Adapted(model, args, report)
 
@@ -237,7 +239,10 @@ def adapt_original(original: Original, settings: AdaptedModelConfig) -> Adapted:
 def _extend(original: Original, mixer: str, options: dict[str, Any], layers: Any) -> Adapted:
     """Adapt layers of an adapted model that are not yet."""
     args = original.args
-    before = {"mixer": args.get("mixer", "adapted_cbsa"), "mixer_args": args.get("mixer_args") or {}}
+    before = {
+        "mixer": args.get("mixer", inspect.signature(adapted_vit).parameters["mixer"].default),
+        "mixer_args": args.get("mixer_args") or {},
+    }
     if before != {"mixer": mixer, "mixer_args": options}:
         raise ValueError(
             f"it is adapted already, to {before['mixer']!r} with {before['mixer_args']}; more layers can "

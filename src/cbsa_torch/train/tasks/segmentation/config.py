@@ -13,7 +13,7 @@ class ScenesConfig:
     """How the scenes of ``emoji-scenes`` are drawn. Another seed or setting is another data set."""
 
     seed: int = 0
-    """Of the data set, not of the run: all runs see the same scenes."""
+    """Seed of the data set, not of the run: all runs see the same scenes."""
     size: int = 128
     """Side of the square canvas in pixels."""
     train: int = 4000

@@ -1,6 +1,6 @@
 """Segmentation data sets by name, as training, validation and test splits of images and masks.
 
-Of a sample whose mask is bad, every pixel is ignored; its image is given all the same. A bad image is replaced
+Every pixel of a sample whose mask is bad is ignored; its image is given all the same. A bad image is replaced
 by a blank one, whose every pixel is ignored.
 """
 
@@ -33,8 +33,6 @@ from cbsa_torch.train.tasks.segmentation.config import SegmentationDataConfig, c
 from cbsa_torch.train.tasks.segmentation.scenes import open_scenes
 
 NAMES = ("folder", "ade20k", "voc", "pascal_context", "pascal_context_59", "cityscapes", "emoji-scenes")
-
-
 BLANK_SIZE = (32, 32)
 
 

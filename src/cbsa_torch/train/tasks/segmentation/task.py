@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
+from cbsa_torch.models.segmentation.factory import segmenter
 from cbsa_torch.train.build import build_model, draft_model, open_source, read_args
 from cbsa_torch.train.config import check_rules
 from cbsa_torch.train.data import InputSpec, input_spec
@@ -26,6 +28,7 @@ from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
+    TIMM_LINK,
     PredictOptions,
     Task,
     TaskSetup,
@@ -43,7 +46,7 @@ from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform,
 
 PRETRAINED = "pretrained"
 """``model.encoder_from``: the weights that timm has for an encoder."""
-HEADS = ("head", "fc_norm", "attn_pool", "fc")
+CLASSIFIER_PARTS = ("head", "fc_norm", "attn_pool", "fc")
 """Parts of classifiers that no encoder has."""
 MASKS = "predicted_masks"
 """The folder of predicted masks, unless another is given."""
@@ -74,21 +77,31 @@ class Segmentation(Task):
     score_title = "mean IoU"
     hub_task, hub_metric = "image-segmentation", "mean_iou"
     share_title = "share of pixels"
+    model_kind = "image segmenter"
+    own_model = "segmenter"
     one_class_per_image = False
+    unused_options = frozenset({"top"})
+
+    @classmethod
+    def model_summary(cls, args: Mapping[str, Any], shown: Callable[[object], str]) -> str:
+        """Encoder and decoder."""
+        encoder, mixer = (shown(args.get(name, _default(name))) for name in ("encoder", "mixer"))
+        return f"encoder {encoder} of {TIMM_LINK}, decoder of masks with {mixer.upper()} layers"
 
     def check(self) -> None:
         """Refuse settings of data, windows and model that cannot work."""
         model = self.config.model
         check_data_config(self.config.data)
         self._windows(None, None)
-        if model.name != "segmenter":
-            raise ConfigError(f"model.name must be 'segmenter' for segmentation, got {model.name!r}")
+        if model.name != self.own_model:
+            raise ConfigError(f"model.name must be {self.own_model!r} for segmentation, got {model.name!r}")
         if model.init_from is not None and model.encoder_from is not None:
             raise ConfigError("model.init_from and model.encoder_from exclude each other, got both")
 
-    def check_windows(self, windows: WindowOptions) -> None:
-        """Refuse sizes below 1, a stride above the window, no or odd scales."""
-        self._windows(windows, None)
+    def check_options(self, options: WindowOptions) -> None:
+        """Refuse what has no effect, sizes below 1, a stride above the window, no or odd scales."""
+        super().check_options(options)
+        self._windows(options, None)
 
     def _windows(self, given: WindowOptions | None, batch: int | None) -> Windows:
         """Windows as in validation, but for what is given."""
@@ -170,6 +183,7 @@ class Segmentation(Task):
         self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
     ) -> list[MaskPrediction]:
         """Write ``NAME_mask.png`` and ``NAME_labels.png`` of each image, of any size."""
+        self.check_options(options)
         folder, seen = Path(options.masks or MASKS), self._windows(options, None)
         check_choice("on_bad_image", options.on_bad_image, ("stop", "skip"))
         if folder.exists() and not folder.is_dir():
@@ -202,6 +216,11 @@ class Segmentation(Task):
         """The class of most pixels, from logits (images, classes, height, width)."""
         classes: list[int] = outputs.argmax(1).flatten(1).mode(1).values.tolist()
         return classes
+
+
+def _default(name: str) -> Any:
+    """The default of an argument of the segmenter's constructor."""
+    return inspect.signature(segmenter).parameters[name].default
 
 
 @torch.no_grad()
@@ -274,7 +293,7 @@ def encoder_weights(config: SegmentationTrainConfig) -> dict[str, Tensor] | None
     if source != PRETRAINED:
         return open_source("model.encoder_from", source)[0].state_dict()
     args = read_args(config.model)
-    name, encoder_args = args.get("encoder", "vit_tiny_patch16_224"), args.get("encoder_args") or {}
+    name, encoder_args = args.get("encoder", _default("encoder")), args.get("encoder_args") or {}
     refused = sorted(FETCHING_ARGS & set(encoder_args))
     if refused:
         raise ConfigError(f"model.args encoder_args must not hold {refused[0]}")
@@ -295,6 +314,10 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     """
     encoder: Any = model.encoder
     own = encoder.state_dict()
-    given = {name: value for name, value in weights.items() if name in own or name.split(".")[0] not in HEADS}
+    given = {
+        name: value
+        for name, value in weights.items()
+        if name in own or name.split(".")[0] not in CLASSIFIER_PARTS
+    }
     check_fit(given, own, f"model.encoder_from {source}")
     encoder.load_state_dict(given)
