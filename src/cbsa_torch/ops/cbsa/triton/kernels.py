@@ -284,10 +284,11 @@ def gradients(
 ) -> None:
     """Write dV = A^T dR and dK = dS^T Q of ``span`` tokens, and a partial sum of dQ = dS K per split.
 
-    Here dS = A (dA - D) and dA = kappa C dO^T + dR V^T; all is transposed, tokens as rows, so that only dS
-    has to leave registers, for dQ. One launch gives all three if registers allow. If not, a launch without
-    ``d_representatives`` sums over BLOCKS blocks of representatives, and one without ``d_keys`` takes a block
-    per program. Without ``d_values`` values are the keys, and ``d_keys`` gets both gradients.
+    Here Q are the representatives, dS = A (dA - D) and dA = kappa C dO^T + dR V^T; all is transposed, tokens as
+    rows, so that only dS has to leave registers, for dQ. One launch gives all three if registers allow. If not,
+    a launch without ``d_representatives`` sums over BLOCKS blocks of representatives, and one without
+    ``d_keys`` takes a block per program. Without ``d_values`` values are the keys, and ``d_keys`` gets both
+    gradients.
     """
     dtype: tl.constexpr = keys[0].dtype.element_ty
     SHIFT: tl.constexpr = 15.0 if dtype == tl.float16 else 0.0
