@@ -10,9 +10,9 @@ feature extractors) calls its patch embedding first: a forward hook there sees t
 written and read. A block that is compiled alone breaks the graph before and after the block to look the grid
 up.
 
-One case is not seen: tokens of an image embedded earlier, or in another thread, that are encoded when this thread
-has embedded one more image with as many patches, outside a call of the whole model, and not encoded it yet. They
-are taken for that image.
+One case is not seen: tokens of an image embedded earlier, or in another thread, that are encoded when this
+thread has embedded one more image with as many patches, outside a call of the whole model, and not encoded it
+yet. They are taken for that image.
 """
 
 from __future__ import annotations
