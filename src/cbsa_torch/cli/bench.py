@@ -9,11 +9,10 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,9 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import layers, models, plots
 from cbsa_torch.interpret.plots import to_png, to_svg
 from cbsa_torch.train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # cbsa_torch.bench says which extra brings it
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
