@@ -214,7 +214,7 @@ class TokenMixer(nn.Module, abc.ABC):
         # timm keeps the class in the model. It has no name to be found by, so it is pickled as how it was made,
         # for which pickle and copy look up the class of a class.
         kind = type(type(cls).__name__, (type(cls),), {})
-        copyreg.pickle(kind, lambda _: (_with_options, (cls, options)))  # type: ignore[arg-type]
+        copyreg.pickle(kind, lambda _: (_with_options, (cls, options)))
         body = {"__new__": new, "__init_subclass__": classmethod(refuse), "__doc__": cls.__doc__}
         return kind(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
 
