@@ -1,6 +1,7 @@
 """Every token mixer: official parity, equivalences, grids, masks, precision, compilation, state, bad input."""
 
 import copy
+import io
 import math
 import pickle
 from functools import partial
@@ -487,6 +488,13 @@ def test_options_for_what_takes_a_class():
     assert first.representatives is not second.representatives is not strategy
     assert torch.equal(first.representatives.shift, strategy.shift)
     assert pickle.loads(pickle.dumps(first))(torch.zeros(1, 17, DIM)).shape == (1, 17, DIM)
+    file = io.BytesIO()
+    torch.save(model, file)  # timm keeps the class in the model
+    file.seek(0)
+    x = torch.randn(1, 3, 64, 64)
+    for same in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert_close(same.eval()(x), model.eval()(x), 0)
+        assert same._model_args["attn_layer"](DIM, HEADS).representatives.shift.shape == strategy.shift.shape
     with pytest.raises(TypeError, match="unexpected keyword argument 'tide'"):
         CBSA.with_options(tide=True)(DIM, HEADS)
     with pytest.raises(TypeError, match="cannot be subclassed; subclass CBSA"):

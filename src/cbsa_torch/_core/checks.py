@@ -113,10 +113,7 @@ def check_same_kind(name: str, tensor: Tensor, reference_name: str, reference: T
         raise TypeError(
             f"{name} must have the dtype of {reference_name} ({reference.dtype}), got {tensor.dtype}"
         )
-    if tensor.device != reference.device:
-        raise ValueError(
-            f"{name} must be on the device of {reference_name} ({reference.device}), got {tensor.device}"
-        )
+    check_device(name, tensor, reference_name, reference)
 
 
 def check_rows(
@@ -128,19 +125,40 @@ def check_rows(
     check_same_kind(name, tensor, reference_name, reference)
 
 
-def check_per_head(name: str, value: Tensor | float, num_heads: int) -> None:
-    """Raise unless ``value`` is a finite number or a floating-point tensor ``(H,)``."""
+def check_device(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Raise ``ValueError`` unless ``tensor`` is on the device of ``reference``."""
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{name} must be on the device of {reference_name} ({reference.device}), got {tensor.device}"
+        )
+
+
+def check_per_head(name: str, value: Tensor | float, reference_name: str, reference: Tensor) -> None:
+    """Raise unless ``value`` is a finite number or a floating-point ``(H,)`` that fits ``(B, H, N, P)``."""
     if isinstance(value, Tensor):
         check_floating(name, value)
-        check_shape(name, value, (num_heads,), "(H,)")
+        check_shape(name, value, (reference.shape[1],), "(H,)")
+        check_device(name, value, reference_name, reference)
     else:
         check_number(name, value)
 
 
-def check_mask(name: str, mask: Tensor, shape: Sequence[int | None], axes: str, meaning: str) -> None:
-    """Raise unless ``mask`` is a boolean tensor of ``shape``; ``meaning`` says what True stands for."""
+def check_mask(
+    name: str,
+    mask: Tensor,
+    shape: Sequence[int | None],
+    axes: str,
+    meaning: str,
+    of: tuple[str, Tensor] | None = None,
+) -> None:
+    """Raise unless ``mask`` is a boolean tensor of ``shape``; ``meaning`` says what True stands for.
+
+    ``of``: name and tensor of what is masked, whose device it must be on.
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must have dtype torch.bool (True = {meaning}), got {mask.dtype}")
     check_shape(name, mask, shape, axes)
+    if of is not None:
+        check_device(name, mask, *of)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import copyreg
 import math
 from typing import Any
 
@@ -213,8 +214,12 @@ class TokenMixer(nn.Module, abc.ABC):
         def refuse(_: type) -> None:
             raise TypeError(f"a class made by with_options cannot be subclassed; subclass {cls.__name__}")
 
+        # timm keeps the class in the model. It has no name to be found by, so it is pickled as how it was made,
+        # for which pickle and copy look up the class of a class.
+        kind = type(type(cls).__name__, (type(cls),), {})
+        copyreg.pickle(kind, lambda _: (_with_options, (cls, options)))
         body = {"__new__": new, "__init_subclass__": classmethod(refuse), "__doc__": cls.__doc__}
-        return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
+        return kind(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -469,3 +474,7 @@ class TokenMixer(nn.Module, abc.ABC):
             f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"tied={self.tied}, orthogonal={self.orthogonal}"
         )
+
+
+def _with_options(cls: type[TokenMixer], options: dict[str, Any]) -> type[TokenMixer]:
+    return cls.with_options(**options)

@@ -86,9 +86,9 @@ def as_tokens(x: Tensor, dim: int, channels_first: bool | None) -> tuple[Tensor,
 def flat_mask(token_mask: Tensor, x: Tensor, map_grid: GridSize | None) -> Tensor:
     """Check a mask of the tokens ``x``, ``(B, N)`` or ``(B, *grid)`` for a feature map; ``(B, N)``."""
     if map_grid is None:
-        check_mask("token_mask", token_mask, x.shape[:2], "(B, N)", "a real token")
+        check_mask("token_mask", token_mask, x.shape[:2], "(B, N)", "a real token", ("x", x))
         return token_mask
-    check_mask("token_mask", token_mask, (x.shape[0], *map_grid), "(B, *grid)", "a real token")
+    check_mask("token_mask", token_mask, (x.shape[0], *map_grid), "(B, *grid)", "a real token", ("x", x))
     return token_mask.flatten(1)
 
 

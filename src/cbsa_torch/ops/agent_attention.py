@@ -45,7 +45,8 @@ def agent_attention(
     b, h, _, p = queries.shape
     check_rows("agents", agents, (b, h, None, p), "(B, H, M, P)", "queries", queries)
     if agent_mask is not None:
-        check_mask("agent_mask", agent_mask, (agents.shape[0], agents.shape[2]), "(B, M)", "a real agent")
+        sizes = agents.shape[0], agents.shape[2]
+        check_mask("agent_mask", agent_mask, sizes, "(B, M)", "a real agent", ("agents", agents))
         agents = zero_rows(agents, agent_mask)
     collected = softmax_attention(agents, keys, values, scale=scale, key_mask=key_mask)  # (B, H, M, V)
     return softmax_attention(queries, agents, collected, scale=scale, key_mask=agent_mask)

@@ -46,7 +46,7 @@ def coding_rate(
         if token_mask is not None:
             if x.ndim < 3:
                 raise ValueError(f"x must have a batch axis when token_mask is given, got {tuple(x.shape)}")
-            check_mask("token_mask", token_mask, (x.shape[0], n), "(B, N)", "a real token")
+            check_mask("token_mask", token_mask, (x.shape[0], n), "(B, N)", "a real token", ("x", x))
             ones = (1,) * (x.ndim - 3)
             x = x.masked_fill(~token_mask.view(-1, *ones, n, 1), 0.0)
             count = token_mask.sum(-1).clamp(min=1).to(x.dtype).view(-1, *ones, 1, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.checks import check_floating
+from cbsa_torch._core.checks import check_device, check_floating
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import Representatives
 from cbsa_torch.ops.masking import check_tokens, real_tokens
@@ -90,8 +90,7 @@ def check_basis(basis: Tensor, tokens: Tensor) -> None:
         raise ValueError(
             f"basis must have shape (P, P) or (H, P, P) for H={h}, P={p}, got {tuple(basis.shape)}"
         )
-    if basis.device != tokens.device:
-        raise ValueError(f"basis must be on the device of tokens ({tokens.device}), got {basis.device}")
+    check_device("basis", basis, "tokens", tokens)
 
 
 def check_orthonormal(basis: Tensor) -> None:

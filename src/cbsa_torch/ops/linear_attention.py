@@ -41,7 +41,7 @@ def linear_attention(
         ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
     """
     check_attention(queries, keys, values, key_mask)
-    check_per_head("temperature", temperature, queries.shape[1])
+    check_per_head("temperature", temperature, "queries", queries)
     dtype = compute_dtype(queries.dtype)
     with no_autocast(queries):
         q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)

@@ -13,7 +13,8 @@ def check_tokens(tokens: Tensor, token_mask: Tensor | None) -> None:
     check_floating("tokens", tokens)
     check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
     if token_mask is not None:
-        check_mask("token_mask", token_mask, (tokens.shape[0], tokens.shape[2]), "(B, N)", "a real token")
+        sizes = tokens.shape[0], tokens.shape[2]
+        check_mask("token_mask", token_mask, sizes, "(B, N)", "a real token", ("tokens", tokens))
 
 
 def check_attention(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None) -> None:
@@ -24,7 +25,7 @@ def check_attention(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Ten
     check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", "queries", queries)
     check_rows("values", values, (b, h, keys.shape[2], None), "(B, H, K, V)", "queries", queries)
     if key_mask is not None:
-        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
+        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key", ("keys", keys))
 
 
 def real_tokens(tokens: Tensor, token_mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | int]:

@@ -66,7 +66,7 @@ def pool_representatives(
     check_shape("tokens", tokens, (None, None, math.prod(grid_size), None), axes)
     b, h, n, p = tokens.shape
     if token_mask is not None:
-        check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token")
+        check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token", ("tokens", tokens))
         return _pool_masked(tokens, grid_size, num_representatives, token_mask)
     cells = _closest(grid_size, num_representatives)
     if cells == grid_size:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cbsa_torch._core.checks import check_number
+from cbsa_torch._core.checks import check_device, check_number
 from cbsa_torch._core.precision import no_autocast
 from cbsa_torch.ops.masking import check_attention, check_tokens, real_tokens, zero_rows
 
@@ -70,6 +70,7 @@ def _check_attn_mask(attn_mask: Tensor, queries: Tensor, keys: Tensor) -> None:
     )
     if not fits:
         raise ValueError(f"attn_mask must broadcast to (B, H, N, K) = {full}, got {tuple(attn_mask.shape)}")
+    check_device("attn_mask", attn_mask, "queries", queries)
 
 
 def mssa(

@@ -83,7 +83,7 @@ def tssa(tokens: Tensor, *, temperature: Tensor | float = 1.0, token_mask: Tenso
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
     """
     check_tokens(tokens, token_mask)
-    check_per_head("temperature", temperature, tokens.shape[1])
+    check_per_head("temperature", temperature, "tokens", tokens)
     with no_autocast(tokens):
         w, _ = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
         squares = w.square()  # (B, H, N, P)

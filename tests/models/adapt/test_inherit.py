@@ -113,6 +113,9 @@ CHANGED_PROJECTIONS = {
     "quantised": quantised,
     "adapted by LoRA": lambda layer: with_lora(layer, "qkv"),
     "masked gradient": lambda layer: layer.qkv.weight.register_hook(lambda gradient: gradient * 0),
+    "hook after the gradient": lambda layer: layer.qkv.weight.register_post_accumulate_grad_hook(
+        lambda p: None
+    ),
 }
 
 
@@ -136,6 +139,20 @@ def test_changed_projections_are_not_cut_up(change, mixer):
     assert state(model) == before
     report = adapt_vit(model, mixer).report
     assert [layer.name for layer in report.refused] == ["blocks.1.attn"]
+
+
+@pytest.mark.parametrize("part", ["qkv", "qkv.weight"])
+def test_shared_projections_are_not_cut_up(part):
+    model = built()
+    first, second = (block.attn for block in list(model.blocks)[:2])
+    if part == "qkv":
+        second.qkv = first.qkv
+    else:
+        second.qkv.weight = first.qkv.weight
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn and 1 more \(its qkv is shared with another layer"):
+        adapt_vit(model, "mssa", layers=[0, 1])
+    adapted = adapt_vit(model, "linear").model
+    assert adapted.blocks[0].attn.qkv.weight is adapted.blocks[1].attn.qkv.weight
 
 
 def parametrised_biases(layer):

@@ -28,6 +28,14 @@ BAD_INPUT = [
     ({"representative_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "representative_mask"),
     ({"step_tokens": torch.ones(2)}, ValueError, r"step_tokens must have shape \(H,\)"),
     ({"step_representatives": torch.ones(3, dtype=torch.long)}, TypeError, "step_representatives"),
+    ({"token_mask": MASK.to("meta")}, ValueError, "token_mask must be on the device of tokens"),
+    ({"key_mask": MASK.to("meta")}, ValueError, "key_mask must be on the device of tokens"),
+    (
+        {"representative_mask": torch.ones(2, 6, dtype=torch.bool, device="meta")},
+        ValueError,
+        "representative_mask must be on the device of tokens",
+    ),
+    ({"step_tokens": torch.ones(3, device="meta")}, ValueError, "step_tokens must be on the device of tokens"),
     ({"contraction": "sofmax"}, ValueError, "contraction .*'softmax', 'exact', 'none'.*did you mean 'softmax'"),
     ({"broadcast": "share"}, ValueError, "broadcast .*did you mean 'shared'"),
     ({"eps": 0.0}, ValueError, "eps must be positive"),
@@ -66,6 +74,11 @@ BAD_ATTENTION = [
 def test_a_bad_attention_is_named(attention, kind, message):
     with pytest.raises(kind, match=message):
         ops.cbsa_inputs(**GOOD, attention=attention)
+
+
+def test_contract_and_broadcast_needs_an_attention():
+    with pytest.raises(TypeError, match="attention must be a torch.Tensor, got NoneType"):
+        ops.contract_and_broadcast(**GOOD, attention=None)
 
 
 @pytest.mark.parametrize(

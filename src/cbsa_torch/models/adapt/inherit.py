@@ -62,8 +62,12 @@ def check_options(mixer: str, options: dict[str, Any]) -> None:
     KINDS[mixer].mixer(8, 1, **options, device="meta")
 
 
-def why_not_inherited(source: nn.Module, mixer: str) -> str:
-    """What was done to parts of an attention layer that ``mixer`` cuts up or drops; empty if nothing was."""
+def why_not_inherited(source: nn.Module, mixer: str, shared: set[int]) -> str:
+    """What was done to parts of an attention layer that ``mixer`` cuts up or drops; empty if nothing was.
+
+    Args:
+        shared: ids of the modules and parameters that several modules hold.
+    """
     kind = KINDS[mixer]
     variant = _variants(source).get(kind.mixer)
     taken = _TAKEN_SHARED if kind.shared else variant.taken if variant is not None else _TAKEN
@@ -75,6 +79,8 @@ def why_not_inherited(source: nn.Module, mixer: str) -> str:
                 return (
                     f"its qkv was changed ({type(part).__name__}), and {mixer!r} takes only rows of its weight"
                 )
+            if any(id(held) in shared for held in (part, *part.parameters())):
+                return f"its qkv is shared with another layer, and {mixer!r} takes a copy of rows of its weight"
         elif any(map(call_changes, part.modules())):
             return f"its {name} has hooks or another forward, which would be lost; remove that first"
     return ""
@@ -84,7 +90,7 @@ def _can_be_cut(layer: nn.Module) -> bool:
     """Whether rows of a linear layer's weight do all that the layer does for them."""
     if not is_plain_linear(layer) or parametrize.is_parametrized(layer):
         return False
-    return not any(parameter._backward_hooks for parameter in layer.parameters())
+    return not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters())
 
 
 def inherit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -117,9 +118,11 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[LayerReport]:
         raise ValueError(f"model has no attention layers: {type(model).__name__}; adapt_vit takes {ADAPTABLE}")
     chosen = select_layers(found, layers)
     covered = {id(module) for tower, *_ in _towers(model) for module in tower.modules()}
+    held = (part for m in model.modules() for part in (*m._parameters.values(), *m._modules.values()))
+    shared = {part for part, holders in Counter(map(id, held)).items() if holders > 1}
     reports = []
     for layer in found:
-        reason = layer.incompatibility or _why_not(layer.module, mixer, id(layer.module) in covered)
+        reason = layer.incompatibility or _why_not(layer.module, mixer, id(layer.module) in covered, shared)
         asked = layer.name in chosen
         if not asked and not layer.is_pool:
             reason = "not asked for"
@@ -141,14 +144,14 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[LayerReport]:
     return reports
 
 
-def _why_not(module: nn.Module, mixer: str, has_grid: bool) -> str:
+def _why_not(module: nn.Module, mixer: str, has_grid: bool, shared: set[int]) -> str:
     """Why this mixer cannot replace a layer that others can."""
     kind = KINDS[mixer]
     if kind.shared and (isinstance(module, ROTARY) or is_hugging_face(module)):
         return f"{mixer!r} has one projection, and cannot take rotary embeddings or separate layers"
     if kind.needs_grid and not has_grid:
         return f"{mixer!r} pools over a grid, which no {EMBEDDING} tells here; 'linear' needs none"
-    return why_not_inherited(module, mixer)
+    return why_not_inherited(module, mixer, shared)
 
 
 def _towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.autodiff import is_transformed
-from cbsa_torch._core.checks import check_choice
+from cbsa_torch._core.checks import check_choice, check_floating
 from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, check_projection
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
@@ -123,6 +123,7 @@ def contract_and_broadcast(
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
+    check_floating("attention", attention)  # without it, the rest would be read as the arguments of cbsa
     inputs = cbsa_inputs(
         tokens,
         representatives,

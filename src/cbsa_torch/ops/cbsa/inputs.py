@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cbsa_torch._core.checks import (
     check_choice,
+    check_device,
     check_floating,
     check_mask,
     check_number,
@@ -106,14 +107,15 @@ def cbsa_inputs(
                 f"than tokens ({n}); pass all True if every key is real"
             )
     if token_mask is not None:
-        check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token")
+        check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token", ("tokens", tokens))
     if key_mask is None:
         key_mask = token_mask
     else:
-        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key")
+        check_mask("key_mask", key_mask, (b, keys.shape[2]), "(B, K)", "a real key", ("tokens", tokens))
     if representative_mask is not None:
         sizes = (b, representatives.shape[2])
-        check_mask("representative_mask", representative_mask, sizes, "(B, M)", "a real representative")
+        of = ("tokens", tokens)
+        check_mask("representative_mask", representative_mask, sizes, "(B, M)", "a real representative", of)
     if attention is not None:
         m = representatives.shape[2]
         check_rows("attention", attention, (b, h, m, n), "(B, H, M, N)", "tokens", tokens)
@@ -148,14 +150,12 @@ def _check_parameter(
 ) -> None:
     check_floating(name, parameter)
     check_shape(name, parameter, shape, axes)
-    if parameter.device != tokens.device:
-        raise ValueError(f"{name} must be on the device of tokens ({tokens.device}), got {parameter.device}")
+    check_device(name, parameter, "tokens", tokens)
 
 
 def _per_head(name: str, step: Tensor | float, tokens: Tensor) -> Tensor:
     """A step size as ``(H,)``, a number in the dtype to compute in."""
-    num_heads = tokens.shape[1]
-    check_per_head(name, step, num_heads)
+    check_per_head(name, step, "tokens", tokens)
     if isinstance(step, Tensor):
         return step
-    return tokens.new_full((num_heads,), step, dtype=compute_dtype(tokens.dtype))
+    return tokens.new_full((tokens.shape[1],), step, dtype=compute_dtype(tokens.dtype))
