@@ -488,7 +488,9 @@ def test_options_for_what_takes_a_class():
     assert first.representatives is not second.representatives is not strategy
     assert torch.equal(first.representatives.shift, strategy.shift)
     tokens = torch.randn(1, 17, DIM)
-    assert_close(pickle.loads(pickle.dumps(first))(tokens, (4, 4)), first(tokens, (4, 4)), 0)  # it knows no model
+    assert_close(
+        pickle.loads(pickle.dumps(first))(tokens, (4, 4)), first(tokens, (4, 4)), 0
+    )  # it knows no model
     file = io.BytesIO()
     torch.save(model, file)  # timm keeps the class in the model
     file.seek(0)
