@@ -134,23 +134,15 @@ def dispatched(layer):
     return layer.qkv.weight, layer.qkv.bias
 
 
-def by_torchao(layer, config):
-    from torchao.quantization import quantize_
+def quantised_by_torchao(layer, config="Int8WeightOnlyConfig"):
+    from torchao import quantization
 
-    quantize_(layer, config, lambda module, name: name == "qkv")
+    quantization.quantize_(layer, getattr(quantization, config)(), lambda module, name: name == "qkv")
     return layer.qkv.weight.dequantize(), layer.qkv.bias
 
 
-def quantised_by_torchao(layer):
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return by_torchao(layer, Int8WeightOnlyConfig())
-
-
 def quantised_with_activations(layer):
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-    return by_torchao(layer, Int8DynamicActivationInt8WeightConfig())
+    return quantised_by_torchao(layer, "Int8DynamicActivationInt8WeightConfig")
 
 
 def quantised_by_torch(layer):

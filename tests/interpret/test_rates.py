@@ -178,14 +178,10 @@ def test_bases_that_pick_coordinates_and_tokens_of_known_covariance():
 def test_a_small_step_of_eq_6_compresses_with_the_exact_contraction():
     """It is a gradient step of sum R(U_k^T Q) and, with all tokens as representatives, of R^c itself."""
     layer = CBSA(8, 2, representatives="tokens", contraction="exact", tied=True, orthogonal=True)
-    with torch.no_grad():
-        layer.step_tokens.fill_(-0.01)  # Eq. 6 subtracts, the layer adds
-    reduced = interpret.reduced_rates(nn.Sequential(layer), [0.1 * torch.randn(4, 12, 8)])
-    assert min(reduced.tokens_learned[0]) > 0
-    with torch.no_grad():
-        layer.step_tokens.fill_(0.01)
-    reduced = interpret.reduced_rates(nn.Sequential(layer), [0.1 * torch.randn(4, 12, 8)])
-    assert max(reduced.tokens_learned[0]) < 0
+    for sign in (-1, 1):  # Eq. 6 subtracts, the layer adds
+        nn.init.constant_(layer.step_tokens, 0.01 * sign)
+        reduced = interpret.reduced_rates(nn.Sequential(layer), [0.1 * torch.randn(4, 12, 8)])
+        assert all(rate * sign < 0 for rate in reduced.tokens_learned[0])
 
 
 def test_batches_may_be_an_iterator_of_several_sizes(model, images):

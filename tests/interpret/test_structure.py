@@ -158,11 +158,7 @@ def test_hooks_of_sparsity_are_gone_whatever_happens(model, images):
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (
-            lambda m, x: interpret.subspace_coherence(nn.Linear(2, 2)),
-            ValueError,
-            "Linear has no CBSA layer",
-        ),
+        (lambda m, x: interpret.subspace_coherence(nn.Linear(2, 2)), ValueError, "Linear has no CBSA layer"),
         (lambda m, x: interpret.attention_ranks(MSSA(4, 2), [x]), ValueError, "MSSA has no CBSA layer"),
         (lambda m, x: interpret.attention_ranks(m, [[x]]), TypeError, "batches must yield tensors"),
         (lambda m, x: interpret.ista_sparsity(MSSA(4, 2), [x]), ValueError, "MSSA has no ISTA layer"),

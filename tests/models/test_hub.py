@@ -94,9 +94,8 @@ def test_what_the_hub_refuses_is_explained(monkeypatch, raised, message):
 
 
 def test_what_is_no_repository_is_looked_for_here(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at runs/x.safetensors"):
-        from_pretrained("runs/x.safetensors")
-    with pytest.raises(FileNotFoundError, match="no checkpoint at runs/x.pth"):
-        from_pretrained("runs/x.pth")
+    for name in ("runs/x.safetensors", "runs/x.pth"):
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint at {name}"):
+            from_pretrained(name)
     with pytest.raises(FileNotFoundError, match="holds no trained model"):
         from_pretrained(tmp_path)

@@ -164,8 +164,7 @@ def test_weight_decay_spares_steps_and_embeddings():
     steps = {f"blocks.{i}.attn.step_{kind}" for i in range(2) for kind in ("tokens", "representatives")}
     assert spared == {"pos_embed", "cls_token"} | steps
     assert spared <= {name for name, _ in model.named_parameters()}
-    matcher = model.group_matcher()
-    assert set(matcher) == {"stem", "blocks"}
+    assert set(model.group_matcher()) == {"stem", "blocks"}
 
 
 SET_BY_MODEL = {

@@ -25,18 +25,12 @@ def test_without_contraction_it_starts_as_agent_attention():
         assert_close(layer(X), agent(X), 1e-12)
 
 
-@pytest.mark.parametrize(("contraction", "eps"), [("softmax", None), ("exact", 0.7)])
-def test_shared_broadcast_is_the_operator_with_the_attention_given(contraction, eps):
-    layer = built(contraction=contraction, eps=eps, broadcast="shared", contraction_step=1.0)
+@pytest.mark.parametrize("options", [{"contraction": "softmax"}, {"contraction": "exact", "eps": 0.7}], ids=str)
+def test_shared_broadcast_is_the_operator_with_the_attention_given(options):
+    layer = built(**options, broadcast="shared", contraction_step=1.0)
     heads, agents = layer.heads(X), layer.agents(layer.heads(X)).values
     attention = torch.softmax(agents @ heads.keys.mT * layer.head_dim**-0.5, -1)
-    expected = ops.contract_and_broadcast(
-        heads.keys,
-        attention @ heads.values,
-        attention,
-        contraction=contraction,
-        **({} if eps is None else {"eps": eps}),
-    )
+    expected = ops.contract_and_broadcast(heads.keys, attention @ heads.values, attention, **options)
     assert_close(layer.mix(heads), expected * 17 / 4, 1e-12)
 
 

@@ -7,19 +7,23 @@ from torch import nn
 from cbsa_torch import CBSA, ops
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
+from tests.helpers.mixers import assert_same, gradients
+
+
+def official(data, kind):
+    """Parameters ("param") or gradients ("grad") of the official layer, by our names."""
+    return {
+        "step_tokens": data[f"{kind}.step_x"].flatten(),
+        "step_representatives": data[f"{kind}.step_rep"].flatten(),
+        "qkv.weight": data[f"{kind}.proj.weight"],
+        "proj.weight": data[f"{kind}.to_out.weight"],
+        "proj.bias": data[f"{kind}.to_out.bias"],
+    }
 
 
 def official_layer(data):
     layer = CBSA(32, 4, layout="official", dtype=torch.float64)
-    layer.load_state_dict(
-        {
-            "step_tokens": data["param.step_x"].flatten(),
-            "step_representatives": data["param.step_rep"].flatten(),
-            "qkv.weight": data["param.proj.weight"],
-            "proj.weight": data["param.to_out.weight"],
-            "proj.bias": data["param.to_out.bias"],
-        }
-    )
+    layer.load_state_dict(official(data, "param"))
     return layer
 
 
@@ -27,18 +31,10 @@ def official_layer(data):
 def test_parity_with_the_official_layer(name):
     data, _ = golden.load(name)
     layer = official_layer(data)
-    x = data["input"].requires_grad_()
-    out = layer(x)
-    out.backward(data["grad_output"])
-    assert_close(out, data["output"], 1e-10)
-    assert_close(x.grad, data["grad_input"], 1e-10)
-    assert_close(layer.step_tokens.grad, data["grad.step_x"].flatten(), 1e-10)
-    assert_close(layer.step_representatives.grad, data["grad.step_rep"].flatten(), 1e-10)
-    assert_close(layer.qkv.weight.grad, data["grad.proj.weight"], 1e-10)
-    assert_close(layer.proj.weight.grad, data["grad.to_out.weight"], 1e-10)
-    assert_close(layer.proj.bias.grad, data["grad.to_out.bias"], 1e-10)
+    found = gradients(layer, data["input"], cotangent=data["grad_output"])
+    assert_same(found, (data["output"], data["grad_input"], official(data, "grad")), 1e-10)
     if "attention_full_AtA" in data:
-        attention = layer.stages(x).attention
+        attention = layer.stages(data["input"]).attention
         assert_close(attention.mT @ attention, data["attention_full_AtA"], 1e-10)
 
 
@@ -80,18 +76,6 @@ def test_prefix_tokens(prefix):
     assert inferred.token_grid(x) == ((4, 3), prefix)
     inferred.load_state_dict(layer.state_dict())
     assert_close(inferred(x, grid_size=(3, 4)), layer(x), 0)
-
-
-def test_tied_projection_is_the_transpose():
-    layer = CBSA(8, 2, tied=True)
-    assert {name for name, _ in layer.named_parameters()} == {
-        "step_tokens",
-        "step_representatives",
-        "qkv.weight",
-    }
-    x = torch.randn(1, 16, 8)
-    merged = layer.stages(x).output.transpose(1, 2).flatten(2)
-    assert_close(layer(x), merged @ layer.qkv.weight, 1e-6)
 
 
 def test_tied_exact_layer_is_a_gradient_step_of_the_compression_term():

@@ -142,12 +142,7 @@ def test_a_rotation_among_representatives_changes_nothing(contraction, masked):
 
     def run(mix):
         return ops.contract_and_broadcast(
-            w,
-            mix @ representatives,
-            mix @ attention,
-            contraction=contraction,
-            eps=0.7,
-            token_mask=mask,
+            w, mix @ representatives, mix @ attention, contraction=contraction, eps=0.7, token_mask=mask
         )
 
     expected = run(torch.eye(P).double())
@@ -218,21 +213,12 @@ def test_without_contraction_and_residual_it_is_agent_attention(scale, length):
     factor = P**-0.5 if scale is None else scale
     mask = None if length == N else mask_of(N, length)
 
-    def by_cbsa(w):
-        def run(step):
-            return ops.cbsa(
-                w,
-                agents,
-                keys=keys,
-                values=values,
-                step_representatives=step,
-                contraction="none",
-                broadcast="softmax",
-                scale=scale,
-                key_mask=mask,
-            )
+    options = {"keys": keys, "values": values, "scale": scale, "key_mask": mask}
+    options |= {"contraction": "none", "broadcast": "softmax"}
 
-        return run(1.0) - run(0.0)
+    def by_cbsa(w):
+        full, residual = (ops.cbsa(w, agents, step_representatives=step, **options) for step in (1.0, 0.0))
+        return full - residual
 
     def by_hand(w):
         hidden = ~mask_of(N, length)[:, None, None]

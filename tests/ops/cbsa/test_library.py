@@ -67,7 +67,7 @@ def test_gradients_can_be_differentiated(channels):
     torch.autograd.gradgradcheck(run, [t.requires_grad_() for t in tensors.values()])
 
 
-def test_compiles_and_exports_and_ignores_autocast():
+def test_compiles_and_exports():
     layer = CBSA(12, 3, num_representatives=4, impl="tiled").eval()
     x = torch.randn(2, 35, 12)
     expected = layer(x, grid_size=(5, 7))
@@ -75,10 +75,6 @@ def test_compiles_and_exports_and_ignores_autocast():
     assert relative_error(compiled(x, grid_size=(5, 7)), expected) < 1e-5
     exported = torch.export.export(layer, (x,), {"grid_size": (5, 7)})
     assert relative_error(exported.module()(x, grid_size=(5, 7)), expected) < 1e-5
-    tokens, rep = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 3, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.cbsa(tokens, rep, impl="tiled")
-    assert torch.equal(out, ops.cbsa(tokens, rep, impl="tiled"))
 
 
 def test_lengths_may_stay_open_in_an_export():

@@ -45,12 +45,7 @@ def test_equals_the_equations_as_printed(contraction, m, p):
     tokens, representatives = inputs(m=m, p=p)
     eta, kappa = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     out = ops.cbsa(
-        tokens,
-        representatives,
-        step_representatives=eta,
-        step_tokens=kappa,
-        contraction=contraction,
-        eps=0.5,
+        tokens, representatives, step_representatives=eta, step_tokens=kappa, contraction=contraction, eps=0.5
     )
     for b in range(2):
         for h in range(3):
@@ -132,21 +127,12 @@ def test_a_small_step_along_the_exact_contraction_lowers_the_rate(m, p, eps, ene
 def test_gradcheck(contraction, broadcast_kind, b, h, m, n, p, masked):
     tokens, representatives = inputs(b, h, n, m, p, grad=True)
     eta, kappa = (torch.randn(h).double().requires_grad_() for _ in range(2))
-    mask = None
+    options = {"contraction": contraction, "broadcast": broadcast_kind, "eps": 0.7}
     if masked:
-        mask = torch.arange(n) < torch.arange(b)[:, None] * 2  # the first item has no real token
+        options["token_mask"] = torch.arange(n) < torch.arange(b)[:, None] * 2  # the first item has no token
 
     def f(tokens, representatives, eta, kappa):
-        return ops.cbsa(
-            tokens,
-            representatives,
-            step_representatives=eta,
-            step_tokens=kappa,
-            contraction=contraction,
-            broadcast=broadcast_kind,
-            eps=0.7,
-            token_mask=mask,
-        )
+        return ops.cbsa(tokens, representatives, step_representatives=eta, step_tokens=kappa, **options)
 
     assert torch.autograd.gradcheck(f, (tokens, representatives, eta, kappa))
 
@@ -271,16 +257,8 @@ def test_stages_of_a_given_attention_fit_together():
     token_mask = torch.arange(7) < torch.tensor([[7], [3]])
     exists = torch.tensor([[True] * 4, [True, False, True, False]])
     attention[1, :, :, 3:] = representatives[1, :, 1] = math.nan  # hidden
-    stages = ops.cbsa_stages(
-        ops.cbsa_inputs(
-            tokens,
-            representatives,
-            attention=attention,
-            step_tokens=step,
-            token_mask=token_mask,
-            representative_mask=exists,
-        )
-    )
+    masks = {"token_mask": token_mask, "representative_mask": exists}
+    stages = stages_of(tokens, representatives, attention=attention, step_tokens=step, **masks)
     assert_close(stages.extracted[0], representatives[0], 0)  # nothing is extracted
     assert_close(stages.attention[0], attention[0], 0)
     alone = ops.contract_and_broadcast(
@@ -292,12 +270,11 @@ def test_stages_of_a_given_attention_fit_together():
     assert_close(stages.output[0], by_hand, 1e-12)
 
 
-def test_gradcheck_of_a_given_attention():
+@pytest.mark.parametrize("contraction", CONTRACTIONS)
+def test_gradcheck_of_a_given_attention(contraction):
     tokens, representatives = torch.randn(1, 2, 5, 3).double(), torch.randn(1, 2, 4, 3).double()
     attention = torch.randn(1, 2, 4, 5).double()
-    inputs = [representatives.requires_grad_(), attention.requires_grad_()]
-    for contraction in ("softmax", "exact", "none"):
-        assert torch.autograd.gradcheck(
-            lambda r, a: ops.contract_and_broadcast(tokens, r, a, contraction=contraction, eps=0.7),  # noqa: B023
-            inputs,
-        )
+    assert torch.autograd.gradcheck(
+        lambda r, a: ops.contract_and_broadcast(tokens, r, a, contraction=contraction, eps=0.7),
+        [representatives.requires_grad_(), attention.requires_grad_()],
+    )

@@ -21,15 +21,7 @@ from cbsa_torch.train.engine.accelerate import synchronize_batch_norm
 from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers import in_turn, processes
 from tests.helpers.colour_folder import digits_config
-from tests.helpers.runs import (
-    assert_same_run,
-    elsewhere,
-    last,
-    measured,
-    rows,
-    states,
-    wait_for_state,
-)
+from tests.helpers.runs import assert_same_run, elsewhere, last, measured, rows, states, wait_for_state
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
 
