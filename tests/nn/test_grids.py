@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from cbsa_torch import CBSA, MSSA, TSSA, AgentAttention, LinearCBSA
-from cbsa_torch.nn import follow_grid, grids, install_grid_hook, remove_grid_hook
+from cbsa_torch.nn import follow_grid, grid_hook, install_grid_hook, remove_grid_hook
 from tests.helpers.compare import assert_close
 
 SQUARE, WIDE, TALL = (torch.randn(1, 3, *size) for size in ((64, 64), (32, 128), (128, 32)))  # 16 patches each
@@ -567,7 +567,7 @@ def test_the_hook_can_be_removed():
     hooks = torch.nn.modules.module._global_module_registration_hooks
     try:
         remove_grid_hook()
-        assert not any(hook is grids._on_registration for hook in hooks.values())
+        assert not any(hook is grid_hook._on_registration for hook in hooks.values())
         model = vit(AgentAttention, img_size=(32, 128))  # building a mixer does not bring it back
         with pytest.raises(ValueError, match=r"17 tokens, and assumes no square.*follow_grid\(model\)"):
             model(WIDE)
@@ -575,7 +575,7 @@ def test_the_hook_can_be_removed():
         assert_close(model(WIDE), told(model, WIDE), 1e-6)
         install_grid_hook()
         install_grid_hook()
-        assert sum(hook is grids._on_registration for hook in hooks.values()) == 1
+        assert sum(hook is grid_hook._on_registration for hook in hooks.values()) == 1
         assert vit().blocks[0].attn.grid_follower is not None
     finally:
         install_grid_hook()

@@ -4,7 +4,8 @@ from cbsa_torch.nn.adapted_cbsa import AdaptedCBSA
 from cbsa_torch.nn.agent_attention import AgentAttention
 from cbsa_torch.nn.block import ResidualBlock, WhiteBoxBlock
 from cbsa_torch.nn.cbsa import CBSA
-from cbsa_torch.nn.grids import follow_grid, install_grid_hook, remove_grid_hook
+from cbsa_torch.nn.grid_hook import install_grid_hook, remove_grid_hook
+from cbsa_torch.nn.grids import follow_grid
 from cbsa_torch.nn.ista import ISTA
 from cbsa_torch.nn.linear_attention import LinearAttention
 from cbsa_torch.nn.linear_cbsa import LinearCBSA

@@ -17,7 +17,6 @@ yet. They are taken for that image.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import weakref
@@ -28,8 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils.hooks import RemovableHandle
 
 from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.types import GridSize
@@ -321,7 +318,7 @@ def follow_grid(
             f"model must have a {EMBEDDING}, as timm's ViTs have, got {type(model).__name__}; pass embedding, "
             "or tell layers their grid by set_input_size"
         )
-    return _follow(model, embedding, model.children(), num_prefix_tokens)
+    return follow(model, embedding, model.children(), num_prefix_tokens)
 
 
 @contextmanager
@@ -339,7 +336,7 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
             embedding = part._modules.get(EMBEDDING)
             if embedding is None:
                 continue
-            inside = {m for m in _modules_inside(part.children(), embedding) if m in layers and m not in found}
+            inside = {m for m in modules_inside(part.children(), embedding) if m in layers and m not in found}
             if inside:
                 sources.append(GridSource(part, embedding, getattr(part, "num_prefix_tokens", None)))
                 for child in part.children():
@@ -351,82 +348,12 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
             source.remove()
 
 
-def install_grid_hook() -> None:
-    """Have every mixer that timm builds into a model follow its grid (once per process).
-
-    A layer is not told its model, but PyTorch tells of every module that becomes part of another. The first
-    mixer installs the hook, unless it was removed.
-    """
-    if not _installed:
-        _installed.append(register_module_module_registration_hook(_on_registration))
-
-
-install_grid_hook_once = functools.cache(install_grid_hook)
-"""For the first mixer: later calls do nothing."""
-
-
-def remove_grid_hook() -> None:
-    """Remove the hook of :func:`install_grid_hook`: layers of later models need :func:`follow_grid`.
-
-    Layers that are built without the hook assume no square: those that need a grid raise until they have one.
-    Models and layers that are built already go on as they are: such a layer, put into a model after this, still
-    assumes a square.
-    """
-    install_grid_hook_once()  # now, so that no mixer does it
-    while _installed:
-        _installed.pop().remove()
-
-
-_installed: list[RemovableHandle] = []
-
-
-def has_grid_hook() -> bool:
-    """Whether the hook of :func:`install_grid_hook` is there now."""
-    return bool(_installed)
-
-
-def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    if child is None:
-        return
-    replaced = module._modules.get(name)
-    if replaced is not None:
-        # The model around may have a patch embedding, which is not seen from here.
-        _assume_no_squares(child, known=set(replaced.modules()))
-    if replaced is not None or isinstance(module, (nn.Sequential, nn.ModuleList)):
-        _join(child, [*module.children()] if replaced is None else [replaced, *module.children()])
-    before = module._modules.get(EMBEDDING)
-    if name != EMBEDDING:
-        # Again with every part: a subclass may add prefix tokens after its blocks.
-        if before is not None:
-            _follow(module, before, [child])
-    elif before is None or before not in child.modules():  # not just wrapped, by torch.compile for example
-        _follow(module, child, [part for part in module.children() if part is not before])
-
-
-def _join(child: nn.Module, others: list[nn.Module]) -> None:
-    """Let the mixers in a new part of a model follow what those it replaces, or those beside it, follow."""
-    mixers: set[Any] = {part for part in _modules_inside([child]) if hasattr(part, "grid_follower")}
-    if mixers:
-        leaders = (getattr(part, "grid_follower", None) for part in _modules_inside(others))
-        leader = next((leader for leader in leaders if leader is not None), None)
-        if leader is not None:
-            leader.source.lead([child], mixers)
-
-
-def _assume_no_squares(module: nn.Module, known: set[nn.Module]) -> None:
-    """Tell all mixers in a module, but those that are ``known``: they were only wrapped."""
-    for part in module.modules():
-        mixer: Any = part
-        if hasattr(mixer, "grid_follower") and mixer not in known:
-            mixer.assumes_square = False
-
-
-def _follow(
+def follow(
     model: nn.Module, embedding: nn.Module, parts: Iterable[nn.Module], num_prefix_tokens: int | None = None
 ) -> int:
     """Let the mixers in the ``parts`` of a model follow; how many there are."""
     parts = list(parts)
-    mixers: set[Any] = {m for m in _modules_inside(parts, embedding) if hasattr(m, "grid_follower")}
+    mixers: set[Any] = {m for m in modules_inside(parts, embedding) if hasattr(m, "grid_follower")}
     if num_prefix_tokens is None:
         num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
     source = next(iter(_owners(embedding, GridSource)), None)
@@ -439,12 +366,12 @@ def _follow(
     return len(mixers)
 
 
-def _modules_inside(parts: Iterable[nn.Module], embedding: nn.Module | None = None) -> Iterator[nn.Module]:
+def modules_inside(parts: Iterable[nn.Module], embedding: nn.Module | None = None) -> Iterator[nn.Module]:
     """The modules in parts of a model, but not those inside models with another patch embedding than this."""
     for part in parts:
         yield part
         if part._modules.get(EMBEDDING) in (None, embedding):
-            yield from _modules_inside(part.children(), embedding)
+            yield from modules_inside(part.children(), embedding)
 
 
 def _owners(module: nn.Module, kind: type) -> list[Any]:

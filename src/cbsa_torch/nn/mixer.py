@@ -29,7 +29,8 @@ from cbsa_torch._core.types import (
     Representatives,
     Strategy,
 )
-from cbsa_torch.nn.grids import GridFollower, has_grid_hook, install_grid_hook_once
+from cbsa_torch.nn.grid_hook import has_grid_hook, install_grid_hook_once
+from cbsa_torch.nn.grids import GridFollower
 from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.nn.tokens import (

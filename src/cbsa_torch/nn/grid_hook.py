@@ -1,0 +1,84 @@
+"""The process-wide hook that lets ``timm.create_model(name, attn_layer=CBSA)`` work without a further call.
+
+A layer is not told its model, but PyTorch tells of every module that becomes part of another.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
+
+from cbsa_torch.nn.grids import EMBEDDING, follow, modules_inside
+
+
+def install_grid_hook() -> None:
+    """Have every mixer that timm builds into a model follow its grid (once per process).
+
+    The first mixer installs the hook, unless it was removed.
+    """
+    if not _installed:
+        _installed.append(register_module_module_registration_hook(_on_registration))
+
+
+install_grid_hook_once = functools.cache(install_grid_hook)
+"""For the first mixer: later calls do nothing."""
+
+
+def remove_grid_hook() -> None:
+    """Remove the hook of :func:`install_grid_hook`: later models need :func:`cbsa_torch.nn.follow_grid`.
+
+    Layers that are built without the hook assume no square: those that need a grid raise until they have one.
+    Models and layers that are built already go on as they are: such a layer, put into a model after this, still
+    assumes a square.
+    """
+    install_grid_hook_once()  # now, so that no mixer does it
+    while _installed:
+        _installed.pop().remove()
+
+
+_installed: list[RemovableHandle] = []
+
+
+def has_grid_hook() -> bool:
+    """Whether the hook of :func:`install_grid_hook` is there now."""
+    return bool(_installed)
+
+
+def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    if child is None:
+        return
+    replaced = module._modules.get(name)
+    if replaced is not None:
+        # The model around may have a patch embedding, which is not seen from here.
+        _assume_no_squares(child, known=set(replaced.modules()))
+    if replaced is not None or isinstance(module, (nn.Sequential, nn.ModuleList)):
+        _join(child, [*module.children()] if replaced is None else [replaced, *module.children()])
+    before = module._modules.get(EMBEDDING)
+    if name != EMBEDDING:
+        # Again with every part: a subclass may add prefix tokens after its blocks.
+        if before is not None:
+            follow(module, before, [child])
+    elif before is None or before not in child.modules():  # not just wrapped, by torch.compile for example
+        follow(module, child, [part for part in module.children() if part is not before])
+
+
+def _join(child: nn.Module, others: list[nn.Module]) -> None:
+    """Let the mixers in a new part of a model follow what those it replaces, or those beside it, follow."""
+    mixers: set[Any] = {part for part in modules_inside([child]) if hasattr(part, "grid_follower")}
+    if mixers:
+        leaders = (getattr(part, "grid_follower", None) for part in modules_inside(others))
+        leader = next((leader for leader in leaders if leader is not None), None)
+        if leader is not None:
+            leader.source.lead([child], mixers)
+
+
+def _assume_no_squares(module: nn.Module, known: set[nn.Module]) -> None:
+    """Tell all mixers in a module, but those that are ``known``: they were only wrapped."""
+    for part in module.modules():
+        mixer: Any = part
+        if hasattr(mixer, "grid_follower") and mixer not in known:
+            mixer.assumes_square = False
