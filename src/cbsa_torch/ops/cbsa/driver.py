@@ -103,8 +103,9 @@ def like_tokens(tokens: Tensor) -> Tensor:
 def empty_results(problem: Problem) -> Results:
     """Tensors for what the forward pass returns."""
     b, _, n, _ = problem.keys.shape
-    output = like_tokens(problem.keys)
-    if problem.out_weight is not None:
+    if problem.out_weight is None:
+        output = like_tokens(problem.keys)
+    else:
         output = problem.keys.new_empty(b, n, problem.out_weight.shape[0])
     sizes, dtype = problem.representatives.shape, compute_dtype(problem.keys.dtype)
     picked = problem.keys.new_empty(sizes, dtype=dtype)
