@@ -102,7 +102,6 @@ def compare_runs(
 
 
 def _check_same_data(opened: dict[str, Trained]) -> None:
-    """Refuse runs that would not see the same images and classes."""
     (first_name, first), *others = opened.items()
     for name, other in others:
         for key in ("name", "root", "val_fraction"):

@@ -41,10 +41,8 @@ def run(args: list[str]) -> None:
     options = parse(_EvalArgs, args, "eval")
     changes = {"root": options.root, "name": options.data, "max_bad_images": options.max_bad_images}
     changes = {key: value for key, value in changes.items() if value is not None}
-    if options.max_bad_images is not None:
-        at_least(0, max_bad_images=options.max_bad_images)
-    if options.batch_size is not None:
-        at_least(1, batch_size=options.batch_size)
+    at_least(0, max_bad_images=options.max_bad_images)
+    at_least(1, batch_size=options.batch_size)
     trained = open_trained(options.checkpoint)
     if options.root is not None and trained.task.data_name_elsewhere is not None:
         changes.setdefault("name", trained.task.data_name_elsewhere)

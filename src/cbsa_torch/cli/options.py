@@ -35,10 +35,10 @@ def parse(cls: type[Any], args: list[str], command: str, default: Any = None) ->
     return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
 
 
-def at_least(least: int, **options: int) -> None:
-    """Raise ConfigError for an option below ``least``."""
+def at_least(least: int, **options: int | None) -> None:
+    """Raise ConfigError for an option below ``least``; None is an option that is not given."""
     for name, value in options.items():
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 

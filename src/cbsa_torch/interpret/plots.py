@@ -378,10 +378,8 @@ def _heat_map(rows: Sequence[Sequence[float]], numbers: Sequence[int], label: st
     image = axis.imshow(grid.T, cmap=colors, vmin=-most, vmax=most, aspect="auto")
     for (layer, head), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            text, color = (
-                signed(value, 2 if most < 10 else 0),
-                "white" if abs(value) > 0.6 * most else "#333333",
-            )
+            text = signed(value, 2 if most < 10 else 0)
+            color = "white" if abs(value) > 0.6 * most else "#333333"
             axis.text(layer, head, text, ha="center", va="center", fontsize=7, color=color)
     axis.set(xlabel="layer", ylabel="head")
     axis.set_xticks(np.arange(layers), [str(number) for number in numbers])

@@ -136,7 +136,6 @@ def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
 
 
 def _token(model: nn.Module, prefixes: set[int]) -> str:
-    """What the first token is."""
     if prefixes == {0}:
         return "first patch"
     # Registers are prefix tokens, too; the class token comes before them where there is one.

@@ -219,7 +219,6 @@ class Segmentation(Task):
 
 
 def _default(name: str) -> Any:
-    """The default of an argument of the segmenter's constructor."""
     return inspect.signature(segmenter).parameters[name].default
 
 
@@ -234,7 +233,6 @@ def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
 
 
 def _mask_files(folder: Path, stem: str) -> tuple[Path, Path]:
-    """The files of an image's coloured mask and of its labels."""
     return folder / f"{stem}_mask.png", folder / f"{stem}_labels.png"
 
 
