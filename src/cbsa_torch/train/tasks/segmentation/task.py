@@ -109,7 +109,8 @@ class Segmentation(Task):
         if given is None:
             given, names = WindowOptions(), ("windows.size", "windows.stride", "windows.batch")
         stride = config.stride if given.stride is None and given.window is None else given.stride
-        size = self.config.window() if given.window is None else given.window
+        sizes = given.window, config.size, self.config.data.crop_size
+        size = next(size for size in sizes if size is not None)
         batch, scales = config.batch if batch is None else batch, given.scales
         check_rules([
             (size >= 1, f"{names[0]} must be at least 1", size),
@@ -121,8 +122,7 @@ class Segmentation(Task):
 
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data sets, and the model with a mask for each of their classes."""
-        weights = None if continued else encoder_weights(self.config)
-        config = with_encoder(self.config)
+        config, weights = open_encoder(self.config, continued=continued)
         data = config.data
         draft = draft_model(config)
         splits = open_segmentation(data, input_spec(draft[0]).mode, skipped)
@@ -154,10 +154,7 @@ class Segmentation(Task):
         self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
     ) -> tuple[str, Dataset[Any]]:
         """A split of (image, mask)."""
-        data = self.config.data
-        if split is None:
-            return open_segmentation(data, mode, skipped).test_or_val(class_names)
-        return split, open_segmentation_split(data, mode, split, class_names, skipped)
+        return open_segmentation_split(self.config.data, mode, split, class_names, skipped)
 
     def evaluation_loader(
         self, dataset: Dataset[Any], spec: InputSpec, accelerator: Accelerator, batch_size: int | None = None
@@ -256,8 +253,13 @@ def _write_masks(
     return MaskPrediction(str(path), shares, str(mask), str(raw))
 
 
-def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
-    """The configuration with the encoder in ``model.args`` that ``model.encoder_from`` says it is.
+def open_encoder(
+    config: SegmentationTrainConfig, *, continued: bool
+) -> tuple[SegmentationTrainConfig, dict[str, Tensor] | None]:
+    """The configuration with the encoder that ``model.encoder_from`` says in ``model.args``, and its weights.
+
+    Args:
+        continued: the weights are not needed, and are not fetched.
 
     Raises:
         ConfigError: ``model.args`` name another encoder, or options that a trained one has already.
@@ -265,8 +267,8 @@ def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
     """
     source, args = config.model.encoder_from, config.model.args
     if source is None or source == PRETRAINED:
-        return config
-    _, info, path = open_source("model.encoder_from", source)
+        return config, None if source is None or continued else pretrained_weights(config)
+    model, info, path = open_source("model.encoder_from", source)
     if info["model"] == "segmenter":
         raise ConfigError(
             f"model.encoder_from must be a classifier, and {path} holds a segmenter: to start from all of it, "
@@ -280,16 +282,12 @@ def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
             )
     own = {key: value for key, value in info["model_args"].items() if key != "num_classes"}
     chosen: dict[str, Any] = {**args, "encoder": info["model"], "encoder_args": own}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, args=chosen))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, args=chosen))
+    return config, None if continued else model.state_dict()
 
 
-def encoder_weights(config: SegmentationTrainConfig) -> dict[str, Tensor] | None:
-    """The weights that ``model.encoder_from`` names; None if it names none."""
-    source = config.model.encoder_from
-    if source is None:
-        return None
-    if source != PRETRAINED:
-        return open_source("model.encoder_from", source)[0].state_dict()
+def pretrained_weights(config: SegmentationTrainConfig) -> dict[str, Tensor]:
+    """The weights that timm has for the encoder of ``model.args``."""
     args = read_args(config.model)
     name, encoder_args = args.get("encoder", _default("encoder")), args.get("encoder_args") or {}
     refused = sorted(FETCHING_ARGS & set(encoder_args))
