@@ -158,7 +158,8 @@ def _image_grid(
         for axis, values in zip(axes[1:], maps, strict=False):
             axis.imshow(values, cmap="magma")
         for axis in axes:
-            _style.hide_axes(axis)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
     return figure
 
 
@@ -249,8 +250,10 @@ def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int]) -> Figure
     )
     for column, (ours, title, correlation) in enumerate(panels):
         axis = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
-        rows = zip(ours, reduced.representatives, _style.layer_colors(len(numbers)), numbers, strict=True)
-        for row, across, color, layer in rows:
+        for i, (row, across, layer) in enumerate(zip(ours, reduced.representatives, numbers, strict=True)):
+            color = mpl.colormaps["viridis_r"](
+                0.2 + 0.8 * i / max(len(numbers) - 1, 1)
+            )  # early layers are light
             axis.scatter(across, row, s=24, color=color, label=f"{layer}", edgecolors="white", linewidths=0.4)
         if column > 0:
             axis.axhline(0, color=GREY, linewidth=0.8)

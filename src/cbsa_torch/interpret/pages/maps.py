@@ -187,9 +187,8 @@ def _with_mean(values: Tensor, heads: int) -> np.ndarray:
 
 def evenly_spaced(count: int, most: int) -> list[int]:
     """At most ``most`` of ``count`` indices, evenly spread, first and last included."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)] if most > 1 else [0]
+    most = min(most, count)
+    return [round(i * (count - 1) / max(most - 1, 1)) for i in range(most)]
 
 
 def page_data(maps: Maps, pictures: Pictures) -> dict[str, Any]:

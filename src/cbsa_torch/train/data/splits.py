@@ -10,7 +10,7 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
-from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.checks import nearest, some_of
 from cbsa_torch.images import SPLIT_NAMES, class_folders, class_samples, find_splits
 from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data.arrays import open_digits, open_fetched
@@ -71,8 +71,8 @@ def check_classes(found: list[str], expected: list[str]) -> None:
     """Refuse data of other classes than the model's; raises DataError."""
     if found != expected:
         raise DataError(
-            f"the data's {len(found)} classes ({', '.join(found[:5])}, ...) are not the model's "
-            f"{len(expected)} ({', '.join(expected[:5])}, ...)"
+            f"the data's {len(found)} classes ({some_of(found)}) are not the model's "
+            f"{len(expected)} ({some_of(expected)})"
         )
 
 

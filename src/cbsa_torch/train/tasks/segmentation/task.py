@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from cbsa_torch._core.checks import check_choice
@@ -23,7 +26,7 @@ from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
 from cbsa_torch.models.segmentation.factory import segmenter
 from cbsa_torch.train.build import build_model, draft_model, open_source, read_args
 from cbsa_torch.train.config import check_rules
-from cbsa_torch.train.data import InputSpec, input_spec
+from cbsa_torch.train.data import IGNORE, InputSpec, input_spec
 from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
@@ -40,7 +43,13 @@ from cbsa_torch.train.tasks.base import (
 )
 from cbsa_torch.train.tasks.segmentation.colours import write_coloured_mask
 from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig, check_data_config
-from cbsa_torch.train.tasks.segmentation.evaluation import SegmentationResult, Windows, measure, share
+from cbsa_torch.train.tasks.segmentation.evaluation import (
+    SegmentationMetric,
+    SegmentationResult,
+    Windows,
+    share,
+    sharing,
+)
 from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
 from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform, training_transform
 
@@ -163,6 +172,7 @@ class Segmentation(Task):
         dataset.transform = evaluation_transform(spec.mean, spec.std)  # type: ignore[attr-defined]
         return share(dataset, self.config.data.workers, accelerator)
 
+    @torch.no_grad()
     def evaluate(
         self,
         accelerator: Accelerator,
@@ -174,7 +184,23 @@ class Segmentation(Task):
         batch_size: int | None = None,
     ) -> SegmentationResult:
         """Mean IoU, by windows of the training crop's size or as configured."""
-        return measure(accelerator, model, batches, class_names, self._windows(windows, batch_size))
+        seen, shared = self._windows(windows, batch_size), sharing(accelerator) > 1
+        metric = SegmentationMetric(class_names, sync=shared).to(accelerator.device)
+        losses: list[tuple[float, int]] = []
+        for sample in batches:
+            if sample is None:
+                continue
+            image, labels = (part.to(accelerator.device) for part in sample)
+            with accelerator.autocast():
+                logits = seen.logits(model, image).float()
+            metric.update(logits.argmax(0), labels)
+            total = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE, reduction="sum")
+            losses.append((total.item(), int((labels != IGNORE).sum())))
+        if shared:
+            losses = gather_object(losses)
+        # exact: any number of processes gives the same sum
+        loss = math.fsum(total for total, _ in losses) / max(sum(count for _, count in losses), 1)
+        return SegmentationResult(metric.compute(), loss, sum(count > 0 for _, count in losses), seen)
 
     def predict(
         self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
