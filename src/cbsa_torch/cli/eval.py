@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
-from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.cli.options import at_least, number_table, parse
 from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained
 from cbsa_torch.train.tasks.base import WindowOptions
 
@@ -57,9 +56,7 @@ def run(args: list[str]) -> None:
     )
     rows = result.class_table()
     if rows:
-        table = Table(rows[0][0], box=None, pad_edge=False)
-        for heading in rows[0][1:]:
-            table.add_column(heading, justify="right")
+        table = number_table(*rows[0], left=1)
         for row in rows[1:]:
             table.add_row(*row)
         Console().print(table)

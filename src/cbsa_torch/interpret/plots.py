@@ -251,10 +251,9 @@ def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int]) -> Figure
     for column, (ours, title, correlation) in enumerate(panels):
         axis = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
         for i, (row, across, layer) in enumerate(zip(ours, reduced.representatives, numbers, strict=True)):
-            color = mpl.colormaps["viridis_r"](
-                0.2 + 0.8 * i / max(len(numbers) - 1, 1)
-            )  # early layers are light
-            axis.scatter(across, row, s=24, color=color, label=f"{layer}", edgecolors="white", linewidths=0.4)
+            # early layers are light, late ones dark
+            shade = mpl.colormaps["viridis_r"](0.2 + 0.8 * i / max(len(numbers) - 1, 1))
+            axis.scatter(across, row, s=24, color=shade, label=f"{layer}", edgecolors="white", linewidths=0.4)
         if column > 0:
             axis.axhline(0, color=GREY, linewidth=0.8)
         axis.set(xlabel="representatives (nats)", ylabel=f"{title} (nats)")
