@@ -9,8 +9,8 @@ from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE, Row
 from cbsa_torch.bench.models import ModelRow
-from cbsa_torch.interpret._style import BLUE, GREY, ORANGE, finish
 
+BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
 LOOK = {
     LOWER_BOUND: ("lower bound: projections, extraction", "black", ":", 1.4),
     "cbsa tiled": ("CBSA", BLUE, "-", 2.4),
@@ -104,5 +104,7 @@ def flops_against_tokens(
     title = f"one layer, {sizes['dim']} channels, {sizes['num_heads']} heads, 64 representatives"
     axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="FLOPs (2 per multiply-add)", title=title)
     axis.title.set_fontsize(9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
     axis.legend(frameon=False, fontsize=8)
-    return finish(figure)
+    return figure
