@@ -13,7 +13,7 @@ def test_quick(tmp_path, monkeypatch):
     rows = json.loads(output.read_text())
     cases = [row for row in rows if row["kind"] == "correct"]
     assert len(cases) == 2 * 3 * 2 * 2  # problems, contractions, dtypes, implementations
-    assert all(row["right"] and row["same_bits"] and row["error"] < 1e-3 for row in cases)
+    assert all(row["right"] and row["same_bits"] and row["error"] < 1e-2 for row in cases)
     assert {row["name"] for row in rows if row["kind"] == "layer"} == {
         *("naive", "eager", "triton", "auto", "softmax attention")
     }

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbsa_torch import ops
+from cbsa_torch.ops import pooling
 from tests.helpers.compare import assert_close
 
 
