@@ -3,6 +3,7 @@
 import json
 
 import torch
+
 from benchmarks import gpu_check
 
 
