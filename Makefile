@@ -45,9 +45,7 @@ bench: $(VENV)/.installed
 gpu-check: $(VENV)/.installed-dev
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'gpu-check: torch sees no CUDA device')"
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest tests/ops/cbsa/triton
-	$(BIN)/cbsa bench layers --device cuda --dtype bfloat16 --output benchmarks/results/layers_cuda
-	$(BIN)/cbsa bench models --device cuda --dtype bfloat16 --batches 64 16 --output benchmarks/results/models_cuda
+	$(BIN)/python benchmarks/gpu_check.py
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -8,6 +8,7 @@ import pytest
 
 from cbsa_torch.cli import main
 from cbsa_torch.train import evaluate
+from cbsa_torch.train.data import splits
 from cbsa_torch.train.tasks import classification
 from tests.helpers.pages import maps_of
 
@@ -39,7 +40,7 @@ def test_it_opens_weights_and_data_once(name, split, request, tmp_path, monkeypa
     for module, called in (
         (evaluate, "load_checkpoint"),
         (classification, "open_splits"),
-        (classification, "open_split"),
+        (splits, "open_splits"),
     ):
         original = getattr(module, called)
 

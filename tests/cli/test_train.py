@@ -17,6 +17,19 @@ def test_a_recipe_or_file_gives_defaults_and_later_options_win(tmp_path, monkeyp
     assert (seen[2].seed, seen[2].model.args, seen[2].model.name) == (7, {"depth": "2"}, "tost_pico_patch1_8")
 
 
+def test_an_encoder_from_a_run_goes_before_the_encoder_of_a_recipe(monkeypatch):
+    seen = []
+    monkeypatch.setattr("cbsa_torch.cli.train.train", seen.append)
+    recipe = ["train", "--config", "segmenter_ade20k"]
+    assert main([*recipe, "--model.encoder-from", "runs/mine"]) == 0
+    assert main([*recipe, "--model.encoder_from=runs/mine"]) == 0
+    assert main([*recipe, "--model.encoder-from", "pretrained"]) == 0
+    own, again, pretrained = (config.model for config in seen)
+    assert own == again
+    assert (own.encoder_from, own.args) == ("runs/mine", {"mixer": "cbsa", "freeze_encoder": "false"})
+    assert pretrained.args.keys() == {*own.args, "encoder", "encoder_args"}
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbsa_torch import ops
+from cbsa_torch.ops import pooling
 from tests.helpers.compare import assert_close
 
 
@@ -121,3 +122,16 @@ def test_bad_input_is_named():
         ops.pool_representatives(tokens[:, :, :8], (3, 3), 4)
     with pytest.raises(ValueError, match="token_mask must have shape"):
         ops.pool_representatives(tokens, (3, 3), 4, token_mask=torch.ones(1, 8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("grid_size", "cells"),
+    [((14, 14), (8, 8)), ((65, 130), (7, 9)), ((1000,), (64,)), ((9, 20, 31), (2, 4, 7)), ((5, 64), (5, 8))],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float16, 2e-3)], ids=str)
+def test_products_of_large_cells(grid_size, cells, dtype, tolerance):
+    tokens = (1e4 * torch.randn(2, *grid_size, 6)).clamp(-6e4, 6e4).to(dtype)  # sums leave the range of float16
+    expected = pooling._ADAPTIVE_POOL[len(cells)](tokens.double().movedim(-1, 1), cells).movedim(1, -1)
+    pooled = pooling._pool_by_products(tokens, cells)
+    assert pooled.dtype == dtype
+    assert_close(pooled.double(), expected, tolerance)

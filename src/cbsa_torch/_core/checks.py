@@ -18,6 +18,12 @@ def nearest(value: object, choices: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -107,22 +113,17 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], axes:
         raise ValueError(f"{name} must not be empty, got shape {shape} for {axes}")
 
 
-def check_same_kind(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
-    """Raise unless ``tensor`` shares dtype and device with ``reference``."""
+def check_rows(
+    name: str, tensor: Tensor, expected: Sequence[int | None], axes: str, reference_name: str, reference: Tensor
+) -> None:
+    """:func:`check_floating`, :func:`check_shape`, and raise unless dtype and device are the reference's."""
+    check_floating(name, tensor)
+    check_shape(name, tensor, expected, axes)
     if tensor.dtype != reference.dtype:
         raise TypeError(
             f"{name} must have the dtype of {reference_name} ({reference.dtype}), got {tensor.dtype}"
         )
     check_device(name, tensor, reference_name, reference)
-
-
-def check_rows(
-    name: str, tensor: Tensor, expected: Sequence[int | None], axes: str, reference_name: str, reference: Tensor
-) -> None:
-    """:func:`check_floating`, :func:`check_shape` and :func:`check_same_kind` of the reference."""
-    check_floating(name, tensor)
-    check_shape(name, tensor, expected, axes)
-    check_same_kind(name, tensor, reference_name, reference)
 
 
 def check_device(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:

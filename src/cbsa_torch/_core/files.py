@@ -17,9 +17,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if (
-            error.errno is not None and error.filename is None
-        ):  # a full disk does not say which file it could not take
+        if error.errno is not None and error.filename is None:  # a full disk does not name the file
             error.filename = str(path)
         raise
     finally:

@@ -54,7 +54,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
         isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward
         and not call_changes(layer)
-        and not _has_acting_global_hook()
+        and not _global_hooks()
         and all(is_readable(layer._parameters.get(name)) for name in ("weight", "bias"))
     )
 
@@ -227,19 +227,13 @@ def _check_affine(
 
 def _acting_hooks(layer: nn.Module) -> list[Callable[..., Any]]:
     """Hooks that may change the output of ``layer``, those of layers in it included."""
-    tables: list[dict[int, Callable[..., Any]]] = []
-    for module in layer.modules():
-        tables += [module._forward_hooks, module._forward_pre_hooks]
-    if _has_acting_global_hook():
-        tables += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-    return [hook for table in tables for hook in table.values()]
+    tables = [table for m in layer.modules() for table in (m._forward_hooks, m._forward_pre_hooks)]
+    return [hook for table in tables for hook in table.values()] + _global_hooks(backward=False)
 
 
 def _sets_weight_only(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is PyTorch's own and sets the weight (spectral norm, pruning) or only notes names."""
-    return isinstance(hook, (SpectralNorm, WeightNorm, BasePruningMethod)) or isinstance(
-        getattr(hook, "__self__", None), ModuleTracker
-    )
+    """Whether a hook is PyTorch's own and sets the weight (spectral norm, pruning)."""
+    return isinstance(hook, (SpectralNorm, WeightNorm, BasePruningMethod))
 
 
 def _is_linear_by_type(layer: nn.Module) -> bool:
@@ -250,15 +244,12 @@ def _is_linear_by_type(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or type(layer).__name__.endswith("Linear")
 
 
-def _has_acting_global_hook() -> bool:
-    """Whether a hook of all modules may act. Those of ``FlopCounterMode`` only note names."""
+def _global_hooks(*, backward: bool = True) -> list[Callable[..., Any]]:
+    """Hooks of all modules that may act, ``backward`` ones included. ``FlopCounterMode``'s only note names."""
     if not torch_module._has_any_global_hook():
-        return False
-    registered = (
-        torch_module._global_forward_hooks,
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
-    )
-    hooks = [hook for table in registered for hook in table.values()]
-    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
+        return []
+    tables = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+    if backward:
+        tables += [torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks]
+    hooks = [hook for table in tables for hook in table.values()]
+    return [hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), ModuleTracker)]

@@ -6,4 +6,3 @@
 from cbsa_torch._core.optional import require
 
 require("models")
-require("interpret")  # for the plots

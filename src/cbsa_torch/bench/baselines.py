@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,8 +25,8 @@ class NaiveCBSA(nn.Module):
         self.step_rep = nn.Parameter(torch.randn(num_heads, 1, 1))
         self.step_x = nn.Parameter(torch.randn(num_heads, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, 1 + side^2, C)``."""
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        """``(B, 1 + side^2, C)``; the grid that a block hands on is not looked at."""
         b, n, c = x.shape
         side = int((n - 1) ** 0.5)
         w = self.to_subspaces(x)
@@ -53,8 +55,8 @@ class LowerBound(nn.Module):
         self.to_out = nn.Linear(dim, dim)
         self.representatives = nn.Parameter(torch.randn(num_heads, num_representatives, dim // num_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, C)``."""
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        """``(B, N, C)``; the grid that a block hands on is not looked at."""
         w = self.to_subspaces(x)
         tokens = w.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         extracted = (self.representatives @ tokens.mT) @ tokens  # (B, H, M, P)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.bench import measure
@@ -118,21 +118,8 @@ def _create(name: str, image_size: int) -> nn.Module:
     if option == "attn":
         blocks: Any = model.get_submodule("blocks")
         for block in blocks:
-            block.attn = _Tokens(BASELINES[value](block.attn.dim, block.attn.num_heads))
+            block.attn = BASELINES[value](block.attn.dim, block.attn.num_heads)
     return model
 
 
 BASELINES: dict[str, Callable[[int, int], nn.Module]] = {LOWER_BOUND: LowerBound, NAIVE: NaiveCBSA}
-
-
-class _Tokens(nn.Module):
-    """A baseline where a block calls its attention: without grid or mask."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        """``(B, N, C)``."""
-        output: Tensor = self.layer(x)
-        return output

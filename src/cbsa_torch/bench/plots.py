@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from cbsa_torch._core.optional import require
 
-from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE, Row
-from cbsa_torch.bench.models import ModelRow
+require("interpret")
+
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter  # noqa: E402
+
+from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE, Row  # noqa: E402
+from cbsa_torch.bench.models import ModelRow  # noqa: E402
 
 BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
 LOOK = {

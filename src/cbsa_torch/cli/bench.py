@@ -19,6 +19,7 @@ from rich.table import Table
 from cbsa_torch import __version__
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import layers, models, plots
+from cbsa_torch.cli.options import number_table
 from cbsa_torch.interpret.plots import to_png, to_svg
 from cbsa_torch.train.errors import ConfigError
 
@@ -118,7 +119,7 @@ def _layers(options: LayersArgs, timing: dict[str, Any]) -> tuple[Sequence[Any],
         only=options.only or None,
         **timing,
     )
-    table = _table("tokens", "pass", "layer", "ms", "/ bound", "peak / input", "saved / input")
+    table = number_table("tokens", "pass", "layer", "ms", "/ bound", "peak / input", "saved / input", left=3)
     last = None
     for row in rows:
         here = f"{row.batch} x {row.tokens:,}", _pass(row)
@@ -140,20 +141,12 @@ def _models(options: ModelsArgs, timing: dict[str, Any]) -> tuple[Sequence[Any],
     if len(options.image_sizes) != len(options.batches):
         raise ConfigError("--batches must have one entry for each of --image-sizes")
     rows = models.compare(options.models, image_sizes=options.image_sizes, batches=options.batches, **timing)
-    table = _table("image", "pass", "model", "images/s", "peak MiB", "saved MiB")
+    table = number_table("image", "pass", "model", "images/s", "peak MiB", "saved MiB", left=3)
     for row in rows:
         speed, peak = f"{row.images_per_second:.2f}", f"{row.peak_mib:.0f}"
         saved = _number(row.saved_mib, ".0f")
         table.add_row(f"{row.image_size}", _pass(row), row.name, speed, peak, saved)
     return rows, table, plots.of_models(rows)
-
-
-def _table(*columns: str) -> Table:
-    """Numbers are aligned to the right: all columns but the first three."""
-    table = Table(*columns, box=None)
-    for column in table.columns[3:]:
-        column.justify = "right"
-    return table
 
 
 def _pass(row: layers.Row | models.ModelRow) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from cbsa_torch._core.checks import some_of
 from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import ComparedRun, compare
@@ -102,7 +103,6 @@ def compare_runs(
 
 
 def _check_same_data(opened: dict[str, Trained]) -> None:
-    """Refuse runs that would not see the same images and classes."""
     (first_name, first), *others = opened.items()
     for name, other in others:
         for key in ("name", "root", "val_fraction"):
@@ -112,12 +112,8 @@ def _check_same_data(opened: dict[str, Trained]) -> None:
                     f"{first_name} and {name} were trained on different data: data.{key} is {one} and {two}"
                 )
         if first.class_names != other.class_names:
-            one, two = _some(first.class_names), _some(other.class_names)
-            raise ConfigError(f"{first_name} and {name} have different classes: {one} and {two}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+            one, two = some_of(first.class_names), some_of(other.class_names)
+            raise ConfigError(f"{first_name} and {name} have different classes: {one}; {two}")
 
 
 def _short_names(checkpoints: Sequence[str]) -> dict[str, str]:

@@ -23,7 +23,6 @@ class _ConvertArgs:
 def run(args: list[str]) -> None:
     """Convert a released checkpoint of the official code."""
     options = parse(_ConvertArgs, args, "convert")
-    if options.num_heads is not None:
-        at_least(1, num_heads=options.num_heads)
+    at_least(1, num_heads=options.num_heads)
     info = convert_official(options.official, options.output, num_heads=options.num_heads)
     print(f"{options.output}: {info['model']} {info['model_args']}")

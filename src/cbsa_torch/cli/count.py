@@ -14,13 +14,12 @@ import torch
 import tyro
 import yaml
 from rich.console import Console
-from rich.table import Table
 from timm.layers import Mlp
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.cli.options import parse
+from cbsa_torch.cli.options import number_table, parse
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import refuse_fetching
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
@@ -69,9 +68,7 @@ def run(args: list[str]) -> None:
             from cbsa_torch.interpret.plots import to_png, to_svg
         except ImportError as error:
             raise ConfigError(f"--plot: {error}") from None
-    table = Table("model", "input", "parameters", "GFLOPs", "similarities", box=None, pad_edge=False)
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = number_table("model", "input", "parameters", "GFLOPs", "similarities", left=2)
     rows, remarks = [], []
     for name in options.models:
         counts, size = count_named(name, options.args, options.image_size)

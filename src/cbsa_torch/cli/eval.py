@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
-from cbsa_torch.cli.options import at_least, parse
+from cbsa_torch.cli.options import at_least, number_table, parse
 from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained
 from cbsa_torch.train.tasks.base import WindowOptions
 
@@ -41,10 +40,8 @@ def run(args: list[str]) -> None:
     options = parse(_EvalArgs, args, "eval")
     changes = {"root": options.root, "name": options.data, "max_bad_images": options.max_bad_images}
     changes = {key: value for key, value in changes.items() if value is not None}
-    if options.max_bad_images is not None:
-        at_least(0, max_bad_images=options.max_bad_images)
-    if options.batch_size is not None:
-        at_least(1, batch_size=options.batch_size)
+    at_least(0, max_bad_images=options.max_bad_images)
+    at_least(1, batch_size=options.batch_size)
     trained = open_trained(options.checkpoint)
     if options.root is not None and trained.task.data_name_elsewhere is not None:
         changes.setdefault("name", trained.task.data_name_elsewhere)
@@ -59,9 +56,7 @@ def run(args: list[str]) -> None:
     )
     rows = result.class_table()
     if rows:
-        table = Table(rows[0][0], box=None, pad_edge=False)
-        for heading in rows[0][1:]:
-            table.add_column(heading, justify="right")
+        table = number_table(*rows[0], left=1)
         for row in rows[1:]:
             table.add_row(*row)
         Console().print(table)

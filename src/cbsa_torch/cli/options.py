@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tyro
+from rich.table import Table
 
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder
@@ -35,11 +36,19 @@ def parse(cls: type[Any], args: list[str], command: str, default: Any = None) ->
     return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
 
 
-def at_least(least: int, **options: int) -> None:
-    """Raise ConfigError for an option below ``least``."""
+def at_least(least: int, **options: int | None) -> None:
+    """Raise ConfigError for an option below ``least``; None is an option that is not given."""
     for name, value in options.items():
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def number_table(*headings: str, left: int) -> Table:
+    """A table without lines, whose columns after the first ``left`` hold numbers, aligned to the right."""
+    table = Table(*headings, box=None, pad_edge=False)
+    for column in table.columns[left:]:
+        column.justify = "right"
+    return table
 
 
 def resumed(args: list[str], default: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cbsa_torch.cli.options import parse, resumed, take_option
 from cbsa_torch.train.registry import load_config
+from cbsa_torch.train.tasks.segmentation.task import PRETRAINED
 from cbsa_torch.train.trainer import train
 
 USAGE = """usage: cbsa train [--config RECIPE_OR_YAML] [--model NAME] [options]
@@ -24,6 +25,10 @@ def run(args: list[str]) -> None:
     if source is None:
         source = resumed(rest, load_config("digits").output) or "digits"
     default = load_config(source)
+    encoder_from = take_option("--model.encoder-from", [arg.replace("_", "-") for arg in rest])[0]
+    if encoder_from not in (None, PRETRAINED):  # it says which encoder: what the recipe says of one gives way
+        for key in ("encoder", "encoder_args"):
+            default.model.args.pop(key, None)
     if {"-h", "--help"} & set(rest):
         print(USAGE)
     train(parse(type(default), rest, "train", default))

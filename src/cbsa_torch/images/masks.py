@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cbsa_torch._core.checks import some_of
 from cbsa_torch.images.decode import reason
 from cbsa_torch.images.errors import DataError, UnreadableImageError
 
@@ -22,7 +23,6 @@ VOID = 255
 """Palette index of pixels that stand for no class: PASCAL VOC draws it around objects."""
 
 _UNKNOWN = -2
-_LISTED = 5
 
 
 def read_mask_file(path: str | Path) -> np.ndarray:
@@ -114,13 +114,12 @@ class LabelMap:
         listed = [f"{value} ({count} pixel(s))" for value, count in zip(values, counts, strict=True)]
         known = sorted(self.labels)
         allowed = f"{known[0]} to {known[-1]}" if len(known) == known[-1] - known[0] + 1 else str(known)
-        more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
         hint = (
             "; if it stands for no class, set ignore_label to it"
             if 255 in values and IGNORE not in self.labels.values()
             else ""
         )
-        return f"unknown label {', '.join(listed[:_LISTED])}{more}; known are {allowed}{hint}"
+        return f"unknown label {some_of(listed)}; known are {allowed}{hint}"
 
 
 def consecutive_labels(count: int, first: int, ignored: Sequence[int]) -> LabelMap:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, font_manager
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
@@ -82,11 +82,6 @@ def layer_ticks(numbers: Sequence[int]) -> list[int]:
     return sorted(set(numbers))[:: 1 if len(set(numbers)) <= MOST_TICKS else 2]
 
 
-def layer_colors(count: int) -> list[Any]:
-    """From early (light) to late (dark)."""
-    return [colormaps["viridis_r"](0.2 + 0.8 * i / max(count - 1, 1)) for i in range(count)]
-
-
 def band(
     axis: Any, numbers: Sequence[int], heads: Sequence[Sequence[float]], color: Any, label: str = ""
 ) -> None:
@@ -107,12 +102,6 @@ def curve(axis: Any, epochs: Sequence[float], values: np.ndarray, linestyle: str
     lone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
     dots = {"marker": "o", "markersize": 4, "markevery": lone.tolist()} if len(lone) else {}
     axis.plot(epochs, values, linestyle=linestyle, **dots, **style)
-
-
-def hide_axes(axis: Any) -> None:
-    """Remove frame and ticks: for images."""
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
 
 
 def signed(value: float, digits: int = 2) -> str:

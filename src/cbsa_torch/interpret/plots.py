@@ -158,7 +158,8 @@ def _image_grid(
         for axis, values in zip(axes[1:], maps, strict=False):
             axis.imshow(values, cmap="magma")
         for axis in axes:
-            _style.hide_axes(axis)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
     return figure
 
 
@@ -249,9 +250,10 @@ def reduced_rates_panel(reduced: ReducedRates, numbers: Sequence[int]) -> Figure
     )
     for column, (ours, title, correlation) in enumerate(panels):
         axis = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
-        rows = zip(ours, reduced.representatives, _style.layer_colors(len(numbers)), numbers, strict=True)
-        for row, across, color, layer in rows:
-            axis.scatter(across, row, s=24, color=color, label=f"{layer}", edgecolors="white", linewidths=0.4)
+        for i, (row, across, layer) in enumerate(zip(ours, reduced.representatives, numbers, strict=True)):
+            # early layers are light, late ones dark
+            shade = mpl.colormaps["viridis_r"](0.2 + 0.8 * i / max(len(numbers) - 1, 1))
+            axis.scatter(across, row, s=24, color=shade, label=f"{layer}", edgecolors="white", linewidths=0.4)
         if column > 0:
             axis.axhline(0, color=GREY, linewidth=0.8)
         axis.set(xlabel="representatives (nats)", ylabel=f"{title} (nats)")
@@ -378,10 +380,8 @@ def _heat_map(rows: Sequence[Sequence[float]], numbers: Sequence[int], label: st
     image = axis.imshow(grid.T, cmap=colors, vmin=-most, vmax=most, aspect="auto")
     for (layer, head), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            text, color = (
-                signed(value, 2 if most < 10 else 0),
-                "white" if abs(value) > 0.6 * most else "#333333",
-            )
+            text = signed(value, 2 if most < 10 else 0)
+            color = "white" if abs(value) > 0.6 * most else "#333333"
             axis.text(layer, head, text, ha="center", va="center", fontsize=7, color=color)
     axis.set(xlabel="layer", ylabel="head")
     axis.set_xticks(np.arange(layers), [str(number) for number in numbers])

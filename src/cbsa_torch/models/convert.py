@@ -124,9 +124,8 @@ def _read_classifier(
     mixers = _read_mixers(official, source)
     family, family_args = _family(mixers, stem, source)
     args = _read_sizes(official, source, stem, mixers, num_heads, family) | family_args
-    width_and_depth = args["embed_dim"], args["depth"]
     sizes = sizes_of(family).items()
-    alike = (name for name, size in sizes if (size.args["embed_dim"], size.args["depth"]) == width_and_depth)
+    alike = (name for name, size in sizes if all(size.args[key] == args[key] for key in ("embed_dim", "depth")))
     name = model_name(family, next(alike, "tiny"))
     table = _COMMON | _STEMS[stem]
     for i, mixer in enumerate(mixers):
@@ -143,7 +142,6 @@ def _within(i: int) -> str:
 
 
 def _read_mixers(official: dict[str, Tensor], source: str) -> list[str]:
-    """The mixer of every layer, by the names of its parameters."""
     mixers = []
     for i in range(count_layers(official, "transformer.layers.", source)):
         told_by = {f"{_within(i)}.{parameter}": kind for kind, parameter in _RECOGNISED_BY.items()}
@@ -176,7 +174,6 @@ def _family(mixers: list[str], stem: str, source: str) -> tuple[str, dict[str, A
 def _read_sizes(
     official: dict[str, Tensor], source: str, stem: str, mixers: list[str], num_heads: int | None, family: str
 ) -> dict[str, Any]:
-    """Constructor arguments, from the shapes of tensors."""
     patches = "to_patch_embedding.2.weight" if stem == "linear" else "to_patch_embedding.proj.0.0.weight"
     needed = {"pos_embedding": "(1, tokens, dim)", "mlp_head.1.weight": "(classes, dim)"}
     needed[patches] = "(dim, channels * patch * patch)" if stem == "linear" else "(dim / 8, channels, 3, 3)"

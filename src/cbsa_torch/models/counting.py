@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,30 +70,25 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
         check_positive_int("input_size", side)
     parts = _parts(model)
     found: dict[str, Counts] = dict.fromkeys(parts, Counts())
-    handles, busy = [], False
+    busy = False
 
-    def hook(part: str) -> Any:
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            nonlocal busy
-            if not busy:  # counting a mixer calls its input projection once more
-                busy = True
-                found[part] += _count(module, args, kwargs, output)
-                busy = False
-
-        return count
+    def count(part: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal busy
+        if not busy:  # counting a mixer calls its input projection once more
+            busy = True
+            found[part] += _count(module, args, kwargs, output)
+            busy = False
 
     like = next(model.parameters(), torch.empty(0))
     image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
     with _countable(model):
-        try:
-            read = {mixer.qkv for mixer in model.modules() if _is_read(mixer)}
+        read = {mixer.qkv for mixer in model.modules() if _is_read(mixer)}
+        with ExitStack() as hooks:
             for name, module in model.named_modules():
                 if _is_counted(module) and module not in read:
-                    handles.append(module.register_forward_hook(hook(_part_of(name, parts)), with_kwargs=True))
+                    hook = functools.partial(count, _part_of(name, parts))
+                    hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             model(image)
-        finally:
-            for handle in handles:
-                handle.remove()
         # A second pass, since the hooks above compute representatives once more; torch's counter sees the
         # products of softmax attention only where no fused kernel hides them.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch._core.checks import check_positive_int, some_of
 from cbsa_torch.models.checkpoint import CheckpointError, floating_dtype, load_strictly
 
 PER_HEAD = ("step_x", "step_rep", "temp")
@@ -89,7 +89,8 @@ def build_and_load(
     unexpected = sorted(official.keys() - set(names.values()))
     if missing or unexpected:
         raise CheckpointError(
-            f"{source} does not fit the model: missing {_some(missing)}; unexpected {_some(unexpected)}"
+            f"{source} does not fit the model: missing {some_of(missing, 8) or 'nothing'}; "
+            f"unexpected {some_of(unexpected, 8) or 'nothing'}"
         )
     tensors = {
         ours: official[theirs].flatten() if theirs.endswith(PER_HEAD) else official[theirs]
@@ -97,8 +98,3 @@ def build_and_load(
     }
     load_strictly(model.to(floating_dtype(tensors)), tensors, source)
     return model.eval()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return (", ".join(names[:8]) or "nothing") + more

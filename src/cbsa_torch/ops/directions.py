@@ -49,8 +49,7 @@ def principal_directions(tokens: Tensor, *, token_mask: Tensor | None = None) ->
         w, _ = real_tokens(tokens, token_mask, solve_dtype(tokens))
         _, directions = eigh(w.mT @ w)  # (B, H, P, P), columns
         # Along a null direction rounding leaves a reach of a few eps of the longest: noise, not tokens.
-        values, attention = _along(w, directions, (NULL_REACH * torch.finfo(w.dtype).eps) ** 2)
-    return Representatives(values.to(tokens.dtype), attention=attention.to(tokens.dtype))
+        return _along(w, directions, tokens.dtype, (NULL_REACH * torch.finfo(w.dtype).eps) ** 2)
 
 
 def basis_directions(
@@ -78,8 +77,7 @@ def basis_directions(
             basis = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
         else:
             check_basis(basis, tokens)
-        values, attention = _along(w, basis.to(w.dtype))
-    return Representatives(values.to(tokens.dtype), attention=attention.to(tokens.dtype))
+        return _along(w, basis.to(w.dtype), tokens.dtype)
 
 
 def check_basis(basis: Tensor, tokens: Tensor) -> None:
@@ -104,8 +102,8 @@ def check_orthonormal(basis: Tensor) -> None:
         raise ValueError(f"basis must have orthonormal columns; B^T B differs from I by {deviation:.3g}")
 
 
-def _along(w: Tensor, directions: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Representatives along the columns of ``directions`` ``([B,] [H,] P, P)``, and their attention.
+def _along(w: Tensor, directions: Tensor, dtype: torch.dtype, floor: float = 0.0) -> Representatives:
+    """Representatives along the columns of ``directions`` ``([B,] [H,] P, P)``, with their attention.
 
     Directions with at most ``floor`` times the largest energy are taken for empty.
     """
@@ -115,4 +113,5 @@ def _along(w: Tensor, directions: Tensor, floor: float = 0.0) -> tuple[Tensor, T
     safe = energy.masked_fill(empty, 1.0)  # the root of zero has no gradient
     length = safe.sqrt().masked_fill(empty, 0.0)
     inverse = safe.rsqrt().masked_fill(empty, 0.0)
-    return length[..., None] * directions.mT, inverse[..., None] * reach.mT
+    values, attention = length[..., None] * directions.mT, inverse[..., None] * reach.mT
+    return Representatives(values.to(dtype), attention=attention.to(dtype))

@@ -28,7 +28,7 @@ def draft_model(config: RunConfig) -> Built:
     takes no time and draws no random numbers.
     """
     if config.model.init_from is not None:
-        return _open_init_from(config)
+        return _open_init_from(config.model)
     with torch.device("meta"):
         return build_model(config, None)
 
@@ -45,7 +45,7 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     """
     model_config = config.model
     if model_config.init_from is not None:
-        return _fit(config, num_classes, *(_open_init_from(config) if draft is None else draft))
+        return _fit(model_config, num_classes, *(draft or _open_init_from(model_config)))
     fetching = sorted(FETCHING_ARGS & model_config.args.keys())
     if fetching:
         raise ConfigError(
@@ -95,9 +95,8 @@ def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any]
     return model, info, path
 
 
-def _open_init_from(config: RunConfig) -> Built:
+def _open_init_from(model_config: ModelConfig) -> Built:
     """The model of ``model.init_from``."""
-    model_config = config.model
     model, info, path = open_source("model.init_from", model_config.init_from)
     if info["model"] != model_config.name:
         raise ConfigError(
@@ -108,9 +107,8 @@ def _open_init_from(config: RunConfig) -> Built:
     return model, dict(info["model_args"])
 
 
-def _fit(config: RunConfig, num_classes: int | None, model: Any, args: dict[str, Any]) -> Built:
+def _fit(model_config: ModelConfig, num_classes: int | None, model: Any, args: dict[str, Any]) -> Built:
     """A trained model with a new head and another image size, where asked for."""
-    model_config = config.model
     if num_classes is not None and num_classes != args.get("num_classes"):
         model.reset_classifier(num_classes)
         args["num_classes"] = num_classes

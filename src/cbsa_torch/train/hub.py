@@ -279,9 +279,8 @@ def _curve(history: Sequence[Mapping[str, Any]], task: type[Any]) -> str:
     count = min(MOST_ROWS, len(history))
     chosen = sorted({round(i * (len(history) - 1) / max(count - 1, 1)) for i in range(count)})
     columns = {"epoch": "{}", "train_loss": "{:.4f}", "val_loss": "{:.4f}", task.score: "{:.4f}"}
-
-    def cell(value: Any, form: str) -> str:
-        return form.format(value) if isinstance(value, (int, float)) else "-"
-
-    head = ("epoch", "training loss", "validation loss", f"validation {task.score_title}")
-    return _table([head, *([cell(history[i].get(key), form) for key, form in columns.items()] for i in chosen)])
+    rows: list[list[str]] = [["epoch", "training loss", "validation loss", f"validation {task.score_title}"]]
+    for i in chosen:
+        values = ((history[i].get(key), form) for key, form in columns.items())
+        rows.append([form.format(value) if isinstance(value, int | float) else "-" for value, form in values])
+    return _table(rows)

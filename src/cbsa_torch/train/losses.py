@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,9 +178,7 @@ def blocks_with_attention(model: nn.Module) -> list[str]:
 def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """The outputs of ``modules``, in the order they are called within."""
     outputs: list[Tensor] = []
-    handles = [module.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(lambda _m, _i, out: outputs.append(out)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,3 @@
-import json
 import math
 from typing import NamedTuple
 
@@ -76,9 +75,3 @@ def test_what_is_not_finite_becomes_none_however_deep():
         "others": [True, 3, "nan", None],
     }
     assert render.finite(nested) == expected
-    assert json.loads(render.dump(nested), parse_constant=pytest.fail) == expected
-
-
-def test_what_json_has_no_form_for_is_refused():
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        render.dump({"a": object()})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cbsa_torch import CBSA, ops
 from cbsa_torch.ops.cbsa import api
@@ -22,6 +23,28 @@ def test_what_auto_is():
     tokens = torch.empty(1, 2, 40000, 4)
     given = ops.cbsa_inputs(tokens, torch.empty(1, 2, 64, 4), attention=torch.empty(1, 2, 64, 40000))
     assert api.fastest(given, None) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "expected"),
+    [  # B, H, M, N, P
+        ((1, 6, 64, 2**14, 64), torch.bfloat16, "triton"),
+        ((1, 6, 64, 2**14 - 1, 64), torch.bfloat16, "eager"),
+        ((256, 6, 64, 197, 64), torch.float16, "triton"),
+        ((128, 6, 64, 197, 64), torch.float16, "eager"),
+        ((256, 6, 64, 197, 64), torch.float32, "eager"),
+        ((1, 6, 64, 2**18, 64), torch.float32, "triton"),
+        ((1, 6, 64, 2**18, 64), torch.float64, "eager"),
+        ((1, 6, 64, 2**14, 129), torch.bfloat16, "eager"),
+        ((1, 6, 257, 2**14, 64), torch.bfloat16, "eager"),
+    ],
+)
+def test_what_auto_is_on_cuda(sizes, dtype, expected):
+    b, h, m, n, p = sizes
+    with FakeTensorMode():
+        tokens = torch.empty(b, h, n, p, dtype=dtype, device="cuda")
+        inputs = ops.cbsa_inputs(tokens, torch.empty(b, h, m, p, dtype=dtype, device="cuda"))
+        assert api.fastest(inputs, None) == expected
 
 
 def test_the_projection_is_folded_where_that_takes_fewer_operations():

@@ -142,7 +142,6 @@ def compare(
 
 
 def _check_runs(runs: Sequence[ComparedRun]) -> None:
-    """Refuse runs that cannot stand side by side."""
     names = [run.name for run in runs]
     if len(runs) < 2 or len(set(names)) < len(names):
         raise ValueError(f"runs must be two or more with different names, got {names}")
@@ -175,7 +174,6 @@ def measure_run(run: ComparedRun, batch_size: int, robustness_images: int) -> Me
 
 
 def _numbers(item: MeasuredRun) -> dict[str, Any]:
-    """What the JSON file holds of a run."""
     return {
         "name": item.run.name,
         "model": item.architecture,
@@ -231,8 +229,7 @@ def shared_figures(
 def mean_coherence(cosines: Tensor) -> float:
     """Mean over pairs of different heads of ``(H, H)`` cosines; NaN for one head."""
     heads = len(cosines)
-    others = cosines[~np.eye(heads, dtype=bool)]
-    return float(others.mean()) if heads > 1 else math.nan
+    return float(cosines[~np.eye(heads, dtype=bool)].mean()) if heads > 1 else math.nan
 
 
 def summary_table(measured: Sequence[MeasuredRun]) -> list[tuple[str, list[str]]]:

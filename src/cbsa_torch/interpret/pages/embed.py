@@ -97,9 +97,7 @@ def _row(artist: Any) -> tuple[int, ...] | None:
 def _inline(svg: str, prefix: str, label: str) -> str:
     """Make ids unique on the page, and give the width in CSS pixels in place of points."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    svg = re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{prefix}-", svg)
     points = re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)
     assert points is not None, "matplotlib writes the width in points"
     width = float(points.group(1)) * CSS_PIXELS / 72

@@ -136,7 +136,6 @@ def measure_maps(model: nn.Module, pictures: Pictures) -> Maps:
 
 
 def _token(model: nn.Module, prefixes: set[int]) -> str:
-    """What the first token is."""
     if prefixes == {0}:
         return "first patch"
     # Registers are prefix tokens, too; the class token comes before them where there is one.
@@ -188,9 +187,8 @@ def _with_mean(values: Tensor, heads: int) -> np.ndarray:
 
 def evenly_spaced(count: int, most: int) -> list[int]:
     """At most ``most`` of ``count`` indices, evenly spread, first and last included."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)] if most > 1 else [0]
+    most = min(most, count)
+    return [round(i * (count - 1) / max(most - 1, 1)) for i in range(most)]
 
 
 def page_data(maps: Maps, pictures: Pictures) -> dict[str, Any]:

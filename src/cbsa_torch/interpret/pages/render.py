@@ -182,7 +182,7 @@ def write_page(files: PageFiles, page: str, numbers: Any, prefix: str = "") -> P
         prefix: of the figures' files. With one, their names may end in ``_`` and a number.
     """
     write_atomically(files.page, page.encode())
-    write_atomically(files.numbers, dump(numbers).encode())
+    write_atomically(files.numbers, json.dumps(finite(numbers), allow_nan=False, indent=2).encode())
     names, number = "|".join((*FIGURE_LABELS, *MAP_FIGURES)), "(_[0-9]+)?" if prefix else ""
     for path in (files.page.parent / "figures").iterdir():
         if re.fullmatch(rf"{prefix}({names}){number}[.](png|svg)", path.name) and path not in files.figures:
@@ -198,17 +198,8 @@ def numbers_of(measures: Measures, sentences: Mapping[str, str], maps: Maps) -> 
     return {**numbers, "statements": sentences, "maps": shown}
 
 
-def dump(numbers: Any) -> str:
-    """``numbers`` as JSON, which knows neither NaN nor infinity: what :func:`finite` makes of them.
-
-    Raises:
-        TypeError: something in it that JSON has no form for.
-    """
-    return json.dumps(finite(numbers), allow_nan=False, indent=2)
-
-
 def finite(value: Any) -> Any:
-    """Plain values with None for NaN and infinity, however deep inside.
+    """Plain values with None for NaN and infinity, which JSON does not know, however deep inside.
 
     Named tuples and mappings become dictionaries, lists and tuples lists, tensors and arrays nested lists;
     anything else stays as it is.

@@ -75,12 +75,10 @@ def report(
     )
     maps = measure_maps(model, pictures)
     found = sentences(measures)
-    figures = (
-        {"learning_curves": plots.learning_curves({"": history}, score=score, score_title=score_title)}
-        if history
-        else {}
-    )
-    figures |= render.measure_figures(measures)
+    figures = render.measure_figures(measures)
+    if history:
+        curves = plots.learning_curves({"": history}, score=score, score_title=score_title)
+        figures = {"learning_curves": curves, **figures}
     of_maps = render.map_figures(maps, pictures)
     folder = Path(folder)
     files = PageFiles(

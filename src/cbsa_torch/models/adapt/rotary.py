@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
@@ -16,13 +18,6 @@ class SeparateHeads(TokenMixer):
         "qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "norm", "proj", "proj_drop",
     )  # fmt: skip
     """Submodules of the original layer that become the mixer's own, by the same names."""
-
-    q_proj: nn.Linear | None
-    k_proj: nn.Linear | None
-    v_proj: nn.Linear | None
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
 
     def inherit_projections(self, source: nn.Module) -> None:
         """Take over the layers of ``source``, and how it uses them."""
@@ -50,17 +45,13 @@ class SeparateHeads(TokenMixer):
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(B, H, N, P)`` each, keys and values with as many heads as they have."""
-        b, n, _ = x.shape
-        if self.q_proj is not None:
-            assert self.k_proj is not None
-            assert self.v_proj is not None
-            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        (b, n, _), own = x.shape, cast(Any, self)
+        if own.q_proj is not None:
+            projected = own.q_proj(x), own.k_proj(x), own.v_proj(x)
         else:
-            joint = self.qkv(x)
-            if self.q_bias is not None:
-                assert self.k_bias is not None
-                assert self.v_bias is not None
-                joint = joint + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(joint.dtype)
+            joint = own.qkv(x)
+            if own.q_bias is not None:
+                joint = joint + torch.cat((own.q_bias, own.k_bias, own.v_bias)).to(joint.dtype)
             projected = joint.chunk(3, -1)
         queries, keys, values = (t.view(b, n, -1, self.head_dim).transpose(1, 2) for t in projected)
         return queries, keys, values

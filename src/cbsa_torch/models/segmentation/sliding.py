@@ -69,11 +69,20 @@ def sliding_logits(
         tops, lefts = (window_starts(*along) for along in zip(image.shape[1:], size, steps, strict=True))
         by_size[size] += [(i, top, left) for top in tops for left in lefts]
     sums: dict[int, Tensor] = {}
+    counts = [torch.zeros(image.shape[1:], device=image.device) for image in listed]
     with evaluating(model):
-        for size, places in by_size.items():
+        for (h, w), places in by_size.items():
             for start in range(0, len(places), batch_size):
-                _add(model, listed, size, places[start : start + batch_size], sums)
-    results = [sums[i].div_(_overlaps(image, sides, steps)) for i, image in enumerate(listed)]
+                batch = places[start : start + batch_size]
+                crops = [listed[i][:, top : top + h, left : left + w] for i, top, left in batch]
+                for (i, top, left), found in zip(batch, _run(model, crops), strict=True):
+                    if i not in sums:
+                        sums[i] = counts[i].new_zeros(
+                            len(found), *counts[i].shape, dtype=compute_dtype(found.dtype)
+                        )
+                    sums[i][:, top : top + h, left : left + w] += found.to(sums[i].device, sums[i].dtype)
+                    counts[i][top : top + h, left : left + w] += 1
+    results = [sums[i].div_(count) for i, count in enumerate(counts)]
     return torch.stack(results) if isinstance(images, Tensor) else results
 
 
@@ -130,40 +139,16 @@ def _rescaled(image: Tensor, scale: float) -> Tensor:
     return image if size == image.shape[1:] else resize(image[None], size, "bilinear")[0]
 
 
-def _add(
-    model: nn.Module,
-    images: list[Tensor],
-    size: tuple[int, int],
-    places: list[tuple[int, int, int]],
-    sums: dict[int, Tensor],
-) -> None:
-    """Run the model on windows of one size, at (image, top, left), and add the logits to their images'."""
-    h, w = size
-    crops = [images[i][:, top : top + h, left : left + w] for i, top, left in places]
-    like = next(model.parameters(), crops[0])
+def _run(model: nn.Module, crops: list[Tensor]) -> Tensor:
+    """The logits of windows of one size."""
+    like, (h, w) = next(model.parameters(), crops[0]), crops[0].shape[1:]
     logits: Tensor = model(torch.stack([crop.to(like.device) for crop in crops]))
-    if logits.ndim != 4 or tuple(logits.shape[2:]) != size or len(logits) != len(places):
+    if logits.ndim != 4 or logits.shape[2:] != (h, w) or len(logits) != len(crops):
         raise ValueError(
             f"model must return (B, K, height, width) logits of its images, got {tuple(logits.shape)} "
-            f"for {len(places)} images of {h} x {w}"
+            f"for {len(crops)} images of {h} x {w}"
         )
-    for (i, top, left), found in zip(places, logits, strict=True):
-        if i not in sums:
-            dtype = compute_dtype(found.dtype)
-            shape = (len(found), *images[i].shape[1:])
-            sums[i] = torch.zeros(shape, device=images[i].device, dtype=dtype)
-        sums[i][:, top : top + h, left : left + w] += found.to(sums[i].device, sums[i].dtype)
-
-
-def _overlaps(image: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """How many windows cover each pixel, ``(height, width)``: rows times columns."""
-    lines = []
-    for length, w, s in zip(image.shape[1:], window, stride, strict=True):
-        line = torch.zeros(length, device=image.device)
-        for start in window_starts(length, w, s):
-            line[start : start + w] += 1
-        lines.append(line)
-    return torch.outer(*lines)
+    return logits
 
 
 def _as_list(images: Tensor | list[Tensor]) -> list[Tensor]:

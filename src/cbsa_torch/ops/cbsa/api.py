@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_choice, check_floating
+from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl, Representatives
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs, check_projection
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
+from cbsa_torch.ops.cbsa.triton.limits import refusal
 from cbsa_torch.ops.cbsa.two_softmax import two_softmax
 
 MANY_WEIGHTS = 2**20
 """Weights B * H * M * N from which ``"auto"`` goes over tiles if the output projection folds into them; four
 times as many if not. Below, what tiles save does not pay for their overhead (``cbsa bench layers``)."""
+LONG_ON_CUDA, MANY_ON_CUDA, LONG_IN_FLOAT32 = 2**14, 2**24, 2**18
+"""Tokens N or weights from which ``"auto"`` is ``"triton"`` on CUDA, if 16 bits wide; tokens in float32,
+which has no tensor cores. Measured by ``benchmarks/gpu_check.py``."""
 
 
 def cbsa(
@@ -64,10 +71,11 @@ def cbsa(
         representative_mask: ``(B, M)`` bool, True = a representative that exists for this item.
         impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
             ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;
-            ``"triton"`` does so in Triton kernels for CUDA (experimental: checked in Triton's interpreter, not
-            yet on a GPU). ``"auto"`` is ``"tiled"`` on the CPU from B H M N = 2^22 on, where it is measured
-            to be the fastest, and ``"eager"`` otherwise: for small problems, on other devices, for
-            ``broadcast="softmax"``, under ``torch.func``, and in ``torch.export``.
+            ``"triton"`` does so in Triton kernels for CUDA, with P at most 128 and M at most 256. ``"auto"`` is
+            what is measured to be the fastest: ``"tiled"`` on the CPU from B H M N = 2^22 on, ``"triton"`` on
+            CUDA from N = 2^14 or B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
+            small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
+            ``torch.export``.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; add it to (or subtract it from) the tokens after projecting
@@ -263,18 +271,29 @@ def _choose(inputs: CBSAInputs, impl: Impl, out_weight: Tensor | None) -> Impl:
 
 
 def fastest(inputs: CBSAInputs, out_weight: Tensor | None) -> Impl:
-    """What ``"auto"`` is: tiles on the CPU, if the attention matrix is large; else the equations.
+    """What ``"auto"`` is: tiles on the CPU, kernels on CUDA where the attention is large, else the equations.
 
-    Elsewhere nothing was measured yet. ``torch.export`` should leave no operator of ours in a program, and
+    Other devices were not measured. ``torch.export`` should leave no operator of ours in a program, and
     ``torch.func`` and forward-mode differentiation know the equations only.
     """
     given_or_fresh = inputs.attention is not None or inputs.broadcast == "softmax"
     if given_or_fresh or inputs.fraction is not None or torch.compiler.is_exporting() or is_transformed():
         return "eager"
-    b, h, m, _ = inputs.representatives.shape
-    many = MANY_WEIGHTS if out_weight is not None and folds(inputs, out_weight) else 4 * MANY_WEIGHTS
-    large = b * h * m * inputs.keys.shape[2] >= many
-    return "tiled" if large and inputs.tokens.device.type == "cpu" else "eager"
+    (b, h, m, _), n = inputs.representatives.shape, inputs.keys.shape[2]
+    weights = b * h * m * n
+    if inputs.tokens.device.type == "cpu":
+        folded = out_weight is not None and folds(inputs, out_weight)
+        return "tiled" if weights >= (MANY_WEIGHTS if folded else 4 * MANY_WEIGHTS) else "eager"
+    if inputs.tokens.device.type == "cuda" and _has_triton() and refusal(inputs.keys, m) is None:
+        if inputs.keys.dtype == torch.float32:
+            return "triton" if n >= LONG_IN_FLOAT32 else "eager"
+        return "triton" if n >= LONG_ON_CUDA or weights >= MANY_ON_CUDA else "eager"
+    return "eager"
+
+
+@called_while_tracing
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def folds(inputs: CBSAInputs, out_weight: Tensor) -> bool:

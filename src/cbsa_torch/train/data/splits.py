@@ -10,7 +10,7 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
-from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.checks import nearest, some_of
 from cbsa_torch.images import SPLIT_NAMES, class_folders, class_samples, find_splits
 from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data.arrays import open_digits, open_fetched
@@ -43,32 +43,25 @@ class Splits(NamedTuple):
     test: Dataset[Any] | None
     class_names: list[str]
 
-    def choose(self, split: str, class_names: list[str]) -> Dataset[Any]:
-        """The split "train", "val" or "test" for a model trained on ``class_names``.
+    def choose(self, split: str | None, class_names: list[str]) -> tuple[str, Dataset[Any]]:
+        """The name and the data set of a split, for a model trained on ``class_names``.
+
+        A ``split`` of None is the test split, or the validation split where there is none.
 
         Raises:
-            ConfigError: another name. DataError: other classes, or no such split.
+            DataError: other classes, or no such split.
         """
-        check_split(split)
         check_classes(self.class_names, class_names)
-        dataset = {"train": self.train, "val": self.val, "test": self.test}[split]
+        name = split or ("val" if self.test is None else "test")
+        dataset = {"train": self.train, "val": self.val, "test": self.test}[name]
         if dataset is None:
-            raise DataError(f"this data set has no {split} split with labels; choose another")
-        return dataset
-
-    def test_or_val(self, class_names: list[str]) -> tuple[str, Dataset[Any]]:
-        """The name and the data set of the test split, or of the validation split where there is none.
-
-        Raises:
-            DataError: other classes than the model's.
-        """
-        name = "val" if self.test is None else "test"
-        return name, self.choose(name, class_names)
+            raise DataError(f"this data set has no {name} split with labels; choose another")
+        return name, dataset
 
 
-def check_split(split: str) -> None:
-    """Refuse a split that is not "train", "val" or "test"; raises ConfigError."""
-    if split not in SPLIT_NAMES:
+def check_split(split: str | None) -> None:
+    """Refuse a split that is not "train", "val", "test" or None; raises ConfigError."""
+    if split is not None and split not in SPLIT_NAMES:
         raise ConfigError(
             f"split must be one of {', '.join(SPLIT_NAMES)}, got {split!r}{nearest(split, SPLIT_NAMES)}"
         )
@@ -78,8 +71,8 @@ def check_classes(found: list[str], expected: list[str]) -> None:
     """Refuse data of other classes than the model's; raises DataError."""
     if found != expected:
         raise DataError(
-            f"the data's {len(found)} classes ({', '.join(found[:5])}, ...) are not the model's "
-            f"{len(expected)} ({', '.join(expected[:5])}, ...)"
+            f"the data's {len(found)} classes ({some_of(found)}) are not the model's "
+            f"{len(expected)} ({some_of(expected)})"
         )
 
 
@@ -130,19 +123,21 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
 
 
 def open_split(
-    config: DataConfig, mode: str, split: str, class_names: list[str], skipped: Path | None = None
-) -> Dataset[Any]:
-    """One split for a model trained on ``class_names``; of a folder, no other split need exist.
+    config: DataConfig, mode: str, split: str | None, class_names: list[str], skipped: Path | None = None
+) -> tuple[str, Dataset[Any]]:
+    """Name and samples of one split for a model trained on ``class_names``; of a folder, no other need exist.
+
+    A ``split`` of None is the test split, or the validation split where there is none.
 
     Raises:
         DataError: other classes, or no such split. Otherwise as :func:`open_splits`.
     """
     check_split(split)
-    if config.name == "folder" and config.root is not None:
+    if split is not None and config.name == "folder" and config.root is not None:
         folder = find_splits(Path(config.root)).get(split)
         if folder is not None:
             bad = SkippedImages(skipped, config.max_bad_images)
-            return CheckedImages(ListedFiles(class_samples(folder, class_names)), mode, bad)
+            return split, CheckedImages(ListedFiles(class_samples(folder, class_names)), mode, bad)
     return open_splits(config, mode, skipped).choose(split, class_names)
 
 

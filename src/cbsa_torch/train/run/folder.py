@@ -286,14 +286,12 @@ def check_sources(config: RunConfig, output: Path) -> None:
         RunFolderError: with the key, the path and what to do.
     """
     for key, metadata, source in settings(config):
-        if not metadata.get("weights") or not source or source.startswith(PREFIX):
-            continue
-        if not _lies_in(Path(source), output):
-            continue
-        raise RunFolderError(
-            f"{key} {source} lies in output {output}, where the run writes its own weights; choose "
-            "another --output (to continue a run: --resume)"
-        )
+        is_local = metadata.get("weights") and source and not source.startswith(PREFIX)
+        if is_local and _lies_in(Path(source), output):
+            raise RunFolderError(
+                f"{key} {source} lies in output {output}, where the run writes its own weights; choose "
+                "another --output (to continue a run: --resume)"
+            )
     root = config.data.root
     if config.overwrite and root and _lies_in(Path(root), output):
         raise RunFolderError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from cbsa_torch._core.checks import some_of
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit
 from cbsa_torch.train.errors import NonFiniteLossError
@@ -38,8 +38,6 @@ SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 MAGIC = b"cbsa_torch state 1\n"
 DIGEST = 64
 """Characters of the SHA-256 that follows; the rest is torch's own format."""
-SHOWN = 5
-"""Classes that a message names."""
 
 
 def check_finite(accelerator: Accelerator, model: nn.Module, step: int) -> None:
@@ -58,7 +56,7 @@ def check_finite(accelerator: Accelerator, model: nn.Module, step: int) -> None:
     finite = torch.stack([value.isfinite().all() for value in values.values()])
     if accelerator.reduce((~finite).sum()) > 0:
         bad = [name for name, fine in zip(values, finite.tolist(), strict=True) if not fine]
-        which = f" ({', '.join(bad[:4])}{', ...' if bad[4:] else ''})" if bad else ""
+        which = f" ({some_of(bad)})" if bad else ""
         raise NonFiniteLossError(
             f"weights became NaN or infinite by step {step}{which}: the loss was finite, its gradient was not"
         )
@@ -229,10 +227,10 @@ def compare_data(before: dict[str, Any], now: dict[str, Any], batch: int, source
     """
     old, new = before["class_names"], now["class_names"]
     if old != new:
-        added, gone = [name for name in new if name not in old], [name for name in old if name not in new]
-        parts = [
-            f"{what} {_some(names)}" for what, names in (("new:", added), ("missing:", gone)) if names
-        ] or ["the same in another order"]
+        changes = {"new": [repr(name) for name in new if name not in old]}
+        changes["missing"] = [repr(name) for name in old if name not in new]
+        parts = [f"{what}: {some_of(names)}" for what, names in changes.items() if names]
+        parts = parts or ["the same in another order"]
         raise CheckpointError(
             f"{source} was trained on {len(old)} classes, the data has {len(new)}; {', '.join(parts)}. Put the "
             "data back, or start a new run from these weights with --model.init-from and another --output"
@@ -247,8 +245,3 @@ def compare_data(before: dict[str, Any], now: dict[str, Any], batch: int, source
             "the epoch under way is not what it would have been: some images come twice or not at all"
         )
     return remarks
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + more

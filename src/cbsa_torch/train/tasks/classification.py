@@ -116,10 +116,7 @@ class Classification(Task):
         self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
     ) -> tuple[str, Dataset[Any]]:
         """A split of (image, label)."""
-        data = self.config.data
-        if split is None:
-            return open_splits(data, mode, skipped).test_or_val(class_names)
-        return split, open_split(data, mode, split, class_names, skipped)
+        return open_split(self.config.data, mode, split, class_names, skipped)
 
     def evaluation_loader(
         self, dataset: Dataset[Any], spec: InputSpec, accelerator: Accelerator, batch_size: int | None = None

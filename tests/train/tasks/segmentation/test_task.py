@@ -125,8 +125,10 @@ def test_an_encoder_of_one_size_is_refused_before_the_folder_is_touched(config):
 
 def test_weights_of_another_shape_are_refused(config, classifier, monkeypatch):
     config.model.encoder_from, config.model.args = classifier, {}
-    small = timm.create_model("cbt_nano_patch4_32", **{**ENCODER, "embed_dim": 8}).state_dict()
-    monkeypatch.setattr("cbsa_torch.train.tasks.segmentation.task.encoder_weights", lambda config: small)
+    info = load_checkpoint(RunFolder(classifier).weights)[1]
+    small = timm.create_model("cbt_nano_patch4_32", **{**ENCODER, "embed_dim": 8})
+    opened = (small, info, Path(classifier))
+    monkeypatch.setattr("cbsa_torch.train.tasks.segmentation.task.open_source", lambda key, source: opened)
     with pytest.raises(CheckpointError, match=r"model\.encoder_from .* does not fit the model"):
         train(config)
 

@@ -1,8 +1,7 @@
 """The passes over tokens as launches of Triton kernels, for CUDA devices (or, for tests, Triton's interpreter).
 
 Matrix products take operands in the dtype of the keys and accumulate in float32, in which everything of size
-M x P is kept. Forward the tokens are read twice, backward tokens and gradient twice. Experimental: not yet
-measured on a GPU.
+M x P is kept. Forward the tokens are read twice, backward tokens and gradient twice.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from cbsa_torch.ops.cbsa.triton import kernels
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 128
-MAX_REPRESENTATIVES = 256
+from cbsa_torch.ops.cbsa.triton.limits import refusal
 
 SHORTEST_SPAN = 1024
 """Tokens below which a split costs more in partial results than it gains in parallel work."""
@@ -88,14 +84,9 @@ def _padded(size: int) -> int:
 
 
 def check_supported(keys: Tensor, m: int) -> None:
-    """Raise unless the kernels can take ``keys`` ``(B, H, N, P)`` with ``m`` representatives."""
-    p = keys.shape[-1]
-    if keys.dtype not in DTYPES:
-        raise TypeError(f"impl='triton' takes float32, float16 or bfloat16, got {keys.dtype}")
-    if p > MAX_HEAD_DIM:
-        raise ValueError(f"impl='triton' takes a head dimension of at most {MAX_HEAD_DIM}, got {p}")
-    if m > MAX_REPRESENTATIVES:
-        raise ValueError(f"impl='triton' takes at most {MAX_REPRESENTATIVES} representatives, got {m}")
+    """Raise unless the kernels can take ``keys`` ``(B, H, N, P)`` with ``m`` representatives, and run here."""
+    if (refused := refusal(keys, m)) is not None:
+        raise refused
     if not keys.is_cuda and not _interpreted():
         raise ValueError(
             f"impl='triton' needs a CUDA device, got tensors on {keys.device}; "

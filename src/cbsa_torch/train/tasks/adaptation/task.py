@@ -145,7 +145,11 @@ class Adaptation(Classification):
         original = open_original("model.original", str(config.model.original), config.model.image_size)
         splits = open_splits(config.data, input_spec(original.model).mode, skipped)
         adapted = adapt_original(original, config.model)
-        new_head = _head_for(splits.class_names, original, adapted)
+        new_head = not knows(original, splits.class_names)
+        if new_head:
+            model: Any = adapted.model
+            model.reset_classifier(len(splits.class_names))
+            adapted.args["num_classes"] = len(splits.class_names)
         loss = _distillation(config, original, adapted, splits.class_names)
         _freeze(config.tune, adapted, head=new_head or config.tune_head)
         spec = input_spec(adapted.model, config.model.image_size)
@@ -266,21 +270,10 @@ def _adapted_layers(model: nn.Module) -> list[str]:
 def _added(model: nn.Module) -> list[str]:
     """Names of the parameters that adaptation added."""
     return [
-        f"{layer.name}.{name}"
-        for layer in find_attention(model)
-        if isinstance(layer.module, TokenMixer)
-        for name in layer.module.step_names()  # everything else is inherited
+        f"{layer}.{name}"
+        for layer in _adapted_layers(model)
+        for name in model.get_submodule(layer).step_names()  # type: ignore[operator]  # all else is inherited
     ]
-
-
-def _head_for(class_names: list[str], original: Original, adapted: Adapted) -> bool:
-    """Give the adapted model a new head, unless the original's is for these classes; whether that was done."""
-    if knows(original, class_names):
-        return False
-    model: Any = adapted.model
-    model.reset_classifier(len(class_names))
-    adapted.args["num_classes"] = len(class_names)
-    return True
 
 
 def knows(original: Original, class_names: list[str]) -> bool:

@@ -90,10 +90,6 @@ class SegmentationTrainConfig(RunConfig):
     data: SegmentationDataConfig = field(default_factory=SegmentationDataConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
 
-    def window(self) -> int:
-        """Side of the windows in pixels."""
-        return self.data.crop_size if self.windows.size is None else self.windows.size
-
 
 def check_data_config(config: SegmentationDataConfig) -> None:
     """Refuse values that cannot work; raises ConfigError."""

@@ -7,15 +7,12 @@ exactly what one counts.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -241,7 +238,7 @@ class SharedImages:
 
 def share(dataset: Dataset[Any], workers: int, accelerator: Accelerator) -> SharedImages:
     """Every n-th image for each of n processes."""
-    processes = _sharing(accelerator)
+    processes = sharing(accelerator)
     count = len(dataset)  # type: ignore[arg-type]
     own = range(accelerator.process_index if processes > 1 else 0, count, processes)
     loader: DataLoader[Any] = DataLoader(Subset(dataset, own), batch_size=None, num_workers=workers)
@@ -250,49 +247,10 @@ def share(dataset: Dataset[Any], workers: int, accelerator: Accelerator) -> Shar
     return SharedImages(loader, -(-count // processes))
 
 
-def _sharing(accelerator: Accelerator) -> int:
+def sharing(accelerator: Accelerator) -> int:
     """How many processes share the images.
 
     Sharded weights (FSDP2) are gathered in every forward pass, which all processes must then make equally
     often: as images have different numbers of windows, every process sees all of them.
     """
     return 1 if accelerator.is_fsdp2 else accelerator.num_processes
-
-
-@torch.no_grad()
-def measure(
-    accelerator: Accelerator,
-    model: nn.Module,
-    images: Iterable[tuple[Tensor, Tensor] | None],
-    class_names: Sequence[str],
-    windows: Windows,
-) -> SegmentationResult:
-    """Scores over a data set; the same on every process.
-
-    Args:
-        images: of :func:`share`, samples (image, mask) that are tensors.
-        class_names: in the order of the labels.
-        windows: how images are seen.
-    """
-    shared = _sharing(accelerator) > 1
-    metric = SegmentationMetric(class_names, sync=shared).to(accelerator.device)
-    losses: list[tuple[float, int]] = []
-    for sample in images:
-        if sample is None:
-            continue
-        image, labels = (part.to(accelerator.device) for part in sample)
-        with accelerator.autocast():
-            logits = windows.logits(model, image).float()
-        metric.update(logits.argmax(0), labels)
-        total = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE, reduction="sum")
-        losses.append((total.item(), int((labels != IGNORE).sum())))
-    if shared:
-        losses = gather_object(losses)
-    pixels = sum(count for _, count in losses)
-    return SegmentationResult(
-        metric.compute(),
-        # exact: any number of processes gives the same sum
-        math.fsum(total for total, _ in losses) / max(pixels, 1),
-        sum(count > 0 for _, count in losses),
-        windows,
-    )

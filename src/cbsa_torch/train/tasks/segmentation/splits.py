@@ -112,23 +112,25 @@ def open_segmentation(
 def open_segmentation_split(
     config: SegmentationDataConfig,
     mode: str,
-    split: str,
+    split: str | None,
     class_names: list[str],
     skipped: str | Path | None = None,
-) -> Dataset[Any]:
-    """One split for a model trained on ``class_names``; of a folder, no other split need exist.
+) -> tuple[str, Dataset[Any]]:
+    """Name and samples of one split for a model trained on ``class_names``; no other split need exist.
+
+    A ``split`` of None is the test split, or the validation split where there is none.
 
     Raises:
         DataError: other classes, or no such split. Otherwise as :func:`open_segmentation`.
     """
     check_data_config(config)
     check_split(split)
-    if config.name in NAMES and config.name != "emoji-scenes":
+    if split is not None and config.name in NAMES and config.name != "emoji-scenes":
         layout = open_layout(config)
         if split in layout.splits and not (split == "train" and "val" not in layout.splits):
             check_classes(layout.class_names, class_names)
             bad = SkippedImages(skipped, config.max_bad_images)
-            return MaskedImages(layout.splits[split], mode, layout.labels, bad)
+            return split, MaskedImages(layout.splits[split], mode, layout.labels, bad)
     return open_segmentation(config, mode, skipped).choose(split, class_names)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from cbsa_torch._core.checks import check_choice
@@ -23,7 +26,7 @@ from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
 from cbsa_torch.models.segmentation.factory import segmenter
 from cbsa_torch.train.build import build_model, draft_model, open_source, read_args
 from cbsa_torch.train.config import check_rules
-from cbsa_torch.train.data import InputSpec, input_spec
+from cbsa_torch.train.data import IGNORE, InputSpec, input_spec
 from cbsa_torch.train.data.seeded import SeededSamples
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
@@ -40,7 +43,13 @@ from cbsa_torch.train.tasks.base import (
 )
 from cbsa_torch.train.tasks.segmentation.colours import write_coloured_mask
 from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig, check_data_config
-from cbsa_torch.train.tasks.segmentation.evaluation import SegmentationResult, Windows, measure, share
+from cbsa_torch.train.tasks.segmentation.evaluation import (
+    SegmentationMetric,
+    SegmentationResult,
+    Windows,
+    share,
+    sharing,
+)
 from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
 from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform, training_transform
 
@@ -109,7 +118,8 @@ class Segmentation(Task):
         if given is None:
             given, names = WindowOptions(), ("windows.size", "windows.stride", "windows.batch")
         stride = config.stride if given.stride is None and given.window is None else given.stride
-        size = self.config.window() if given.window is None else given.window
+        sizes = given.window, config.size, self.config.data.crop_size
+        size = next(size for size in sizes if size is not None)
         batch, scales = config.batch if batch is None else batch, given.scales
         check_rules([
             (size >= 1, f"{names[0]} must be at least 1", size),
@@ -121,8 +131,7 @@ class Segmentation(Task):
 
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data sets, and the model with a mask for each of their classes."""
-        weights = None if continued else encoder_weights(self.config)
-        config = with_encoder(self.config)
+        config, weights = open_encoder(self.config, continued=continued)
         data = config.data
         draft = draft_model(config)
         splits = open_segmentation(data, input_spec(draft[0]).mode, skipped)
@@ -154,10 +163,7 @@ class Segmentation(Task):
         self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
     ) -> tuple[str, Dataset[Any]]:
         """A split of (image, mask)."""
-        data = self.config.data
-        if split is None:
-            return open_segmentation(data, mode, skipped).test_or_val(class_names)
-        return split, open_segmentation_split(data, mode, split, class_names, skipped)
+        return open_segmentation_split(self.config.data, mode, split, class_names, skipped)
 
     def evaluation_loader(
         self, dataset: Dataset[Any], spec: InputSpec, accelerator: Accelerator, batch_size: int | None = None
@@ -166,6 +172,7 @@ class Segmentation(Task):
         dataset.transform = evaluation_transform(spec.mean, spec.std)  # type: ignore[attr-defined]
         return share(dataset, self.config.data.workers, accelerator)
 
+    @torch.no_grad()
     def evaluate(
         self,
         accelerator: Accelerator,
@@ -177,7 +184,23 @@ class Segmentation(Task):
         batch_size: int | None = None,
     ) -> SegmentationResult:
         """Mean IoU, by windows of the training crop's size or as configured."""
-        return measure(accelerator, model, batches, class_names, self._windows(windows, batch_size))
+        seen, shared = self._windows(windows, batch_size), sharing(accelerator) > 1
+        metric = SegmentationMetric(class_names, sync=shared).to(accelerator.device)
+        losses: list[tuple[float, int]] = []
+        for sample in batches:
+            if sample is None:
+                continue
+            image, labels = (part.to(accelerator.device) for part in sample)
+            with accelerator.autocast():
+                logits = seen.logits(model, image).float()
+            metric.update(logits.argmax(0), labels)
+            total = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE, reduction="sum")
+            losses.append((total.item(), int((labels != IGNORE).sum())))
+        if shared:
+            losses = gather_object(losses)
+        # exact: any number of processes gives the same sum
+        loss = math.fsum(total for total, _ in losses) / max(sum(count for _, count in losses), 1)
+        return SegmentationResult(metric.compute(), loss, sum(count > 0 for _, count in losses), seen)
 
     def predict(
         self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
@@ -219,7 +242,6 @@ class Segmentation(Task):
 
 
 def _default(name: str) -> Any:
-    """The default of an argument of the segmenter's constructor."""
     return inspect.signature(segmenter).parameters[name].default
 
 
@@ -234,7 +256,6 @@ def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
 
 
 def _mask_files(folder: Path, stem: str) -> tuple[Path, Path]:
-    """The files of an image's coloured mask and of its labels."""
     return folder / f"{stem}_mask.png", folder / f"{stem}_labels.png"
 
 
@@ -258,8 +279,13 @@ def _write_masks(
     return MaskPrediction(str(path), shares, str(mask), str(raw))
 
 
-def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
-    """The configuration with the encoder in ``model.args`` that ``model.encoder_from`` says it is.
+def open_encoder(
+    config: SegmentationTrainConfig, *, continued: bool
+) -> tuple[SegmentationTrainConfig, dict[str, Tensor] | None]:
+    """The configuration with the encoder that ``model.encoder_from`` says in ``model.args``, and its weights.
+
+    Args:
+        continued: the weights are not needed, and are not fetched.
 
     Raises:
         ConfigError: ``model.args`` name another encoder, or options that a trained one has already.
@@ -267,8 +293,8 @@ def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
     """
     source, args = config.model.encoder_from, config.model.args
     if source is None or source == PRETRAINED:
-        return config
-    _, info, path = open_source("model.encoder_from", source)
+        return config, None if source is None or continued else pretrained_weights(config)
+    model, info, path = open_source("model.encoder_from", source)
     if info["model"] == "segmenter":
         raise ConfigError(
             f"model.encoder_from must be a classifier, and {path} holds a segmenter: to start from all of it, "
@@ -282,16 +308,12 @@ def with_encoder(config: SegmentationTrainConfig) -> SegmentationTrainConfig:
             )
     own = {key: value for key, value in info["model_args"].items() if key != "num_classes"}
     chosen: dict[str, Any] = {**args, "encoder": info["model"], "encoder_args": own}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, args=chosen))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, args=chosen))
+    return config, None if continued else model.state_dict()
 
 
-def encoder_weights(config: SegmentationTrainConfig) -> dict[str, Tensor] | None:
-    """The weights that ``model.encoder_from`` names; None if it names none."""
-    source = config.model.encoder_from
-    if source is None:
-        return None
-    if source != PRETRAINED:
-        return open_source("model.encoder_from", source)[0].state_dict()
+def pretrained_weights(config: SegmentationTrainConfig) -> dict[str, Tensor]:
+    """The weights that timm has for the encoder of ``model.args``."""
     args = read_args(config.model)
     name, encoder_args = args.get("encoder", _default("encoder")), args.get("encoder_args") or {}
     refused = sorted(FETCHING_ARGS & set(encoder_args))
