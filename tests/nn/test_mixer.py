@@ -214,7 +214,8 @@ def test_autocast_and_low_precision(build, dtype):
     layer.zero_grad()
     with torch.autocast("cpu", dtype=dtype):
         out = layer(inside)
-    assert out.dtype == dtype
+    certified = "certified" in (getattr(layer, "step", ""))
+    assert out.dtype == (torch.float32 if certified else dtype)  # its bases are not rounded
     out.float().backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)))
     assert_close(out.float(), expected[0], 5e-2)
     assert_close(inside.grad, expected[1], 1e-1)

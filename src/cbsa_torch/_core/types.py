@@ -40,6 +40,8 @@ class GridPooling(NamedTuple):
 
     grid_size: GridSize
     cells: GridSize
+    first: int = 0
+    """Tokens before the grid."""
 
 
 class Representatives(NamedTuple):

@@ -177,11 +177,13 @@ class CBSA(TokenMixer):
         return cbsa_stages(self._inputs(heads))
 
     def count_heads(self, heads: Heads) -> counting.Counts:
-        """Count making the representatives, extraction, contraction and broadcast."""
-        n, m = heads.queries.shape[2], self._represent(heads).values.shape[2]
+        """Count making the representatives, extraction, contraction, the limit of a step, and broadcast."""
+        chosen = self._represent(heads)
+        n, m = heads.queries.shape[2], chosen.values.shape[2]
+        grams = 0 if self.step == "free" else 1 if chosen.token_weights is None else 2
         sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim}
         extracted = self.step_representatives is not None
-        counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, **sizes)
+        counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, grams=grams, **sizes)
         count_strategy = getattr(self.representatives, "counts", None)
         return counts if count_strategy is None else counts + count_strategy(n, **sizes)
 
@@ -240,5 +242,5 @@ def _check_certified(options: dict[str, Any], impl: Impl) -> None:
                 f"{name} must be {needed!r} with step='certified', which guarantees a fall of the coding rate "
                 f"for no other; got {given!r}"
             )
-    if impl in ("tiled", "triton"):
-        raise ValueError(f"impl must be 'auto' or 'eager' with step='certified', got {impl!r}")
+    if impl == "triton":
+        raise ValueError("impl must be 'auto', 'tiled' or 'eager' with step='certified', got 'triton'")

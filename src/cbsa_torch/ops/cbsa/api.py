@@ -169,10 +169,9 @@ def certified_cbsa(
     Theorem: with G = B B^T and any kappa from 0 to 2 / |G|, its largest eigenvalue, the rate of the
     representatives after the step, X - kappa G C, is lower by at least
     alpha kappa (1 - kappa |G| / 2) tr(C^T G C) >= 0, for all tokens, eps and sizes: the Hessian of R is at most
-    alpha. Here kappa = 2 fraction / bound, where (|Pi| + |eta| |A|_F)^2 bounds |G| for every item and head.
-    It says nothing of the rate of all tokens, nor of representatives that are extracted anew.
-
-    Gradients are those with the bound held constant.
+    alpha. Here kappa = 2 fraction / bound, with a bound of |G| for every item and head: the largest
+    sum_j |G_ij| (G_jj / G_ii)^(1/2), and at least 0.01 times that of A A^T. Gradients hold the bound constant.
+    The theorem says nothing of the rate of all tokens, nor of representatives that are extracted anew.
 
     Args:
         tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z. The projections must be orthonormal bases
@@ -181,10 +180,10 @@ def certified_cbsa(
             returns (without weights they count as constant), or representatives with their attention.
         fraction: kappa in parts of its limit 2 / bound, between 0 and 1: a number or ``(H,)``.
         eps: epsilon of the coding rate. Default: the root of P.
-        step_representatives: eta, as for :func:`cbsa`. The bound takes no |eta| below 0.1.
+        step_representatives: eta, as for :func:`cbsa`.
         scale, token_mask: as for :func:`cbsa`.
         num_prefix_tokens: tokens before those that the first guesses were made of.
-        impl: ``"eager"`` or ``"auto"``.
+        impl: ``"eager"``, ``"tiled"`` or ``"auto"``, as for :func:`cbsa`.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; add it to the tokens after projecting back. Zeros for an
@@ -263,8 +262,8 @@ def _choose(inputs: CBSAInputs, impl: Impl, out_weight: Tensor | None) -> Impl:
         raise ValueError(
             f"impl={impl!r} computes the attention itself; representatives that bring theirs need impl='eager'"
         )
-    if inputs.fraction is not None:
-        raise ValueError(f"impl={impl!r} does not compute the certified step; use impl='eager' or 'auto'")
+    if impl == "triton" and inputs.fraction is not None:
+        raise ValueError("impl='triton' does not know the limit of a certified step; use 'tiled' or 'eager'")
     if impl == "triton" and inputs.broadcast == "softmax":
         raise ValueError("impl='triton' broadcasts with the attention it extracted; use 'tiled' or 'eager'")
     return impl
@@ -277,7 +276,7 @@ def fastest(inputs: CBSAInputs, out_weight: Tensor | None) -> Impl:
     ``torch.func`` and forward-mode differentiation know the equations only.
     """
     given_or_fresh = inputs.attention is not None or inputs.broadcast == "softmax"
-    if given_or_fresh or inputs.fraction is not None or torch.compiler.is_exporting() or is_transformed():
+    if given_or_fresh or torch.compiler.is_exporting() or is_transformed():
         return "eager"
     (b, h, m, _), n = inputs.representatives.shape, inputs.keys.shape[2]
     weights = b * h * m * n

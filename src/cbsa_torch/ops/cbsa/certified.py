@@ -1,72 +1,74 @@
 """How long a step may be for which the coding rate of the representatives provably does not rise.
 
-The step is certified for kappa up to 2 / |B|^2, see :func:`cbsa_torch.ops.certified_cbsa`.
+It is certified for kappa up to 2 / |G|, where G = B B^T and B ``(M, N)`` are the weights by which tokens make
+up the representatives: see :func:`cbsa_torch.ops.certified_cbsa`. G is of size M x M and a sum over tokens, so
+it is known when the representatives are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs
-from cbsa_torch.ops.token_weights import dense, norm_bound
-
-SMALLEST_ETA = 0.1
-"""The bound takes no |eta| below: without first guesses of tokens the step would grow as 1 / eta."""
-
-BOUND = "frobenius"
-BOUND_IN_GRADIENT = False
+SMALLEST = 0.01
+"""The bound is never less than this part of that of A alone. Else the step would grow as 1 / eta where the
+first guess is constant, and without limit where Pi and eta A cancel."""
 
 
-def all_weights(attention: Tensor, inputs: CBSAInputs) -> Tensor:
-    """B ``(B, H, M, N)``: Pi + eta A, or A if it was given."""
-    if inputs.attention is not None:
-        return attention
-    weights = inputs.step_representatives.to(attention.dtype)[:, None, None] * attention
-    if inputs.token_weights is None:
-        return weights
-    n, first = inputs.tokens.shape[2], inputs.num_prefix_tokens
-    pi = dense(inputs.token_weights, attention, inputs.representative_mask, n, first)
-    if inputs.token_mask is not None:
-        pi = pi.masked_fill(~inputs.token_mask[:, None, None, :], 0.0)
-    return pi + weights
+def limit(gram: Tensor, own: Tensor) -> Tensor:
+    """The longest certified step, 2 over a bound of |G|; 0 where no token has any weight.
 
+    Args:
+        gram: G ``(B, H, M, M)``.
+        own: A A^T, of the attention alone.
 
-def limit_of(attention: Tensor, inputs: CBSAInputs) -> Tensor:
-    """The largest certified step of every item and head ``(B, H)``, 0 where no token has any weight."""
-    bound = _bound(attention, inputs)
-    if not BOUND_IN_GRADIENT:
-        bound = bound.detach()
+    Returns:
+        ``(B, H)``, without gradients.
+    """
+    bound = torch.maximum(largest_eigenvalue_bound(gram), SMALLEST * largest_eigenvalue_bound(own)).detach()
     nothing = bound == 0
     return (2 / bound.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
 
-def _bound(attention: Tensor, inputs: CBSAInputs) -> Tensor:
-    """A bound of the squared spectral norm of B, ``(B, H)``."""
-    if inputs.attention is not None:
-        return torch.minimum(attention.square().sum((-2, -1)), _product(attention))
-    eta = inputs.step_representatives.to(attention.dtype).abs().clamp(min=SMALLEST_ETA)
-    if BOUND == "gram":
-        b = all_weights(attention, inputs)
-        given = inputs.step_representatives.to(attention.dtype).abs()
-        return _gram_bound(b @ b.mT) * (1 if inputs.token_weights is not None else (eta / given).square())
-    if BOUND == "product":
-        b = all_weights(attention, inputs)
-        given = inputs.step_representatives.to(attention.dtype).abs()
-        return _product(b) * (1 if inputs.token_weights is not None else (eta / given).square())
-    norm = eta * attention.square().sum((-2, -1)).sqrt()
-    if inputs.token_weights is not None:
-        norm = norm + norm_bound(inputs.token_weights, attention, inputs.representative_mask)
-    return norm.square()
+def largest_eigenvalue_bound(gram: Tensor) -> Tensor:
+    """A bound ``(...)`` of the largest eigenvalue of positive semi-definite matrices G ``(..., M, M)``.
 
-
-def _gram_bound(gram: Tensor) -> Tensor:
-    """A bound of the largest eigenvalue of B B^T: max_i (|G| v)_i / v_i for a positive v, v_i = G_ii^(1/2)."""
-    v = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+    For any positive v it is at most max_i (|G| v)_i / v_i, entries taken by absolute value (Collatz, Wielandt).
+    With v_i = G_ii^(1/2) that is at most the trace of G, and the eigenvalue itself if G is diagonal or has rank
+    one.
+    """
+    v = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()[..., None]
     ratio = (gram.abs() @ v) / v
-    return ratio.masked_fill(v == 0, 0.0).amax((-2, -1))
+    return ratio.masked_fill(v == 0, 0.0).amax((-2, -1))  # a row without weights is none
 
 
-def _product(b: Tensor) -> Tensor:
-    sizes = b.abs()
-    return sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)
+class RunningGram:
+    """A A^T and A Pi^T of an attention that comes tile by tile, each with a softmax of its own.
+
+    Args:
+        columns: Pi over a range of tokens, ``(1 or B, 1, M, T)``; None without Pi.
+    """
+
+    def __init__(self, columns: Callable[[slice], Tensor] | None) -> None:
+        self.columns = columns
+        self.own: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.lse: Tensor | None = None
+
+    def add(self, weights: Tensor, lse: Tensor | None, place: slice) -> None:
+        """Add the softmax of a tile ``(B, H, M, T)``; ``lse`` ``(B, H, M)`` is None if there is one tile."""
+        own = weights @ weights.mT
+        cross = None if self.columns is None else weights @ self.columns(place).mT
+        if self.own is None:
+            self.own, self.cross, self.lse = own, cross, lse
+            return
+        assert self.lse is not None, "of several tiles"
+        assert lse is not None, "of several tiles"
+        total = torch.logaddexp(self.lse, lse)
+        before, now = ((x - total).exp()[..., None] for x in (self.lse, lse))  # shares, (B, H, M, 1)
+        self.own = self.own * (before * before.mT) + own * (now * now.mT)
+        if cross is not None and self.cross is not None:
+            self.cross = self.cross * before + cross * now
+        self.lse = total

@@ -27,7 +27,7 @@ from cbsa_torch._core.types import (
     GridPooling,
     Representatives,
 )
-from cbsa_torch.ops.token_weights import check_token_weights
+from cbsa_torch.ops.token_weights import over_all_tokens
 
 
 class CBSAInputs(NamedTuple):
@@ -54,12 +54,9 @@ class CBSAInputs(NamedTuple):
     """``token_mask`` if none was given."""
     representative_mask: Tensor | None
     fraction: Tensor | None = None
-    """``(H,)`` kappa of the certified step, in parts of its limit; None for a free step. Then ``step_tokens``
-    and ``contraction`` have no effect: the step is the limit's, the contraction exact."""
+    """``(H,)`` kappa of a certified step in parts of its limit, in place of ``step_tokens``; None: free."""
     token_weights: Tensor | GridPooling | None = None
-    """Pi of the certified step; see :class:`cbsa_torch.ops.Representatives`."""
-    num_prefix_tokens: int = 0
-    """Tokens before those that Pi is over."""
+    """Pi of a certified step: ``(1 or B, M, N)`` or a pooling; None without."""
 
 
 def cbsa_inputs(
@@ -193,11 +190,12 @@ def certified_inputs(
     if token_weights is not None:
         if attention is not None:
             raise ValueError("token_weights cannot be given beside an attention, which takes their place")
-        check_token_weights(token_weights, tokens, values.shape[2], num_prefix_tokens)
+        token_weights = over_all_tokens(
+            token_weights, tokens, values.shape[2], num_prefix_tokens, token_mask, mask
+        )
     return inputs._replace(
         fraction=_per_head("fraction", fraction, tokens),
         token_weights=token_weights,
-        num_prefix_tokens=num_prefix_tokens,
     )
 
 

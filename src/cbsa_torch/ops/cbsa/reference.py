@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import CBSAStages
-from cbsa_torch.ops.cbsa.certified import all_weights, limit_of
+from cbsa_torch.ops.cbsa.certified import limit
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
+from cbsa_torch.ops.token_weights import columns
 
 
 def extract(
@@ -95,6 +96,12 @@ def exact_system(rep: Tensor, eps: float, mask: Tensor | None) -> tuple[Tensor, 
     return factor.masked_fill((failed != 0)[..., None, None], float("nan")), alpha, p <= m
 
 
+def _gram(weights: Tensor) -> Tensor:
+    """B B^T, without gradients."""
+    weights = weights.detach()
+    return weights @ weights.mT
+
+
 def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tensor:
     """Give each token the contractions, weighted: ``step * weights @ contracted``.
 
@@ -167,8 +174,14 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         elif inputs.fraction is None:
             weights = attention.mT
         else:
-            weights = all_weights(attention, inputs).mT
-            step = -inputs.fraction.to(dtype) * limit_of(attention, inputs)  # (B, H)
+            weights, own = attention, _gram(attention)
+            gram = own
+            if inputs.attention is None:
+                weights, gram = eta * attention, eta.detach().square() * own
+            if inputs.token_weights is not None:  # B = Pi + eta A
+                weights = weights + columns(inputs.token_weights, slice(0, tokens.shape[2]), weights)
+                gram = _gram(weights)
+            weights, step = weights.mT, -inputs.fraction.to(dtype) * limit(gram, own)  # (B, H)
         output = broadcast(weights, contracted, step[..., None, None])
     return CBSAStages(
         tokens,
