@@ -23,8 +23,8 @@ from cbsa_torch.interpret.capture import LayerRecord, capture, check_batches, na
 from cbsa_torch.interpret.structure import basis_of
 from cbsa_torch.nn import CBSA, ResidualBlock
 from cbsa_torch.nn.tokens import Heads, as_tokens
-from cbsa_torch.ops.cbsa.certified import all_weights
-from cbsa_torch.ops.cbsa.reference import contract_exact
+from cbsa_torch.ops.cbsa.inputs import certified_inputs
+from cbsa_torch.ops.cbsa.reference import cbsa_stages, contract_exact
 from cbsa_torch.ops.masking import zero_rows
 
 ROUNDING = 8
@@ -267,7 +267,7 @@ class _Measured:
                 step = zero_rows(step, record.token_mask.cpu())
             weights = record.stages.broadcast_attention
             if layer.step == "free":
-                weights = _all_weights(layer, layer.heads(*args, **kwargs), record.stages.attention)
+                weights = _all_weights(layer, layer.heads(*args, **kwargs))
             self.parts.append(
                 {
                     **_representatives(layer, record.stages, weights.cpu().double(), step, output.dtype),
@@ -314,11 +314,19 @@ class _Measured:
         return LayerCertificate(self.name, self.layer.step, broken, self.deviation, self.limit, **whole)
 
 
-def _all_weights(layer: CBSA, heads: Heads, attention: Tensor) -> Tensor:
-    """B ``(B, H, N, M)`` of a free step, whose stages hold the attention ``(B, H, M, N)`` alone."""
-    chosen, first = layer._represent(heads), layer._first_represented(heads.source)
-    inputs = layer._inputs(heads)._replace(token_weights=chosen.token_weights, num_prefix_tokens=first)
-    return all_weights(attention, inputs).mT
+def _all_weights(layer: CBSA, heads: Heads) -> Tensor:
+    """B ``(B, H, N, M)`` of a free step, whose stages hold the attention alone: that of a certified one."""
+    eta = 1.0 if layer.step_representatives is None else layer.step_representatives
+    inputs = certified_inputs(
+        heads.queries,
+        layer._represent(heads),
+        fraction=0.5,
+        eps=layer.eps,
+        step_representatives=eta,
+        token_mask=heads.source.token_mask,
+        num_prefix_tokens=layer._first_represented(heads.source),
+    )
+    return cbsa_stages(inputs).broadcast_attention
 
 
 def _representatives(
