@@ -117,6 +117,12 @@ def test_every_case_holds_for_all_representatives(kind, scale):
     assert found.holding == found.cases > 0
 
 
+def test_the_rate_of_all_tokens_may_rise(images):
+    found = interpret.certificate(build(representatives="learned"), images)
+    assert found.holding == found.cases == 20
+    assert 0 < found.compressed < 20
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_float32_and_autocast_hold_up_to_rounding(images, autocast):
     model = build()

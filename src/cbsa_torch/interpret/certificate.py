@@ -380,7 +380,7 @@ def _over_finite(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tens
     """``function`` of matrices, NaN for those that are not finite, which LAPACK refuses."""
     broken = ~matrices.isfinite().all(-1).all(-1)
     values = function(matrices.masked_fill(broken[..., None, None], 0.0))
-    return values.masked_fill(broken[(..., *(None,) * (values.ndim - broken.ndim))], math.nan)
+    return values.masked_fill(broken.view(broken.shape + (1,) * (values.ndim - broken.ndim)), math.nan)
 
 
 def _deviation(basis: Tensor) -> float:

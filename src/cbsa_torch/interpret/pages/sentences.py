@@ -43,7 +43,7 @@ def certificate_sentence(certificate: Certificate, layers: Sequence[str]) -> str
     claim = (
         f"In every head of {which} and for any input, the step cannot raise the coding rate of the "
         "representatives, the weights that make them held: it falls by at least "
-        "ακ(1 \N{MINUS SIGN} ½κ‖G‖₂) tr(CᵀCG) ≥ 0, up to rounding."
+        "ακ(1 \N{MINUS SIGN} ½κ‖G‖₂) tr(CᵀGC) ≥ 0, up to rounding."
     )
     return " ".join([claim, *void])
 
