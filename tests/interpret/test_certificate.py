@@ -117,6 +117,14 @@ def test_every_case_holds_for_all_representatives(kind, scale):
     assert found.holding == found.cases > 0
 
 
+def test_where_rounding_outweighs_the_guarantee_it_is_counted(images):
+    """Everything is far above a tiny epsilon: the guaranteed fall is about kappa P / alpha."""
+    model = build(representatives="tokens", num_representatives=None, eps=1e-3)
+    single, double = (interpret.certificate(model.to(t), images.to(t)) for t in (torch.float32, torch.float64))
+    assert single.holding == double.holding == single.cases == 20
+    assert (single.beyond_rounding, double.beyond_rounding) == (0, 20)
+
+
 def test_the_rate_of_all_tokens_may_rise(images):
     found = interpret.certificate(build(representatives="learned"), images)
     assert found.holding == found.cases == 20
@@ -128,7 +136,7 @@ def test_float32_and_autocast_hold_up_to_rounding(images, autocast):
     model = build()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = interpret.certificate(model, images.split(2))  # batches
-    assert found.holding == found.cases == 20
+    assert found.holding == found.cases == found.beyond_rounding == 20
     for layer in found.layers:
         assert (layer.rounding < 0.01 * layer.guaranteed).all()  # so it is more than rounding
     if not autocast:

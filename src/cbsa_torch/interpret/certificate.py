@@ -134,7 +134,7 @@ class Certificate:
     """What every CBSA layer of a model did to every image; ``print`` shows it as a table."""
 
     layers: list[LayerCertificate]
-    """In the order of evaluation."""
+    """In the order of the model."""
     images: int
     left_out: dict[str, str]
     """CBSA layers that cannot be measured, and why."""
@@ -157,6 +157,12 @@ class Certificate:
         )
 
     @property
+    def beyond_rounding(self) -> int:
+        """In how many of them more is guaranteed than rounding may take away; in others it shows nothing."""
+        found = [x.cases & (x.guaranteed > x.rounding) for x in self.certified if x.guaranteed is not None]
+        return sum(int(cases.sum()) for cases in found)
+
+    @property
     def compressed(self) -> int:
         """In how many of them the rate of all tokens fell, in norm(x); nothing is guaranteed of that."""
         return sum(int(((x.tokens_after < x.tokens_before) & x.cases).sum()) for x in self.certified)
@@ -174,6 +180,7 @@ class Certificate:
             "images": self.images,
             "cases": self.cases,
             "holding": self.holding,
+            "beyond_rounding": self.beyond_rounding,
             "compressed": self.compressed,
             "share": share if math.isfinite(share) else None,
             "layers": [layer.record() for layer in self.layers],

@@ -55,6 +55,8 @@ def cases_sentence(certificate: Certificate) -> str:
     used = (
         f"the median step is {100 * share:.0f} % of the longest certified one" if cases else "there is no step"
     )
+    if certificate.beyond_rounding < cases:
+        used += f"; only in {certificate.beyond_rounding:,} is more guaranteed than rounding may take away"
     return (
         f"Measured on what the layers put out, it holds in {holding:,} of {cases:,} cases, one for each layer, "
         f"head and image; {used}. The rate of all tokens, of which nothing is guaranteed, fell in "
