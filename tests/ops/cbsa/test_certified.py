@@ -22,7 +22,7 @@ from tests.helpers.mixers import mean_and_first
 from tests.helpers.operator import assert_same
 
 KINDS = ("pool", "learned", "tokens", "principal", "basis", "constant", "weights")
-SLACK = 10
+SLACK = 1
 """Times min(M, P) u cond^1/2: what rounding may take from a fall, for cond = 1 + alpha |X|^2."""
 
 

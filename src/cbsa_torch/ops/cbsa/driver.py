@@ -142,8 +142,13 @@ def forward(problem: Problem) -> Results:
         bias = None if problem.out_bias is None else problem.out_bias.to(problem.keys.dtype)
         results = empty_results(problem)
         for group, part, exists in _parts(problem, representatives):
-            gram = _gram_of(problem, group) if problem.certified else None
-            picked, normalizer = part.extract() if gram is None else part.extract(gram)
+            gram = None
+            if problem.certified:
+                assert isinstance(part, Tiles), "other passes are refused before"
+                gram = _gram_of(problem, group)
+                picked, normalizer = part.extract(gram)
+            else:
+                picked, normalizer = part.extract()
             results.picked[group], results.normalizer[group, ..., : normalizer.shape[-1]] = picked, normalizer
             rep = zero_rows(representatives[group] + eta * picked, exists)
             c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)

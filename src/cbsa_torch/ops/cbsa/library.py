@@ -112,7 +112,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, picked, normalizer, step, longest = output
     kept = (picked, normalizer, longest)
-    ctx.mark_non_differentiable(*kept, *(() if step.numel() else (step,)))
+    ctx.mark_non_differentiable(*kept, *(() if Problem(*inputs).certified else (step,)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:_TENSORS], *kept)
     ctx.options = inputs[_TENSORS:]

@@ -108,7 +108,7 @@ def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tens
     Args:
         weights: ``(B, H, N, M)``, A with tokens as rows; not renormalised over representatives.
         contracted: ``(B, H, M, P)``.
-        step: kappa, a number or ``(B, H, 1, 1)``.
+        step: kappa, a number, ``(H, 1, 1)`` or ``(B, H, 1, 1)``.
 
     Returns:
         ``(B, H, N, P)``.
@@ -138,7 +138,7 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
     token_mask, key_mask, representative_mask = inputs.token_mask, inputs.key_mask, inputs.representative_mask
     with no_autocast(inputs.tokens):
         eta = inputs.step_representatives.to(dtype)[:, None, None]
-        step = inputs.step_tokens.to(dtype).expand(inputs.tokens.shape[0], -1)  # (B, H)
+        kappa = inputs.step_tokens.to(dtype)[:, None, None]
         # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
         tokens = zero_rows(inputs.tokens.to(dtype), token_mask)
         keys, values = (zero_rows(t.to(dtype), key_mask) for t in (inputs.keys, inputs.values))
@@ -181,8 +181,9 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
             if inputs.token_weights is not None:  # B = Pi + eta A
                 weights = weights + columns(inputs.token_weights, slice(0, tokens.shape[2]), weights)
                 gram = _gram(weights)
-            weights, step = weights.mT, -inputs.fraction.to(dtype) * limit(gram, own)  # (B, H)
-        output = broadcast(weights, contracted, step[..., None, None])
+            weights = weights.mT
+            kappa = -(inputs.fraction.to(dtype) * limit(gram, own))[..., None, None]  # (B, H, 1, 1)
+        output = broadcast(weights, contracted, kappa)
     return CBSAStages(
         tokens,
         representatives,
@@ -192,6 +193,6 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         contracted,
         weights,
         output,
-        step,
+        kappa[..., 0, 0].expand(tokens.shape[0], -1),
         representative_mask,
     )
