@@ -74,6 +74,8 @@ MIXERS = {
     "cbsa tied": pooling(tied=True),
     "cbsa orthogonal": pooling(orthogonal=True),
     "cbsa tied orthogonal": pooling(tied=True, orthogonal=True, contraction="exact", eps=0.8),
+    "cbsa tied orthogonal certified": pooling(step="certified"),
+    "cbsa tied orthogonal certified learned": pooling(step="certified", representatives="learned"),
     "cbsa learned": pooling(representatives="learned"),
     "cbsa tokens": of(CBSA, representatives="tokens"),
     "cbsa tokens exact": of(CBSA, representatives="tokens", contraction="exact", eps=0.8),

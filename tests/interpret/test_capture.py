@@ -61,7 +61,7 @@ def test_every_mixer_is_recorded_in_its_subspaces(name):
         assert_close(model[0](x), expected, 1e-10)
         assert record.stages.tokens.data_ptr() == record.tokens.data_ptr()
         contributions = record.stages.broadcast_attention @ record.stages.contracted
-        assert_close(record.stages.output, record.step_tokens[:, None, None] * contributions, 1e-10)
+        assert_close(record.stages.output, record.stages.step[..., None, None] * contributions, 1e-10)
     for step in ("step_tokens", "step_representatives"):
         copy, parameter = getattr(record, step), getattr(model[0], step, None)
         assert (copy is None) == (parameter is None)
@@ -194,7 +194,9 @@ def test_a_record_keeps_what_it_names_once_and_no_more(name):
     else:
         named = record.stages._replace(broadcast_attention=None)  # the attention, transposed
     named = [*named, record.keys, record.step_tokens, record.step_representatives]
-    assert stored_bytes(records) == sum(t.numel() * t.element_size() for t in named if t is not None)
+    assert stored_bytes(records) == sum(
+        t.numel() * t.element_size() for t in named if isinstance(t, torch.Tensor)
+    )
 
 
 def test_only_the_last_pass_and_the_chosen_layers_are_kept():

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,3 +202,17 @@ def test_overlay_by_hand():
 def test_overlays_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         interpret.overlay(**{"image": np.ones((2, 2)), "attention_map": np.ones((2, 2)), **changes})
+
+
+def test_certified_rates_mark_what_is_guaranteed():
+    def layer(before, after, guaranteed):
+        return SimpleNamespace(
+            before=before, after=after, guaranteed=guaranteed, tokens_before=9 * before, tokens_after=8 * before
+        )
+
+    rates = torch.tensor([[3.0, 4.0], [5.0, 6.0]])  # images, heads
+    layers = [layer(rates, rates - 1, torch.full((2, 2), 0.5)), layer(rates, rates - 2, None)]
+    left, right = drawn(plots.certified_rates(layers, [2, 3]))
+    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
+    assert lines == {"before": [[2, 9], [3, 9]], "after": [[2, 7], [3, 5]], "guaranteed: at most": [[2, 8]]}
+    assert [line.get_ydata().tolist() for line in right.lines] == [[81, 81], [72, 72]]

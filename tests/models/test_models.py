@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from cbsa_torch import CBSA, MSSA
-from cbsa_torch.models import WhiteBoxTransformer
+from cbsa_torch.models import WhiteBoxTransformer, load_checkpoint, save_checkpoint
+from cbsa_torch.models.counting import count_model
 from cbsa_torch.models.registry import FAMILIES, model_name, names, sizes_of
 from cbsa_torch.nn import LearnedRepresentatives, LinearStem, TokenMixer
 from tests.helpers.compare import assert_close
@@ -175,7 +176,7 @@ VALUES = {"num_representatives": 9, "representatives": "tokens", "contraction": 
 VALUES |= {"eps": 0.5, "average": False, "solver": "eigh", "qkv": "separate", "layout": "official"}
 VALUES |= {"impl": "reference", "tied": True, "orthogonal": True, "qkv_bias": True, "qk_norm": True}
 VALUES |= {"scale_norm": True, "proj_bias": False, "attn_drop": 0.5, "proj_drop": 0.5, "recompute": True}
-VALUES |= {"norm_layer": nn.LayerNorm}
+VALUES |= {"norm_layer": nn.LayerNorm, "step": "certified"}
 NEEDED = {
     "eps": {"contraction": "exact", "form": "channel"},
     "average": {"form": "channel"},
@@ -271,6 +272,7 @@ def test_bad_options_are_named(options, kind, message):
         {"pos_drop_rate": 0.9},
         {"global_pool": "avg"},
         {"head_dim": 4},
+        {"residual": "norm"},
     ],
 )
 def test_every_model_option_has_its_effect(options):
@@ -332,6 +334,8 @@ def test_hybrids_split_where_asked(first):
         ("stem_vit_pico_patch1_8", {"tied": True}, TypeError, "'tied': the mixer of this model has none"),
         ("crate_cbt_pico_patch1_8", {"solver": "eigh"}, TypeError, "'solver': the mixer of this model has"),
         ("stem_vit_pico_patch1_8", {"sparsity": 0.2}, ValueError, "which mlp_ratio replaces by an MLP"),
+        ("stem_vit_pico_patch1_8", {"residual": "norm"}, ValueError, "which mlp_ratio replaces by an MLP"),
+        ("crate_pico_patch1_8", {"step": "certified"}, TypeError, "'step': the mixer of this model has none"),
         ("cbt_pico_patch1_8", {"mixer": CBSA, "num_representatives": 4}, ValueError, "beside mixer"),
         ("cbt_pico_patch1_8", {"stem": "convolution"}, ValueError, "stem must be one of 'conv', 'linear'"),
         ("cbt_pico_patch1_8", {"mlp_ratio": 0.0}, ValueError, "mlp_ratio must be positive"),
@@ -360,6 +364,32 @@ def test_orthogonal_bases_reach_the_layers_and_do_not_decay():
     assert_close(bases @ bases.mT, torch.eye(32), 1e-5)
     assert "blocks.0.attn.qkv.parametrizations.weight.original" in model.no_weight_decay()
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("residual", ["input", "norm"])
+def test_certified_models(residual, tmp_path):
+    """Their options reach the layers and come back from a checkpoint; they train, and their costs are counted."""
+    options = {"step": "certified", "residual": residual, "depth": 2}
+    model = timm.create_model("cbt_pico_patch1_8", **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 1, 8, 8)).square().mean().backward()
+        optimizer.step()
+    for block in model.blocks:
+        assert (block.residual, block.attn.step, block.attn.eps) == (residual, "certified", 24**0.5)
+        rows = block.attn.qkv.weight.detach().double()
+        assert_close(rows @ rows.T, torch.eye(96).double(), 1e-5)
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, model, {"model": "cbt_pico_patch1_8", "model_args": options})
+    loaded, x = load_checkpoint(path)[0], torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded(x), model.eval()(x))
+    counted = count_model(model, (1, 8, 8)).layers
+    free = count_model(
+        timm.create_model("cbt_pico_patch1_8", tied=True, contraction="exact", depth=2), (1, 8, 8)
+    )
+    (one, other) = (next(c for c in rows if c.kind == "CBSA").counts for rows in (counted, free.layers))
+    assert one.products - other.products == 4 * 2 * 2 * 65 * 16**2  # heads, two Gram matrices
 
 
 def test_a_module_as_strategy_is_every_layers_own():

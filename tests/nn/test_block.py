@@ -61,3 +61,15 @@ def test_residual_block_is_its_equations():
     assert all(g.abs().max() > 0 for g in gradients(block, x)[2].values())
     with pytest.raises(ValueError, match="mlp_ratio must be positive"):
         ResidualBlock(DIM, MSSA(DIM, HEADS), mlp_ratio=0.0)
+
+
+def test_the_update_is_added_to_the_input_or_to_its_norm():
+    block, x = WhiteBoxBlock(DIM, MSSA(DIM, HEADS), residual="norm").double(), torch.randn(2, 9, DIM).double()
+    nn.init.normal_(block.norm1.weight)
+    normed = block.norm1(x)
+    assert_close(block(x), block.ista(block.norm2(normed + block.attn(normed))), 1e-12)
+    other = WhiteBoxBlock(DIM, block.attn).double()
+    other.load_state_dict(block.state_dict())
+    assert_close(other(x), block.ista(block.norm2(x + block.attn(normed))), 1e-12)
+    with pytest.raises(ValueError, match="residual must be one of 'input', 'norm', got 'output'"):
+        WhiteBoxBlock(DIM, MSSA(DIM, HEADS), residual="output")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cbsa_torch import CBSA, ops
+from cbsa_torch.ops.cbsa import tiles
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
 from tests.helpers.mixers import assert_same, gradients
@@ -140,6 +141,22 @@ BAD_CONSTRUCTIONS = [
     ({"dim_out": 0}, ValueError, "dim_out must be at least 1, got 0"),
     ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
     ({"eps": float("inf")}, ValueError, "eps must be positive"),
+    ({"step": "certifed"}, ValueError, "did you mean 'certified'"),
+    *(
+        ({"step": "certified", **{name: value}}, ValueError, f"{name} must be .*certified.* got {value!r}")
+        for name, value in {
+            "contraction": "softmax",
+            "tied": False,
+            "orthogonal": False,
+            "qkv": "separate",
+            "scale_norm": True,
+            "proj_drop": 0.1,
+            "impl": "triton",
+        }.items()
+    ),
+    ({"step": "certified", "contraction": "none"}, ValueError, "contraction must be 'exact'"),
+    ({"step": "certified", "eps": 0.0}, ValueError, "eps must be positive"),
+    ({"step": "certified", "head_dim": 5}, ValueError, "at most dim"),
 ]
 
 
@@ -200,6 +217,72 @@ def test_onnx(tmp_path):
     session = onnxruntime.InferenceSession(path)
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close(torch.from_numpy(out), layer(x), 1e-5)
+
+
+def test_a_certified_step_has_the_options_that_it_needs():
+    layer = CBSA(24, 3, step="certified")
+    given = CBSA(24, 3, step="certified", contraction="exact", tied=True, orthogonal=True, qkv="shared")
+    for one in (layer, given):
+        assert (one.contraction, one.tied, one.orthogonal, one.eps) == ("exact", True, True, 8**0.5)
+    assert CBSA(24, 3, step="certified", eps=0.5).eps == 0.5
+    assert (layer.step_logit == 0).all()
+    assert layer.step_tokens is None
+    assert "step='certified'" in repr(layer)
+    free = CBSA(24, 3)
+    assert (free.contraction, free.tied, free.orthogonal, free.eps) == ("softmax", False, False, 0.1)
+    assert "step_logit" not in free.state_dict()
+
+
+def test_a_certified_layer_is_its_operator_between_bases():
+    layer = CBSA(12, 3, step="certified", num_representatives=4, num_prefix_tokens=1, eps=0.7).double()
+    nn.init.normal_(layer.step_logit)
+    x = torch.randn(2, 10, 12).double()
+    tokens = (x @ layer.qkv.weight.T).unflatten(-1, (3, 4)).transpose(1, 2)
+    update = ops.certified_cbsa(
+        tokens,
+        ops.pool_representatives(tokens[:, :, 1:], (3, 3), 4),
+        fraction=layer.step_logit.sigmoid(),
+        step_representatives=layer.step_representatives,
+        eps=0.7,
+        num_prefix_tokens=1,
+    )
+    assert_close(layer(x), update.transpose(1, 2).flatten(2) @ layer.qkv.weight, 1e-12)
+
+
+def test_tokens_after_a_certified_step_have_a_lower_rate_in_every_head():
+    """Of the layer's own output, also under autocast, which has no effect on it."""
+    layer = CBSA(24, 3, step="certified", num_representatives=4)
+    x = torch.randn(16, 24, 5, 7)
+    out = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), out)
+        assert_close(layer(x.bfloat16()), out, 1e-2)
+    stages, after = layer.stages(x), layer.heads(x + out).queries
+    held = stages.extracted + stages.broadcast_attention.mT @ (after - stages.tokens)
+    before, after = (ops.coding_rate(t, eps=layer.eps) for t in (stages.extracted, held))
+    assert (after < before).all()
+
+
+@pytest.mark.parametrize("impl", ["eager", "tiled"])
+def test_a_certified_layer_exports(impl):
+    layer = CBSA(8, 2, step="certified", num_representatives=4, impl=impl).eval()
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(layer, (torch.randn(2, 8, 5, 7),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 8, 5, 7)
+    assert_close(exported.module()(x), layer(x), 1e-6)
+
+
+def test_a_certified_layer_is_the_same_layer_over_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 7)
+    for layout in ("standard", "official"):
+        layer = CBSA(
+            24, 3, step="certified", num_representatives=4, layout=layout, num_prefix_tokens=2
+        ).double()
+        x, mask = torch.randn(2, 37, 24).double(), torch.rand(2, 37) > 0.3
+        found = []
+        for layer.impl in ("tiled", "eager"):
+            found.append(gradients(layer, x, (5, 7), mask))
+        assert_same(*found, 1e-9)
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])

@@ -127,7 +127,7 @@ def test_cbsa_is_its_operator_between_projections(representatives, contraction):
     layer = CBSA(DIM, HEADS, representatives=representatives, contraction=contraction, **eps).double()
     x = torch.randn(2, 9, DIM).double()
     heads = split(x @ layer.qkv.weight.T)
-    values, mask, attention = layer.representatives(heads, (3, 3), None)
+    values, mask, attention = layer.representatives(heads, (3, 3), None)[:3]
     options = {"step_tokens": layer.step_tokens, "contraction": contraction, "representative_mask": mask, **eps}
     if attention is None:
         out = ops.cbsa(heads, values, step_representatives=layer.step_representatives, **options)
@@ -214,7 +214,8 @@ def test_autocast_and_low_precision(build, dtype):
     layer.zero_grad()
     with torch.autocast("cpu", dtype=dtype):
         out = layer(inside)
-    assert out.dtype == dtype
+    certified = "certified" in (getattr(layer, "step", ""))
+    assert out.dtype == (torch.float32 if certified else dtype)  # its bases are not rounded
     out.float().backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)))
     assert_close(out.float(), expected[0], 5e-2)
     assert_close(inside.grad, expected[1], 1e-1)

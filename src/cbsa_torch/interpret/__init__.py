@@ -4,6 +4,8 @@
 - Coding rates, Fig. 5 and 6: :func:`measure_rates` (:class:`Rates`), or :func:`coding_rates`
   (:class:`LayerRates`) and :func:`reduced_rates` (:class:`ReducedRates`) alone; of every image
   :func:`image_rates` (:class:`ImageRates`).
+- What certified steps guarantee, and whether they kept it: :func:`certificate` (:class:`Certificate`,
+  :class:`LayerCertificate`).
 - Structure: :func:`subspace_coherence`, :func:`attention_ranks` (:class:`AttentionRanks`),
   :func:`ista_sparsity` (:class:`Sparsity`).
 - Attention maps, Fig. 7: :func:`cls_attention_maps`, :func:`receptive_fields`, :func:`upsample_maps`,
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from cbsa_torch._core.optional import require
 from cbsa_torch.interpret.attention_maps import cls_attention_maps, receptive_fields, upsample_maps
 from cbsa_torch.interpret.capture import LayerRecord, capture
+from cbsa_torch.interpret.certificate import Certificate, LayerCertificate, certificate
 from cbsa_torch.interpret.rates import (
     ImageRates,
     LayerRates,
@@ -52,9 +55,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionRanks",
+    "Certificate",
     "ComparedRun",
     "ForegroundImages",
     "ImageRates",
+    "LayerCertificate",
     "LayerRates",
     "LayerRecord",
     "Pictures",
@@ -66,6 +71,7 @@ __all__ = [
     "ZeroShot",
     "attention_ranks",
     "capture",
+    "certificate",
     "cls_attention_maps",
     "coding_rates",
     "compare",

@@ -18,6 +18,7 @@ from cbsa_torch._core.checks import check_number
 from cbsa_torch.interpret import _style
 from cbsa_torch.interpret._style import BLUE, GREY, ORANGE, layer_ticks, signed
 from cbsa_torch.interpret.attention_maps import upsample_maps
+from cbsa_torch.interpret.certificate import LayerCertificate
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates
 from cbsa_torch.interpret.robustness import Robustness
 from cbsa_torch.interpret.structure import AttentionRanks, Sparsity
@@ -111,6 +112,53 @@ def rates_per_layer(rates: LayerRates) -> Figure:
         )
         _style.line(axis, layers, mean, color=color)
         axis.set(xlabel="layer", ylabel=label, xticks=layer_ticks(layers))
+    return _style.finish(figure)
+
+
+def certified_rates(layers: Sequence[LayerCertificate], numbers: Sequence[int]) -> Figure:
+    """Rates before and after each certified step: of the representatives, and of all tokens.
+
+    Sums over heads, means over images. Orange marks how much of the representatives' rate may be left.
+
+    Args:
+        layers: with certified steps; a broken certificate guarantees nothing.
+        numbers: as in :func:`reduced_rates_panel`.
+    """
+    figure = Figure(figsize=(7.5, 3.1), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    def total(values: Tensor) -> float:
+        return values.sum(1).mean().item()
+
+    panels = (
+        (left, "representatives", [(total(x.before), total(x.after)) for x in layers]),
+        (right, "all tokens", [(total(x.tokens_before), total(x.tokens_after)) for x in layers]),
+    )
+    for axis, what, rates in panels:
+        before, after = zip(*rates, strict=True)
+        axis.vlines(numbers, before, after, color=BLUE, linewidth=1.6, alpha=0.5)
+        axis.plot(numbers, before, "o", color=GREY, markersize=6, label="before")
+        axis.plot(numbers, after, "o", color=BLUE, markersize=6, label="after")
+        axis.set(xlabel="layer", ylabel=f"rate of {what} (nats)", xticks=layer_ticks(numbers))
+        axis.margins(x=0.12)
+    limits = [
+        (n, total(x.before - x.guaranteed))
+        for n, x in zip(numbers, layers, strict=True)
+        if x.guaranteed is not None
+    ]
+    if limits:
+        left.plot(
+            *zip(*limits, strict=True),
+            "_",
+            color=ORANGE,
+            markersize=18,
+            markeredgewidth=2,
+            label="guaranteed: at most",
+        )
+    for axis in (left, right):
+        _style.legend(
+            axis, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1.0, handletextpad=0.5
+        )
     return _style.finish(figure)
 
 

@@ -61,11 +61,8 @@ def subspace_coherence(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _coherence(layer: nn.Module) -> Tensor:
-    heads, size = int(layer.num_heads), int(layer.head_dim)  # type: ignore[arg-type]
-    # A layer adapted from a rotary one may have a projection of its own for queries.
-    projection: nn.Module = layer.q_proj if layer.qkv is None else layer.qkv  # type: ignore[assignment]
-    weight = matrix_of(projection, _input_like(projection))
-    bases = weight[: heads * size].detach().double().cpu().view(heads, size, -1)  # (H, P, C)
+    weight, heads = basis_of(layer), int(layer.num_heads)  # type: ignore[arg-type]
+    bases = weight.double().cpu().unflatten(0, (heads, -1))  # (H, P, C)
     broken = ~bases.isfinite().all(-1).all(-1)
     # The SVD is a QR that also says which directions a basis of low rank does not have.
     _, values, rows = torch.linalg.svd(bases.masked_fill(broken[:, None, None], 0.0), full_matrices=False)
@@ -79,6 +76,18 @@ def _coherence(layer: nn.Module) -> Tensor:
     )
     cosines[second, first] = cosines[first, second]
     return cosines.masked_fill(broken[:, None] | broken[None], float("nan"))
+
+
+def basis_of(layer: nn.Module) -> Tensor:
+    """The bases U_k of an attention layer's heads as rows, ``(H * P, C)``; detached.
+
+    They are the matrix of its input projection; if queries, keys and values have projections of their own, of
+    that of the queries.
+    """
+    # A layer adapted from a rotary one may have a module of its own for queries.
+    projection: nn.Module = layer.q_proj if layer.qkv is None else layer.qkv  # type: ignore[assignment]
+    rows = int(layer.num_heads) * int(layer.head_dim)  # type: ignore[arg-type]
+    return matrix_of(projection, _input_like(projection))[:rows].detach()
 
 
 def _input_like(projection: nn.Module) -> Tensor:

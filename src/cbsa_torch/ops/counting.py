@@ -60,15 +60,17 @@ def cbsa(
     head_dim: int,
     contraction: Contraction = "softmax",
     extracted: bool = True,
+    grams: int = 0,
 ) -> Counts:
     """CBSA inside the heads: extraction, contraction and broadcast.
 
     ``extracted=False``: the representatives come with their attention, so that nothing is extracted, and
-    what that attention costs is not counted here.
+    what that attention costs is not counted here. ``grams``: M x M products of weights over the tokens, which
+    a certified step takes, two if its first guesses are made of tokens, else one.
     """
     check_choice("contraction", contraction, CONTRACTIONS)
     n, m, p = num_tokens, num_representatives, head_dim
-    products = 2 * n * m * p + (4 * n * m * p if extracted else 0)
+    products = 2 * n * m * p + (4 * n * m * p if extracted else 0) + 2 * grams * n * m**2
     similarities = n * m if extracted else 0
     factorizations = 0
     if contraction == "softmax":

@@ -99,6 +99,14 @@ def test_a_run_has_one_colour_everywhere(images):
     )
 
 
+def test_the_row_of_certificates(images):
+    models = {"certified": build(step="certified"), "free": build(), "vit": vit()}
+    measured = [
+        measure_run(compared(n, m, images), batch_size=64, robustness_images=0) for n, m in models.items()
+    ]
+    assert dict(summary_table(measured))["certificate"] == ["16 of 16", "\N{EN DASH}", "\N{EN DASH}"]
+
+
 def test_a_run_needs_no_more_than_a_name_a_model_and_images(images):
     run = measure_run(interpret.ComparedRun("a", vit(), images), batch_size=2, robustness_images=0)
     rows = dict(summary_table([run]))

@@ -27,6 +27,19 @@ def test_what_a_family_does_not_have_is_missing_with_a_reason(family, missing, i
     assert all(found.missing.values())
 
 
+def test_certified_steps_are_means_over_images(images):
+    model = build(step="certified", num_representatives=4)
+    model.blocks[1].attn = cbsa_torch.CBSA(8, 2, num_representatives=4).eval()
+    found = measures.measure_model(model, images, robustness_images=0)
+    assert [layer.step for layer in found.certificate.layers] == ["certified", "free"]
+    assert list(found.steps) == ["blocks.0.attn", "blocks.1.attn"]
+    layer = found.certificate.layers[0]
+    kappa = 2 * layer.share / layer.norm
+    assert found.steps["blocks.0.attn"] == pytest.approx((-kappa).mean(0).tolist(), rel=1e-4)
+    assert found.steps["blocks.1.attn"] == model.blocks[1].attn.step_tokens.tolist()
+    assert measures.measure_model(build(), images, robustness_images=0).certificate is None
+
+
 @pytest.mark.parametrize("family", ["cbt", "stem_vit", "vit", "mixed"])
 def test_notes_say_what_the_rates_of_separate_projections_are_of(family, images):
     model = vit() if family == "vit" else build("cbt" if family == "mixed" else family)

@@ -80,6 +80,20 @@ def test_a_page_has_the_sections_that_there_are_and_reasons_for_the_others(famil
     assert int(numbers["facts"]["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
 
 
+def test_a_certified_model_leads_with_its_certificate(images, reported, tmp_path):
+    files = interpret.report(build(step="certified"), images, tmp_path, robustness_images=0)
+    page, numbers = files.page.read_text(), strict(files.numbers)
+    assert headings(page)[0] == "Certificate"
+    assert "In every head of every attention layer and for any input, the step cannot raise" in page
+    assert "it holds in 16 of 16 cases" in page
+    assert (numbers["certificate"]["holding"], numbers["certificate"]["cases"]) == (16, 16)
+    assert (tmp_path / "figures" / "certificate.svg").stat().st_size > 1000
+    _, free = reported("cbt")
+    assert "ertificate" not in free.page.read_text()
+    assert "cannot raise" not in free.page.read_text()
+    assert strict(free.numbers)["certificate"] is None
+
+
 def test_without_robustness_or_a_grid_the_page_says_so(images, tmp_path):
     layers = torch.nn.Sequential(cbsa_torch.CBSA(8, 2, representatives="learned", num_representatives=4))
     tokens = torch.randn(2, 7, 8)

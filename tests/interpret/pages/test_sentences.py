@@ -1,7 +1,9 @@
+import dataclasses
 import math
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from cbsa_torch import interpret
 from cbsa_torch.interpret.pages import sentences
@@ -82,6 +84,24 @@ def test_heads_that_compress_are_counted(reduced):
     sentence = sentences.heads_sentence(reduced._replace(tokens_learned=[[1.0, math.nan], [-2.0, 3.0]]))
     assert "2 of 4 heads lower" in sentence
     assert "of 1 it cannot be said" in sentence
+
+
+def test_the_theorem_is_claimed_of_layers_with_a_certificate_alone(images):
+    model = build(depth=3, step="certified")
+    model.blocks[1].attn = build().blocks[0].attn
+    layers = [f"blocks.{i}.attn" for i in range(3)]
+    found = interpret.certificate(model, images)
+    assert sentences.certificate_sentence(found, layers).startswith("In every head of attention layer 1, 3 and")
+    assert "it holds in 16 of 16 cases" in sentences.cases_sentence(found)
+    parametrize.remove_parametrizations(model.blocks[2].attn.qkv, "weight")
+    model.blocks[2].attn.qkv.weight.data *= 1.01
+    found = interpret.certificate(model, images)
+    sentence = sentences.certificate_sentence(found, layers)
+    assert sentence.startswith("In every head of attention layer 1 and")
+    assert "Layer 3 has no certificate: its bases are not orthonormal" in sentence
+    assert "it holds in 8 of 16 cases" in sentences.cases_sentence(found)
+    found = dataclasses.replace(found, layers=found.layers[1:])
+    assert sentences.certificate_sentence(found, layers).startswith("Layer 3 has no certificate")
 
 
 def test_the_gap_is_the_largest_of_any_image_and_the_mean(images):

@@ -204,6 +204,8 @@ def test_low_precision_compares_in_float32():
         ({"mixer": "msa"}, ValueError, "mixer must be one of 'cbsa', .* did you mean 'mssa'"),
         ({"mixer": 3}, TypeError, "mixer must be a name or a constructor, got 3"),
         ({"learned_step": 1}, TypeError, "learned_step must be True or False"),
+        ({"learned_step": True, "step": "certified"}, ValueError, "learned_step must be False"),
+        ({"residual": "output"}, ValueError, "residual must be one of 'input', 'norm'"),
         ({"mixer": "mssa", "num_representatives": 9}, TypeError, "num_representatives"),
         ({"num_prefix_tokens": 9}, TypeError, "num_prefix_tokens is no option here"),
         ({"contraction": "exat"}, ValueError, "did you mean 'exact'"),
@@ -212,6 +214,17 @@ def test_low_precision_compares_in_float32():
 def test_bad_options_are_named(options, kind, message):
     with pytest.raises(kind, match=message):
         decoder(**options)
+
+
+def test_a_certified_decoder_with_the_residual_of_the_norm():
+    model = decoder(step="certified", residual="norm").eval()
+    x = features(3, 4)
+    tokens = torch.cat([model.class_embed.expand(2, -1, -1), x.flatten(2).mT], 1)
+    for layer in model.layers:
+        normed = layer.norm(tokens)
+        tokens = normed + layer.attn(normed, (3, 4))
+    masks = model.similarity(model.norm(tokens)[:, 5:], model.norm(tokens)[:, :5])
+    assert_close(model(x), model.mask_norm(masks).mT.reshape(2, 5, 3, 4), 1e-10)
 
 
 def test_wrong_features_are_named():

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbsa_torch import ops
 from cbsa_torch.ops.cbsa import api, driver, tiles
 from tests.helpers.compare import relative_error
+from tests.helpers.memory import Largest, saved_sizes
 from tests.helpers.operator import CONTRACTIONS, apply, assert_same, draw, evaluate
 
 
@@ -148,32 +148,10 @@ def test_several_short_items_and_one_long_are_handled_alike(monkeypatch):
 B, H, M, N, P = 1, 2, 64, 4096, 16
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("impl", ["tiled", "eager"])
 def test_nothing_of_size_m_times_n_is_saved(impl):
     tensors = {k: t.requires_grad_() for k, t in draw(B, H, M, N, P, dtype=torch.float32).items()}
-    sizes = []
-
-    def pack(tensor):
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        apply(impl, tensors)
+    sizes = saved_sizes(lambda: apply(impl, tensors))
     assert (max(sizes) >= B * H * M * N) == (impl == "eager")
     if impl == "tiled":
         assert sum(sizes) <= 1.1 * (B * H * N * P) + 3 * B * H * M * P
@@ -185,7 +163,7 @@ def test_nothing_of_size_m_times_n_is_formed(channels, monkeypatch):
     drawn = draw(B, H, M, N, P, channels=channels, dtype=torch.float32)
     problem = driver.Problem(
         drawn["representatives"], drawn["tokens"], None, drawn["step_representatives"], drawn["step_tokens"],
-        None, None, drawn.get("out_weight"), drawn.get("out_bias"), "softmax", 0.25, 0.1, "tiled",
+        None, None, drawn.get("out_weight"), drawn.get("out_bias"), None, "softmax", 0.25, 0.1, "tiled",
     )  # fmt: skip
     with Largest() as seen, torch.no_grad():
         driver.backward(*driver.forward(problem), problem)

@@ -19,7 +19,8 @@ def always_folded(monkeypatch):
 
 
 def test_the_schema_lists_the_fields_of_a_problem_tensors_first():
-    kinds, names = zip(*(argument.split() for argument in _PROBLEM.split(", ")), strict=True)
+    arguments = (argument.split("=")[0].split() for argument in _PROBLEM.split(", "))
+    kinds, names = zip(*arguments, strict=True)
     assert names == Problem._fields
     assert all(kind.startswith("Tensor") == (i < _TENSORS) for i, kind in enumerate(kinds))
 
@@ -35,7 +36,7 @@ def test_opcheck(dtype, separate, channels):
     mask = torch.tensor([[True] * 5, [True, False] * 2 + [True]])
     projection = (None, None) if channels is None else (leaf(channels, 8), None if separate else leaf(channels))
     problem = Problem(
-        leaf(2, 2, 3, 4), leaf(2, 2, 5, 4), values, leaf(2), leaf(2), mask, None, *projection,
+        leaf(2, 2, 3, 4), leaf(2, 2, 5, 4), values, leaf(2), leaf(2), mask, None, *projection, None,
         "softmax", 0.5, 0.1, "tiled",
     )  # fmt: skip
     torch.library.opcheck(cbsa_op, tuple(problem))

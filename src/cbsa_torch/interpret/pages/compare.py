@@ -257,6 +257,7 @@ def _column(item: MeasuredRun) -> dict[str, str]:
         "correlation, κ = 1 the other way": _number(reduced and reduced.correlation_added, "+.2f"),
         "correlation, κ learned": _number(reduced and reduced.correlation_learned, "+.2f"),
         "correlation, output": _number(reduced and reduced.correlation_output, "+.2f"),
+        "certificate": NOTHING if (c := measures.certificate) is None else f"{c.holding:,} of {c.cases:,}",
         "heads that compress": f"{sum(e > 0 for e in effects)} of {len(effects)}" if effects else NOTHING,
         "zeros after ISTA, mean": _percent(sparsity and _mean(sparsity.zeros)),
         f"{kept} at \N{GREEK SMALL LETTER SIGMA} = {SIGMA}": _percent(None if noisy is None else _mean(noisy)),

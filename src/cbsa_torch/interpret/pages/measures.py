@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch.interpret.capture import attention_layers, named_modules
+from cbsa_torch.interpret.certificate import Certificate, certificate
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
 from cbsa_torch.interpret.robustness import Robustness, robustness
 from cbsa_torch.interpret.structure import (
@@ -32,8 +33,10 @@ class Measures(NamedTuple):
 
     rates: LayerRates
     reduced: ReducedRates | None
+    certificate: Certificate | None
+    """Of a model with certified steps."""
     steps: dict[str, list[float]]
-    """Learned kappa of every head, of the layers that have one."""
+    """kappa of every head, of the layers that have one: as learned; of certified steps the mean over images."""
     ranks: AttentionRanks | None
     coherence: dict[str, Tensor] | None
     sparsity: Sparsity | None
@@ -81,19 +84,17 @@ def measure_model(
     no_ista = None if _has(model, ISTA) else "the model has no ISTA"
     shared = any(isinstance(module, TokenMixer) and module.shared_qkv for module in model.modules())
     no_bases = None if shared else "queries, keys and values have bases of their own"
-    steps = {
-        name: step.detach().float().cpu().tolist()
-        for name, module in named_modules(model)
-        if isinstance(module, TokenMixer) and isinstance(step := getattr(module, "step_tokens", None), Tensor)
-    }
+    rates = measure_rates(model, batches)
+    steps = _steps(model, rates.reduced)
     if not steps:
         missing["steps"] = f"there is no learned step; {layers}"
-    rates = measure_rates(model, batches)
+    certified = any(isinstance(module, CBSA) and module.step == "certified" for module in model.modules())
     few = images[:robustness_images]
     off = "switched off" if robustness_images == 0 else _no_classes(model, images)
     return Measures(
         rates=rates.coding,
         reduced=measured("reduced", no_cbsa, lambda: rates.reduced),
+        certificate=certificate(model, batches) if certified else None,
         steps=steps,
         ranks=measured("ranks", no_cbsa, lambda: attention_ranks(model, batches)),
         coherence=measured("coherence", no_bases, lambda: subspace_coherence(model)),
@@ -108,6 +109,20 @@ def measure_model(
         missing=missing,
         notes=_notes(model, rates.coding.layers),
     )
+
+
+def _steps(model: nn.Module, reduced: ReducedRates | None) -> dict[str, list[float]]:
+    """The step kappa of every head, by layer: the parameter, or what was measured of a certified step."""
+    measured = {} if reduced is None else dict(zip(reduced.layers, reduced.step_tokens, strict=True))
+    steps = {}
+    for name, module in named_modules(model):
+        if isinstance(module, CBSA) and module.step == "certified" and name in measured:
+            steps[name] = measured[name]
+        elif isinstance(module, TokenMixer) and isinstance(
+            step := getattr(module, "step_tokens", None), Tensor
+        ):
+            steps[name] = step.detach().float().cpu().tolist()
+    return steps
 
 
 def _notes(model: nn.Module, measured: list[str]) -> list[str]:

@@ -35,6 +35,7 @@ SECTIONS = {
 """A measure that a page may lack, to what the list of what is left out calls it."""
 
 FIGURE_LABELS = {
+    "certificate": "Rate of the representatives and of all tokens before and after each layer's step",
     "learning_curves": "Loss and validation score against the epoch",
     "coding_rate": "Compression term against the layer",
     "reduced_rates": "Reduction of the tokens' rate against that of the representatives'",
@@ -67,6 +68,9 @@ def measure_figures(measures: Measures) -> dict[str, Figure]:
         return layer_numbers(measures, layers)
 
     figures = {"coding_rate": plots.rates_per_layer(measures.rates)}
+    if measures.certificate is not None:
+        layers = measures.certificate.certified
+        figures["certificate"] = plots.certified_rates(layers, numbers(layer.name for layer in layers))
     reduced = measures.reduced
     if reduced is not None:
         figures["reduced_rates"] = plots.reduced_rates_panel(reduced, numbers(reduced.layers))
@@ -194,6 +198,7 @@ def numbers_of(measures: Measures, sentences: Mapping[str, str], maps: Maps) -> 
     """What the JSON file of a page holds of a model, by name."""
     numbers = measures._asdict()
     numbers["coding_rate"] = numbers.pop("rates")
+    numbers["certificate"] = measures.certificate and measures.certificate.record()
     shown = {"layers": [layer.name for layer in maps.layers], "missing": maps.missing}
     return {**numbers, "statements": sentences, "maps": shown}
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from cbsa_torch.interpret.certificate import Certificate
 from cbsa_torch.interpret.pages.measures import Measures
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates
 
@@ -23,7 +24,44 @@ def sentences(measures: Measures) -> dict[str, str]:
         found["together"] = together_sentence(measures.reduced)
         found["gap"] = gap_sentence(measures.reduced)
         found["heads"] = heads_sentence(measures.reduced)
+    if measures.certificate is not None:
+        found["certificate"] = certificate_sentence(measures.certificate, measures.rates.layers)
+        found["certificate_cases"] = cases_sentence(measures.certificate)
     return found
+
+
+def certificate_sentence(certificate: Certificate, layers: Sequence[str]) -> str:
+    """What the theorem says of this model, whose attention layers are ``layers``; it is not measured."""
+    sound = [layer.name for layer in certificate.certified if layer.broken is None]
+    broken = {layers.index(layer.name) + 1: layer.broken for layer in certificate.certified if layer.broken}
+    void = [f"Layer {number} has no certificate: {reason}." for number, reason in broken.items()]
+    if not sound:
+        return " ".join(void)
+    which = "every attention layer"
+    if len(sound) < len(layers):
+        which = f"attention layer {', '.join(str(layers.index(name) + 1) for name in sound)}"
+    claim = (
+        f"In every head of {which} and for any input, the step cannot raise the coding rate of the "
+        "representatives, the weights that make them held: it falls by at least "
+        "ακ(1 \N{MINUS SIGN} ½κ‖G‖₂) tr(CᵀGC) ≥ 0, up to rounding."
+    )
+    return " ".join([claim, *void])
+
+
+def cases_sentence(certificate: Certificate) -> str:
+    """In how many cases it was measured to hold, and what the steps use of their limit."""
+    holding, cases, compressed = certificate.holding, certificate.cases, certificate.compressed
+    share = certificate.share
+    used = (
+        f"the median step is {100 * share:.0f} % of the longest certified one" if cases else "there is no step"
+    )
+    if certificate.beyond_rounding < cases:
+        used += f"; only in {certificate.beyond_rounding:,} is more guaranteed than rounding may take away"
+    return (
+        f"Measured on what the layers put out, it holds in {holding:,} of {cases:,} cases, one for each layer, "
+        f"head and image; {used}. The rate of all tokens, of which nothing is guaranteed, fell in "
+        f"{compressed:,} of them."
+    )
 
 
 def later_change(values: Sequence[float]) -> float:

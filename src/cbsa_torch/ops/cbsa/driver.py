@@ -5,6 +5,9 @@ pass collects A dO and, after the derivative of the contraction, one does the re
 PyTorch) or ``TritonPasses``, two classes with the same methods; the work between them, here, is of size M x P
 per head. Saved for the backward pass are the inputs, the picked tokens R and the normaliser of the softmax.
 
+A certified step gives the tokens B^T K with K = -kappa C and B = Pi + eta A. Here kappa is found, from sums
+that the first pass takes, and eta A^T K is broadcast; K is returned, too, for Pi^T K to be added outside.
+
 Inputs of low precision are computed in float32, except for products over tokens: the Triton kernels multiply in
 the dtype of the keys, and a product with an output projection is bfloat16 for bfloat16 keys.
 """
@@ -12,16 +15,20 @@ the dtype of the keys, and a product with an output projection is bfloat16 for b
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch._core.types import GridPooling
+from cbsa_torch.ops.cbsa.certified import RunningGram, limit
 from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
 from cbsa_torch.ops.cbsa.tiles import Tiles
 from cbsa_torch.ops.masking import zero_rows
+from cbsa_torch.ops.token_weights import columns
+from cbsa_torch.ops.token_weights import gram as gram_of_weights
 
 if TYPE_CHECKING:
     from cbsa_torch.ops.cbsa.triton.passes import TritonPasses
@@ -39,7 +46,7 @@ class Problem(NamedTuple):
     step_representatives: Tensor
     """eta ``(H,)``."""
     step_tokens: Tensor
-    """kappa ``(H,)``."""
+    """kappa ``(H,)``, or in parts of its limit if the step is certified."""
     key_mask: Tensor | None
     """``(B, N)`` bool."""
     representative_mask: Tensor | None
@@ -48,6 +55,8 @@ class Problem(NamedTuple):
     """``(C, H * P)`` projects out: the output is ``(B, N, C)``, not ``(B, H, N, P)``. For ``"tiled"`` only."""
     out_bias: Tensor | None
     """``(C,)``."""
+    token_weights: Tensor | None
+    """Pi of a certified step as a matrix, ``(1 or B, M, N)``."""
     contraction: str
     scale: float
     """Factor on the logits."""
@@ -55,6 +64,12 @@ class Problem(NamedTuple):
     """Of the exact contraction."""
     impl: str
     """Whose passes: ``"tiled"`` or ``"triton"``."""
+    certified: bool = False
+    """Whether the step is certified. For ``"tiled"`` and the exact contraction only."""
+    grid_size: Sequence[int] = ()
+    """Pi of a certified step as a pooling, all three fields of ``GridPooling``; empty if it is none."""
+    cells: Sequence[int] = ()
+    first: int = 0
 
 
 class Results(NamedTuple):
@@ -66,6 +81,10 @@ class Results(NamedTuple):
     """R = A V, ``(B, H, M, P)``."""
     normalizer: Tensor
     """``(B, H, M, S)`` what turns the logits into A in the next passes; its meaning is the passes' own."""
+    step: Tensor
+    """K = -kappa C of a certified step, ``(B, H, M, P)``; empty if it is free."""
+    limit: Tensor
+    """The longest certified step, ``(B, H)``; empty if it is free."""
 
 
 class Gradients(NamedTuple):
@@ -110,7 +129,10 @@ def empty_results(problem: Problem) -> Results:
     sizes, dtype = problem.representatives.shape, compute_dtype(problem.keys.dtype)
     picked = problem.keys.new_empty(sizes, dtype=dtype)
     normalizer = problem.keys.new_zeros(*sizes[:3], passes_of(problem.impl).normalizer_size(n), dtype=dtype)
-    return Results(output, picked, normalizer)
+    step, limit = torch.empty_like(picked), picked.new_empty(sizes[:2])
+    if not problem.certified:
+        step, limit = picked.new_empty(0), picked.new_empty(0)
+    return Results(output, picked, normalizer, step, limit)
 
 
 def forward(problem: Problem) -> Results:
@@ -120,18 +142,37 @@ def forward(problem: Problem) -> Results:
         bias = None if problem.out_bias is None else problem.out_bias.to(problem.keys.dtype)
         results = empty_results(problem)
         for group, part, exists in _parts(problem, representatives):
-            picked, normalizer = part.extract()
+            gram = None
+            if problem.certified:
+                assert isinstance(part, Tiles), "other passes are refused before"
+                gram = _gram_of(problem, group)
+                picked, normalizer = part.extract(gram)
+            else:
+                picked, normalizer = part.extract()
             results.picked[group], results.normalizer[group, ..., : normalizer.shape[-1]] = picked, normalizer
             rep = zero_rows(representatives[group] + eta * picked, exists)
-            carried = kappa * contract(rep, problem.contraction, problem.scale, problem.eps, exists)  # kappa C
+            c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)
+            if gram is None:
+                carried = kappa * c
+            else:
+                results.limit[group] = _limit(gram, eta, problem, group)
+                results.step[group] = _certified(kappa, results.limit[group]) * c
+                carried = eta * results.step[group]
             if weight is not None:
                 carried = carried @ weight  # kappa C U_out
             part.broadcast(carried, bias, results.output[group])
         return results
 
 
-def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Problem) -> Gradients:
-    """Gradients from that of the output; ``picked`` and ``normalizer`` are of the forward pass."""
+def backward(
+    gradient: Tensor,
+    picked: Tensor,
+    normalizer: Tensor,
+    d_step: Tensor | None,
+    longest: Tensor,
+    problem: Problem,
+) -> Gradients:
+    """Gradients from those of the output and of a certified ``step`` (None: 0)."""
     with no_autocast(problem.keys):
         representatives, eta, kappa, weight = _operands(problem)
         d_representatives = torch.empty_like(representatives, memory_format=torch.contiguous_format)
@@ -142,14 +183,21 @@ def backward(gradient: Tensor, picked: Tensor, normalizer: Tensor, problem: Prob
         for group, part, exists in _parts(problem, representatives, normalizer):
             rep = zero_rows(representatives[group] + eta * picked[group], exists)
             c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)
-            carried = kappa * c if weight is None else (kappa * c) @ weight
-            d_carried = collected = part.collect(gradient[group])
+            length = _certified(kappa, longest[group]) if problem.certified else kappa
+            given = eta * length * c if problem.certified else length * c
+            carried = given if weight is None else given @ weight
+            d_given = collected = part.collect(gradient[group])
             if weight is not None:
-                d_carried = collected @ weight.mT
-                d_weight += ((kappa * c).mT @ collected).sum(0)
-            d_kappa += (d_carried * c).sum((0, 2, 3))
+                d_given = collected @ weight.mT
+                d_weight += (given.mT @ collected).sum(0)
+            if problem.certified:
+                d_eta += (d_given * length * c).sum((0, 2, 3))
+                d_given = eta * d_given if d_step is None else eta * d_given + d_step[group]
+                d_kappa -= ((d_given * c).sum((2, 3)) * longest[group]).sum(0)
+            else:
+                d_kappa += (d_given * c).sum((0, 2, 3))
             d_rep = contract_backward(
-                kappa * d_carried, rep, problem.contraction, problem.scale, problem.eps, exists
+                length * d_given, rep, problem.contraction, problem.scale, problem.eps, exists
             )
             d_eta += (d_rep * picked[group]).sum((0, 2, 3))
             d_representatives[group] = d_rep + part.differentiate(
@@ -188,6 +236,42 @@ def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if weight is not None:
         weight = weight.t().unflatten(0, (problem.keys.shape[1], problem.keys.shape[3])).to(dtype)
     return representatives, eta, kappa, weight
+
+
+def _certified(fraction: Tensor, limit: Tensor) -> Tensor:
+    """-kappa ``(B, H, 1, 1)`` from the parts ``(H, 1, 1)`` of the limits ``(B, H)``."""
+    return -fraction * limit[..., None, None]
+
+
+def _token_weights(problem: Problem, group: slice) -> Tensor | GridPooling | None:
+    if problem.cells:
+        return GridPooling(tuple(problem.grid_size), tuple(problem.cells), problem.first)
+    weights = problem.token_weights
+    return weights if weights is None or weights.shape[0] == 1 else weights[group]
+
+
+def _gram_of(problem: Problem, group: slice) -> RunningGram:
+    """What sums up G = B B^T of these items as their tokens are extracted from."""
+    weights = _token_weights(problem, group)
+    if weights is None:
+        return RunningGram(None)
+    like = problem.keys.new_empty(0, dtype=compute_dtype(problem.keys.dtype))
+    return RunningGram(lambda place: columns(weights, place, like))
+
+
+def _limit(gram: RunningGram, eta: Tensor, problem: Problem, group: slice) -> Tensor:
+    """The longest certified step ``(B, H)`` from the sums over all tokens."""
+    assert gram.own is not None, "of the tiles"
+    real = _of(problem.representative_mask, group)
+    if problem.key_mask is not None:
+        some = problem.key_mask[group].any(-1, keepdim=True)  # (B, 1)
+        real = some.expand(-1, gram.own.shape[2]) if real is None else real & some
+    own = gram.own if real is None else zero_rows(zero_rows(gram.own, real).mT, real)
+    total, weights = eta.square() * own, _token_weights(problem, group)
+    if weights is not None and gram.cross is not None:
+        cross = eta * zero_rows(gram.cross, real)
+        total = total + cross + cross.mT + gram_of_weights(weights, own)
+    return limit(total, own)
 
 
 def _parts(

@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cbsa_torch._core.precision import no_autocast
+from cbsa_torch._core.types import GridPooling
 from cbsa_torch.ops.cbsa import driver
 from cbsa_torch.ops.cbsa.driver import Gradients, Problem, Results
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
+from cbsa_torch.ops.token_weights import spread
 
 _PROBLEM = (
     "Tensor representatives, Tensor keys, Tensor? values, Tensor step_representatives, Tensor step_tokens, "
     "Tensor? key_mask, Tensor? representative_mask, Tensor? out_weight, Tensor? out_bias, "
-    "str contraction, float scale, float eps, str impl"
+    "Tensor? token_weights, str contraction, float scale, float eps, str impl, "
+    "bool certified=False, int[] grid_size=[], int[] cells=[], int first=0"
 )
-_TENSORS = 9
+_TENSORS = 10
 """The first fields of a problem are its tensors."""
 
 
@@ -32,27 +36,40 @@ def cbsa_linear_memory(
     Returns:
         ``(B, H, N, P)``, or with ``out_weight`` ``(B, N, C)``, in the dtype of the tokens.
     """
+    weights = inputs.token_weights
+    pooling = weights if isinstance(weights, GridPooling) else GridPooling((), ())
     problem = Problem(
         inputs.representatives,
         inputs.keys,
         None if inputs.values is inputs.keys else inputs.values,
         inputs.step_representatives,
-        inputs.step_tokens,
+        inputs.step_tokens if inputs.fraction is None else inputs.fraction,
         inputs.key_mask,
         inputs.representative_mask,
         out_weight,
         out_bias,
+        weights if isinstance(weights, Tensor) else None,
         inputs.contraction,
         inputs.scale,
         inputs.eps,
         impl,
+        inputs.fraction is not None,
+        *pooling,
     )
-    output: Tensor = cbsa_op(*problem)[0]
-    return output
+    output: Tensor
+    output, _, _, step, _ = cbsa_op(*problem)
+    if weights is None:
+        return output
+    with no_autocast(output):  # Pi^T K, in the place of the tokens
+        n = inputs.tokens.shape[2]
+        if out_weight is None:
+            return output + spread(weights, step, n).to(output.dtype)
+        projected = project_out(step, out_weight, None)[:, None]  # (B, 1, M, C)
+        return output + spread(weights, projected, n)[:, 0].to(output.dtype)
 
 
 @torch.library.custom_op(
-    "cbsa_torch::cbsa", mutates_args=(), schema=f"({_PROBLEM}) -> (Tensor, Tensor, Tensor)"
+    "cbsa_torch::cbsa", mutates_args=(), schema=f"({_PROBLEM}) -> ({', '.join(['Tensor'] * 5)})"
 )
 def cbsa_op(*problem: Any) -> Results:
     """:func:`cbsa_torch.ops.cbsa.driver.forward`."""
@@ -62,11 +79,14 @@ def cbsa_op(*problem: Any) -> Results:
 @torch.library.custom_op(
     "cbsa_torch::cbsa_backward",
     mutates_args=(),
-    schema=f"(Tensor gradient, Tensor picked, Tensor normalizer, {_PROBLEM}) -> ({', '.join(['Tensor'] * 7)})",
+    schema="(Tensor gradient, Tensor picked, Tensor normalizer, Tensor? d_step, Tensor longest, "
+    f"{_PROBLEM}) -> ({', '.join(['Tensor'] * 7)})",
 )
-def cbsa_backward_op(gradient: Tensor, picked: Tensor, normalizer: Tensor, *problem: Any) -> Gradients:
+def cbsa_backward_op(
+    gradient: Tensor, picked: Tensor, normalizer: Tensor, d_step: Tensor | None, longest: Tensor, *problem: Any
+) -> Gradients:
     """:func:`cbsa_torch.ops.cbsa.driver.backward`."""
-    return driver.backward(gradient, picked, normalizer, Problem(*problem))
+    return driver.backward(gradient, picked, normalizer, d_step, longest, Problem(*problem))
 
 
 @cbsa_op.register_fake
@@ -75,7 +95,9 @@ def _(*problem: Any) -> Results:
 
 
 @cbsa_backward_op.register_fake
-def _(gradient: Tensor, picked: Tensor, normalizer: Tensor, *problem: Any) -> Gradients:
+def _(
+    gradient: Tensor, picked: Tensor, normalizer: Tensor, d_step: Tensor | None, longest: Tensor, *problem: Any
+) -> Gradients:
     inputs = Problem(*problem)
 
     def like(name: str) -> Tensor:
@@ -88,27 +110,33 @@ def _(gradient: Tensor, picked: Tensor, normalizer: Tensor, *problem: Any) -> Gr
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    kept = output[1:]
-    ctx.mark_non_differentiable(*kept)
+    _, picked, normalizer, step, longest = output
+    kept = (picked, normalizer, longest)
+    ctx.mark_non_differentiable(*kept, *(() if Problem(*inputs).certified else (step,)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:_TENSORS], *kept)
     ctx.options = inputs[_TENSORS:]
 
 
-def _differentiate(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, gradient: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients in the places of their inputs, None for what has none."""
-    if gradient is None:
-        return (None,) * len(Problem._fields)
-    *tensors, picked, normalizer = ctx.saved_tensors  # unpacked once: checkpointing allows no more
+    *tensors, picked, normalizer, longest = ctx.saved_tensors  # unpacked once: checkpointing allows no more
     problem = Problem(*tensors, *ctx.options)
+    d_step = others[2] if problem.certified else None
+    if gradient is None:
+        if d_step is None:
+            return (None,) * len(Problem._fields)
+        gradient = torch.zeros_like(driver.empty_results(problem).output)
     if torch.is_grad_enabled():  # create_graph=True: somebody differentiates the gradients
-        found = _by_reference(gradient, problem, ctx.needs_input_grad)
+        found = _by_reference(gradient, d_step, longest, problem, ctx.needs_input_grad)
     else:
-        found = Gradients(*cbsa_backward_op(gradient, picked, normalizer, *problem))._asdict()
+        found = Gradients(*cbsa_backward_op(gradient, picked, normalizer, d_step, longest, *problem))._asdict()
     return tuple(None if t is None else found.get(name) for name, t in problem._asdict().items())
 
 
-def _by_reference(gradient: Tensor, problem: Problem, needed: tuple[bool, ...]) -> dict[str, Tensor]:
+def _by_reference(
+    gradient: Tensor, d_step: Tensor | None, longest: Tensor, problem: Problem, needed: tuple[bool, ...]
+) -> dict[str, Tensor]:
     """The gradients by name, as functions of inputs and gradient, which can be differentiated again."""
     # Views, so that autograd.grad stops here and does not follow representatives back to the keys.
     own: Any = Problem(*(t.view_as(t) if isinstance(t, Tensor) else t for t in problem))  # type: ignore[arg-type]
@@ -128,11 +156,20 @@ def _by_reference(gradient: Tensor, problem: Problem, needed: tuple[bool, ...]) 
         key_mask=own.key_mask,
         representative_mask=own.representative_mask,
     )
-    output = cbsa_stages(inputs).output.to(own.keys.dtype)
+    stages = cbsa_stages(inputs)
+    output, step = stages.output, None
+    if own.certified:
+        length = (own.step_tokens * longest)[..., None, None]
+        step = -length * stages.contracted  # K, (B, H, M, P)
+        output = (own.step_representatives[:, None, None] * stages.attention).mT @ step
+    output = output.to(own.keys.dtype)
     if own.out_weight is not None:
         output = project_out(output, own.out_weight, own.out_bias)
-    wanted = {name: t for (name, t), need in zip(own._asdict().items(), needed, strict=True) if need}
-    found = torch.autograd.grad(output, list(wanted.values()), gradient, create_graph=True, allow_unused=True)
+    outputs, gradients = [output], [gradient]
+    if step is not None and d_step is not None:
+        outputs, gradients = [output, step], [gradient, d_step]
+    wanted = {name: getattr(own, name) for name, need in zip(Problem._fields, needed, strict=False) if need}
+    found = torch.autograd.grad(outputs, list(wanted.values()), gradients, create_graph=True, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
 
 

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import CBSAStages
+from cbsa_torch.ops.cbsa.certified import limit
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
+from cbsa_torch.ops.token_weights import columns
 
 
 def extract(
@@ -94,13 +96,19 @@ def exact_system(rep: Tensor, eps: float, mask: Tensor | None) -> tuple[Tensor, 
     return factor.masked_fill((failed != 0)[..., None, None], float("nan")), alpha, p <= m
 
 
+def _gram(weights: Tensor) -> Tensor:
+    """B B^T, without gradients."""
+    weights = weights.detach()
+    return weights @ weights.mT
+
+
 def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tensor:
     """Give each token the contractions, weighted: ``step * weights @ contracted``.
 
     Args:
         weights: ``(B, H, N, M)``, A with tokens as rows; not renormalised over representatives.
         contracted: ``(B, H, M, P)``.
-        step: kappa, a number or ``(H, 1, 1)``.
+        step: kappa, a number, ``(H, 1, 1)`` or ``(B, H, 1, 1)``.
 
     Returns:
         ``(B, H, N, P)``.
@@ -129,9 +137,8 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
     dtype = compute_dtype(inputs.tokens.dtype)
     token_mask, key_mask, representative_mask = inputs.token_mask, inputs.key_mask, inputs.representative_mask
     with no_autocast(inputs.tokens):
-        eta, kappa = (
-            step.to(dtype)[:, None, None] for step in (inputs.step_representatives, inputs.step_tokens)
-        )
+        eta = inputs.step_representatives.to(dtype)[:, None, None]
+        kappa = inputs.step_tokens.to(dtype)[:, None, None]
         # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
         tokens = zero_rows(inputs.tokens.to(dtype), token_mask)
         keys, values = (zero_rows(t.to(dtype), key_mask) for t in (inputs.keys, inputs.values))
@@ -164,8 +171,18 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
             weights = zero_rows(weights, token_mask)
             if key_mask is not None:  # without any real key there is nothing to attend to
                 weights = weights.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
-        else:
+        elif inputs.fraction is None:
             weights = attention.mT
+        else:
+            weights, own = attention, _gram(attention)
+            gram = own
+            if inputs.attention is None:
+                weights, gram = eta * attention, eta.detach().square() * own
+            if inputs.token_weights is not None:  # B = Pi + eta A
+                weights = weights + columns(inputs.token_weights, slice(0, tokens.shape[2]), weights)
+                gram = _gram(weights)
+            weights = weights.mT
+            kappa = -(inputs.fraction.to(dtype) * limit(gram, own))[..., None, None]  # (B, H, 1, 1)
         output = broadcast(weights, contracted, kappa)
     return CBSAStages(
         tokens,
@@ -176,5 +193,6 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         contracted,
         weights,
         output,
+        kappa[..., 0, 0].expand(tokens.shape[0], -1),
         representative_mask,
     )

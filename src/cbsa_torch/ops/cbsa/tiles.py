@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cbsa_torch.ops.cbsa.certified import RunningGram
+
 TILE = 1024
 """Tokens per tile, more or less: all tiles of an item are of one size."""
 GROUP = 2 * TILE
@@ -65,8 +67,11 @@ class Tiles:
         """A bound on the number of tiles: no comparison, never one, so that exported programs keep N open."""
         return n // TILE + 2
 
-    def extract(self) -> tuple[Tensor, Tensor]:
-        """R = A V ``(B, H, M, P)``, zero for items without real tokens, and the shares ``(B, H, M, tiles)``."""
+    def extract(self, gram: RunningGram | None = None) -> tuple[Tensor, Tensor]:
+        """R = A V ``(B, H, M, P)``, zero for items without real tokens, and the shares ``(B, H, M, tiles)``.
+
+        The weights are also added to ``gram``, those of items without real tokens as if these were real.
+        """
         parts, lses = [], []
         for i, place in enumerate(self.places):
             keys = self._read(self.keys, place)
@@ -75,9 +80,13 @@ class Tiles:
             if self.keeps:
                 self.kept[i] = weights
             parts.append(weights @ (keys if self.values is None else self._read(self.values, place)))
+            lse = None
             if len(self.places) > 1:
                 # exp(max S - l) is the largest weight, and no less than 1 / T
-                lses.append(logits.amax(-1) - weights.amax(-1).log_())
+                lse = logits.amax(-1) - weights.amax(-1).log_()
+                lses.append(lse)
+            if gram is not None:
+                gram.add(weights, lse, place)
         if len(parts) == 1:
             picked, shares = parts[0], torch.ones_like(parts[0][..., :1])
         else:

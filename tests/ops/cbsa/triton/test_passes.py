@@ -66,7 +66,7 @@ def by_kernels(contraction="softmax", key_mask=None, representative_mask=None):
         steps = step_representatives, step_tokens
         masks = key_mask, representative_mask
         return cbsa_op(
-            representatives, keys, values, *steps, *masks, None, None, contraction, scale, EPS, "triton"
+            representatives, keys, values, *steps, *masks, None, None, None, contraction, scale, EPS, "triton"
         )[0]
 
     return f
@@ -195,7 +195,7 @@ def test_layouts(dtype):
     values = torch.randn(2, 2, 20, 40).to(dtype).mT
     learned = torch.randn(2, 7, 20).to(dtype).requires_grad_()
     steps = torch.ones(2), torch.ones(2)
-    function, options = by_kernels(), (None, None, "softmax", 20**-0.5, EPS, "triton")
+    function, options = by_kernels(), (None, None, None, "softmax", 20**-0.5, EPS, "triton")
     output = cbsa_op(learned.expand(2, -1, -1, -1), keys, values, *steps, None, None, *options)[0]
     (found,) = torch.autograd.grad(output.sum(), learned)
     assert output.transpose(1, 2).is_contiguous()
@@ -269,7 +269,7 @@ def test_operators_keep_their_contracts():
     """Fake tensors, aliasing, autograd; and what is returned is what ``tiled`` returns."""
     tensors = problem(b=1, h=1, n=9, m=3, p=4, separate=True)
     leaves = [None if t is None else t.requires_grad_() for t in tensors.values()]
-    mask, options = torch.ones(1, 9, dtype=torch.bool), (None, None, None, "softmax", 0.5, EPS)
+    mask, options = torch.ones(1, 9, dtype=torch.bool), (None,) * 4 + ("softmax", 0.5, EPS)
     arguments = (*leaves, mask, *options, "triton")
     torch.library.opcheck(cbsa_op, arguments)
     returned, expected = cbsa_op(*arguments), cbsa_op(*leaves, mask, *options, "tiled")

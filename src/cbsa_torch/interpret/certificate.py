@@ -1,0 +1,442 @@
+"""Whether every step of a trained model lowered the coding rate of the representatives, as a theorem says.
+
+The theorem, its proof and its limits are in :func:`cbsa_torch.ops.certified_cbsa` and in docs/certificate.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_torch import ops
+from cbsa_torch._core.checks import check_positive_int
+from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch._core.types import RESIDUALS, CBSAStages, Residual
+from cbsa_torch.interpret.capture import LayerRecord, capture, check_batches, named_modules
+from cbsa_torch.interpret.structure import basis_of
+from cbsa_torch.nn import CBSA, ResidualBlock
+from cbsa_torch.nn.tokens import Heads, as_tokens
+from cbsa_torch.ops.cbsa.inputs import certified_inputs
+from cbsa_torch.ops.cbsa.reference import cbsa_stages, contract_exact
+from cbsa_torch.ops.masking import zero_rows
+
+ROUNDING = 8
+"""c of the rounding that is allowed to a case: c min(M, P) u sqrt(cond)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCertificate:
+    """What one CBSA layer did to every image, per head: ``(images, H)`` float64 tensors on the CPU, in nats.
+
+    W = U_k^T norm(x) are the tokens that head k receives, X = B W + constant their M representatives with the
+    weights B, and W+ = U_k^T (norm(x) + y) the tokens with the output y that the layer really put out. Rates
+    are at the layer's epsilon. One image and head is a case; an image without any real token is none.
+    """
+
+    name: str
+    """The layer's name in the model."""
+    step: str
+    """``"certified"`` or ``"free"``."""
+    broken: str | None
+    """Why the theorem does not apply to a certified step here (its bases are not orthonormal); None if it does,
+    and of a free step."""
+    deviation: float
+    """|U U^T - I|, the spectral norm, of the bases of all heads as rows: 0 if they are orthonormal."""
+    deviation_limit: float
+    """The deviation above which there is no certificate: max(H P, C) u, u the spacing of numbers near 1 in the
+    precision of the bases, float32 or better."""
+    before: Tensor
+    """R(X), the rate of the representatives."""
+    after: Tensor
+    """R(X+), X+ = B W+ + constant, with the weights B held."""
+    guaranteed: Tensor | None
+    """alpha kappa (1 - kappa |G| / 2) tr(C^T G C), G = B B^T: by how much the rate falls at least. None if the
+    step is free or the certificate broken."""
+    rounding: Tensor
+    """By how much less it may fall because of rounding: 8 min(M, P) u sqrt(cond), cond = 1 + alpha |X|^2 the
+    condition number of the contraction, u the spacing of numbers near 1 in the layer's precision."""
+    share: Tensor | None
+    """kappa |G| / 2: kappa in parts of the largest for which the theorem holds. None of a free step."""
+    norm: Tensor
+    """|G|, the largest eigenvalue."""
+    bound: Tensor | None
+    """The bound of |G| by which the layer chose kappa. None of a free step."""
+    tokens_before: Tensor
+    """R(W) of all tokens that the layer receives; nothing is guaranteed of them."""
+    tokens_after: Tensor
+    """R(W+)."""
+    stream_before: Tensor | None
+    """R(U_k^T x), x the input of the block around the layer. None without a block that says what its update is
+    added to."""
+    stream_after: Tensor | None
+    """R of the tokens that the block goes on with: x + y, or norm(x) + y with ``residual="norm"``."""
+
+    @property
+    def cases(self) -> Tensor:
+        """``(images, H)`` bool: whether there was a step at all."""
+        return self.norm != 0
+
+    @property
+    def holds(self) -> Tensor | None:
+        """``(images, H)`` bool: whether the rate fell by what is guaranteed; None of a free step."""
+        if self.share is None:
+            return None
+        if self.guaranteed is None:
+            return torch.zeros_like(self.cases)
+        fell = self.before - self.after >= self.guaranteed - self.rounding
+        return fell & (self.share >= 0) & (self.share < 1)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON: ``[head]`` lists of means or medians over images; None if not finite."""
+        cases = self.cases
+
+        def mean(values: Tensor | None) -> list[float | None] | None:
+            return None if values is None else _finite(values.mean(0))
+
+        def median(values: Tensor | None) -> list[float | None] | None:
+            return None if values is None else _finite(values.masked_fill(~cases, math.nan).nanmedian(0).values)
+
+        margin = None if self.guaranteed is None else self.before - self.after - self.guaranteed
+        return {
+            "name": self.name,
+            "step": self.step,
+            "broken": self.broken,
+            "deviation": self.deviation if math.isfinite(self.deviation) else None,
+            "deviation_limit": self.deviation_limit,
+            "cases": cases.sum(0).tolist(),
+            "holds": None if self.holds is None else (self.holds & cases).sum(0).tolist(),
+            "before": mean(self.before),
+            "after": mean(self.after),
+            "guaranteed": mean(self.guaranteed),
+            "least_margin": None if margin is None else _finite(margin.amin(0)),
+            "largest_rounding": _finite(self.rounding.amax(0)),
+            "share": median(self.share),
+            "largest_share": None if self.share is None else _finite(self.share.amax(0)),
+            "norm": median(self.norm),
+            "bound": median(self.bound),
+            "tokens_before": mean(self.tokens_before),
+            "tokens_after": mean(self.tokens_after),
+            "tokens_fell": ((self.tokens_after < self.tokens_before) & cases).sum(0).tolist(),
+            "stream_before": mean(self.stream_before),
+            "stream_after": mean(self.stream_after),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """What every CBSA layer of a model did to every image; ``print`` shows it as a table."""
+
+    layers: list[LayerCertificate]
+    """In the order of the model."""
+    images: int
+    left_out: dict[str, str]
+    """CBSA layers that cannot be measured, and why."""
+
+    @property
+    def certified(self) -> list[LayerCertificate]:
+        """The layers whose step is certified."""
+        return [layer for layer in self.layers if layer.step == "certified"]
+
+    @property
+    def cases(self) -> int:
+        """The number of cases, layer by image by head, of certified steps."""
+        return sum(int(layer.cases.sum()) for layer in self.certified)
+
+    @property
+    def holding(self) -> int:
+        """In how many of them the rate fell by what is guaranteed."""
+        return sum(
+            int((layer.holds & layer.cases).sum()) for layer in self.certified if layer.holds is not None
+        )
+
+    @property
+    def beyond_rounding(self) -> int:
+        """In how many of them more is guaranteed than rounding may take away; in others it shows nothing."""
+        found = [x.cases & (x.guaranteed > x.rounding) for x in self.certified if x.guaranteed is not None]
+        return sum(int(cases.sum()) for cases in found)
+
+    @property
+    def compressed(self) -> int:
+        """In how many of them the rate of all tokens fell, in norm(x); nothing is guaranteed of that."""
+        return sum(int(((x.tokens_after < x.tokens_before) & x.cases).sum()) for x in self.certified)
+
+    @property
+    def share(self) -> float:
+        """The median over the cases of kappa in parts of its limit; NaN without any."""
+        shares = [layer.share[layer.cases] for layer in self.certified if layer.share is not None]
+        return torch.cat(shares).nanmedian().item() if self.cases else math.nan
+
+    def record(self) -> dict[str, Any]:
+        """The numbers for JSON: plain values; per layer those of :meth:`LayerCertificate.record`."""
+        share = self.share
+        return {
+            "images": self.images,
+            "cases": self.cases,
+            "holding": self.holding,
+            "beyond_rounding": self.beyond_rounding,
+            "compressed": self.compressed,
+            "share": share if math.isfinite(share) else None,
+            "layers": [layer.record() for layer in self.layers],
+            "left_out": self.left_out,
+        }
+
+    def __str__(self) -> str:
+        """A row for each layer; rates are sums over heads, means over images, in nats."""
+        head = ("layer", "representatives", "guaranteed", "holds", "of the limit", "tokens", "stream")
+        rows = [head, *map(_row, self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines += [f"{layer.name}: not certified, {layer.broken}" for layer in self.layers if layer.broken]
+        lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def certificate(model: nn.Module, images: Tensor | Iterable[Tensor], *, batch_size: int = 64) -> Certificate:
+    """Measure whether every CBSA layer lowers coding rates as a certified step guarantees.
+
+    The output is that which the layer puts out, by whatever implementation, autocast and hooks included; the
+    representatives, their weights B and the step size are computed again eagerly, and the rates in float64 on
+    the CPU. Of layers with a free step the rates are measured and nothing is guaranteed.
+
+    Args:
+        model: a model with CBSA layers; it is run as it is (call ``.eval()`` first). A layer that is called
+            more than once counts all its calls. Other layers are left out.
+        images: ``(B, ...)`` inputs of the model, or batches of them. Only numbers per image and head are kept.
+        batch_size: images per forward pass, of a tensor.
+
+    Raises:
+        ValueError: a model without a CBSA layer that has one basis for queries, keys and values; no image.
+        TypeError: a batch is not a tensor.
+    """
+    check_positive_int("batch_size", batch_size)
+    batches = images.split(batch_size) if isinstance(images, Tensor) else images
+    modules = dict(named_modules(model))
+    found = {name: module for name, module in modules.items() if isinstance(module, CBSA)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no CBSA layer, whose steps a certificate is of")
+    left_out = {name: reason for name, layer in found.items() if (reason := _no_basis(layer))}
+    measured = {name: _Measured(name, layer) for name, layer in found.items() if name not in left_out}
+    if not measured:
+        raise ValueError(
+            f"{type(model).__name__} has no CBSA layer to measure: {next(iter(left_out.values()))}"
+        )
+    count = 0
+    with torch.no_grad(), capture(model, list(measured)) as records, ExitStack() as hooks:
+        for name, layer in measured.items():
+            block = modules.get(name.rpartition(".")[0])
+            if block is not None and (residual := _residual(block)):
+                before = functools.partial(layer.enter, residual)
+                hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            after = functools.partial(layer.leave, records)  # after the hook of capture, which was there first
+            hooks.enter_context(layer.layer.register_forward_hook(after, with_kwargs=True))
+        for batch in check_batches(batches):
+            model(batch)
+            count += len(batch)
+    seen = [layer.joined() for layer in measured.values() if layer.parts]
+    if not seen:
+        raise ValueError(f"no CBSA layer of {type(model).__name__} took part in its forward pass")
+    return Certificate(seen, count, left_out)
+
+
+class _Measured:
+    """What is known of a layer so far: numbers of every batch."""
+
+    def __init__(self, name: str, layer: CBSA) -> None:
+        self.name, self.layer = name, layer
+        basis = basis_of(layer).cpu()
+        unit = torch.finfo(compute_dtype(basis.dtype)).eps  # orthonormal up to less is not orthonormal
+        self.basis, self.limit = basis.double(), max(basis.shape) * unit
+        self.deviation = _deviation(self.basis)
+        self.stream: tuple[Residual, Tensor] | None = None
+        self.parts: list[dict[str, Tensor | None]] = []
+
+    def enter(self, residual: Residual, block: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note what the block around the layer is called with."""
+        self.stream = residual, next(iter((*args, *kwargs.values())))
+
+    def leave(
+        self, records: dict[str, LayerRecord], layer: CBSA, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
+        """Measure what the layer put out, and forget it."""
+        record, stream = records.pop(self.name), self.stream
+        self.stream = None
+        assert record.stages is not None, "of CBSA layers"
+        with no_autocast(output):
+            step = self._in_heads(output)
+            if record.token_mask is not None:
+                step = zero_rows(step, record.token_mask.cpu())
+            weights = record.stages.broadcast_attention
+            if layer.step == "free":
+                weights = _all_weights(layer, layer.heads(*args, **kwargs))
+            self.parts.append(
+                {
+                    **_representatives(layer, record.stages, weights.cpu().double(), step, output.dtype),
+                    **self._tokens(record, step, stream),
+                }
+            )
+
+    def _in_heads(self, x: Tensor) -> Tensor:
+        """U_k^T x of ``(B, N, C)`` tokens or a feature map, ``(B, H, N, P)``, in float64 on the CPU."""
+        tokens, _ = as_tokens(x.cpu().double(), self.layer.dim, self.layer.channels_first)
+        return (tokens @ self.basis.T).unflatten(-1, (self.layer.num_heads, -1)).transpose(1, 2)
+
+    def _tokens(
+        self, record: LayerRecord, step: Tensor, stream: tuple[Residual, Tensor] | None
+    ) -> dict[str, Tensor | None]:
+        """Rates of all tokens before and after the step, ``(B, H)``."""
+        mask = None if record.token_mask is None else record.token_mask.cpu()
+
+        def rate(x: Tensor) -> Tensor:
+            return ops.coding_rate(x, eps=self.layer.eps, token_mask=mask)
+
+        w = record.tokens.cpu().double()
+        rates: dict[str, Tensor | None] = {"tokens_before": rate(w), "tokens_after": rate(w + step)}
+        if stream is None:
+            return {**rates, "stream_before": None, "stream_after": None}
+        residual, x = stream
+        before = self._in_heads(x)
+        after = rates["tokens_after"] if residual == "norm" else rate(before + step)
+        return {**rates, "stream_before": rate(before), "stream_after": after}
+
+    def joined(self) -> LayerCertificate:
+        """The numbers of all batches."""
+        broken = None
+        if self.layer.step == "certified" and not self.deviation <= self.limit:
+            broken = (
+                f"its bases are not orthonormal: |U U^T - I| is {self.deviation:.1e}, above {self.limit:.1e}"
+            )
+        whole: dict[str, Any] = {}
+        for key in self.parts[0]:
+            values = [part[key] for part in self.parts]
+            whole[key] = None if values[0] is None else torch.cat([v for v in values if v is not None])
+        if broken:
+            whole["guaranteed"] = None
+        return LayerCertificate(self.name, self.layer.step, broken, self.deviation, self.limit, **whole)
+
+
+def _all_weights(layer: CBSA, heads: Heads) -> Tensor:
+    """B ``(B, H, N, M)`` of a free step, whose stages hold the attention alone: that of a certified one."""
+    eta = 1.0 if layer.step_representatives is None else layer.step_representatives
+    inputs = certified_inputs(
+        heads.queries,
+        layer._represent(heads),
+        fraction=0.5,
+        eps=layer.eps,
+        step_representatives=eta,
+        token_mask=heads.source.token_mask,
+        num_prefix_tokens=layer._first_represented(heads.source),
+    )
+    return cbsa_stages(inputs).broadcast_attention
+
+
+def _representatives(
+    layer: CBSA, stages: CBSAStages, weights: Tensor, step: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor | None]:
+    """Rates of the representatives before and after ``step``, and what is guaranteed of them, ``(B, H)``.
+
+    Args:
+        layer: the layer.
+        stages: its evaluation.
+        weights: ``(B, H, N, M)`` B.
+        step: ``(B, H, N, P)`` what the layer adds to the tokens in its subspaces.
+        dtype: of the layer's output.
+    """
+    mask = None if stages.representative_mask is None else stages.representative_mask.cpu()
+    x = zero_rows(stages.extracted.cpu().double(), mask)
+    m, p = x.shape[-2:]
+    count = x.new_tensor(m) if mask is None else mask.sum(-1).clamp(min=1).double()[:, None]
+    alpha = p / (count * layer.eps**2)  # () or (B, 1)
+    before, largest = _rate(x, alpha)
+    after, _ = _rate(x + weights.mT @ step, alpha)
+    gram = weights.mT @ weights if m <= weights.shape[2] else weights @ weights.mT
+    norm = _over_finite(lambda g: torch.linalg.eigvalsh(g)[..., -1].clamp(min=0), gram)
+    unit = max(torch.finfo(dtype).eps, torch.finfo(stages.extracted.dtype).eps)
+    found: dict[str, Tensor | None] = {
+        "before": before,
+        "after": after,
+        "norm": norm,
+        "rounding": ROUNDING * min(m, p) * unit * (1 + alpha * largest**2).sqrt(),
+        **dict.fromkeys(("guaranteed", "share", "bound")),
+    }
+    if layer.step_logit is None:
+        return found
+    kappa = -stages.step.cpu().double()  # (B, H)
+    fraction = layer.step_logit.detach().cpu().double().sigmoid()
+    update = weights @ contract_exact(x, layer.eps, mask)  # (B, H, N, P), its square is tr(C^T G C)
+    share = kappa * norm / 2
+    found["share"] = share
+    found["guaranteed"] = alpha * kappa * (1 - share) * update.square().sum((-2, -1))
+    found["bound"] = torch.where(kappa == 0, 0.0, 2 * fraction / kappa)
+    return found
+
+
+def _rate(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """1/2 log det(I + alpha X X^T) of ``(B, H, M, P)``, and |X|, both ``(B, H)``, from singular values."""
+    values = _over_finite(torch.linalg.svdvals, x)  # (B, H, min(M, P))
+    return (alpha[..., None] * values.square()).log1p().sum(-1) / 2, values[..., 0]
+
+
+def _over_finite(function: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    """``function`` of matrices, NaN for those that are not finite, which LAPACK refuses."""
+    broken = ~matrices.isfinite().all(-1).all(-1)
+    values = function(matrices.masked_fill(broken[..., None, None], 0.0))
+    return values.masked_fill(broken.view(broken.shape + (1,) * (values.ndim - broken.ndim)), math.nan)
+
+
+def _deviation(basis: Tensor) -> float:
+    """|U U^T - I|, the spectral norm, of rows ``(H * P, C)``; NaN if they are not finite."""
+    defect = basis @ basis.T - torch.eye(len(basis), dtype=basis.dtype)
+    return _over_finite(lambda d: torch.linalg.eigvalsh(d).abs().amax(-1), defect).item()
+
+
+def _no_basis(layer: CBSA) -> str | None:
+    """Why tokens, representatives and output are not all in one basis per head; None if they are."""
+    if not layer.shared_qkv:
+        return "queries, keys and values have bases of their own"
+    if layer.proj is not None and layer.proj.out_features != layer.dim:
+        return f"its output has {layer.proj.out_features} channels, its input {layer.dim}"
+    return None
+
+
+def _residual(block: nn.Module) -> Residual | None:
+    """What a block adds its attention's output to; None if it does not say, or scales the output."""
+    if isinstance(block, ResidualBlock):
+        return "input"
+    residual: Any = getattr(block, "residual", None)
+    return residual if residual in RESIDUALS and getattr(block, "step", None) is None else None
+
+
+def _row(layer: LayerCertificate) -> tuple[str, ...]:
+    """A row of the table about a layer."""
+
+    def rates(before: Tensor | None, after: Tensor | None) -> str:
+        return "-" if before is None or after is None else f"{_total(before)} -> {_total(after)}"
+
+    holds, cases = layer.holds, layer.cases
+    count, share = int(cases.sum()), "-"
+    if layer.share is not None:
+        share = f"{100 * layer.share[cases].nanmedian().item():.0f} %" if count else "-"
+    return (
+        layer.name,
+        rates(layer.before, layer.after),
+        "nothing" if layer.guaranteed is None else f"<= {_total(layer.before - layer.guaranteed)}",
+        "not certified" if holds is None else f"{int((holds & cases).sum())} of {count}",
+        share,
+        rates(layer.tokens_before, layer.tokens_after),
+        rates(layer.stream_before, layer.stream_after),
+    )
+
+
+def _total(rates: Tensor) -> str:
+    return f"{rates.sum(1).mean().item():.2f}"
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]

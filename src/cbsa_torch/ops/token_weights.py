@@ -1,0 +1,118 @@
+"""Pi, the weights by which tokens make up a first guess of the representatives.
+
+Two forms are worked with: matrices ``(1 or B, M, N)`` over all tokens, with zeros for what does not exist, and
+average pooling of a grid, whose matrix is the Kronecker product of one small matrix per axis and is not written
+out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cbsa_torch._core.checks import check_device, check_floating
+from cbsa_torch._core.precision import compute_dtype
+from cbsa_torch._core.types import GridPooling
+from cbsa_torch.ops.masking import zero_rows
+from cbsa_torch.ops.pooling import window_members
+
+TokenWeights = Tensor | GridPooling
+
+
+def over_all_tokens(
+    weights: TokenWeights, tokens: Tensor, m: int, first: int, token_mask: Tensor | None, mask: Tensor | None
+) -> TokenWeights:
+    """Check Pi as a strategy gives it, and bring it into one of the two forms.
+
+    Args:
+        weights: ``(M, n)`` or ``(B, M, n)``, or a pooling.
+        tokens: ``(B, H, N, P)``.
+        m: number of representatives.
+        first: tokens before those that ``weights`` are over.
+        token_mask: ``(B, N)`` bool. mask: ``(B, M)`` bool, of the representatives.
+
+    Raises:
+        ValueError: weights that do not fit. TypeError: they are not floating-point.
+    """
+    b, _, n, _ = tokens.shape
+    if isinstance(weights, GridPooling):
+        rows, length = math.prod(weights.cells), math.prod(weights.grid_size)
+    else:
+        check_floating("token_weights", weights)
+        check_device("token_weights", weights, "tokens", tokens)
+        if weights.ndim not in (2, 3) or (weights.ndim == 3 and weights.shape[0] != b):
+            raise ValueError(
+                f"token_weights must have shape (M, N) or (B, M, N) with B={b}, got {tuple(weights.shape)}"
+            )
+        rows, length = weights.shape[-2:]
+    if rows != m or first + length > n:
+        raise ValueError(
+            f"token_weights must make {m} representatives of at most {n - first} tokens (all less the "
+            f"prefix), got {rows} of {length}"
+        )
+    dtype = compute_dtype(tokens.dtype)
+    if isinstance(weights, GridPooling):
+        weights = weights._replace(first=weights.first + first)
+        if token_mask is None and mask is None:
+            return weights
+        matrix = columns(weights, slice(0, n), tokens.new_empty(0, dtype=dtype))[:, 0]
+    else:
+        matrix = F.pad(weights.to(dtype), (first, n - first - length))
+        matrix = matrix if matrix.ndim == 3 else matrix[None]
+    if token_mask is not None:
+        matrix = matrix.masked_fill(~token_mask[:, None], 0.0)
+    return zero_rows(matrix[:, None], mask)[:, 0]
+
+
+def columns(weights: TokenWeights, place: slice, like: Tensor) -> Tensor:
+    """Pi over a range of tokens, ``(1 or B, 1, M, T)``, in the dtype and on the device of ``like``."""
+    if not isinstance(weights, GridPooling):
+        return weights[:, None, :, place].to(like.dtype)
+    grid, cells, first = weights
+    position = torch.arange(place.start, place.stop, device=like.device) - first
+    inside = (position >= 0) & (position < math.prod(grid))
+    rest = position.clamp(0, math.prod(grid) - 1)
+    matrix = inside.to(like.dtype)[None]  # (1, T)
+    after = math.prod(grid)
+    for side, count in zip(grid, cells, strict=True):
+        after //= side
+        along = _average(side, count, like)[:, rest // after]  # (count, T)
+        rest = rest % after
+        matrix = (matrix[:, None] * along).flatten(0, 1)
+    return matrix[None, None]
+
+
+def gram(weights: TokenWeights, like: Tensor) -> Tensor:
+    """Pi Pi^T ``(1 or B, 1, M, M)`` in the dtype and on the device of ``like``."""
+    if not isinstance(weights, GridPooling):
+        matrix = weights.to(like.dtype)[:, None]
+        return matrix @ matrix.mT
+    product = like.new_ones(1, 1)
+    for side, count in zip(weights.grid_size, weights.cells, strict=True):
+        matrix = _average(side, count, like)
+        product = torch.kron(product, matrix @ matrix.mT)
+    return product[None, None]
+
+
+def spread(weights: TokenWeights, rows: Tensor, n: int) -> Tensor:
+    """Pi^T ``rows``, what each of ``n`` tokens gets of ``(B, H, M, P)``; ``(B, H, n, P)``."""
+    if not isinstance(weights, GridPooling):
+        return weights.to(rows.dtype)[:, None].mT @ rows
+    grid, cells, first = weights
+    b, h, _, p = rows.shape
+    wide = rows.transpose(1, 2).reshape(b, *cells, h * p)
+    for axis, (side, count) in enumerate(zip(grid, cells, strict=True)):
+        if side != count:
+            matrix = _average(side, count, rows)
+            wide = matrix.mT @ wide.reshape(b * math.prod(grid[:axis]), count, -1)
+    length = math.prod(grid)
+    return F.pad(wide.reshape(b, length, h, p).transpose(1, 2), (0, 0, first, n - first - length))
+
+
+def _average(side: int, count: int, like: Tensor) -> Tensor:
+    """Average pooling of one axis as a matrix ``(count, side)``."""
+    member = window_members(side, count, like.device).to(like.dtype)
+    return member / member.sum(1, keepdim=True)
