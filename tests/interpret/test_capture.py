@@ -61,7 +61,9 @@ def test_every_mixer_is_recorded_in_its_subspaces(name):
         assert_close(model[0](x), expected, 1e-10)
         assert record.stages.tokens.data_ptr() == record.tokens.data_ptr()
         contributions = record.stages.broadcast_attention @ record.stages.contracted
-        assert_close(record.stages.output, record.stages.step[..., None, None] * contributions, 1e-10)
+        step = record.stages.step[..., None, None]
+        assert_close(record.stages.output, step * contributions, 1e-10)
+        assert record.step_tokens is None or (record.stages.step == record.step_tokens).all()
     for step in ("step_tokens", "step_representatives"):
         copy, parameter = getattr(record, step), getattr(model[0], step, None)
         assert (copy is None) == (parameter is None)

@@ -243,7 +243,7 @@ def _read_mixer(name: str, layer: TokenMixer, locate: Locate, *args: Any, **kwar
         stages = CBSAStages(*(t if t is None else _own(t, layer) for t in layer.stages_in(heads)))  # type: ignore[arg-type]
     if isinstance(layer, AgentAttention):
         agents = layer.agents(heads)
-        agents = agents._replace(values=_own(agents.values, layer))
+        agents = agents._replace(values=_own(agents.values, layer), token_weights=None)
     return LayerRecord(
         name=name,
         layer=layer,
