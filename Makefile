@@ -17,7 +17,7 @@ help:
 	@echo "make docs          build the documentation into site/"
 
 demo: $(VENV)/.installed
-	$(BIN)/cbsa train --config digits --output runs/demo --overwrite
+	$(BIN)/cbsa train --config digits --model.args step certified --output runs/demo --overwrite
 	$(BIN)/cbsa report --checkpoint runs/demo
 
 test: lint

@@ -1,6 +1,6 @@
 """Draw the picture of docs/certificate.md: what certified steps guarantee, and what they do.
 
-cbsa train --config digits --model.args step certified residual norm --output runs/certified
+cbsa train --config digits --model.args step certified --output runs/certified
 python examples/certificate_figure.py runs/certified docs/images/certificate.png
 """
 

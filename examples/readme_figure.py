@@ -1,4 +1,4 @@
-"""Draw the picture of the README: attention maps and coding rates of a model trained on the digits.
+"""Draw the picture of the README: attention maps and certified steps of a model trained on the digits.
 
 make demo
 python examples/readme_figure.py runs/demo docs/images/digits.png
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from cbsa_torch import interpret
 from cbsa_torch.cli.runs import pictures
@@ -23,7 +24,8 @@ def main(run: str, output: str) -> None:
     trained = open_trained(run)
     _, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test")
     inputs, _ = trained.task.sample(dataset, trained.spec, 360)
-    rates = interpret.coding_rates(trained.model, inputs.split(64))
+    measured = interpret.certificate(trained.model, inputs)
+    print(measured)
     with torch.no_grad(), interpret.capture(trained.model) as records:
         model_output = trained.model(inputs[:SHOWN])
     labels = [trained.class_names[i] for i in model_output.argmax(-1).tolist()]
@@ -42,17 +44,35 @@ def main(run: str, output: str) -> None:
             axis.set(xticks=[], yticks=[])
     for index, axis in enumerate(axes[0]):
         axis.set_title("image" if index == 0 else f"layer {index}", fontsize=8)
-    right.suptitle("how many nats code the tokens in each layer's subspaces", fontsize=10)
-    axis = right.subplots()
-    layers = range(1, len(rates.layers) + 1)
-    axis.plot(layers, rates.rate, marker="o", color="#2563a8", label="$R^c(Z^\\ell\\,|\\,U^\\ell)$")
-    axis.plot(layers, rates.normalized, marker="o", color="#c2571a", label="tokens of unit norm")
-    axis.set(xlabel="layer", ylabel="compression term (nats)", xticks=list(layers))
-    axis.legend(frameon=False, fontsize=8)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    right.suptitle(f"rates before and after each step: {measured.cases:,} cases, all fell", fontsize=10)
+    assert measured.holding == measured.compressed == measured.cases, "what the title says"
+    upper, lower = right.subplots(2, 1, sharex=True)
+    layers = range(1, len(measured.layers) + 1)
+    rates = {
+        "representatives": [(x.before, x.after) for x in measured.layers],
+        "all tokens": [(x.tokens_before, x.tokens_after) for x in measured.layers],
+    }
+    for axis, (what, pairs) in zip((upper, lower), rates.items(), strict=True):
+        before, after = ([_total(rate) for rate in pair] for pair in zip(*pairs, strict=True))
+        axis.vlines(layers, before, after, color="#2563a8", alpha=0.5)
+        axis.plot(layers, before, "o", color="#8a8f98", label="before")
+        axis.plot(layers, after, "o", color="#2563a8", label="after")
+        axis.set(ylabel=f"{what} (nats)", xticks=list(layers), xlim=(0.5, len(layers) + 0.5))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    most = [_total(x.before - x.guaranteed) for x in measured.layers if x.guaranteed is not None]
+    upper.plot(
+        layers, most, "_", color="#c2571a", markersize=20, markeredgewidth=2, label="guaranteed: at most"
+    )
+    upper.legend(frameon=False, fontsize=8)
+    lower.set_xlabel("layer")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
+
+
+def _total(rates: Tensor) -> float:
+    """``(images, H)``: sum over heads, mean over images."""
+    return rates.sum(1).mean().item()
 
 
 if __name__ == "__main__":

@@ -42,6 +42,14 @@ def test_block_has_parity_with_one_official_layer():
         assert_close(parameter.grad, read("grad", name), 1e-10)
 
 
+@pytest.mark.parametrize(
+    ("options", "residual", "expected"),
+    [({}, None, "input"), ({"step": "certified"}, None, "norm"), ({"step": "certified"}, "input", "input")],
+)
+def test_the_update_of_a_certified_step_is_added_to_the_norm(options, residual, expected):
+    assert WhiteBoxBlock(DIM, CBSA(DIM, HEADS, **options), residual=residual).residual == expected
+
+
 def test_residual_block_is_its_equations():
     block = ResidualBlock(DIM, MSSA(DIM, HEADS), mlp_ratio=1.5).double()
     assert [tuple(p.shape) for p in block.mlp.parameters()] == [(18, 12), (18,), (12, 18), (12,)]

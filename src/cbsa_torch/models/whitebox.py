@@ -47,8 +47,8 @@ class WhiteBoxTransformer(nn.Module):
         stem: ``"conv"``, or ``"linear"``, the patch embedding of the original CRATE.
         mlp_ratio: None for white-box layers with ISTA; a number for the usual layers with an MLP of that many
             times the width, the black-box baseline.
-        residual: what the mixer's update is added to, the layer's ``"input"`` or its ``"norm"``; see
-            :class:`cbsa_torch.nn.WhiteBoxBlock`.
+        residual: what the mixer's update is added to, the layer's ``"input"`` or its ``"norm"``. Default: the
+            norm if the mixer's step is certified, else the input; see :class:`cbsa_torch.nn.WhiteBoxBlock`.
         step_size, sparsity: of ISTA.
         drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
         device, dtype: of the parameters.
@@ -71,7 +71,7 @@ class WhiteBoxTransformer(nn.Module):
         mixer: Mixer | Sequence[Mixer] = CBSA,
         stem: str = "conv",
         mlp_ratio: float | None = None,
-        residual: Residual = "input",
+        residual: Residual | None = None,
         step_size: float = ISTA_DEFAULT,
         sparsity: float = ISTA_DEFAULT,
         drop_rate: float = 0.0,
@@ -88,7 +88,7 @@ class WhiteBoxTransformer(nn.Module):
         check_choice("stem", stem, tuple(STEMS))
         if mlp_ratio is not None and (step_size, sparsity) != (ISTA_DEFAULT, ISTA_DEFAULT):
             raise ValueError("step_size and sparsity are of ISTA, which mlp_ratio replaces by an MLP")
-        if mlp_ratio is not None and residual != "input":
+        if mlp_ratio is not None and residual is not None:
             raise ValueError("residual is of layers with ISTA, which mlp_ratio replaces by an MLP")
         mixers = [mixer] * depth if callable(mixer) else list(mixer)
         if len(mixers) != depth:

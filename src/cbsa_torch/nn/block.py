@@ -10,6 +10,14 @@ from cbsa_torch._core.types import RESIDUALS, GridSize, Residual
 from cbsa_torch.nn.ista import ISTA
 
 
+def residual_around(attn: nn.Module, residual: Residual | None) -> Residual:
+    """What the update of a mixer is added to, by default (None) the norm if its step is certified."""
+    if residual is None:
+        return "norm" if getattr(attn, "step", None) == "certified" else "input"
+    check_choice("residual", residual, RESIDUALS)
+    return residual
+
+
 class WhiteBoxBlock(nn.Module):
     """x <- x + attn(norm1(x)), compression; x <- ISTA(norm2(x)), sparsification (no residual around it).
 
@@ -21,7 +29,8 @@ class WhiteBoxBlock(nn.Module):
         dim: channels.
         attn: a token mixer such as :class:`cbsa_torch.CBSA`, called as ``attn(x, grid_size, token_mask)``.
         norm_layer: constructor of the two normalisation layers.
-        residual: what the update is added to: ``"input"``, x, or ``"norm"``, norm1(x).
+        residual: what the update is added to: ``"input"``, x, or ``"norm"``, norm1(x). Default: the norm if the
+            step of ``attn`` is certified, else the input.
         step_size, sparsity: of :class:`cbsa_torch.ISTA`.
         device, dtype: of the parameters made here (not of ``attn``).
     """
@@ -32,15 +41,14 @@ class WhiteBoxBlock(nn.Module):
         attn: nn.Module,
         *,
         norm_layer: type[nn.Module] = nn.LayerNorm,
-        residual: Residual = "input",
+        residual: Residual | None = None,
         step_size: float = 0.1,
         sparsity: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_choice("residual", residual, RESIDUALS)
-        self.residual: Residual = residual
+        self.residual = residual_around(attn, residual)
         self.norm1 = norm_layer(dim, device=device, dtype=dtype)
         self.attn = attn
         self.norm2 = norm_layer(dim, device=device, dtype=dtype)

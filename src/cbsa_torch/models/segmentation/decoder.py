@@ -19,8 +19,9 @@ from torch.nn.utils import parametrize
 from cbsa_torch._core.checks import check_bool, check_choice, check_floating, check_positive_int
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.types import RESIDUALS, GridSize, Residual
+from cbsa_torch._core.types import GridSize, Residual
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.nn.block import residual_around
 
 MIXERS: dict[str, type[nn.Module]] = {
     "cbsa": CBSA,
@@ -67,7 +68,8 @@ class MaskTransformerDecoder(nn.Module):
         encoder_dim: channels of the features. Default: ``dim``; otherwise a linear layer comes first.
         learned_step: a learned step size per layer, x <- x + step * mixer(LN(x)), standard normal at first, as
             in DEPICT. The steps of CBSA are its own; beside a certified step another is refused.
-        residual: what the update is added to: ``"input"``, x, or ``"norm"``, LN(x).
+        residual: what the update is added to: ``"input"``, x, or ``"norm"``, LN(x). Default: the norm if the
+            mixer's step is certified, else the input.
         device, dtype: of the parameters.
         **options: of the mixer, e.g. ``tied``, ``contraction``, ``num_representatives`` (default 100: pooled
             over the grid of patches alone, 10 x 10 if it is a square).
@@ -87,7 +89,7 @@ class MaskTransformerDecoder(nn.Module):
         mixer: Mixer = "cbsa",
         encoder_dim: int | None = None,
         learned_step: bool = False,
-        residual: Residual = "input",
+        residual: Residual | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -203,7 +205,7 @@ class DecoderLayer(nn.Module):
         dim: channels.
         attn: a token mixer, called as ``attn(x, grid_size)``.
         learned_step: whether the step is a parameter.
-        residual: what the update is added to: ``"input"``, x, or ``"norm"``, norm(x).
+        residual: as for :class:`MaskTransformerDecoder`.
         device, dtype: of the parameters made here (not of ``attn``).
     """
 
@@ -213,13 +215,12 @@ class DecoderLayer(nn.Module):
         attn: nn.Module,
         *,
         learned_step: bool = False,
-        residual: Residual = "input",
+        residual: Residual | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_choice("residual", residual, RESIDUALS)
-        self.residual: Residual = residual
+        self.residual = residual_around(attn, residual)
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.attn = attn
         self.step: nn.Parameter | None = None

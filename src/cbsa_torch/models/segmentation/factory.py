@@ -55,7 +55,7 @@ def segmenter(
     num_heads: int | None = None,
     head_dim: int | None = HEAD_DIM,
     learned_step: bool = False,
-    residual: Residual = "input",
+    residual: Residual | None = None,
     mixer_args: Mapping[str, Any] | None = None,
     encoder_args: Mapping[str, Any] | None = None,
     encoder_norm_eps: float | None = None,
