@@ -1,42 +1,48 @@
 """What a layer with a certificate gives and costs: train every form of the study, measure it, make the tables.
 
-    python benchmarks/certified_study.py train --cifar DIR --animals DIR    # what is left, one run after another
-    python benchmarks/certified_study.py train --only "digits_*" --list     # names of the runs that are left
+    python benchmarks/certified_study.py train --cifar DIR --animals DIR    # all runs that are left
+    python benchmarks/certified_study.py train --only "digits_*" --list     # their names
     python benchmarks/certified_study.py measure --only "digits_*"          # measure trained models again
-    python benchmarks/certified_study.py cost                               # time and memory of steps, on a quiet machine
-    python benchmarks/certified_study.py table                              # tables and figure from the records alone
+    python benchmarks/certified_study.py cost                               # steps, on a quiet machine
+    python benchmarks/certified_study.py table                              # from the records alone
 
-A run is a data set, a form of the model, a seed and perhaps a depth. It is trained by :func:`cbsa_torch.train.train`
-on one thread by the unchanged recipe of its data set, measured, and then recorded at once in a file of its own,
-``benchmarks/results/certified/NAME.json``. Records say what is left to do: the command can be stopped at any time
-and goes on where it was, within a run, too.
+A run is a data set, a form of the model, a seed and perhaps a depth. It is trained by
+:func:`cbsa_torch.train.train` on one thread by the unchanged recipe of its data set, measured, and recorded
+at once in a file of its own, ``benchmarks/results/certified/NAME.json``. Records say what is left to do:
+the command can be stopped at any time and goes on where it was, within a run, too. ``table`` writes
+``table.md`` and ``figure.png`` beside them.
 
-CIFAR-10 is read from a folder (``DIR/{train,test}/CLASS/*.jpg``); the first images of every class, by name, are the
-subset that is used. What is said about it is about that subset and that short recipe alone.
+CIFAR-10 is read from a folder (``DIR/{train,test}/CLASS/*.jpg``); the first images of every class, by name, are
+the subset that is used. What is said about it is about that subset and that short recipe alone.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import io
 import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import fmean, quantiles, stdev
 from typing import Any, Literal, NamedTuple
 
+import timm
 import torch
 import tyro
+from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor, nn
 
 from cbsa_torch import CBSA, interpret, ops
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch.bench import measure as bench_measure
 from cbsa_torch.interpret.rates import rank_correlation
 from cbsa_torch.nn import TokenMixer, WhiteBoxBlock
 from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config, train
-from cbsa_torch.train.data import make_loader
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder, environment
 from cbsa_torch.train.tasks.base import Trained
@@ -79,6 +85,10 @@ DATA = {
 CIFAR_IMAGES = {"train": 1500, "test": 500}
 """Images of each of the ten classes."""
 CIFAR_EPOCHS = 5
+COST_STEPS = 15
+"""Training steps of each form that are timed."""
+CERTIFIED_SHOWN = ("certified", "certified_norm")
+"""Certified forms in the figure of rates."""
 SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Standard deviations of the noise on the parameters of the attention layers (Fig. 8)."""
 
@@ -137,7 +147,7 @@ def configuration(run: Run, options: Options) -> TrainConfig:
     recipe = load_config(data.recipe)
     assert isinstance(recipe, TrainConfig)
     family, form = FORMS[run.form]
-    args = {key: math.sqrt(data.head_dim) if value == SQRT else value for key, value in form.items()}
+    args = resolved(form, data.head_dim)
     if run.depth is not None:
         args["depth"] = run.depth
     if run.data == "animals28" and options.animals is not None:
@@ -156,6 +166,11 @@ def configuration(run: Run, options: Options) -> TrainConfig:
         model=replace(recipe.model, name=f"{family}_{data.model}", args=args),
         engine=replace(recipe.engine, threads=1, tracker="none"),
     )
+
+
+def resolved(args: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """The arguments with the square root of the heads' dimension where they ask for it."""
+    return {key: math.sqrt(head_dim) if value == SQRT else value for key, value in args.items()}
 
 
 def link_subset(source: Path, target: Path) -> None:
@@ -258,14 +273,15 @@ class Fall(NamedTuple):
 def step_effects(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
     """Rates before and after the step that each layer really takes, whatever its form.
 
-    With z = norm1(x), the layer puts out z + attn(z): its tokens U_k^T (z + attn(z)) are compared with U_k^T z, and
-    so are those of the stream, x + attn(z) with x. Representatives after the step are made from the tokens after
-    it by the weights that made them before it: of CBSA with pooled first guesses W Pi + eta W A with A as it was.
+    With z = norm1(x), the tokens U_k^T (z + attn(z)) are compared with U_k^T z, and so are those of the
+    stream, x + attn(z) with x. Representatives after the step are made from the tokens after it by the
+    weights that made them before it: of CBSA with pooled first guesses W Pi + eta W A with A as it was.
 
     Returns:
-        ``layers``: for each the summaries of ``tokens``, ``stream`` and, of CBSA, ``representatives`` (eps = 0.1, as
-        in all figures) and ``representatives_own`` (the layer's own eps). ``correlation``: over layers and heads, the
-        rank correlation of the reductions of tokens and representatives by this step.
+        ``layers``: for each the summaries of ``tokens``, ``stream`` and, of CBSA, ``representatives``
+        (eps = 0.1, as in all figures) and ``representatives_own`` (the layer's own eps; 1 if it has none).
+        ``correlation``: over layers and heads, the rank correlation of the reductions of tokens and
+        representatives by this step.
     """
     seen: dict[str, list[dict[str, Fall]]] = {}
     blocks = {name: block for name, block in model.named_modules() if isinstance(block, WhiteBoxBlock)}
@@ -336,6 +352,260 @@ def write_record(run: Run, record: dict[str, Any]) -> None:
     write_atomically(run.record, (json.dumps(record, indent=1) + "\n").encode())
 
 
+def measure_cost() -> None:
+    """Time and memory of a training step of every form on its data set's images, 64 at a time, one thread.
+
+    All forms take turns, so that a machine that slows down does so for all of them.
+    """
+    torch.set_num_threads(1)
+    rows = []
+    for name, data in DATA.items():
+        forms = list(dict.fromkeys(run.form for run in plan() if run.data == name))
+        steps: dict[str, Any] = {}
+        for form in forms:
+            family, args = FORMS[form]
+            model = timm.create_model(f"{family}_{data.model}", **resolved(args, data.head_dim)).train()
+            images = torch.randn(64, *model.pretrained_cfg["input_size"])
+            labels = torch.randint(10, (64,))
+            steps[form] = partial(training_step, model, images, labels)
+        seconds = bench_measure.interleaved(steps, "cpu", repetitions=COST_STEPS, budget=60.0)
+        for form, step in steps.items():
+            step.args[0].zero_grad(set_to_none=True)
+            peak = bench_measure.memory(step, "cpu").peak
+            quarter = quantiles(seconds[form])
+            rows.append(
+                {
+                    "data": name,
+                    "form": form,
+                    "step_ms": 1e3 * quarter[1],
+                    "quartiles_ms": [1e3 * quarter[0], 1e3 * quarter[2]],
+                    "peak_mib": peak / 2**20,
+                }
+            )
+            print(rows[-1], flush=True)
+    record = {"batch_size": 64, "steps": COST_STEPS, "environment": environment(), "rows": rounded(rows)}
+    write_atomically(RESULTS / "cost.json", (json.dumps(record, indent=1) + "\n").encode())
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Forward and backward."""
+    nn.functional.cross_entropy(model(images), labels).backward()
+
+
+class Estimate(NamedTuple):
+    """A mean or a difference of means, in percent or percentage points."""
+
+    value: float
+    half: float | None
+    """Half of the 95 % interval; None where one seed leaves it unknown."""
+
+    def text(self, sign: str = "") -> str:
+        """Value and half-width."""
+        half = "" if self.half is None else f" ± {self.half:.2f}"
+        return f"{self.value:{sign}.2f}{half}"
+
+
+def mean_of(values: Sequence[float]) -> Estimate:
+    """The mean of percentages, with Student's interval."""
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
+    return Estimate(fmean(values), half)
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
+    """The difference of two means, with Welch's interval: seeds do not pair different models."""
+    value = fmean(values) - fmean(others)
+    if min(len(values), len(others)) < 2:
+        return Estimate(value, None)
+    parts = [stdev(v) ** 2 / len(v) for v in (values, others)]
+    if not sum(parts):
+        return Estimate(value, 0.0)
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(v) - 1) for part, v in zip(parts, (values, others), strict=True)
+    )
+    return Estimate(value, stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts)))
+
+
+Group = dict[tuple[str, int | None], list[dict[str, Any]]]
+"""The records of one data set, by form and depth."""
+
+
+def read_groups(data: str) -> Group:
+    """The records of the plan that exist, in its order but forms in the order of ``FORMS``."""
+    found: Group = {}
+    runs = [run for run in plan() if run.data == data and run.record.exists()]
+    order = list(FORMS)
+    for run in sorted(runs, key=lambda run: (run.depth or 0, order.index(run.form), run.seed)):
+        found.setdefault((run.form, run.depth), []).append(json.loads(run.record.read_text()))
+    return found
+
+
+def label(form: str, depth: int | None) -> str:
+    """What a row of a table is called."""
+    return f"`{form}`" if depth is None else f"`{form}`, {depth} layers"
+
+
+def percent(records: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """An accuracy of every seed."""
+    return [100 * record[key] for record in records]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def accuracy_table(groups: Group) -> str:
+    """Accuracies, and their differences from the default form of the same depth."""
+    rows = []
+    for (form, depth), records in groups.items():
+        test, reference = percent(records, "test_top1"), groups.get(("default", depth), [])
+        loss = "" if form != "default" else "reference"
+        if reference and form != "default":
+            less = difference(test, percent(reference, "test_top1"))
+            upper = "" if less.half is None else f" (loss at most {less.half - less.value:.2f})"
+            loss = f"{less.text('+')}{upper}"
+        kept = f"{records[0]['parameters']:,}"
+        val = mean_of(percent(records, "val_top1")).text()
+        rows.append([label(form, depth), str(len(test)), val, mean_of(test).text(), loss, kept])
+    header = ["form", "seeds", "validation, %", "test, %", "difference on test, points", "parameters"]
+    return markdown(header, rows)
+
+
+def inside_table(groups: Group) -> str:
+    """What the layers do: shares of falling rates, correlations, robustness."""
+    rows = []
+    for (form, depth), records in groups.items():
+        row = [label(form, depth)]
+        for kind in ("representatives_own", "representatives", "tokens", "stream"):
+            layers = [layer[kind] for record in records for layer in record["step"]["layers"] if kind in layer]
+            fell, cases = (sum(layer[key] for layer in layers) for key in ("fell", "cases"))
+            row.append(f"{100 * fell / cases:.1f}" if cases else "")
+        for key in ("W - A C", "A C"):
+            values = [record["figure_6"][key] for record in records if "figure_6" in record]
+            row.append(f"{fmean(values):+.2f}" if values else "")
+        steps = [record["step"]["correlation"] for record in records]
+        row.append(f"{fmean(steps):+.2f}" if None not in steps else "")
+        for sigma in ("0.03", "0.1", "0.3"):
+            row.append(f"{100 * fmean(v for record in records for v in record['robustness'][sigma]):.1f}")
+        rows.append(row)
+    header = ["form", "X, own eps", "X, eps 0.1", "tokens", "stream"]
+    header += ["Fig. 6, W - AC", "Fig. 6, AC", "own step", "noise 0.03", "noise 0.1", "noise 0.3"]
+    return markdown(header, rows)
+
+
+def rates_table(groups: Group) -> str:
+    """Rates before and after, layer by layer, in nats, means over images and seeds."""
+    rows = []
+    for (form, depth), records in groups.items():
+        for kind in ("tokens", "representatives", "stream"):
+            layers = [record["step"]["layers"] for record in records]
+            if kind not in layers[0][0]:
+                continue
+            cells = [
+                " → ".join(f"{fmean(layer[kind][when] for layer in each):.1f}" for when in ("before", "after"))
+                for each in zip(*layers, strict=True)
+            ]
+            rows.append([label(form, depth), kind, "; ".join(cells)])
+    return markdown(["form", "rate of", "layers, from the first"], rows)
+
+
+def cost_table() -> str:
+    """What ``cost`` measured."""
+    path = RESULTS / "cost.json"
+    if not path.exists():
+        return "Not measured."
+    rows = [
+        [row["data"], label(row["form"], None), f"{row['step_ms']:.1f}", f"{row['peak_mib']:.1f}"]
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    return markdown(["data", "form", "training step, ms", "peak memory of a step, MiB"], rows)
+
+
+NOTES = {
+    "digits": "360 test images. Recipe `digits`.",
+    "animals28": "1,000 test images. Recipe `animals28`; weights of the best epoch on validation.",
+    "cifar": f"""CIFAR-10, JPEG: {CIFAR_IMAGES["train"]} training images of each class (a tenth held out for
+validation), {CIFAR_IMAGES["test"]} test images of each, {CIFAR_EPOCHS} epochs, otherwise the recipe
+`animals28`. With one seed, the test images alone leave about ± 2 points to a difference of two
+models (95 %).""",
+}
+PREAMBLE = """# The certified layer beside the other forms
+
+Written by `python benchmarks/certified_study.py table` from the records in this folder. Means over seeds
+with 95 % intervals (Student's t; of differences Welch's). Without an interval: one seed. "Loss at most" is
+the upper end of the interval of the loss against `default`.
+
+*Inside*: in how many of all cases (images, layers, heads and seeds; per cent; float64) the rate was lower
+after the step that the layer really takes: of the representatives X, with the weights that made them, at
+the layer's own eps (1 where it has none) and at 0.1; of all tokens, in norm(x); of all tokens, in the
+stream x. Fig. 6: rank correlation over layers and heads of the reductions of tokens and representatives in
+its two readings, and for the step that the layer takes. Noise: accuracy in per cent on the measured images
+with noise of this standard deviation on the parameters of the attention layers (Fig. 8), three draws."""
+
+
+def write_tables() -> None:
+    """Write ``table.md`` and ``figure.png`` from the records."""
+    parts = [PREAMBLE]
+    for data in DATA:
+        groups = read_groups(data)
+        if groups:
+            parts += [f"## {data}", NOTES[data], accuracy_table(groups), "Inside:", inside_table(groups)]
+            parts += ["Rates in nats, before → after each layer:", rates_table(groups)]
+    parts += ["## Cost", "64 images, one CPU thread, forms in turn, medians.", cost_table()]
+    write_atomically(RESULTS / "table.md", ("\n\n".join(parts) + "\n").encode())
+    figure = draw()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    write_atomically(RESULTS / "figure.png", buffer.getvalue())
+    print(f"{RESULTS / 'table.md'}, {RESULTS / 'figure.png'}")
+
+
+def draw() -> Figure:
+    """Test accuracy of every seed, a panel for each data set; rates of the representatives, layer by layer."""
+    shown = [data for data in DATA if read_groups(data)]
+    figure = Figure(figsize=(4.6 * (len(shown) + 1), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
+    for axis, data in zip(axes, shown, strict=False):
+        groups = {form: records for (form, depth), records in read_groups(data).items() if depth is None}
+        for row, (form, records) in enumerate(groups.items()):
+            values = percent(records, "test_top1")
+            axis.plot(values, [row] * len(values), "o", alpha=0.5, markersize=4, color=color_of(form))
+            estimate = mean_of(values)
+            axis.errorbar([estimate.value], [row], xerr=estimate.half, fmt="|", color="black", capsize=3)
+        axis.set_yticks(range(len(groups)), list(groups))
+        axis.invert_yaxis()
+        axis.set(xlabel="test accuracy, %", title=data)
+    digits = read_groups("digits")
+    for form in ("default", "exact_eps1", *CERTIFIED_SHOWN):
+        chosen = digits.get((form, None), [])
+        if chosen:
+            layers = list(zip(*(record["step"]["layers"] for record in chosen), strict=True))
+            for number, each in enumerate(layers):
+                ends = [fmean(layer["representatives"][when] for layer in each) for when in ("before", "after")]
+                name = form if number == 0 else None
+                axes[-1].annotate(
+                    "", (number + 0.8, ends[1]), (number + 0.2, ends[0]),
+                    arrowprops={"arrowstyle": "->", "color": color_of(form), "linewidth": 1.6},
+                )  # fmt: skip
+                axes[-1].plot([number + 0.2], [ends[0]], "o", color=color_of(form), markersize=4, label=name)
+    axes[-1].set(xlabel="layer", ylabel="rate of the representatives, nats", title="digits: before and after")
+    if digits:
+        axes[-1].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    return figure
+
+
+def color_of(form: str) -> str:
+    """Orange for certified forms, blue for other CBT, grey for the rest."""
+    if form.startswith("certified"):
+        return "#c2571a"
+    return "#8a8f98" if form in ("crate", "tost") else "#2563a8" if form == "default" else "#7aa6d8"
+
+
 def main() -> None:
     options = tyro.cli(Options)
     runs = [run for run in plan() if fnmatch.fnmatch(run.name, options.only)]
@@ -357,6 +627,10 @@ def main() -> None:
                 print(f"== {run.name}", flush=True)
                 record = json.loads(run.record.read_text())
                 write_record(run, {**record, **measure(open_trained(options.runs / run.name), run)})
+    elif options.step == "cost":
+        measure_cost()
+    else:
+        write_tables()
 
 
 if __name__ == "__main__":
