@@ -119,7 +119,7 @@ def test_rates_of_every_image_layer_and_head(images):
     assert list(measured) == [mssa, cbsa] == ["blocks.0.attn", "blocks.1.attn"]
     expected = [[rate(records[mssa].tokens[b, h]) for h in range(2)] for b in range(5)]
     assert_close(measured[mssa].rate, torch.tensor(expected).double(), 1e-5)
-    assert measured[mssa][2:] == (None,) * 6
+    assert measured[mssa][2:] == (None,) * 7
     for name, (values,) in brute_force({cbsa: records[cbsa]}, [records[cbsa].step_tokens]).items():
         one = getattr(measured[cbsa], name)
         assert one.shape == (5, 2)

@@ -127,7 +127,7 @@ def test_cbsa_is_its_operator_between_projections(representatives, contraction):
     layer = CBSA(DIM, HEADS, representatives=representatives, contraction=contraction, **eps).double()
     x = torch.randn(2, 9, DIM).double()
     heads = split(x @ layer.qkv.weight.T)
-    values, mask, attention = layer.representatives(heads, (3, 3), None)
+    values, mask, attention = layer.representatives(heads, (3, 3), None)[:3]
     options = {"step_tokens": layer.step_tokens, "contraction": contraction, "representative_mask": mask, **eps}
     if attention is None:
         out = ops.cbsa(heads, values, step_representatives=layer.step_representatives, **options)

@@ -62,7 +62,7 @@ def test_a_strategy_of_your_own_may_bring_its_attention():
     assert layer.step_representatives is None
     x = torch.randn(2, 9, DIM)
     tokens = split(x @ layer.qkv.weight.T)
-    values, _, attention = with_attention(tokens)
+    values, _, attention = with_attention(tokens)[:3]
     out = ops.contract_and_broadcast(tokens, values, attention, step_tokens=layer.step_tokens)
     assert_close(layer(x), layer.proj(merge(out)), 1e-5)
 

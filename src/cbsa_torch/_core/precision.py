@@ -17,6 +17,12 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device_type=device_type, enabled=False)
 
 
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of ``tensor``."""
+    device_type = tensor.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for low-precision dtypes, else the dtype itself."""
     return torch.promote_types(dtype, torch.float32)

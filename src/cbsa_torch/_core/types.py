@@ -13,6 +13,8 @@ Impl = Literal["auto", "eager", "tiled", "triton"]
 Layout = Literal["standard", "official"]
 RepresentativeKind = Literal["pool", "learned", "tokens", "principal", "basis"]
 QKV = Literal["shared", "separate"]
+Step = Literal["free", "certified"]
+Residual = Literal["input", "norm"]
 LinearSolver = Literal["cholesky", "eigh"]
 TSSAForm = Literal["tost", "channel"]
 
@@ -22,6 +24,8 @@ IMPLS: tuple[str, ...] = get_args(Impl)
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 REPRESENTATIVE_KINDS: tuple[str, ...] = get_args(RepresentativeKind)
 QKVS: tuple[str, ...] = get_args(QKV)
+STEPS: tuple[str, ...] = get_args(Step)
+RESIDUALS: tuple[str, ...] = get_args(Residual)
 LINEAR_SOLVERS: tuple[str, ...] = get_args(LinearSolver)
 TSSA_FORMS: tuple[str, ...] = get_args(TSSAForm)
 
@@ -29,6 +33,13 @@ GridSize = tuple[int, ...]
 
 DEFAULT_EPS = 0.1
 """Quantisation precision epsilon: epsilon^2 = 0.01, the value behind the official rate measurements."""
+
+
+class GridPooling(NamedTuple):
+    """Average pooling of a grid of tokens into a grid of cells: a matrix that is not written out."""
+
+    grid_size: GridSize
+    cells: GridSize
 
 
 class Representatives(NamedTuple):
@@ -40,6 +51,10 @@ class Representatives(NamedTuple):
     """``(B, M)`` bool, True = a representative that exists; None if all do."""
     attention: Tensor | None = None
     """``(B, H, M, N)`` A^T over all N tokens, in place of the softmax of Eq. 5; None to extract by it."""
+    token_weights: Tensor | GridPooling | None = None
+    """Pi, how a first guess is made of the N tokens that the strategy was given: ``values`` is Pi tokens plus
+    what does not depend on them. ``(M, N)`` or ``(B, M, N)``, or a pooling; None: not told. The certified step
+    gives C back to the tokens by its transpose."""
 
 
 Strategy = Callable[[Tensor, "GridSize | None", "Tensor | None"], Representatives]
@@ -67,8 +82,11 @@ class CBSAStages(NamedTuple):
     contracted: Tensor
     """``(B, H, M, P)`` C: the representatives after Eq. 7 or Eq. 8."""
     broadcast_attention: Tensor
-    """``(B, H, N, M)`` the weights that carry contractions back to tokens: A, or a fresh softmax."""
+    """``(B, H, N, M)`` the weights that carry contractions back to tokens: A, or a fresh softmax; of the
+    certified step B, all weights by which tokens make up the representatives."""
     output: Tensor
-    """``(B, H, N, P)`` the operator's value, step_tokens included."""
+    """``(B, H, N, P)`` the operator's value, step * broadcast_attention @ contracted."""
+    step: Tensor
+    """``(B, H)`` kappa, the same for every item unless the step is certified; that one is negative."""
     representative_mask: Tensor | None = None
     """``(B, M)`` bool, True = a representative that exists for this item; None if all do."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from cbsa_torch import ops
 from cbsa_torch._core.checks import check_positive
 from cbsa_torch._core.precision import no_autocast, solve_dtype
 from cbsa_torch._core.types import DEFAULT_EPS
-from cbsa_torch.interpret.capture import LayerRecord, attention_layers, captured_batches
+from cbsa_torch.interpret.capture import LayerRecord, captured_batches
 from cbsa_torch.nn import CBSA
 from cbsa_torch.ops.coding_rate import rate_of_gram
 from cbsa_torch.ops.masking import real_tokens
@@ -50,7 +50,7 @@ class ReducedRates(NamedTuple):
     tokens_learned: list[list[float]]
     representatives: list[list[float]]
     step_tokens: list[list[float]]
-    """kappa, as learned."""
+    """kappa, as learned; of certified steps the mean over images."""
     gap: list[list[float]]
     correlation: float
     """Rank correlation of ``tokens`` with ``representatives``."""
@@ -70,8 +70,9 @@ class ReducedRates(NamedTuple):
 class ImageRates(NamedTuple):
     """What one layer measures on every image: ``(images, H)`` float64 tensors on the CPU, in nats.
 
-    W = U_k^T Z are the tokens in the subspace of head k, A is the attention of Eq. 5, Q are the extracted
-    representatives in the subspace and C their contraction (Eq. 7 or 8). A negative reduction is an increase.
+    W = U_k^T Z are the tokens in the subspace of head k, A is the attention of Eq. 5 (of a certified step all
+    weights B of the tokens in the representatives), Q are the extracted representatives in the subspace and C
+    their contraction (Eq. 7 or 8). A negative reduction is an increase.
     """
 
     rate: Tensor
@@ -90,6 +91,8 @@ class ImageRates(NamedTuple):
     """By CBSA's output with kappa = 1 in place of the tokens, no residual: R(W) - R(A C)."""
     tokens_added: Tensor | None = None
     """By one step the other way, that of a layer with kappa = 1: R(W) - R(W + A C)."""
+    step: Tensor | None = None
+    """kappa: as learned, or of the certified step, which has one for every image and is negative."""
 
 
 class Rates(NamedTuple):
@@ -213,7 +216,7 @@ def _rates_of(record: LayerRecord, eps: float, reduced: bool) -> ImageRates:
         return ImageRates(rate(w), rate(w, normalize=True))
     real = stages.representative_mask
     extracted, contracted = (rate(x.to(wide), real) for x in (stages.extracted, stages.contracted))
-    kappa = cast(Tensor, record.step_tokens).to(wide)[:, None, None]
+    kappa = stages.step.to(wide)[..., None, None]
     step = (stages.broadcast_attention @ stages.contracted).to(wide)  # (B, H, N, P): A C
     lengths = (-1.0, kappa, 1.0)
     before, alone, subtracted, learned, added = _rates_along(w, step, lengths, record.token_mask, eps)
@@ -226,6 +229,7 @@ def _rates_of(record: LayerRecord, eps: float, reduced: bool) -> ImageRates:
         gap=(extracted - before).abs(),
         output=before - alone,
         tokens_added=before - added,
+        step=stages.step,
     )
 
 
@@ -268,12 +272,11 @@ def _reduced_rates(model: nn.Module, per_image: dict[str, ImageRates]) -> Reduce
     cbsa = {name: rates for name, rates in per_image.items() if rates.tokens is not None}
     if not cbsa:
         return None
-    modules = attention_layers(model)
 
     def of(quantity: str) -> list[Tensor]:
         return [getattr(rates, quantity) for rates in cbsa.values()]
 
-    reduced = ImageRates._fields[2:]  # not the rate itself and its normalised form
+    reduced = ImageRates._fields[2:-1]  # not the rate itself and its normalised form, nor the step
     mean = {quantity: [values.mean(0).tolist() for values in of(quantity)] for quantity in reduced}
 
     def correlation(quantity: str) -> float:
@@ -282,7 +285,7 @@ def _reduced_rates(model: nn.Module, per_image: dict[str, ImageRates]) -> Reduce
 
     return ReducedRates(
         layers=list(cbsa),
-        step_tokens=[cast(Tensor, modules[name].step_tokens).tolist() for name in cbsa],
+        step_tokens=[values.mean(0).tolist() for values in of("step")],
         correlation=correlation("tokens"),
         correlation_learned=correlation("tokens_learned"),
         correlation_output=correlation("output"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
 from cbsa_torch._core.modules import no_weight_decay_inside
+from cbsa_torch._core.types import Residual
 from cbsa_torch.models.resize import resize
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
 
@@ -46,6 +47,8 @@ class WhiteBoxTransformer(nn.Module):
         stem: ``"conv"``, or ``"linear"``, the patch embedding of the original CRATE.
         mlp_ratio: None for white-box layers with ISTA; a number for the usual layers with an MLP of that many
             times the width, the black-box baseline.
+        residual: what the mixer's update is added to, the layer's ``"input"`` or its ``"norm"``; see
+            :class:`cbsa_torch.nn.WhiteBoxBlock`.
         step_size, sparsity: of ISTA.
         drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
         device, dtype: of the parameters.
@@ -68,6 +71,7 @@ class WhiteBoxTransformer(nn.Module):
         mixer: Mixer | Sequence[Mixer] = CBSA,
         stem: str = "conv",
         mlp_ratio: float | None = None,
+        residual: Residual = "input",
         step_size: float = ISTA_DEFAULT,
         sparsity: float = ISTA_DEFAULT,
         drop_rate: float = 0.0,
@@ -84,6 +88,8 @@ class WhiteBoxTransformer(nn.Module):
         check_choice("stem", stem, tuple(STEMS))
         if mlp_ratio is not None and (step_size, sparsity) != (ISTA_DEFAULT, ISTA_DEFAULT):
             raise ValueError("step_size and sparsity are of ISTA, which mlp_ratio replaces by an MLP")
+        if mlp_ratio is not None and residual != "input":
+            raise ValueError("residual is of layers with ISTA, which mlp_ratio replaces by an MLP")
         mixers = [mixer] * depth if callable(mixer) else list(mixer)
         if len(mixers) != depth:
             raise ValueError(f"mixer must be one constructor or depth={depth} of them, got {len(mixers)}")
@@ -107,7 +113,7 @@ class WhiteBoxTransformer(nn.Module):
             attn = make(embed_dim, num_heads, head_dim=head_dim, num_prefix_tokens=prefix, **factory_kwargs)
             if mlp_ratio is None:
                 block: nn.Module = WhiteBoxBlock(
-                    embed_dim, attn, step_size=step_size, sparsity=sparsity, **factory_kwargs
+                    embed_dim, attn, residual=residual, step_size=step_size, sparsity=sparsity, **factory_kwargs
                 )
             else:
                 block = ResidualBlock(embed_dim, attn, mlp_ratio=mlp_ratio, **factory_kwargs)

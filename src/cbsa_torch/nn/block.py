@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch._core.checks import check_positive
-from cbsa_torch._core.types import GridSize
+from cbsa_torch._core.checks import check_choice, check_positive
+from cbsa_torch._core.types import RESIDUALS, GridSize, Residual
 from cbsa_torch.nn.ista import ISTA
 
 
 class WhiteBoxBlock(nn.Module):
     """x <- x + attn(norm1(x)), compression; x <- ISTA(norm2(x)), sparsification (no residual around it).
 
+    With ``residual="norm"`` the first is x <- norm1(x) + attn(norm1(x)): the step starts from the tokens that
+    the layer sees, so that what a certified step guarantees of norm1(x) + attn(norm1(x)) holds for the tokens
+    that the model goes on with.
+
     Args:
         dim: channels.
         attn: a token mixer such as :class:`cbsa_torch.CBSA`, called as ``attn(x, grid_size, token_mask)``.
         norm_layer: constructor of the two normalisation layers.
+        residual: what the update is added to: ``"input"``, x, or ``"norm"``, norm1(x).
         step_size, sparsity: of :class:`cbsa_torch.ISTA`.
         device, dtype: of the parameters made here (not of ``attn``).
     """
@@ -27,12 +32,15 @@ class WhiteBoxBlock(nn.Module):
         attn: nn.Module,
         *,
         norm_layer: type[nn.Module] = nn.LayerNorm,
+        residual: Residual = "input",
         step_size: float = 0.1,
         sparsity: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_choice("residual", residual, RESIDUALS)
+        self.residual: Residual = residual
         self.norm1 = norm_layer(dim, device=device, dtype=dtype)
         self.attn = attn
         self.norm2 = norm_layer(dim, device=device, dtype=dtype)
@@ -40,7 +48,8 @@ class WhiteBoxBlock(nn.Module):
 
     def forward(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Tensor:
         """Transform ``(B, N, C)`` tokens; same shape."""
-        x = x + self.attn(self.norm1(x), grid_size, token_mask)
+        normed = self.norm1(x)
+        x = (normed if self.residual == "norm" else x) + self.attn(normed, grid_size, token_mask)
         return self.ista(self.norm2(x))
 
 

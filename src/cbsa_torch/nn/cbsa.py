@@ -8,24 +8,33 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, exact_eps
 from cbsa_torch._core.linear import call_changes, is_plain_linear
+from cbsa_torch._core.precision import is_autocast, no_autocast
 from cbsa_torch._core.types import (
     CONTRACTIONS,
     IMPLS,
     QKV,
+    STEPS,
     CBSAStages,
     Contraction,
     Impl,
     Layout,
     RepresentativeKind,
+    Step,
     Strategy,
 )
 from cbsa_torch.nn.mixer import TokenMixer
 from cbsa_torch.nn.representatives import PrincipalDirections
-from cbsa_torch.nn.tokens import Heads
+from cbsa_torch.nn.tokens import Heads, MixerInput
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import run, run_and_project
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages
+
+_CERTIFIED: dict[str, Any] = {
+    **{"contraction": "exact", "tied": True, "orthogonal": True, "qkv": "shared"},
+    **{"qk_norm": False, "scale_norm": False, "proj_drop": 0.0},
+}
+"""What a certified step needs of the options."""
 
 
 class CBSA(TokenMixer):
@@ -45,22 +54,34 @@ class CBSA(TokenMixer):
             ``"tokens"`` (all of them: MSSA (9), O(N^2)), ``"principal"`` (principal directions: with the exact
             contraction, linear attention (12)), ``"basis"`` (the standard basis: channel attention (13)), or
             a function or module of your own: see :mod:`cbsa_torch.nn.representatives`.
-        contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7), ``"none"``.
-        eps: quantisation precision epsilon of the exact contraction. Default: 0.1.
+        step: ``"free"``: kappa is learned, any sign. ``"certified"``: for every input and in every head, the
+            coding rate of the representatives provably does not rise, see
+            :func:`cbsa_torch.ops.certified_cbsa`. That needs ``contraction="exact"``, ``tied`` and
+            ``orthogonal``, which are then the defaults, and refuses what would break it (``proj_drop``,
+            ``scale_norm``, ``qkv="separate"``). Autocast has no effect on such a layer.
+        contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7), ``"none"``. Default: ``"softmax"``, of a
+            certified step ``"exact"``.
+        tied: project out by the transpose of the input projection (CBSA-dagger). Default: False, of a
+            certified step True.
+        orthogonal: keep the rows of the input projection orthonormal. Default: as ``tied``.
+        eps: quantisation precision epsilon of the exact contraction. Default: 0.1, of a certified step the
+            root of ``head_dim``.
         qkv: ``"shared"``: one projection is query, key and value, the subspace bases U_k of the paper;
             ``"separate"``: three, as in a ViT (representatives are made from the queries).
         layout: ``"standard"`` pools the grid tokens. ``"official"`` pools all but the last
             ``num_prefix_tokens`` tokens, as the released checkpoints were trained, although prefix tokens
             come first there too.
         impl: implementation of the operator, see :func:`cbsa_torch.ops.cbsa`.
-        **options: of every mixer: ``head_dim``, ``tied`` (CBSA-dagger), ``orthogonal``, prefix tokens and grid,
-            timm's arguments, device and dtype; see :class:`cbsa_torch.nn.TokenMixer`.
+        **options: of every mixer: ``head_dim``, prefix tokens and grid, timm's arguments, device and dtype; see
+            :class:`cbsa_torch.nn.TokenMixer`.
 
     Attributes:
         qkv: the input projection. proj: the output projection (None if tied).
-        step_tokens: kappa, ``(H,)``; step_representatives: eta, ``(H,)`` (None for representatives that
-            bring their attention with them). Both learned, any sign, drawn from a standard normal as in
-            the official code.
+        step_tokens: kappa, ``(H,)`` (None if the step is certified); step_representatives: eta, ``(H,)`` (None
+            for representatives that bring their attention with them). Both learned, any sign, drawn from a
+            standard normal as in the official code.
+        step_logit: ``(H,)``, learned, 0 at first: its sigmoid is kappa in parts of the certified limit. None if
+            the step is free.
 
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
@@ -74,24 +95,38 @@ class CBSA(TokenMixer):
         *,
         num_representatives: int | None = None,
         representatives: RepresentativeKind | Strategy = "pool",
-        contraction: Contraction = "softmax",
+        step: Step = "free",
+        contraction: Contraction | None = None,
+        tied: bool | None = None,
+        orthogonal: bool | None = None,
         eps: float | None = None,
         qkv: QKV = "shared",
         layout: Layout = "standard",
         impl: Impl = "auto",
         **options: Any,
     ) -> None:
-        check_choice("contraction", contraction, CONTRACTIONS)
-        eps = exact_eps(eps, contraction)
+        check_choice("step", step, STEPS)
+        if contraction is not None:
+            check_choice("contraction", contraction, CONTRACTIONS)
         check_choice("impl", impl, IMPLS)
-        super().__init__(dim, num_heads, qkv=qkv, **options)
+        certified = step == "certified"
+        if certified:
+            given = {"contraction": contraction, "tied": tied, "orthogonal": orthogonal, "qkv": qkv}
+            _check_certified({**options, **given}, impl)
+        contraction = ("exact" if certified else "softmax") if contraction is None else contraction
+        tied, orthogonal = (certified if option is None else option for option in (tied, orthogonal))
+        if not certified or eps is not None:
+            eps = exact_eps(eps, contraction)
+        super().__init__(dim, num_heads, qkv=qkv, tied=tied, orthogonal=orthogonal, **options)
+        self.step: Step = step
         self.contraction: Contraction = contraction
-        self.eps = eps
+        self.eps = self.head_dim**0.5 if eps is None else eps
         self.impl: Impl = impl
         self._make_representatives(representatives, num_representatives, layout)
-        self.step_tokens = self._per_head()
+        self.step_tokens = None if certified else self._per_head()
+        self.step_logit = self._per_head() if certified else None
         self.step_representatives: nn.Parameter | None = None
-        if isinstance(self.representatives, PrincipalDirections) and contraction == "softmax":
+        if isinstance(self.representatives, PrincipalDirections) and self.contraction == "softmax":
             raise ValueError(
                 "representatives='principal' needs contraction='exact' or 'none': the signs of principal "
                 "directions are arbitrary, and the softmax contraction depends on them"
@@ -104,12 +139,23 @@ class CBSA(TokenMixer):
         self._reset_steps()
 
     def _reset_steps(self) -> None:
-        nn.init.normal_(self.step_tokens)
+        if self.step_tokens is not None:
+            nn.init.normal_(self.step_tokens)
+        if self.step_logit is not None:
+            nn.init.zeros_(self.step_logit)
         if self.step_representatives is not None:
             nn.init.normal_(self.step_representatives)
 
+    def project(self, source: MixerInput) -> Heads:
+        """Into the subspaces; for a certified step by bases that autocast does not round."""
+        if self.step == "free" or not is_autocast(source.x):
+            return super().project(source)
+        with no_autocast(source.x):
+            dtype = next(self.qkv.parameters()).dtype
+            return super().project(source._replace(x=source.x.to(dtype)))
+
     def mix(self, heads: Heads) -> Tensor:
-        """Apply :func:`cbsa_torch.ops.cbsa`."""
+        """Apply :func:`cbsa_torch.ops.cbsa` or, for a certified step, :func:`cbsa_torch.ops.certified_cbsa`."""
         return run(self._inputs(heads), self.impl)
 
     def mix_and_project(self, heads: Heads) -> Tensor:
@@ -147,6 +193,18 @@ class CBSA(TokenMixer):
                 "representatives must set gives_attention = True if and only if they return an attention, "
                 f"got {'none' if chosen.attention is None else 'one'}"
             )
+        if self.step_logit is not None:
+            eta = 1.0 if self.step_representatives is None else self.step_representatives
+            return certified_inputs(
+                heads.queries,
+                chosen,
+                fraction=self.step_logit.sigmoid(),
+                eps=self.eps,
+                step_representatives=eta,
+                token_mask=heads.source.token_mask,
+                num_prefix_tokens=self._first_represented(heads.source),
+            )
+        assert self.step_tokens is not None
         options: dict[str, Any] = {
             "step_tokens": self.step_tokens,
             "contraction": self.contraction,
@@ -169,4 +227,18 @@ class CBSA(TokenMixer):
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
         eps = f", eps={self.eps}" if self.contraction == "exact" else ""
-        return f"{super().extra_repr()}, contraction={self.contraction!r}{eps}, layout={self.layout!r}"
+        step = "" if self.step == "free" else f", step={self.step!r}"
+        return f"{super().extra_repr()}{step}, contraction={self.contraction!r}{eps}, layout={self.layout!r}"
+
+
+def _check_certified(options: dict[str, Any], impl: Impl) -> None:
+    """Raise ``ValueError`` where an option that was given (not None) contradicts a certified step."""
+    for name, needed in _CERTIFIED.items():
+        given = options.get(name)
+        if given is not None and given != needed:
+            raise ValueError(
+                f"{name} must be {needed!r} with step='certified', which guarantees a fall of the coding rate "
+                f"for no other; got {given!r}"
+            )
+    if impl in ("tiled", "triton"):
+        raise ValueError(f"impl must be 'auto' or 'eager' with step='certified', got {impl!r}")

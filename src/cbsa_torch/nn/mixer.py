@@ -458,7 +458,7 @@ class TokenMixer(nn.Module, abc.ABC):
         if self.needs_grid:
             grid = source.grid_size
             assert grid is not None, "read() sets it when needs_grid"
-            first = 0 if self.layout == "official" else source.num_prefix_tokens
+            first = self._first_represented(source)
             cells = slice(first, first + math.prod(grid))
             tokens, mask = tokens[:, :, cells], None if mask is None else mask[:, cells]
         chosen = self.representatives(tokens, grid, mask)
@@ -468,6 +468,10 @@ class TokenMixer(nn.Module, abc.ABC):
                 f"got {type(chosen).__name__}"
             )
         return chosen
+
+    def _first_represented(self, source: MixerInput) -> int:
+        """The first of the tokens that representatives are made from."""
+        return source.num_prefix_tokens if self.needs_grid and self.layout == "standard" else 0
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

@@ -1,9 +1,9 @@
 """Pure functions: the mathematics, without parameters. Needs torch alone."""
 
-from cbsa_torch._core.types import CBSAStages, Representatives
+from cbsa_torch._core.types import CBSAStages, GridPooling, Representatives
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.agent_attention import agent_attention
-from cbsa_torch.ops.cbsa.api import cbsa, contract_and_broadcast
+from cbsa_torch.ops.cbsa.api import cbsa, certified_cbsa, contract_and_broadcast
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages
 from cbsa_torch.ops.coding_rate import coding_rate, compression_rate, rate_reduction
@@ -18,12 +18,14 @@ from cbsa_torch.ops.tssa import channel_attention, tssa
 __all__ = [
     "CBSAInputs",
     "CBSAStages",
+    "GridPooling",
     "Representatives",
     "agent_attention",
     "basis_directions",
     "cbsa",
     "cbsa_inputs",
     "cbsa_stages",
+    "certified_cbsa",
     "channel_attention",
     "coding_rate",
     "compression_rate",

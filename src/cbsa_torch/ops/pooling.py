@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive_int, check_shape
 from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.types import GridSize, Representatives
+from cbsa_torch._core.types import GridPooling, GridSize, Representatives
 from cbsa_torch.ops.masking import zero_rows
 
 LARGE_CELL = 256
@@ -57,7 +57,8 @@ def pool_representatives(
         token_mask: ``(B, N)`` bool, True = a real token. Cells without real tokens give no representative.
 
     Returns:
-        :class:`Representatives`: values ``(B, H, M, P)`` and, if a mask was given, their mask ``(B, M)``.
+        :class:`Representatives`: values ``(B, H, M, P)``, the weights of the tokens in them, and, if a mask was
+        given, their mask ``(B, M)``.
 
     Raises:
         ValueError: a grid that is not one to three positive integers or does not fit ``tokens``, a mask of
@@ -73,8 +74,9 @@ def pool_representatives(
         check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token", ("tokens", tokens))
         return _pool_masked(tokens, grid_size, num_representatives, token_mask)
     cells = _closest(grid_size, num_representatives)
+    weights = GridPooling(grid_size, cells)
     if cells == grid_size:
-        return Representatives(tokens, None)
+        return Representatives(tokens, token_weights=weights)
     # Channels last, strides as PyTorch expects them of such: no copy for the heads of a joint projection, and
     # a kernel that is twenty times faster, forward and backward.
     channels_last = tokens.transpose(1, 2).reshape(b, *grid_size, h * p)
@@ -82,7 +84,8 @@ def pool_representatives(
         pooled = _pool_by_products(channels_last, cells)
     else:
         pooled = _ADAPTIVE_POOL[len(grid_size)](channels_last.movedim(-1, 1), cells).movedim(1, -1)
-    return Representatives(pooled.reshape(b, math.prod(cells), h, p).transpose(1, 2), None)
+    values = pooled.reshape(b, math.prod(cells), h, p).transpose(1, 2)
+    return Representatives(values, token_weights=weights)
 
 
 def _pool_by_products(channels_last: Tensor, cells: GridSize) -> Tensor:
@@ -97,11 +100,16 @@ def _pool_by_products(channels_last: Tensor, cells: GridSize) -> Tensor:
     with no_autocast(channels_last):
         for axis, (side, count) in enumerate(zip(grid_size, cells, strict=True)):
             bound = 1 << (-(-side // count)).bit_length()  # at least the tokens of a window
-            cell, position = torch.arange(count, device=device), torch.arange(side, device=device)
-            member = _in_window(cell[:, None], position, side, count).to(dtype)
+            member = window_members(side, count, device).to(dtype)
             pooled = (member / bound) @ pooled.reshape(b * math.prod(cells[:axis]), side, -1)
             factor = factor[..., None] * (bound / member.sum(1, dtype=factor.dtype))
         return (pooled.reshape(b, *cells, c) * factor[..., None]).to(dtype)
+
+
+def window_members(side: int, count: int, device: torch.device) -> Tensor:
+    """Which of ``side`` positions lie in the window of each of ``count`` cells: ``(count, side)`` bool."""
+    cell, position = torch.arange(count, device=device), torch.arange(side, device=device)
+    return _in_window(cell[:, None], position, side, count)
 
 
 def _in_window(cell: Any, position: Tensor, size: Any, count: Any) -> Tensor:
@@ -185,7 +193,7 @@ def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Te
         average = weights.to(dtype) / total.clamp(min=1).to(dtype)
         clean = zero_rows(tokens, token_mask).to(dtype)
         values = (average[:, None] @ clean).to(tokens.dtype)  # (B, H, M, P)
-    return Representatives(zero_rows(values, exists), exists)
+    return Representatives(zero_rows(values, exists), exists, token_weights=average)
 
 
 def _bounding_box(real: Tensor) -> tuple[Tensor, Tensor]:

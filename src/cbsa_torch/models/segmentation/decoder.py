@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from cbsa_torch._core.checks import check_bool, check_choice, check_floating, check_positive_int
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.types import GridSize
+from cbsa_torch._core.types import RESIDUALS, GridSize, Residual
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -66,7 +66,8 @@ class MaskTransformerDecoder(nn.Module):
             :meth:`reset_classes` also calls its ``set_input_size(None, K)``.
         encoder_dim: channels of the features. Default: ``dim``; otherwise a linear layer comes first.
         learned_step: a learned step size per layer, x <- x + step * mixer(LN(x)), standard normal at first, as
-            in DEPICT. The steps of CBSA are its own.
+            in DEPICT. The steps of CBSA are its own; beside a certified step another is refused.
+        residual: what the update is added to: ``"input"``, x, or ``"norm"``, LN(x).
         device, dtype: of the parameters.
         **options: of the mixer, e.g. ``tied``, ``contraction``, ``num_representatives`` (default 100: pooled
             over the grid of patches alone, 10 x 10 if it is a square).
@@ -86,6 +87,7 @@ class MaskTransformerDecoder(nn.Module):
         mixer: Mixer = "cbsa",
         encoder_dim: int | None = None,
         learned_step: bool = False,
+        residual: Residual = "input",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -96,6 +98,8 @@ class MaskTransformerDecoder(nn.Module):
             check_positive_int(name, value)
         check_positive_int("encoder_dim", encoder_dim)
         check_bool("learned_step", learned_step)
+        if learned_step and options.get("step") == "certified":
+            raise ValueError("learned_step must be False with step='certified', whose length is its own")
         if "num_prefix_tokens" in options:
             raise TypeError("num_prefix_tokens is no option here: the class embeddings are the prefix tokens")
         num_heads = default_num_heads(dim) if num_heads is None else num_heads
@@ -120,7 +124,9 @@ class MaskTransformerDecoder(nn.Module):
             attn = mixer(
                 dim, num_heads, head_dim=head_dim, num_prefix_tokens=num_classes, **factory_kwargs, **options
             )
-            self.layers.append(DecoderLayer(dim, attn, learned_step=learned_step, **factory_kwargs))
+            self.layers.append(
+                DecoderLayer(dim, attn, learned_step=learned_step, residual=residual, **factory_kwargs)
+            )
         self.norm = nn.LayerNorm(dim, **factory_kwargs)
         self.similarity = CosineSimilarity()
         self.mask_norm: nn.Module = _class_norm(num_classes, **factory_kwargs)
@@ -191,12 +197,13 @@ class MaskTransformerDecoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x <- x + step * attn(norm(x)); the step is 1 or learned.
+    """x <- x + step * attn(norm(x)), or norm(x) + step * attn(norm(x)); the step is 1 or learned.
 
     Args:
         dim: channels.
         attn: a token mixer, called as ``attn(x, grid_size)``.
         learned_step: whether the step is a parameter.
+        residual: what the update is added to: ``"input"``, x, or ``"norm"``, norm(x).
         device, dtype: of the parameters made here (not of ``attn``).
     """
 
@@ -206,10 +213,13 @@ class DecoderLayer(nn.Module):
         attn: nn.Module,
         *,
         learned_step: bool = False,
+        residual: Residual = "input",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_choice("residual", residual, RESIDUALS)
+        self.residual: Residual = residual
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.attn = attn
         self.step: nn.Parameter | None = None
@@ -222,8 +232,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, grid_size: GridSize) -> Tensor:
         """Transform ``(B, N, dim)`` tokens, prefix tokens first; same shape."""
-        update = self.attn(self.norm(x), grid_size)
-        return x + (update if self.step is None else self.step * update)
+        normed = self.norm(x)
+        update = self.attn(normed, grid_size)
+        update = update if self.step is None else self.step * update
+        return (normed if self.residual == "norm" else x) + update
 
 
 class CosineSimilarity(nn.Module):

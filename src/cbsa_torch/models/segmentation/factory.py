@@ -16,6 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.types import Residual
 from cbsa_torch.models.checkpoint import refuse_fetching
 from cbsa_torch.models.registry import build_entry, names
 from cbsa_torch.models.segmentation.decoder import HEAD_DIM, MaskTransformerDecoder, Mixer
@@ -54,6 +55,7 @@ def segmenter(
     num_heads: int | None = None,
     head_dim: int | None = HEAD_DIM,
     learned_step: bool = False,
+    residual: Residual = "input",
     mixer_args: Mapping[str, Any] | None = None,
     encoder_args: Mapping[str, Any] | None = None,
     encoder_norm_eps: float | None = None,
@@ -72,8 +74,8 @@ def segmenter(
         encoder: a model of timm, ours included; with ``dynamic_img_size`` where it knows it.
         mixer: ``"cbsa"`` (CBT), ``"mssa"`` (DEPICT), ``"mhsa"`` (Segmenter), ``"tssa"``, ``"linear_cbsa"``,
             ``"agent"``.
-        num_classes, depth, num_heads, head_dim, learned_step: of :class:`MaskTransformerDecoder`; the defaults
-            are the paper's.
+        num_classes, depth, num_heads, head_dim, learned_step, residual: of :class:`MaskTransformerDecoder`; the
+            defaults are the paper's.
         dim: of the decoder. Default: the encoder's.
         mixer_args: options of the mixer, e.g. ``{"tied": True}``.
         encoder_args: options of the encoder, e.g. ``{"drop_path_rate": 0.1}``.
@@ -111,6 +113,7 @@ def segmenter(
             mixer=mixer,
             encoder_dim=channels(made),
             learned_step=learned_step,
+            residual=residual,
             **factory_kwargs,
             **(mixer_args or {}),
         )

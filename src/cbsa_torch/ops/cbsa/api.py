@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_choice, check_floating
-from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, check_projection
+from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl, Representatives
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs, check_projection
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
 from cbsa_torch.ops.cbsa.two_softmax import two_softmax
@@ -138,6 +138,66 @@ def contract_and_broadcast(
     return run(inputs)
 
 
+def certified_cbsa(
+    tokens: Tensor,
+    representatives: Representatives,
+    *,
+    fraction: Tensor | float,
+    eps: float | None = None,
+    step_representatives: Tensor | float = 1.0,
+    scale: float | None = None,
+    token_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """CBSA as a gradient step that cannot raise the coding rate of the representatives.
+
+    Let W be the tokens of one head and B ``(M, N)`` the weights that make its representatives of them,
+    X = B W + constant: B = Pi + eta A for first guesses Pi W (pooled ones), eta A for those that do not depend
+    on the tokens, A where the attention comes with the representatives. The exact contraction C (Eq. 7) is
+    1 / alpha times the gradient of the coding rate (1) of X, R = 1/2 log det(I + alpha X X^T) with
+    alpha = P / (M eps^2), so that -kappa B^T C is a step against the gradient with respect to W, B held.
+
+    Theorem: with G = B B^T and any kappa from 0 to 2 / |G|, its largest eigenvalue, the rate of the
+    representatives after the step, X - kappa G C, is lower by at least
+    alpha kappa (1 - kappa |G| / 2) tr(C^T G C) >= 0, for all tokens, eps and sizes: the Hessian of R is at most
+    alpha. Here kappa = 2 fraction / bound, where (|Pi| + |eta| |A|_F)^2 bounds |G| for every item and head.
+    It says nothing of the rate of all tokens, nor of representatives that are extracted anew.
+
+    Gradients are those with the bound held constant.
+
+    Args:
+        tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z. The projections must be orthonormal bases
+            of subspaces orthogonal to each other, and tied, for heads not to disturb each other.
+        representatives: first guesses with the weights of the tokens in them, as ``ops.pool_representatives``
+            returns (without weights they count as constant), or representatives with their attention.
+        fraction: kappa in parts of its limit 2 / bound, between 0 and 1: a number or ``(H,)``.
+        eps: epsilon of the coding rate. Default: the root of P.
+        step_representatives: eta, as for :func:`cbsa`. The bound takes no |eta| below 0.1.
+        scale, token_mask: as for :func:`cbsa`.
+        num_prefix_tokens: tokens before those that the first guesses were made of.
+        impl: ``"eager"`` or ``"auto"``.
+
+    Returns:
+        ``(B, H, N, P)`` in the dtype of ``tokens``; add it to the tokens after projecting back. Zeros for an
+        item without any real token.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+    """
+    inputs = certified_inputs(
+        tokens,
+        representatives,
+        fraction=fraction,
+        eps=tokens.shape[-1] ** 0.5 if eps is None else eps,
+        step_representatives=step_representatives,
+        scale=scale,
+        token_mask=token_mask,
+        num_prefix_tokens=num_prefix_tokens,
+    )
+    return run(inputs, impl)
+
+
 def run(inputs: CBSAInputs, impl: Impl = "auto") -> Tensor:
     """CBSA of checked inputs by ``impl`` (see :func:`cbsa`): ``(B, H, N, P)`` in the dtype of the tokens."""
     return _heads(inputs, _choose(inputs, impl, None))
@@ -195,6 +255,8 @@ def _choose(inputs: CBSAInputs, impl: Impl, out_weight: Tensor | None) -> Impl:
         raise ValueError(
             f"impl={impl!r} computes the attention itself; representatives that bring theirs need impl='eager'"
         )
+    if inputs.fraction is not None:
+        raise ValueError(f"impl={impl!r} does not compute the certified step; use impl='eager' or 'auto'")
     if impl == "triton" and inputs.broadcast == "softmax":
         raise ValueError("impl='triton' broadcasts with the attention it extracted; use 'tiled' or 'eager'")
     return impl
@@ -207,7 +269,7 @@ def fastest(inputs: CBSAInputs, out_weight: Tensor | None) -> Impl:
     ``torch.func`` and forward-mode differentiation know the equations only.
     """
     given_or_fresh = inputs.attention is not None or inputs.broadcast == "softmax"
-    if given_or_fresh or torch.compiler.is_exporting() or is_transformed():
+    if given_or_fresh or inputs.fraction is not None or torch.compiler.is_exporting() or is_transformed():
         return "eager"
     b, h, m, _ = inputs.representatives.shape
     many = MANY_WEIGHTS if out_weight is not None and folds(inputs, out_weight) else 4 * MANY_WEIGHTS

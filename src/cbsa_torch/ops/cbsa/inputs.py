@@ -18,7 +18,16 @@ from cbsa_torch._core.checks import (
     check_shape,
 )
 from cbsa_torch._core.precision import compute_dtype
-from cbsa_torch._core.types import BROADCASTS, CONTRACTIONS, DEFAULT_EPS, Broadcast, Contraction
+from cbsa_torch._core.types import (
+    BROADCASTS,
+    CONTRACTIONS,
+    DEFAULT_EPS,
+    Broadcast,
+    Contraction,
+    GridPooling,
+    Representatives,
+)
+from cbsa_torch.ops.token_weights import check_token_weights
 
 
 class CBSAInputs(NamedTuple):
@@ -44,6 +53,13 @@ class CBSAInputs(NamedTuple):
     key_mask: Tensor | None
     """``token_mask`` if none was given."""
     representative_mask: Tensor | None
+    fraction: Tensor | None = None
+    """``(H,)`` kappa of the certified step, in parts of its limit; None for a free step. Then ``step_tokens``
+    and ``contraction`` have no effect: the step is the limit's, the contraction exact."""
+    token_weights: Tensor | GridPooling | None = None
+    """Pi of the certified step; see :class:`cbsa_torch.ops.Representatives`."""
+    num_prefix_tokens: int = 0
+    """Tokens before those that Pi is over."""
 
 
 def cbsa_inputs(
@@ -134,6 +150,54 @@ def cbsa_inputs(
         token_mask=token_mask,
         key_mask=key_mask,
         representative_mask=representative_mask,
+    )
+
+
+def certified_inputs(
+    tokens: Tensor,
+    representatives: Representatives,
+    *,
+    fraction: Tensor | float,
+    eps: float,
+    step_representatives: Tensor | float = 1.0,
+    scale: float | None = None,
+    token_mask: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+) -> CBSAInputs:
+    """Check the arguments of :func:`cbsa_torch.ops.certified_cbsa` and fill in its defaults.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+    """
+    if not isinstance(representatives, Representatives):
+        raise TypeError(
+            "representatives must be ops.Representatives, as ops.pool_representatives returns, "
+            f"got {type(representatives).__name__}"
+        )
+    if not isinstance(num_prefix_tokens, int) or isinstance(num_prefix_tokens, bool) or num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
+    values, mask, attention, token_weights = representatives
+    inputs = cbsa_inputs(
+        tokens,
+        values,
+        attention=attention,
+        step_representatives=step_representatives,
+        scale=scale,
+        contraction="exact",
+        eps=eps,
+        token_mask=token_mask,
+        representative_mask=mask,
+    )
+    if not isinstance(fraction, Tensor) and not 0 < fraction < 1:
+        raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}")
+    if token_weights is not None:
+        if attention is not None:
+            raise ValueError("token_weights cannot be given beside an attention, which takes their place")
+        check_token_weights(token_weights, tokens, values.shape[2], num_prefix_tokens)
+    return inputs._replace(
+        fraction=_per_head("fraction", fraction, tokens),
+        token_weights=token_weights,
+        num_prefix_tokens=num_prefix_tokens,
     )
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import CBSAStages
+from cbsa_torch.ops.cbsa.certified import all_weights, limit_of
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
 
@@ -100,7 +101,7 @@ def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tens
     Args:
         weights: ``(B, H, N, M)``, A with tokens as rows; not renormalised over representatives.
         contracted: ``(B, H, M, P)``.
-        step: kappa, a number or ``(H, 1, 1)``.
+        step: kappa, a number or ``(B, H, 1, 1)``.
 
     Returns:
         ``(B, H, N, P)``.
@@ -129,9 +130,8 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
     dtype = compute_dtype(inputs.tokens.dtype)
     token_mask, key_mask, representative_mask = inputs.token_mask, inputs.key_mask, inputs.representative_mask
     with no_autocast(inputs.tokens):
-        eta, kappa = (
-            step.to(dtype)[:, None, None] for step in (inputs.step_representatives, inputs.step_tokens)
-        )
+        eta = inputs.step_representatives.to(dtype)[:, None, None]
+        step = inputs.step_tokens.to(dtype).expand(inputs.tokens.shape[0], -1)  # (B, H)
         # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
         tokens = zero_rows(inputs.tokens.to(dtype), token_mask)
         keys, values = (zero_rows(t.to(dtype), key_mask) for t in (inputs.keys, inputs.values))
@@ -164,9 +164,12 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
             weights = zero_rows(weights, token_mask)
             if key_mask is not None:  # without any real key there is nothing to attend to
                 weights = weights.masked_fill(~key_mask.any(-1)[:, None, None, None], 0.0)
-        else:
+        elif inputs.fraction is None:
             weights = attention.mT
-        output = broadcast(weights, contracted, kappa)
+        else:
+            weights = all_weights(attention, inputs).mT
+            step = -inputs.fraction.to(dtype) * limit_of(attention, inputs)  # (B, H)
+        output = broadcast(weights, contracted, step[..., None, None])
     return CBSAStages(
         tokens,
         representatives,
@@ -176,5 +179,6 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         contracted,
         weights,
         output,
+        step,
         representative_mask,
     )
