@@ -22,8 +22,8 @@ import fnmatch
 import io
 import json
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +39,11 @@ from torch import Tensor, nn
 
 from cbsa_torch import CBSA, interpret, ops
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch._core.types import CBSAStages
 from cbsa_torch.bench import measure as bench_measure
 from cbsa_torch.interpret.rates import rank_correlation
 from cbsa_torch.nn import TokenMixer, WhiteBoxBlock
+from cbsa_torch.ops.cbsa import certified as certified_ops
 from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config, train
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder, environment
@@ -50,20 +52,43 @@ from cbsa_torch.train.tasks.base import Trained
 RESULTS = Path("benchmarks/results/certified")
 
 SQRT = "sqrt(p)"
-"""As eps: the square root of the dimension of a head."""
+"""At the end of eps: times the square root of the dimension of a head."""
 EXACT = {"contraction": "exact", "tied": True, "orthogonal": True}
+CERTIFIED = {"step": "certified"}
+PRODUCT = {"BOUND": "product"}
+GRADIENT = {"BOUND_IN_GRADIENT": True}
 
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "default": ("cbt", {}),
-    "orthogonal": ("cbt", {"orthogonal": True}),
-    "tied": ("cbt", {"tied": True, "orthogonal": True}),
-    "exact_untied": ("cbt", {"contraction": "exact", "eps": 1.0}),
-    "exact_eps1": ("cbt", {**EXACT, "eps": 1.0}),
-    "exact_sqrt": ("cbt", {**EXACT, "eps": SQRT}),
-    "crate": ("crate", {}),
-    "tost": ("tost", {}),
+
+class Form(NamedTuple):
+    """A form of the model."""
+
+    family: str
+    args: dict[str, Any]
+    """Of the model and its mixer."""
+    switches: dict[str, Any] = {}  # noqa: RUF012
+    """Globals of :mod:`cbsa_torch.ops.cbsa.certified` that differ."""
+
+
+FORMS = {
+    "default": Form("cbt", {}),
+    "orthogonal": Form("cbt", {"orthogonal": True}),
+    "tied": Form("cbt", {"tied": True, "orthogonal": True}),
+    "exact_untied": Form("cbt", {"contraction": "exact", "eps": SQRT}),
+    "exact_eps1": Form("cbt", {**EXACT, "eps": 1.0}),
+    "exact_sqrt": Form("cbt", {**EXACT, "eps": SQRT}),
+    "certified": Form("cbt", CERTIFIED),
+    "certified_norm": Form("cbt", {**CERTIFIED, "residual": "norm"}),
+    "certified_eps0.1": Form("cbt", {**CERTIFIED, "eps": 0.1}),
+    "certified_eps1": Form("cbt", {**CERTIFIED, "eps": 1.0}),
+    "certified_eps4sqrt": Form("cbt", {**CERTIFIED, "eps": f"4 {SQRT}"}),
+    "certified_gradient": Form("cbt", CERTIFIED, GRADIENT),
+    "certified_product": Form("cbt", CERTIFIED, PRODUCT),
+    "certified_product_gradient": Form("cbt", CERTIFIED, {**PRODUCT, **GRADIENT}),
+    "crate": Form("crate", {}),
+    "tost": Form("tost", {}),
 }
-"""Name, family of models and arguments of the mixer."""
+"""The forms by name. One change at a time: ``certified`` has the usual block, eps = sqrt(p), the bound by norms
+(Frobenius), no gradient through it."""
 
 
 class DataSet(NamedTuple):
@@ -117,10 +142,26 @@ class Run(NamedTuple):
 def plan() -> list[Run]:
     """All runs of the study, the most important first."""
     runs = [Run("digits", "default", seed) for seed in range(5)]
-    runs += [Run("cifar", form, 0) for form in ("default", "tied", "exact_eps1", "exact_sqrt")]
-    runs += [Run("digits", "default", seed) for seed in range(5, 10)]
+    runs += [Run("cifar", form, 0) for form in ("default", "tied", "certified", "certified_norm")]
+    runs += [Run("digits", form, 0) for form in ("certified_norm", "certified")]
+    runs += [Run("cifar", form, 0) for form in ("certified_product_gradient", "exact_sqrt")]
+    runs += [Run("digits", form, seed) for seed in range(1, 3) for form in ("certified_norm", "certified")]
+    runs += [Run("cifar", form, 0) for form in ("certified_gradient", "certified_eps1", "exact_eps1")]
+    runs += [Run("digits", "certified_norm", seed) for seed in range(3, 5)]
+    runs += [Run("cifar", form, 0) for form in ("certified_product", "certified_eps4sqrt", "exact_untied")]
+    runs += [Run("digits", form, seed) for seed in range(5, 10) for form in ("default", "certified_norm")]
+    runs += [Run("animals28", form, 0) for form in ("certified_norm", "default", "certified")]
     runs += [Run("digits", form, seed) for seed in range(3) for form in ("exact_eps1", "crate", "tost")]
-    runs += [Run("cifar", form, 0) for form in ("orthogonal", "exact_untied")]
+    runs += [Run("animals28", form, seed) for seed in range(1, 3) for form in ("certified_norm", "default")]
+    runs += [
+        Run("digits", form, seed, depth)
+        for seed in range(3)
+        for depth in (8, 16)
+        for form in ("default", "certified_norm")
+    ]
+    runs += [Run("cifar", form, 0) for form in ("orthogonal", "certified_eps0.1")]
+    runs += [Run("cifar", form, 1) for form in ("default", "certified", "certified_norm")]
+    runs += [Run("digits", "certified", seed) for seed in range(3, 10)]
     return list(dict.fromkeys(runs))
 
 
@@ -146,8 +187,8 @@ def configuration(run: Run, options: Options) -> TrainConfig:
     data = DATA[run.data]
     recipe = load_config(data.recipe)
     assert isinstance(recipe, TrainConfig)
-    family, form = FORMS[run.form]
-    args = resolved(form, data.head_dim)
+    form = FORMS[run.form]
+    args = resolved(form.args, data.head_dim)
     if run.depth is not None:
         args["depth"] = run.depth
     if run.data == "animals28" and options.animals is not None:
@@ -163,14 +204,31 @@ def configuration(run: Run, options: Options) -> TrainConfig:
         recipe,
         output=str(options.runs / run.name),
         seed=run.seed,
-        model=replace(recipe.model, name=f"{family}_{data.model}", args=args),
+        model=replace(recipe.model, name=f"{form.family}_{data.model}", args=args),
         engine=replace(recipe.engine, threads=1, tracker="none"),
     )
 
 
 def resolved(args: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """The arguments with the square root of the heads' dimension where they ask for it."""
-    return {key: math.sqrt(head_dim) if value == SQRT else value for key, value in args.items()}
+    """The arguments as the model takes them: an eps in square roots of the heads' dimension as a number."""
+    eps = args.get("eps")
+    if not isinstance(eps, str):
+        return dict(args)
+    factor = eps.removesuffix(SQRT).strip() or "1"
+    return {**args, "eps": float(factor) * math.sqrt(head_dim)}
+
+
+@contextmanager
+def switched(form: str) -> Iterator[None]:
+    """The form's switches, as long as the context is open."""
+    before = {name: getattr(certified_ops, name) for name in FORMS[form].switches}
+    try:
+        for name, value in FORMS[form].switches.items():
+            setattr(certified_ops, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(certified_ops, name, value)
 
 
 def link_subset(source: Path, target: Path) -> None:
@@ -198,6 +256,7 @@ def train_run(run: Run, options: Options) -> dict[str, Any]:
         **run._asdict(),
         "model": config.model.name,
         "model_args": dict(config.model.args),
+        "switches": FORMS[run.form].switches,
         "recipe": DATA[run.data].recipe,
         "epochs": config.optim.epochs,
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
@@ -274,8 +333,9 @@ def step_effects(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
     """Rates before and after the step that each layer really takes, whatever its form.
 
     With z = norm1(x), the tokens U_k^T (z + attn(z)) are compared with U_k^T z, and so are those of the
-    stream, x + attn(z) with x. Representatives after the step are made from the tokens after it by the
-    weights that made them before it: of CBSA with pooled first guesses W Pi + eta W A with A as it was.
+    stream, x + attn(z) with x; a block that carries z + attn(z) has z for its stream. Representatives after the
+    step are made from the tokens after it by the weights that made them before it: of CBSA with pooled first
+    guesses W Pi + eta W A with A as it was.
 
     Returns:
         ``layers``: for each the summaries of ``tokens``, ``stream`` and, of CBSA, ``representatives``
@@ -283,7 +343,7 @@ def step_effects(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
         ``correlation``: over layers and heads, the rank correlation of the reductions of tokens and
         representatives by this step.
     """
-    seen: dict[str, list[dict[str, Fall]]] = {}
+    seen: dict[str, list[dict[str, Any]]] = {}
     blocks = {name: block for name, block in model.named_modules() if isinstance(block, WhiteBoxBlock)}
     calls: dict[str, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
     streams: dict[str, Tensor] = {}
@@ -303,14 +363,20 @@ def step_effects(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
             done, calls, streams_done = dict(calls), {}, dict(streams)
             for name, (z, rest, update) in done.items():
                 attn: Any = blocks[name].attn
-                seen.setdefault(name, []).append(_layer_falls(attn, streams_done[name], z, update, rest))
+                stream = z if blocks[name].residual == "norm" else streams_done[name]
+                seen.setdefault(name, []).append(_layer_falls(attn, stream, z, update, rest))
     layers = []
     falls: dict[str, list[float]] = {"tokens": [], "representatives": []}
     for name, parts in seen.items():
-        whole = {
-            key: Fall(*map(torch.cat, zip(*(part[key] for part in parts), strict=True))) for key in parts[0]
+        whole: dict[str, Any] = {
+            key: type(first)(*map(torch.cat, zip(*(part[key] for part in parts), strict=True)))
+            for key, first in parts[0].items()
         }
-        layers.append({"layer": name, **{key: fall.summary() for key, fall in whole.items()}})
+        promised = whole.pop("guarantee", None)
+        layer = {"layer": name, **{key: fall.summary() for key, fall in whole.items()}}
+        if promised is not None:
+            layer["certificate"] = promised.summary(whole["representatives_own"])
+        layers.append(layer)
         for key, values in falls.items():
             if key in whole:
                 values += (whole[key].before - whole[key].after).mean(0).tolist()
@@ -320,13 +386,15 @@ def step_effects(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
 
 def _layer_falls(
     attn: TokenMixer, x: Tensor, z: Tensor, update: Tensor, rest: tuple[Any, ...]
-) -> dict[str, Fall]:
+) -> dict[str, Any]:
     """The rates of one layer on one batch."""
 
     def tokens(features: Tensor) -> Tensor:
         return ops.coding_rate(attn.heads(features, *rest).queries.contiguous())
 
-    falls = {"tokens": Fall(tokens(z), tokens(z + update)), "stream": Fall(tokens(x), tokens(x + update))}
+    falls: dict[str, Any] = {
+        key: Fall(tokens(t), tokens(t + update)) for key, t in (("tokens", z), ("stream", x))
+    }
     if not isinstance(attn, CBSA) or attn.step_representatives is None:
         return falls
     first, second = attn.stages(z, *rest), attn.stages(z + update, *rest)
@@ -335,7 +403,40 @@ def _layer_falls(
     own = attn.eps if attn.contraction == "exact" else 1.0
     for key, eps in (("representatives", 0.1), ("representatives_own", own)):
         falls[key] = Fall(ops.coding_rate(first.extracted, eps=eps), ops.coding_rate(after, eps=eps))
+    if attn.step == "certified":
+        falls["guarantee"] = guarantee(first, attn.eps)
     return falls
+
+
+class Guarantee(NamedTuple):
+    """What the theorem says of a certified step, ``(images, heads)`` each."""
+
+    fall: Tensor
+    """The rate of the representatives falls by at least alpha kappa (1 - kappa |G| / 2) tr(C^T C G)."""
+    fraction: Tensor
+    """kappa |G| / 2 with the spectral norm of G = B^T B: the theorem holds below 1."""
+
+    def summary(self, measured: Fall) -> dict[str, Any]:
+        """In how many cases the rate fell by what is guaranteed, up to 1e-9 of it, and how far the steps go."""
+        real = measured.before - measured.after
+        holds = real >= self.fall - 1e-9 * measured.before
+        quarter = self.fraction.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+        return {
+            "holds": int(holds.sum()),
+            "cases": holds.numel(),
+            "fraction_quartiles": quarter.tolist(),
+            "median_fall": real.median().item(),
+            "median_guaranteed": self.fall.median().item(),
+        }
+
+
+def guarantee(stages: CBSAStages, eps: float) -> Guarantee:
+    """The guaranteed fall of a certified step."""
+    c, b, kappa = stages.contracted, stages.broadcast_attention, -stages.step  # (B, H, M, P), (B, H, N, M)
+    m, p = c.shape[-2:]
+    gram = b.mT @ b
+    fraction = kappa * torch.linalg.matrix_norm(gram, 2) / 2
+    return Guarantee(p / (m * eps**2) * kappa * (1 - fraction) * (c * (gram @ c)).sum((-2, -1)), fraction)
 
 
 def rounded(value: Any) -> Any:
@@ -363,7 +464,7 @@ def measure_cost() -> None:
         forms = list(dict.fromkeys(run.form for run in plan() if run.data == name))
         steps: dict[str, Any] = {}
         for form in forms:
-            family, args = FORMS[form]
+            family, args, _ = FORMS[form]
             model = timm.create_model(f"{family}_{data.model}", **resolved(args, data.head_dim)).train()
             images = torch.randn(64, *model.pretrained_cfg["input_size"])
             labels = torch.randint(10, (64,))
@@ -620,13 +721,15 @@ def main() -> None:
         for run in left:
             if not run.record.exists():
                 print(f"== {run.name}", flush=True)
-                write_record(run, train_run(run, options))
+                with switched(run.form):
+                    write_record(run, train_run(run, options))
     elif options.step == "measure":
         for run in runs:
             if run.record.exists():
                 print(f"== {run.name}", flush=True)
                 record = json.loads(run.record.read_text())
-                write_record(run, {**record, **measure(open_trained(options.runs / run.name), run)})
+                with switched(run.form):
+                    write_record(run, {**record, **measure(open_trained(options.runs / run.name), run)})
     elif options.step == "cost":
         measure_cost()
     else:
