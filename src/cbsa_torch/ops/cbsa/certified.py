@@ -46,6 +46,10 @@ def _bound(attention: Tensor, inputs: CBSAInputs) -> Tensor:
     if inputs.attention is not None:
         return torch.minimum(attention.square().sum((-2, -1)), _product(attention))
     eta = inputs.step_representatives.to(attention.dtype).abs().clamp(min=SMALLEST_ETA)
+    if BOUND == "gram":
+        b = all_weights(attention, inputs)
+        given = inputs.step_representatives.to(attention.dtype).abs()
+        return _gram_bound(b @ b.mT) * (1 if inputs.token_weights is not None else (eta / given).square())
     if BOUND == "product":
         b = all_weights(attention, inputs)
         given = inputs.step_representatives.to(attention.dtype).abs()
@@ -54,6 +58,13 @@ def _bound(attention: Tensor, inputs: CBSAInputs) -> Tensor:
     if inputs.token_weights is not None:
         norm = norm + norm_bound(inputs.token_weights, attention, inputs.representative_mask)
     return norm.square()
+
+
+def _gram_bound(gram: Tensor) -> Tensor:
+    """A bound of the largest eigenvalue of B B^T: max_i (|G| v)_i / v_i for a positive v, v_i = G_ii^(1/2)."""
+    v = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+    ratio = (gram.abs() @ v) / v
+    return ratio.masked_fill(v == 0, 0.0).amax((-2, -1))
 
 
 def _product(b: Tensor) -> Tensor:
