@@ -55,7 +55,9 @@ SQRT = "sqrt(p)"
 """At the end of eps: times the square root of the dimension of a head."""
 EXACT = {"contraction": "exact", "tied": True, "orthogonal": True}
 CERTIFIED = {"step": "certified"}
+NORM = {**CERTIFIED, "residual": "norm"}
 PRODUCT = {"BOUND": "product"}
+GRAM = {"BOUND": "gram"}
 GRADIENT = {"BOUND_IN_GRADIENT": True}
 
 
@@ -77,11 +79,15 @@ FORMS = {
     "exact_eps1": Form("cbt", {**EXACT, "eps": 1.0}),
     "exact_sqrt": Form("cbt", {**EXACT, "eps": SQRT}),
     "certified": Form("cbt", CERTIFIED),
-    "certified_norm": Form("cbt", {**CERTIFIED, "residual": "norm"}),
+    "certified_norm": Form("cbt", NORM),
+    "certified_norm_product": Form("cbt", NORM, PRODUCT),
+    "certified_norm_gram": Form("cbt", NORM, GRAM),
+    "certified_norm_gram_gradient": Form("cbt", NORM, {**GRAM, **GRADIENT}),
     "certified_eps0.1": Form("cbt", {**CERTIFIED, "eps": 0.1}),
     "certified_eps1": Form("cbt", {**CERTIFIED, "eps": 1.0}),
     "certified_eps4sqrt": Form("cbt", {**CERTIFIED, "eps": f"4 {SQRT}"}),
     "certified_gradient": Form("cbt", CERTIFIED, GRADIENT),
+    "certified_gram": Form("cbt", CERTIFIED, GRAM),
     "certified_product": Form("cbt", CERTIFIED, PRODUCT),
     "certified_product_gradient": Form("cbt", CERTIFIED, {**PRODUCT, **GRADIENT}),
     "crate": Form("crate", {}),
@@ -112,7 +118,7 @@ CIFAR_IMAGES = {"train": 1500, "test": 500}
 CIFAR_EPOCHS = 5
 COST_STEPS = 15
 """Training steps of each form that are timed."""
-CERTIFIED_SHOWN = ("certified", "certified_norm")
+CERTIFIED_SHOWN = ("certified", "certified_norm", "certified_norm_gram")
 """Certified forms in the figure of rates."""
 SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Standard deviations of the noise on the parameters of the attention layers (Fig. 8)."""
@@ -143,25 +149,32 @@ def plan() -> list[Run]:
     """All runs of the study, the most important first."""
     runs = [Run("digits", "default", seed) for seed in range(5)]
     runs += [Run("cifar", form, 0) for form in ("default", "tied", "certified", "certified_norm")]
-    runs += [Run("digits", form, 0) for form in ("certified_norm", "certified")]
-    runs += [Run("cifar", form, 0) for form in ("certified_product_gradient", "exact_sqrt")]
-    runs += [Run("digits", form, seed) for seed in range(1, 3) for form in ("certified_norm", "certified")]
-    runs += [Run("cifar", form, 0) for form in ("certified_gradient", "certified_eps1", "exact_eps1")]
-    runs += [Run("digits", "certified_norm", seed) for seed in range(3, 5)]
-    runs += [Run("cifar", form, 0) for form in ("certified_product", "certified_eps4sqrt", "exact_untied")]
-    runs += [Run("digits", form, seed) for seed in range(5, 10) for form in ("default", "certified_norm")]
-    runs += [Run("animals28", form, 0) for form in ("certified_norm", "default", "certified")]
-    runs += [Run("digits", form, seed) for seed in range(3) for form in ("exact_eps1", "crate", "tost")]
-    runs += [Run("animals28", form, seed) for seed in range(1, 3) for form in ("certified_norm", "default")]
+    runs += [Run("digits", f"certified_norm{bound}", 0) for bound in ("_gram", "", "_product")]
+    runs += [Run("cifar", "certified_norm_gram", 0)]
+    runs += [Run("digits", f"certified_norm{bound}", 1) for bound in ("_gram", "")]
+    runs += [Run("cifar", form, 0) for form in ("exact_sqrt", "certified_eps1", "certified_norm_gram_gradient")]
+    runs += [Run("digits", f"certified_norm{bound}", 2) for bound in ("_gram", "")]
+    runs += [Run("digits", "certified_norm_gram", seed) for seed in range(3, 5)]
+    runs += [Run("cifar", form, 0) for form in ("exact_eps1", "exact_untied")]
+    runs += [Run("digits", "certified", seed) for seed in range(3)]
+    runs += [Run("digits", form, seed) for seed in range(5, 10) for form in ("default", "certified_norm_gram")]
+    runs += [Run("animals28", form, 0) for form in ("certified_norm_gram", "default")]
+    runs += [Run("digits", form, seed) for seed in range(3) for form in ("exact_sqrt", "crate", "tost")]
+    runs += [
+        Run("animals28", form, seed) for seed in range(1, 3) for form in ("certified_norm_gram", "default")
+    ]
     runs += [
         Run("digits", form, seed, depth)
         for seed in range(3)
         for depth in (8, 16)
-        for form in ("default", "certified_norm")
+        for form in ("default", "certified_norm_gram")
     ]
-    runs += [Run("cifar", form, 0) for form in ("orthogonal", "certified_eps0.1")]
-    runs += [Run("cifar", form, 1) for form in ("default", "certified", "certified_norm")]
-    runs += [Run("digits", "certified", seed) for seed in range(3, 10)]
+    runs += [
+        Run("cifar", f"certified_{form}", 0) for form in ("gram", "gradient", "product", "product_gradient")
+    ]
+    runs += [Run("cifar", form, 0) for form in ("orthogonal", "certified_eps4sqrt", "certified_eps0.1")]
+    runs += [Run("cifar", form, 1) for form in ("default", "certified_norm", "certified_norm_gram")]
+    runs += [Run("digits", "certified_norm_product", seed) for seed in range(1, 3)]
     return list(dict.fromkeys(runs))
 
 
