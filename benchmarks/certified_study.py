@@ -112,10 +112,20 @@ DATA = {
     "digits": DataSet("digits", "pico_patch1_8", 24, 360),
     "animals28": DataSet("animals28", "nano_patch4_28", 32, 250),
     "cifar": DataSet("animals28", "nano_patch4_32", 32, 250),
+    "cifar_full": DataSet("animals28", "nano_patch4_32", 32, 250),
 }
-CIFAR_IMAGES = {"train": 1500, "test": 500}
-"""Images of each of the ten classes."""
-CIFAR_EPOCHS = 5
+
+
+class Subset(NamedTuple):
+    """A part of CIFAR-10 and how often it is seen."""
+
+    train: int
+    """Images of each of the ten classes, of which a tenth are held out for validation."""
+    test: int
+    epochs: int
+
+
+CIFAR = {"cifar": Subset(1500, 500, 5), "cifar_full": Subset(5000, 1000, 4)}
 COST_STEPS = 15
 """Training steps of each form that are timed."""
 CERTIFIED_SHOWN = ("certified", "certified_norm", "certified_norm_gram")
@@ -160,6 +170,7 @@ def plan() -> list[Run]:
     runs += [Run("digits", "certified", seed) for seed in range(3)]
     runs += [Run("digits", form, seed) for seed in range(5, 10) for form in ("default", "certified_norm_gram")]
     runs += [Run("animals28", form, 0) for form in ("certified_norm_gram", "default")]
+    runs += [Run("cifar_full", form, 0) for form in ("certified_norm_gram", "default")]
     runs += [Run("digits", form, seed) for seed in range(3) for form in ("exact_sqrt", "crate", "tost")]
     runs += [
         Run("animals28", form, seed) for seed in range(1, 3) for form in ("certified_norm_gram", "default")
@@ -207,12 +218,12 @@ def configuration(run: Run, options: Options) -> TrainConfig:
         args["depth"] = run.depth
     if run.data == "animals28" and options.animals is not None:
         recipe = replace(recipe, data=replace(recipe.data, root=str(options.animals)))
-    if run.data == "cifar":
-        root = str(options.runs / "cifar_subset")
+    if run.data in CIFAR:
+        root = str(options.runs / f"{run.data}_subset")
         recipe = replace(
             recipe,
             data=replace(recipe.data, name="folder", root=root, shift=0.0625, val_fraction=0.1),
-            optim=replace(recipe.optim, epochs=CIFAR_EPOCHS, warmup_epochs=1, keep="last"),
+            optim=replace(recipe.optim, epochs=CIFAR[run.data].epochs, warmup_epochs=1, keep="last"),
         )
     return replace(
         recipe,
@@ -245,9 +256,9 @@ def switched(form: str) -> Iterator[None]:
             setattr(certified_ops, name, value)
 
 
-def link_subset(source: Path, target: Path) -> None:
+def link_subset(source: Path, target: Path, subset: Subset) -> None:
     """Make ``target`` a folder of links to the first images of every class of CIFAR-10."""
-    for split, count in CIFAR_IMAGES.items():
+    for split, count in (("train", subset.train), ("test", subset.test)):
         for folder in sorted(path for path in (source / split).iterdir() if path.is_dir()):
             own = target / split / folder.name
             own.mkdir(parents=True, exist_ok=True)
@@ -641,10 +652,13 @@ def cost_table() -> str:
 NOTES = {
     "digits": "360 test images. Recipe `digits`.",
     "animals28": "1,000 test images. Recipe `animals28`; weights of the best epoch on validation.",
-    "cifar": f"""CIFAR-10, JPEG: {CIFAR_IMAGES["train"]} training images of each class (a tenth held out for
-validation), {CIFAR_IMAGES["test"]} test images of each, {CIFAR_EPOCHS} epochs, otherwise the recipe
-`animals28`. With one seed, the test images alone leave about ± 2 points to a difference of two
-models (95 %).""",
+    **{
+        name: f"""CIFAR-10, JPEG: {subset.train} training images of each class (a tenth held out for validation),
+{subset.test} test images of each, {subset.epochs} epochs, otherwise the recipe `animals28`; weights of the last
+epoch. With one seed, the test images alone leave about ± {196 * math.sqrt(0.5 / (10 * subset.test)):.1f} points to a
+difference of two models (95 %, as if they erred independently)."""
+        for name, subset in CIFAR.items()
+    },
 }
 PREAMBLE = """# The certified layer beside the other forms
 
@@ -725,13 +739,14 @@ def main() -> None:
     options = tyro.cli(Options)
     runs = [run for run in plan() if fnmatch.fnmatch(run.name, options.only)]
     if options.cifar is None:
-        runs = [run for run in runs if run.data != "cifar"]
+        runs = [run for run in runs if run.data not in CIFAR]
     left = [run for run in runs if not run.record.exists()]
     if options.list:
         print("\n".join(run.name for run in left))
     elif options.step == "train":
         if options.cifar is not None:
-            link_subset(options.cifar, options.runs / "cifar_subset")
+            for name in {run.data for run in left if run.data in CIFAR}:
+                link_subset(options.cifar, options.runs / f"{name}_subset", CIFAR[name])
         for run in left:
             if not run.record.exists():
                 print(f"== {run.name}", flush=True)
