@@ -665,8 +665,8 @@ NOTES = {
     **{
         name: f"""CIFAR-10, JPEG: {subset.train} training images of each class (a tenth held out for
 validation), {subset.test} test images of each, {subset.epochs} epochs, otherwise the recipe
-`animals28`; weights of the last epoch. With one seed, the test images alone leave about ± {image_error(subset):.1f} points to a
-difference of two models (95 %, as if they erred independently)."""
+`animals28`; weights of the last epoch. With one seed, the test images alone leave about
+± {image_error(subset):.1f} points to a difference of two models (95 %, as if they erred independently)."""
         for name, subset in CIFAR.items()
     },
 }
