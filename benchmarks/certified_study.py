@@ -94,9 +94,9 @@ FORMS = {
     "crate": Form("crate", {}),
     "tost": Form("tost", {}),
 }
-"""The forms by name, one change at a time. By default, certified forms have the usual block, eps = sqrt(p),
-the bound by Frobenius norms and no gradient through it; ``norm``: the block carries norm1(x) + attn(norm1(x));
-``gram``: the bound from the Gram matrix, which the library kept (the others were there until commit d0b305c)."""
+"""The forms by name, one change at a time. Without a word, certified forms have the usual block, eps = sqrt(p),
+the bound by Frobenius norms and no gradient through it. ``norm``: the block carries norm1(x) + attn(norm1(x)).
+``gram``: the bound from the Gram matrix, which the library kept; the others were there until commit d0b305c."""
 
 
 def is_there(form: str) -> bool:
