@@ -54,7 +54,7 @@ RESULTS = Path("benchmarks/results/certified")
 SQRT = "sqrt(p)"
 """At the end of eps: times the square root of the dimension of a head."""
 EXACT = {"contraction": "exact", "tied": True, "orthogonal": True}
-CERTIFIED = {"step": "certified"}
+CERTIFIED = {"step": "certified", "residual": "input"}
 NORM = {**CERTIFIED, "residual": "norm"}
 FROBENIUS = {"BOUND": "frobenius"}
 PRODUCT = {"BOUND": "product"}
