@@ -192,7 +192,7 @@ def image_files(folder: Path, scan: Scan | None = None, *, shared: bool = False)
     while pending:
         parent = pending.pop()
         scan.enter(parent)
-        for entry in os.scandir(parent):
+        for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
             path, is_link = parent / entry.name, entry.is_symlink()
             if is_hidden(entry.name):
                 scan.leave_out(path, "hidden")
@@ -203,7 +203,7 @@ def image_files(folder: Path, scan: Scan | None = None, *, shared: bool = False)
             elif path.exists() and not path.is_file() if is_link else not entry.is_file():
                 scan.leave_out(path, "neither file nor folder")
             else:
-                if is_link and not shared:
+                if is_link and not shared and path.exists():
                     scan.follow(path)
                 found.append(path)
     scan.check_links()

@@ -39,7 +39,7 @@ def check_data(config: RunConfig) -> None:
                 reporter.say(line)
         bad = read_skipped(skipped)
     for line in bad:
-        reporter.say(f"cannot be used: {line}")
+        reporter.say("cannot be used: " + line.replace("\t", ": ", 1))
     if bad:
         raise DataError(
             f"{len(bad)} file(s) cannot be used; training leaves out up to data.max_bad_images "

@@ -47,11 +47,11 @@ def labels_of(dataset: Any) -> np.ndarray | None:
     return None if targets is None else np.asarray(targets)
 
 
-def class_lines(split: str, class_names: Sequence[str], counts: np.ndarray, unit: str) -> list[str]:
+def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit: str) -> list[str]:
     """How many images, or which share of the pixels, each class has; then a warning of those without any.
 
     Args:
-        split: whose they are.
+        where: what was counted, for the warning.
         class_names: in the order of the labels.
         counts: (classes,) images or pixels.
         unit: "images" or "pixels".
@@ -65,7 +65,7 @@ def class_lines(split: str, class_names: Sequence[str], counts: np.ndarray, unit
     lines = [", ".join(of_class)]
     without = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
     if without:
-        lines.append(f"warning: {split} has no {unit} of {some_of(without)}")
+        lines.append(f"warning: no {unit} of {some_of(without)} in {where}")
     return [one_line(line) for line in lines]
 
 

@@ -98,7 +98,7 @@ def open_segmentation(
     layout = open_layout(config)
     splits = layout.splits
     if "train" not in splits:
-        raise DataError(f"{config.root} has a {next(iter(splits))} split but no train split")
+        raise DataError("; ".join([f"{config.root} has no train split", *layout.notes]))
     notes = [
         line for split, pairs in splits.items() for line in check_pairs(pairs, split, config.max_bad_images)
     ]

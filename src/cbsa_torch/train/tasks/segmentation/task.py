@@ -69,7 +69,7 @@ PRETRAINED = "pretrained"
 CLASSIFIER_PARTS = ("head", "fc_norm", "attn_pool", "fc")
 """Parts of classifiers that no encoder has."""
 PAIRS_READ_FIRST = 200
-"""How many training pairs are read before anything is trained: labels that were misunderstood show there."""
+"""How many pairs of a split are read before anything is trained: misunderstood labels show there."""
 MASKS = "predicted_masks"
 """The folder of predicted masks, unless another is given."""
 
@@ -261,32 +261,36 @@ class Segmentation(Task):
 
 
 def _read_some(splits: Splits, data: SegmentationDataConfig) -> list[str]:
-    """Read pairs of the training split before anything is trained; lines about the classes in their masks.
+    """Read pairs before anything is trained; lines about the classes in their masks.
 
     Raises:
-        DataError: more pairs cannot be used than allowed, or no pixel has a class.
+        DataError: more pairs cannot be used than allowed, or no pixel of a split has a class.
     """
-    train = splits.train
-    if not isinstance(train, MaskedImages):  # drawn, not read
-        return []
-    with TemporaryDirectory() as folder:
-        bad = SkippedImages(Path(folder) / "skipped.txt", data.max_bad_images)
-        pairs = MaskedImages(train.pairs, train.mode, train.labels, bad)
-        indices = spread_indices(len(pairs), PAIRS_READ_FIRST)
-        ignored, *counts = read_all(pairs, len(splits.class_names), data.workers, indices)
-        failed = read_skipped(Path(folder) / "skipped.txt")
-    read = f"{len(indices)} of {len(train.pairs)} training masks"
-    lines = class_lines(f"what was read, {read},", splits.class_names, np.array(counts), "pixels")
-    if not any(counts):
-        why = f"; {failed[0]}" if failed else ""
-        raise DataError(f"no pixel of any class in {read}{why}")
-    if len(lines) > 1 and data.ignore_label is not None and ignored:
-        lines[1] += (
-            f"; pixels of ignore_label {data.ignore_label} are not trained on: if they are a class, leave "
-        )
-        lines[1] += "it out and set data.mask_values (0 255 for binary masks)"
-    share = 100 * ignored / (ignored + sum(counts))
-    return [f"{read}: {lines[0]}; ignored {share:.3g} %", *lines[1:]]
+    lines = []
+    for name, split in (("training", splits.train), ("validation", splits.val)):
+        if not isinstance(split, MaskedImages):  # drawn, not read
+            continue
+        indices = spread_indices(len(split), PAIRS_READ_FIRST)
+        with TemporaryDirectory() as folder:
+            listed = Path(folder) / "skipped.txt"
+            pairs = MaskedImages(
+                split.pairs, split.mode, split.labels, SkippedImages(listed, data.max_bad_images)
+            )
+            ignored, *counts = read_all(pairs, len(splits.class_names), data.workers, indices)
+            failed = read_skipped(listed)
+        read = f"{len(indices)} of {len(split)} {name} masks"
+        if not any(counts):
+            raise DataError("; ".join([f"no pixel of any class in {read}", *failed[:1]]))
+        share = 100 * ignored / (ignored + sum(counts))
+        first, *warnings = class_lines(read, splits.class_names, np.array(counts), "pixels")
+        lines.append(f"{read}: {first}; ignored {share:.3g} %")
+        if warnings and ignored and data.ignore_label is not None:
+            warnings.append(
+                f"pixels of ignore_label {data.ignore_label} are not trained on: if they are a class, leave it "
+                "out and set data.mask_values (0 255 for binary masks)"
+            )
+        lines += warnings
+    return lines
 
 
 def _default(name: str) -> Any:
