@@ -80,8 +80,10 @@ def read_all(
         workers: processes that read; 0: this one.
         indices: which samples. Default: all.
     """
-    tallies: Any = dataset
-    if not isinstance(dataset, IterableDataset):
+    tallies: Any
+    if isinstance(dataset, IterableDataset):
+        tallies = (_tally(target, classes) for _, target in dataset)
+    else:
         tallies = DataLoader(
             _Targets(dataset, classes, range(len(dataset)) if indices is None else indices),  # type: ignore[arg-type]
             batch_size=None,
@@ -96,7 +98,7 @@ def read_all(
 
 
 class _Targets(Dataset[np.ndarray]):
-    """How often each label is in a sample, the ignored ones first."""
+    """The tally of each sample."""
 
     def __init__(self, source: Any, classes: int, indices: Iterable[int]) -> None:
         self.source, self.classes, self.indices = source, classes, list(indices)
@@ -106,4 +108,9 @@ class _Targets(Dataset[np.ndarray]):
 
     def __getitem__(self, index: int) -> np.ndarray:
         _, target = self.source[self.indices[index]]
-        return np.bincount(np.ravel(target) - IGNORE, minlength=1 + self.classes)
+        return _tally(target, self.classes)
+
+
+def _tally(target: Any, classes: int) -> np.ndarray:
+    """How often each label is in a label or mask, the ignored ones first."""
+    return np.bincount(np.ravel(target) - IGNORE, minlength=1 + classes)
