@@ -10,6 +10,7 @@ from PIL import Image
 
 from cbsa_torch.images.decode import convert, read_image_file
 from cbsa_torch.images.errors import UnreadableImageError
+from cbsa_torch.images.masks import read_mask_file
 
 
 def saved(path: Path, image: Image.Image, **options) -> Path:
@@ -146,12 +147,45 @@ def test_of_an_animation_the_first_picture_is_read(tmp_path):
     assert read(tmp_path / "a.gif", "RGB") == [[[255, 0, 0]] * 4] * 4
 
 
-def test_orientation_is_not_applied(tmp_path):
-    """As in torchvision and timm, with whose pixels models are compared."""
+CORNERS = np.arange(6).reshape(2, 3) * 40
+"""The image as it is stored; what the EXIF orientation makes of it is in UPRIGHT."""
+UPRIGHT = {
+    1: CORNERS,
+    2: CORNERS[:, ::-1],
+    3: CORNERS[::-1, ::-1],
+    4: CORNERS[::-1],
+    5: CORNERS.T,
+    6: CORNERS[::-1].T,
+    7: CORNERS[::-1, ::-1].T,
+    8: CORNERS[:, ::-1].T,
+}
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_images_and_masks_are_turned_as_the_orientation_says(tmp_path, kind, orientation):
+    """By the standard: where row 0 and column 0 of what is stored lie in the picture."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    path = saved(tmp_path / "o.jpg", Image.new("RGB", (8, 4)), exif=exif)
-    assert read_image_file(path, "RGB").size == (8, 4)
+    exif[0x0112] = orientation
+    image = Image.fromarray(CORNERS.astype(np.uint8))
+    options = {"exif": exif, **({"lossless": True} if kind == "webp" else {})}
+    path = saved(tmp_path / f"o.{kind}", image.convert("RGB") if kind == "webp" else image, **options)
+    assert read(path, "L") == UPRIGHT[orientation].tolist()
+    once = read_image_file(path, "L")
+    assert np.array_equal(convert(once, "L"), once)  # not turned again
+    if kind != "webp":
+        assert read_mask_file(path).tolist() == UPRIGHT[orientation].tolist()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", b"Exif\0\0" + b"\xff" * 40]
+)
+def test_damaged_metadata_and_unknown_orientations_turn_nothing(tmp_path, data):
+    image = Image.fromarray(CORNERS.astype(np.uint8))
+    assert read(saved(tmp_path / "o.png", image, exif=data), "L") == CORNERS.tolist()
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    assert read(saved(tmp_path / "o.png", image, exif=exif), "L") == CORNERS.tolist()
 
 
 def test_an_open_file_is_read_like_its_path(tmp_path):

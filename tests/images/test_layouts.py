@@ -158,7 +158,7 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb")
     for opened, message in (
         (open_voc, "no train.txt"),
-        (open_cityscapes, "no leftImg8bit"),
+        (open_cityscapes, "no folder leftImg8bit"),
         (open_ade20k, "images is not a folder"),
         (lambda root: open_image_mask_folders(root, None), "neither a folder images nor"),
         (lambda root: open_image_mask_folders(root, 1), "ignore_label must not be .*, got 1, which is 'b'"),

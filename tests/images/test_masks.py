@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cbsa_torch.images import (
+    IGNORE,
     DataError,
     LabelMap,
     UnreadableImageError,
@@ -140,7 +141,18 @@ def test_foreground_is_what_is_not_0_and_255_is_void_in_a_palette(tmp_path):
     ("labels", "values", "message"),
     [
         (consecutive_labels(3, 0, []), [0, 3, 3], r"unknown label 3 \(2 pixel\(s\)\); known are 0 to 2$"),
-        (consecutive_labels(3, 0, []), [0, 255], r"255 \(1 .*; .* if it stands for no class, set ignore_label"),
+        (
+            LabelMap({0: 0, 1: 1}, own=True),
+            [0, 255],
+            "binary mask: if 255 is the second class, set data.mask_values to 0 255; only if",
+        ),
+        (
+            LabelMap({0: 0, 1: 1, 2: 2}, own=True),
+            [0, 255],
+            "to 2; if 255 stands for no class, set data.ignore_label to 255",
+        ),
+        (LabelMap({0: 0, 1: 1, 2: 2}, own=True), [0, 90, 200], "set data.mask_values to 0 90 200$"),
+        (LabelMap({0: 0, 1: 1, 255: IGNORE}, own=True), [0, 255, 7], "known are .0, 1, 255.$"),
         (consecutive_labels(3, 0, [255]), [3, 300, -1], r"-1 \(1 .*, 3 .*, 300 .*; known are \[0, 1, 2, 255\]"),
         (consecutive_labels(2, 0, []), list(range(20)), r"6 \(1 pixel\(s\)\) and 13 more"),
         (LabelMap({0: 0, 2: 1}), [1], "unknown label 1"),

@@ -25,6 +25,9 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
     config.data.crop_scale = (0.25, 0.75)
     config.engine.precision = "bf16"
     assert load_config(write(tmp_path, dump_yaml(config))) == config
+    config = load_config("emoji_scenes")
+    config.data.mask_values = (0, 128, 255)
+    assert load_config(write(tmp_path, dump_yaml(config))) == config
 
 
 def test_no_keys_at_all_give_the_defaults_but_an_empty_file_is_refused(tmp_path):
@@ -52,6 +55,8 @@ def test_no_keys_at_all_give_the_defaults_but_an_empty_file_is_refused(tmp_path)
         ("data:\n  crop_scale: [0.1, 0.2, 0.3]", "crop_scale must be 2 values"),
         ("data:\n  crop_scale: [a, b]", "crop_scale must be float"),
         ("data:\n  max_bad_images: many", "max_bad_images must be int"),
+        ("task: segmentation\ndata:\n  mask_values: 255", "mask_values must be a list of values, got 255"),
+        ("task: segmentation\ndata:\n  mask_values: [0, 1.5]", "mask_values must be int, got 1.5"),
         ("optim:\n  keep: bes", "must be one of 'best', 'last', got 'bes'; did you mean 'best'"),
         ("engine:\n  precision: fp8", "precision must be one of"),
         ("model:\n  args: [1]", "args must be a mapping"),

@@ -21,7 +21,7 @@ COMMANDS = {
     "bench": "Time layers or models beside their baselines.",
     "convert": "Convert a released checkpoint of the official code.",
     "push": "Upload a trained model to the Hugging Face Hub.",
-    "data": "Fetch a data set (animals28, emoji64) from its public packages.",
+    "data": "Fetch a data set (animals28, emoji64) from its public packages, or check one of your own.",
     "list": "List our models and recipes.",
 }
 """Commands and what they do; their modules are imported when they are called."""

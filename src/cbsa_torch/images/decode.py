@@ -8,9 +8,12 @@ Pillow decodes; this module decides what its ``convert`` would do silently and w
   integers are taken as 16-bit values in a larger type, floats as 0 to 1; beyond these ranges there is no
   agreed scale, and the image is refused.
 
+- Images and masks are turned and mirrored as their EXIF orientation says, as viewers show them; Pillow does so
+  for TIFF alone.
+
 The rest is Pillow's: CMYK by its plain formula (Adobe's inverted JPEGs are put right by Pillow), grey from
-colour by ITU-R 601, the first picture of an animation. As in torchvision and timm, EXIF orientation and
-colour profiles are not applied.
+colour by ITU-R 601, the first picture of an animation. As in torchvision and timm, colour profiles are not
+applied.
 """
 
 from __future__ import annotations
@@ -19,12 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cbsa_torch.images.errors import UnreadableImageError
 
 MID_GREY = 128
 """Grey level behind what is transparent: neither black nor white drawings vanish."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What the values of the EXIF orientation ask for; 1 is upright."""
 
 
 def read_image_file(file: Any, mode: str) -> Image.Image:
@@ -54,11 +68,27 @@ def _read(file: Any, mode: str) -> Image.Image:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """An image of any kind as 8-bit grey ("L") or colour ("RGB"); loads all pixels.
+    """An image of any kind as upright 8-bit grey ("L") or colour ("RGB"); loads all pixels.
 
     Raises:
         ValueError: values without an agreed scale, or a colour space that Pillow cannot convert.
     """
+    converted = _to_mode(upright(image), mode)
+    converted.info = {}  # what it says of orientation and transparency was done
+    return converted
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned and mirrored as the EXIF orientation says; loads all pixels."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata raise nearly anything, and viewers pass over them
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _to_8_bit(image).convert(mode)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -1,54 +1,212 @@
-"""Folders of images: names of splits, classes as folders, and which files are images.
+"""Folders of images: names of splits, classes as folders, which files are images, and what is left out.
 
-``ROOT/<split>/<class>/<image>`` holds images by class; :mod:`.layouts` reads folders of images and masks.
+``ROOT/<split>/<class>/<image>`` holds images by class; :mod:`.layouts` reads folders of images and masks. All
+readers walk by :func:`image_files` and note what plays no part in a :class:`Scan`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.checks import nearest, some_of
 from cbsa_torch.images.errors import DataError
 
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
-"""The splits, and the names that their folders may have."""
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""The splits, and the names that their folders and lists may have, in small or capital letters."""
+
+ALL_SPLIT_NAMES = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Names of image files end in one of these, in small or capital letters."""
+
+SYSTEM_NAMES = (
+    *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__"),
+    *("thumbs.db", "desktop.ini"),
+)
+"""Files and folders that systems and programs leave behind, in small letters; they are hidden, too."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether files and folders of this name are passed over: it begins with a dot, or is a system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+class Scan:
+    """One reading of a data set's folder: what was taken, what was left out and why, and nothing is read twice.
+
+    Args:
+        root: the folder; paths are reported as seen from there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._taken: list[str] = []
+        self._left_out: dict[str, list[str]] = {}
+        self._folders: dict[str, Path] = {}  # those that were read, by their real path
+        self._links: dict[str, Path] = {}  # links to images, by the real path of the image
+
+    def take(self, split: str, path: Path) -> None:
+        """Note the folder or list of a split."""
+        self._taken.append(f"{split} is {path}")
+
+    def leave_out(self, path: Path, why: str) -> None:
+        """Note that a file or folder plays no part."""
+        name = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+        self._left_out.setdefault(why, []).append(name)
+
+    def leave_out_others(self, folder: Path, taken: Collection[Path], why: str) -> None:
+        """Note the folders and images in ``folder`` that are not ``taken``."""
+        for path in sorted(folder.iterdir()):
+            if path in taken:
+                continue
+            if is_hidden(path.name):
+                self.leave_out(path, "hidden")
+            elif path.is_dir() or is_image_name(path.name):
+                self.leave_out(path, why)
+
+    def left_out(self) -> list[str]:
+        """What was left out, a line for every reason."""
+        return [f"left out, {why}: {some_of(sorted(names), 3)}" for why, names in self._left_out.items()]
+
+    def notes(self) -> list[str]:
+        """What was taken for which split, and what was left out."""
+        return [*self._taken, *self.left_out()]
+
+    def enter(self, folder: Path) -> None:
+        """Note a folder that is read; raises DataError where it is read already, by another way."""
+        other = self._folders.setdefault(os.path.realpath(folder), folder)
+        if other is not folder:
+            raise DataError(f"{folder} is the folder {other} again, by a link: remove the link")
+
+    def follow(self, link: Path) -> None:
+        """Note an image that is a link; raises DataError where another link leads to the same file."""
+        other = self._links.setdefault(os.path.realpath(link), link)
+        if other is not link:
+            raise DataError(f"{link} and {other} are links to the same image: remove one")
+
+    def check_links(self) -> None:
+        """Refuse a link to an image in one of the folders that were read; raises DataError."""
+        for target, link in self._links.items():
+            parent, name = os.path.split(target)
+            if parent in self._folders and is_image_name(name) and not is_hidden(name):
+                raise DataError(
+                    f"{link} is a link to {self._folders[parent] / name}, which is read, too: remove the link"
+                )
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is an image, by its ending."""
+    return name.lower().endswith(EXTENSIONS)
 
 
 def find_splits(root: Path) -> dict[str, Path]:
     """The folders of the splits that are there, by the names "train", "val" and "test"; there may be none.
 
     Raises:
-        DataError: ``root`` is not a folder.
+        DataError: ``root`` is not a folder, or two of its folders have names of one split.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
-    there = {
-        split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLIT_NAMES.items()
-    }
-    return {split: folders[0] for split, folders in there.items() if folders}
+    found: dict[str, Path] = {}
+    for path in visible_folders(root):
+        split = split_of(path.name)
+        if split is None:
+            continue
+        if split in found:
+            raise DataError(
+                f"{root} has {found[split].name} and {path.name}, both names of the {split} split: "
+                "rename or remove one of them"
+            )
+        found[split] = path
+    return {split: found[split] for split in SPLIT_NAMES if split in found}
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and in those below it, sorted by name, numbers in names by their value.
+def split_of(name: str) -> str | None:
+    """The split that a folder or list of this name holds, if it is one of their names."""
+    return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
-    Links are followed. Hidden files and folders, whose names begin with a dot, are passed over.
+
+def visible_folders(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden, sorted."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def class_splits(root: Path, splits: str, scan: Scan) -> dict[str, Path]:
+    """The folders of class folders by split; ``root`` itself is "train" where there are no splits.
+
+    Args:
+        root: the folder of the data set.
+        splits: what folders called "train", "val" ... are: "folders", splits; "none", classes; "auto", splits
+            where they hold class folders.
+        scan: notes which are taken and what is left out.
 
     Raises:
-        DataError: ``folder`` is not a folder.
+        DataError: ``root`` is not a folder, two folders of one split, or one that may be either.
+    """
+    found = find_splits(root) if splits != "none" else {}
+    if not found and splits != "folders":
+        found = {"train": root}
+    if splits == "auto":
+        for folder in found.values():
+            if (
+                folder != root
+                and not visible_folders(folder)
+                and any(is_image_name(path.name) for path in folder.iterdir())
+            ):
+                raise DataError(
+                    f"{folder} is called like a split but has images and no class folders: if it is a class, "
+                    "set data.splits to none; if it is a split, its images must lie in one folder per class"
+                )
+    for split, folder in found.items():
+        scan.take(split, folder)
+    if root not in found.values():
+        scan.leave_out_others(root, found.values(), f"not a split ({ALL_SPLIT_NAMES})")
+    return found
+
+
+def image_files(folder: Path, scan: Scan | None = None, *, shared: bool = False) -> list[Path]:
+    """The image files in a folder and in those below it, sorted by name, numbers in names by their value.
+
+    Links are followed. Hidden files and folders are passed over, as are other files.
+
+    Args:
+        folder: where to look.
+        scan: notes what is passed over. Default: nobody.
+        shared: several links may lead to one file.
+
+    Raises:
+        DataError: ``folder`` is not a folder, or links lead to the same twice. OSError: no permission.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
+    scan = Scan(folder) if scan is None else scan
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        images = (name for name in files if name.lower().endswith(EXTENSIONS) and not _is_hidden(name))
-        found += [Path(parent, name) for name in images]
+    pending = [folder]
+    while pending:
+        parent = pending.pop()
+        scan.enter(parent)
+        for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
+            path, is_link = parent / entry.name, entry.is_symlink()
+            if is_hidden(entry.name):
+                scan.leave_out(path, "hidden")
+            elif path.is_dir() if is_link else entry.is_dir():
+                pending.append(path)
+            elif not is_image_name(entry.name):
+                scan.leave_out(path, f"no image by its ending ({path.suffix or 'none'})")
+            elif path.exists() and not path.is_file() if is_link else not entry.is_file():
+                scan.leave_out(path, "neither file nor folder")
+            else:
+                if is_link and not shared and path.exists():
+                    scan.follow(path)
+                found.append(path)
+    scan.check_links()
     return sorted(found, key=_natural_order)
 
 
@@ -58,21 +216,23 @@ def class_folders(folder: Path) -> list[str]:
     Raises:
         DataError: there are none.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    names = [path.name for path in visible_folders(folder)]
     if not names:
         raise DataError(
             f"{folder} has no class folders: images must lie in one folder per class, "
             f"e.g. {folder / 'cat' / 'photo.jpg'}"
         )
-    return names
+    return sorted(names)
 
 
-def class_samples(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
+def class_samples(folder: Path, class_names: Sequence[str], scan: Scan | None = None) -> list[tuple[Path, int]]:
     """The images of a split with their labels; a class's label is its place in ``class_names``.
 
     Raises:
-        DataError: no images, a class that is not in ``class_names``, or images that are not in a class folder.
+        DataError: no images, a class that is not in ``class_names``, images that do not lie directly in a class
+            folder, or what :func:`image_files` refuses.
     """
+    scan = Scan(folder) if scan is None else scan
     strange = [name for name in class_folders(folder) if name not in class_names]
     if strange:
         raise DataError(
@@ -81,21 +241,20 @@ def class_samples(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, 
         )
     labels = {name: label for label, name in enumerate(class_names)}
     samples = []
-    for path in image_files(folder):
+    for path in image_files(folder, scan):
         if path.parent == folder:
             raise DataError(f"{folder} has images without a class, beside the class folders, e.g. {path.name}")
-        if path.parent.name not in labels:
+        if path.parent.parent != folder:
             raise DataError(
-                f"{folder} has images that do not lie directly in a class folder, e.g. in {path.parent.name!r}"
+                f"{folder} has images that do not lie directly in a class folder, e.g. "
+                f"{path.relative_to(folder)}: is the class {path.relative_to(folder).parts[0]!r} or "
+                f"{path.parent.name!r}? (folders of splits are called {ALL_SPLIT_NAMES})"
             )
         samples.append((path, labels[path.parent.name]))
     if not samples:
-        raise DataError(f"no images found in {folder}; names of images end in {', '.join(EXTENSIONS)}")
+        why = "".join(f"; {line}" for line in scan.left_out())
+        raise DataError(f"no images found in {folder}; names of images end in {', '.join(EXTENSIONS)}{why}")
     return samples
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
 
 
 def _natural_order(path: Path) -> tuple[list[str | int], str]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.images import class_names
 from cbsa_torch.images.errors import DataError
-from cbsa_torch.images.folders import SPLIT_NAMES, find_splits
+from cbsa_torch.images.folders import (
+    ALL_SPLIT_NAMES,
+    SPLIT_NAMES,
+    Scan,
+    find_splits,
+    image_files,
+    split_of,
+    visible_folders,
+)
 from cbsa_torch.images.masks import IGNORE, VOID, LabelMap, consecutive_labels
 from cbsa_torch.images.pairs import Pair, pair_folders
 
@@ -22,29 +31,33 @@ class Layout(NamedTuple):
     """By the names "train", "val" and "test", those that are there."""
     class_names: list[str]
     labels: LabelMap
+    notes: Sequence[str] = ()
+    """Which folders or lists are which split, and what plays no part and why: a line each."""
 
 
 def open_ade20k(root: Path) -> Layout:
     """``images/training``, ``annotations/training`` and the same for validation; label 0 is ignored."""
     root = _first_folder(root / "ADEChallengeData2016", root)
-    names = class_names.ADE20K
-    splits = _split_folders(root / "images", root / "annotations")
-    return Layout(splits, list(names), consecutive_labels(len(names), 1, [0]))
+    names, scan = class_names.ADE20K, Scan(root)
+    splits = _split_folders(root / "images", root / "annotations", "folders", scan)
+    return Layout(splits, list(names), consecutive_labels(len(names), 1, [0]), scan.notes())
 
 
 def open_voc(root: Path) -> Layout:
     """``ImageSets/Segmentation/*.txt``, ``JPEGImages`` and ``SegmentationClass``; label 255 is ignored."""
-    names = class_names.VOC
-    return Layout(_listed_splits(*_voc_folders(root)), list(names), consecutive_labels(len(names), 0, [VOID]))
+    names, scan = class_names.VOC, Scan(root)
+    splits = _listed_splits(*_voc_folders(root), scan)
+    return Layout(splits, list(names), consecutive_labels(len(names), 0, [VOID]), scan.notes())
 
 
 def voc_pairs(root: Path, split: str) -> list[Pair]:
     """The images of PASCAL VOC that have masks, of any list in ``ImageSets/Segmentation``.
 
     Raises:
-        DataError: no such list, or an empty one.
+        DataError: no such list, an empty one, or one with a name twice.
     """
-    return _listed(*_voc_folders(root), split)
+    root, lists, masks = _voc_folders(root)
+    return _listed(root, masks, _list_file(root, lists, split))
 
 
 def open_pascal_context(root: Path, count: int) -> Layout:
@@ -61,7 +74,8 @@ def open_pascal_context(root: Path, count: int) -> Layout:
     lists = _first_folder(root / "ImageSets" / "SegmentationContext", root / "ImageSets" / "Segmentation")
     masks = _first_folder(root / "SegmentationClassContext", root / "SegmentationClass")
     labels = consecutive_labels(60, 0, [VOID]) if count == 60 else consecutive_labels(59, 1, [0, VOID])
-    return Layout(_listed_splits(root, lists, masks), names, labels)
+    scan = Scan(root)
+    return Layout(_listed_splits(root, lists, masks, scan), names, labels, scan.notes())
 
 
 def open_cityscapes(root: Path) -> Layout:
@@ -69,17 +83,16 @@ def open_cityscapes(root: Path) -> Layout:
     ids = class_names.CITYSCAPES_IDS
     labels = dict.fromkeys(range(34), IGNORE) | {id_: label for label, id_ in enumerate(ids.values())}
     ends = "_leftImg8bit.png", "_gtFine_labelIds.png"
-    splits = {}
-    for split in SPLIT_NAMES:
-        images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
-        if images.is_dir() and (split != "test" or masks.is_dir()):
-            splits[split] = pair_folders(images, masks, ends)
-    if not splits:
-        raise DataError(f"{root} has no leftImg8bit/train: is it the folder of Cityscapes?")
-    return Layout(splits, list(ids), LabelMap(labels))
+    images, masks, scan = root / "leftImg8bit", root / "gtFine", Scan(root)
+    if not images.is_dir():
+        raise DataError(f"{root} has no folder leftImg8bit: is it the folder of Cityscapes?")
+    splits = _split_folders(images, masks, "folders", scan, ends)
+    return Layout(splits, list(ids), LabelMap(labels), scan.notes())
 
 
-def open_image_mask_folders(root: Path, ignore_label: int | None) -> Layout:
+def open_image_mask_folders(
+    root: Path, ignore_label: int | None = None, mask_values: Sequence[int] = (), splits: str = "auto"
+) -> Layout:
     """Folders ``images`` and ``masks`` with equal names but for the ending, and ``classes.txt``.
 
     The splits are folders around the two (``train/images``, ``train/masks``) or within them (``images/train``,
@@ -88,42 +101,72 @@ def open_image_mask_folders(root: Path, ignore_label: int | None) -> Layout:
     Args:
         root: the folder.
         ignore_label: value of pixels that have no class. Default: none.
+        mask_values: the value of each class, in the order of ``classes.txt``. Default: 0, 1, 2 ...
+        splits: what folders called "train", "val" ... within ``images`` are: "folders", splits; "none", folders
+            like any other; "auto", splits unless there are other folders with images beside them.
     """
     names = read_class_names(root)
-    if ignore_label is not None and ignore_label < len(names):
+    values = list(mask_values) or list(range(len(names)))
+    if len(values) != len(names) or len({*values}) < len(values):
+        raise DataError(
+            f"data.mask_values must be {len(names)} different values, one for each class in "
+            f"{root / CLASSES_FILE}, got {values}"
+        )
+    if ignore_label in values:
         raise DataError(
             f"ignore_label must not be the label of a class, got {ignore_label}, which is "
-            f"{names[ignore_label]!r} in {root / CLASSES_FILE}"
+            f"{names[values.index(ignore_label)]!r} in {root / CLASSES_FILE}"
         )
-    labels = consecutive_labels(len(names), 0, [] if ignore_label is None else [ignore_label])
-    if (root / "images").is_dir():
-        return Layout(_split_folders(root / "images", root / "masks"), names, labels)
-    splits = {
-        split: pair_folders(folder / "images", folder / "masks") for split, folder in find_splits(root).items()
-    }
-    if not splits:
-        raise DataError(f"{root} has neither a folder images nor train/images")
-    return Layout(splits, names, labels)
+    ignored = {} if ignore_label is None else {ignore_label: IGNORE}
+    labels = LabelMap({**{value: i for i, value in enumerate(values)}, **ignored}, own=True)
+    images, masks, scan = root / "images", root / "masks", Scan(root)
+    around = {} if splits == "none" else find_splits(root)
+    if images.is_dir():
+        both = [folder.name for folder in around.values() if (folder / "images").is_dir()]
+        if both:
+            raise DataError(f"{root} has images and {both[0]}/images: which ones count? Move one of them away")
+        scan.leave_out_others(root, (images, masks), "neither images nor masks")
+        pairs = _split_folders(images, masks, splits, scan)
+    elif around:
+        scan.leave_out_others(root, around.values(), f"not a split ({ALL_SPLIT_NAMES})")
+        pairs = {
+            split: pair_folders(folder / "images", folder / "masks", scan=scan)
+            for split, folder in around.items()
+            if _has_masks(split, folder, folder / "masks", scan)
+        }
+    else:
+        there = ", ".join(folder.name for folder in visible_folders(root)) or "none"
+        raise DataError(f"{root} has neither a folder images nor train/images (its folders: {there})")
+    return Layout(pairs, names, labels, scan.notes())
 
 
 def read_class_names(root: Path) -> list[str]:
     """The lines of ``classes.txt``."""
     path = root / CLASSES_FILE
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
-    except OSError as error:
+    if not path.is_file():
         raise DataError(
-            f"cannot read {path}, which must name the classes, one a line, in the order of their labels: "
-            f"{error.strerror}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8: {error}") from error
+            f"there is no {path}, which must name the classes, one a line, in the order of their labels"
+        )
+    names = _lines(path)
     if "" in names:
         raise DataError(f"{path} has no class name in line {names.index('') + 1}")
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise DataError(f"{path} names {twice[0]!r} twice")
     return names
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file, none of them twice, without space around them and empty lines at the end."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8: {error}") from error
+    # by line breaks alone: names may hold spaces
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    seen: set[str] = set()
+    for line in lines:
+        if line and line in seen:
+            raise DataError(f"{path} names {line!r} twice")
+        seen.add(line)
+    return lines
 
 
 def _voc_folders(root: Path) -> tuple[Path, Path, Path]:
@@ -132,20 +175,45 @@ def _voc_folders(root: Path) -> tuple[Path, Path, Path]:
     return root, root / "ImageSets" / "Segmentation", root / "SegmentationClass"
 
 
-def _listed_splits(root: Path, lists: Path, masks: Path) -> dict[str, list[Pair]]:
+def _listed_splits(root: Path, lists: Path, masks: Path, scan: Scan) -> dict[str, list[Pair]]:
     """The splits that have a list."""
-    there = [split for split in SPLIT_NAMES if (lists / f"{split}.txt").is_file()] or ["train"]
-    return {split: _listed(root, lists, masks, split) for split in there}
+    files: dict[str, Path] = {}
+    for path in sorted(lists.glob("*.txt")):
+        split = split_of(path.stem)
+        if split is None:
+            scan.leave_out(path, f"not the list of a split ({ALL_SPLIT_NAMES})")
+        elif split in files:
+            raise DataError(
+                f"{lists} has {files[split].name} and {path.name}: which one lists the {split} split?"
+            )
+        else:
+            files[split] = path
+            scan.take(split, path)
+    files.setdefault("train", lists / "train.txt")
+    found: dict[str, list[Pair]] = {}
+    owner: dict[Pair, str] = {}
+    for split in SPLIT_NAMES:
+        if split in files:
+            found[split] = _listed(root, masks, _list_file(root, lists, files[split].stem))
+            for pair in found[split]:
+                if owner.setdefault(pair, split) != split:
+                    raise DataError(f"{pair.image.stem!r} is in the lists of both {owner[pair]} and {split}")
+    return found
 
 
-def _listed(root: Path, lists: Path, masks: Path, split: str) -> list[Pair]:
-    """The pairs that ``<lists>/<split>.txt`` names: ``JPEGImages/NAME.jpg`` and ``<masks>/NAME.png``."""
-    path = lists / f"{split}.txt"
+def _list_file(root: Path, lists: Path, name: str) -> Path:
+    """``<lists>/<name>.txt``, which must be there."""
+    path = lists / f"{name}.txt"
     if not path.is_file():
         there = sorted(found.stem for found in lists.glob("*.txt"))
-        known = f"; there are {', '.join(there)}{nearest(split, there)}" if there else ""
+        known = f"; there are {', '.join(there)}{nearest(name, there)}" if there else ""
         raise DataError(f"{lists} has no {path.name}{known}: is {root} the folder that holds JPEGImages?")
-    names = path.read_text(encoding="utf-8").split()
+    return path
+
+
+def _listed(root: Path, masks: Path, path: Path) -> list[Pair]:
+    """The pairs whose names a file lists, one a line: ``JPEGImages/NAME.jpg`` and ``<masks>/NAME.png``."""
+    names = [name for name in _lines(path) if name]
     if not names:
         raise DataError(f"{path} names no images")
     return [Pair(root / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png") for name in names]
@@ -155,11 +223,36 @@ def _first_folder(*folders: Path) -> Path:
     return next((folder for folder in folders if folder.is_dir()), folders[-1])
 
 
-def _split_folders(images: Path, masks: Path) -> dict[str, list[Pair]]:
+def _split_folders(
+    images: Path, masks: Path, splits: str, scan: Scan, ends: tuple[str, str] | None = None
+) -> dict[str, list[Pair]]:
     """Splits as folders within both; without any, the two are the training split."""
-    found = find_splits(images)
+    found = {} if splits == "none" else find_splits(images)
     if not found:
-        return {"train": pair_folders(images, masks)}
-    # ADE20K has test images without masks
-    has_masks = {split: f for split, f in found.items() if split != "test" or (masks / f.name).is_dir()}
-    return {split: pair_folders(f, masks / f.name) for split, f in has_masks.items()}
+        scan.take("train", images)
+        return {"train": pair_folders(images, masks, ends, scan)}
+    others = [folder for folder in visible_folders(images) if folder not in found.values()]
+    if splits == "auto" and any(image_files(folder) for folder in others):
+        raise DataError(
+            f"{images} has {', '.join(folder.name for folder in found.values())}, called like splits, beside "
+            f"other folders with images ({', '.join(folder.name for folder in others)}): set data.splits to "
+            "folders to leave those out, or to none if there are no splits"
+        )
+    masks_found = find_splits(masks)
+    for folder, taken in ((images, found), (masks, masks_found)):
+        scan.leave_out_others(folder, taken.values(), f"not a split ({ALL_SPLIT_NAMES})")
+    pairs = {}
+    for split, folder in found.items():
+        mask_folder = masks_found.get(split, masks / folder.name)
+        if _has_masks(split, folder, mask_folder, scan):
+            pairs[split] = pair_folders(folder, mask_folder, ends, scan)
+    return pairs
+
+
+def _has_masks(split: str, folder: Path, masks: Path, scan: Scan) -> bool:
+    """Whether a split can be used: public data sets have test images without masks."""
+    if split == "test" and not masks.is_dir():
+        scan.leave_out(folder, f"test images without masks ({masks} is not there)")
+        return False
+    scan.take(split, folder)
+    return True

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from cbsa_torch._core.checks import some_of
-from cbsa_torch.images.decode import reason
+from cbsa_torch.images.decode import reason, upright
 from cbsa_torch.images.errors import DataError, UnreadableImageError
 
 IGNORE = -1
@@ -56,7 +56,7 @@ def _read(path: str | Path) -> tuple[np.ndarray, bool]:
     try:
         with Path(path).open("rb") as file, Image.open(file) as image:
             _refuse_ambiguous(image)
-            return np.asarray(image).astype(np.int64), image.mode == "P"
+            return np.asarray(upright(image)).astype(np.int64), image.mode == "P"
     except UnreadableImageError:
         raise
     except Exception as error:  # of broken files, decoders raise nearly anything
@@ -89,10 +89,11 @@ class LabelMap:
 
     Args:
         labels: value to label; ``IGNORE`` for values that stand for no class. Others are unknown.
+        own: the masks are the user's own, and errors say which settings give their values a meaning.
     """
 
-    def __init__(self, labels: Mapping[int, int]) -> None:
-        self.labels = dict(labels)
+    def __init__(self, labels: Mapping[int, int], *, own: bool = False) -> None:
+        self.labels, self.own = dict(labels), own
         self._table = np.full(max(self.labels) + 1, _UNKNOWN, dtype=np.int64)
         self._table[list(self.labels)] = list(self.labels.values())
 
@@ -106,20 +107,33 @@ class LabelMap:
         labels = self._table[np.where(inside, values, 0)]
         bad = ~inside | (labels == _UNKNOWN)
         if bad.any():
-            raise UnreadableImageError(self._complaint(values[bad]))
+            raise UnreadableImageError(self._complaint(values, bad))
         return labels
 
-    def _complaint(self, bad: np.ndarray) -> str:
-        values, counts = np.unique(bad, return_counts=True)
-        listed = [f"{value} ({count} pixel(s))" for value, count in zip(values, counts, strict=True)]
+    def _complaint(self, values: np.ndarray, bad: np.ndarray) -> str:
+        unknown, counts = np.unique(values[bad], return_counts=True)
+        listed = [f"{value} ({count} pixel(s))" for value, count in zip(unknown, counts, strict=True)]
         known = sorted(self.labels)
         allowed = f"{known[0]} to {known[-1]}" if len(known) == known[-1] - known[0] + 1 else str(known)
-        hint = (
-            "; if it stands for no class, set ignore_label to it"
-            if 255 in values and IGNORE not in self.labels.values()
-            else ""
-        )
+        hint = self._hint(np.unique(values).tolist()) if self.own else ""
         return f"unknown label {some_of(listed)}; known are {allowed}{hint}"
+
+    def _hint(self, found: list[int]) -> str:
+        """What the values of a mask look like, and the setting for that."""
+        classes = len({label for label in self.labels.values() if label != IGNORE})
+        hint = ""
+        if classes == 2 and set(found) <= {0, 255}:
+            hint = "; this looks like a binary mask: if 255 is the second class, set data.mask_values to 0 255"
+        elif 1 < len(found) == classes:
+            values = " ".join(map(str, found))
+            hint = (
+                "; it has as many values as there are classes: if they are these, in the order of classes.txt, "
+                f"set data.mask_values to {values}"
+            )
+        if 255 in found and IGNORE not in self.labels.values():
+            only, else_lost = ("only if", " (no such pixel is trained on then)") if hint else ("if", "")
+            hint += f"; {only} 255 stands for no class, set data.ignore_label to 255{else_lost}"
+        return hint
 
 
 def consecutive_labels(count: int, first: int, ignored: Sequence[int]) -> LabelMap:
@@ -140,7 +154,7 @@ def labels_from_colours(
         DataError: a colour that is not listed, or a label that does not fit.
     """
     picture = mask if isinstance(mask, Image.Image) else Image.open(mask)
-    pixels = np.asarray(picture.convert("RGB")).astype(np.int64)
+    pixels = np.asarray(upright(picture).convert("RGB")).astype(np.int64)
     codes = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
     labels = np.full(codes.shape, -1)
     for (red, green, blue), label in colours.items():

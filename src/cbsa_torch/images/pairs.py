@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cbsa_torch.images.errors import DataError, UnreadableImageError
-from cbsa_torch.images.folders import image_files
+from cbsa_torch.images.folders import Scan, image_files
 
 
 class Pair(NamedTuple):
@@ -19,7 +20,9 @@ class Pair(NamedTuple):
     mask: Path
 
 
-def pair_folders(images: Path, masks: Path, ends: tuple[str, str] | None = None) -> list[Pair]:
+def pair_folders(
+    images: Path, masks: Path, ends: tuple[str, str] | None = None, scan: Scan | None = None
+) -> list[Pair]:
     """Pair the files of two folders whose paths within them are equal but for the ending.
 
     Sorted by these paths. To an image without a mask, and to a mask without an image, the name that the other
@@ -29,11 +32,15 @@ def pair_folders(images: Path, masks: Path, ends: tuple[str, str] | None = None)
         images, masks: the folders.
         ends: endings of the images and of the masks; other files are passed over. Default: all image files,
             each without its suffix.
+        scan: notes what is passed over. Default: nobody.
 
     Raises:
-        DataError: not a folder, no files at all, or two files of one name but for the suffix.
+        DataError: not a folder, no files at all, two files of one name but for the suffix, or an image that is
+            there twice by a link (a mask may be).
     """
-    found = [_by_key(folder, ends and ends[i]) for i, folder in enumerate((images, masks))]
+    scan = Scan(images) if scan is None else scan
+    image_ends, mask_ends = ends or (None, None)
+    found = _by_key(images, image_ends, scan, shared=False), _by_key(masks, mask_ends, scan, shared=True)
     image_end, mask_end = ends or (".jpg", ".png")
     pairs = [
         Pair(
@@ -43,25 +50,62 @@ def pair_folders(images: Path, masks: Path, ends: tuple[str, str] | None = None)
         for key in sorted({*found[0], *found[1]})
     ]
     if not pairs:
-        raise DataError(f"no images found in {images}")
+        raise DataError("; ".join([f"no images found in {images}", *scan.left_out()]))
     return pairs
+
+
+def check_pairs(pairs: Sequence[Pair], split: str, most: int) -> list[str]:
+    """Lines about images without a mask and masks without an image.
+
+    Args:
+        pairs: of a split.
+        split: its name, for the lines.
+        most: how many files without a partner are allowed.
+
+    Raises:
+        DataError: more than that, or no pair is whole.
+    """
+    no_mask = [pair for pair in pairs if not pair.mask.exists()]
+    no_image = [pair for pair in pairs if not pair.image.exists()]
+    lone = {*no_mask, *no_image}
+    lines = []
+    if no_mask:
+        lines.append(f"{split}: {len(no_mask)} image(s) without a mask, e.g. {no_mask[0].mask} is not there")
+    if no_image:
+        lines.append(
+            f"{split}: {len(no_image)} mask(s) without an image, e.g. {no_image[0].image} is not there"
+        )
+    if len(lone) > most or len(lone) == len(pairs):
+        shown = "".join(f" ({pair.mask} has no image)" for pair in no_image[:1])
+        raise DataError(
+            f"{'; '.join(lines)}{shown}; a mask must have the name of its image but for the ending"
+            + (f" (data.max_bad_images is {most})" if len(lone) < len(pairs) else "")
+        )
+    return lines
 
 
 def check_size(pair: Pair, image: Image.Image, mask: np.ndarray) -> None:
     """Refuse a mask (height, width) of another size than its image; raises UnreadableImageError."""
     height, width = mask.shape
     if (width, height) != image.size:
+        turned = (
+            "; they differ by a quarter turn: images and masks are read upright, as their EXIF orientation "
+            "says and viewers show them, so turn the one that is not drawn so"
+            if (height, width) == image.size
+            else ""
+        )
         raise UnreadableImageError(
             f"the mask is {width}x{height} pixels (width x height), its image {pair.image} "
-            f"{image.size[0]}x{image.size[1]}"
+            f"{image.size[0]}x{image.size[1]}{turned}"
         )
 
 
-def _by_key(folder: Path, end: str | None) -> dict[str, Path]:
+def _by_key(folder: Path, end: str | None, scan: Scan, *, shared: bool) -> dict[str, Path]:
     """Image files by their path within the folder without the ending."""
     found: dict[str, Path] = {}
-    for path in image_files(folder):
+    for path in image_files(folder, scan, shared=shared):
         if not path.name.endswith(end or ""):
+            scan.leave_out(path, f"name does not end in {end}")
             continue
         key = path.relative_to(folder).as_posix().removesuffix(end or path.suffix)
         if key in found:

@@ -35,6 +35,10 @@ UNCOMPARED = {"compared": False}
 """Metadata of settings that a continued run may change, as they do not change what is computed."""
 
 
+FOLDERS = ("folder", "", "torch/folder", "torch/image_folder")
+"""Names of data sets that are a folder of the user's, whatever timm calls it."""
+
+
 @dataclass
 class ModelConfig:
     """The model."""
@@ -64,6 +68,9 @@ class DataSource:
     """Which data set."""
     root: str | None = field(default=None, metadata=LOCAL)
     """Its folder."""
+    splits: Literal["auto", "folders", "none"] = "auto"
+    """What folders called train, val, test ... are in a folder of your own: "folders" = splits; "none" =
+    classes, or folders like any other; "auto" = splits, and an error where they may be either."""
     val_fraction: float = 0.1
     """Share of the training images held out for validation if there is no val split."""
     workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
@@ -253,8 +260,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ConfigError(f"{where} must be one of {choices}, got {value!r}{nearest(value, args)}")
         return value
     if origin is tuple:
+        if args[-1] is ... and isinstance(value, (list, tuple)):
+            args = args[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(args):
-            raise ConfigError(f"{where} must be {len(args)} values, got {value!r}")
+            count = "a list of" if args[-1] is ... else len(args)
+            raise ConfigError(f"{where} must be {count} values, got {value!r}")
         return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
     if origin is dict:
         if not isinstance(value, dict):
@@ -340,6 +350,11 @@ def data_rules(data: DataSource) -> list[tuple[bool, str, Any]]:
         (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
         (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
         (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
+        (
+            data.splits == "auto" or data.name in FOLDERS,
+            f"data.splits is of data.name 'folder'; {data.name!r} has its own",
+            data.splits,
+        ),
     ]
 
 

@@ -135,6 +135,8 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
 
     continued = not config.overwrite and bool(folder.states().paths())
     setup = task.open(folder.skipped, continued=continued)
+    for line in setup.read:
+        reporter.say(line)
     model = setup.model
     if config.engine.fsdp:
         shard(accelerator, model)

@@ -5,11 +5,13 @@ from cbsa_torch.train.data.checked_images import read_skipped
 from cbsa_torch.train.data.loader import InputSpec, input_spec, make_loader
 from cbsa_torch.train.data.seeded import set_epoch
 from cbsa_torch.train.data.splits import Splits, open_split, open_splits
+from cbsa_torch.train.data.summary import describe
 
 __all__ = [
     "IGNORE",
     "InputSpec",
     "Splits",
+    "describe",
     "input_spec",
     "make_loader",
     "open_split",

@@ -35,13 +35,13 @@ class SkippedImages:
             DataError: it is one more than the limit.
         """
         known = self._read()
-        if _one_line(name) not in known:
-            self._append(_one_line(name), _one_line(why))
+        if one_line(name) not in known:
+            self._append(one_line(name), one_line(why))
             known = self._read()
         if len(known) > self.limit:
             where = f", listed in {self.path}" if self.path is not None else ""
             raise DataError(
-                f"cannot read image {_one_line(name)}: {_one_line(why)}; with it {len(known)} image(s) cannot "
+                f"cannot read image {one_line(name)}: {one_line(why)}; with it {len(known)} image(s) cannot "
                 f"be read{where}, and data.max_bad_images is {self.limit}; mend or remove them (and the list), "
                 "or raise the limit"
             )
@@ -78,7 +78,7 @@ def _read_list(path: Path) -> dict[str, str]:
     return found
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Printable in a line of UTF-8: odd bytes in file names and line breaks are written as escapes."""
     text = text.encode(errors="backslashreplace").decode()
     return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
 from cbsa_torch._core.checks import nearest, some_of
-from cbsa_torch.images import SPLIT_NAMES, class_folders, class_samples, find_splits
-from cbsa_torch.train.config import DataConfig
+from cbsa_torch.images import SPLIT_NAMES, Scan, class_folders, class_samples, class_splits
+from cbsa_torch.images.folders import visible_folders
+from cbsa_torch.train.config import FOLDERS, DataConfig, DataSource
 from cbsa_torch.train.data.arrays import open_digits, open_fetched
 from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages, SkippedImages
 from cbsa_torch.train.data.fetch import DATA_SETS
@@ -42,6 +43,13 @@ class Splits(NamedTuple):
     val: Dataset[Any]
     test: Dataset[Any] | None
     class_names: list[str]
+    notes: tuple[str, ...] = ()
+    """Which folders were taken for splits, and what plays no part: a line each."""
+
+    def parts(self) -> dict[str, Dataset[Any]]:
+        """The data sets by "train", "val" and, where there is one, "test"."""
+        parts = {"train": self.train, "val": self.val}
+        return parts if self.test is None else {**parts, "test": self.test}
 
     def choose(self, split: str | None, class_names: list[str]) -> tuple[str, Dataset[Any]]:
         """The name and the data set of a split, for a model trained on ``class_names``.
@@ -53,7 +61,7 @@ class Splits(NamedTuple):
         """
         check_classes(self.class_names, class_names)
         name = split or ("val" if self.test is None else "test")
-        dataset = {"train": self.train, "val": self.val, "test": self.test}[name]
+        dataset = self.parts().get(name)
         if dataset is None:
             raise DataError(f"this data set has no {name} split with labels; choose another")
         return name, dataset
@@ -89,6 +97,11 @@ def hold_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
     return order[held:], order[:held]
 
 
+def held_out_note(config: DataSource) -> str:
+    """Where validation images come from that have no folder of their own."""
+    return f"val is held out of train: there is no val split (data.val_fraction {config.val_fraction:g})"
+
+
 def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> Splits:
     """Open the data set for training.
 
@@ -106,7 +119,7 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
         arrays, class_names = opened
         return Splits(arrays["train"], arrays["val"], arrays["test"], class_names)
     # timm opens a folder under any name without a slash
-    if "/" not in config.name and config.name not in ("folder", "", *SETS):
+    if "/" not in config.name and config.name not in (*FOLDERS, *SETS):
         raise ConfigError(
             f"data.name must be {', '.join(map(repr, OWN_NAMES))} or a timm name such as 'torch/cifar10', "
             f"got {config.name!r}{nearest(config.name, OWN_NAMES)}"
@@ -114,7 +127,7 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
     streamed_by_name = config.name.startswith(("hfds/", "hfids/", "tfds/"))
     if config.root is None and not streamed_by_name:
         raise DataError(f"data.root is required for data.name={config.name!r}: where are the images?")
-    if config.name == "folder":
+    if _is_folder(config):
         return _from_folder(config, mode, bad)
     if config.name in SETS:
         parts, class_names = _open_torchvision(config, mode, bad)
@@ -133,27 +146,38 @@ def open_split(
         DataError: other classes, or no such split. Otherwise as :func:`open_splits`.
     """
     check_split(split)
-    if split is not None and config.name == "folder" and config.root is not None:
-        folder = find_splits(Path(config.root)).get(split)
-        if folder is not None:
+    if split is not None and config.root is not None and _is_folder(config):
+        root = Path(config.root)
+        folder = class_splits(root, config.splits, Scan(root)).get(split, root)
+        if folder != root:
             bad = SkippedImages(skipped, config.max_bad_images)
             return split, CheckedImages(ListedFiles(class_samples(folder, class_names)), mode, bad)
     return open_splits(config, mode, skipped).choose(split, class_names)
 
 
+def _is_folder(config: DataConfig) -> bool:
+    """Whether it is a folder of class folders, which is read by our rules whatever timm calls it."""
+    return config.name == "folder" or (config.name in FOLDERS and Path(config.root or "").is_dir())
+
+
 def _from_folder(config: DataConfig, mode: str, skipped: SkippedImages) -> Splits:
     root = Path(config.root or "")
-    # without folders of splits, the class folders are those of training
-    found = find_splits(root) or {"train": root}
+    scan = Scan(root)
+    found = class_splits(root, config.splits, scan)
     if "train" not in found:
-        raise DataError(f"{root} has a {next(iter(found))} folder but no train folder")
+        there = some_of([path.name for path in visible_folders(root)]) or "none"
+        raise DataError(
+            f"{root} has no train folder (its folders: {there}); if these are all classes, set data.splits to "
+            "none"
+        )
     class_names = class_folders(found["train"])
-    samples = {split: class_samples(folder, class_names) for split, folder in found.items()}
+    samples = {split: class_samples(folder, class_names, scan) for split, folder in found.items()}
     empty = set(range(len(class_names))) - {label for _, label in samples["train"]}
     if empty:
         raise DataError(f"{found['train'] / class_names[min(empty)]} holds no images")
     opened = {split: CheckedImages(ListedFiles(listed), mode, skipped) for split, listed in samples.items()}
-    return _with_validation(config, class_names, opened["train"], opened.get("val"), opened.get("test"))
+    splits = _with_validation(config, class_names, opened["train"], opened.get("val"), opened.get("test"))
+    return splits._replace(notes=(*splits.notes, *scan.notes()))
 
 
 def _open_torchvision(
@@ -183,6 +207,7 @@ def _with_validation(config: DataConfig, class_names: list[str], train: Any, val
         # each with a transform of its own: held-out images are not augmented
         rows = hold_out(len(train), config.val_fraction)
         train, val = (PlainImages(train, indices=part) for part in rows)
+        return Splits(train, val, test, class_names, (held_out_note(config),))
     return Splits(train, val, test, class_names)
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch.train.config import RunConfig
-from cbsa_torch.train.data import InputSpec, read_image_file
+from cbsa_torch.train.data import InputSpec, Splits, read_image_file
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.losses import Loss
 
@@ -47,6 +47,8 @@ class TaskSetup(NamedTuple):
     """Factors on the learning rate, by parameter."""
     note: str = ""
     """Printed before training begins."""
+    read: Sequence[str] = ()
+    """What was read of the data and what was left out: printed, too."""
 
 
 class EvalResult(Protocol):
@@ -184,6 +186,18 @@ class Task(ABC):
                     f"{option.name} has no effect for the task {self.config.task!r}, which this model was "
                     "trained for; leave it out"
                 )
+
+    @abstractmethod
+    def open_data(self, mode: str, skipped: Path) -> Splits:
+        """All splits, without transforms.
+
+        Args:
+            mode: colour mode of the images, "L" or "RGB".
+            skipped: file that lists images that could not be read.
+
+        Raises:
+            ConfigError, DataError: the data cannot be used.
+        """
 
     @abstractmethod
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:

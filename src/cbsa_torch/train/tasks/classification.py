@@ -17,7 +17,16 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from cbsa_torch.train.build import build_model, draft_model
 from cbsa_torch.train.config import TrainConfig, check_image_settings
-from cbsa_torch.train.data import IGNORE, InputSpec, input_spec, make_loader, open_split, open_splits
+from cbsa_torch.train.data import (
+    IGNORE,
+    InputSpec,
+    Splits,
+    describe,
+    input_spec,
+    make_loader,
+    open_split,
+    open_splits,
+)
 from cbsa_torch.train.engine.accelerate import use_separate_generator
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
@@ -98,14 +107,19 @@ class Classification(Task):
         """Refuse settings of the data that cannot work."""
         check_image_settings(self.config.data)
 
+    def open_data(self, mode: str, skipped: Path) -> Splits:
+        """Splits of (image, label)."""
+        return open_splits(self.config.data, mode, skipped)
+
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data sets, and the model with a head for their classes."""
         config = self.config
         draft = draft_model(config)
-        splits = open_splits(config.data, input_spec(draft[0]).mode, skipped)
+        splits = self.open_data(input_spec(draft[0]).mode, skipped)
         model, model_args = build_model(config, len(splits.class_names), draft)
         spec = input_spec(model, config.model.image_size)
-        return TaskSetup(model, model_args, splits.class_names, spec, splits.train, splits.val)
+        data = splits.class_names, spec, splits.train, splits.val
+        return TaskSetup(model, model_args, *data, read=describe(splits))
 
     def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
         """Augmented images in random order."""

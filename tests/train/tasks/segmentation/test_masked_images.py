@@ -35,7 +35,7 @@ BAD_MASKS = {
     ),
     "void": (
         lambda path: write_image_or_mask(path, [255]),
-        r"unknown label 255 \(48 pixel\(s\)\).*set ignore_label",
+        r"unknown label 255 \(48 pixel\(s\)\).*set data.ignore_label",
     ),
     "cut short": (cut_short, "truncated"),
     "missing": (Path.unlink, r"no mask for image .*images/train_3.jpg"),

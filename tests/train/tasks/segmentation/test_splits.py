@@ -72,7 +72,7 @@ def test_one_split_needs_no_other(pairs):
         DataError, match=r"the data's 3 classes \(sky, water, sand\) are not the model's 2 \(sky, water\)"
     ):
         open_segmentation_split(config(pairs), "RGB", "test", ["sky", "water"])
-    with pytest.raises(DataError, match="has a test split but no train split"):
+    with pytest.raises(DataError, match="has no train split; test is "):
         open_segmentation_split(config(pairs), "RGB", "val", NAMES)
 
 

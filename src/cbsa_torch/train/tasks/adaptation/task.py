@@ -28,7 +28,7 @@ from cbsa_torch.train.config import (
     TrainConfig,
     check_rules,
 )
-from cbsa_torch.train.data import input_spec, open_splits
+from cbsa_torch.train.data import describe, input_spec
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.losses import Distillation, DistillConfig, Loss
 from cbsa_torch.train.tasks.base import TaskSetup
@@ -143,7 +143,7 @@ class Adaptation(Classification):
         """The data, the adapted model, and the loss with its teacher."""
         config = self.config
         original = open_original("model.original", str(config.model.original), config.model.image_size)
-        splits = open_splits(config.data, input_spec(original.model).mode, skipped)
+        splits = self.open_data(input_spec(original.model).mode, skipped)
         adapted = adapt_original(original, config.model)
         new_head = not knows(original, splits.class_names)
         if new_head:
@@ -156,7 +156,8 @@ class Adaptation(Classification):
         scale = 1.0 if config.new_lr is None else config.new_lr / config.optim.lr
         scales = {} if scale == 1 else dict.fromkeys(_added(adapted.model), scale)
         data = splits.class_names, spec, splits.train, splits.val
-        return TaskSetup(adapted.model, adapted.args, *data, loss, scales, str(adapted.report))
+        note = str(adapted.report)
+        return TaskSetup(adapted.model, adapted.args, *data, loss, scales, note, describe(splits))
 
 
 class Original(NamedTuple):

@@ -43,6 +43,9 @@ class SegmentationDataConfig(DataSource):
     ~/.cache/cbsa_torch)."""
     ignore_label: int | None = None
     """Pixel value of a "folder"'s masks that stands for no class. Default: there is none."""
+    mask_values: tuple[int, ...] = ()
+    """Pixel values of a "folder"'s masks that stand for the classes, in the order of classes.txt, e.g. 0 255 in
+    binary masks. Default: 0, 1, 2 ..."""
     crop_size: int = 512
     """Side of the square training crops; what an image leaves free is padded and ignored."""
     base_size: int | None = None
@@ -106,6 +109,16 @@ def check_data_config(config: SegmentationDataConfig) -> None:
             ignore is None or config.name == "folder",
             f"data.ignore_label is of data.name 'folder'; {config.name!r} has its own",
             ignore,
+        ),
+        (
+            all(0 <= value <= 0xFFFF for value in config.mask_values),
+            "data.mask_values must be in [0, 65535]",
+            config.mask_values,
+        ),
+        (
+            not config.mask_values or config.name == "folder",
+            f"data.mask_values is of data.name 'folder'; {config.name!r} has its own",
+            config.mask_values,
         ),
         (scenes.seed >= 0, "data.scenes.seed must not be negative", scenes.seed),
         (scenes.size >= 8, "data.scenes.size must be at least 8", scenes.size),

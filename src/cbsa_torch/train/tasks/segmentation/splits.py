@@ -20,6 +20,7 @@ from cbsa_torch.images import (
     LabelMap,
     Pair,
     UnreadableImageError,
+    check_pairs,
     check_size,
     layouts,
     read_image_file,
@@ -27,7 +28,7 @@ from cbsa_torch.images import (
 )
 from cbsa_torch.train.data.checked_images import SkippedImages
 from cbsa_torch.train.data.fetch import load
-from cbsa_torch.train.data.splits import Splits, check_classes, check_split, hold_out
+from cbsa_torch.train.data.splits import Splits, check_classes, check_split, held_out_note, hold_out
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.segmentation.config import SegmentationDataConfig, check_data_config
 from cbsa_torch.train.tasks.segmentation.scenes import open_scenes
@@ -97,16 +98,21 @@ def open_segmentation(
     layout = open_layout(config)
     splits = layout.splits
     if "train" not in splits:
-        raise DataError(f"{config.root} has a {next(iter(splits))} split but no train split")
+        raise DataError("; ".join([f"{config.root} has no train split", *layout.notes]))
+    notes = [
+        line for split, pairs in splits.items() for line in check_pairs(pairs, split, config.max_bad_images)
+    ]
     if "val" not in splits:
         if config.name != "folder":
             raise DataError(f"{config.root} has no validation split")
         pairs = splits["train"]
         train, val = hold_out(len(pairs), config.val_fraction)
         splits = {**splits, "train": [pairs[i] for i in train], "val": [pairs[i] for i in val]}
+        notes.append(held_out_note(config))
     bad = SkippedImages(skipped, config.max_bad_images)
     opened = {split: MaskedImages(pairs, mode, layout.labels, bad) for split, pairs in splits.items()}
-    return Splits(opened["train"], opened["val"], opened.get("test"), layout.class_names)
+    notes += layout.notes
+    return Splits(opened["train"], opened["val"], opened.get("test"), layout.class_names, tuple(notes))
 
 
 def open_segmentation_split(
@@ -129,13 +135,24 @@ def open_segmentation_split(
         layout = open_layout(config)
         if split in layout.splits and not (split == "train" and "val" not in layout.splits):
             check_classes(layout.class_names, class_names)
+            check_pairs(layout.splits[split], split, config.max_bad_images)
             bad = SkippedImages(skipped, config.max_bad_images)
             return split, MaskedImages(layout.splits[split], mode, layout.labels, bad)
     return open_segmentation(config, mode, skipped).choose(split, class_names)
 
 
 def open_layout(config: SegmentationDataConfig) -> layouts.Layout:
-    """The files of a data set that lies in a folder."""
+    """The files of a data set that lies in a folder, without a test split that has no masks."""
+    layout = _open_layout(config)
+    test = layout.splits.get("test", [])
+    if not test or any(pair.mask.exists() for pair in test):
+        return layout
+    splits = {split: pairs for split, pairs in layout.splits.items() if split != "test"}
+    note = f"left out, the test split: its {len(test)} image(s) have no masks"
+    return layout._replace(splits=splits, notes=[*layout.notes, note])
+
+
+def _open_layout(config: SegmentationDataConfig) -> layouts.Layout:
     if config.root is None:
         raise DataError(f"data.root is required for data.name={config.name!r}: where are the images?")
     root = Path(config.root)
@@ -149,4 +166,4 @@ def open_layout(config: SegmentationDataConfig) -> layouts.Layout:
         return layouts.open_cityscapes(root)
     if config.name.startswith("pascal_context"):
         return layouts.open_pascal_context(root, 59 if config.name.endswith("_59") else 60)
-    return layouts.open_image_mask_folders(root, config.ignore_label)
+    return layouts.open_image_mask_folders(root, config.ignore_label, config.mask_values, config.splits)

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +27,10 @@ from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
 from cbsa_torch.models.segmentation.factory import segmenter
 from cbsa_torch.train.build import build_model, draft_model, open_source, read_args
 from cbsa_torch.train.config import check_rules
-from cbsa_torch.train.data import IGNORE, InputSpec, input_spec
+from cbsa_torch.train.data import IGNORE, InputSpec, Splits, describe, input_spec, read_skipped
+from cbsa_torch.train.data.checked_images import SkippedImages
 from cbsa_torch.train.data.seeded import SeededSamples
+from cbsa_torch.train.data.summary import class_lines, read_all
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
@@ -42,7 +45,11 @@ from cbsa_torch.train.tasks.base import (
     spread_indices,
 )
 from cbsa_torch.train.tasks.segmentation.colours import write_coloured_mask
-from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig, check_data_config
+from cbsa_torch.train.tasks.segmentation.config import (
+    SegmentationDataConfig,
+    SegmentationTrainConfig,
+    check_data_config,
+)
 from cbsa_torch.train.tasks.segmentation.evaluation import (
     SegmentationMetric,
     SegmentationResult,
@@ -50,13 +57,19 @@ from cbsa_torch.train.tasks.segmentation.evaluation import (
     share,
     sharing,
 )
-from cbsa_torch.train.tasks.segmentation.splits import open_segmentation, open_segmentation_split
+from cbsa_torch.train.tasks.segmentation.splits import (
+    MaskedImages,
+    open_segmentation,
+    open_segmentation_split,
+)
 from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform, training_transform
 
 PRETRAINED = "pretrained"
 """``model.encoder_from``: the weights that timm has for an encoder."""
 CLASSIFIER_PARTS = ("head", "fc_norm", "attn_pool", "fc")
 """Parts of classifiers that no encoder has."""
+PAIRS_READ_FIRST = 200
+"""How many pairs of a split are read before anything is trained: misunderstood labels show there."""
 MASKS = "predicted_masks"
 """The folder of predicted masks, unless another is given."""
 
@@ -129,17 +142,23 @@ class Segmentation(Task):
         ])  # fmt: skip
         return Windows(size, stride, batch, scales, given.flip)
 
+    def open_data(self, mode: str, skipped: Path) -> Splits:
+        """Splits of (image, mask)."""
+        splits = open_segmentation(self.config.data, mode, skipped)
+        if len(splits.class_names) < 2:
+            raise DataError(
+                f"{self.config.data.name} has one class, {splits.class_names}, and nothing to tell it from: "
+                "what is around it (the background) needs a class of its own"
+            )
+        return splits
+
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data sets, and the model with a mask for each of their classes."""
         config, weights = open_encoder(self.config, continued=continued)
         data = config.data
         draft = draft_model(config)
-        splits = open_segmentation(data, input_spec(draft[0]).mode, skipped)
-        if len(splits.class_names) < 2:
-            raise DataError(
-                f"{data.name} has one class, {splits.class_names}, and nothing to tell it from: what is "
-                "around it (the background) needs a class of its own"
-            )
+        splits = self.open_data(input_spec(draft[0]).mode, skipped)
+        read = [*describe(splits), *_read_some(splits, data)]
         model, model_args = build_model(config, len(splits.class_names), draft)
         if weights is not None:
             load_encoder(model, weights, str(config.model.encoder_from))
@@ -147,7 +166,7 @@ class Segmentation(Task):
         size = known.input_size[0], data.crop_size, data.crop_size
         spec = known._replace(input_size=size, crop_pct=1.0)
         _check_size(model, spec.input_size)
-        return TaskSetup(model, model_args, splits.class_names, spec, splits.train, splits.val)
+        return TaskSetup(model, model_args, splits.class_names, spec, splits.train, splits.val, read=read)
 
     def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
         """Augmented crops in random order."""
@@ -239,6 +258,39 @@ class Segmentation(Task):
         """The class of most pixels, from logits (images, classes, height, width)."""
         classes: list[int] = outputs.argmax(1).flatten(1).mode(1).values.tolist()
         return classes
+
+
+def _read_some(splits: Splits, data: SegmentationDataConfig) -> list[str]:
+    """Read pairs before anything is trained; lines about the classes in their masks.
+
+    Raises:
+        DataError: more pairs cannot be used than allowed, or no pixel of a split has a class.
+    """
+    lines = []
+    for name, split in (("training", splits.train), ("validation", splits.val)):
+        if not isinstance(split, MaskedImages):  # drawn, not read
+            continue
+        indices = spread_indices(len(split), PAIRS_READ_FIRST)
+        with TemporaryDirectory() as folder:
+            listed = Path(folder) / "skipped.txt"
+            pairs = MaskedImages(
+                split.pairs, split.mode, split.labels, SkippedImages(listed, data.max_bad_images)
+            )
+            ignored, *counts = read_all(pairs, len(splits.class_names), data.workers, indices)
+            failed = read_skipped(listed)
+        read = f"{len(indices)} of {len(split)} {name} masks"
+        if not any(counts):
+            raise DataError("; ".join([f"no pixel of any class in {read}", *failed[:1]]))
+        share = 100 * ignored / (ignored + sum(counts))
+        first, *warnings = class_lines(read, splits.class_names, np.array(counts), "pixels")
+        lines.append(f"{read}: {first}; ignored {share:.3g} %")
+        if warnings and ignored and data.ignore_label is not None:
+            warnings.append(
+                f"pixels of ignore_label {data.ignore_label} are not trained on: if they are a class, leave it "
+                "out and set data.mask_values (0 255 for binary masks)"
+            )
+        lines += warnings
+    return lines
 
 
 def _default(name: str) -> Any:

@@ -1,0 +1,116 @@
+"""What was read of a data set, in lines for people: its splits, the images of each class, what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Generator
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from cbsa_torch._core.checks import some_of
+from cbsa_torch.images import IGNORE
+from cbsa_torch.train.data.arrays import ArrayImages
+from cbsa_torch.train.data.checked_images import CheckedImages, PlainImages, one_line
+from cbsa_torch.train.data.splits import Splits
+from cbsa_torch.train.data.workers import ignore_signals_in_workers
+
+MOST_CLASSES = 20
+"""With more classes, only the smallest and the largest are named."""
+
+
+def describe(splits: Splits) -> list[str]:
+    """The splits with their images, as far as can be told without reading these, and what was left out."""
+    lines = [f"classes: {len(splits.class_names)} ({some_of(splits.class_names, MOST_CLASSES)})"]
+    for name, dataset in splits.parts().items():
+        lines.append(f"{name}: {len(dataset):,} images")  # type: ignore[arg-type]
+        labels = labels_of(dataset)
+        if labels is not None:
+            counts = np.bincount(labels, minlength=len(splits.class_names))
+            first, *warnings = class_lines(name, splits.class_names, counts, "images")
+            lines[-1:] = [f"{lines[-1]} ({first})", *warnings]
+    return [one_line(line) for line in [*lines, *splits.notes]]
+
+
+def labels_of(dataset: Any) -> np.ndarray | None:
+    """The class of each image, where the data set knows it without reading the image."""
+    if isinstance(dataset, PlainImages):
+        labels = labels_of(dataset.source)
+        return labels if labels is None or dataset.indices is None else labels[dataset.indices]
+    if isinstance(dataset, ArrayImages):
+        return np.asarray(dataset.labels)
+    if isinstance(dataset, CheckedImages):
+        samples = getattr(dataset.reader, "samples", None)
+        return None if samples is None else np.array([label for _, label in samples])
+    targets = getattr(dataset, "targets", None)
+    return None if targets is None else np.asarray(targets)
+
+
+def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit: str) -> list[str]:
+    """How many images, or which share of the pixels, each class has; then a warning of those without any.
+
+    Args:
+        where: what was counted, for the warning.
+        class_names: in the order of the labels.
+        counts: (classes,) images or pixels.
+        unit: "images" or "pixels".
+    """
+    shown = [f"{count:,}" for count in counts.tolist()]
+    if unit == "pixels":
+        shown = [f"{100 * share:.3g} %" for share in (counts / max(counts.sum(), 1)).tolist()]
+    of_class = [f"{name} {number}" for name, number in zip(class_names, shown, strict=True)]
+    if len(class_names) > MOST_CLASSES:
+        of_class = [f"from {of_class[counts.argmin()]} to {of_class[counts.argmax()]}"]
+    lines = [", ".join(of_class)]
+    without = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
+    if without:
+        lines.append(f"warning: no {unit} of {some_of(without)} in {where}")
+    return [one_line(line) for line in lines]
+
+
+def read_all(
+    dataset: Dataset[Any], classes: int, workers: int, indices: Iterable[int] | None = None
+) -> np.ndarray:
+    """Read samples (image, label or mask) and count images or pixels: (1 + classes,), the ignored ones first.
+
+    Args:
+        dataset: without a transform.
+        classes: how many there are.
+        workers: processes that read; 0: this one.
+        indices: which samples. Default: all.
+    """
+    tallies: Any
+    if isinstance(dataset, IterableDataset):
+        tallies = (_tally(target, classes) for _, target in dataset)
+    else:
+        tallies = DataLoader(
+            _Targets(dataset, classes, range(len(dataset)) if indices is None else indices),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            generator=Generator(),  # else it draws from torch's own, and what is drawn later changes
+        )
+        ignore_signals_in_workers(tallies)
+    total = np.zeros(1 + classes, dtype=np.int64)
+    for tally in tallies:
+        total += np.asarray(tally)
+    return total
+
+
+class _Targets(Dataset[np.ndarray]):
+    """The tally of each sample."""
+
+    def __init__(self, source: Any, classes: int, indices: Iterable[int]) -> None:
+        self.source, self.classes, self.indices = source, classes, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        _, target = self.source[self.indices[index]]
+        return _tally(target, self.classes)
+
+
+def _tally(target: Any, classes: int) -> np.ndarray:
+    """How often each label is in a label or mask, the ignored ones first."""
+    return np.bincount(np.ravel(target) - IGNORE, minlength=1 + classes)

@@ -1,0 +1,92 @@
+"""Folders of images and masks of any content are paired by the rules of docs/segmentation_data.md, or refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cbsa_torch.train.errors import DataError
+from cbsa_torch.train.tasks.segmentation import SegmentationDataConfig, open_segmentation
+
+SPLITS = {"train": "train", "Val": "val", "TESTING": "test"}
+PLACES = ("", "deep/", ".cache/", "caf\udce9/")
+NAMES = ("0.png", "0.jpg", "1.png", "a b.png", "[x].png", "._0.png", "notes.txt", "0_mask.png")
+files = st.tuples(
+    st.sampled_from((*SPLITS, "extra")),
+    st.sampled_from(("images", "masks")),
+    st.sampled_from(PLACES),
+    st.sampled_from(NAMES),
+)
+whole = [(split, kind, "", "0.png") for split in SPLITS for kind in ("images", "masks")]
+trees = st.tuples(st.sampled_from((0, 2, 4, 6)), st.lists(files, max_size=5))
+
+
+class Refused(Exception):  # noqa: N818
+    """The rules refuse the folder."""
+
+
+def by_the_rules(tree):
+    """The keys of each split that are paired, from the files as they were written; or Refused."""
+    found = {}
+    for split, kind, place, name in dict.fromkeys(tree):
+        if split not in SPLITS:
+            continue
+        keys = found.setdefault(SPLITS[split], {}).setdefault(kind, [])
+        if name.endswith(".txt") or name.startswith(".") or place.startswith("."):
+            continue
+        keys.append(place + name.rpartition(".")[0])
+    if "train" not in found:
+        raise Refused("no train")
+    pairs = {}
+    for split, kinds in found.items():
+        if split == "test" and not kinds.get("masks"):
+            if "masks" in kinds and not kinds.get("images"):
+                raise Refused("nothing there")
+            if "masks" in kinds and len({*kinds["images"]}) < len(kinds["images"]):
+                raise Refused("two files of one name")
+            continue
+        if set(kinds) != {"images", "masks"}:
+            raise Refused("a folder is missing")
+        if any(len({*keys}) < len(keys) for keys in kinds.values()):
+            raise Refused("two files of one name")
+        if not {*kinds["images"]} & {*kinds["masks"]}:
+            raise Refused("no pair is whole")
+        pairs[split] = {*kinds["images"], *kinds["masks"]}
+    if "val" not in pairs and len(pairs["train"]) < 2:
+        raise Refused("nothing to hold out")
+    return pairs
+
+
+@settings(max_examples=100, deadline=None)
+@given(tree=trees)
+def test_every_folder_is_paired_by_the_rules_or_refused_with_the_cause(tmp_path_factory, tree):
+    root = tmp_path_factory.mktemp("pairs")
+    (root / "classes.txt").write_text("a\nb")
+    tree = [*whole[: tree[0]], *tree[1]]
+    for split, kind, place, name in tree:
+        (root / split / kind / place).mkdir(parents=True, exist_ok=True)
+        (root / split / kind / place / name).write_bytes(b"not read here")
+    config = SegmentationDataConfig(root=str(root), max_bad_images=99)
+    try:
+        expected = by_the_rules(tree)
+    except Refused:
+        with pytest.raises(DataError) as caught:
+            open_segmentation(config)
+        assert str(root) in str(caught.value) or "too few to hold out" in str(caught.value)
+        return
+    splits = open_segmentation(config)
+    read = {}
+    for name, dataset in splits.parts().items():
+        for image, mask in dataset.pairs:
+            key, mask_key = (path.relative_to(path.parents[1 + key_depth(path)]) for path in (image, mask))
+            assert key.with_suffix("").parts[1:] == mask_key.with_suffix("").parts[1:]
+            read.setdefault(name, []).append("/".join(key.with_suffix("").parts[1:]))
+    if "val" not in expected:
+        read["train"] += read.pop("val")
+    assert {name: sorted(keys) for name, keys in read.items()} == {k: sorted(v) for k, v in expected.items()}
+
+
+def key_depth(path):
+    """How many folders lie between a file and ``images`` or ``masks``."""
+    return next(i for i, parent in enumerate(path.parents) if parent.name in ("images", "masks"))
