@@ -13,8 +13,8 @@ _Value = TypeVar("_Value")
 WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where ``torch.compile``, FSDP and checkpointing of activations keep what they wrap; anywhere in a name."""
 _OUTERMOST = r"^(module\.)+"
-"""DataParallel, DDP and averages of weights (torch's ``AveragedModel``, timm's ``ModelEmaV3``). Only in front: a
-part of a model may be called so."""
+"""DataParallel, DDP and averages of weights (torch's ``AveragedModel``, timm's ``ModelEmaV3``). Only in front:
+a part of a model may be called so."""
 
 
 def bare_name(name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import tyro
 
 from cbsa_torch.train.data.fetch import fetch
-from cbsa_torch.train.engine.console import Reporter
+from cbsa_torch.train.engine.console import Reporter, say
 
 
 @dataclass
@@ -32,4 +32,4 @@ def run(args: list[str]) -> None:
     )
     path = fetch(options.name, options.output, options.source, Reporter().say)
     root = "" if options.output is None else f" --data.root {path.parent}"
-    print(f"train on it with: cbsa train --config {options.name}{root}")
+    say(f"train on it with: cbsa train --config {options.name}{root}")

@@ -6,6 +6,7 @@ constructor arguments and whatever the writer adds (class names, accuracy). It i
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
@@ -74,7 +75,7 @@ def save_tensors(path: str | Path, state: dict[str, Tensor], info: dict[str, Any
     source = f"what is to be written to {path}"
     tensors = _as_written(_bare(state, source))
     with torch.device("meta"):  # no values, no random numbers
-        own = _build(info, source).state_dict()
+        own = build_described(info, source).state_dict()
     check_fit(tensors, own, source)
     metadata = {"cbsa_torch": text, "sha256": _digest(tensors, text)}
     write_atomically(Path(path), save(tensors, metadata=metadata))
@@ -92,7 +93,7 @@ def _as_written(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return written
 
 
-def _build(info: Mapping[str, Any], source: str) -> nn.Module:
+def build_described(info: Mapping[str, Any], source: str) -> nn.Module:
     """The model that a file's description names."""
     try:
         model: nn.Module = timm.create_model(info["model"], **info["model_args"])
@@ -116,7 +117,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     metadata = _metadata(path)
     if "sha256" in metadata and _digest(tensors, metadata["cbsa_torch"]) != metadata["sha256"]:
         raise CheckpointError(f"{path} was altered after it was written: its checksum does not fit")
-    model = _build(info, str(path))
+    model = build_described(info, str(path))
     model.to(floating_dtype(tensors))
     load_strictly(model, tensors, str(path))
     return model.eval(), info
@@ -134,8 +135,8 @@ def read_info(path: Path) -> dict[str, Any]:
         info = json.loads(_metadata(path)["cbsa_torch"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(
-            f"{path} was not written by cbsa_torch (no model description in it); "
-            "for released weights use load_official"
+            f"{path} was not written by cbsa_torch (no model description in it); for weights of others use "
+            "from_pretrained"
         ) from error
     _check_info(info, str(path))
     return info
@@ -201,7 +202,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path} must be a .safetensors file or a PyTorch file ({', '.join(PICKLE_SUFFIXES)})"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # the options of a command line, which training checkpoints keep; building them runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

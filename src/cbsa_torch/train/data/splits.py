@@ -141,6 +141,14 @@ def open_split(
     return open_splits(config, mode, skipped).choose(split, class_names)
 
 
+def class_names_of(config: DataConfig, mode: str, split: str | None) -> list[str]:
+    """The classes of a data set; of a folder without training images, those of the split that is asked for."""
+    found = find_splits(Path(config.root)) if config.name == "folder" and config.root is not None else {}
+    if split in found and "train" not in found:
+        return class_folders(found[split])
+    return open_splits(config, mode).class_names
+
+
 def _from_folder(config: DataConfig, mode: str, skipped: SkippedImages) -> Splits:
     root = Path(config.root or "")
     # without folders of splits, the class folders are those of training
