@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 import tyro
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -33,7 +32,7 @@ from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
 from cbsa_torch.models.adapt.vit import MixerName
 from cbsa_torch.models.counting import count_model
-from cbsa_torch.train.config import ModelConfig, TrainConfig
+from cbsa_torch.train.config import ModelConfig, TrainConfig, read_yaml
 from cbsa_torch.train.data import input_spec
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import EXPECTED_ERRORS, ConfigError
@@ -186,9 +185,9 @@ def parse_variant(text: str) -> Variant:
     except ConfigError as error:
         raise ConfigError(f"--variants {text!r}: {error}") from None
     try:
-        values = {key: yaml.safe_load(value) for key, value in given.items()}
+        values = {key: read_yaml(value, key) for key, value in given.items()}
         check_options(mixer, values)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"--variants {text!r}: {error}") from None
     return Variant(mixer, layers, values)  # type: ignore[arg-type]
 

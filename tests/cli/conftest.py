@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cbsa_torch.cli import main
+from tests.helpers.colour_folder import write_colours
 
 TINY = [
     *("--optim.batch-size", "256", "--optim.warmup-epochs", "0", "--optim.epochs", "1", "--data.workers", "0"),
@@ -58,6 +59,12 @@ def trained_on_folder(colours, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "folder"
     options = ["--config", "folder", "--data.root", str(colours), "--optim.batch-size", "8"]
     return train(folder, *options, "--model", "cbt_pico_patch1_8")
+
+
+@pytest.fixture(scope="session")
+def colour_images(tmp_path_factory) -> Path:
+    """An image folder of three colours, 32x32, with all splits."""
+    return write_colours(tmp_path_factory.mktemp("colour_images"))
 
 
 @pytest.fixture

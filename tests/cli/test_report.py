@@ -38,7 +38,7 @@ def test_it_opens_weights_and_data_once(name, split, request, tmp_path, monkeypa
     run, calls = tmp_path / "run", []
     shutil.copytree(request.getfixturevalue(name), run)
     for module, called in (
-        (evaluate, "load_checkpoint"),
+        (evaluate, "open_weights"),
         (classification, "open_splits"),
         (splits, "open_splits"),
     ):
@@ -50,7 +50,7 @@ def test_it_opens_weights_and_data_once(name, split, request, tmp_path, monkeypa
 
         monkeypatch.setattr(module, called, counted)
     assert main(["report", "--checkpoint", str(run), *FEW, "--robustness-images", "0"]) == 0
-    assert calls == ["load_checkpoint", "open_splits"]
+    assert calls == ["open_weights", "open_splits"]
     assert f"{split} accuracy: " in capsys.readouterr().out
     assert "Robustness: switched off." in (run / "report.html").read_text()
 

@@ -39,7 +39,7 @@ def test_an_encoder_from_a_run_goes_before_the_encoder_of_a_recipe(monkeypatch):
         (["--config", "folder"], "data.root is required"),
         (["--config", "finetune_pets"], "model.init_from is required"),
         (["--optim.epochs", "0"], "optim.epochs must be at least 1"),
-        (["--model", "cbt_pico_patch1_8", "--model.args", "tied", "[1"], "model.args are not values of YAML"),
+        (["--model", "cbt_pico_patch1_8", "--model.args", "tied", "[1"], "model.args tied is not valid YAML"),
         (["--model", "resnet18", "--model.args", "block", "foo"], "cannot build resnet18"),
         (["--model.name", "cbt_pico_patch1_9"], "did you mean 'cbt_pico_patch1_8'"),
         (["--resume"], "nothing to resume"),

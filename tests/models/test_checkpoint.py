@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import timm
+import timm.utils
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models import load_checkpoint, load_official, read_tensors, save_checkpoint
@@ -69,15 +72,18 @@ def test_a_file_with_a_strange_description_is_refused(tmp_path, text):
         load_checkpoint(tmp_path / "m.safetensors")
 
 
-def test_a_file_of_an_unknown_model_is_refused(tmp_path, monkeypatch):
-    info = {"model": "cbt_unheard_of", "model_args": {}}
+def test_a_file_of_an_unknown_model_is_refused(tmp_path):
+    unknown = {"model": "cbt_unheard_of", "model_args": {}}
     with pytest.raises(CheckpointError, match="not a model of timm"):
-        save_checkpoint(tmp_path / "m.safetensors", tiny(), info)
-    monkeypatch.setattr("cbsa_torch.models.checkpoint.timm.is_model", lambda name: True)
-    save_checkpoint(tmp_path / "m.safetensors", tiny(), info)
-    monkeypatch.undo()
+        save_checkpoint(tmp_path / "m.safetensors", tiny(), unknown)
+    write_described(tmp_path / "m.safetensors", unknown)
     with pytest.raises(CheckpointError, match="holds 'cbt_unheard_of', which is not a model of timm here"):
         load_checkpoint(tmp_path / "m.safetensors")
+
+
+def write_described(path: Path, description: dict) -> None:
+    """A file of other software that describes itself as ours do."""
+    save_file(tiny().state_dict(), path, metadata={"cbsa_torch": json.dumps(description)})
 
 
 @pytest.mark.parametrize(
@@ -86,12 +92,94 @@ def test_a_file_of_an_unknown_model_is_refused(tmp_path, monkeypatch):
         ({"depth": 3}, r"missing blocks\.2\."),
         ({"depth": 1}, r"unexpected blocks\.1\."),
         ({"num_classes": 7}, r"head\.weight has shape \(10, 16\), the model needs \(7, 16\)"),
+        ({"depth": "many"}, "cannot build the model 'cbt_pico_patch1_8'"),
     ],
 )
-def test_a_file_of_another_model_names_what_does_not_fit(tmp_path, changed, message):
-    save_checkpoint(tmp_path / "m.safetensors", tiny(), info(**changed))
+def test_weights_of_another_model_are_neither_written_nor_read(tmp_path, changed, message):
+    path = tmp_path / "m.safetensors"
     with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(tmp_path / "m.safetensors")
+        save_checkpoint(path, tiny(), info(**changed))
+    assert not path.exists()
+    write_described(path, info(**changed))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+# ---- wrappers
+
+
+def compiled_blocks(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block)
+    return model
+
+
+def rechecked(model):
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    return model
+
+
+WRAPPERS = {
+    "compiled": torch.compile,
+    "compiled blocks": compiled_blocks,
+    "DataParallel": torch.nn.DataParallel,
+    "DataParallel of compiled": lambda model: torch.nn.DataParallel(torch.compile(model)),
+    "compiled DataParallel": lambda model: torch.compile(torch.nn.DataParallel(model)),
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "ModelEmaV3": timm.utils.ModelEmaV3,
+    "checkpointed": rechecked,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_written_by_its_own_names(tmp_path, wrap):
+    path, state = tmp_path / "m.safetensors", tiny().state_dict()
+    wrapped = wrap(tiny())
+    save_checkpoint(path, wrapped, info())
+    model, _ = load_checkpoint(path)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    torch.save(wrapped.state_dict(), tmp_path / "m.pth")
+    assert read_tensors(tmp_path / "m.pth").keys() == state.keys()
+
+
+def test_tied_weights_are_written(tmp_path):
+    model = tiny()
+    model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
+    save_checkpoint(tmp_path / "m.safetensors", model, info())
+    again = load_checkpoint(tmp_path / "m.safetensors")[0]
+    assert torch.equal(again.blocks[1].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+def wrapped_inside(model):
+    model.blocks[0] = torch.nn.DataParallel(model.blocks[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrapped_inside, r"missing blocks\.0\..*unexpected blocks\.0\.module\."),
+        (
+            lambda model: parametrizations.weight_norm(model.head) and model,
+            r"unexpected head\.parametrizations",
+        ),
+        (lambda model: model.to("meta"), "tensors that are not dense, whole"),
+    ],
+)
+def test_what_could_not_be_read_is_refused_before_writing(tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(tmp_path / "m.safetensors", change(tiny()), info())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema"])
+def test_an_average_of_the_weights_comes_first(tmp_path, key):
+    averaged = {f"module.{name}": value + 1 for name, value in tiny().state_dict().items()}
+    torch.save(
+        {"state_dict": tiny().state_dict(), "model": tiny().state_dict(), key: averaged}, tmp_path / "m.pth"
+    )
+    found = read_tensors(tmp_path / "m.pth")
+    assert torch.equal(found["head.bias"], averaged["module.head.bias"])
 
 
 def test_loading_strictly_changes_nothing_when_it_fails():

@@ -113,7 +113,10 @@ LAYER = "transformer.layers.1.0.fn"
         ({"mlp_head.1.weight": torch.ones(5, 32).to_sparse()}, "not dense, whole and of 16 bit or more"),
         ({"mlp_head.1.weight": torch.ones(5, 32, device="meta")}, "not dense, whole and of 16 bit or more"),
         ({"pos_embedding": torch.ones(1).expand(1, 10**8 + 1, 32)}, "not dense, whole and of 16 bit or more"),
-        ({"module.cls_token": torch.ones(1, 1, 32)}, "names differ by a module. prefix alone"),
+        (
+            {"module.cls_token": torch.ones(1, 1, 32)},
+            "two entries are called cls_token, but for names of wrappers",
+        ),
         ({"to_patch_embedding.2.weight": torch.randn(32, 47)}, "47 values per patch are not a square"),
         ({f"{LAYER}.qkv.weight": None}, r"layer 1 has none of transformer\.layers\.1\.0\.fn\.step_x"),
         (

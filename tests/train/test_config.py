@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from cbsa_torch.cli import main
-from cbsa_torch.train.build import build_model
-from cbsa_torch.train.config import ModelConfig, TrainConfig, dump_yaml
+from cbsa_torch.train.build import build_model, read_args
+from cbsa_torch.train.config import ModelConfig, TrainConfig, dump_yaml, from_dict, read_yaml
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.registry import load_config
 
@@ -94,7 +94,7 @@ def test_model_arguments_may_be_values_of_python_or_yaml(tmp_path):
     config.model.args["depth"] = 3
     assert load_config(write(tmp_path, dump_yaml(config))).model.args["depth"] == "3"
     config.model.name, config.model.args = "cbt_pico_patch1_8", {"depth": 1, "tied": True, "embed_dim": "32"}
-    model, built = build_model(config, 3)
+    model, built, _ = build_model(config, 3)
     assert built == {"depth": 1, "tied": True, "embed_dim": 32, "num_classes": 3}
     assert len(model.blocks) == 1
 
@@ -111,7 +111,7 @@ BAD_FILES = {
     "binary": (bytes(range(256)), "is not a text file in UTF-8"),
     "cut short": (b"optim: [1, 2", "is not valid YAML"),
     "zeros": (b"\0" * 100, "is not valid YAML"),
-    "date": (b"seed: 2020-13-45", "is not valid YAML"),
+    "date": (b"seed: 2020-13-45", "seed must be int, got '2020-13-45'"),
     "digits": (b"seed: " + b"9" * 5000, "is not valid YAML"),
     "beyond floats": (b"optim:\n  lr: " + b"9" * 400, "lr must be float"),
     "deep": (b"[" * 20_000, "is not valid YAML"),
@@ -128,3 +128,47 @@ def test_files_that_are_no_configuration_are_one_line(tmp_path, capsys, content,
     assert main(["train", "--config", str(path), "--output", str(tmp_path / "run")]) == 1
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# ---- free-form values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-2", 0.01),
+        ("+2E3", 2000.0),
+        ("1e22", 1e22),
+        (".5", 0.5),
+        ("012", 12),
+        ("1_000", 1000),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("0x1f", "0x1f"),
+        ("None", None),
+        ("null", None),
+        ("none", "none"),
+        ("true", True),
+        ("softmax", "softmax"),
+        ("e5", "e5"),
+        ("'1e-2'", "1e-2"),
+        (
+            "{eps: 1e-2, sizes: [012, 1e1], of: {x: None}}",
+            {"eps": 0.01, "sizes": [12, 10.0], "of": {"x": None}},
+        ),
+    ],
+)
+def test_free_values_are_read_as_typed_ones(text, value):
+    """On the command line, in a file, inside a mapping, and after the configuration was written and read again."""
+    read = read_args(ModelConfig(args={"x": text}))["x"]
+    assert (read, type(read)) == (value, type(value))
+    config = from_dict(TrainConfig, read_yaml(f"model: {{args: {{x: {text}}}}}", "here"), "here")
+    assert read_args(config.model) == {"x": value}
+    again = from_dict(TrainConfig, read_yaml(dump_yaml(config), "here"), "here")
+    assert read_args(again.model) == {"x": value}
+
+
+@pytest.mark.parametrize("text", ["[1", "9" * 5000, "[" * 20_000, "{a: }b"])
+def test_a_free_value_that_is_none_is_named(text):
+    with pytest.raises(ConfigError, match=r"model\.args x is not valid YAML"):
+        read_args(ModelConfig(args={"x": text}))

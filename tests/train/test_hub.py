@@ -174,7 +174,7 @@ def test_fine_tuning_starts_from_the_hub_only_when_told(finished, monkeypatch):
     monkeypatch.setattr(models_hub, "hf_hub_download", download)
     config = copy.deepcopy(trained)
     config.model.args, config.model.init_from = {}, "hf-hub:me/colours"
-    _, args = build_model(config, 5)
+    args = build_model(config, 5).args
     assert asked == ["me/colours"]
     assert args["num_classes"] == 5
     config.model.init_from = "me/colours"  # a folder that is not there

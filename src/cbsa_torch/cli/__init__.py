@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.optional import require
+from cbsa_torch._core.text import readable
 from cbsa_torch._version import __version__
 
 COMMANDS = {
@@ -43,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"cbsa: no command {args[0]!r}{nearest(args[0], COMMANDS)}\n\n{_usage()}", file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a name must not end a command because the terminal lacks a letter
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         require("train")
         from cbsa_torch.train.engine.accelerate import leave_process_group
@@ -50,22 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         command = importlib.import_module(f"cbsa_torch.cli.{args[0]}")
     except ImportError as error:
-        print(f"cbsa: {error}", file=sys.stderr)
+        _complain(error)
         return 1
     try:
         command.run(args[1:])
     except InterruptedRun as error:
-        print(f"cbsa: {error}", file=sys.stderr)
+        _complain(error)
         leave_process_group()
         return SAVED
     except KeyboardInterrupt:
         print("cbsa: interrupted", file=sys.stderr)
         return INTERRUPTED
     except EXPECTED_ERRORS as error:
-        print(f"cbsa: {error}", file=sys.stderr)
+        _complain(error)
         return 1
     leave_process_group()
     return 0
+
+
+def _complain(error: BaseException) -> None:
+    print(f"cbsa: {readable(error, lines=True)}", file=sys.stderr)
 
 
 def _usage() -> str:

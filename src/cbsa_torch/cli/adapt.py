@@ -14,9 +14,10 @@ from cbsa_torch.train.registry import load_config, read_config, task_of
 from cbsa_torch.train.tasks.adaptation.stages import recover
 from cbsa_torch.train.tasks.adaptation.task import AdaptTrainConfig
 
-USAGE = """usage: cbsa adapt --model RUN_OR_TIMM_NAME [--data NAME] [--config RECIPE_OR_YAML] [options]
+USAGE = """usage: cbsa adapt --model RUN_OR_TIMM_NAME [--weights FILE] [--data NAME] [--config RECIPE] [options]
 
   --model         short for --model.original
+  --weights       short for --model.weights: a file with the weights of the timm model that --model names
   --data          short for --data.name. Default: the data and the augmentation that a run was trained with
   --config        a recipe or YAML file of the task adaptation: the defaults that are shown below. Default: the
                   paper's recipe (section 4.2)
@@ -31,6 +32,7 @@ def run(args: list[str]) -> None:
     """Adapt a ViT and recover its accuracy."""
     source, rest = take_option("--config", args)
     model, rest = take_option("--model", rest)
+    weights, rest = take_option("--weights", rest)
     data, rest = take_option("--data", rest)
     staged, rest = take_option("--stage-epochs", rest)
     if staged is not None and not staged.isdecimal():
@@ -42,6 +44,8 @@ def run(args: list[str]) -> None:
         if source is None:
             default = with_data_of(default, model)
         rest = ["--model.original", model, *rest]
+    if weights is not None:
+        rest = ["--model.weights", weights, *rest]
     if data is not None:
         rest = ["--data.name", data, *rest]
     if {"-h", "--help"} & set(rest):

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from cbsa_torch import __version__
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import layers, models, plots
-from cbsa_torch.cli.options import number_table
 from cbsa_torch.interpret.plots import to_png, to_svg
+from cbsa_torch.train.engine.console import PlainConsole, number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ KINDS = {"layers": LayersArgs, "models": ModelsArgs}
 def run(args: list[str]) -> None:
     """Time layers or models beside their baselines."""
     if args and args[0] in ("-h", "--help"):
-        print(f"{USAGE}: time and memory beside baselines; cbsa bench layers --help lists the options.")
+        say(f"{USAGE}: time and memory beside baselines; cbsa bench layers --help lists the options.")
         raise SystemExit(0)
     if not args or args[0] not in KINDS:
         raise ConfigError(f"{USAGE}; got {args[0]!r}" if args else USAGE)
@@ -97,11 +96,10 @@ def run(args: list[str]) -> None:
     torch.set_num_threads(options.threads)
     timing: dict[str, Any] = {name: getattr(options, name) for name in ("device", "repetitions", "budget")}
     timing["dtype"] = getattr(torch, options.dtype)
-    console = Console()
-    with console.status("") as status:
+    with PlainConsole().status("") as status:
         timing["progress"] = status.update
         rows, table, figure = (_layers if args[0] == "layers" else _models)(options, timing)
-    console.print(table)
+    print_table(table)
     write_atomically(Path(f"{options.output}.png"), to_png(figure))
     write_atomically(Path(f"{options.output}.svg"), to_svg(figure).encode())
     _write(options, [row._asdict() for row in rows])
@@ -185,4 +183,4 @@ def _write(options: _TimedArgs, rows: list[dict[str, Any]]) -> None:
     }
     path = Path(f"{options.output}.json")
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-    print(f"results: {path}")
+    say(f"results: {path}")

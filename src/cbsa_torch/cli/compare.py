@@ -13,6 +13,7 @@ from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import ComparedRun, compare
 from cbsa_torch.models.counting import count_model
+from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_split
 from cbsa_torch.train.run.folder import RunFolder
@@ -34,7 +35,7 @@ class _CompareArgs(PageOptions):
 def run(args: list[str]) -> None:
     """Show several runs side by side: every figure of their reports, on the same images."""
     options = parse(_CompareArgs, args, "compare")
-    print(f"comparison: {compare_runs(options.runs, options.output, **options.counts())}")
+    say(f"comparison: {compare_runs(options.runs, options.output, **options.counts())}")
 
 
 def compare_runs(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cbsa_torch.cli.options import at_least, parse
 from cbsa_torch.models.convert import convert_official
+from cbsa_torch.train.engine.console import say
 
 
 @dataclass
@@ -25,4 +26,4 @@ def run(args: list[str]) -> None:
     options = parse(_ConvertArgs, args, "convert")
     at_least(1, num_heads=options.num_heads)
     info = convert_official(options.official, options.output, num_heads=options.num_heads)
-    print(f"{options.output}: {info['model']} {info['model_args']}")
+    say(f"{options.output}: {info['model']} {info['model_args']}")

@@ -12,18 +12,18 @@ from typing import Any
 import timm
 import torch
 import tyro
-import yaml
-from rich.console import Console
 from timm.layers import Mlp
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.cli.options import number_table, parse
+from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import refuse_fetching
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
 from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
+from cbsa_torch.train.config import read_yaml
+from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 
 CURVE_TOKENS = tuple(2**k for k in range(4, 17))
@@ -80,12 +80,12 @@ def run(args: list[str]) -> None:
             remarks.append(
                 f"{name}: torch's own counter sees {counts.torch_flops / 1e9:.4g} GFLOPs of products"
             )
-    Console().print(table)
+    print_table(table)
     for remark in remarks:
-        print(remark)
+        say(remark)
     if options.output is not None:
         write_atomically(Path(options.output), json.dumps(rows, indent=2).encode())
-        print(f"counts: {options.output}")
+        say(f"counts: {options.output}")
     if drawn:
         picture, numbers = drawn
         sizes = mixer_sizes(options.models[0], options.args)
@@ -95,7 +95,7 @@ def run(args: list[str]) -> None:
         write_atomically(picture, data)
         record = {**sizes, "tokens": CURVE_TOKENS, "flops": curves}
         write_atomically(numbers, json.dumps(record, indent=2).encode())
-        print(f"plot: {picture}, numbers: {numbers}")
+        say(f"plot: {picture}, numbers: {numbers}")
 
 
 def _count_cells(layer: LayerCounts) -> tuple[str, str, str]:
@@ -125,7 +125,7 @@ def count_named(name: str, args: Mapping[str, str], image_size: Sequence[int]) -
 def _build(name: str, args: Mapping[str, str], img_size: tuple[int, int] | None = None) -> Any:
     """A model without storage, for images of a size where its constructor wants to know it."""
     refuse_fetching("--args", args, "counting needs no weights")
-    model_args: dict[str, Any] = {key: yaml.safe_load(value) for key, value in args.items()}
+    model_args: dict[str, Any] = {k: read_yaml(v, f"--args {k}") for k, v in args.items()}
     with torch.device("meta"):
         if img_size is None:
             return timm.create_model(name, **model_args)

@@ -9,7 +9,7 @@ import tyro
 from cbsa_torch.cli.train import read_options
 from cbsa_torch.train.check import check_data
 from cbsa_torch.train.data.fetch import fetch
-from cbsa_torch.train.engine.console import Reporter
+from cbsa_torch.train.engine.console import Reporter, say
 
 
 @dataclass
@@ -48,4 +48,4 @@ def run(args: list[str]) -> None:
     )
     path = fetch(options.name, options.output, options.source, Reporter().say)
     root = "" if options.output is None else f" --data.root {path.parent}"
-    print(f"train on it with: cbsa train --config {options.name}{root}")
+    say(f"train on it with: cbsa train --config {options.name}{root}")

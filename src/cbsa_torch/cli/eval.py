@@ -6,10 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console
-
-from cbsa_torch.cli.options import at_least, number_table, parse
-from cbsa_torch.train.evaluate import evaluate_checkpoint, open_trained
+from cbsa_torch.cli.options import at_least, open_on, parse
+from cbsa_torch.train.engine.console import number_table, print_table, say
+from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.tasks.base import WindowOptions
 
 
@@ -18,7 +17,10 @@ class _EvalArgs(WindowOptions):
     """Evaluate a trained model; writes eval_<split>.json beside the checkpoint."""
 
     checkpoint: str = "runs/digits"
-    """A run folder or a .safetensors file of one."""
+    """A run folder or a file of weights. One that no run wrote (a released checkpoint, a plain state dict) is
+    evaluated on --root: its outputs are the classes there, in alphabetical order."""
+    model: str | None = None
+    """The model in timm that a plain state dict is of; other files say it."""
     split: Literal["train", "val", "test"] = "test"
     """The images to evaluate on."""
     root: str | None = None
@@ -38,18 +40,16 @@ class _EvalArgs(WindowOptions):
 def run(args: list[str]) -> None:
     """Evaluate a trained model."""
     options = parse(_EvalArgs, args, "eval")
-    changes = {"root": options.root, "name": options.data, "max_bad_images": options.max_bad_images}
-    changes = {key: value for key, value in changes.items() if value is not None}
     at_least(0, max_bad_images=options.max_bad_images)
     at_least(1, batch_size=options.batch_size)
-    trained = open_trained(options.checkpoint)
-    if options.root is not None and trained.task.data_name_elsewhere is not None:
-        changes.setdefault("name", trained.task.data_name_elsewhere)
+    trained = open_on(options.checkpoint, options.model, options.root, options.data, options.split)
     data: Any = trained.config.data  # of the task
+    if options.max_bad_images is not None:
+        data = dataclasses.replace(data, max_bad_images=options.max_bad_images)
     result = evaluate_checkpoint(
         trained,
         split=options.split,
-        data=dataclasses.replace(data, **changes),
+        data=data,
         batch_size=options.batch_size,
         windows=options,
         output=options.output,
@@ -59,5 +59,5 @@ def run(args: list[str]) -> None:
         table = number_table(*rows[0], left=1)
         for row in rows[1:]:
             table.add_row(*row)
-        Console().print(table)
-    print(f"{options.split} {result.summary()}")
+        print_table(table)
+    say(f"{options.split} {result.summary()}")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.table import Table
 
+from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder
+from cbsa_torch.train.tasks.base import Trained
 
 
 @dataclass
@@ -36,19 +42,36 @@ def parse(cls: type[Any], args: list[str], command: str, default: Any = None) ->
     return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
 
 
+def open_on(
+    checkpoint: str | Path, model: str | None, root: str | None, data: str | None, split: str | None = None
+) -> Trained:
+    """A trained model on other data than its own, where some are given; says how weights were read.
+
+    Args:
+        checkpoint: a run folder or a file of weights.
+        model: name in timm of the model that a plain state dict is of.
+        root, data: folder of the data, and what lies there.
+        split: the one that will be used.
+    """
+    workers = min(DataConfig.workers, os.cpu_count() or 1)
+    given = (
+        None if root is None and data is None else DataConfig(name=data or "folder", root=root, workers=workers)
+    )
+    trained = open_trained(checkpoint, model=model, data=given, split=split)
+    for note in trained.info.get("notes", ()):
+        say(note)
+    changes = {key: value for key, value in (("root", root), ("name", data)) if value is not None}
+    if root is not None and trained.task.data_name_elsewhere is not None:
+        changes.setdefault("name", trained.task.data_name_elsewhere)
+    settings: Any = trained.config.data  # of the task
+    return trained._replace(task=trained.task.with_data(dataclasses.replace(settings, **changes)))
+
+
 def at_least(least: int, **options: int | None) -> None:
     """Raise ConfigError for an option below ``least``; None is an option that is not given."""
     for name, value in options.items():
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-
-
-def number_table(*headings: str, left: int) -> Table:
-    """A table without lines, whose columns after the first ``left`` hold numbers, aligned to the right."""
-    table = Table(*headings, box=None, pad_edge=False)
-    for column in table.columns[left:]:
-        column.justify = "right"
-    return table
 
 
 def resumed(args: list[str], default: str) -> str | None:

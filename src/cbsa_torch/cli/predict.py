@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.cli.options import parse
+from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.tasks.base import PredictOptions
@@ -36,14 +35,14 @@ def run(args: list[str]) -> None:
         raise ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
     trained = open_trained(options.checkpoint)
     predictions = trained.task.predict(trained, options.images, options)
-    table = Table("image", "class", trained.task.share_title)
+    table = number_table("image", "class", trained.task.share_title, left=2)
     for prediction in predictions:
         if prediction.error is not None:
             table.add_row(prediction.image, prediction.error, "")
         for i, (name, value) in enumerate(prediction.class_shares()):
             table.add_row(prediction.image if i == 0 else "", name, f"{value:.4f}")
-    Console().print(table)
+    print_table(table)
     if options.output is not None:
         record = [prediction._asdict() for prediction in predictions]
         write_atomically(Path(options.output), json.dumps(record, indent=2).encode())
-        print(f"predictions: {options.output}")
+        say(f"predictions: {options.output}")

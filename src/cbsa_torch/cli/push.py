@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cbsa_torch.cli.options import parse
+from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.hub import push_to_hub
 
 
@@ -32,4 +33,4 @@ def run(args: list[str]) -> None:
     address = push_to_hub(
         options.checkpoint, options.repo_id, private=options.private or None, branch=options.branch
     )
-    print(f"pushed: {address}")
+    say(f"pushed: {address}")

@@ -13,6 +13,7 @@ import tyro
 from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import report
+from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_split
 from cbsa_torch.train.run.folder import RunFolder
@@ -25,15 +26,23 @@ class _ReportArgs(PageOptions):
     files: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files that get attention maps, too."""
     checkpoint: str = "runs/digits"
-    """A run folder."""
+    """A run folder, or a file of weights, which the page is then written beside."""
+    model: str | None = None
+    """The model in timm that a plain state dict is of; other files say it."""
+    root: str | None = None
+    """Measure on the data in this folder instead of where the training data lay; needed for weights that no run
+    wrote, whose outputs are the classes there, in alphabetical order."""
+    data: str | None = None
+    """What lies there, as for cbsa eval."""
 
 
 def run(args: list[str]) -> None:
     """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
     options = parse(_ReportArgs, args, "report")
-    result = report_run(options.checkpoint, options.files, **options.counts())
-    print(f"{result.split} {result.score_title}: {result.score:.4f}")
-    print(f"report: {result.page}")
+    given = {"model": options.model, "root": options.root, "data": options.data}
+    result = report_run(options.checkpoint, options.files, **given, **options.counts())
+    say(f"{result.split} {result.score_title}: {result.score:.4f}")
+    say(f"report: {result.page}")
 
 
 class RunReport(NamedTuple):
@@ -52,6 +61,9 @@ def report_run(
     checkpoint: str | Path,
     files: Sequence[str] = (),
     *,
+    model: str | None = None,
+    root: str | None = None,
+    data: str | None = None,
     images: int = 256,
     shown: int = 6,
     robustness_images: int = 128,
@@ -59,8 +71,10 @@ def report_run(
     """Evaluate a run's weights on its test split (or, without one, on validation) and write its page.
 
     Args:
-        checkpoint: a run folder.
+        checkpoint: a run folder, or a file of weights.
         files: images that get attention maps besides those of the split.
+        model: name in timm of the model that a plain state dict is of.
+        root, data: folder of other data than the run's, and what lies there.
         images: how many images measure the coding rates.
         shown: how many of them get attention maps.
         robustness_images: how many of them the robustness curve uses; 0 leaves it out.
@@ -68,7 +82,7 @@ def report_run(
     for file in files:
         if Path(file).is_dir():  # cbsa compare takes runs by place, so it is easily confused
             raise ConfigError(f"{file} is a folder, not an image; a run is named by --checkpoint {file}")
-    trained = runs.open_run(checkpoint)
+    trained = runs.open_run(checkpoint, model, root, data)
     given, given_titles = runs.read_inputs(trained, files)  # a bad file stops before anything takes time
     folder = RunFolder(trained.path.parent)
     skipped = folder.path / "eval_report.skipped.txt"

@@ -8,17 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cbsa_torch.cli.options import open_on
 from cbsa_torch.interpret import Pictures, capture
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.base import Trained, eval_transform, read_image
 
 
-def open_run(checkpoint: str | Path) -> Trained:
-    """Open a run whose model has layers to look into."""
-    trained = open_trained(checkpoint)
+def open_run(
+    checkpoint: str | Path, model: str | None = None, root: str | None = None, data: str | None = None
+) -> Trained:
+    """As :func:`open_on`, of a model that has layers to look into."""
+    trained = open_on(checkpoint, model, root, data)
     try:
         with capture(trained.model):
             pass
@@ -62,7 +64,6 @@ def titles(trained: Trained, inputs: Tensor, labels: Sequence[int]) -> list[str]
 def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
     """Names and values for the table of facts about a run."""
     optim, task = trained.config.optim, trained.task
-    score = trained.info[task.score]
     channels, height, width = trained.spec.input_size
     counts = count_model(trained.model, trained.spec.input_size)
     card = {
@@ -72,12 +73,16 @@ def facts(trained: Trained, folder: RunFolder) -> dict[str, str]:
         "input": f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}",
         "data": trained.config.data.name,
         "classes": str(len(trained.class_names)),
-        "training": (
+    }
+    if "config" in trained.info:
+        card["training"] = (
             f"{optim.epochs} epoch{'s' if optim.epochs > 1 else ''} of {optim.name}, lr {optim.lr:g}, "
             f"batch {optim.batch_size}, seed {trained.config.seed}"
-        ),
-        "weights": f"epoch {trained.info['epoch']}, validation {task.score_title} {100 * score:.2f} %",
-    }
+        )
+        percent = 100 * trained.info[task.score]
+        card["weights"] = f"epoch {trained.info['epoch']}, validation {task.score_title} {percent:.2f} %"
+    else:
+        card["weights"] = trained.path.name
     environment = folder.read_environment()
     shown = {"cbsa_torch": "cbsa_torch {}", "torch": "torch {}", "device": "{}", "date": "{:.10}"}
     known = [text.format(environment[k]) for k, text in shown.items() if isinstance(environment.get(k), str)]

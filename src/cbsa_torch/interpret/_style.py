@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
+from cbsa_torch._core.text import readable
+
 BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
 
 RUN_COLORS = (
@@ -68,7 +70,7 @@ def run_label(name: str) -> str:
 def legible(text: str) -> str:
     """The text on one line, with a box for every character that the font of figures lacks."""
     known = _characters()
-    return "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in " ".join(text.split()))
+    return "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in " ".join(readable(text).split()))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from cbsa_torch._core.compiler import COMPILED
 from cbsa_torch._core.linear import is_offloaded, is_readable
 from cbsa_torch._core.modes import uncompiled
 from cbsa_torch._core.types import CBSAStages, GridSize, Representatives
+from cbsa_torch._core.wrappers import bare_name
 from cbsa_torch.nn import CBSA, AgentAttention, TokenMixer
 from cbsa_torch.nn.grids import GridFollower, watch_grids
 from cbsa_torch.nn.tokens import as_token_mask, is_token_mask, resolve_grid
@@ -136,7 +137,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     for name, module in model.named_modules():
         if COMPILED not in module._modules:
-            yield ".".join(part for part in name.split(".") if part != COMPILED), module
+            yield bare_name(name), module
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:

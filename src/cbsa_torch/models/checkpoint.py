@@ -6,11 +6,11 @@ constructor arguments and whatever the writer adds (class names, accuracy). It i
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cbsa_torch._core.compiler import COMPILED
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch._core.wrappers import bare_state
 
+KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+"""Where training checkpoints keep the weights; an average of them, which is what was evaluated, comes first."""
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 FETCHING_ARGS = {
@@ -54,11 +56,12 @@ def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) ->
 
     ``info`` must hold ``model`` (the timm name) and ``model_args`` (its constructor arguments) for
     :func:`load_checkpoint`; it must be JSON. A model whose image size or head was changed after it was
-    built needs the new ``img_size`` or ``num_classes`` in ``model_args``.
+    built needs the new ``img_size`` or ``num_classes`` in ``model_args``. Names of wrappers (``torch.compile``,
+    DDP, FSDP, averages of weights) are left out of the file.
 
     Raises:
-        CheckpointError: ``info`` does not name a timm model and its arguments, or ``path`` has another suffix.
-        TypeError: ``info`` is not JSON.
+        CheckpointError: ``info`` does not name a timm model and its arguments, the weights are not of that
+            model, or ``path`` has another suffix; nothing is written. TypeError: ``info`` is not JSON.
     """
     save_tensors(path, model.state_dict(), info)
 
@@ -68,10 +71,35 @@ def save_tensors(path: str | Path, state: dict[str, Tensor], info: dict[str, Any
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(f"a checkpoint is a .safetensors file, got {path}")
     _check_info(info, str(path))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     text = json.dumps(info)
+    source = f"what is to be written to {path}"
+    tensors = _as_written(_bare(state, source))
+    with torch.device("meta"):  # no values, no random numbers
+        own = build_described(info, source).state_dict()
+    check_fit(tensors, own, source)
     metadata = {"cbsa_torch": text, "sha256": _digest(tensors, text)}
     write_atomically(Path(path), save(tensors, metadata=metadata))
+
+
+def _as_written(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, each in memory of its own, which tied parameters share and safetensors refuses."""
+    written: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        written[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
+    return written
+
+
+def build_described(info: Mapping[str, Any], source: str) -> nn.Module:
+    """The model that a file's description names."""
+    try:
+        model: nn.Module = timm.create_model(info["model"], **info["model_args"])
+    except Exception as error:  # constructors of any model of timm, called with anything
+        raise CheckpointError(f"cannot build the model {info['model']!r} of {source}: {error}") from error
+    return model
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -89,10 +117,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     metadata = _metadata(path)
     if "sha256" in metadata and _digest(tensors, metadata["cbsa_torch"]) != metadata["sha256"]:
         raise CheckpointError(f"{path} was altered after it was written: its checksum does not fit")
-    try:
-        model = timm.create_model(info["model"], **info["model_args"])
-    except Exception as error:
-        raise CheckpointError(f"cannot build the model {info.get('model')!r} of {path}: {error}") from error
+    model = build_described(info, str(path))
     model.to(floating_dtype(tensors))
     load_strictly(model, tensors, str(path))
     return model.eval(), info
@@ -110,8 +135,8 @@ def read_info(path: Path) -> dict[str, Any]:
         info = json.loads(_metadata(path)["cbsa_torch"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(
-            f"{path} was not written by cbsa_torch (no model description in it); "
-            "for released weights use load_official"
+            f"{path} was not written by cbsa_torch (no model description in it); for weights of others use "
+            "from_pretrained"
         ) from error
     _check_info(info, str(path))
     return info
@@ -157,8 +182,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from safetensors or from a PyTorch file, tensors only.
 
     Pickled code is never executed: PyTorch files are read with ``weights_only=True``. Training checkpoints
-    that keep the weights under ``state_dict`` or ``model`` are unwrapped; the prefixes of DataParallel and
-    torch.compile (``module.``, ``_orig_mod.``) are stripped.
+    that keep the weights under one of ``KEYS`` are unwrapped, those that keep an average of them as well give
+    that; names of wrappers (DDP, FSDP, ``torch.compile``, averages) are stripped.
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: unreadable, unsafe, or without tensors.
@@ -177,7 +202,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             f"{path} must be a .safetensors file or a PyTorch file ({', '.join(PICKLE_SUFFIXES)})"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # the options of a command line, which training checkpoints keep; building them runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -190,29 +217,36 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def unwrap(content: Any, source: str) -> dict[str, Tensor]:
-    """Find the state dict in what a checkpoint file held, and strip ``module.`` prefixes."""
-    for key in ("state_dict", "model"):
+    """Find the state dict in what a checkpoint file held, and strip the names of wrappers."""
+    for key in KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{source} holds no state dict")
-    stray = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    return _bare(content, source)
+
+
+def _bare(state: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+    """A state dict whose values are plain tensors, without names of wrappers."""
+    stray = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if stray:
         raise CheckpointError(f"{source} holds entries that are not tensors: {', '.join(stray[:5])}")
-    odd = [str(key) for key, value in content.items() if not _is_plain(value)]
+    odd = [str(key) for key, value in state.items() if not _is_plain(value)]
     if odd:
         raise CheckpointError(
             f"{source} holds tensors that are not dense, whole and of 16 bit or more: {odd[:5]}"
         )
-    stripped = {re.sub(rf"^(module\.|{COMPILED}\.)+", "", str(key)): value for key, value in content.items()}
-    if len(stripped) < len(content):
-        raise CheckpointError(f"{source} holds tensors whose names differ by a module. prefix alone")
-    return stripped
+    try:
+        return bare_state({str(key): value for key, value in state.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Dense, with values behind every element, and of a dtype that takes part in type promotion."""
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):  # sharded over processes, or quantised
+        return False
     if tensor.layout != torch.strided or tensor.is_meta or (tensor.is_floating_point() and tensor.itemsize < 2):
         return False
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
@@ -228,15 +262,20 @@ def check_fit(
     tensors: dict[str, Tensor], own: dict[str, Tensor], source: str, *, exact_dtype: bool = False
 ) -> None:
     """Compare names, shapes and kinds of numbers (or, with ``exact_dtype``, dtypes) with a model's ``own``."""
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in own]
+    missing = [f"missing {name}" for name in own if name not in tensors]
+    unexpected = [f"unexpected {name}" for name in tensors if name not in own]
+    others = []
     for name, needed in own.items():
         given = tensors.get(name, needed)
         other_dtype = given.dtype != needed.dtype
         if other_dtype and (exact_dtype or given.is_floating_point() != needed.is_floating_point()):
-            problems.append(f"{name} is {given.dtype}, the model needs {needed.dtype}")
+            others.append(f"{name} is {given.dtype}, the model needs {needed.dtype}")
         if given.shape != needed.shape:
-            problems.append(f"{name} has shape {tuple(given.shape)}, the model needs {tuple(needed.shape)}")
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            others.append(f"{name} has shape {tuple(given.shape)}, the model needs {tuple(needed.shape)}")
+    if missing or unexpected or others:
+        shown = "; ".join([*_few(missing), *_few(unexpected), *_few(others)])
         raise CheckpointError(f"{source} does not fit the model: {shown}")
+
+
+def _few(problems: list[str], most: int = 4) -> list[str]:
+    return problems[:most] + ([f"and {len(problems) - most} more"] if len(problems) > most else [])

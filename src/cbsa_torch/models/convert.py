@@ -81,7 +81,7 @@ def load_official(source: str | Path | Mapping[str, Any], *, num_heads: int | No
         FileNotFoundError: no such file. CheckpointError: an unsafe, broken or foreign checkpoint; missing
             and unexpected keys are named, as the official code names them; ``num_heads`` missing or wrong.
     """
-    return _read(source, num_heads)[0]
+    return _read(*_tensors_of(source), num_heads)[0]
 
 
 def convert_official(source: str | Path, output: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
@@ -90,31 +90,41 @@ def convert_official(source: str | Path, output: str | Path, *, num_heads: int |
     Returns:
         What the file says about itself: the timm model name and its constructor arguments.
     """
-    model, info = read_official(source, num_heads)
+    model, info = read_official(read_tensors(source), str(source), num_heads)
     save_checkpoint(output, model, info)
     return info
 
 
+def is_official(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the names of the official code."""
+    return is_segmentation(tensors) or any(
+        key.startswith(("to_patch_embedding.", "transformer.layers.", "mlp_head.")) for key in tensors
+    )
+
+
 def read_official(
-    source: str | Path | Mapping[str, Any], num_heads: int | None = None
+    official: dict[str, Tensor], source: str, num_heads: int | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model of :func:`load_official`, and its timm name and arguments as our checkpoints have them."""
-    model, info = _read(source, num_heads)
+    model, info = _read(official, source, num_heads)
     if info is None:
         raise CheckpointError("this is a decoder without an encoder: load it with load_official")
     return model, info
 
 
-def _read(
-    source: str | Path | Mapping[str, Any], num_heads: int | None
-) -> tuple[nn.Module, dict[str, Any] | None]:
+def _tensors_of(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """A state dict, and what to call it in messages."""
     if isinstance(source, Mapping):
-        name, official = "the state dict", unwrap(dict(source), "the state dict")
-    else:
-        name, official = str(source), read_tensors(source)
+        return unwrap(dict(source), "the state dict"), "the state dict"
+    return read_tensors(source), str(source)
+
+
+def _read(
+    official: dict[str, Tensor], source: str, num_heads: int | None
+) -> tuple[nn.Module, dict[str, Any] | None]:
     if is_segmentation(official):
-        return read_segmentation(official, name, num_heads)
-    return _read_classifier(official, name, num_heads)
+        return read_segmentation(official, source, num_heads)
+    return _read_classifier(official, source, num_heads)
 
 
 def _read_classifier(

@@ -20,8 +20,15 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
-from cbsa_torch.models.checkpoint import PICKLE_SUFFIXES, CheckpointError, is_ours, load_checkpoint
-from cbsa_torch.models.convert import read_official
+from cbsa_torch.models.checkpoint import (
+    PICKLE_SUFFIXES,
+    CheckpointError,
+    is_ours,
+    load_checkpoint,
+    read_tensors,
+)
+from cbsa_torch.models.convert import is_official, read_official
+from cbsa_torch.models.foreign import read_foreign
 
 WEIGHTS = "model.safetensors"
 PREFIX = "hf-hub:"
@@ -37,6 +44,8 @@ class HubError(OSError):
 def from_pretrained(
     source: str | Path,
     *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -46,8 +55,11 @@ def from_pretrained(
 
     Args:
         source: ``"owner/name"`` of a repository (``"hf-hub:owner/name"`` if a folder has that name as well), a
-            folder that holds ``model.safetensors``, or a file: one of this library, or a released checkpoint of
-            the official code (see :func:`cbsa_torch.models.load_official`).
+            folder that holds ``model.safetensors``, or a file: one of this library, a released checkpoint of
+            the official code (see :func:`cbsa_torch.models.load_official`), or a plain state dict with the
+            names of timm, transformers, torchvision or the DINO hubs (docs/training.md).
+        model: name in timm of the model that a plain state dict is of; other files say it.
+        model_args: constructor arguments beside that name.
         revision: branch, tag or commit of the repository.
         token: of your account, for private repositories. Default: that of ``hf auth login``.
         cache_dir: where downloads are kept. Default: huggingface_hub's.
@@ -65,26 +77,49 @@ def from_pretrained(
     path = fetch_weights(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    model, info = open_weights(path)
-    model.info = info  # type: ignore[assignment]
-    model.pretrained_cfg = {  # type: ignore[assignment]
-        **getattr(model, "pretrained_cfg", {}),
-        **timm_config(model, info)["pretrained_cfg"],
+    opened, info = open_weights(path, model, model_args)
+    opened.info = info  # type: ignore[assignment]
+    opened.pretrained_cfg = {  # type: ignore[assignment]
+        **getattr(opened, "pretrained_cfg", {}),
+        **timm_config(opened, info)["pretrained_cfg"],
     }
-    return model
+    return opened
 
 
-def open_weights(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def open_weights(
+    path: str | Path, model: str | None = None, model_args: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a file of any known kind, in eval mode, and its description: ``model``, ``model_args``, ...
 
     Kinds of files are told apart here and nowhere else.
 
+    Args:
+        path: the file.
+        model: the name in timm, which plain state dicts do not say; other files do.
+        model_args: constructor arguments beside that name.
+
     Raises:
-        FileNotFoundError: no such file. CheckpointError: a file of no known kind, or damaged.
+        FileNotFoundError: no such file. CheckpointError: a file of no known kind, or damaged; ``model`` is
+            missing, or is not what the file holds.
     """
     path = Path(path)
-    known = is_ours(path) if path.is_file() else True  # what is missing is named below
-    return load_checkpoint(path) if known else read_official(path)
+    if not path.is_file() or is_ours(path):
+        opened, info = load_checkpoint(path)
+    else:
+        tensors = read_tensors(path)
+        if not is_official(tensors):
+            if model is None:
+                raise CheckpointError(
+                    f"{path} holds a plain state dict, which does not say of what model it is: give that "
+                    "model's name in timm beside it (model=..., --model NAME)"
+                )
+            return read_foreign(tensors, str(path), model, model_args)
+        opened, info = read_official(tensors, str(path))
+    if model not in (None, info["model"]):
+        raise CheckpointError(f"{path} holds {info['model']!r}, not {model!r}")
+    if model_args:
+        raise CheckpointError(f"{path} has its model's arguments, leave them out; got {dict(model_args)}")
+    return opened, info
 
 
 def fetch_weights(source: str | Path, **download: Any) -> Path:

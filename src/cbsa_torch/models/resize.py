@@ -1,8 +1,10 @@
-"""Resizing with antialiasing."""
+"""Resizing: of maps, with antialiasing, and of models to other images."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbsa_torch._core.precision import compute_dtype
@@ -13,3 +15,28 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     # In channels-last memory torch 2.14 gets a width of 1 wrong. Half precision has no such kernel on the CPU.
     exact = maps.contiguous().to(compute_dtype(maps.dtype))
     return F.interpolate(exact, size, mode=mode, antialias=True).to(maps.dtype)
+
+
+def set_image_size(model: nn.Module, size: int | tuple[int, int]) -> str:
+    """Make a model one for images of another size, for good; says what was done.
+
+    Raises:
+        ValueError: the model cannot.
+    """
+    change: Any = getattr(model, "set_input_size", None)
+    if change is None:
+        raise ValueError(f"{type(model).__name__} cannot be given another image size")
+    before = _position_counts(model)
+    change(img_size=size)
+    changed = [
+        (before[name], count) for name, count in _position_counts(model).items() if count != before[name]
+    ]
+    height, width = (size, size) if isinstance(size, int) else size
+    how = "".join(f", positions resampled from {old} to {new} tokens" for old, new in changed)
+    return f"images of {height} x {width} pixels{how}"
+
+
+def _position_counts(model: nn.Module) -> dict[str, int]:
+    """Tokens of each position embedding."""
+    known = {name: p for name, p in model.named_parameters() if name.endswith("pos_embed") and p.ndim == 3}
+    return {name: p.shape[1] for name, p in known.items()}

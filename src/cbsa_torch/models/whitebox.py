@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
 from cbsa_torch._core.modules import no_weight_decay_inside
+from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import Residual
 from cbsa_torch.models.resize import resize
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
@@ -193,7 +194,7 @@ class WhiteBoxTransformer(nn.Module):
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``."""
-        x = self.stem(x)  # (B, D, h, w)
+        x = self.stem(pin_size("height and width of images", x))  # (B, D, h, w)
         grid_size = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)  # (B, h * w, D)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.compiler import called_while_tracing
+from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn.grid_passes import Pass, PassTags, PerThread, ThreadState, Traced
 
@@ -55,6 +56,7 @@ class GridSource:
         self.handles = [
             model.register_forward_pre_hook(self.start_afresh),
             model.register_forward_hook(self.start_afresh, always_call=True),
+            embedding.register_forward_pre_hook(_pin_images),
             embedding.register_forward_hook(self.note),
         ]
 
@@ -378,6 +380,13 @@ def _owners(module: nn.Module, kind: type) -> list[Any]:
     """The objects of this kind whose methods are forward hooks of a module."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
     return [owner for owner in owners if isinstance(owner, kind)]
+
+
+def _pin_images(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hook before an embedding: traces and exports of what the layers make of the grid hold for one size."""
+    if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4:
+        return (pin_size("height and width of images", inputs[0]), *inputs[1:])
+    return inputs
 
 
 def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> GridSize | None:

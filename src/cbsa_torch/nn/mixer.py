@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
+from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import (
     LAYOUTS,
     QKV,
@@ -341,7 +342,11 @@ class TokenMixer(nn.Module, abc.ABC):
             raise ValueError(f"rope must be None: {name} has no rotary position embeddings")
         if attn_mask is not None and is_causal:
             raise ValueError("pass attn_mask or is_causal, not both")
+        if self.needs_grid and x.ndim > 3:
+            x = pin_size("height and width", x, tuple(range(2, x.ndim)))
         tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
+        if self.needs_grid:
+            tokens = pin_size("height and width (the number of tokens)", tokens, (1,))
         b, n, _ = tokens.shape
         if token_mask is not None:
             token_mask = flat_mask(token_mask, tokens, map_grid)

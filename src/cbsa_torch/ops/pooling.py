@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive_int, check_shape
 from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch._core.tracing import refuse_dynamic
 from cbsa_torch._core.types import GridPooling, GridSize, Representatives
 from cbsa_torch.ops.masking import zero_rows
 
@@ -123,6 +124,7 @@ def _in_window(cell: Any, position: Tensor, size: Any, count: Any) -> Tensor:
 
 def check_grid(grid_size: GridSize) -> GridSize:
     """Return ``grid_size`` as plain integers; raise ``ValueError`` unless it is one to three positive ones."""
+    refuse_dynamic("height and width (grid_size)", grid_size)
     try:
         # A grid decides shapes: a compiler that made it symbolic fixes it here.
         sides = tuple(operator.index(side) for side in grid_size)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
-import yaml
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import FETCHING_ARGS
+from cbsa_torch.models.checkpoint import FETCHING_ARGS, CheckpointError
 from cbsa_torch.models.hub import PREFIX, fetch_weights, open_weights, weights_path
-from cbsa_torch.train.config import ModelConfig, RunConfig
+from cbsa_torch.models.resize import set_image_size
+from cbsa_torch.train.config import ModelConfig, RunConfig, read_yaml
 from cbsa_torch.train.errors import ConfigError
 
-Built = tuple[nn.Module, dict[str, Any]]
-"""A model and the constructor arguments that rebuild it."""
+
+class Built(NamedTuple):
+    """A model, and what a run needs to know about it."""
+
+    model: nn.Module
+    args: dict[str, Any]
+    """Constructor arguments that rebuild it."""
+    notes: tuple[str, ...] = ()
+    """How weights of others were read, what was left out or changed; printed before training."""
 
 
 def draft_model(config: RunConfig) -> Built:
@@ -45,7 +53,7 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     """
     model_config = config.model
     if model_config.init_from is not None:
-        return _fit(model_config, num_classes, *(draft or _open_init_from(model_config)))
+        return fit(draft or _open_init_from(model_config), num_classes, model_config.image_size)
     fetching = sorted(FETCHING_ARGS & model_config.args.keys())
     if fetching:
         raise ConfigError(
@@ -62,57 +70,67 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     if num_classes is not None:
         args["num_classes"] = num_classes
     try:
-        return timm.create_model(model_config.name, **args), args
+        return Built(timm.create_model(model_config.name, **args), args)
     except Exception as error:  # constructors of any model of timm, called with anything
         raise ConfigError(f"cannot build {model_config.name} with {args}: {error}") from error
 
 
 def read_args(model_config: ModelConfig) -> dict[str, Any]:
     """The values of ``model.args``, which are kept as YAML; raises ConfigError where they are none."""
-    try:
-        return {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in model_config.args.items()}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"model.args are not values of YAML: {error}") from error
+    args = model_config.args.items()
+    return {k: read_yaml(v, f"model.args {k}") if isinstance(v, str) else v for k, v in args}
 
 
-def open_source(key: str, source: str | None) -> tuple[nn.Module, dict[str, Any], Path]:
+def open_source(
+    key: str, source: str | None, name: str | None = None, args: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any], Path]:
     """A trained model as it is, what its file says about it, and that file.
 
     Args:
         key: of the configuration, for errors.
         source: what it was set to.
+        name, args: of the model in timm, which a plain state dict does not say. A file that does must agree.
     """
     if not source:
         raise ConfigError(
             f"{key} is required here: a run's folder, a .safetensors file of ours, a released "
-            f"checkpoint of the official code (.pth, .pth.tar), or {PREFIX}user/name"
+            f"checkpoint of the official code (.pth, .pth.tar), a plain state dict, or {PREFIX}user/name"
         )
     # Only by its prefix: a mistyped folder must not fetch somebody's repository of that name.
     path = fetch_weights(source) if source.startswith(PREFIX) else weights_path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{key}: no weights file at {path}")
-    model, info = open_weights(path)
+    try:
+        model, info = open_weights(path, name, args)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
     return model, info, path
 
 
 def _open_init_from(model_config: ModelConfig) -> Built:
     """The model of ``model.init_from``."""
-    model, info, path = open_source("model.init_from", model_config.init_from)
-    if info["model"] != model_config.name:
-        raise ConfigError(
-            f"model.init_from {path} holds {info['model']!r}, but model.name is {model_config.name!r}"
-        )
-    if model_config.args:
-        raise ConfigError("model.args cannot be changed together with model.init_from")
-    return model, dict(info["model_args"])
+    args = read_args(model_config)
+    model, info, _ = open_source("model.init_from", model_config.init_from, model_config.name, args)
+    return Built(model, dict(info["model_args"]), tuple(info.get("notes", ())))
 
 
-def _fit(model_config: ModelConfig, num_classes: int | None, model: Any, args: dict[str, Any]) -> Built:
-    """A trained model with a new head and another image size, where asked for."""
-    if num_classes is not None and num_classes != args.get("num_classes"):
+def fit(built: Built, num_classes: int | None, image_size: int | None) -> Built:
+    """A trained model with a new head and another image size, where asked for.
+
+    Raises:
+        ConfigError: the model takes images of one size only.
+    """
+    model: Any = built.model
+    args, notes = dict(built.args), list(built.notes)
+    trained = getattr(model, "num_classes", args.get("num_classes"))
+    if num_classes is not None and num_classes != trained:
         model.reset_classifier(num_classes)
         args["num_classes"] = num_classes
-    if model_config.image_size is not None:
-        model.set_input_size(img_size=model_config.image_size)
-        args["img_size"] = model_config.image_size
-    return model, args
+        notes.append(f"new head for {num_classes} classes (the weights have {trained or 'none'})")
+    if image_size is not None:
+        try:
+            notes.append(set_image_size(model, image_size))
+        except ValueError as error:
+            raise ConfigError(f"model.image_size: {error}") from error
+        args["img_size"] = image_size
+    return Built(model, args, tuple(notes))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class ModelConfig:
     """Further constructor arguments, e.g. num_representatives 49 contraction exact."""
     init_from: str | None = field(default=None, metadata=WEIGHTS)
     """Start from the weights of this run folder, .safetensors file of ours, released checkpoint (.pth,
-    .pth.tar) of the official code, or hf-hub:owner/name (fine-tuning)."""
+    .pth.tar) of the official code, plain state dict of the model `name`, or hf-hub:owner/name (fine-tuning)."""
 
     def __post_init__(self) -> None:
         # one form of every value, in which configurations are stored and compared: a string that YAML reads
@@ -206,6 +207,44 @@ class TrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are those of typed settings and of JSON: 1e-2 is one, 012 is twelve, 1:30 is a string.
+
+    Without dates; true, yes and on are True as in YAML 1.1, and None is null, as on the command line.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in known if tag.endswith((":bool", ":null", ":merge"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+(_\d+)*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.?(inf|nan))$"),
+    list("-+.0123456789in"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"None$"), ["N"])
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """What a configuration says, or the value of a free-form argument (``model.args``, ``--args``).
+
+    Args:
+        text: YAML.
+        where: it was read, for errors.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: more digits than Python reads
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+
+
 def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[Any, Any], Any]]:
     """Every setting of a configuration: its key, such as "optim.lr", its metadata and its value."""
     for item in dataclasses.fields(config):
@@ -270,7 +309,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{where} must be a mapping, got {value!r}")
         return {str(k): v for k, v in value.items()}
-    # YAML reads 1e-3 (no dot) as a string, and 20 as an integer
+    # other readers of YAML leave 1e-3 (no dot) a string; 20 is an integer
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from torch.utils.data import Dataset
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
+from cbsa_torch._core.checks import some_of
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.models.checkpoint import CheckpointError, load_checkpoint
-from cbsa_torch.models.hub import weights_path
-from cbsa_torch.train.config import DataSource
-from cbsa_torch.train.data import InputSpec, read_skipped
+from cbsa_torch.models.checkpoint import CheckpointError
+from cbsa_torch.models.hub import open_weights, weights_path
+from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig
+from cbsa_torch.train.data import InputSpec, class_names_of, input_spec, read_skipped
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import DataError
@@ -22,23 +24,64 @@ from cbsa_torch.train.registry import read_config, task_of
 from cbsa_torch.train.tasks.base import EvalResult, PredictOptions, Trained, WindowOptions
 
 
-def open_trained(checkpoint: str | Path) -> Trained:
-    """Load the weights file of a run folder (the epoch that ``optim.keep`` says), or any weights file of a run.
+def open_trained(
+    checkpoint: str | Path,
+    *,
+    model: str | None = None,
+    data: DataConfig | None = None,
+    split: str | None = None,
+) -> Trained:
+    """Load the weights file of a run folder (the epoch that ``optim.keep`` says), or any weights file.
 
     Args:
-        checkpoint: a run folder or a ``.safetensors`` file.
+        checkpoint: a run folder or a file. Files that no run wrote (released checkpoints of the official code,
+            plain state dicts) do not say their classes: those are the data's, in their order.
+        model: name in timm of the model that a plain state dict is of; other files say it.
+        data: the images and classes for a file that no run wrote.
+        split: the one of ``data`` that will be used: a folder needs no other.
 
     Raises:
-        FileNotFoundError: nothing is there. CheckpointError: it was not written by a training run.
+        FileNotFoundError: nothing is there. CheckpointError: weights of an unknown kind, or damaged, or without
+            classes, and ``data`` are not given. DataError: data of another number of classes.
     """
     path = weights_path(checkpoint)
-    model, info = load_checkpoint(path)
+    opened, info = open_weights(path, model)
+    if "config" not in info:
+        if data is None:
+            raise CheckpointError(
+                f"{path} was not written by a training run, and does not say its classes: cbsa eval and "
+                "cbsa report take such a file with data that tell them (--root FOLDER)"
+            )
+        return _with_classes_of(data, split, opened, info, path)
     try:
         fed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["input"].items()}
         task = task_of(read_config(info["config"], f"{path}: config"))
-        return Trained(model, InputSpec(**fed), list(info["class_names"]), task, info, path)
+        return Trained(opened, InputSpec(**fed), list(info["class_names"]), task, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
+
+
+def _with_classes_of(
+    data: DataConfig, split: str | None, model: nn.Module, info: dict[str, Any], path: Path
+) -> Trained:
+    """A classifier whose classes are those of the data."""
+    if info["model"] == "segmenter":
+        raise CheckpointError(f"{path} holds a segmenter that no run wrote: only classifiers are evaluated so")
+    size = info["model_args"].get("img_size")
+    spec = input_spec(model, size if isinstance(size, int) else None)
+    names = class_names_of(data, spec.mode, split)
+    outputs = getattr(model, "num_classes", 0)
+    if outputs != len(names):
+        head = f"a head for {outputs} classes" if outputs else "no head"
+        raise DataError(f"{path} has {head}, and the data have {len(names)} classes: {some_of(names)}")
+    height, width = spec.input_size[1:]
+    notes = (
+        f"{path}: its outputs are taken for the {outputs} classes of the data in their order: {some_of(names)}",
+        f"{path}: images are fed as {height} x {width} pixels, mean {spec.mean}, std {spec.std}",
+    )
+    told = {"class_names": names, "input": spec._asdict(), "notes": [*info.get("notes", ()), *notes]}
+    task = task_of(TrainConfig(model=ModelConfig(info["model"]), data=data))
+    return Trained(model, spec, names, task, {**info, **told}, path)
 
 
 def evaluate_split(

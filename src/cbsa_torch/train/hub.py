@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import nn
 
+from cbsa_torch._core.text import readable
 from cbsa_torch.models.checkpoint import load_checkpoint, save_checkpoint
 from cbsa_torch.models.hub import WEIGHTS, explained, timm_config, weights_path
 from cbsa_torch.models.registry import FAMILIES
@@ -173,7 +174,7 @@ def _is_absolute(value: Any) -> bool:
 
 def clean(value: object) -> str:
     """One line of printable text from any name: file names may hold line breaks and broken Unicode."""
-    text = str(value).encode("utf-8", "replace").decode()
+    text = readable(value, lines=True)
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1].rstrip()}…"

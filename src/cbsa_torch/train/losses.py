@@ -58,6 +58,8 @@ class DistillConfig:
     features, mean over the images and the blocks."""
     teacher: str | None = field(default=None, metadata=WEIGHTS)
     """As model.original. Default: that."""
+    teacher_weights: str | None = field(default=None, metadata=WEIGHTS)
+    """As model.weights, of the timm model that `teacher` names."""
 
     @property
     def wanted(self) -> bool:

@@ -6,10 +6,8 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config import RunConfig, TrainConfig, from_dict
+from cbsa_torch.train.config import RunConfig, TrainConfig, from_dict, read_yaml
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.tasks.adaptation.task import Adaptation, AdaptTrainConfig
 from cbsa_torch.train.tasks.base import Task
@@ -80,11 +78,10 @@ def load_config(source: str | Path, task: str | None = None) -> Any:
             f"({', '.join(recipe_names())}){nearest(source, recipe_names())}"
         )
     try:
-        values = yaml.safe_load(content.decode())
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not a text file in UTF-8: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
-        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    values = read_yaml(text, name)
     if values is None:
         raise ConfigError(f"{name} is empty; a configuration of defaults alone is {{}}")
     config = read_config(values, name)

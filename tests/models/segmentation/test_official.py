@@ -62,7 +62,7 @@ def test_a_decoder_alone():
     assert torch.equal(model.layers[0].attn.step_tokens, state["net.layers.0.fn.step_x"].flatten())
     assert torch.equal(model.norm.bias, state["decoder_norm.bias"])
     with pytest.raises(CheckpointError, match="a decoder without an encoder: load it with load_official"):
-        read_official(state)
+        read_official(state, "the state dict")
 
 
 def test_a_depict_decoder_computes_what_its_authors_write():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cbsa_torch._core.text import readable
 from cbsa_torch.interpret.attention_maps import cls_attention_maps, receptive_fields
 from cbsa_torch.interpret.capture import LayerRecord, capture
 from cbsa_torch.interpret.pages.embed import colors, image_url
@@ -70,8 +71,8 @@ class Pictures(NamedTuple):
         else:
             values = values * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
         images = values.clamp(0, 1).permute(0, 2, 3, 1).numpy()
-        names = [f"image {i + 1}" for i in range(len(inputs))] if titles is None else titles
-        return cls(inputs, images[..., 0] if images.shape[-1] == 1 else images, names)
+        names = [f"image {i + 1}" for i in range(len(inputs))] if titles is None else map(readable, titles)
+        return cls(inputs, images[..., 0] if images.shape[-1] == 1 else images, list(names))
 
 
 class LayerMaps(NamedTuple):

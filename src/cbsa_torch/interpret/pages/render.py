@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch._core.text import readable
 from cbsa_torch.interpret import plots
 from cbsa_torch.interpret.pages import embed
 from cbsa_torch.interpret.pages.maps import Maps, Pictures, evenly_spaced, page_data
@@ -163,11 +164,17 @@ def fill(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("cbsa_torch.interpret.pages", "."),
         autoescape=True,
+        finalize=_as_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
+
+
+def _as_shown(value: Any) -> Any:
+    """Users' strings on a page; HTML of ours is left alone, and jinja2 escapes what is returned."""
+    return readable(value, lines=True) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def save_figures(figures: Mapping[str, Figure], folder: Path, prefix: str = "") -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ ENCODER_HEAD_DIM = 64
 """Width of a head in every ViT that Segmenter's recipe uses."""
 
 
-def is_segmentation(official: dict[str, Tensor]) -> bool:
+def is_segmentation(official: Mapping[str, Tensor]) -> bool:
     """Whether these are the weights of a mask transformer, or of a segmenter with one."""
     return "cls_emb" in official or "decoder.cls_emb" in official
 

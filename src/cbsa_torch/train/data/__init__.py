@@ -4,13 +4,14 @@ from cbsa_torch.images import IGNORE, read_image_file
 from cbsa_torch.train.data.checked_images import read_skipped
 from cbsa_torch.train.data.loader import InputSpec, input_spec, make_loader
 from cbsa_torch.train.data.seeded import set_epoch
-from cbsa_torch.train.data.splits import Splits, open_split, open_splits
+from cbsa_torch.train.data.splits import Splits, class_names_of, open_split, open_splits
 from cbsa_torch.train.data.summary import describe
 
 __all__ = [
     "IGNORE",
     "InputSpec",
     "Splits",
+    "class_names_of",
     "describe",
     "input_spec",
     "make_loader",

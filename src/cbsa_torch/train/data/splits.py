@@ -160,6 +160,16 @@ def _is_folder(config: DataConfig) -> bool:
     return config.name == "folder" or (config.name in FOLDERS and Path(config.root or "").is_dir())
 
 
+def class_names_of(config: DataConfig, mode: str, split: str | None) -> list[str]:
+    """The classes of a data set; of a folder without training images, those of the split that is asked for."""
+    if config.root is not None and _is_folder(config):
+        root = Path(config.root)
+        found = class_splits(root, config.splits, Scan(root))
+        if split in found and "train" not in found:
+            return class_folders(found[split])
+    return open_splits(config, mode).class_names
+
+
 def _from_folder(config: DataConfig, mode: str, skipped: SkippedImages) -> Splits:
     root = Path(config.root or "")
     scan = Scan(root)

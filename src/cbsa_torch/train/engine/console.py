@@ -1,26 +1,65 @@
-"""Progress bars on a terminal, plain lines elsewhere; silent on all processes but the first."""
+"""What runs and commands print: progress bars on a terminal, plain lines elsewhere, tables.
+
+Names of files and classes are users' strings: all here prints strings as they are (``a [final].png`` is no
+markup, ``:cat:`` no emoji) and control characters as escapes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from cbsa_torch._core.text import readable
 
 T = TypeVar("T")
+WIDEST = 10_000
+"""Characters of a line of a table that goes to a file."""
+
+
+class PlainConsole(Console):
+    """A console whose strings, those in tables included, are no markup."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """The one place where strings become what is printed."""
+        return super().render_str(readable(text, lines=True), **{**options, "markup": False, "emoji": False})
+
+
+def say(text: object) -> None:
+    """Print a line."""
+    print(readable(text, lines=True), flush=True)
+
+
+def number_table(*headings: str, left: int) -> Table:
+    """A table without lines, whose columns after the first ``left`` hold numbers, aligned to the right."""
+    table = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table: on a terminal long names are folded, elsewhere lines are as long as need be."""
+    console = PlainConsole(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDEST
+    console.print(table)
 
 
 class Reporter:
-    """Where a run says how it goes."""
+    """Where a run says how it goes; silent on all processes but the first."""
 
     def __init__(self, enabled: bool = True) -> None:
-        self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
+        self.console = PlainConsole(quiet=not enabled, soft_wrap=True, highlight=False)
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     @contextmanager
     def bar(self, label: str, batches: Iterable[T], total: int) -> Iterator[Iterable[T]]:
@@ -29,10 +68,10 @@ class Reporter:
             yield batches
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield progress.track(batches, total=total, description=label)
+            yield progress.track(batches, total=total, description=readable(label))

@@ -115,11 +115,11 @@ class Classification(Task):
         """The data sets, and the model with a head for their classes."""
         config = self.config
         draft = draft_model(config)
-        splits = self.open_data(input_spec(draft[0]).mode, skipped)
-        model, model_args = build_model(config, len(splits.class_names), draft)
+        splits = self.open_data(input_spec(draft.model).mode, skipped)
+        model, args, notes = build_model(config, len(splits.class_names), draft)
         spec = input_spec(model, config.model.image_size)
         data = splits.class_names, spec, splits.train, splits.val
-        return TaskSetup(model, model_args, *data, read=describe(splits))
+        return TaskSetup(model, args, *data, note="\n".join(notes), read=describe(splits))
 
     def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
         """Augmented images in random order."""

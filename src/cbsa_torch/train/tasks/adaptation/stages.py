@@ -9,6 +9,7 @@ from pathlib import Path
 from cbsa_torch.models.adapt.find import find_attention, select_layers
 from cbsa_torch.train.config import check_config
 from cbsa_torch.train.data import input_spec, open_splits
+from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.adaptation.task import AdaptTrainConfig, check_adaptation, knows, open_original
@@ -32,7 +33,7 @@ def recover(config: AdaptTrainConfig, stage_epochs: int | None = None) -> TrainR
         RunFolder(stage.output).check(stage)
     for number, stage in enumerate(runs, 1):
         if len(runs) > 1 and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print(f"stage {number} of {len(runs)}: layers {stage.model.layers}", flush=True)
+            say(f"stage {number} of {len(runs)}: layers {stage.model.layers}")
         result = train(stage)
     return result
 
@@ -49,8 +50,8 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
         raise ConfigError("resume is not for stages: without it, stages that were trained already are kept")
     check_config(config)
     check_adaptation(config)
-    source = str(config.model.original)
-    original = open_original("model.original", source)
+    source, weights = str(config.model.original), config.model.weights
+    original = open_original("model.original", source, weights=weights)
     found = [layer for layer in find_attention(original.model) if not layer.is_pool]
     try:
         asked = select_layers(found, config.model.layers_asked())
@@ -61,7 +62,7 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
         raise ConfigError(f"model.original {source} has no layer that can be adapted")
     distill = config.distill
     if distill.wanted and distill.teacher is None:
-        distill = dataclasses.replace(distill, teacher=source)
+        distill = dataclasses.replace(distill, teacher=source, teacher_weights=weights)
     # Later stages start from runs of this one, whose head is for the data's classes already.
     tune_head = config.tune_head
     if config.tune != "all" and not tune_head:
@@ -77,11 +78,11 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
             dataclasses.replace(
                 config,
                 output=config.output if last else f"{Path(config.output)}_stages/{number}",
-                model=dataclasses.replace(config.model, original=source, layers=layers),
+                model=dataclasses.replace(config.model, original=source, weights=weights, layers=layers),
                 optim=optim,
                 distill=distill,
                 tune_head=tune_head,
             )
         )
-        source = result[-1].output
+        source, weights = result[-1].output, None
     return result

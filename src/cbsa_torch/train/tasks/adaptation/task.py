@@ -18,7 +18,7 @@ from cbsa_torch.models.adapt.report import AdaptReport
 from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
 from cbsa_torch.models.hub import PREFIX
 from cbsa_torch.nn import TokenMixer
-from cbsa_torch.train.build import open_source, read_args
+from cbsa_torch.train.build import Built, fit, open_source, read_args
 from cbsa_torch.train.config import (
     LOCAL,
     UNCOMPARED,
@@ -46,7 +46,11 @@ class AdaptedModelConfig(ModelConfig):
     """The model of timm that rebuilds an adapted one."""
     original: str | None = field(default=None, metadata=WEIGHTS)
     """The ViT that is adapted: a run's folder, a .safetensors file of ours, hf-hub:owner/name, or the name of a
-    timm model, whose pretrained weights are fetched. An adapted one gets more layers adapted."""
+    timm model, whose pretrained weights are fetched unless `weights` are given. An adapted one gets more layers
+    adapted."""
+    weights: str | None = field(default=None, metadata=WEIGHTS)
+    """File of weights of the timm model that `original` names, instead of timm's pretrained ones: a plain state
+    dict with the names of timm, transformers, torchvision or the DINO hubs."""
     mixer: MixerName = "adapted_cbsa"
     """The attention that it gets; docs/adapt.md has a table."""
     layers: str = "all"
@@ -119,6 +123,11 @@ def check_adaptation(config: AdaptTrainConfig) -> None:
             "distill.teacher needs distill.logits or distill.features above 0",
             distill.teacher,
         ),
+        (
+            distill.teacher_weights is None or distill.teacher is not None,
+            "distill.teacher_weights needs distill.teacher, the name of the model in timm",
+            distill.teacher_weights,
+        ),
         (new_lr is None or new_lr > 0, "new_lr must be positive", new_lr),
         (
             not (config.engine.compile and distill.features > 0),
@@ -142,12 +151,15 @@ class Adaptation(Classification):
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data, the adapted model, and the loss with its teacher."""
         config = self.config
-        original = open_original("model.original", str(config.model.original), config.model.image_size)
+        asked = config.model
+        original = open_original("model.original", str(asked.original), asked.image_size, asked.weights)
         splits = self.open_data(input_spec(original.model).mode, skipped)
         adapted = adapt_original(original, config.model)
         new_head = not knows(original, splits.class_names)
+        notes = list(original.notes)
         if new_head:
             model: Any = adapted.model
+            notes.append(f"new head for {len(splits.class_names)} classes (the weights have others or none)")
             model.reset_classifier(len(splits.class_names))
             adapted.args["num_classes"] = len(splits.class_names)
         loss = _distillation(config, original, adapted, splits.class_names)
@@ -156,7 +168,7 @@ class Adaptation(Classification):
         scale = 1.0 if config.new_lr is None else config.new_lr / config.optim.lr
         scales = {} if scale == 1 else dict.fromkeys(_added(adapted.model), scale)
         data = splits.class_names, spec, splits.train, splits.val
-        note = str(adapted.report)
+        note = "\n".join((*notes, str(adapted.report)))
         return TaskSetup(adapted.model, adapted.args, *data, loss, scales, note, describe(splits))
 
 
@@ -170,36 +182,40 @@ class Original(NamedTuple):
     """Constructor arguments that rebuild it."""
     class_names: list[str] | None
     """In the order of its outputs, where it says."""
+    notes: tuple[str, ...] = ()
+    """How weights of others were read, and whether positions were resampled."""
 
 
-def open_original(key: str, source: str, image_size: int | None = None) -> Original:
-    """A run's model, a file of ours, or one of timm with its pretrained weights.
+def open_original(key: str, source: str, image_size: int | None = None, weights: str | None = None) -> Original:
+    """A run's model, a file of ours, or one of timm with its pretrained weights or with given ones.
 
     Args:
         key: of the configuration, for errors.
         source: what it was set to.
         image_size: side that it is set to. Default: its own.
+        weights: file with the weights of the timm model ``source``. Default: timm's pretrained ones.
 
     Raises:
         ConfigError: nothing of that name, or no classifier. CheckpointError, OSError: of the file.
     """
-    if source.startswith(PREFIX) or Path(source).exists():
-        model, info, path = open_source(key, source)
-        original = Original(model, info["model"], dict(info["model_args"]), info.get("class_names"))
+    names_file = source.startswith(PREFIX) or Path(source).exists()
+    if names_file and weights is not None:
+        raise ConfigError(f"{key} must be a name of timm beside weights {weights}; {source} has its own")
+    if names_file or weights is not None:
+        name = None if weights is None else _check_name(key, source)
+        model, info, path = open_source(f"{key} {source}" if name else key, weights or source, name)
+        class_names, notes = info.get("class_names"), tuple(info.get("notes", ()))
+        original = Original(model, info["model"], dict(info["model_args"]), class_names, notes)
         if original.name == "segmenter":
             raise ConfigError(f"{key} must be a classifier, and {path} holds a segmenter")
     else:
         original = _of_timm(key, source)
-    if image_size is not None:
-        resize: Any = getattr(original.model, "set_input_size", None)
-        if resize is None:
-            raise ConfigError(f"model.image_size: {original.name} cannot be given another size")
-        resize(img_size=image_size)
-        original = original._replace(args={**original.args, "img_size": image_size})
-    return original
+    fitted = fit(Built(original.model, original.args, original.notes), None, image_size)
+    return original._replace(args=fitted.args, notes=fitted.notes)
 
 
-def _of_timm(key: str, source: str) -> Original:
+def _check_name(key: str, source: str) -> str:
+    """The name of a trained model in timm."""
     if not timm.is_model(source):
         raise ConfigError(
             f"{key}: {source!r} is neither a run's folder or file nor a model of timm"
@@ -207,10 +223,19 @@ def _of_timm(key: str, source: str) -> Original:
         )
     if source.partition(".")[0] == ENTRY:
         raise ConfigError(f"{key} must be a trained model; {ENTRY} is the entry that rebuilds adapted ones")
+    return source
+
+
+def _of_timm(key: str, source: str) -> Original:
+    """One of timm's models with its pretrained weights."""
     try:
-        model = timm.create_model(source, pretrained=True)
+        model = timm.create_model(_check_name(key, source), pretrained=True)
+    except ConfigError:
+        raise
     except Exception as error:  # any model of timm, and the network
-        raise ConfigError(f"{key}: timm has no weights for {source} here: {error}") from error
+        raise ConfigError(
+            f"{key}: timm has no weights for {source} here; a file of them is given by model.weights: {error}"
+        ) from error
     return Original(model, source, {"num_classes": getattr(model, "num_classes", None)}, None)
 
 
@@ -293,7 +318,7 @@ def _distillation(
     teacher, key = original, "model.original"
     if distill.teacher is not None:
         key = "distill.teacher"
-        teacher = open_original(key, distill.teacher, config.model.image_size)
+        teacher = open_original(key, distill.teacher, config.model.image_size, distill.teacher_weights)
     if distill.logits and not knows(teacher, class_names):
         raise ConfigError(
             f"distill.logits needs a teacher of the same classes: {key} was trained on others than the data "

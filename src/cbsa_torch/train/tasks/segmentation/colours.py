@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch._core.text import readable
 from cbsa_torch.images import IGNORE
 
 IGNORED = (224, 224, 192)
@@ -112,4 +113,5 @@ def _legend(labels: np.ndarray, class_names: list[str], height: int) -> Image.Im
 
 
 def _short(name: str) -> str:
+    name = readable(name)
     return name if len(name) <= _COLUMN_CHARACTERS else f"{name[: _COLUMN_CHARACTERS - 1]}…"

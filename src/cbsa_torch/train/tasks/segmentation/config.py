@@ -79,8 +79,9 @@ class SegmentationModelConfig(ModelConfig):
     name: str = "segmenter"
     """The model of timm that has an encoder and a decoder of masks."""
     encoder_from: str | None = field(default=None, metadata=WEIGHTS)
-    """Weights that the encoder starts from: "pretrained" for those that timm has for model.args encoder; or a
-    trained classifier as for init_from, which then also says which encoder it is."""
+    """Weights that the encoder starts from: "pretrained" for those that timm has for model.args encoder; a
+    trained classifier as for init_from, which then also says which encoder it is; or a plain state dict of the
+    encoder that model.args encoder names."""
 
 
 @dataclass(kw_only=True)

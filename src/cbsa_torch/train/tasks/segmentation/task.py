@@ -25,7 +25,7 @@ from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
 from cbsa_torch.models.segmentation.factory import segmenter
-from cbsa_torch.train.build import build_model, draft_model, open_source, read_args
+from cbsa_torch.train.build import Built, build_model, draft_model, fit, open_source, read_args
 from cbsa_torch.train.config import check_rules
 from cbsa_torch.train.data import IGNORE, InputSpec, Splits, describe, input_spec, read_skipped
 from cbsa_torch.train.data.checked_images import SkippedImages
@@ -154,19 +154,20 @@ class Segmentation(Task):
 
     def open(self, skipped: Path, *, continued: bool) -> TaskSetup:
         """The data sets, and the model with a mask for each of their classes."""
-        config, weights = open_encoder(self.config, continued=continued)
+        config, weights, notes = open_encoder(self.config, continued=continued)
         data = config.data
         draft = draft_model(config)
-        splits = self.open_data(input_spec(draft[0]).mode, skipped)
+        splits = self.open_data(input_spec(draft.model).mode, skipped)
         read = [*describe(splits), *_read_some(splits, data)]
-        model, model_args = build_model(config, len(splits.class_names), draft)
+        model, args, changes = build_model(config, len(splits.class_names), draft)
         if weights is not None:
             load_encoder(model, weights, str(config.model.encoder_from))
         known = input_spec(model)
         size = known.input_size[0], data.crop_size, data.crop_size
         spec = known._replace(input_size=size, crop_pct=1.0)
         _check_size(model, spec.input_size)
-        return TaskSetup(model, model_args, splits.class_names, spec, splits.train, splits.val, read=read)
+        note = "\n".join((*notes, *changes))
+        return TaskSetup(model, args, splits.class_names, spec, splits.train, splits.val, note=note, read=read)
 
     def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
         """Augmented crops in random order."""
@@ -333,35 +334,36 @@ def _write_masks(
 
 def open_encoder(
     config: SegmentationTrainConfig, *, continued: bool
-) -> tuple[SegmentationTrainConfig, dict[str, Tensor] | None]:
+) -> tuple[SegmentationTrainConfig, dict[str, Tensor] | None, tuple[str, ...]]:
     """The configuration with the encoder that ``model.encoder_from`` says in ``model.args``, and its weights.
 
     Args:
         continued: the weights are not needed, and are not fetched.
 
+    Returns:
+        The configuration, the weights, and sentences that say how they were read.
+
     Raises:
-        ConfigError: ``model.args`` name another encoder, or options that a trained one has already.
-        CheckpointError: of the file.
+        ConfigError: not an encoder, or it takes one image size only. CheckpointError: of the file; or
+            ``model.args`` name another encoder than it does, options that it says itself, or no encoder where
+            it says none.
     """
-    source, args = config.model.encoder_from, config.model.args
+    source, size = config.model.encoder_from, config.model.image_size
     if source is None or source == PRETRAINED:
-        return config, None if source is None or continued else pretrained_weights(config)
-    model, info, path = open_source("model.encoder_from", source)
+        return config, None if source is None or continued else pretrained_weights(config), ()
+    args = read_args(config.model)
+    given = args.get("encoder"), args.get("encoder_args")
+    model, info, path = open_source("model.encoder_from", source, *given)
     if info["model"] == "segmenter":
         raise ConfigError(
             f"model.encoder_from must be a classifier, and {path} holds a segmenter: to start from all of it, "
             "use model.init_from"
         )
-    for key, found in (("encoder", info["model"]), ("encoder_args", None)):
-        if key in args and args[key] != found:
-            raise ConfigError(
-                f"model.args {key} must be left out beside model.encoder_from: {path} holds {info['model']!r}; "
-                f"got {args[key]!r}"
-            )
     own = {key: value for key, value in info["model_args"].items() if key != "num_classes"}
-    chosen: dict[str, Any] = {**args, "encoder": info["model"], "encoder_args": own}
+    opened = fit(Built(model, own, tuple(info.get("notes", ()))), None, size)
+    chosen: dict[str, Any] = {**args, "encoder": info["model"], "encoder_args": opened.args}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, args=chosen))
-    return config, None if continued else model.state_dict()
+    return config, None if continued else opened.model.state_dict(), opened.notes
 
 
 def pretrained_weights(config: SegmentationTrainConfig) -> dict[str, Tensor]:

@@ -1,0 +1,43 @@
+"""Names of parameters without those of the modules that training wraps around a model or its parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from cbsa_torch._core.compiler import COMPILED
+
+_Value = TypeVar("_Value")
+
+WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where ``torch.compile``, FSDP and checkpointing of activations keep what they wrap; anywhere in a name."""
+_OUTERMOST = r"^(module\.)+"
+"""DataParallel, DDP and averages of weights (torch's ``AveragedModel``, timm's ``ModelEmaV3``). Only in front:
+a part of a model may be called so."""
+
+
+def bare_name(name: str) -> str:
+    """As the model itself has it: ``head.weight`` of ``module._orig_mod.head.weight``."""
+    inner = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return re.sub(_OUTERMOST, "", inner)
+
+
+def bare_state(state: Mapping[str, _Value]) -> dict[str, _Value]:
+    """A state dict with the names of the bare model, without the count that ``AveragedModel`` keeps beside it.
+
+    Raises:
+        ValueError: two names become one.
+    """
+    count = "n_averaged"
+    averaged = count in state and all(name.startswith("module.") for name in state if name != count)
+    bare: dict[str, _Value] = {}
+    for name, value in state.items():
+        if averaged and name == count:
+            continue
+        if bare_name(name) in bare:
+            raise ValueError(
+                f"two entries are called {bare_name(name)}, but for names of wrappers such as module."
+            )
+        bare[bare_name(name)] = value
+    return bare
