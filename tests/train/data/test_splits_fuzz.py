@@ -47,7 +47,7 @@ folders = st.one_of(
     st.tuples(st.sampled_from(TOPS), st.sampled_from(CLASSES), st.sampled_from(CLASSES)),
 )
 entries = st.tuples(folders, st.sampled_from(FILES), st.sampled_from(KINDS), st.integers(0, 9), st.booleans())
-STARTS = ((), ("ant", "bee"), ("train/ant", "Train/bee"), ("train/ant", "train/bee"))
+STARTS = ((), ("ant", "bee"), ("TRAIN/ant", "TRAIN/bee"), ("train/ant", "train/bee"))
 STARTS += tuple((*STARTS[-1], f"{val}/ant") for val in ("val", "DEV", "Test"))
 """Folders with two images each, from which a tree begins."""
 trees = st.tuples(st.sampled_from(STARTS), st.lists(entries, max_size=4))
