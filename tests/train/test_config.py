@@ -151,7 +151,6 @@ def test_files_that_are_no_configuration_are_one_line(tmp_path, capsys, content,
         ("true", True),
         ("softmax", "softmax"),
         ("e5", "e5"),
-        ("'1e-2'", "1e-2"),
         (
             "{eps: 1e-2, sizes: [012, 1e1], of: {x: None}}",
             {"eps": 0.01, "sizes": [12, 10.0], "of": {"x": None}},

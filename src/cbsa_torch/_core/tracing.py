@@ -35,9 +35,9 @@ def pin_size(name: str, x: Tensor, axes: tuple[int, ...] = (2, 3)) -> Tensor:
     An export that declares them dynamic raises; a graph of ``torch.jit.trace`` raises when it is run at others.
     """
     refuse_dynamic(name, (x.shape[axis] for axis in axes))
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             sizes = [int(x.shape[axis]) for axis in axes]
         for axis, size in zip(axes, sizes, strict=True):
             (x,) = x.split_with_sizes([size], axis)  # raises unless the sizes add up

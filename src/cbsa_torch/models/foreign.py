@@ -143,7 +143,8 @@ def read_foreign(
 
 def _in_names_of_timm(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
     """The package whose names a state dict has, and its tensors by timm's names, prefixes included."""
-    package, table = "timm", {}
+    package = "timm"
+    table: Mapping[str, str] = {}
     for known in _VOCABULARIES:
         if any(re.search(rf"(?:^|\.){known.landmark}$", key) for key in tensors):
             package, table = known.package, known.table

@@ -226,7 +226,7 @@ _Loader.add_implicit_resolver(
     list("-+.0123456789in"),
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"None$"), ["N"])
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def read_yaml(text: str, where: str) -> Any:

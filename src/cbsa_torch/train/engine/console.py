@@ -25,7 +25,7 @@ WIDEST = 10_000
 class PlainConsole(Console):
     """A console whose strings, those in tables included, are no markup."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """The one place where strings become what is printed."""
         return super().render_str(readable(text, lines=True), **{**options, "markup": False, "emoji": False})
 
