@@ -169,8 +169,9 @@ def certified_cbsa(
     Theorem: with G = B B^T and any kappa from 0 to 2 / |G|, its largest eigenvalue, the rate of the
     representatives after the step, X - kappa G C, is lower by at least
     alpha kappa (1 - kappa |G| / 2) tr(C^T G C) >= 0, for all tokens, eps and sizes: the Hessian of R is at most
-    alpha. Here kappa = 2 fraction / bound, with a bound of |G| for every item and head: the largest
-    sum_j |G_ij| (G_jj / G_ii)^(1/2), and at least 0.01 times that of A A^T. Gradients hold the bound constant.
+    alpha. Here kappa = (1 - 1e-4) 2 fraction / bound, a little less than the limit for what is rounded, with a
+    bound of |G| for every item and head: the largest sum_j |G_ij| (G_jj / G_ii)^(1/2), and at least 0.01 times
+    that of A A^T. No step is taken where the bound overflows. Gradients hold the bound constant.
     The theorem says nothing of the rate of all tokens, nor of representatives that are extracted anew.
 
     Args:
