@@ -318,6 +318,19 @@ def test_nothing_of_size_m_times_n_is_saved(impl):
         assert sum(sizes) <= 1.1 * (B * H * N * P) + 8 * B * H * M * P
 
 
+@pytest.mark.parametrize("step", ["certified", "free"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_masked_layer_saves_m_times_n_once_for_all_heads(step, folded, monkeypatch):
+    monkeypatch.setattr(api, "folds", lambda *_: folded)
+    heads, mask = 8, torch.ones(2, N, dtype=torch.bool)
+    mask[0, N - 100 :] = False
+    layer = CBSA(heads * 4, heads, num_representatives=M, step=step, impl="tiled")
+    x = torch.randn(2, N, layer.dim)
+    sizes = saved_sizes(lambda: layer(x, (64, 64), mask))
+    assert max(sizes) <= max(2 * M * N, x.numel())
+    assert sum(size == 2 * M * N for size in sizes) <= 4
+
+
 @pytest.mark.parametrize("channels", [None, H * P])
 def test_nothing_of_size_m_times_n_is_formed(channels, monkeypatch):
     monkeypatch.setattr(tiles, "KEEP", 0)
