@@ -380,6 +380,9 @@ VALUES = torch.randn(2, 3, 4, 4)
 BAD = [
     ({"chosen": VALUES}, TypeError, "representatives must be ops.Representatives"),
     ({"fraction": 1.5}, ValueError, "fraction must be between 0 and 1, got 1.5"),
+    ({"fraction": torch.tensor([0.5, 1.5, 0.5])}, ValueError, "fraction must hold values from 0 to 1, got 1.5"),
+    ({"fraction": torch.tensor([0.5, 0.5, -0.5])}, ValueError, "fraction must hold values from 0 to 1, got -0.5"),
+    ({"fraction": nn.Parameter(torch.full((3,), math.nan))}, ValueError, "from 0 to 1, got nan"),
     ({"fraction": torch.rand(2)}, ValueError, r"fraction must have shape \(H,\)"),
     ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must be an int of at least 0, got -1"),
     ({"num_prefix_tokens": 1}, ValueError, "4 representatives of at most 8 tokens .* got 4 of 9"),
