@@ -211,6 +211,7 @@ def test_low_precision_compares_in_float32():
             ValueError,
             "learned_step must be False",
         ),
+        ({"step": "certified", "head_dim": 100}, ValueError, "give a head_dim of at most 12"),
         ({"residual": "output"}, ValueError, "residual must be one of 'input', 'norm'"),
         ({"mixer": "mssa", "num_representatives": 9}, TypeError, "num_representatives"),
         ({"num_prefix_tokens": 9}, TypeError, "num_prefix_tokens is no option here"),
