@@ -50,6 +50,12 @@ def test_the_update_of_a_certified_step_is_added_to_the_norm(options, residual, 
     assert WhiteBoxBlock(DIM, CBSA(DIM, HEADS, **options), residual=residual).residual == expected
 
 
+def test_a_module_around_a_certified_step_is_told_what_to_add_to():
+    around = nn.Sequential(CBSA(DIM, HEADS, step="certified"))
+    assert WhiteBoxBlock(DIM, around).residual == "input"
+    assert WhiteBoxBlock(DIM, around, residual="norm").residual == "norm"
+
+
 def test_residual_block_is_its_equations():
     block = ResidualBlock(DIM, MSSA(DIM, HEADS), mlp_ratio=1.5).double()
     assert [tuple(p.shape) for p in block.mlp.parameters()] == [(18, 12), (18,), (12, 18), (12,)]

@@ -156,7 +156,7 @@ BAD_CONSTRUCTIONS = [
     ),
     ({"step": "certified", "contraction": "none"}, ValueError, "contraction must be 'exact'"),
     ({"step": "certified", "eps": 0.0}, ValueError, "eps must be positive"),
-    ({"step": "certified", "head_dim": 5}, ValueError, "at most dim"),
+    ({"step": "certified", "head_dim": 5}, ValueError, r"give a head_dim of at most 4"),
 ]
 
 
@@ -261,6 +261,16 @@ def test_tokens_after_a_certified_step_have_a_lower_rate_in_every_head():
     held = stages.extracted + stages.broadcast_attention.mT @ (after - stages.tokens)
     before, after = (ops.coding_rate(t, eps=layer.eps) for t in (stages.extracted, held))
     assert (after < before).all()
+
+
+def test_autocast_has_no_effect_on_a_certified_layer_with_a_hook():
+    layer, x = CBSA(12, 3, step="certified"), torch.randn(2, 9, 12)
+    expected = layer(x)
+    layer.norm.register_forward_hook(lambda module, inputs, output: None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.float32
+    assert_close(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize("impl", ["eager", "tiled"])

@@ -55,5 +55,11 @@ def test_making_a_weight_orthonormal_keeps_an_orthonormal_one():
     assert_close(linear.weight, expected, 1e-14)
     linear.weight = torch.eye(5, 7, dtype=torch.float64)  # nothing to reflect
     assert_close(linear.weight, torch.eye(5, 7, dtype=torch.float64), 0)
+    linear.weight = torch.zeros(5, 7, dtype=torch.float64)
+    assert_close(linear.weight @ linear.weight.mT, torch.eye(5, dtype=torch.float64), 1e-14)
+    linear.parametrizations.weight[0].signs.copy_(
+        torch.tensor([0, 0.2, -0.2, 1, -1])
+    )  # averages of two and more
+    assert_close(linear.weight @ linear.weight.mT, torch.eye(5, dtype=torch.float64), 1e-14)
     reflectors = linear.parametrizations.weight.original
     torch.autograd.gradcheck(linear.parametrizations.weight[0], reflectors.detach().requires_grad_())

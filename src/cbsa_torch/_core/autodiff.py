@@ -1,8 +1,9 @@
-"""What kind of differentiation is under way."""
+"""What kind of differentiation is under way, and whether tensors have values."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -12,3 +13,10 @@ def is_transformed() -> bool:
         return False
     transforms: bool = torch._C._are_functorch_transforms_active()
     return transforms or forward_ad._current_level >= 0
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers to look at, of a whole tensor: not while tracing, nor without data."""
+    return not (
+        torch.compiler.is_compiling() or is_transformed() or type(tensor) is not Tensor or tensor.is_meta
+    )

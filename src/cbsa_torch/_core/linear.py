@@ -20,7 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.module_tracker import ModuleTracker
 
-from cbsa_torch._core.autodiff import is_transformed
+from cbsa_torch._core.autodiff import has_values
 from cbsa_torch._core.compiler import COMPILED
 from cbsa_torch._core.precision import compute_dtype
 
@@ -77,7 +77,7 @@ def apply_with_matrix(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return F.linear(x, weight, layer.bias), weight  # type: ignore[arg-type]
     hooks = _acting_hooks(layer)
-    comparable = _has_values(x) and not _drops(layer)
+    comparable = has_values(x) and not _drops(layer)
     if hooks and not (comparable or x.is_meta or _is_distributed(x) or all(map(_sets_weight_only, hooks))):
         raise ValueError(
             f"{_NEEDED}, and this one has hooks: in compiled code, under torch.func, with active dropout and "
@@ -182,13 +182,6 @@ def _drops(layer: nn.Module) -> bool:
     return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in layer.modules())
 
 
-def _has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers to compare, of a whole tensor."""
-    return not (
-        torch.compiler.is_compiling() or is_transformed() or type(tensor) is not Tensor or tensor.is_meta
-    )
-
-
 def _check_affine(
     layer: nn.Module,
     hooks: list[Callable[..., Any]],
@@ -201,7 +194,7 @@ def _check_affine(
     exact = _is_hooked_linear(layer)
     if exact and not hooks:  # hooks of the backward pass only
         return
-    if _drops(layer) or (isinstance(out, Tensor) and not _has_values(out)):
+    if _drops(layer) or (isinstance(out, Tensor) and not has_values(out)):
         return
     bias = None if bias is None else bias.detach().to(matrix.dtype)
     expected = F.linear(x.detach().to(matrix.dtype), matrix.detach(), bias)

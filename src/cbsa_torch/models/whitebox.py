@@ -49,7 +49,8 @@ class WhiteBoxTransformer(nn.Module):
         mlp_ratio: None for white-box layers with ISTA; a number for the usual layers with an MLP of that many
             times the width, the black-box baseline.
         residual: what the mixer's update is added to, the layer's ``"input"`` or its ``"norm"``. Default: the
-            norm if the mixer's step is certified, else the input; see :class:`cbsa_torch.nn.WhiteBoxBlock`.
+            norm if the mixer's step is certified, else the input; see :class:`cbsa_torch.nn.WhiteBoxBlock`. Not
+            with ``mlp_ratio``, whose layers add to the input always.
         step_size, sparsity: of ISTA.
         drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
         device, dtype: of the parameters.

@@ -11,7 +11,10 @@ from cbsa_torch.nn.ista import ISTA
 
 
 def residual_around(attn: nn.Module, residual: Residual | None) -> Residual:
-    """What the update of a mixer is added to, by default (None) the norm if its step is certified."""
+    """What the update of a mixer is added to, by default (None) the norm if its ``step`` is certified.
+
+    A module around a certified mixer has no such attribute, and counts as free.
+    """
     if residual is None:
         return "norm" if getattr(attn, "step", None) == "certified" else "input"
     check_choice("residual", residual, RESIDUALS)
@@ -30,7 +33,8 @@ class WhiteBoxBlock(nn.Module):
         attn: a token mixer such as :class:`cbsa_torch.CBSA`, called as ``attn(x, grid_size, token_mask)``.
         norm_layer: constructor of the two normalisation layers.
         residual: what the update is added to: ``"input"``, x, or ``"norm"``, norm1(x). Default: the norm if the
-            step of ``attn`` is certified, else the input.
+            step of ``attn`` is certified (its attribute ``step`` says so: give ``"norm"`` for a module around
+            such a mixer), else the input.
         step_size, sparsity: of :class:`cbsa_torch.ISTA`.
         device, dtype: of the parameters made here (not of ``attn``).
     """
@@ -63,6 +67,9 @@ class WhiteBoxBlock(nn.Module):
 
 class ResidualBlock(nn.Module):
     """The usual layer: x <- x + attn(norm1(x)); x <- x + mlp(norm2(x)), with GELU in the MLP.
+
+    The update of a certified step is added to x, too: its guarantee is then of norm1(x) + attn(norm1(x)), which
+    are not the tokens that the model goes on with.
 
     Args:
         dim: channels.

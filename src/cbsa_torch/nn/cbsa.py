@@ -162,7 +162,10 @@ class CBSA(TokenMixer):
         """Hand the output projection to the operator where nothing comes between."""
         between = not isinstance(self.norm, nn.Identity) or bool(call_changes(self.norm))
         if between or not (self.proj is None or is_plain_linear(self.proj)):
-            return super().mix_and_project(heads)
+            if self.step == "free":
+                return super().mix_and_project(heads)
+            with no_autocast(heads.queries):
+                return super().mix_and_project(heads)
         if self.proj is None:
             assert heads.basis is not None, "projections are tied"
             return run_and_project(self._inputs(heads), heads.basis.t(), None, self.impl)

@@ -160,10 +160,14 @@ class TokenMixer(nn.Module, abc.ABC):
         if tied and (qkv == "separate" or dim_out != dim):
             raise ValueError("tied needs qkv='shared' and dim_out equal to dim: it reuses the input projection")
         inner = num_heads * head_dim
-        if orthogonal and (qkv == "separate" or inner > dim):
+        if orthogonal and qkv == "separate":
+            raise ValueError("orthogonal needs qkv='shared': one projection, whose rows are the bases")
+        if orthogonal and inner > dim:
+            most = max(1, dim // num_heads)
+            fewer = "" if num_heads <= dim else f" and num_heads of at most {dim}"
             raise ValueError(
-                f"orthogonal needs qkv='shared' and num_heads * head_dim (={inner}) at most dim (={dim}): "
-                "there are no more orthogonal directions"
+                f"orthogonal needs num_heads * head_dim (={inner}) at most dim (={dim}): there are no more "
+                f"orthogonal directions; give a head_dim of at most {most}{fewer}"
             )
 
         self.dim = dim

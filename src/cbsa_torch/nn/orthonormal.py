@@ -26,7 +26,9 @@ class OrthonormalRows(nn.Module):
         check_factorable(reflectors)
         below = reflectors.mT.tril(-1)  # (columns, rows); the reflectors' leading ones are implied
         tau = 2 / (1 + below.square().sum(-2))
-        return (torch.linalg.householder_product(below, tau) * self.signs).mT
+        # Averaging layers may leave no sign, or less than one; a weight of lower rank has none to begin with.
+        signs = 1 - 2 * (self.signs < 0).to(reflectors.dtype)
+        return (torch.linalg.householder_product(below, tau) * signs).mT
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The parameter of ``weight``; if its rows are not orthonormal, of the Q of its QR decomposition."""

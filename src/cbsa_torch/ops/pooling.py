@@ -169,7 +169,7 @@ def _grids_within(grid_size: GridSize, limit: int) -> Iterator[GridSize]:
 
 def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Tensor) -> Representatives:
     """Masked pooling, written without data-dependent shapes so that it compiles and exports."""
-    b = tokens.shape[0]
+    b, h, n, p = tokens.shape
     device = tokens.device
     real = token_mask.view(b, *grid_size)
     first, extent = _bounding_box(real)  # (B, D) each
@@ -193,8 +193,9 @@ def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Te
     dtype = compute_dtype(tokens.dtype)
     with no_autocast(tokens):
         average = weights.to(dtype) / total.clamp(min=1).to(dtype)
-        clean = zero_rows(tokens, token_mask).to(dtype)
-        values = (average[:, None] @ clean).to(tokens.dtype)  # (B, H, M, P)
+        # Heads as channels: batched by heads, the product would keep a copy of the weights for each.
+        clean = zero_rows(tokens, token_mask).to(dtype).transpose(1, 2).reshape(b, n, h * p)
+        values = (average @ clean).view(b, most, h, p).transpose(1, 2).to(tokens.dtype)  # (B, H, M, P)
     return Representatives(zero_rows(values, exists), exists, token_weights=average)
 
 

@@ -99,10 +99,12 @@ def gram(weights: TokenWeights, like: Tensor) -> Tensor:
 
 def spread(weights: TokenWeights, rows: Tensor, n: int) -> Tensor:
     """Pi^T ``rows``, what each of ``n`` tokens gets of ``(B, H, M, P)``; ``(B, H, n, P)``."""
+    b, h, m, p = rows.shape
     if not isinstance(weights, GridPooling):
-        return weights.to(rows.dtype)[:, None].mT @ rows
+        # Heads as channels: batched by heads, the product would keep a copy of the matrix for each.
+        wide = rows.transpose(1, 2).reshape(b, m, h * p)
+        return (weights.to(rows.dtype).mT @ wide).view(b, n, h, p).transpose(1, 2)
     grid, cells, first = weights
-    b, h, _, p = rows.shape
     wide = rows.transpose(1, 2).reshape(b, *cells, h * p)
     for axis, (side, count) in enumerate(zip(grid, cells, strict=True)):
         if side != count:

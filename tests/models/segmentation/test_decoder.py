@@ -1,5 +1,6 @@
 """The decoder: the official one's masks, its own arithmetic, any grid, any number of classes."""
 
+import functools
 import math
 
 import pytest
@@ -205,6 +206,12 @@ def test_low_precision_compares_in_float32():
         ({"mixer": 3}, TypeError, "mixer must be a name or a constructor, got 3"),
         ({"learned_step": 1}, TypeError, "learned_step must be True or False"),
         ({"learned_step": True, "step": "certified"}, ValueError, "learned_step must be False"),
+        (
+            {"learned_step": True, "mixer": functools.partial(CBSA, step="certified")},
+            ValueError,
+            "learned_step must be False",
+        ),
+        ({"step": "certified", "head_dim": 100}, ValueError, "give a head_dim of at most 12"),
         ({"residual": "output"}, ValueError, "residual must be one of 'input', 'norm'"),
         ({"mixer": "mssa", "num_representatives": 9}, TypeError, "num_representatives"),
         ({"num_prefix_tokens": 9}, TypeError, "num_prefix_tokens is no option here"),

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from cbsa_torch import CBSA, ops
 from cbsa_torch.ops import Representatives
 from cbsa_torch.ops.cbsa import api, tiles
-from cbsa_torch.ops.cbsa.certified import largest_eigenvalue_bound, limit
+from cbsa_torch.ops.cbsa.certified import MARGIN, largest_eigenvalue_bound, limit
 from cbsa_torch.ops.cbsa.driver import Problem, backward, forward
 from cbsa_torch.ops.cbsa.inputs import certified_inputs
 from cbsa_torch.ops.cbsa.library import cbsa_op
@@ -177,9 +178,33 @@ def test_bound_of_the_largest_eigenvalue():
     diagonal = torch.rand(9, 6).double()
     assert_close(largest_eigenvalue_bound(diagonal.diag_embed()), diagonal.amax(-1), 1e-12)
     gram = torch.diag(torch.tensor([4.0, 0.0, 1.0]))[None, None]
-    assert limit(gram, 0 * gram).item() == 0.5
-    assert limit(gram, 1000 * gram).item() == pytest.approx(0.05)
+    assert limit(gram, 0 * gram).item() == pytest.approx(0.5 * (1 - MARGIN))
+    assert limit(gram, 1000 * gram).item() == pytest.approx(0.05 * (1 - MARGIN))
     assert limit(0 * gram, 0 * gram).item() == 0
+    assert limit(math.inf * gram, gram).item() == 0
+
+
+@pytest.mark.parametrize("options", [{"representatives": "tokens"}, {"num_representatives": 1}], ids=str)
+def test_a_saturated_step_stays_below_the_limit(options):
+    """The sigmoid is 1 in float32; the bound is the eigenvalue itself where there is one representative."""
+    layer = CBSA(12, 3, step="certified", **options)
+    nn.init.constant_(layer.step_logit, 20.0)
+    for _ in range(20):
+        stages = layer.stages(torch.randn(2, 9, 12))
+        weights = stages.broadcast_attention.double()
+        norm = torch.linalg.matrix_norm(weights.mT @ weights, 2)
+        assert (-stages.step * norm < 2).all()
+        fall, guaranteed, tolerance, _ = certificate(stages, layer.eps, -stages.step.double())
+        assert (guaranteed > 0).all()
+        assert (fall >= guaranteed - tolerance).all()
+
+
+@pytest.mark.parametrize("impl", ["eager", "tiled"])
+@pytest.mark.parametrize("kind", ["pool", "learned"])
+def test_no_step_is_taken_where_the_limit_overflows(kind, impl):
+    layer = CBSA(12, 3, step="certified", representatives=kind, num_representatives=1, impl=impl)
+    nn.init.constant_(layer.step_representatives, 1e20)
+    assert (layer(torch.randn(2, 9, 12)) == 0).all()
 
 
 def problem(kind, sizes, prefix, masked):
@@ -293,6 +318,19 @@ def test_nothing_of_size_m_times_n_is_saved(impl):
         assert sum(sizes) <= 1.1 * (B * H * N * P) + 8 * B * H * M * P
 
 
+@pytest.mark.parametrize("step", ["certified", "free"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_masked_layer_saves_m_times_n_once_for_all_heads(step, folded, monkeypatch):
+    monkeypatch.setattr(api, "folds", lambda *_: folded)
+    heads, mask = 8, torch.ones(2, N, dtype=torch.bool)
+    mask[0, N - 100 :] = False
+    layer = CBSA(heads * 4, heads, num_representatives=M, step=step, impl="tiled")
+    x = torch.randn(2, N, layer.dim)
+    sizes = saved_sizes(lambda: layer(x, (64, 64), mask))
+    assert max(sizes) <= max(2 * M * N, x.numel())
+    assert sum(size == 2 * M * N for size in sizes) <= 4
+
+
 @pytest.mark.parametrize("channels", [None, H * P])
 def test_nothing_of_size_m_times_n_is_formed(channels, monkeypatch):
     monkeypatch.setattr(tiles, "KEEP", 0)
@@ -342,6 +380,9 @@ VALUES = torch.randn(2, 3, 4, 4)
 BAD = [
     ({"chosen": VALUES}, TypeError, "representatives must be ops.Representatives"),
     ({"fraction": 1.5}, ValueError, "fraction must be between 0 and 1, got 1.5"),
+    ({"fraction": torch.tensor([0.5, 1.5, 0.5])}, ValueError, "fraction must hold values from 0 to 1, got 1.5"),
+    ({"fraction": torch.tensor([0.5, 0.5, -0.5])}, ValueError, "fraction must hold values from 0 to 1, got -0.5"),
+    ({"fraction": nn.Parameter(torch.full((3,), math.nan))}, ValueError, "from 0 to 1, got nan"),
     ({"fraction": torch.rand(2)}, ValueError, r"fraction must have shape \(H,\)"),
     ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must be an int of at least 0, got -1"),
     ({"num_prefix_tokens": 1}, ValueError, "4 representatives of at most 8 tokens .* got 4 of 9"),

@@ -100,8 +100,6 @@ class MaskTransformerDecoder(nn.Module):
             check_positive_int(name, value)
         check_positive_int("encoder_dim", encoder_dim)
         check_bool("learned_step", learned_step)
-        if learned_step and options.get("step") == "certified":
-            raise ValueError("learned_step must be False with step='certified', whose length is its own")
         if "num_prefix_tokens" in options:
             raise TypeError("num_prefix_tokens is no option here: the class embeddings are the prefix tokens")
         num_heads = default_num_heads(dim) if num_heads is None else num_heads
@@ -220,6 +218,8 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if learned_step and getattr(attn, "step", None) == "certified":
+            raise ValueError("learned_step must be False with step='certified', whose length is its own")
         self.residual = residual_around(attn, residual)
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.attn = attn

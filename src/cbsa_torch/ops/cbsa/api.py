@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.autodiff import is_transformed
+from cbsa_torch._core.autodiff import has_values, is_transformed
 from cbsa_torch._core.checks import check_choice, check_floating
 from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl, Representatives
@@ -169,8 +169,9 @@ def certified_cbsa(
     Theorem: with G = B B^T and any kappa from 0 to 2 / |G|, its largest eigenvalue, the rate of the
     representatives after the step, X - kappa G C, is lower by at least
     alpha kappa (1 - kappa |G| / 2) tr(C^T G C) >= 0, for all tokens, eps and sizes: the Hessian of R is at most
-    alpha. Here kappa = 2 fraction / bound, with a bound of |G| for every item and head: the largest
-    sum_j |G_ij| (G_jj / G_ii)^(1/2), and at least 0.01 times that of A A^T. Gradients hold the bound constant.
+    alpha. Here kappa = (1 - 1e-4) 2 fraction / bound, a little less than the limit for what is rounded, with a
+    bound of |G| for every item and head: the largest sum_j |G_ij| (G_jj / G_ii)^(1/2), and at least 0.01 times
+    that of A A^T. No step is taken where the bound overflows. Gradients hold the bound constant.
     The theorem says nothing of the rate of all tokens, nor of representatives that are extracted anew.
 
     Args:
@@ -178,7 +179,9 @@ def certified_cbsa(
             of subspaces orthogonal to each other, and tied, for heads not to disturb each other.
         representatives: first guesses with the weights of the tokens in them, as ``ops.pool_representatives``
             returns (without weights they count as constant), or representatives with their attention.
-        fraction: kappa in parts of its limit 2 / bound, between 0 and 1: a number or ``(H,)``.
+        fraction: kappa in parts of its limit, from 0 to 1: a number or ``(H,)``. The guarantee is for no other.
+            A number must be less than 1. A tensor may hold 0 and 1, which a sigmoid rounds to; its values are
+            not checked in compiled code, under ``torch.func`` and while a CUDA graph is captured.
         eps: epsilon of the coding rate. Default: the root of P.
         step_representatives: eta, as for :func:`cbsa`.
         scale, token_mask: as for :func:`cbsa`.
@@ -192,6 +195,7 @@ def certified_cbsa(
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
+    _check_fraction(fraction)
     inputs = certified_inputs(
         tokens,
         representatives,
@@ -203,6 +207,19 @@ def certified_cbsa(
         num_prefix_tokens=num_prefix_tokens,
     )
     return run(inputs, impl)
+
+
+def _check_fraction(fraction: Tensor | float) -> None:
+    """Raise unless a tensor of fractions holds values from 0 to 1. (A number is checked with the inputs.)"""
+    if not isinstance(fraction, Tensor) or not fraction.is_floating_point():
+        return
+    if not has_values(fraction.detach()):
+        return
+    if fraction.is_cuda and torch.cuda.is_current_stream_capturing():  # allows no look at values
+        return
+    wrong = ~((fraction >= 0) & (fraction <= 1))
+    if wrong.any():
+        raise ValueError(f"fraction must hold values from 0 to 1, got {fraction[wrong][0].item()}")
 
 
 def run(inputs: CBSAInputs, impl: Impl = "auto") -> Tensor:

@@ -15,10 +15,15 @@ from torch import Tensor
 SMALLEST = 0.01
 """The bound is never less than this part of that of A alone. Else the step would grow as 1 / eta where the
 first guess is constant, and without limit where Pi and eta A cancel."""
+MARGIN = 1e-4
+"""Steps stay this part below the limit: the sigmoid of a large logit is 1 in float32, and rounding would then
+take a step beyond the limit where the bound is the eigenvalue itself."""
 
 
 def limit(gram: Tensor, own: Tensor) -> Tensor:
-    """The longest certified step, 2 over a bound of |G|; 0 where no token has any weight.
+    """The longest certified step, (1 - ``MARGIN``) 2 over a bound of |G|.
+
+    It is 0 where no token has any weight, and where a bound is too large or too small for its dtype.
 
     Args:
         gram: G ``(B, H, M, M)``.
@@ -28,8 +33,7 @@ def limit(gram: Tensor, own: Tensor) -> Tensor:
         ``(B, H)``, without gradients.
     """
     bound = torch.maximum(largest_eigenvalue_bound(gram), SMALLEST * largest_eigenvalue_bound(own)).detach()
-    nothing = bound == 0
-    return (2 / bound.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    return ((1 - MARGIN) * 2 / bound).nan_to_num(nan=0.0, posinf=0.0)
 
 
 def largest_eigenvalue_bound(gram: Tensor) -> Tensor:

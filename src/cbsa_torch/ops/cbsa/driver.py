@@ -6,7 +6,8 @@ PyTorch) or ``TritonPasses``, two classes with the same methods; the work betwee
 per head. Saved for the backward pass are the inputs, the picked tokens R and the normaliser of the softmax.
 
 A certified step gives the tokens B^T K with K = -kappa C and B = Pi + eta A. Here kappa is found, from sums
-that the first pass takes, and eta A^T K is broadcast; K is returned, too, for Pi^T K to be added outside.
+that the first pass takes, and eta A^T K is broadcast; K is returned, too, for Pi^T K to be added outside. A Pi
+that is a matrix is an input, M x N for an item, all heads together.
 
 Inputs of low precision are computed in float32, except for products over tokens: the Triton kernels multiply in
 the dtype of the keys, and a product with an output projection is bfloat16 for bfloat16 keys.
