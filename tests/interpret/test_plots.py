@@ -115,7 +115,7 @@ def test_names_and_numbers_are_shown_as_they_are():
     assert _style.signed(-0.001) == "0.00"
     assert _style.signed(-0.006) == "\N{MINUS SIGN}0.01"
     assert len(set(_style.run_colors("abcdefghij").values())) == 10
-    assert _style.legible("cat \u732b\n$") == "cat \N{WHITE SQUARE} $"
+    assert _style.legible("cat \u732b\n$") == "cat \N{WHITE SQUARE}\\n$"
     measured = Robustness([0.1], [[0.5]], 0.5, LAYERS)
     figure = plots.robustness_curve({"$x_{": measured, "_\u732b": measured}, "share of $")
     drawn(figure)  # neither error nor warning

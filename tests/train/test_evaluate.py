@@ -104,7 +104,7 @@ def test_an_opened_model_evaluates_and_predicts_like_its_file(finished, images, 
     trained = open_trained(finished[1].folder)
     assert not trained.model.training
     expected = predict_images(trained.path, paths), evaluate_checkpoint(trained.path, output=output)
-    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: pytest.fail("opened again"))
+    monkeypatch.setattr(evaluate, "open_weights", lambda *args: pytest.fail("opened again"))
     assert (predict_images(trained, paths), evaluate_checkpoint(trained, output=output)) == expected
 
 

@@ -346,7 +346,7 @@ class TokenMixer(nn.Module, abc.ABC):
             raise ValueError(f"rope must be None: {name} has no rotary position embeddings")
         if attn_mask is not None and is_causal:
             raise ValueError("pass attn_mask or is_causal, not both")
-        if self.needs_grid and x.ndim > 3:
+        if self.needs_grid and isinstance(x, Tensor) and x.ndim > 3:
             x = pin_size("height and width", x, tuple(range(2, x.ndim)))
         tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
         if self.needs_grid:
