@@ -157,6 +157,28 @@ def test_what_a_hook_does_to_the_output_is_seen(images):
     assert not any(block._forward_pre_hooks or block.attn._forward_hooks for block in model.blocks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: 2.5 * y,
+        lambda y: 0.9 * y,
+        nn.Dropout(0.1),
+        lambda y: torch.cat([y[:, :-1], 1.001 * y[:, -1:]], 1),
+    ],
+)
+def test_an_output_that_is_not_the_step_has_no_certificate(images, dtype, change):
+    """Although the rate may still fall by enough."""
+    model = build().to(dtype)
+    model.blocks[1].attn.register_forward_hook(lambda layer, args, output: change(output))
+    sound, broken = interpret.certificate(model, images.to(dtype)).layers
+    assert sound.broken is None
+    assert sound.holds.all()
+    assert "something else than its step" in broken.broken
+    assert broken.guaranteed is None
+    assert not broken.holds.any()
+
+
 def test_values_that_are_not_finite_hold_nowhere(images):
     model = build().double()
     images = images.double()
@@ -255,7 +277,14 @@ def test_it_is_plain_in_json(images):
 
 
 def test_a_segmenter_has_one_for_encoder_and_decoder():
-    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_representatives": 9, "step": "certified"}
+    sizes = {
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "num_representatives": 9,
+        "step": "certified",
+        "residual": "input",
+    }
     model = timm.create_model(
         "segmenter",
         encoder="cbt_pico_patch1_8",

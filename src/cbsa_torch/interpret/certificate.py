@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_positive_int
-from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import RESIDUALS, CBSAStages, Residual
 from cbsa_torch.interpret.capture import LayerRecord, capture, check_batches, named_modules
 from cbsa_torch.interpret.structure import basis_of
@@ -29,6 +29,9 @@ from cbsa_torch.ops.masking import zero_rows
 
 ROUNDING = 8
 """c of the rounding that is allowed to a case: c min(M, P) u sqrt(cond)."""
+
+MISMATCH = 16
+"""c of the rounding by which an output may differ from the step computed again, see :func:`_mismatch`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +48,8 @@ class LayerCertificate:
     step: str
     """``"certified"`` or ``"free"``."""
     broken: str | None
-    """Why the theorem does not apply to a certified step here (its bases are not orthonormal); None if it does,
-    and of a free step."""
+    """Why the theorem does not apply to a certified step here (its bases are not orthonormal, or the layer puts
+    out something else than its step, in any image and head); None if it does, and of a free step."""
     deviation: float
     """|U U^T - I|, the spectral norm, of the bases of all heads as rows: 0 if they are orthonormal."""
     deviation_limit: float
@@ -256,6 +259,7 @@ class _Measured:
         self.deviation = _deviation(self.basis)
         self.stream: tuple[Residual, Tensor] | None = None
         self.parts: list[dict[str, Tensor | None]] = []
+        self.mismatch = 0.0  # the largest of any image and head, in parts of what rounding explains
 
     def enter(self, residual: Residual, block: nn.Module, args: Any, kwargs: Any) -> None:
         """Note what the block around the layer is called with."""
@@ -273,8 +277,11 @@ class _Measured:
             if record.token_mask is not None:
                 step = zero_rows(step, record.token_mask.cpu())
             weights = record.stages.broadcast_attention
+            x: Tensor = next(iter((*args, *kwargs.values())))
             if layer.step == "free":
                 weights = _all_weights(layer, layer.heads(*args, **kwargs))
+            else:
+                self.mismatch = max(self.mismatch, _mismatch(layer, record, step, x, output))
             self.parts.append(
                 {
                     **_representatives(layer, record.stages, weights.cpu().double(), step, output.dtype),
@@ -312,6 +319,11 @@ class _Measured:
             broken = (
                 f"its bases are not orthonormal: |U U^T - I| is {self.deviation:.1e}, above {self.limit:.1e}"
             )
+        elif self.mismatch > 1:
+            broken = (
+                "it puts out something else than its step (a hook may change it): the difference is "
+                f"{self.mismatch:.1e} times what rounding explains"
+            )
         whole: dict[str, Any] = {}
         for key in self.parts[0]:
             values = [part[key] for part in self.parts]
@@ -319,6 +331,51 @@ class _Measured:
         if broken:
             whole["guaranteed"] = None
         return LayerCertificate(self.name, self.layer.step, broken, self.deviation, self.limit, **whole)
+
+
+def _mismatch(layer: CBSA, record: LayerRecord, step: Tensor, x: Tensor, output: Tensor) -> float:
+    """How far the layer's output is from its step, in parts of what rounding explains, in the worst head.
+
+    Frobenius norms of every image and head. The output is rounded by u of its precision. The step
+    kappa B^T C changes by at most about 2 |dW| for a change dW of the tokens W, since kappa |B|^2 < 2, and by
+    2 |dA| / |A| |W| for one of the attention; a softmax has the relative error u times its largest logit.
+    Solving for C adds v cond / (2 sqrt(alpha)), v the precision of the solution. What is not finite is not
+    compared: there nothing holds anyway.
+
+    Args:
+        layer: with a certified step.
+        record: its evaluation.
+        step: ``(B, H, N, P)`` the output in the subspaces, zero at masked tokens.
+        x: the layer's input. output: its output, both as passed.
+    """
+    stages = record.stages
+    assert stages is not None, "of CBSA layers"
+    mask = None if record.token_mask is None else record.token_mask.cpu()
+    expected = stages.output.cpu().double()
+    expected = expected if mask is None else zero_rows(expected, mask)
+    w, reps, first = (t.cpu().double() for t in (record.tokens, stages.extracted, stages.representatives))
+
+    def norm(t: Tensor) -> Tensor:
+        return t.square().sum((-2, -1)).sqrt()  # (B, H)
+
+    def longest(t: Tensor) -> Tensor:
+        return t.square().sum(-1).amax(-1).sqrt()
+
+    def whole(t: Tensor) -> Tensor:
+        tokens, _ = as_tokens(t.detach().cpu().double(), layer.dim, layer.channels_first)
+        return norm(tokens if mask is None else tokens.masked_fill(~mask[..., None], 0.0))[:, None]
+
+    logits = longest(w) * longest(first) * w.shape[-1] ** -0.5
+    count = reps.shape[-2]
+    if stages.representative_mask is not None:
+        count = stages.representative_mask.cpu().sum(-1).clamp(min=1)[:, None]  # type: ignore[assignment]
+    alpha = w.shape[-1] / (count * layer.eps**2)
+    unit, solving = torch.finfo(stages.extracted.dtype).eps, torch.finfo(solve_dtype(stages.extracted)).eps
+    solved = (1 + alpha * norm(reps).square()) / (2 * alpha**0.5)
+    # What is projected has the rounding errors of all its channels.
+    rounding = torch.finfo(output.dtype).eps * whole(output) + unit * (1 + logits) * (whole(x) + norm(w))
+    rounding = MISMATCH * (rounding + solving * solved * (-stages.step.cpu().double()).sqrt())
+    return (norm(step - expected) / rounding).nan_to_num(0.0).amax().item()
 
 
 def _all_weights(layer: CBSA, heads: Heads) -> Tensor:
