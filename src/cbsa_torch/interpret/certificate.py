@@ -38,9 +38,10 @@ MISMATCH = 16
 class LayerCertificate:
     """What one CBSA layer did to every image, per head: ``(images, H)`` float64 tensors on the CPU, in nats.
 
-    W = U_k^T norm(x) are the tokens that head k receives, X = B W + constant their M representatives with the
-    weights B, and W+ = U_k^T (norm(x) + y) the tokens with the output y that the layer really put out. Rates
-    are at the layer's epsilon. One image and head is a case; an image without any real token is none.
+    W = U_k^T norm(x), plus the projection's bias if it has one, are the tokens that head k receives,
+    X = B W + constant their M representatives with the weights B, and W+ = W + U_k^T y the tokens with the
+    output y that the layer really put out. Rates are at the layer's epsilon. One image and head is a case; an
+    image without any real token is none.
     """
 
     name: str
@@ -76,10 +77,10 @@ class LayerCertificate:
     tokens_after: Tensor
     """R(W+)."""
     stream_before: Tensor | None
-    """R(U_k^T x), x the input of the block around the layer. None without a block that says what its update is
-    added to."""
+    """R(U_k^T x), x the input of the block around the layer, without the projection's bias. None if any call of
+    the layer is without a block that says what its update is added to."""
     stream_after: Tensor | None
-    """R of the tokens that the block goes on with: x + y, or norm(x) + y with ``residual="norm"``."""
+    """The same of what the block goes on with: x + y, or norm(x) + y with ``residual="norm"``."""
 
     @property
     def cases(self) -> Tensor:
@@ -285,7 +286,7 @@ class _Measured:
             self.parts.append(
                 {
                     **_representatives(layer, record.stages, weights.cpu().double(), step, output.dtype),
-                    **self._tokens(record, step, stream),
+                    **self._tokens(record, step, stream, x),
                 }
             )
 
@@ -295,7 +296,7 @@ class _Measured:
         return (tokens @ self.basis.T).unflatten(-1, (self.layer.num_heads, -1)).transpose(1, 2)
 
     def _tokens(
-        self, record: LayerRecord, step: Tensor, stream: tuple[Residual, Tensor] | None
+        self, record: LayerRecord, step: Tensor, stream: tuple[Residual, Tensor] | None, normed: Tensor
     ) -> dict[str, Tensor | None]:
         """Rates of all tokens before and after the step, ``(B, H)``."""
         mask = None if record.token_mask is None else record.token_mask.cpu()
@@ -309,8 +310,8 @@ class _Measured:
             return {**rates, "stream_before": None, "stream_after": None}
         residual, x = stream
         before = self._in_heads(x)
-        after = rates["tokens_after"] if residual == "norm" else rate(before + step)
-        return {**rates, "stream_before": rate(before), "stream_after": after}
+        start = self._in_heads(normed) if residual == "norm" else before  # neither with the projection's bias
+        return {**rates, "stream_before": rate(before), "stream_after": rate(start + step)}
 
     def joined(self) -> LayerCertificate:
         """The numbers of all batches."""
@@ -327,7 +328,8 @@ class _Measured:
         whole: dict[str, Any] = {}
         for key in self.parts[0]:
             values = [part[key] for part in self.parts]
-            whole[key] = None if values[0] is None else torch.cat([v for v in values if v is not None])
+            known = [value for value in values if value is not None]
+            whole[key] = torch.cat(known) if len(known) == len(values) else None  # of all calls or of none
         if broken:
             whole["guaranteed"] = None
         return LayerCertificate(self.name, self.layer.step, broken, self.deviation, self.limit, **whole)
