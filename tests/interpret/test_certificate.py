@@ -123,6 +123,8 @@ def test_where_rounding_outweighs_the_guarantee_it_is_counted(images):
     single, double = (interpret.certificate(model.to(t), images.to(t)) for t in (torch.float32, torch.float64))
     assert single.holding == double.holding == single.cases == 20
     assert (single.beyond_rounding, double.beyond_rounding) == (0, 20)
+    assert str(single).count("10 of 10 (0 beyond rounding)") == 2
+    assert "rounding" not in str(double)
 
 
 def test_the_rate_of_all_tokens_may_rise(images):
@@ -204,6 +206,15 @@ def test_bases_that_are_not_orthonormal_have_no_certificate(images):
     assert sound.broken is None
     assert (found.holding, found.cases) == (10, 20)
     assert "blocks.0.attn: not certified, its bases" in str(found)
+
+
+def test_fresh_bases_of_few_channels_have_a_certificate():
+    """Rounding leaves them 5e-7 from orthonormal, more than 4 u."""
+    torch.manual_seed(117)
+    layer = CBSA(4, 1, step="certified", num_representatives=2).eval()
+    (found,) = interpret.certificate(nn.Sequential(layer), torch.randn(2, 4, 2, 2)).layers
+    assert found.broken is None
+    assert found.deviation_limit == pytest.approx(16 * 2**-23)
 
 
 def test_a_step_beyond_the_limit_does_not_hold(images, monkeypatch):

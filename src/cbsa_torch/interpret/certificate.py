@@ -54,8 +54,8 @@ class LayerCertificate:
     deviation: float
     """|U U^T - I|, the spectral norm, of the bases of all heads as rows: 0 if they are orthonormal."""
     deviation_limit: float
-    """The deviation above which there is no certificate: max(H P, C) u, u the spacing of numbers near 1 in the
-    precision of the bases, float32 or better."""
+    """The deviation above which there is no certificate: 4 max(H P, C) u, u the spacing of numbers near 1 in
+    the precision of the bases, float32 or better."""
     before: Tensor
     """R(X), the rate of the representatives."""
     after: Tensor
@@ -96,6 +96,11 @@ class LayerCertificate:
             return torch.zeros_like(self.cases)
         fell = self.before - self.after >= self.guaranteed - self.rounding
         return fell & (self.share >= 0) & (self.share < 1)
+
+    @property
+    def beyond_rounding(self) -> Tensor | None:
+        """``(images, H)`` bool: whether more is guaranteed than rounding may take away; None if nothing is."""
+        return None if self.guaranteed is None else self.cases & (self.guaranteed > self.rounding)
 
     def record(self) -> dict[str, Any]:
         """Plain values for JSON: ``[head]`` lists of means or medians over images; None if not finite."""
@@ -163,8 +168,13 @@ class Certificate:
     @property
     def beyond_rounding(self) -> int:
         """In how many of them more is guaranteed than rounding may take away; in others it shows nothing."""
-        found = [x.cases & (x.guaranteed > x.rounding) for x in self.certified if x.guaranteed is not None]
-        return sum(int(cases.sum()) for cases in found)
+        found = [layer.beyond_rounding for layer in self.certified]
+        return sum(int(cases.sum()) for cases in found if cases is not None)
+
+    @property
+    def void(self) -> int:
+        """How many of them are of layers whose certificate is broken."""
+        return sum(int(layer.cases.sum()) for layer in self.certified if layer.broken)
 
     @property
     def compressed(self) -> int:
@@ -173,9 +183,10 @@ class Certificate:
 
     @property
     def share(self) -> float:
-        """The median over the cases of kappa in parts of its limit; NaN without any."""
-        shares = [layer.share[layer.cases] for layer in self.certified if layer.share is not None]
-        return torch.cat(shares).nanmedian().item() if self.cases else math.nan
+        """The median of kappa in parts of its limit, over cases that are not void; NaN without any."""
+        sound = [layer for layer in self.certified if not layer.broken]
+        shares = [layer.share[layer.cases] for layer in sound if layer.share is not None]
+        return torch.cat(shares).nanmedian().item() if self.cases > self.void else math.nan
 
     def record(self) -> dict[str, Any]:
         """The numbers for JSON: plain values; per layer those of :meth:`LayerCertificate.record`."""
@@ -185,6 +196,7 @@ class Certificate:
             "cases": self.cases,
             "holding": self.holding,
             "beyond_rounding": self.beyond_rounding,
+            "void": self.void,
             "compressed": self.compressed,
             "share": share if math.isfinite(share) else None,
             "layers": [layer.record() for layer in self.layers],
@@ -256,7 +268,7 @@ class _Measured:
         self.name, self.layer = name, layer
         basis = basis_of(layer).cpu()
         unit = torch.finfo(compute_dtype(basis.dtype)).eps  # orthonormal up to less is not orthonormal
-        self.basis, self.limit = basis.double(), max(basis.shape) * unit
+        self.basis, self.limit = basis.double(), 4 * max(basis.shape) * unit
         self.deviation = _deviation(self.basis)
         self.stream: tuple[Residual, Tensor] | None = None
         self.parts: list[dict[str, Tensor | None]] = []
@@ -482,11 +494,14 @@ def _row(layer: LayerCertificate) -> tuple[str, ...]:
     count, share = int(cases.sum()), "-"
     if layer.share is not None:
         share = f"{100 * layer.share[cases].nanmedian().item():.0f} %" if count else "-"
+    held = "not certified" if holds is None else f"{int((holds & cases).sum())} of {count}"
+    if layer.beyond_rounding is not None and (shown := int(layer.beyond_rounding.sum())) < count:
+        held += f" ({shown} beyond rounding)"
     return (
         layer.name,
         rates(layer.before, layer.after),
         "nothing" if layer.guaranteed is None else f"<= {_total(layer.before - layer.guaranteed)}",
-        "not certified" if holds is None else f"{int((holds & cases).sum())} of {count}",
+        held,
         share,
         rates(layer.tokens_before, layer.tokens_after),
         rates(layer.stream_before, layer.stream_after),
