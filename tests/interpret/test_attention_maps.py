@@ -33,7 +33,8 @@ def explicit(record, x):
     k = z if record.keys is None else split(layer.qkv(x)[..., DIM : 2 * DIM]).detach()
     scale = HEAD_DIM**-0.5
     if isinstance(layer, CBSA):
-        a = record.stages.attention.mT  # (B, H, N, M)
+        certified = layer.step == "certified"
+        a = record.stages.broadcast_attention if certified else record.stages.attention.mT  # (B, H, N, M)
         return a @ a.mT
     if isinstance(layer, (MSSA, MHSA, Attention)):
         return torch.softmax(scale * z @ k.mT, -1)

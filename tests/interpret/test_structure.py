@@ -168,3 +168,23 @@ def test_hooks_of_sparsity_are_gone_whatever_happens(model, images):
 def test_bad_arguments_are_named(model, images, call, kind, message):
     with pytest.raises(kind, match=message):
         call(model, images)
+
+
+def test_ranks_and_maps_of_certified_steps_are_of_all_weights():
+    """Without extraction B is the pooling: of full rank, and the class token takes no part."""
+    layer = CBSA(8, 2, step="certified", num_representatives=4, num_prefix_tokens=1).eval()
+    torch.nn.init.zeros_(layer.step_representatives)
+    model, x = Called(layer, grid=(4, 4)), torch.randn(3, 17, 8)
+    ranks = interpret.attention_ranks(model, [x])
+    assert ranks.rank == [[4, 4]]
+    assert ranks.effective_rank[0] == pytest.approx([4, 4], rel=1e-5)
+    with interpret.capture(model) as records:
+        model(x)
+    (record,) = records.values()
+    assert not interpret.cls_attention_maps(record).any()
+    cell = interpret.receptive_fields(record)[0, 0, 0]
+    expected = torch.zeros(4, 4)
+    expected[:2, :2] = 1 / 4
+    torch.testing.assert_close(cell, expected)
+    second = interpret.cls_attention_maps(record, token=1)[0, 0]
+    torch.testing.assert_close(second, expected / 4)

@@ -35,7 +35,8 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
 
     Which matrix that is depends on the layer. With W = U_k^T Z of one head, rows w_n as tokens:
 
-    - CBSA: A A^T (paper, section 4.1), the sum over representatives i of A[token, i] A[n, i].
+    - CBSA: A A^T (paper, section 4.1), the sum over representatives i of A[token, i] A[n, i]. Of a certified
+      step B^T B, with all weights B of the tokens in the representatives; entries may be negative.
     - AgentAttention: the product of its two softmaxes, tokens over agents times agents over tokens. A row
       sums to 1.
     - AdaptedCBSA: the one or the other, as it broadcasts. As for CBSA, the contraction is left out.
@@ -85,11 +86,13 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
 def receptive_fields(record: LayerRecord) -> Tensor:
     """Where each representative of CBSA, or agent of agent attention, looks: its softmax over the tokens.
 
+    Of a certified step it is B, all weights of the tokens in the representatives, of either sign.
+
     Args:
         record: a captured CBSA or AgentAttention layer.
 
     Returns:
-        ``(B, H, M, *grid_size)``: A^T of Eq. 5, prefix tokens left out; 0 at masked tokens and for
+        ``(B, H, M, *grid_size)``: A^T of Eq. 5, or B, prefix tokens left out; 0 at masked tokens and for
         representatives that do not exist.
 
     Raises:
@@ -195,9 +198,10 @@ def _agent_row(record: LayerRecord, token: int) -> Tensor:
 
 
 def _over_tokens(record: LayerRecord) -> Tensor:
-    """The softmax of representatives or agents over tokens, ``(B, H, M, N)``; 0 for those that do not exist."""
-    if record.stages is not None:
-        return record.stages.attention
+    """The weights of tokens in representatives or agents, ``(B, H, M, N)``; 0 for those that do not exist."""
+    weights = record.token_weights
+    if weights is not None:
+        return weights
     agents, dtype = cast(Any, record.agents), compute_dtype(record.tokens.dtype)
     keys = (record.tokens if record.keys is None else record.keys).to(dtype)
     real = None if record.token_mask is None else record.token_mask[:, None, None]

@@ -61,6 +61,18 @@ class LayerRecord(NamedTuple):
     """``(H,)`` eta, the step of CBSA's extraction (5), as learned; None for other mixers, and for
     representatives that bring their attention."""
 
+    @property
+    def token_weights(self) -> Tensor | None:
+        """``(B, H, M, N)`` CBSA's weights of tokens in representatives; None of other mixers.
+
+        A^T of Eq. 5; of a certified step, whose tokens get B^T of the contraction, B, with entries of either
+        sign.
+        """
+        if self.stages is None:
+            return None
+        certified = getattr(self.layer, "step", "free") == "certified"
+        return self.stages.broadcast_attention.mT if certified else self.stages.attention
+
 
 @contextmanager
 def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iterator[dict[str, LayerRecord]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_positive_int
-from cbsa_torch._core.precision import compute_dtype, no_autocast
+from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import RESIDUALS, CBSAStages, Residual
 from cbsa_torch.interpret.capture import LayerRecord, capture, check_batches, named_modules
 from cbsa_torch.interpret.structure import basis_of
@@ -30,14 +30,18 @@ from cbsa_torch.ops.masking import zero_rows
 ROUNDING = 8
 """c of the rounding that is allowed to a case: c min(M, P) u sqrt(cond)."""
 
+MISMATCH = 16
+"""c of the rounding by which an output may differ from the step computed again, see :func:`_mismatch`."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerCertificate:
     """What one CBSA layer did to every image, per head: ``(images, H)`` float64 tensors on the CPU, in nats.
 
-    W = U_k^T norm(x) are the tokens that head k receives, X = B W + constant their M representatives with the
-    weights B, and W+ = U_k^T (norm(x) + y) the tokens with the output y that the layer really put out. Rates
-    are at the layer's epsilon. One image and head is a case; an image without any real token is none.
+    W = U_k^T norm(x), plus the projection's bias if it has one, are the tokens that head k receives,
+    X = B W + constant their M representatives with the weights B, and W+ = W + U_k^T y the tokens with the
+    output y that the layer really put out. Rates are at the layer's epsilon. One image and head is a case; an
+    image without any real token is none.
     """
 
     name: str
@@ -45,13 +49,13 @@ class LayerCertificate:
     step: str
     """``"certified"`` or ``"free"``."""
     broken: str | None
-    """Why the theorem does not apply to a certified step here (its bases are not orthonormal); None if it does,
-    and of a free step."""
+    """Why the theorem does not apply to a certified step here (its bases are not orthonormal, or the layer puts
+    out something else than its step, in any image and head); None if it does, and of a free step."""
     deviation: float
     """|U U^T - I|, the spectral norm, of the bases of all heads as rows: 0 if they are orthonormal."""
     deviation_limit: float
-    """The deviation above which there is no certificate: max(H P, C) u, u the spacing of numbers near 1 in the
-    precision of the bases, float32 or better."""
+    """The deviation above which there is no certificate: 4 max(H P, C) u, u the spacing of numbers near 1 in
+    the precision of the bases, float32 or better."""
     before: Tensor
     """R(X), the rate of the representatives."""
     after: Tensor
@@ -73,10 +77,10 @@ class LayerCertificate:
     tokens_after: Tensor
     """R(W+)."""
     stream_before: Tensor | None
-    """R(U_k^T x), x the input of the block around the layer. None without a block that says what its update is
-    added to."""
+    """R(U_k^T x), x the input of the block around the layer, without the projection's bias. None if any call of
+    the layer is without a block that says what its update is added to."""
     stream_after: Tensor | None
-    """R of the tokens that the block goes on with: x + y, or norm(x) + y with ``residual="norm"``."""
+    """The same of what the block goes on with: x + y, or norm(x) + y with ``residual="norm"``."""
 
     @property
     def cases(self) -> Tensor:
@@ -92,6 +96,11 @@ class LayerCertificate:
             return torch.zeros_like(self.cases)
         fell = self.before - self.after >= self.guaranteed - self.rounding
         return fell & (self.share >= 0) & (self.share < 1)
+
+    @property
+    def beyond_rounding(self) -> Tensor | None:
+        """``(images, H)`` bool: whether more is guaranteed than rounding may take away; None if nothing is."""
+        return None if self.guaranteed is None else self.cases & (self.guaranteed > self.rounding)
 
     def record(self) -> dict[str, Any]:
         """Plain values for JSON: ``[head]`` lists of means or medians over images; None if not finite."""
@@ -159,8 +168,13 @@ class Certificate:
     @property
     def beyond_rounding(self) -> int:
         """In how many of them more is guaranteed than rounding may take away; in others it shows nothing."""
-        found = [x.cases & (x.guaranteed > x.rounding) for x in self.certified if x.guaranteed is not None]
-        return sum(int(cases.sum()) for cases in found)
+        found = [layer.beyond_rounding for layer in self.certified]
+        return sum(int(cases.sum()) for cases in found if cases is not None)
+
+    @property
+    def void(self) -> int:
+        """How many of them are of layers whose certificate is broken."""
+        return sum(int(layer.cases.sum()) for layer in self.certified if layer.broken)
 
     @property
     def compressed(self) -> int:
@@ -169,9 +183,10 @@ class Certificate:
 
     @property
     def share(self) -> float:
-        """The median over the cases of kappa in parts of its limit; NaN without any."""
-        shares = [layer.share[layer.cases] for layer in self.certified if layer.share is not None]
-        return torch.cat(shares).nanmedian().item() if self.cases else math.nan
+        """The median of kappa in parts of its limit, over cases that are not void; NaN without any."""
+        sound = [layer for layer in self.certified if not layer.broken]
+        shares = [layer.share[layer.cases] for layer in sound if layer.share is not None]
+        return torch.cat(shares).nanmedian().item() if self.cases > self.void else math.nan
 
     def record(self) -> dict[str, Any]:
         """The numbers for JSON: plain values; per layer those of :meth:`LayerCertificate.record`."""
@@ -181,6 +196,7 @@ class Certificate:
             "cases": self.cases,
             "holding": self.holding,
             "beyond_rounding": self.beyond_rounding,
+            "void": self.void,
             "compressed": self.compressed,
             "share": share if math.isfinite(share) else None,
             "layers": [layer.record() for layer in self.layers],
@@ -252,10 +268,11 @@ class _Measured:
         self.name, self.layer = name, layer
         basis = basis_of(layer).cpu()
         unit = torch.finfo(compute_dtype(basis.dtype)).eps  # orthonormal up to less is not orthonormal
-        self.basis, self.limit = basis.double(), max(basis.shape) * unit
+        self.basis, self.limit = basis.double(), 4 * max(basis.shape) * unit
         self.deviation = _deviation(self.basis)
         self.stream: tuple[Residual, Tensor] | None = None
         self.parts: list[dict[str, Tensor | None]] = []
+        self.mismatch = 0.0  # the largest of any image and head, in parts of what rounding explains
 
     def enter(self, residual: Residual, block: nn.Module, args: Any, kwargs: Any) -> None:
         """Note what the block around the layer is called with."""
@@ -273,12 +290,15 @@ class _Measured:
             if record.token_mask is not None:
                 step = zero_rows(step, record.token_mask.cpu())
             weights = record.stages.broadcast_attention
+            x: Tensor = next(iter((*args, *kwargs.values())))
             if layer.step == "free":
                 weights = _all_weights(layer, layer.heads(*args, **kwargs))
+            else:
+                self.mismatch = max(self.mismatch, _mismatch(layer, record, step, x, output))
             self.parts.append(
                 {
                     **_representatives(layer, record.stages, weights.cpu().double(), step, output.dtype),
-                    **self._tokens(record, step, stream),
+                    **self._tokens(record, step, stream, x),
                 }
             )
 
@@ -288,7 +308,7 @@ class _Measured:
         return (tokens @ self.basis.T).unflatten(-1, (self.layer.num_heads, -1)).transpose(1, 2)
 
     def _tokens(
-        self, record: LayerRecord, step: Tensor, stream: tuple[Residual, Tensor] | None
+        self, record: LayerRecord, step: Tensor, stream: tuple[Residual, Tensor] | None, normed: Tensor
     ) -> dict[str, Tensor | None]:
         """Rates of all tokens before and after the step, ``(B, H)``."""
         mask = None if record.token_mask is None else record.token_mask.cpu()
@@ -302,8 +322,8 @@ class _Measured:
             return {**rates, "stream_before": None, "stream_after": None}
         residual, x = stream
         before = self._in_heads(x)
-        after = rates["tokens_after"] if residual == "norm" else rate(before + step)
-        return {**rates, "stream_before": rate(before), "stream_after": after}
+        start = self._in_heads(normed) if residual == "norm" else before  # neither with the projection's bias
+        return {**rates, "stream_before": rate(before), "stream_after": rate(start + step)}
 
     def joined(self) -> LayerCertificate:
         """The numbers of all batches."""
@@ -312,13 +332,64 @@ class _Measured:
             broken = (
                 f"its bases are not orthonormal: |U U^T - I| is {self.deviation:.1e}, above {self.limit:.1e}"
             )
+        elif self.mismatch > 1:
+            broken = (
+                "it puts out something else than its step (a hook may change it): the difference is "
+                f"{self.mismatch:.1e} times what rounding explains"
+            )
         whole: dict[str, Any] = {}
         for key in self.parts[0]:
             values = [part[key] for part in self.parts]
-            whole[key] = None if values[0] is None else torch.cat([v for v in values if v is not None])
+            known = [value for value in values if value is not None]
+            whole[key] = torch.cat(known) if len(known) == len(values) else None  # of all calls or of none
         if broken:
             whole["guaranteed"] = None
         return LayerCertificate(self.name, self.layer.step, broken, self.deviation, self.limit, **whole)
+
+
+def _mismatch(layer: CBSA, record: LayerRecord, step: Tensor, x: Tensor, output: Tensor) -> float:
+    """How far the layer's output is from its step, in parts of what rounding explains, in the worst head.
+
+    Frobenius norms of every image and head. The output is rounded by u of its precision. The step
+    kappa B^T C changes by at most about 2 |dW| for a change dW of the tokens W, since kappa |B|^2 < 2, and by
+    2 |dA| / |A| |W| for one of the attention; a softmax has the relative error u times its largest logit.
+    Solving for C adds v cond / (2 sqrt(alpha)), v the precision of the solution. What is not finite is not
+    compared: there nothing holds anyway.
+
+    Args:
+        layer: with a certified step.
+        record: its evaluation.
+        step: ``(B, H, N, P)`` the output in the subspaces, zero at masked tokens.
+        x: the layer's input. output: its output, both as passed.
+    """
+    stages = record.stages
+    assert stages is not None, "of CBSA layers"
+    mask = None if record.token_mask is None else record.token_mask.cpu()
+    expected = stages.output.cpu().double()
+    expected = expected if mask is None else zero_rows(expected, mask)
+    w, reps, first = (t.cpu().double() for t in (record.tokens, stages.extracted, stages.representatives))
+
+    def norm(t: Tensor) -> Tensor:
+        return t.square().sum((-2, -1)).sqrt()  # (B, H)
+
+    def longest(t: Tensor) -> Tensor:
+        return t.square().sum(-1).amax(-1).sqrt()
+
+    def whole(t: Tensor) -> Tensor:
+        tokens, _ = as_tokens(t.detach().cpu().double(), layer.dim, layer.channels_first)
+        return norm(tokens if mask is None else tokens.masked_fill(~mask[..., None], 0.0))[:, None]
+
+    logits = longest(w) * longest(first) * w.shape[-1] ** -0.5
+    count = reps.shape[-2]
+    if stages.representative_mask is not None:
+        count = stages.representative_mask.cpu().sum(-1).clamp(min=1)[:, None]  # type: ignore[assignment]
+    alpha = w.shape[-1] / (count * layer.eps**2)
+    unit, solving = torch.finfo(stages.extracted.dtype).eps, torch.finfo(solve_dtype(stages.extracted)).eps
+    solved = (1 + alpha * norm(reps).square()) / (2 * alpha**0.5)
+    # What is projected has the rounding errors of all its channels.
+    rounding = torch.finfo(output.dtype).eps * whole(output) + unit * (1 + logits) * (whole(x) + norm(w))
+    rounding = MISMATCH * (rounding + solving * solved * (-stages.step.cpu().double()).sqrt())
+    return (norm(step - expected) / rounding).nan_to_num(0.0).amax().item()
 
 
 def _all_weights(layer: CBSA, heads: Heads) -> Tensor:
@@ -423,11 +494,14 @@ def _row(layer: LayerCertificate) -> tuple[str, ...]:
     count, share = int(cases.sum()), "-"
     if layer.share is not None:
         share = f"{100 * layer.share[cases].nanmedian().item():.0f} %" if count else "-"
+    held = "not certified" if holds is None else f"{int((holds & cases).sum())} of {count}"
+    if layer.beyond_rounding is not None and (shown := int(layer.beyond_rounding.sum())) < count:
+        held += f" ({shown} beyond rounding)"
     return (
         layer.name,
         rates(layer.before, layer.after),
         "nothing" if layer.guaranteed is None else f"<= {_total(layer.before - layer.guaranteed)}",
-        "not certified" if holds is None else f"{int((holds & cases).sum())} of {count}",
+        held,
         share,
         rates(layer.tokens_before, layer.tokens_after),
         rates(layer.stream_before, layer.stream_after),

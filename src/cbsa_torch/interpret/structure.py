@@ -17,7 +17,10 @@ from cbsa_torch.nn import CBSA, ISTA
 
 
 class AttentionRanks(NamedTuple):
-    """Ranks of the attention matrices A of CBSA layers; ``[layer][head]``, means over images."""
+    """Ranks of the attention matrices A of CBSA layers, of certified steps of B; ``[layer][head]``.
+
+    Means over images. B are all weights of the tokens in the representatives.
+    """
 
     layers: list[str]
     rank: list[list[float]]
@@ -101,7 +104,8 @@ def attention_ranks(model: nn.Module, batches: Iterable[Tensor]) -> AttentionRan
     """Measure the rank of every head's A: how many representatives differ from one another (Appendix A).
 
     Pooled representatives should give full rank, M; learned ones collapse to few directions. An image whose
-    tokens are all masked has rank 0.
+    tokens are all masked has rank 0. Of a certified step it is the rank of B, all weights of the tokens in the
+    representatives.
 
     Args:
         model: a model with CBSA layers, run as it is; layers of other kinds are left out.
@@ -115,8 +119,8 @@ def attention_ranks(model: nn.Module, batches: Iterable[Tensor]) -> AttentionRan
     found: dict[str, list[Tensor]] = {}  # (2, B, H) of each batch
     for records in captured_batches(model, batches):
         for name, record in records.items():
-            if record.stages is not None:
-                found.setdefault(name, []).append(_ranks(record.stages.attention))
+            if (weights := record.token_weights) is not None:
+                found.setdefault(name, []).append(_ranks(weights))
     ranks = [torch.cat(parts, 1) for parts in found.values()]
     return AttentionRanks(
         layers=list(found),

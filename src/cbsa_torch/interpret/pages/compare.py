@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cbsa_torch.interpret import _style, plots
+from cbsa_torch.interpret.certificate import Certificate
 from cbsa_torch.interpret.pages import render
 from cbsa_torch.interpret.pages.maps import MOST_PICTURES, Maps, Pictures, measure_maps
 from cbsa_torch.interpret.pages.measures import Measures, measure_model
@@ -257,11 +258,22 @@ def _column(item: MeasuredRun) -> dict[str, str]:
         "correlation, κ = 1 the other way": _number(reduced and reduced.correlation_added, "+.2f"),
         "correlation, κ learned": _number(reduced and reduced.correlation_learned, "+.2f"),
         "correlation, output": _number(reduced and reduced.correlation_output, "+.2f"),
-        "certificate": NOTHING if (c := measures.certificate) is None else f"{c.holding:,} of {c.cases:,}",
+        "certificate": NOTHING if measures.certificate is None else _held(measures.certificate),
         "heads that compress": f"{sum(e > 0 for e in effects)} of {len(effects)}" if effects else NOTHING,
         "zeros after ISTA, mean": _percent(sparsity and _mean(sparsity.zeros)),
         f"{kept} at \N{GREEK SMALL LETTER SIGMA} = {SIGMA}": _percent(None if noisy is None else _mean(noisy)),
     }
+
+
+def _held(certificate: Certificate) -> str:
+    """In how many cases the certificate holds, and in how many that shows something."""
+    sound = certificate.cases - certificate.void
+    notes = []
+    if certificate.beyond_rounding < sound:
+        notes.append(f"{certificate.beyond_rounding:,} beyond rounding")
+    if certificate.void:
+        notes.append(f"{certificate.void:,} more have no certificate")
+    return f"{certificate.holding:,} of {sound:,}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _percent(value: float | None, form: str = ".1f") -> str:

@@ -14,7 +14,7 @@ from cbsa_torch._core.text import readable
 from cbsa_torch.interpret.attention_maps import cls_attention_maps, receptive_fields
 from cbsa_torch.interpret.capture import LayerRecord, capture
 from cbsa_torch.interpret.pages.embed import colors, image_url
-from cbsa_torch.nn import TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.nn import CBSA, TSSA, AgentAttention, LinearCBSA
 
 MOST_PICTURES = 6
 """How many images get attention maps by default."""
@@ -156,6 +156,11 @@ def _notes(layer: nn.Module) -> list[str]:
         return [
             f"{type(layer).__name__} forms no attention matrix: its maps are rows of "
             f"W (ε²I + G)⁻¹ Wᵀ with {inner} for G, whose entries may be negative."
+        ]
+    if isinstance(layer, CBSA) and layer.step == "certified":
+        return [
+            "Maps of certified steps are rows of BᵀB and receptive fields those of B, all weights of the "
+            "tokens in the representatives; entries may be negative."
         ]
     if isinstance(layer, AgentAttention):
         return ["The matrix of AgentAttention is the product of its two softmaxes, through the agents."]

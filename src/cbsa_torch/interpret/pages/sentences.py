@@ -50,17 +50,19 @@ def certificate_sentence(certificate: Certificate, layers: Sequence[str]) -> str
 
 def cases_sentence(certificate: Certificate) -> str:
     """In how many cases it was measured to hold, and what the steps use of their limit."""
-    holding, cases, compressed = certificate.holding, certificate.cases, certificate.compressed
+    holding, compressed, void = certificate.holding, certificate.compressed, certificate.void
+    cases = certificate.cases - void
     share = certificate.share
     used = (
         f"the median step is {100 * share:.0f} % of the longest certified one" if cases else "there is no step"
     )
     if certificate.beyond_rounding < cases:
         used += f"; only in {certificate.beyond_rounding:,} is more guaranteed than rounding may take away"
+    left_out = f" {void:,} cases more are of layers without a certificate." if void else ""
     return (
         f"Measured on what the layers put out, it holds in {holding:,} of {cases:,} cases, one for each layer, "
         f"head and image; {used}. The rate of all tokens, of which nothing is guaranteed, fell in "
-        f"{compressed:,} of them."
+        f"{compressed:,} of {'all ' * bool(void)}{certificate.cases:,}.{left_out}"
     )
 
 
