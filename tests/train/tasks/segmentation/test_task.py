@@ -107,7 +107,9 @@ def test_the_encoder_starts_from_a_classifier(config, classifier):
 
 def test_another_encoder_than_that_of_its_weights_is_refused(config, classifier):
     config.model.encoder_from = classifier
-    assert_refused(config, CheckpointError, r"model\.encoder_from: .* has its model's arguments, leave them out")
+    assert_refused(
+        config, CheckpointError, r"model\.encoder_from: .* has its model's arguments, leave them out"
+    )
     config.model.args = {"encoder": "vit_tiny_patch16_224"}
     assert_refused(config, CheckpointError, "holds 'cbt_nano_patch4_32', not 'vit_tiny_patch16_224'")
 
