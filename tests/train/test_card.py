@@ -8,6 +8,7 @@ from markdown_it import MarkdownIt
 
 from cbsa_torch.models import from_pretrained
 from cbsa_torch.train.hub import MOST_ROWS, clean, data_title, model_card
+from cbsa_torch.train.tasks.classification import Classification
 from tests.helpers.hub import INFO as INFO_OF_THE_HUB
 
 INFO = {
@@ -129,3 +130,11 @@ def test_the_card_of_a_run_says_what_the_run_measured(finished):
     assert all(f"| {name} |" in text for name in ("blue", "green", "red"))
     assert str(result.folder.parent) not in text
     assert from_pretrained(result.folder).info["class_names"] == ["blue", "green", "red"]
+
+
+def test_a_task_with_a_model_of_its_own_says_its_arguments():
+    class Other(Classification):
+        own_model = "other"
+
+    assert Other.model_summary({"depth": 2, "dim": 8}, str) == "other with depth 2, dim 8"
+    assert Other.model_summary({}, str) == "other with its defaults"

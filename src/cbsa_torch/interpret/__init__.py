@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from cbsa_torch._core.optional import require
 from cbsa_torch.interpret.attention_maps import cls_attention_maps, receptive_fields, upsample_maps
 from cbsa_torch.interpret.capture import LayerRecord, capture
-from cbsa_torch.interpret.certificate import Certificate, LayerCertificate, certificate
+from cbsa_torch.interpret.certificate import Certificate, LayerCertificate
+from cbsa_torch.interpret.certify import certificate
 from cbsa_torch.interpret.rates import (
     ImageRates,
     LayerRates,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch.interpret.capture import attention_layers, named_modules
-from cbsa_torch.interpret.certificate import Certificate, certificate
+from cbsa_torch.interpret.certificate import Certificate
+from cbsa_torch.interpret.certify import certificate
 from cbsa_torch.interpret.rates import LayerRates, ReducedRates, measure_rates
 from cbsa_torch.interpret.robustness import Robustness, robustness
 from cbsa_torch.interpret.structure import (

@@ -166,13 +166,14 @@ class Task(ABC):
 
     @classmethod
     def model_summary(cls, args: Mapping[str, Any], shown: Callable[[object], str]) -> str:
-        """What :attr:`own_model` is made of, in Markdown for its card.
+        """What :attr:`own_model` is made of, in Markdown for its card: its arguments, if a task says no more.
 
         Args:
             args: its constructor arguments; those left out have their defaults.
             shown: escapes a value for Markdown.
         """
-        raise NotImplementedError(f"{cls.__name__} has no model of its own")
+        given = ", ".join(f"{shown(name)} {shown(value)}" for name, value in args.items())
+        return f"{shown(cls.own_model)} with {given or 'its defaults'}"
 
     @abstractmethod
     def check(self) -> None:
