@@ -165,40 +165,18 @@ class Run(NamedTuple):
 
 def plan() -> list[Run]:
     """All runs of the study, the most important first."""
-    runs = [Run("digits", "default", seed) for seed in range(5)]
-    runs += [Run("cifar", form, 0) for form in ("default", "tied", "certified", "certified_norm")]
-    runs += [Run("digits", "certified_norm", 0)]
-    runs += [Run("digits", "certified_norm_gram", seed) for seed in range(3)]
-    runs += [Run("cifar", f"certified_{form}", 0) for form in ("norm_gram", "eps1", "norm_gram_gradient")]
-    runs += [Run("animals28", form, 0) for form in ("certified_norm_gram", "default")]
-    runs += [Run("digits", "certified_norm_gram", seed) for seed in range(3, 5)]
-    runs += [Run("animals28", form, 1) for form in ("certified_norm_gram", "default")]
-    runs += [Run("digits", form, 0, depth) for depth in (8, 16) for form in ("default", "certified_norm_gram")]
-    runs += [Run("digits", form, 0) for form in ("exact_sqrt", "crate", "tost", "certified_gram")]
-    runs += [Run("cifar", form, 0) for form in ("exact_sqrt", "exact_eps1", "certified_gram")]
-    runs += [Run("animals28", form, 2) for form in ("certified_norm_gram", "default")]
-    runs += [
-        Run("digits", form, seed, depth)
-        for seed in range(1, 3)
-        for depth in (8, 16)
-        for form in ("default", "certified_norm_gram")
-    ]
-    runs += [
-        Run("digits", form, seed)
-        for seed in range(1, 3)
-        for form in ("exact_sqrt", "crate", "tost", "certified_gram", "certified_norm")
-    ]
-    runs += [
-        Run("cifar", form, 0)
-        for form in ("certified_gram", "certified_gradient", "certified_product", "exact_untied", "orthogonal")
-    ]
-    runs += [Run("cifar", form, 0) for form in ("certified_product_gradient", "certified_eps4sqrt")]
-    runs += [Run("cifar", form, 1) for form in ("default", "certified_norm", "certified_norm_gram")]
-    runs += [Run("digits", form, seed) for seed in range(5, 10) for form in ("default", "certified_norm_gram")]
-    runs += [Run("digits", "certified_norm_product", seed) for seed in range(3)]
-    runs += [Run("cifar", "certified_eps0.1", 0)]
-    runs += [Run("cifar_full", form, 0) for form in ("certified_norm_gram", "default")]
-    return list(dict.fromkeys(runs))
+    both = ("default", "certified_norm_gram")
+    others = ("exact_sqrt", "certified_gram", "crate", "tost")
+    runs = [Run("digits", form, seed) for seed in range(10) for form in both]
+    runs += [Run("animals28", form, seed) for seed in range(5) for form in both]
+    runs += [Run("digits", form, seed) for seed in range(3) for form in others]
+    runs += [Run("digits", form, seed, depth) for seed in range(3) for depth in (8, 16) for form in both]
+    runs += [Run("animals28", form, seed) for seed in range(3) for form in others]
+    runs += [Run("cifar", form, 0) for form in FORMS if form not in ("crate", "tost")]
+    runs += [Run("cifar", form, seed) for seed in (1, 2) for form in both]
+    runs += [Run("digits", form, seed) for seed in range(3, 10) for form in others]
+    runs += [Run("cifar_full", form, 0) for form in both]
+    return runs
 
 
 @dataclass
