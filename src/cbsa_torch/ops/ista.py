@@ -39,11 +39,7 @@ def ista_step(tokens: Tensor, dictionary: Tensor, *, step_size: float = 0.1, spa
     check_shape("dictionary", dictionary, (dim, dim), "(D, D)")
     if torch.compiler.is_exporting() or tokens.numel() < dim * dim:
         return ista_equation(tokens, dictionary, step_size, sparsity)
-    matrix = ista_matrix(dictionary, step_size=step_size)
-    if is_autocast(tokens):  # which would round x as well
-        return F.relu(tokens + F.linear(tokens, matrix) - step_size * sparsity)
-    rows = tokens.reshape(-1, dim)
-    return torch.addmm(rows, rows, matrix.t()).sub_(step_size * sparsity).relu_().view(tokens.shape)
+    return ista_by_matrix(tokens, ista_matrix(dictionary, step_size=step_size), step_size * sparsity)
 
 
 def ista_matrix(dictionary: Tensor, *, step_size: float = 0.1) -> Tensor:
@@ -59,6 +55,14 @@ def ista_matrix(dictionary: Tensor, *, step_size: float = 0.1) -> Tensor:
     with no_autocast(dictionary):
         transposed = dictionary.to(compute_dtype(dictionary.dtype)).t()
         return (step_size * (transposed - transposed @ transposed.t())).to(dictionary.dtype)
+
+
+def ista_by_matrix(tokens: Tensor, matrix: Tensor, threshold: float) -> Tensor:
+    """relu(x + V x - threshold): a step of ISTA with the matrix of :func:`ista_matrix`, threshold eta lambda."""
+    if is_autocast(tokens):  # which would round x as well
+        return F.relu(tokens + F.linear(tokens, matrix) - threshold)
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    return torch.addmm(rows, rows, matrix.t()).sub_(threshold).relu_().view(tokens.shape)
 
 
 def ista_equation(tokens: Tensor, dictionary: Tensor, step_size: float, sparsity: float) -> Tensor:
