@@ -19,8 +19,8 @@ class Fused(nn.Module):
         """Refuse training mode: ``RuntimeError``."""
         if mode:
             raise RuntimeError(
-                f"{type(self).__name__} is fused for inference and cannot be trained: what it stands for is gone; "
-                "train the model that it was made from"
+                f"{type(self).__name__} is fused for inference and cannot be trained: what it stands for is "
+                "gone; train the model that it was made from"
             )
         return super().train(False)
 
@@ -34,7 +34,7 @@ class Fused(nn.Module):
         if other:  # also with strict=False, which would load a part of a layer
             errors: list[str] = args[-1]
             errors.append(
-                f"{prefix.rstrip('.')} is fused and takes no weights of what it was made from (got {other[0]}); "
+                f"{prefix.rstrip('.')} is fused and takes no weights of its parts (got {other[0]}); "
                 "load them before fusing"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -74,7 +74,7 @@ class ConvStem(nn.Module):
         """The same stem for inference, batch norms merged into the convolutions; timm's convention.
 
         Raises:
-            ValueError: a layer in it has hooks, or a ``forward`` of its own. TypeError: its weights are quantised.
+            ValueError: a layer in it has hooks, or a ``forward`` of its own. TypeError: quantised weights.
         """
         check_fusable(*self.modules())
         fused = copy.copy(self)  # what is merged is made anew, the rest is without parameters
@@ -92,11 +92,8 @@ def _fuse_norm(layer: nn.Module) -> nn.Module:
     if not isinstance(layer, nn.Sequential):
         return layer
     conv, norm = layer
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d), "as the stem made them"
-    assert norm.running_mean is not None and norm.running_var is not None
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
+    statistics = norm.running_mean, norm.running_var, norm.eps
+    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
     fused = FusedConv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, device="meta"
     )

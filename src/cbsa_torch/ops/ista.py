@@ -58,7 +58,7 @@ def ista_matrix(dictionary: Tensor, *, step_size: float = 0.1) -> Tensor:
 
 
 def ista_by_matrix(tokens: Tensor, matrix: Tensor, threshold: float) -> Tensor:
-    """relu(x + V x - threshold): a step of ISTA with the matrix of :func:`ista_matrix`, threshold eta lambda."""
+    """relu(x + V x - threshold): a step of ISTA by its matrix (:func:`ista_matrix`), threshold eta lambda."""
     if is_autocast(tokens):  # which would round x as well
         return F.relu(tokens + F.linear(tokens, matrix) - threshold)
     rows = tokens.reshape(-1, tokens.shape[-1])

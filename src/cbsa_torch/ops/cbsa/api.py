@@ -21,8 +21,8 @@ MANY_WEIGHTS = 2**20
 """Weights B * H * M * N from which ``"auto"`` goes over tiles if the output projection folds into them; four
 times as many if not. Below, what tiles save does not pay for their overhead (``cbsa bench layers``)."""
 MANY_IN_TRAINING = 2**19
-"""Weights from which ``"auto"`` goes over tiles where gradients are recorded: tiles take about as long there, and
-keep half as much for the backward pass."""
+"""Weights from which ``"auto"`` goes over tiles where gradients are recorded: they take about as long, and keep
+half as much for the backward pass."""
 LONG_ON_CUDA, MANY_ON_CUDA, LONG_IN_FLOAT32 = 2**14, 2**24, 2**18
 """Tokens N or weights from which ``"auto"`` is ``"triton"`` on CUDA, if 16 bits wide; tokens in float32,
 which has no tensor cores. Measured by ``benchmarks/gpu_check.py``."""
@@ -75,9 +75,9 @@ def cbsa(
         impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
             ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;
             ``"triton"`` does so in Triton kernels for CUDA, with P at most 128 and M at most 256. ``"auto"`` is
-            what is measured to be the fastest: ``"tiled"`` on the CPU from B H M N = 2^22 on (2^19 where gradients
-            are recorded, for it keeps half as much for them), ``"triton"`` on
-            CUDA from N = 2^14 or B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
+            what is measured to be the fastest: ``"tiled"`` on the CPU from B H M N = 2^22 on (from 2^19 on where
+            gradients are recorded, for it keeps half as much for them), ``"triton"`` on CUDA from N = 2^14 or
+            B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
             small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
             ``torch.export``.
 

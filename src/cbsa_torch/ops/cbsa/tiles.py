@@ -59,7 +59,7 @@ class Tiles:
 
     @staticmethod
     def groups(b: int, n: int) -> list[slice]:
-        """Items that are handled together: short ones together, in groups of about one size, long ones alone."""
+        """Items that are handled together: short ones, in groups of about one size; long ones alone."""
         count = -(-b // max(1, GROUP // max(1, n)))
         return [slice(i * b // count, (i + 1) * b // count) for i in range(count)]
 
