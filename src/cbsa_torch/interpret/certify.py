@@ -105,15 +105,15 @@ class _Measured:
         record, stream = records.pop(self.name), self.stream
         self.stream = None
         assert record.stages is not None, "of CBSA layers"
+        weights = record.stages.broadcast_attention
+        if layer.step == "free":
+            weights = _all_weights(layer, layer.heads(*args, **kwargs))  # in autocast, as the layer itself
         with no_autocast(output):
             step = self._in_heads(output)
             if record.token_mask is not None:
                 step = zero_rows(step, record.token_mask.cpu())
-            weights = record.stages.broadcast_attention
             x: Tensor = next(iter((*args, *kwargs.values())))
-            if layer.step == "free":
-                weights = _all_weights(layer, layer.heads(*args, **kwargs))
-            else:
+            if layer.step == "certified":
                 self.mismatch = max(self.mismatch, _mismatch(layer, record, step, x, output))
             self.parts.append(
                 {
