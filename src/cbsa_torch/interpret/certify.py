@@ -154,7 +154,7 @@ class _Measured:
             )
         elif self.mismatch > 1:
             broken = (
-                "it puts out something else than its step (a hook may change it): the difference is "
+                "it puts out something else than its step (by a hook, or products in TF32): the difference is "
                 f"{self.mismatch:.1e} times what rounding explains"
             )
         whole: dict[str, Any] = {}
