@@ -147,7 +147,7 @@ def test_a_sharded_run_goes_on_exactly_within_an_epoch(digits, tmp_path):
 def test_certified_steps_stay_certified(digits, fsdp):
     """Bases stay orthonormal sharded, averaged, and in one process that goes on with the run."""
     digits.model.args |= {"step": "certified"}
-    digits.optim.epochs = 1
+    digits.engine.precision, digits.optim.epochs = "bf16", 1
     if fsdp:
         digits.engine.fsdp = True
         assert "sharded" in processes.train(2, digits).stdout
