@@ -186,6 +186,16 @@ def test_an_output_that_is_not_the_step_has_no_certificate(images, dtype, change
     assert not broken.holds.any()
 
 
+def test_an_output_outside_of_all_subspaces_has_no_certificate():
+    """No head sees it."""
+    layer, x = layer_of(num_prefix_tokens=0), torch.randn(2, 9, 14).double()
+    assert interpret.certificate(nn.Sequential(layer), x).layers[0].broken is None
+    outside = torch.linalg.qr(layer.qkv.weight.detach().T, mode="complete").Q[:, -1]
+    layer.register_forward_hook(lambda layer, args, output: output + 1e-6 * outside)
+    (found,) = interpret.certificate(nn.Sequential(layer), x).layers
+    assert "something else than its step" in found.broken
+
+
 def test_values_that_are_not_finite_hold_nowhere(images):
     model = build().double()
     images = images.double()
