@@ -204,7 +204,7 @@ def certified_cbsa(
         tokens,
         representatives,
         fraction=fraction,
-        eps=tokens.shape[-1] ** 0.5 if eps is None else eps,
+        eps=eps,
         step_representatives=step_representatives,
         scale=scale,
         token_mask=token_mask,
