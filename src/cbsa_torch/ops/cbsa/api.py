@@ -75,8 +75,8 @@ def cbsa(
         impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
             ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;
             ``"triton"`` does so in Triton kernels for CUDA, with P at most 128 and M at most 256. ``"auto"`` is
-            what is measured to be the fastest: ``"tiled"`` on the CPU from B H M N = 2^22 on (from 2^19 on where
-            gradients are recorded, for it keeps half as much for them), ``"triton"`` on CUDA from N = 2^14 or
+            what is measured to be the fastest: ``"tiled"`` on the CPU from B H M N = 2^22 on (from 2^19 on for
+            tokens that require gradients: it keeps half as much for them), ``"triton"`` on CUDA from N = 2^14 or
             B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
             small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
             ``torch.export``.
