@@ -134,6 +134,8 @@ class Subset(NamedTuple):
 
 
 CIFAR = {"cifar": Subset(1500, 500, 5), "cifar_full": Subset(5000, 1000, 4)}
+BOUNDS = ("gram", "product", "frobenius")
+"""Bounds of the limit that are compared: see :class:`Guarantee`."""
 COST_STEPS = 15
 """Training steps of each form that are timed."""
 CERTIFIED_SHOWN = ("certified_norm_gram",)
@@ -289,7 +291,7 @@ def train_run(run: Run, options: Options) -> dict[str, Any]:
 
 
 def measure(trained: Trained, run: Run) -> dict[str, Any]:
-    """Rates before and after each layer, in float64, and robustness to noise on the parameters."""
+    """Rates before and after each layer, in float64, certificates, robustness to noise on the parameters."""
     images, labels = test_images(trained, DATA[run.data].measured)
     double = trained.model.double().eval()
     batches = images.double().split(64)
@@ -309,6 +311,8 @@ def measure(trained: Trained, run: Run) -> dict[str, Any]:
         }
         measured["kappa"] = rates.reduced.step_tokens
     model = trained.model.float()
+    if FORMS[run.form].args.get("step") == "certified":
+        measured["certificates"] = certificates(model, images)
 
     @torch.no_grad()
     def accuracy(module: nn.Module) -> float:
@@ -320,6 +324,16 @@ def measure(trained: Trained, run: Run) -> dict[str, Any]:
         **{str(s): v for s, v in zip(SIGMAS, noisy.values, strict=True)},
     }
     return {**rounded(measured), "measured_with": environment()}
+
+
+def certificates(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """What :func:`cbsa_torch.interpret.certificate` finds of a float32 model, in each precision."""
+    found = {}
+    for name, dtype in (("float64", torch.float64), ("float32", torch.float32), ("bf16", torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+            whole = interpret.certificate(model.to(dtype), images.to(dtype)).record()
+        found[name] = {key: whole[key] for key in ("cases", "holding", "beyond_rounding", "void", "share")}
+    return found
 
 
 def test_images(trained: Trained, count: int) -> tuple[Tensor, Tensor]:
@@ -420,7 +434,7 @@ def _layer_falls(
     for key, eps in (("representatives", 0.1), ("representatives_own", own)):
         falls[key] = Fall(ops.coding_rate(first.extracted, eps=eps), ops.coding_rate(after, eps=eps))
     if attn.step == "certified":
-        falls["guarantee"] = guarantee(first, attn.eps)
+        falls["guarantee"] = guarantee(first, attn.eps, eta)
     return falls
 
 
@@ -431,6 +445,11 @@ class Guarantee(NamedTuple):
     """The rate of the representatives falls by at least alpha kappa (1 - kappa |G| / 2) tr(C^T C G)."""
     fraction: Tensor
     """kappa |G| / 2 with the spectral norm of G = B^T B: the theorem holds below 1."""
+    gram: Tensor
+    product: Tensor
+    frobenius: Tensor
+    """|G| in parts of its bounds: the largest sum_j |G_ij| (G_jj / G_ii)^1/2; |B|_1 |B|_inf; and
+    ((|Pi|_1 |Pi|_inf)^1/2 + |eta| |A|_F)^2."""
 
     def summary(self, measured: Fall) -> dict[str, Any]:
         """In how many cases the rate fell by what is guaranteed, up to 1e-9 of it, and how far the steps go."""
@@ -443,16 +462,26 @@ class Guarantee(NamedTuple):
             "fraction_quartiles": quarter.tolist(),
             "median_fall": real.median().item(),
             "median_guaranteed": self.fall.median().item(),
+            "tightness": {name: getattr(self, name).median().item() for name in BOUNDS},
         }
 
 
-def guarantee(stages: CBSAStages, eps: float) -> Guarantee:
-    """The guaranteed fall of a certified step."""
+def guarantee(stages: CBSAStages, eps: float, eta: Tensor) -> Guarantee:
+    """The guaranteed fall of a certified step, and how tight bounds of its limit are; ``eta`` ``(H, 1, 1)``."""
     c, b, kappa = stages.contracted, stages.broadcast_attention, -stages.step  # (B, H, M, P), (B, H, N, M)
     m, p = c.shape[-2:]
     gram = b.mT @ b
-    fraction = kappa * torch.linalg.matrix_norm(gram, 2) / 2
-    return Guarantee(p / (m * eps**2) * kappa * (1 - fraction) * (c * (gram @ c)).sum((-2, -1)), fraction)
+    norm = torch.linalg.matrix_norm(gram, 2)
+    fraction = kappa * norm / 2
+    fall = p / (m * eps**2) * kappa * (1 - fraction) * (c * (gram @ c)).sum((-2, -1))
+    own = eta * stages.attention.mT
+
+    def by_sums(weights: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(weights, 1) * torch.linalg.matrix_norm(weights, torch.inf)
+
+    frobenius = (by_sums(b - own).sqrt() + torch.linalg.matrix_norm(own)).square()
+    bounds = (certified_ops.largest_eigenvalue_bound(gram), by_sums(b), frobenius)
+    return Guarantee(fall, fraction, *(norm / bound for bound in bounds))
 
 
 def rounded(value: Any) -> Any:
@@ -600,7 +629,7 @@ def inside_table(groups: Group) -> str:
             layers = [layer[kind] for record in records for layer in record["step"]["layers"] if kind in layer]
             fell, cases = (sum(layer[key] for layer in layers) for key in ("fell", "cases"))
             row.append(f"{100 * fell / cases:.1f}" if cases else "")
-        row.append(guarantee_text(records))
+        row += [guarantee_text(records), precision_text(records), tightness_text(records)]
         for key in ("W - A C", "A C"):
             values = [record["figure_6"][key] for record in records if "figure_6" in record]
             row.append(f"{fmean(values):+.2f}" if values else "")
@@ -609,7 +638,7 @@ def inside_table(groups: Group) -> str:
         for sigma in ("0.03", "0.1", "0.3"):
             row.append(f"{100 * fmean(v for record in records for v in record['robustness'][sigma]):.1f}")
         rows.append(row)
-    header = ["form", "X, own eps", "X, eps 0.1", "tokens", "stream", "guarantee"]
+    header = ["form", "X, own eps", "X, eps 0.1", "tokens", "stream", "guarantee", "float32; bf16", "bounds"]
     header += ["Fig. 6, W - AC", "Fig. 6, AC", "own step", "noise 0.03", "noise 0.1", "noise 0.3"]
     return markdown(header, rows)
 
@@ -627,6 +656,25 @@ def guarantee_text(records: Sequence[dict[str, Any]]) -> str:
     holds, cases = (sum(each[key] for each in found) for key in ("holds", "cases"))
     step = fmean(each["fraction_quartiles"][1] for each in found)
     return f"{holds:,} of {cases:,}; {step:.2f}"
+
+
+def precision_text(records: Sequence[dict[str, Any]]) -> str:
+    """In which share of the cases certificates hold in float32 and under autocast, and the median steps."""
+    parts = []
+    for precision in ("float32", "bf16"):
+        found = [record["certificates"][precision] for record in records if "certificates" in record]
+        if found:
+            holding, cases = (sum(each[key] for each in found) for key in ("holding", "cases"))
+            share = fmean(each["share"] for each in found)
+            parts.append(f"{100 * holding / cases:.1f} %, {share:.2f}")
+    return "; ".join(parts)
+
+
+def tightness_text(records: Sequence[dict[str, Any]]) -> str:
+    """The norm in parts of each bound: medians, means over layers and records."""
+    layers = [layer.get("certificate", {}) for record in records for layer in record["step"]["layers"]]
+    found = [layer["tightness"] for layer in layers if "tightness" in layer]
+    return "; ".join(f"{fmean(each[name] for each in found):.2f}" for name in BOUNDS) if found else ""
 
 
 def rates_table(groups: Group) -> str:
@@ -683,7 +731,10 @@ the upper end of the interval of the loss against `default`.
 after the step that the layer really takes: of the representatives X, with the weights that made them, at
 the layer's own eps (1 where it has none) and at 0.1; of all tokens, in norm(x); of all tokens, in the
 stream x. Guarantee: of certified steps, in how many cases the rate of X fell at least as far as the
-theorem says, and the median of kappa |G| / 2, which is below 1 (mean over layers and seeds). Fig. 6: rank
+theorem says, and the median of kappa |G| / 2, which is below 1 (mean over layers and seeds); after it what
+`interpret.certificate` finds in float32 and under bf16 autocast, the share of the cases that hold and the
+median, where it was measured. Bounds: the median of |G| in parts of the bound from the Gram matrix, of
+|B|_1 |B|_inf, and of ((|Pi|_1 |Pi|_inf)^1/2 + |eta| |A|_F)^2; 1 is tight. Fig. 6: rank
 correlation over layers and heads of the reductions of tokens and representatives in its two readings, and
 for the step that the layer takes. Noise: accuracy in per cent on the measured images with noise of this
 standard deviation on the parameters of the attention layers (Fig. 8), three draws."""

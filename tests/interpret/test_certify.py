@@ -107,6 +107,11 @@ def test_every_case_of_a_trained_model_holds(images, residual):
         for inputs, rates in ((stream, "stream_before"), (block.norm1(stream), "tokens_before")):
             inside = block.attn.qkv(inputs).unflatten(-1, (2, 8)).transpose(1, 2)
             assert_close(getattr(found.layers[0], rates), ops.coding_rate(inside, eps=8**0.5), 1e-10)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = interpret.certificate(model.float(), x.float())
+        assert found.holding == found.cases == found.beyond_rounding == 20
+        assert 0.01 < found.share < 1
 
 
 @pytest.mark.parametrize("kind", ["learned", "tokens", "principal", "basis", mean_and_first])
@@ -181,6 +186,16 @@ def test_an_output_that_is_not_the_step_has_no_certificate(images, dtype, change
     assert not broken.holds.any()
 
 
+def test_an_output_outside_of_all_subspaces_has_no_certificate():
+    """No head sees it."""
+    layer, x = layer_of(num_prefix_tokens=0), torch.randn(2, 9, 14).double()
+    assert interpret.certificate(nn.Sequential(layer), x).layers[0].broken is None
+    outside = torch.linalg.qr(layer.qkv.weight.detach().T, mode="complete").Q[:, -1]
+    layer.register_forward_hook(lambda layer, args, output: output + 1e-6 * outside)
+    (found,) = interpret.certificate(nn.Sequential(layer), x).layers
+    assert "something else than its step" in found.broken
+
+
 def test_values_that_are_not_finite_hold_nowhere(images):
     model = build().double()
     images = images.double()
@@ -243,6 +258,15 @@ def test_free_steps_are_measured_and_not_certified(images, sign, contraction):
         assert layer.step == "free"
     assert any((layer.after > layer.before).any() for layer in found.layers)
     assert "not certified" in str(found)
+
+
+def test_a_free_step_is_measured_in_the_precision_of_its_input():
+    """Under autocast a layer before it puts out bfloat16."""
+    model, x = nn.Sequential(nn.Linear(8, 8), CBSA(8, 2, num_representatives=4)).eval(), torch.randn(2, 9, 8)
+    (exact,) = interpret.certificate(model, x).layers
+    with torch.autocast("cpu", torch.bfloat16):
+        (rounded,) = interpret.certificate(model, x).layers
+    assert_close(rounded.after, exact.after, 0.05)
 
 
 def test_the_representatives_of_a_free_step_are_made_by_all_weights():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cbsa_torch import CBSA, ops
+from cbsa_torch.ops import Representatives
 from cbsa_torch.ops.cbsa import tiles
 from tests.helpers import golden
 from tests.helpers.compare import assert_close
@@ -271,6 +272,24 @@ def test_autocast_has_no_effect_on_a_certified_layer_with_a_hook():
         found = layer(x)
     assert found.dtype == torch.float32
     assert_close(found, expected, 1e-6)
+
+
+class Scored(nn.Module):
+    """A strategy with a projection and a product of its own, which autocast would round."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(4, 5)
+
+    def forward(self, tokens, grid_size, token_mask):
+        return Representatives(torch.softmax(self.score(tokens).mT, -1) @ tokens)
+
+
+def test_autocast_has_no_effect_on_the_strategy_of_a_certified_layer():
+    layer, x = CBSA(12, 3, step="certified", representatives=Scored()), torch.randn(2, 9, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert torch.equal(found, layer(x))
 
 
 @pytest.mark.parametrize("impl", ["eager", "tiled"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from cbsa_torch import ops
 from cbsa_torch.nn import MSSA
-from cbsa_torch.nn.orthonormal import keep_rows_orthonormal
+from cbsa_torch.nn.orthonormal import OrthonormalLinear
 from tests.helpers.compare import assert_close
 from tests.helpers.mixers import DIM, HEAD_DIM, HEADS, MIXERS, ORTHOGONAL, assert_orthonormal, merge, split
 
@@ -47,19 +47,29 @@ def test_orthogonal_bases_in_half_precision_are_refused_at_any_time():
         layer(torch.randn(1, 4, 12, dtype=torch.bfloat16))
 
 
-def test_making_a_weight_orthonormal_keeps_an_orthonormal_one():
-    linear = nn.Linear(7, 5, dtype=torch.float64)
-    nn.init.orthogonal_(linear.weight)
-    expected = linear.weight.detach().clone()
-    keep_rows_orthonormal(linear)
-    assert_close(linear.weight, expected, 1e-14)
-    linear.weight = torch.eye(5, 7, dtype=torch.float64)  # nothing to reflect
-    assert_close(linear.weight, torch.eye(5, 7, dtype=torch.float64), 0)
-    linear.weight = torch.zeros(5, 7, dtype=torch.float64)
-    assert_close(linear.weight @ linear.weight.mT, torch.eye(5, dtype=torch.float64), 1e-14)
-    linear.parametrizations.weight[0].signs.copy_(
-        torch.tensor([0, 0.2, -0.2, 1, -1])
-    )  # averages of two and more
-    assert_close(linear.weight @ linear.weight.mT, torch.eye(5, dtype=torch.float64), 1e-14)
-    reflectors = linear.parametrizations.weight.original
-    torch.autograd.gradcheck(linear.parametrizations.weight[0], reflectors.detach().requires_grad_())
+def test_an_orthonormal_weight_is_kept_and_any_other_made_so():
+    linear = OrthonormalLinear(7, 5, dtype=torch.float64)
+    given = nn.init.orthogonal_(torch.empty(5, 7, dtype=torch.float64))
+    linear.weight = given
+    assert_close(linear.weight, given, 1e-14)
+    assert_close(linear.parametrizations.weight.original, given, 1e-14)
+    identity = torch.eye(5, dtype=torch.float64)
+    for parameter in (torch.eye(5, 7), torch.zeros(5, 7), torch.ones(5, 7), 1e6 * torch.randn(5, 7)):
+        linear.parametrizations.weight.original.data = parameter.double()
+        assert_close(linear.weight @ linear.weight.mT, identity, 1e-14)
+    linear.float()
+    assert (linear.weight @ linear.weight.mT - identity).abs().max() < 1e-6
+
+
+def test_gradients_of_an_orthonormal_weight():
+    linear = OrthonormalLinear(7, 5, dtype=torch.float64)
+    parameter = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(linear.parametrizations.weight[0], parameter)
+    assert torch.autograd.gradgradcheck(linear.parametrizations.weight[0], parameter)
+
+
+def test_fused_it_is_a_plain_linear_layer():
+    linear = OrthonormalLinear(7, 5)
+    fused, x = linear.fuse(), torch.randn(3, 7)
+    assert "weight" in dict(fused.named_parameters())
+    assert_close(fused(x), linear(x), 1e-7)

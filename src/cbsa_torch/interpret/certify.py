@@ -105,16 +105,16 @@ class _Measured:
         record, stream = records.pop(self.name), self.stream
         self.stream = None
         assert record.stages is not None, "of CBSA layers"
+        weights = record.stages.broadcast_attention
+        if layer.step == "free":
+            weights = _all_weights(layer, layer.heads(*args, **kwargs))  # in autocast, as the layer itself
         with no_autocast(output):
             step = self._in_heads(output)
             if record.token_mask is not None:
                 step = zero_rows(step, record.token_mask.cpu())
-            weights = record.stages.broadcast_attention
             x: Tensor = next(iter((*args, *kwargs.values())))
-            if layer.step == "free":
-                weights = _all_weights(layer, layer.heads(*args, **kwargs))
-            else:
-                self.mismatch = max(self.mismatch, _mismatch(layer, record, step, x, output))
+            if layer.step == "certified":
+                self.mismatch = max(self.mismatch, _mismatch(self, record, step, x, output))
             self.parts.append(
                 {
                     **_representatives(layer, record.stages, weights.cpu().double(), step, output.dtype),
@@ -154,7 +154,7 @@ class _Measured:
             )
         elif self.mismatch > 1:
             broken = (
-                "it puts out something else than its step (a hook may change it): the difference is "
+                "it puts out something else than its step (by a hook, or products in TF32): the difference is "
                 f"{self.mismatch:.1e} times what rounding explains"
             )
         whole: dict[str, Any] = {}
@@ -167,22 +167,22 @@ class _Measured:
         return LayerCertificate(self.name, self.layer.step, broken, self.deviation, self.limit, **whole)
 
 
-def _mismatch(layer: CBSA, record: LayerRecord, step: Tensor, x: Tensor, output: Tensor) -> float:
+def _mismatch(measured: _Measured, record: LayerRecord, step: Tensor, x: Tensor, output: Tensor) -> float:
     """How far the layer's output is from its step, in parts of what rounding explains, in the worst head.
 
-    Frobenius norms of every image and head. The output is rounded by u of its precision. The step
-    kappa B^T C changes by at most about 2 |dW| for a change dW of the tokens W, since kappa |B|^2 < 2, and by
-    2 |dA| / |A| |W| for one of the attention; a softmax has the relative error u times its largest logit.
-    Solving for C adds v cond / (2 sqrt(alpha)), v the precision of the solution. What is not finite is not
-    compared: there nothing holds anyway.
+    Frobenius norms of every image and head; what lies in no subspace counts in every head. The output is
+    rounded by u of its precision. The step kappa B^T C changes by at most about 2 |dW| for a change dW of the
+    tokens W, since kappa |B|^2 < 2, and by 2 |dA| / |A| |W| for one of the attention; a softmax has the
+    relative error u times its largest logit. Solving for C adds v cond / (2 sqrt(alpha)), v the precision of
+    the solution. What is not finite is not compared: there nothing holds anyway.
 
     Args:
-        layer: with a certified step.
+        measured: the layer, with a certified step.
         record: its evaluation.
         step: ``(B, H, N, P)`` the output in the subspaces, zero at masked tokens.
         x: the layer's input. output: its output, both as passed.
     """
-    stages = record.stages
+    layer, stages = measured.layer, record.stages
     assert stages is not None, "of CBSA layers"
     mask = None if record.token_mask is None else record.token_mask.cpu()
     expected = stages.output.cpu().double()
@@ -195,9 +195,12 @@ def _mismatch(layer: CBSA, record: LayerRecord, step: Tensor, x: Tensor, output:
     def longest(t: Tensor) -> Tensor:
         return t.square().sum(-1).amax(-1).sqrt()
 
-    def whole(t: Tensor) -> Tensor:
+    def real(t: Tensor) -> Tensor:
         tokens, _ = as_tokens(t.detach().cpu().double(), layer.dim, layer.channels_first)
-        return norm(tokens if mask is None else tokens.masked_fill(~mask[..., None], 0.0))[:, None]
+        return tokens if mask is None else tokens.masked_fill(~mask[..., None], 0.0)
+
+    def whole(t: Tensor) -> Tensor:
+        return norm(real(t))[:, None]
 
     logits = longest(w) * longest(first) * w.shape[-1] ** -0.5
     count = reps.shape[-2]
@@ -209,7 +212,8 @@ def _mismatch(layer: CBSA, record: LayerRecord, step: Tensor, x: Tensor, output:
     # What is projected has the rounding errors of all its channels.
     rounding = torch.finfo(output.dtype).eps * whole(output) + unit * (1 + logits) * (whole(x) + norm(w))
     rounding = MISMATCH * (rounding + solving * solved * (-stages.step.cpu().double()).sqrt())
-    return (norm(step - expected) / rounding).nan_to_num(0.0).amax().item()
+    outside = norm(real(output) - step.transpose(1, 2).flatten(2) @ measured.basis)[:, None]
+    return ((norm(step - expected) + outside) / rounding).nan_to_num(0.0).amax().item()
 
 
 def _all_weights(layer: CBSA, heads: Heads) -> Tensor:

@@ -19,6 +19,7 @@ from cbsa_torch._core.types import (
     Impl,
     Layout,
     RepresentativeKind,
+    Representatives,
     Step,
     Strategy,
 )
@@ -153,6 +154,13 @@ class CBSA(TokenMixer):
         with no_autocast(source.x):
             dtype = next(self.qkv.parameters()).dtype
             return super().project(source._replace(x=source.x.to(dtype)))
+
+    def _represent(self, heads: Heads) -> Representatives:
+        """First guesses; for a certified step without autocast in what a strategy does, either."""
+        if self.step == "free":
+            return super()._represent(heads)
+        with no_autocast(heads.queries):
+            return super()._represent(heads)
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.cbsa` or, for a certified step, :func:`cbsa_torch.ops.certified_cbsa`."""

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_number, check_positive, check_positive_int
+from cbsa_torch.nn.fused import Fused, check_fusable
+from cbsa_torch.ops.ista import ista_by_matrix
 
 
 class ISTA(nn.Module):
@@ -51,6 +53,38 @@ class ISTA(nn.Module):
         """Code ``(..., dim)`` tokens; same shape."""
         return ops.ista_step(x, self.weight, step_size=self.step_size, sparsity=self.sparsity)
 
+    @torch.no_grad()
+    def fuse(self) -> FusedISTA:
+        """The same layer for inference, by one product for any number of tokens; timm's convention.
+
+        Raises:
+            ValueError: it has hooks, or a ``forward`` of its own. TypeError: its weight is quantised.
+        """
+        check_fusable(self)
+        return FusedISTA(ops.ista_matrix(self.weight, step_size=self.step_size), self.step_size * self.sparsity)
+
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
         return f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.sparsity}"
+
+
+class FusedISTA(Fused):
+    """relu(x + V x - threshold), what :meth:`ISTA.fuse` makes.
+
+    Args:
+        matrix: V, ``(dim, dim)``, see :func:`cbsa_torch.ops.ista_matrix`.
+        threshold: eta lambda.
+    """
+
+    def __init__(self, matrix: Tensor, threshold: float) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix, requires_grad=False)
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Code ``(..., dim)`` tokens; same shape."""
+        return ista_by_matrix(x, self.matrix, self.threshold)
+
+    def extra_repr(self) -> str:
+        """Show the options when the module is printed."""
+        return f"dim={self.matrix.shape[0]}, threshold={self.threshold}"

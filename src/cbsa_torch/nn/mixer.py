@@ -32,7 +32,7 @@ from cbsa_torch._core.types import (
 )
 from cbsa_torch.nn.grid_hook import has_grid_hook, install_grid_hook_once
 from cbsa_torch.nn.grids import GridFollower
-from cbsa_torch.nn.orthonormal import check_factorable, is_orthonormal, keep_rows_orthonormal
+from cbsa_torch.nn.orthonormal import OrthonormalLinear, is_orthonormal
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.nn.tokens import (
     Heads,
@@ -61,7 +61,7 @@ class TokenMixer(nn.Module, abc.ABC):
         tied: project out with the transpose of the input projection (the rigorous form; no bias in the
             output) instead of an independent linear layer.
         orthogonal: keep the rows of the input projection orthonormal: orthonormal bases U_k of disjoint
-            subspaces, U_i^T U_j = 0 (Householder reflections; float32 or float64 parameters). Needs one
+            subspaces, U_i^T U_j = 0 (a QR decomposition; float32 or float64 parameters). Needs one
             shared projection and ``num_heads * head_dim <= dim``.
         qkv: ``"shared"``: one projection is query, key and value, the subspace bases U_k of the paper;
             ``"separate"``: three, as in a ViT.
@@ -187,10 +187,8 @@ class TokenMixer(nn.Module, abc.ABC):
         self.representatives: Strategy | None = None
         self.layout: Layout = "standard"
 
-        self.qkv = nn.Linear(dim, inner * (1 if self.shared_qkv else 3), qkv_bias, device, dtype)
-        if orthogonal:
-            check_factorable(self.qkv.weight)
-            keep_rows_orthonormal(self.qkv)
+        linear = OrthonormalLinear if orthogonal else nn.Linear
+        self.qkv = linear(dim, inner * (1 if self.shared_qkv else 3), qkv_bias, device, dtype)
         norms = [(head_dim, qk_norm), (head_dim, qk_norm), (inner, scale_norm)]
         self.q_norm, self.k_norm, self.norm = (
             norm_layer(size, device=device, dtype=dtype) if norm_layer and wanted else nn.Identity()

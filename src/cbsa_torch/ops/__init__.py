@@ -8,7 +8,7 @@ from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages
 from cbsa_torch.ops.coding_rate import coding_rate, compression_rate, rate_reduction
 from cbsa_torch.ops.directions import basis_directions, principal_directions
-from cbsa_torch.ops.ista import ista_step
+from cbsa_torch.ops.ista import ista_matrix, ista_step
 from cbsa_torch.ops.linear_attention import linear_attention
 from cbsa_torch.ops.linear_cbsa import linear_cbsa
 from cbsa_torch.ops.pooling import pool_representatives, representative_grid
@@ -31,6 +31,7 @@ __all__ = [
     "compression_rate",
     "contract_and_broadcast",
     "counting",
+    "ista_matrix",
     "ista_step",
     "linear_attention",
     "linear_cbsa",

@@ -39,7 +39,12 @@ def over_all_tokens(
     """
     b, _, n, _ = tokens.shape
     if isinstance(weights, GridPooling):
-        rows, length = math.prod(weights.cells), math.prod(weights.grid_size)
+        if len(weights.grid_size) != len(weights.cells) or weights.first < 0:
+            raise ValueError(
+                "token_weights must pool a grid into cells along the same axes, from a first token of at least "
+                f"0, got {weights}"
+            )
+        rows, length = math.prod(weights.cells), weights.first + math.prod(weights.grid_size)
     else:
         check_floating("token_weights", weights)
         check_device("token_weights", weights, "tokens", tokens)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cbsa_torch import CBSA, ops
-from cbsa_torch.ops import Representatives
+from cbsa_torch.ops import GridPooling, Representatives
 from cbsa_torch.ops.cbsa import api, tiles
 from cbsa_torch.ops.cbsa.certified import MARGIN, largest_eigenvalue_bound, limit
 from cbsa_torch.ops.cbsa.driver import Problem, backward, forward
@@ -373,12 +373,14 @@ def test_an_item_without_real_tokens_gets_zeros_and_zero_gradients():
 def wrong(**changed):
     tokens = torch.randn(2, 3, 9, 4)
     chosen = changed.pop("chosen", ops.pool_representatives(tokens, (3, 3), 4))
-    return ops.certified_cbsa(tokens, chosen, **{"fraction": 0.5, **changed})
+    return ops.certified_cbsa(changed.pop("tokens", tokens), chosen, **{"fraction": 0.5, **changed})
 
 
 VALUES = torch.randn(2, 3, 4, 4)
 BAD = [
     ({"chosen": VALUES}, TypeError, "representatives must be ops.Representatives"),
+    ({"tokens": [1.0]}, TypeError, "tokens must be a torch.Tensor"),
+    ({"fraction": "half"}, TypeError, "fraction must be a number, got 'half'"),
     ({"fraction": 1.5}, ValueError, "fraction must be between 0 and 1, got 1.5"),
     ({"fraction": torch.tensor([0.5, 1.5, 0.5])}, ValueError, "fraction must hold values from 0 to 1, got 1.5"),
     ({"fraction": torch.tensor([0.5, 0.5, -0.5])}, ValueError, "fraction must hold values from 0 to 1, got -0.5"),
@@ -389,6 +391,9 @@ BAD = [
     ({"chosen": Representatives(VALUES, token_weights=torch.randn(3, 9))}, ValueError, "got 3 of 9"),
     ({"chosen": Representatives(VALUES, token_weights=torch.randn(3, 4, 9))}, ValueError, r"\(B, M, N\) with B=2"),
     ({"chosen": Representatives(VALUES, token_weights=torch.ones(4, 9).int())}, TypeError, "token_weights"),
+    ({"chosen": Representatives(VALUES, token_weights=GridPooling((3, 3), (4,)))}, ValueError, "along the same axes"),
+    ({"chosen": Representatives(VALUES, token_weights=GridPooling((3, 2), (2, 2), -1))}, ValueError, "at least 0"),
+    ({"chosen": Representatives(VALUES, token_weights=GridPooling((3, 2), (2, 2), 4))}, ValueError, "got 4 of 10"),
     (
         {"chosen": Representatives(VALUES, None, torch.randn(2, 3, 4, 9), torch.randn(4, 9))},
         ValueError,

@@ -1,6 +1,7 @@
 """Several processes on the CPU (gloo) compute what one computes, sharded or not, stopped or not."""
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from cbsa_torch import interpret
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import train
 from cbsa_torch.train.config import ModelConfig, dump_yaml
@@ -139,6 +141,35 @@ def test_a_sharded_run_goes_on_exactly_within_an_epoch(digits, tmp_path):
     assert "each with a copy (DDP)" in result.stdout
     assert_same_run(cut, digits)
     assert_same_curve(copies, digits)
+
+
+@pytest.mark.parametrize("fsdp", [True, False], ids=["sharded", "averaged"])
+def test_certified_steps_stay_certified(digits, fsdp):
+    """Bases stay orthonormal sharded, averaged, and in one process that goes on with the run."""
+    digits.model.args |= {"step": "certified"}
+    digits.engine.precision, digits.optim.epochs = "bf16", 1
+    if fsdp:
+        digits.engine.fsdp = True
+        assert "sharded" in processes.train(2, digits).stdout
+    else:
+        digits.optim.ema_decay = 0.9
+        train(digits)
+    bases = [bases_with_a_certificate(digits, "model")]
+    digits.accept_changes, digits.engine.fsdp, digits.optim.epochs = True, False, 2
+    train(digits)
+    bases += [bases_with_a_certificate(digits, kind) for kind in (["model"] if fsdp else ["model", "ema"])]
+    for first, second in itertools.pairwise(bases):
+        assert (first - second).abs().max() > 1e-3
+
+
+def bases_with_a_certificate(config, kind):
+    """The bases of a run's last weights or of their average; they must have a certificate."""
+    model = load_checkpoint(RunFolder(config.output).weights)[0].eval()
+    model.load_state_dict(last(config)[kind])
+    found = interpret.certificate(model, torch.randn(4, 1, 8, 8))
+    assert [layer.broken for layer in found.layers] == [None]
+    assert found.holding == found.cases == 8
+    return model.blocks[0].attn.qkv.weight.detach()
 
 
 @pytest.mark.slow

@@ -20,6 +20,9 @@ from cbsa_torch.ops.cbsa.two_softmax import two_softmax
 MANY_WEIGHTS = 2**20
 """Weights B * H * M * N from which ``"auto"`` goes over tiles if the output projection folds into them; four
 times as many if not. Below, what tiles save does not pay for their overhead (``cbsa bench layers``)."""
+MANY_IN_TRAINING = 2**19
+"""Weights from which ``"auto"`` goes over tiles where gradients are recorded: they take about as long, and keep
+half as much for the backward pass."""
 LONG_ON_CUDA, MANY_ON_CUDA, LONG_IN_FLOAT32 = 2**14, 2**24, 2**18
 """Tokens N or weights from which ``"auto"`` is ``"triton"`` on CUDA, if 16 bits wide; tokens in float32,
 which has no tensor cores. Measured by ``benchmarks/gpu_check.py``."""
@@ -72,8 +75,9 @@ def cbsa(
         impl: ``"eager"`` computes equation by equation, in float32 or better, and stores the attention;
             ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;
             ``"triton"`` does so in Triton kernels for CUDA, with P at most 128 and M at most 256. ``"auto"`` is
-            what is measured to be the fastest: ``"tiled"`` on the CPU from B H M N = 2^22 on, ``"triton"`` on
-            CUDA from N = 2^14 or B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
+            what is measured to be the fastest: ``"tiled"`` on the CPU from B H M N = 2^22 on (from 2^19 on for
+            tokens that require gradients: it keeps half as much for them), ``"triton"`` on CUDA from N = 2^14 or
+            B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
             small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
             ``torch.export``.
 
@@ -200,7 +204,7 @@ def certified_cbsa(
         tokens,
         representatives,
         fraction=fraction,
-        eps=tokens.shape[-1] ** 0.5 if eps is None else eps,
+        eps=eps,
         step_representatives=step_representatives,
         scale=scale,
         token_mask=token_mask,
@@ -233,7 +237,7 @@ def run_and_project(
     """:func:`run`, then the heads joined and projected by a linear layer.
 
     Tiles fold the projection into the contractions, A (C U_out), where that takes fewer operations (about
-    N >= C): it saves time and memory. ``"auto"`` is then ``"tiled"`` from B H M N = 2^20 on.
+    N >= C): it saves time and memory. ``"auto"`` is then ``"tiled"`` from B H M N = 2^20 on without gradients.
 
     Args:
         inputs: checked inputs.
@@ -298,6 +302,8 @@ def fastest(inputs: CBSAInputs, out_weight: Tensor | None) -> Impl:
     (b, h, m, _), n = inputs.representatives.shape, inputs.keys.shape[2]
     weights = b * h * m * n
     if inputs.tokens.device.type == "cpu":
+        if torch.is_grad_enabled() and inputs.keys.requires_grad:
+            return "tiled" if weights >= MANY_IN_TRAINING else "eager"
         folded = out_weight is not None and folds(inputs, out_weight)
         return "tiled" if weights >= (MANY_WEIGHTS if folded else 4 * MANY_WEIGHTS) else "eager"
     if inputs.tokens.device.type == "cuda" and _has_triton() and refusal(inputs.keys, m) is None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import GridPooling
 from cbsa_torch.ops.cbsa.certified import RunningGram, limit
-from cbsa_torch.ops.cbsa.contraction import contract, contract_backward
+from cbsa_torch.ops.cbsa.contraction import contract, linearized
 from cbsa_torch.ops.cbsa.tiles import Tiles
 from cbsa_torch.ops.masking import zero_rows
 from cbsa_torch.ops.token_weights import columns
@@ -183,7 +183,7 @@ def backward(
         d_weight = torch.zeros_like(representatives.new_empty(0) if weight is None else weight)
         for group, part, exists in _parts(problem, representatives, normalizer):
             rep = zero_rows(representatives[group] + eta * picked[group], exists)
-            c = contract(rep, problem.contraction, problem.scale, problem.eps, exists)
+            c, derivative = linearized(rep, problem.contraction, problem.scale, problem.eps, exists)
             length = _certified(kappa, longest[group]) if problem.certified else kappa
             given = eta * length * c if problem.certified else length * c
             carried = given if weight is None else given @ weight
@@ -197,9 +197,7 @@ def backward(
                 d_kappa -= ((d_given * c).sum((2, 3)) * longest[group]).sum(0)
             else:
                 d_kappa += (d_given * c).sum((0, 2, 3))
-            d_rep = contract_backward(
-                length * d_given, rep, problem.contraction, problem.scale, problem.eps, exists
-            )
+            d_rep = derivative(length * d_given)
             d_eta += (d_rep * picked[group]).sum((0, 2, 3))
             d_representatives[group] = d_rep + part.differentiate(
                 gradient[group],

@@ -155,7 +155,7 @@ def certified_inputs(
     representatives: Representatives,
     *,
     fraction: Tensor | float,
-    eps: float,
+    eps: float | None = None,
     step_representatives: Tensor | float = 1.0,
     scale: float | None = None,
     token_mask: Tensor | None = None,
@@ -173,7 +173,12 @@ def certified_inputs(
         )
     if not isinstance(num_prefix_tokens, int) or isinstance(num_prefix_tokens, bool) or num_prefix_tokens < 0:
         raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
+    if not isinstance(fraction, Tensor):
+        check_number("fraction", fraction)
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}")
     values, mask, attention, token_weights = representatives
+    check_floating("tokens", tokens)
     inputs = cbsa_inputs(
         tokens,
         values,
@@ -181,12 +186,10 @@ def certified_inputs(
         step_representatives=step_representatives,
         scale=scale,
         contraction="exact",
-        eps=eps,
+        eps=tokens.shape[-1] ** 0.5 if eps is None else eps,
         token_mask=token_mask,
         representative_mask=mask,
     )
-    if not isinstance(fraction, Tensor) and not 0 < fraction < 1:
-        raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}")
     if token_weights is not None:
         if attention is not None:
             raise ValueError("token_weights cannot be given beside an attention, which takes their place")

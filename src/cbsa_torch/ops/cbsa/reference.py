@@ -34,7 +34,7 @@ def extract(
         The attention ``(B, H, M, N)`` (rows sum to 1, or to 0 without any real token) and
         attention @ values ``(B, H, M, P)``.
     """
-    logits = scale * (queries @ keys.mT)  # (B, H, M, N)
+    logits = (scale * queries) @ keys.mT  # (B, H, M, N)
     attention = masked_softmax(logits, None if key_mask is None else key_mask[:, None, None, :])
     return attention, attention @ values
 
@@ -52,7 +52,7 @@ def contract_softmax(
     Returns:
         The attention ``(B, H, M, M)`` and the contraction ``(B, H, M, P)``.
     """
-    logits = scale * (representatives @ representatives.mT)  # (B, H, M, M)
+    logits = (scale * representatives) @ representatives.mT  # (B, H, M, M)
     attention = masked_softmax(logits, None if mask is None else mask[:, None, None, :])
     return attention, attention @ representatives
 
@@ -103,7 +103,7 @@ def _gram(weights: Tensor) -> Tensor:
 
 
 def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tensor:
-    """Give each token the contractions, weighted: ``step * weights @ contracted``.
+    """Give each token the contractions, weighted: ``weights @ (step * contracted)``.
 
     Args:
         weights: ``(B, H, N, M)``, A with tokens as rows; not renormalised over representatives.
@@ -113,7 +113,7 @@ def broadcast(weights: Tensor, contracted: Tensor, step: Tensor | float) -> Tens
     Returns:
         ``(B, H, N, P)``.
     """
-    return step * (weights @ contracted)
+    return weights @ (step * contracted)
 
 
 def project_out(heads: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,7 +141,10 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         kappa = inputs.step_tokens.to(dtype)[:, None, None]
         # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
         tokens = zero_rows(inputs.tokens.to(dtype), token_mask)
-        keys, values = (zero_rows(t.to(dtype), key_mask) for t in (inputs.keys, inputs.values))
+        # Several products read them: heads of a joint projection would be copied for each.
+        keys = zero_rows(inputs.keys.to(dtype), key_mask).contiguous()
+        shared = inputs.values is inputs.keys
+        values = keys if shared else zero_rows(inputs.values.to(dtype), key_mask).contiguous()
         representatives = zero_rows(inputs.representatives.to(dtype), representative_mask)
 
         if inputs.attention is None:
@@ -164,7 +167,7 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         contracted = zero_rows(contracted, representative_mask)
 
         if inputs.broadcast == "softmax":
-            logits = inputs.scale * (tokens @ representatives.mT)  # (B, H, N, M)
+            logits = tokens @ (inputs.scale * representatives).mT  # (B, H, N, M)
             weights = masked_softmax(
                 logits, None if representative_mask is None else representative_mask[:, None, None, :]
             )

@@ -55,12 +55,13 @@ class Tiles:
         self.places = [slice(i * n // tiles, (i + 1) * n // tiles) for i in range(tiles)]
         self.keeps = tiles == 1 or (normalizer is None and b * h * m * n <= KEEP)
         self.kept: dict[int, Tensor] = {}
+        self.whole: dict[str, Tensor] = {}  # what was read of the only tile
 
     @staticmethod
     def groups(b: int, n: int) -> list[slice]:
-        """Items that are handled together: short ones together, long ones alone."""
-        step = max(1, GROUP // max(1, n))
-        return [slice(first, first + step) for first in range(0, b, step)]
+        """Items that are handled together: short ones, in groups of about one size; long ones alone."""
+        count = -(-b // max(1, GROUP // max(1, n)))
+        return [slice(i * b // count, (i + 1) * b // count) for i in range(count)]
 
     @staticmethod
     def normalizer_size(n: int) -> int:
@@ -74,12 +75,13 @@ class Tiles:
         """
         parts, lses = [], []
         for i, place in enumerate(self.places):
-            keys = self._read(self.keys, place)
+            keys = self._read("keys", self.keys, place)
             logits = self._logits(keys, place)
             weights = torch.softmax(logits, dim=-1)
             if self.keeps:
                 self.kept[i] = weights
-            parts.append(weights @ (keys if self.values is None else self._read(self.values, place)))
+            values = keys if self.values is None else self._read("values", self.values, place)
+            parts.append(weights @ values)
             lse = None
             if len(self.places) > 1:
                 # exp(max S - l) is the largest weight, and no less than 1 / T
@@ -106,7 +108,7 @@ class Tiles:
         """
         for i, place in enumerate(self.places):
             weights, share = self._weights(i), self._share(i)
-            shared = carried if len(self.places) == 1 and self.mask is None else share * carried
+            shared = carried if self._is_plain() else share * carried
             if output.ndim == 4:
                 output[:, :, place] = weights.mT @ shared
                 continue
@@ -121,6 +123,8 @@ class Tiles:
 
     def collect(self, gradient: Tensor) -> Tensor:
         """A dO, ``(B, H, M, P)`` or ``(B, H, M, C)``, from a gradient shaped like the output."""
+        if self._is_plain():
+            return self._collect_tile(0, gradient)
         collected = self.representatives.new_zeros(*self.representatives.shape[:3], gradient.shape[-1])
         for i in range(len(self.places)):
             collected.addcmul_(self._share(i), self._collect_tile(i, gradient))
@@ -129,7 +133,7 @@ class Tiles:
     def _collect_tile(self, i: int, gradient: Tensor) -> Tensor:
         weights = self._weights(i)
         if gradient.ndim == 4:
-            return weights @ self._read(gradient, self.places[i])
+            return weights @ self._read("gradient", gradient, self.places[i])
         part = self._joint(weights) @ self._joint_rows(gradient, self.places[i])
         return part.view(*weights.shape[:3], -1).to(weights.dtype)
 
@@ -154,7 +158,7 @@ class Tiles:
         for i in range(len(self.places)):
             tile = i, gradient, carried, row_sums, d_picked, d_keys, d_values
             d_representatives += self._differentiate_tile(*tile)
-        return self.scale * d_representatives
+        return d_representatives.mul_(self.scale)
 
     def _differentiate_tile(
         self,
@@ -169,12 +173,12 @@ class Tiles:
         """A function of its own, so that what one tile needs is gone before the next comes."""
         b, h, m, _ = self.representatives.shape
         weights, share, place = self._weights(i).flatten(0, 1), self._share(i), self.places[i]
-        keys = self._read(self.keys, place)
-        values = keys if self.values is None else self._read(self.values, place)
+        keys = self._read("keys", self.keys, place)
+        values = keys if self.values is None else self._read("values", self.values, place)
         d_rows = (share * d_picked).flatten(0, 1)  # (B H, M, P)
         shift = -share * row_sums
         if gradient.ndim == 4:
-            rows = self._read(gradient, place).flatten(0, 1)
+            rows = self._read("gradient", gradient, place).flatten(0, 1)
             d_weights = torch.baddbmm(shift.flatten(0, 1), (share * carried).flatten(0, 1), rows.mT)
         else:
             d_weights = self._joint(share * carried) @ self._joint_rows(gradient, place).mT  # (B, H M, T)
@@ -190,15 +194,22 @@ class Tiles:
             d_values[:, :, place] = d_v.unflatten(0, (b, h))
         return (d_logits @ keys.flatten(0, 1)).view(b, h, m, -1)
 
-    def _read(self, rows: Tensor, place: slice) -> Tensor:
+    def _read(self, name: str, rows: Tensor, place: slice) -> Tensor:
         """``(B, H, T, P)`` of ``rows``, zero where masked: padding may hold NaN.
 
-        One item is read in place; several are copied, since no stride joins item and head.
+        One item is read in place; several are copied, since no stride joins item and head. What the only tile
+        holds is read once.
         """
+        if name in self.whole:
+            return self.whole[name]
         part = rows[:, :, place].to(self.representatives.dtype)
         if self.mask is not None:
-            return part.masked_fill(~self.mask[:, None, place, None], 0.0)
-        return part if part.shape[0] == 1 else part.contiguous()
+            part = part.masked_fill(~self.mask[:, None, place, None], 0.0)
+        elif part.shape[0] > 1:
+            part = part.contiguous()
+        if len(self.places) == 1:
+            self.whole[name] = part
+        return part
 
     def _logits(self, keys: Tensor, place: slice) -> Tensor:
         """``(B, H, M, T)``. The lowest number stands for -inf: a tile without any real token gets a
@@ -214,10 +225,14 @@ class Tiles:
         if i in self.kept:
             return self.kept[i]
         place = self.places[i]
-        weights = torch.softmax(self._logits(self._read(self.keys, place), place), dim=-1)
+        weights = torch.softmax(self._logits(self._read("keys", self.keys, place), place), dim=-1)
         if self.keeps:
             self.kept[i] = weights
         return weights
+
+    def _is_plain(self) -> bool:
+        """Whether every share is 1: one tile, and no items without real tokens."""
+        return len(self.places) == 1 and self.mask is None
 
     def _share(self, i: int) -> Tensor:
         """``(B, H, M, 1)``."""
