@@ -304,7 +304,7 @@ def without(key):
             {},
             "18 position embeddings are not a square grid",
         ),
-        (lambda s: s, {"pretrained": True}, "must not fetch other weights"),
+        (lambda s: s, {"pretrained": True}, "must not hold pretrained"),
         (lambda s: s, {"no_such_option": 1}, "cannot build the model"),
     ],
 )
