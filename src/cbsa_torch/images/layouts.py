@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +40,14 @@ def open_ade20k(root: Path) -> Layout:
     root = _first_folder(root / "ADEChallengeData2016", root)
     names, scan = class_names.ADE20K, Scan(root)
     splits = _split_folders(root / "images", root / "annotations", "folders", scan)
-    return Layout(splits, list(names), consecutive_labels(len(names), 1, [0]), scan.notes())
+    return _layout(splits, names, consecutive_labels(len(names), 1, [0]), scan)
 
 
 def open_voc(root: Path) -> Layout:
     """``ImageSets/Segmentation/*.txt``, ``JPEGImages`` and ``SegmentationClass``; label 255 is ignored."""
     names, scan = class_names.VOC, Scan(root)
     splits = _listed_splits(*_voc_folders(root), scan)
-    return Layout(splits, list(names), consecutive_labels(len(names), 0, [VOID]), scan.notes())
+    return _layout(splits, names, consecutive_labels(len(names), 0, [VOID]), scan)
 
 
 def voc_pairs(root: Path, split: str) -> list[Pair]:
@@ -75,7 +75,7 @@ def open_pascal_context(root: Path, count: int) -> Layout:
     masks = _first_folder(root / "SegmentationClassContext", root / "SegmentationClass")
     labels = consecutive_labels(60, 0, [VOID]) if count == 60 else consecutive_labels(59, 1, [0, VOID])
     scan = Scan(root)
-    return Layout(_listed_splits(root, lists, masks, scan), names, labels, scan.notes())
+    return _layout(_listed_splits(root, lists, masks, scan), names, labels, scan)
 
 
 def open_cityscapes(root: Path) -> Layout:
@@ -87,7 +87,7 @@ def open_cityscapes(root: Path) -> Layout:
     if not images.is_dir():
         raise DataError(f"{root} has no folder leftImg8bit: is it the folder of Cityscapes?")
     splits = _split_folders(images, masks, "folders", scan, ends)
-    return Layout(splits, list(ids), LabelMap(labels), scan.notes())
+    return _layout(splits, ids, LabelMap(labels), scan)
 
 
 def open_image_mask_folders(
@@ -122,22 +122,28 @@ def open_image_mask_folders(
     images, masks, scan = root / "images", root / "masks", Scan(root)
     around = {} if splits == "none" else find_splits(root)
     if images.is_dir():
-        both = [folder.name for folder in around.values() if (folder / "images").is_dir()]
-        if both:
-            raise DataError(f"{root} has images and {both[0]}/images: which ones count? Move one of them away")
+        twice = [folder.name for folder in around.values() if (folder / "images").is_dir()]
+        if twice:
+            raise DataError(f"{root} has images and {twice[0]}/images: which ones count? Move one of them away")
         scan.leave_out_others(root, (images, masks), "neither images nor masks")
         pairs = _split_folders(images, masks, splits, scan)
     elif around:
         scan.leave_out_others(root, around.values(), f"not a split ({ALL_SPLIT_NAMES})")
-        pairs = {
-            split: pair_folders(folder / "images", folder / "masks", scan=scan)
-            for split, folder in around.items()
-            if _has_masks(split, folder, folder / "masks", scan)
-        }
+        both = {split: (folder / "images", folder / "masks") for split, folder in around.items()}
+        pairs = _pair_splits(both, scan)
     else:
         there = ", ".join(folder.name for folder in visible_folders(root)) or "none"
         raise DataError(f"{root} has neither a folder images nor train/images (its folders: {there})")
-    return Layout(pairs, names, labels, scan.notes())
+    return _layout(pairs, names, labels, scan)
+
+
+def _layout(splits: dict[str, list[Pair]], names: Iterable[str], labels: LabelMap, scan: Scan) -> Layout:
+    """What was found, without test images that have no masks: those of public data sets are kept secret."""
+    test, notes = splits.get("test", []), scan.notes()
+    if test and not any(pair.mask.exists() for pair in test):
+        splits = {split: pairs for split, pairs in splits.items() if split != "test"}
+        notes.append(f"left out, the test split: its {len(test)} image(s) have no masks")
+    return Layout(splits, list(names), labels, notes)
 
 
 def read_class_names(root: Path) -> list[str]:
@@ -241,18 +247,19 @@ def _split_folders(
     masks_found = find_splits(masks)
     for folder, taken in ((images, found), (masks, masks_found)):
         scan.leave_out_others(folder, taken.values(), f"not a split ({ALL_SPLIT_NAMES})")
+    both = {split: (folder, masks_found.get(split, masks / folder.name)) for split, folder in found.items()}
+    return _pair_splits(both, scan, ends)
+
+
+def _pair_splits(
+    folders: dict[str, tuple[Path, Path]], scan: Scan, ends: tuple[str, str] | None = None
+) -> dict[str, list[Pair]]:
+    """The pairs of every split's folders of images and masks; test images without masks are left out."""
     pairs = {}
-    for split, folder in found.items():
-        mask_folder = masks_found.get(split, masks / folder.name)
-        if _has_masks(split, folder, mask_folder, scan):
-            pairs[split] = pair_folders(folder, mask_folder, ends, scan)
+    for split, (images, masks) in folders.items():
+        if split == "test" and not masks.is_dir():
+            scan.leave_out(images, f"test images without masks ({masks} is not there)")
+            continue
+        scan.take(split, images)
+        pairs[split] = pair_folders(images, masks, ends, scan)
     return pairs
-
-
-def _has_masks(split: str, folder: Path, masks: Path, scan: Scan) -> bool:
-    """Whether a split can be used: public data sets have test images without masks."""
-    if split == "test" and not masks.is_dir():
-        scan.leave_out(folder, f"test images without masks ({masks} is not there)")
-        return False
-    scan.take(split, folder)
-    return True
