@@ -122,15 +122,18 @@ def open_image_mask_folders(
     images, masks, scan = root / "images", root / "masks", Scan(root)
     around = {} if splits == "none" else find_splits(root)
     if images.is_dir():
-        twice = [folder.name for folder in around.values() if (folder / "images").is_dir()]
-        if twice:
-            raise DataError(f"{root} has images and {twice[0]}/images: which ones count? Move one of them away")
+        both = [folder.name for folder in around.values() if (folder / "images").is_dir()]
+        if both:
+            raise DataError(f"{root} has images and {both[0]}/images: which ones count? Move one of them away")
         scan.leave_out_others(root, (images, masks), "neither images nor masks")
         pairs = _split_folders(images, masks, splits, scan)
     elif around:
         scan.leave_out_others(root, around.values(), f"not a split ({ALL_SPLIT_NAMES})")
-        both = {split: (folder / "images", folder / "masks") for split, folder in around.items()}
-        pairs = _pair_splits(both, scan)
+        pairs = {
+            split: pair_folders(folder / "images", folder / "masks", scan=scan)
+            for split, folder in around.items()
+            if _has_masks(split, folder, folder / "masks", scan)
+        }
     else:
         there = ", ".join(folder.name for folder in visible_folders(root)) or "none"
         raise DataError(f"{root} has neither a folder images nor train/images (its folders: {there})")
@@ -247,19 +250,18 @@ def _split_folders(
     masks_found = find_splits(masks)
     for folder, taken in ((images, found), (masks, masks_found)):
         scan.leave_out_others(folder, taken.values(), f"not a split ({ALL_SPLIT_NAMES})")
-    both = {split: (folder, masks_found.get(split, masks / folder.name)) for split, folder in found.items()}
-    return _pair_splits(both, scan, ends)
-
-
-def _pair_splits(
-    folders: dict[str, tuple[Path, Path]], scan: Scan, ends: tuple[str, str] | None = None
-) -> dict[str, list[Pair]]:
-    """The pairs of every split's folders of images and masks; test images without masks are left out."""
     pairs = {}
-    for split, (images, masks) in folders.items():
-        if split == "test" and not masks.is_dir():
-            scan.leave_out(images, f"test images without masks ({masks} is not there)")
-            continue
-        scan.take(split, images)
-        pairs[split] = pair_folders(images, masks, ends, scan)
+    for split, folder in found.items():
+        mask_folder = masks_found.get(split, masks / folder.name)
+        if _has_masks(split, folder, mask_folder, scan):
+            pairs[split] = pair_folders(folder, mask_folder, ends, scan)
     return pairs
+
+
+def _has_masks(split: str, folder: Path, masks: Path, scan: Scan) -> bool:
+    """Whether a split can be used: public data sets have test images without masks."""
+    if split == "test" and not masks.is_dir():
+        scan.leave_out(folder, f"test images without masks ({masks} is not there)")
+        return False
+    scan.take(split, folder)
+    return True

@@ -66,6 +66,12 @@ def test_classes_must_have_training_images(images):
         open_splits(folder(images), "RGB")
 
 
+def test_val_without_train_is_refused(images):
+    shutil.rmtree(images / "train")
+    with pytest.raises(DataError, match="no train folder"):
+        open_splits(folder(images), "RGB")
+
+
 def test_one_image_is_too_few_to_hold_out(tmp_path):
     write_split(tmp_path / "train", 1, ("red",))
     with pytest.raises(DataError, match="too few to hold out"):

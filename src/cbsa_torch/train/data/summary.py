@@ -25,13 +25,12 @@ def describe(splits: Splits) -> list[str]:
     """The splits with their images, as far as can be told without reading these, and what was left out."""
     lines = [f"classes: {len(splits.class_names)} ({some_of(splits.class_names, MOST_CLASSES)})"]
     for name, dataset in splits.parts().items():
-        size, labels = f"{name}: {len(dataset):,} images", labels_of(dataset)  # type: ignore[arg-type]
-        if labels is None:
-            lines.append(size)
-            continue
-        counts = np.bincount(labels, minlength=len(splits.class_names))
-        first, *warnings = class_lines(name, splits.class_names, counts, "images")
-        lines += [f"{size} ({first})", *warnings]
+        lines.append(f"{name}: {len(dataset):,} images")  # type: ignore[arg-type]
+        labels = labels_of(dataset)
+        if labels is not None:
+            counts = np.bincount(labels, minlength=len(splits.class_names))
+            first, *warnings = class_lines(name, splits.class_names, counts, "images")
+            lines[-1:] = [f"{lines[-1]} ({first})", *warnings]
     return [readable(line) for line in [*lines, *splits.notes]]
 
 
