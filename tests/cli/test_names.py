@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,19 @@ def test_predict_names_a_file_that_is_missing(kind, named, tmp_path, capsys):
 
 
 def test_report_and_compare(kind, named, tmp_path, capsys):
-    file = tmp_path / FILE[kind]
+    file = tmp_path / "images" / FILE[kind]
+    file.parent.mkdir()
     Image.new("L", (8, 8)).save(file)
     options = ["--images", "8", "--shown", "6", "--robustness-images", "0"]
     assert main(["report", str(file), "--checkpoint", str(named), *options]) == 0
-    page = (named / "report.html").read_text(encoding="utf-8")
-    assert html.escape(FILE_SHOWN[kind], quote=False) in page
-    assert "<script>x" not in page
+    twin = shutil.copytree(named, tmp_path / "twin [final]")
+    assert main(["compare", str(named), str(twin), "--output", str(tmp_path / "both"), *options]) == 0
+    report, comparison = (
+        path.read_text(encoding="utf-8") for path in (named / "report.html", tmp_path / "both" / "compare.html")
+    )
+    assert html.escape(FILE_SHOWN[kind], quote=False) in report
+    assert "twin [final]" in comparison
+    assert "<script>x" not in report + comparison
     assert "report: " in capsys.readouterr().out
 
 

@@ -53,7 +53,7 @@ def test_a_run_builds_and_reads_its_model_once(config, whole, monkeypatch, fine_
 @pytest.mark.parametrize("key", ["pretrained", "checkpoint_path", "pretrained_cfg"])
 def test_arguments_with_which_no_checkpoint_opens_are_refused_before_training(config, key):
     config.model.args[key] = "true"
-    assert_refused(config, ConfigError, f"model.args {key} is not allowed")
+    assert_refused(config, ConfigError, f"model.args must not hold {key}")
 
 
 # ---- fine-tuning

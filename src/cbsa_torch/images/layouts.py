@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +40,14 @@ def open_ade20k(root: Path) -> Layout:
     root = _first_folder(root / "ADEChallengeData2016", root)
     names, scan = class_names.ADE20K, Scan(root)
     splits = _split_folders(root / "images", root / "annotations", "folders", scan)
-    return Layout(splits, list(names), consecutive_labels(len(names), 1, [0]), scan.notes())
+    return _layout(splits, names, consecutive_labels(len(names), 1, [0]), scan)
 
 
 def open_voc(root: Path) -> Layout:
     """``ImageSets/Segmentation/*.txt``, ``JPEGImages`` and ``SegmentationClass``; label 255 is ignored."""
     names, scan = class_names.VOC, Scan(root)
     splits = _listed_splits(*_voc_folders(root), scan)
-    return Layout(splits, list(names), consecutive_labels(len(names), 0, [VOID]), scan.notes())
+    return _layout(splits, names, consecutive_labels(len(names), 0, [VOID]), scan)
 
 
 def voc_pairs(root: Path, split: str) -> list[Pair]:
@@ -75,7 +75,7 @@ def open_pascal_context(root: Path, count: int) -> Layout:
     masks = _first_folder(root / "SegmentationClassContext", root / "SegmentationClass")
     labels = consecutive_labels(60, 0, [VOID]) if count == 60 else consecutive_labels(59, 1, [0, VOID])
     scan = Scan(root)
-    return Layout(_listed_splits(root, lists, masks, scan), names, labels, scan.notes())
+    return _layout(_listed_splits(root, lists, masks, scan), names, labels, scan)
 
 
 def open_cityscapes(root: Path) -> Layout:
@@ -87,7 +87,7 @@ def open_cityscapes(root: Path) -> Layout:
     if not images.is_dir():
         raise DataError(f"{root} has no folder leftImg8bit: is it the folder of Cityscapes?")
     splits = _split_folders(images, masks, "folders", scan, ends)
-    return Layout(splits, list(ids), LabelMap(labels), scan.notes())
+    return _layout(splits, ids, LabelMap(labels), scan)
 
 
 def open_image_mask_folders(
@@ -137,7 +137,16 @@ def open_image_mask_folders(
     else:
         there = ", ".join(folder.name for folder in visible_folders(root)) or "none"
         raise DataError(f"{root} has neither a folder images nor train/images (its folders: {there})")
-    return Layout(pairs, names, labels, scan.notes())
+    return _layout(pairs, names, labels, scan)
+
+
+def _layout(splits: dict[str, list[Pair]], names: Iterable[str], labels: LabelMap, scan: Scan) -> Layout:
+    """What was found, without test images that have no masks: those of public data sets are kept secret."""
+    test, notes = splits.get("test", []), scan.notes()
+    if test and not any(pair.mask.exists() for pair in test):
+        splits = {split: pairs for split, pairs in splits.items() if split != "test"}
+        notes.append(f"left out, the test split: its {len(test)} image(s) have no masks")
+    return Layout(splits, list(names), labels, notes)
 
 
 def read_class_names(root: Path) -> list[str]:

@@ -40,11 +40,13 @@ FETCHING_ARGS = {
 """Arguments of ``timm.create_model`` that read other files or the network: refused in a file's metadata."""
 
 
-def refuse_fetching(name: str, args: Mapping[str, Any], instead: str) -> None:
-    """Raise ``ValueError`` if ``args``, an argument called ``name``, would read other files or the network."""
-    refused = FETCHING_ARGS & args.keys()
+def refuse_fetching(
+    name: str, args: Mapping[str, Any], instead: str, error: type[ValueError] = ValueError
+) -> None:
+    """Raise ``error`` if ``args``, an argument called ``name``, would read other files or the network."""
+    refused = FETCHING_ARGS.intersection(args)
     if refused:
-        raise ValueError(f"{name} must not hold {', '.join(sorted(refused))}: {instead}")
+        raise error(f"{name} must not hold {', '.join(sorted(refused))}: {instead}")
 
 
 class CheckpointError(ValueError):

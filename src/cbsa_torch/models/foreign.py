@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import nearest, some_of
-from cbsa_torch.models.checkpoint import FETCHING_ARGS, CheckpointError, build_described, load_strictly
+from cbsa_torch.models.checkpoint import CheckpointError, build_described, load_strictly, refuse_fetching
 from cbsa_torch.models.official import grid_side
 from cbsa_torch.models.resize import set_image_size
 
@@ -107,8 +107,7 @@ def read_foreign(
     args = dict(model_args or {})
     if not timm.is_model(name):  # others would be fetched
         raise CheckpointError(f"{source}: no model {name!r} in timm{nearest(name, timm.list_models())}")
-    if FETCHING_ARGS & args.keys():
-        raise CheckpointError(f"{source}: the arguments of {name} must not fetch other weights, got {args}")
+    refuse_fetching(f"{source}: the arguments of {name}", args, "the weights are here", CheckpointError)
     with torch.device("meta"):
         draft = build_described({"model": name, "model_args": args}, source)
     package, named = _in_names_of_timm(tensors, source)

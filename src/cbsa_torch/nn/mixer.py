@@ -344,11 +344,9 @@ class TokenMixer(nn.Module, abc.ABC):
             raise ValueError(f"rope must be None: {name} has no rotary position embeddings")
         if attn_mask is not None and is_causal:
             raise ValueError("pass attn_mask or is_causal, not both")
-        if self.needs_grid and isinstance(x, Tensor) and x.ndim > 3:
-            x = pin_size("height and width", x, tuple(range(2, x.ndim)))
+        if self.needs_grid and isinstance(x, Tensor):
+            x = pin_size("height and width (the number of tokens)", x, tuple(range(1, x.ndim)))
         tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
-        if self.needs_grid:
-            tokens = pin_size("height and width (the number of tokens)", tokens, (1,))
         b, n, _ = tokens.shape
         if token_mask is not None:
             token_mask = flat_mask(token_mask, tokens, map_grid)

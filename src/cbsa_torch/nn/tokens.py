@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.checks import check_floating, check_mask
-from cbsa_torch._core.tracing import refuse_dynamic
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.ops.pooling import check_grid
 
@@ -101,7 +100,6 @@ def resolve_grid(
     Without ``grid_size`` the grid must be a square; without ``num_prefix_tokens`` they are what the grid
     leaves, or, with neither, 0 or 1 (a class token), whichever leaves a square.
     """
-    refuse_dynamic("height and width (the number of tokens)", (num_tokens,))
     if grid_size is not None:
         grid_size = check_grid(grid_size)
         prefix = num_tokens - math.prod(grid_size)

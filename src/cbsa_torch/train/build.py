@@ -12,7 +12,7 @@ from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models import registry
-from cbsa_torch.models.checkpoint import FETCHING_ARGS, CheckpointError
+from cbsa_torch.models.checkpoint import CheckpointError, refuse_fetching
 from cbsa_torch.models.hub import PREFIX, fetch_weights, open_weights, weights_path
 from cbsa_torch.models.resize import set_image_size
 from cbsa_torch.train.config import ModelConfig, RunConfig, read_yaml
@@ -54,12 +54,7 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     model_config = config.model
     if model_config.init_from is not None:
         return fit(draft or _open_init_from(model_config), num_classes, model_config.image_size)
-    fetching = sorted(FETCHING_ARGS & model_config.args.keys())
-    if fetching:
-        raise ConfigError(
-            f"model.args {fetching[0]} is not allowed (a weights file could not be opened with it); trained "
-            "weights come by model.init_from"
-        )
+    refuse_fetching("model.args", model_config.args, "trained weights come by model.init_from", ConfigError)
     known = timm.list_models()
     if model_config.name not in known:
         suggestion = nearest(model_config.name, registry.names()) or nearest(model_config.name, known)

@@ -135,8 +135,8 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
 
     continued = not config.overwrite and bool(folder.states().paths())
     setup = task.open(folder.skipped, continued=continued)
-    for line in setup.read:
-        reporter.say(line)
+    for note in setup.notes:
+        reporter.say(note)
     model = setup.model
     if config.engine.fsdp:
         shard(accelerator, model)
@@ -159,8 +159,6 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True, device=accelerator.device)
     if config.engine.compile:
         model.compile()
-    if setup.note:
-        reporter.say(setup.note)
     parameters = sum(p.numel() for p in model.parameters())
     reporter.say(
         f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "

@@ -60,10 +60,7 @@ def test_a_folder_of_classes_alone_is_a_training_set(images):
     assert splits.test is None
 
 
-def test_classes_must_be_those_of_training_and_have_images(images):
-    (images / "val" / "zebra").mkdir()
-    with pytest.raises(DataError, match=r"val has a class .zebra. that the training images have not"):
-        open_splits(folder(images), "RGB")
+def test_classes_must_have_training_images(images):
     (images / "train" / "zebra").mkdir()
     with pytest.raises(DataError, match=r"train/zebra holds no images"):
         open_splits(folder(images), "RGB")

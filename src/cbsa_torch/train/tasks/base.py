@@ -45,10 +45,8 @@ class TaskSetup(NamedTuple):
     """Default: the cross-entropy of the model's outputs."""
     lr_scales: Mapping[str, float] = {}
     """Factors on the learning rate, by parameter."""
-    note: str = ""
-    """Printed before training begins."""
-    read: Sequence[str] = ()
-    """What was read of the data and what was left out: printed, too."""
+    notes: Sequence[str] = ()
+    """Printed before training begins: what was read of the data and of weights, and what was left out."""
 
 
 class EvalResult(Protocol):

@@ -119,7 +119,7 @@ class Classification(Task):
         model, args, notes = build_model(config, len(splits.class_names), draft)
         spec = input_spec(model, config.model.image_size)
         data = splits.class_names, spec, splits.train, splits.val
-        return TaskSetup(model, args, *data, note="\n".join(notes), read=describe(splits))
+        return TaskSetup(model, args, *data, notes=[*describe(splits), *notes])
 
     def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
         """Augmented images in random order."""

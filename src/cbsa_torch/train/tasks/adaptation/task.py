@@ -156,7 +156,7 @@ class Adaptation(Classification):
         splits = self.open_data(input_spec(original.model).mode, skipped)
         adapted = adapt_original(original, config.model)
         new_head = not knows(original, splits.class_names)
-        notes = list(original.notes)
+        notes = [*describe(splits), *original.notes]
         if new_head:
             model: Any = adapted.model
             notes.append(f"new head for {len(splits.class_names)} classes (the weights have others or none)")
@@ -168,8 +168,7 @@ class Adaptation(Classification):
         scale = 1.0 if config.new_lr is None else config.new_lr / config.optim.lr
         scales = {} if scale == 1 else dict.fromkeys(_added(adapted.model), scale)
         data = splits.class_names, spec, splits.train, splits.val
-        note = "\n".join((*notes, str(adapted.report)))
-        return TaskSetup(adapted.model, adapted.args, *data, loss, scales, note, describe(splits))
+        return TaskSetup(adapted.model, adapted.args, *data, loss, scales, [*notes, str(adapted.report)])
 
 
 class Original(NamedTuple):

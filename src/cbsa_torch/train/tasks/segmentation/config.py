@@ -98,6 +98,8 @@ class SegmentationTrainConfig(RunConfig):
 def check_data_config(config: SegmentationDataConfig) -> None:
     """Refuse values that cannot work; raises ConfigError."""
     scenes, share, ignore = config.scenes, config.max_class_share, config.ignore_label
+    values, own = config.mask_values, config.name == "folder"
+    elsewhere = f"is of data.name 'folder'; {config.name!r} has its own"
     base = config.crop_size if config.base_size is None else config.base_size
     rules = [
         *data_rules(config),
@@ -106,21 +108,9 @@ def check_data_config(config: SegmentationDataConfig) -> None:
         (0 < config.scale[0] <= config.scale[1], "data.scale must rise above 0", config.scale),
         (share is None or 0 < share <= 1, "data.max_class_share must be in (0, 1]", share),
         (ignore is None or 0 <= ignore <= 0xFFFF, "data.ignore_label must be in [0, 65535]", ignore),
-        (
-            ignore is None or config.name == "folder",
-            f"data.ignore_label is of data.name 'folder'; {config.name!r} has its own",
-            ignore,
-        ),
-        (
-            all(0 <= value <= 0xFFFF for value in config.mask_values),
-            "data.mask_values must be in [0, 65535]",
-            config.mask_values,
-        ),
-        (
-            not config.mask_values or config.name == "folder",
-            f"data.mask_values is of data.name 'folder'; {config.name!r} has its own",
-            config.mask_values,
-        ),
+        (ignore is None or own, f"data.ignore_label {elsewhere}", ignore),
+        (all(0 <= value <= 0xFFFF for value in values), "data.mask_values must be in [0, 65535]", values),
+        (not values or own, f"data.mask_values {elsewhere}", values),
         (scenes.seed >= 0, "data.scenes.seed must not be negative", scenes.seed),
         (scenes.size >= 8, "data.scenes.size must be at least 8", scenes.size),
         (scenes.train >= 1, "data.scenes.train must be at least 1", scenes.train),

@@ -142,17 +142,7 @@ def open_segmentation_split(
 
 
 def open_layout(config: SegmentationDataConfig) -> layouts.Layout:
-    """The files of a data set that lies in a folder, without a test split that has no masks."""
-    layout = _open_layout(config)
-    test = layout.splits.get("test", [])
-    if not test or any(pair.mask.exists() for pair in test):
-        return layout
-    splits = {split: pairs for split, pairs in layout.splits.items() if split != "test"}
-    note = f"left out, the test split: its {len(test)} image(s) have no masks"
-    return layout._replace(splits=splits, notes=[*layout.notes, note])
-
-
-def _open_layout(config: SegmentationDataConfig) -> layouts.Layout:
+    """The files of a data set that lies in a folder."""
     if config.root is None:
         raise DataError(f"data.root is required for data.name={config.name!r}: where are the images?")
     root = Path(config.root)

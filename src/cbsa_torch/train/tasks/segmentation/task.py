@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.models.checkpoint import FETCHING_ARGS, check_fit
+from cbsa_torch.models.checkpoint import check_fit, refuse_fetching
 from cbsa_torch.models.segmentation.factory import segmenter
 from cbsa_torch.train.build import Built, build_model, draft_model, fit, open_source, read_args
 from cbsa_torch.train.config import check_rules
@@ -166,8 +166,8 @@ class Segmentation(Task):
         size = known.input_size[0], data.crop_size, data.crop_size
         spec = known._replace(input_size=size, crop_pct=1.0)
         _check_size(model, spec.input_size)
-        note = "\n".join((*notes, *changes))
-        return TaskSetup(model, args, splits.class_names, spec, splits.train, splits.val, note=note, read=read)
+        told = [*read, *notes, *changes]
+        return TaskSetup(model, args, splits.class_names, spec, splits.train, splits.val, notes=told)
 
     def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
         """Augmented crops in random order."""
@@ -370,9 +370,7 @@ def pretrained_weights(config: SegmentationTrainConfig) -> dict[str, Tensor]:
     """The weights that timm has for the encoder of ``model.args``."""
     args = read_args(config.model)
     name, encoder_args = args.get("encoder", _default("encoder")), args.get("encoder_args") or {}
-    refused = sorted(FETCHING_ARGS & set(encoder_args))
-    if refused:
-        raise ConfigError(f"model.args encoder_args must not hold {refused[0]}")
+    refuse_fetching("model.args encoder_args", encoder_args, "model.encoder_from is set", ConfigError)
     given = {"img_size": config.model.image_size, "in_chans": args.get("in_chans")}
     given = {key: value for key, value in given.items() if value is not None}
     try:
