@@ -145,7 +145,7 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         keys = zero_rows(inputs.keys.to(dtype), key_mask).contiguous()
         shared = inputs.values is inputs.keys
         values = keys if shared else zero_rows(inputs.values.to(dtype), key_mask).contiguous()
-        representatives = zero_rows(inputs.representatives.to(dtype), representative_mask)
+        representatives = zero_rows(inputs.representatives.to(dtype), representative_mask).contiguous()
 
         if inputs.attention is None:
             attention, picked = extract(representatives, keys, values, inputs.scale, key_mask)
