@@ -247,6 +247,22 @@ def test_compiles_in_one_graph_and_exports(name):
     assert_close(exported.module()(x), expected, 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICO)
+def test_one_graph_serves_any_batch_in_training_and_fused(name):
+    torch.compiler.reset()
+    model = small(name)
+    fused = timm.utils.reparameterize_model(small(name).eval())
+    for module in (model, fused):
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+        for batch in (2, 3):
+            x = torch.randn(batch, 1, 8, 8, requires_grad=True)
+            out = compiled(x)
+            assert_close(out, module(x), 1e-5)
+            out.sum().backward()
+            assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
