@@ -29,10 +29,12 @@ def _ours(cls: type[nn.Module], **options: Any) -> Build:
 CANDIDATES: dict[str, Build] = {
     LOWER_BOUND: LowerBound,
     NAIVE: NaiveCBSA,
+    "cbsa auto": _ours(CBSA),
     "cbsa eager": _ours(CBSA, impl="eager"),
     "cbsa tiled": _ours(CBSA, impl="tiled"),
     "cbsa tiled, recompute": _ours(CBSA, impl="tiled", recompute=True),
     "cbsa triton": _ours(CBSA, impl="triton"),
+    "cbsa certified": _ours(CBSA, step="certified"),
     "tssa": _ours(TSSA),
     "agent": _ours(AgentAttention),
     "mssa": _ours(MSSA),
@@ -125,7 +127,7 @@ def compare(
             for name, layer in layers.items()
         }
         times = measure.interleaved(functions, device, repetitions=repetitions, budget=budget)
-        medians = measure.medians(times)
+        medians = {name: measure.quartiles(seconds)[1] for name, seconds in times.items()}
         unit = x.nbytes
         for name, layer in layers.items():
             layer.zero_grad(set_to_none=True)
