@@ -127,7 +127,7 @@ def compare(
             for name, layer in layers.items()
         }
         times = measure.interleaved(functions, device, repetitions=repetitions, budget=budget)
-        medians = {name: measure.quartiles(seconds)[1] for name, seconds in times.items()}
+        medians = measure.medians(times)
         unit = x.nbytes
         for name, layer in layers.items():
             layer.zero_grad(set_to_none=True)

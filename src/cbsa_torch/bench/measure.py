@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,6 +48,11 @@ def interleaved(
                 times[name].append(_seconds(function, device))
                 left[name] -= 1
     return times
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each."""
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:

@@ -122,8 +122,8 @@ def compare(
             built[name].zero_grad(set_to_none=True)
             peak = measure.memory(function, device).peak / 2**20
             built[name].zero_grad(set_to_none=True)
-            forward = partial(*function.args)  # the model, called with its images
-            saved = measure.memory(forward, device).left / 2**20 if training else None
+            model, images = function.args
+            saved = measure.memory(partial(model, images), device).left / 2**20 if training else None
             speeds = size.batch / median, base / median
             at = (name, size.batch, size.side, training)
             time = (1e3 * median, (1e3 * first, 1e3 * third), len(times[name]))

@@ -9,7 +9,7 @@ from cbsa_torch._core.optional import require
 require("interpret")
 
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter  # noqa: E402
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter, StrMethodFormatter  # noqa: E402
 
 from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE, Row  # noqa: E402
 from cbsa_torch.bench.models import ModelRow  # noqa: E402
@@ -69,12 +69,15 @@ def of_models(rows: Sequence[ModelRow], title: str) -> Figure:
         axis.set_title("training step" if training else "inference", fontsize=10)
         axis.xaxis.set_major_locator(FixedLocator(sides))
         axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        axis.tick_params(axis="y", which="both", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6, which="both")
     axes[0].set_ylabel("images / s")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7, handlelength=4)
     figure.suptitle(title, fontsize=10)
     return figure
 

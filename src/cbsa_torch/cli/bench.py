@@ -102,6 +102,7 @@ def run(args: list[str]) -> None:
         rows, tables, figure = (_layers if args[0] == "layers" else _models)(options, timing)
     for table in tables:
         print_table(table)
+        say("")
     write_atomically(Path(f"{options.output}.png"), to_png(figure))
     write_atomically(Path(f"{options.output}.svg"), to_svg(figure).encode())
     _write(options, [row._asdict() for row in rows])
