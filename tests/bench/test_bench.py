@@ -147,6 +147,7 @@ def test_the_command_writes_numbers_and_plots(arguments, shown, tmp_path, capsys
         (["layers", "--sizes", "4*32"], "BATCHxSIDE"),
         (["layers", "--only", "cbsa"], "no candidate"),
         (["models", "--step-sizes", "224"], "BATCHxSIDE"),
+        (["models", "--dtype", "bfloat16"], "float32 only"),
         (["models", "--models", "naive_vit_tiny_patch16_224"], "no model naive_vit"),
         (["models", "--models", "nystrom_cbt_tiny_patch16_224"], "no model nystrom_cbt"),
     ],
@@ -154,6 +155,12 @@ def test_the_command_writes_numbers_and_plots(arguments, shown, tmp_path, capsys
 def test_bad_options(arguments, message, capsys):
     assert main(["bench", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_package_of_nystroem_attention_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr("cbsa_torch.cli.bench.find_spec", lambda name: None)
+    assert main(["bench", "models"]) == 1
+    assert "pip install nystrom-attention" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

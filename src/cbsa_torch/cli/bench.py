@@ -142,10 +142,13 @@ def _models(options: ModelsArgs, timing: dict[str, Any]) -> tuple[Sequence[Any],
     unknown = [name for name in options.models if not models.is_known(name)]
     if unknown or not options.models:
         raise ConfigError(f"--models: no model {', '.join(unknown) or 'given'}")
-    if any(name.startswith(models.NYSTROM) for name in options.models) and not find_spec("nystrom_attention"):
-        raise ConfigError(
-            "--models: those with nystrom_ need a package; pip install nystrom-attention, or leave them out"
-        )
+    if any(name.startswith(models.NYSTROM) for name in options.models):
+        if not find_spec("nystrom_attention"):
+            raise ConfigError(
+                "--models: those with nystrom_ need a package; pip install nystrom-attention, or leave them out"
+            )
+        if options.dtype != "float32":
+            raise ConfigError(f"--dtype {options.dtype}: nystrom_ models run in float32 only; leave them out")
     rows = models.compare(
         options.models,
         sizes=[models.ModelSize(*_size(text)) for text in options.sizes],
