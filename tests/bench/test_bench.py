@@ -1,14 +1,17 @@
 """Benchmarks measure what they say: baselines, memory, and the command."""
 
+import functools
 import json
 
 import pytest
+import timm
 import torch
+from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch import CBSA
 from cbsa_torch.bench import layers, measure, models
-from cbsa_torch.bench.baselines import LowerBound, NaiveCBSA
+from cbsa_torch.bench.baselines import LowerBound, NaiveCBSA, NaiveCBT, Nystrom
 from cbsa_torch.cli import main
 from tests.helpers.compare import relative_error
 
@@ -16,18 +19,21 @@ from tests.helpers.compare import relative_error
 def test_the_naive_baseline_is_the_layer():
     plain = NaiveCBSA(32, 2, num_representatives=16).double()
     ours = CBSA(32, 2, num_representatives=16, num_prefix_tokens=1, impl="eager").double()
-    state = plain.state_dict()
-    ours.load_state_dict(
-        {
-            "qkv.weight": state["to_subspaces.weight"],
-            "proj.weight": state["to_out.weight"],
-            "proj.bias": state["to_out.bias"],
-            "step_representatives": state["step_rep"].flatten(),
-            "step_tokens": state["step_x"].flatten(),
-        }
-    )
+    ours.load_state_dict(plain.state_dict())
     x = torch.randn(2, 1 + 81, 32, dtype=torch.float64)
     assert relative_error(plain(x), ours(x)) < 1e-12
+
+
+def test_the_naive_model_is_the_model():
+    torch.manual_seed(0)
+    sizes = {"img_size": 36, "patch_size": 4, "in_chans": 3, "num_classes": 7}
+    sizes |= {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_representatives": 16}
+    plain, ours = NaiveCBT(**sizes), timm.create_model("cbt_tiny_patch16_224", **sizes)
+    ours.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, 36, 36)
+    assert relative_error(plain(images), ours(images)) < 1e-5  # training: batch norm by these images
+    assert relative_error(plain.eval()(images), ours.eval()(images)) < 1e-5
+    assert relative_error(plain(images), reparameterize_model(ours)(images)) < 1e-5
 
 
 def test_the_lower_bound_has_four_products():
@@ -62,34 +68,73 @@ def test_every_layer_is_measured_at_every_size():
     assert {r.name for r in limited if r.training} == expected - set(layers.QUADRATIC)
 
 
+def test_quartiles():
+    assert measure.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert measure.quartiles([1.0]) == (1.0, 1.0, 1.0)
+
+
 def test_models_are_measured():
-    names = [
-        "cbt_pico_patch1_8 impl=tiled",
-        "cbt_pico_patch1_8 attn=lower_bound",
-        "cbt_pico_patch1_8 attn=naive",
+    naive, ours = names = ["naive_cbt_pico_patch1_8", "cbt_pico_patch1_8"]
+    sizes = [models.ModelSize(2, 8)]
+    rows = models.compare(names, sizes=sizes, step_sizes=[models.ModelSize(3, 8)], repetitions=2)
+    assert [(r.name, r.batch, r.training) for r in rows] == [
+        *((name, 2, False) for name in (naive, ours, f"{ours} fused")),
+        *((name, batch, True) for batch in (2, 3) for name in names),
     ]
-    rows = models.compare(names, image_sizes=[8], batches=[2], repetitions=1)
-    assert [(r.name, r.training) for r in rows] == [
-        (name, training) for training in (False, True) for name in names
-    ]
-    assert all(r.images_per_second > 0 and (r.saved_mib is not None) == r.training for r in rows)
+    for r in rows:
+        assert r.repetitions == 2
+        assert r.quartiles[0] <= r.milliseconds <= r.quartiles[1]
+        assert r.images_per_second == pytest.approx(1e3 * r.batch / r.milliseconds)
+        assert r.peak_mib > 0
+        assert (r.saved_mib is not None) == r.training
+    assert [r.speedup for r in rows if r.name == naive] == [1.0] * 3
 
 
-def test_the_command_writes_numbers_and_plots(tmp_path, capsys):
-    output = tmp_path / "layers"
-    arguments = ["--sizes", "1x4", "--forward-sizes", "1x8", "--dim", "16", "--num-heads", "2"]
+def test_nystroem_attention_is_in_every_block():
+    model, _ = models._create("nystrom_vit_tiny_patch16_224", 32)
+    model.eval()(torch.randn(1, 3, 32, 32))
+    assert [type(block.attn) for block in model.blocks] == [Nystrom] * 12
+    assert model.blocks[0].attn.attention.num_landmarks == 64
+
+
+def test_compiled_models_are_measured(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    name = "cbt_pico_patch1_8"
+    rows = models.compare([name], sizes=[models.ModelSize(1, 8)], compiled=True, repetitions=1)
+    variants = ["", " fused", " compiled", " fused compiled"]
+    assert [r.name for r in rows if not r.training] == [name + variant for variant in variants]
+    assert [r.name for r in rows if r.training] == [name, f"{name} compiled"]
+
+
+def test_ratios_of_the_models():
+    def row(name, milliseconds, training=False):
+        return models.ModelRow(name, 1, 8, training, milliseconds, (0, 0), 1, 0, 0, 0, None)
+
+    rows = [row("naive_cbt_x", 6), row("cbt_x", 4), row("cbt_x fused", 3), row("vit_x", 9)]
+    rows += [row("naive_cbt_x compiled", 4), row("cbt_x fused compiled", 2), row("cbt_x", 5, True)]
+    rows += [row("naive_cbt_x", 10, True)]
+    assert models.ratios(rows) == {models.ModelSize(1, 8): [2, 2, 3, 2, None, None]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["layers", "--sizes", "1x4", "--forward-sizes", "1x8", "--dim", "16", "--num-heads", "2"], "mhsa"),
+        (["models", "--models", "cbt_pico_patch1_8", "--sizes", "1x8", "--step-sizes"], "step: CBT / ViT"),
+    ],
+)
+def test_the_command_writes_numbers_and_plots(arguments, shown, tmp_path, capsys):
+    output = tmp_path / "results"
     threads = torch.get_num_threads()
     try:
-        code = main(
-            ["bench", "layers", *arguments, "--repetitions", "1", "--threads", "1", "--output", str(output)]
-        )
+        code = main(["bench", *arguments, "--repetitions", "1", "--threads", "1", "--output", str(output)])
     finally:
         torch.set_num_threads(threads)
     assert code == 0
-    assert "cbsa tiled" in capsys.readouterr().out
+    assert shown in capsys.readouterr().out
     record = json.loads(output.with_suffix(".json").read_text())
-    assert record["versions"]["torch"] == torch.__version__
-    assert {row["name"] for row in record["rows"]} >= {"lower_bound", "naive", "mhsa"}
+    assert record["environment"]["torch"] == torch.__version__
+    assert all(row["milliseconds"] > 0 for row in record["rows"])
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert output.with_suffix(".svg").read_text().startswith("<svg")
 
@@ -101,12 +146,21 @@ def test_the_command_writes_numbers_and_plots(tmp_path, capsys):
         (["layer"], "layers|models"),
         (["layers", "--sizes", "4*32"], "BATCHxSIDE"),
         (["layers", "--only", "cbsa"], "no candidate"),
-        (["models", "--batches", "1"], "--batches"),
+        (["models", "--step-sizes", "224"], "BATCHxSIDE"),
+        (["models", "--dtype", "bfloat16"], "float32 only"),
+        (["models", "--models", "naive_vit_tiny_patch16_224"], "no model naive_vit"),
+        (["models", "--models", "nystrom_cbt_tiny_patch16_224"], "no model nystrom_cbt"),
     ],
 )
 def test_bad_options(arguments, message, capsys):
     assert main(["bench", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_package_of_nystroem_attention_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr("cbsa_torch.cli.bench.find_spec", lambda name: None)
+    assert main(["bench", "models"]) == 1
+    assert "pip install nystrom-attention" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

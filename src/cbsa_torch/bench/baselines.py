@@ -1,7 +1,8 @@
-"""What CBSA is measured against: the paper's steps in plain PyTorch, and a lower bound of the cost."""
+"""What CBSA is measured against: the paper in plain PyTorch, Nystroem attention, a lower bound of the cost."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -12,33 +13,132 @@ from torch.nn import functional as F
 class NaiveCBSA(nn.Module):
     """The naive baseline: the steps of section 3.2 one after the other, for a class token and a square grid.
 
-    Plain PyTorch without regard to memory layout; no part of the library is used.
+    Plain PyTorch without regard to memory layout; no part of the library is used. The parameters have the names
+    and shapes of :class:`cbsa_torch.CBSA`'s, so that each loads the other's.
     """
 
     def __init__(self, dim: int, num_heads: int, num_representatives: int = 64) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.to_subspaces = nn.Linear(dim, dim, bias=False)
-        self.to_out = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
         self.pool = nn.AdaptiveAvgPool2d(int(num_representatives**0.5))
-        self.step_rep = nn.Parameter(torch.randn(num_heads, 1, 1))
-        self.step_x = nn.Parameter(torch.randn(num_heads, 1, 1))
+        self.step_representatives = nn.Parameter(torch.randn(num_heads))
+        self.step_tokens = nn.Parameter(torch.randn(num_heads))
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         """``(B, 1 + side^2, C)``; the grid that a block hands on is not looked at."""
         b, n, c = x.shape
         side = int((n - 1) ** 0.5)
-        w = self.to_subspaces(x)
+        w = self.qkv(x)
         rep = self.pool(w[:, 1:].reshape(b, side, side, c).permute(0, 3, 1, 2)).reshape(b, c, -1)
         rep = rep.permute(0, 2, 1).reshape(b, -1, self.num_heads, c // self.num_heads).permute(0, 2, 1, 3)
         w = w.reshape(b, n, self.num_heads, c // self.num_heads).permute(0, 2, 1, 3)
         attn = (torch.matmul(rep, w.transpose(-1, -2)) * self.scale).softmax(dim=-1)  # extract
-        rep = rep + self.step_rep * torch.matmul(attn, w)
+        rep = rep + self.step_representatives.view(-1, 1, 1) * torch.matmul(attn, w)
         rep_attn = (torch.matmul(rep, rep.transpose(-1, -2)) * self.scale).softmax(dim=-1)  # contract
         contracted = torch.matmul(rep_attn, rep)
-        out = self.step_x * torch.matmul(attn.transpose(-1, -2), contracted)  # broadcast
-        return self.to_out(out.permute(0, 2, 1, 3).reshape(b, n, c))
+        out = self.step_tokens.view(-1, 1, 1) * torch.matmul(attn.transpose(-1, -2), contracted)  # broadcast
+        return self.proj(out.permute(0, 2, 1, 3).reshape(b, n, c))
+
+
+class NaiveISTA(nn.Module):
+    """relu(x + eta (D^T x - D^T D x) - eta lambda), eta = lambda = 0.1, by two products with every token.
+
+    The official code multiplies three times, D^T x and D^T (D x) apart; D^T (x - D x) is the same.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, N, C)``."""
+        gradient = F.linear(x - F.linear(x, self.weight), self.weight.t())
+        return F.relu(x + 0.1 * gradient - 0.1 * 0.1)
+
+
+class _NaiveBlock(nn.Module):
+    """x + CBSA(norm(x)), then ISTA(norm(x))."""
+
+    def __init__(self, dim: int, num_heads: int, num_representatives: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = NaiveCBSA(dim, num_heads, num_representatives)
+        self.norm2 = nn.LayerNorm(dim)
+        self.ista = NaiveISTA(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return self.ista(self.norm2(x))
+
+
+class NaiveCBT(nn.Module):
+    """The naive model: the paper's whole Transformer (section 4, Appendix C), as its official code goes.
+
+    Stem, class token, position embedding, blocks of :class:`NaiveCBSA` and :class:`NaiveISTA`, head on the
+    class token. Plain PyTorch, for square images of one size in PyTorch's default memory layout; no part of
+    the library is used. The parameters have the names and shapes of our CBT's, so that each loads the other's.
+
+    Args:
+        img_size: side of the images, a multiple of ``patch_size``, which is a power of two.
+        in_chans, num_classes: image channels, logits.
+        embed_dim, depth, num_heads, num_representatives: sizes.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        *,
+        in_chans: int,
+        num_classes: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_representatives: int = 64,
+    ) -> None:
+        super().__init__()
+        count = max(patch_size.bit_length() - 1, 1)
+        layers: list[nn.Module] = []
+        for i in range(count):
+            width, stride = embed_dim // 2 ** (count - 1 - i), 1 if patch_size == 1 else 2
+            conv = nn.Conv2d(in_chans, width, 3, stride, 1, bias=False)
+            layers += [*([nn.GELU()] if i else []), nn.Sequential(conv, nn.BatchNorm2d(width))]
+            in_chans = width
+        self.stem = nn.Sequential(OrderedDict(proj=nn.Sequential(*layers)))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        blocks = (_NaiveBlock(embed_dim, num_heads, num_representatives) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, in_chans, img_size, img_size)`` images to ``(B, num_classes)`` logits."""
+        x = self.stem(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x)[:, 0]))
+
+
+class Nystrom(nn.Module):
+    """Nystroem attention of the package ``nystrom-attention`` in the place of timm's; float32 only.
+
+    Its own defaults, but for the landmarks, which are as many as CBSA has representatives.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_landmarks: int = 64) -> None:
+        super().__init__()
+        from nystrom_attention import NystromAttention
+
+        head_dim = dim // num_heads
+        self.attention = NystromAttention(dim, head_dim, num_heads, num_landmarks=num_landmarks)
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """``(B, N, C)``; masks, which a ViT's blocks hand on as None, are not looked at."""
+        return self.attention(x)
 
 
 class LowerBound(nn.Module):

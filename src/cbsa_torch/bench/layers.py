@@ -29,10 +29,12 @@ def _ours(cls: type[nn.Module], **options: Any) -> Build:
 CANDIDATES: dict[str, Build] = {
     LOWER_BOUND: LowerBound,
     NAIVE: NaiveCBSA,
+    "cbsa auto": _ours(CBSA),
     "cbsa eager": _ours(CBSA, impl="eager"),
     "cbsa tiled": _ours(CBSA, impl="tiled"),
     "cbsa tiled, recompute": _ours(CBSA, impl="tiled", recompute=True),
     "cbsa triton": _ours(CBSA, impl="triton"),
+    "cbsa certified": _ours(CBSA, step="certified"),
     "tssa": _ours(TSSA),
     "agent": _ours(AgentAttention),
     "mssa": _ours(MSSA),

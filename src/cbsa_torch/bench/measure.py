@@ -55,6 +55,13 @@ def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third."""
+    at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    first, median, third = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
+    return first, median, third
+
+
 def memory(function: Callable[[], Any], device: str) -> Memory:
     """What ``function`` allocates. Its result is kept while the rest is counted."""
     if device.startswith("cuda"):
@@ -87,11 +94,15 @@ def forward(module: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
-def step(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    """Forward and backward, gradients of input and parameters, from nothing."""
+def step(module: nn.Module, x: Tensor, gradient: Tensor | None = None) -> None:
+    """Forward and backward from nothing: gradients of parameters, and of an input that wants one.
+
+    ``gradient`` is that of the output. Default: ones.
+    """
     module.zero_grad(set_to_none=True)
     x.grad = None
-    module(x).backward(gradient)
+    output = module(x)
+    output.backward(torch.ones_like(output) if gradient is None else gradient)
 
 
 def _seconds(function: Callable[[], Any], device: str) -> float:

@@ -9,41 +9,51 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.utils import reparameterize_model
 from torch import nn
 
-import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.bench import measure
-from cbsa_torch.bench.baselines import LowerBound, NaiveCBSA
-from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE
+from cbsa_torch.bench.baselines import NaiveCBT, Nystrom
+from cbsa_torch.models.registry import SIZES, model_name
 
-MODELS = tuple(
-    name.format(size)
-    for size in ("tiny", "small")
-    for name in (
-        "cbt_{}_patch16_224",
-        "cbt_{}_patch16_224 impl=eager",
-        "cbt_{}_patch16_224 impl=tiled",
-        "cbt_{}_patch16_224 attn=naive",
-        "cbt_{}_patch16_224 attn=lower_bound",
-        "vit_{}_patch16_224",
-        "crate_{}_patch16_224",
-        "tost_{}_patch16_224",
-        "agent_{}_patch16_224",
-    )
+NAIVE, NYSTROM = "naive_", "nystrom_"
+"""Before the name of a CBT: :class:`NaiveCBT` of its size; before that of a ViT: :class:`Nystrom` in it."""
+MODELS = (
+    "naive_cbt_small_patch16_224",
+    "cbt_small_patch16_224",
+    "vit_small_patch16_224",
+    "nystrom_vit_small_patch16_224",
+    "crate_small_patch16_224",
+    "tost_small_patch16_224",
+    "agent_small_patch16_224",
 )
-"""Measured by default: five families in two sizes; ViT is timm's."""
+"""Measured by default; ViT is timm's."""
+
+
+class ModelSize(NamedTuple):
+    """A batch of square images."""
+
+    batch: int
+    side: int
+    """In pixels."""
 
 
 class ModelRow(NamedTuple):
-    """One model at one resolution in one pass."""
+    """One model at one size in one pass."""
 
     name: str
-    image_size: int
+    """``fused`` and ``compiled`` after it say what was done to the model."""
     batch: int
+    image_size: int
     training: bool
     milliseconds: float
     """Median of a batch."""
+    quartiles: tuple[float, float]
+    """First and third, of the same."""
+    repetitions: int
     images_per_second: float
+    speedup: float
+    """Images per second over those of the first model, as it is, in the same pass."""
     peak_mib: float
     """Memory at the worst moment, beyond parameters and input."""
     saved_mib: float | None
@@ -53,20 +63,25 @@ class ModelRow(NamedTuple):
 def compare(
     models: Sequence[str] = MODELS,
     *,
-    image_sizes: Sequence[int] = (224, 512),
-    batches: Sequence[int] = (8, 2),
+    sizes: Sequence[ModelSize],
+    step_sizes: Sequence[ModelSize] = (),
+    compiled: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    repetitions: int = 5,
-    budget: float = 10.0,
+    repetitions: int = 9,
+    budget: float = 12.0,
     progress: Callable[[str], None] = lambda message: None,
 ) -> list[ModelRow]:
-    """Measure inference and a training step (forward and backward) of every model.
+    """Measure inference and a training step (forward and backward, without optimiser) of every model.
+
+    Those that can be fused for inference (:func:`timm.utils.reparameterize_model`) are measured so as well.
 
     Args:
-        models: timm names, optionally followed by ``impl=NAME``, ``attn=lower_bound`` or ``attn=naive``.
-        image_sizes: sides of square images.
-        batches: images per batch, for each size.
+        models: timm names, or ``naive_`` before that of a CBT, ``nystrom_`` before that of a timm ViT. The
+            others are compared with the first.
+        sizes: batches of images.
+        step_sizes: further sizes, for training steps only.
+        compiled: measure all by ``torch.compile`` as well.
         device: "cpu" or "cuda".
         dtype: of parameters and images.
         repetitions: calls that count, at most.
@@ -74,52 +89,102 @@ def compare(
         progress: is told what comes next.
     """
     rows = []
-    factory_kwargs: Any = {"device": device, "dtype": dtype}
-    for image_size, batch in zip(image_sizes, batches, strict=True):
-        for training in (False, True):
-            progress(f"{image_size} x {image_size}, {'training step' if training else 'inference'}")
-            built: dict[str, nn.Module] = {
-                name: _create(name, image_size).to(**factory_kwargs).train(training) for name in models
-            }
-            functions: dict[str, partial[Any]] = {}
-            for name, model in built.items():
-                channels = resolve_model_data_config(model)["input_size"][0]
-                x = torch.randn(
-                    batch, channels, image_size, image_size, requires_grad=training, **factory_kwargs
-                )
-                if training:
-                    gradient = torch.ones_like(measure.forward(model, x))
-                    functions[name] = partial(measure.step, model, x, gradient)
-                else:
-                    functions[name] = partial(measure.forward, model, x)
-            times = measure.interleaved(functions, device, repetitions=repetitions, budget=budget)
-            for name, seconds in measure.medians(times).items():
-                built[name].zero_grad(set_to_none=True)
-                peak = measure.memory(functions[name], device).peak
-                saved = None
-                if training:
-                    built[name].zero_grad(set_to_none=True)
-                    model, x = built[name], functions[name].args[1]
-                    saved = measure.memory(partial(model, x), device).left / 2**20
-                milliseconds, rate = 1e3 * seconds, batch / seconds
-                rows.append(
-                    ModelRow(name, image_size, batch, training, milliseconds, rate, peak / 2**20, saved)
-                )
-                built[name].zero_grad(set_to_none=True)
+    for training, size in [
+        *((training, size) for size in sizes for training in (False, True)),
+        *((True, size) for size in step_sizes),
+    ]:
+        title = f"{size.batch} x {size.side} x {size.side}, {'training step' if training else 'inference'}"
+        progress(title)
+        built: dict[str, nn.Module] = {}
+        functions: dict[str, partial[Any]] = {}
+        factory_kwargs: Any = {"device": device, "dtype": dtype}
+        for name in models:
+            model, channels = _create(name, size.side)
+            model.to(**factory_kwargs).train(training)
+            variants = {name: model}
+            if not training and any(hasattr(module, "fuse") for module in model.modules()):
+                variants[f"{name} fused"] = reparameterize_model(model)
+            if compiled:
+                variants |= {f"{key} compiled": _compile(variant) for key, variant in variants.items()}
+            images = torch.randn(size.batch, channels, size.side, size.side, **factory_kwargs)
+            run = measure.step if training else measure.forward
+            built |= variants
+            functions |= {key: partial(run, variant, images) for key, variant in variants.items()}
+        for name in functions:
+            if name.endswith(" compiled"):
+                progress(f"{title}: compiling {name.removesuffix(' compiled')}")
+                functions[name]()
+        progress(title)
+        times = measure.interleaved(functions, device, repetitions=repetitions, budget=budget)
+        base = measure.quartiles(times[models[0]])[1]
+        for name, function in functions.items():
+            first, median, third = measure.quartiles(times[name])
+            built[name].zero_grad(set_to_none=True)
+            peak = measure.memory(function, device).peak / 2**20
+            built[name].zero_grad(set_to_none=True)
+            model, images = function.args
+            saved = measure.memory(partial(model, images), device).left / 2**20 if training else None
+            speeds = size.batch / median, base / median
+            at = (name, size.batch, size.side, training)
+            time = (1e3 * median, (1e3 * first, 1e3 * third), len(times[name]))
+            rows.append(ModelRow(*at, *time, *speeds, peak, saved))
+        torch.compiler.reset()  # else the models of the next size count as variants of these
     return rows
 
 
-def _create(name: str, image_size: int) -> nn.Module:
-    """A timm model; ``NAME impl=tiled`` sets an option, ``NAME attn=naive`` puts a baseline in every block."""
-    name, _, variant = name.partition(" ")
-    option, _, value = variant.partition("=")
-    options = {"impl": value} if option == "impl" else {}
-    model: nn.Module = timm.create_model(name, img_size=image_size, **options)
-    if option == "attn":
+COMPARISONS = (
+    (False, "CBT fused / naive", "cbt fused", "naive_cbt"),
+    (False, "both compiled", "cbt fused compiled", "naive_cbt compiled"),
+    (False, "CBT fused / ViT", "cbt fused", "vit"),
+    (True, "CBT / naive", "cbt", "naive_cbt"),
+    (True, "both compiled", "cbt compiled", "naive_cbt compiled"),
+    (True, "CBT / ViT", "cbt", "vit"),
+)
+"""Whether in a training step, a heading, and whose images per second over whose."""
+
+
+def ratios(rows: Sequence[ModelRow]) -> dict[ModelSize, list[float | None]]:
+    """At every size the ratios of :data:`COMPARISONS`; None where one of the two was not measured."""
+
+    def milliseconds(size: ModelSize, training: bool, model: str) -> float | None:
+        family, _, variant = model.partition(" ")
+        own = (row for row in rows if (row.batch, row.image_size, row.training) == (*size, training))
+        named = ((*row.name.partition(" "), row.milliseconds) for row in own)
+        return next((ms for name, _, v, ms in named if name.startswith(f"{family}_") and v == variant), None)
+
+    found: dict[ModelSize, list[float | None]] = {}
+    for size in dict.fromkeys(ModelSize(row.batch, row.image_size) for row in rows):
+        found[size] = []
+        for training, _, faster, slower in COMPARISONS:
+            ours, other = (milliseconds(size, training, model) for model in (faster, slower))
+            found[size].append(other / ours if ours and other else None)
+    return found
+
+
+def is_known(name: str) -> bool:
+    """Whether :func:`compare` can build a model of this name."""
+    if name.startswith(NAIVE):
+        return name in _NAIVE_SIZES
+    plain = name.removeprefix(NYSTROM)
+    return timm.is_model(plain) and (plain == name or plain.startswith("vit_"))
+
+
+_NAIVE_SIZES = {NAIVE + model_name("cbt", key): size for key, size in SIZES.items()}
+
+
+def _create(name: str, side: int) -> tuple[nn.Module, int]:
+    """A model for images of this side, and their channels."""
+    if name.startswith(NAIVE):
+        size = _NAIVE_SIZES[name]
+        given = {"in_chans": size.input_size[0], "num_classes": size.num_classes, **size.args}
+        return NaiveCBT(**{**given, **size.mixer_defaults, "img_size": side}), size.input_size[0]
+    model: nn.Module = timm.create_model(name.removeprefix(NYSTROM), img_size=side)
+    if name.startswith(NYSTROM):
         blocks: Any = model.get_submodule("blocks")
         for block in blocks:
-            block.attn = BASELINES[value](block.attn.dim, block.attn.num_heads)
-    return model
+            block.attn = Nystrom(block.attn.qkv.in_features, block.attn.num_heads)
+    return model, resolve_model_data_config(model)["input_size"][0]
 
 
-BASELINES: dict[str, Callable[[int, int], nn.Module]] = {LOWER_BOUND: LowerBound, NAIVE: NaiveCBSA}
+def _compile(model: nn.Module) -> Any:
+    return torch.compile(model, dynamic=False, fullgraph=True)  # one size in each pass

@@ -9,7 +9,7 @@ from cbsa_torch._core.optional import require
 require("interpret")
 
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter  # noqa: E402
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter, StrMethodFormatter  # noqa: E402
 
 from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE, Row  # noqa: E402
 from cbsa_torch.bench.models import ModelRow  # noqa: E402
@@ -22,28 +22,63 @@ LOOK = {
     "cbsa tiled, recompute": ("CBSA, recompute", BLUE, "--", 1.2),
     "cbsa eager": ("CBSA, eager", "#7aa6d8", "-", 1.4),
     NAIVE: ("CBSA, naive", "#7aa6d8", "--", 1.2),
+    "cbsa certified": ("CBSA, certified", "#13294b", "--", 1.2),
     "agent": ("agent", "#3d8f5f", "-", 1.2),
     "tssa": ("TSSA", "#3d8f5f", "--", 1.2),
     "mhsa": ("softmax attention (SDPA)", ORANGE, "-", 1.6),
     "mssa": ("MSSA (SDPA)", ORANGE, "--", 1.2),
 }
-"""Label, colour, line and width: blue is CBSA, green linear, orange quadratic."""
+"""Label, colour, line and width: blue is CBSA, green linear, orange quadratic.
+
+``"auto"`` is left out: it is one of the other implementations."""
 
 
-def of_models(rows: Sequence[ModelRow]) -> Figure:
-    """Images per second, inference and training step, a panel for each resolution."""
-    panels = sorted({(r.image_size, r.training) for r in rows})
-    names = list(dict.fromkeys(r.name for r in rows))[::-1]
-    figure = Figure(figsize=(4.4 * len(panels), 0.26 * len(names) + 1.2), layout="constrained")
-    for axis, (size, training) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        own = {r.name: r.images_per_second for r in rows if (r.image_size, r.training) == (size, training)}
-        shown = [own.get(name, 0.0) for name in names]
-        colors = [BLUE if "cbt" in name else ORANGE if "vit" in name else GREY for name in names]
-        axis.barh(names, shown, color=colors)
-        axis.set_title(f"{size} x {size}, {'training step' if training else 'inference'}", fontsize=10)
-        axis.set_xlabel("images / s")
-        axis.tick_params(axis="y", labelsize=7, labelleft=axis is figure.axes[0])
+MODEL_COLORS = {
+    "naive_cbt": "#7aa6d8",
+    "cbt": BLUE,
+    "vit": ORANGE,
+    "nystrom_vit": "#e3a17a",
+    "crate": "#8d5fa8",
+    "tost": "#3d8f5f",
+    "agent": "#9bb83d",
+}
+"""By the beginning of a name; other models are grey."""
+MODEL_LINES = {"": "-", "fused": "--", "compiled": ":", "fused compiled": "-."}
+
+
+def of_models(rows: Sequence[ModelRow], title: str) -> Figure:
+    """Images per second against image size, inference and training step, a line for each model.
+
+    Of several batches of one image size, the first that was measured.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    sides = sorted({row.image_size for row in rows})
+    for axis, training in zip(axes, (False, True), strict=True):
+        lines: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row.training == training:
+                lines.setdefault(row.name, {}).setdefault(row.image_size, row.images_per_second)
+        for label, rates in lines.items():
+            name, _, variant = label.partition(" ")
+            colors = [color for family, color in MODEL_COLORS.items() if name.startswith(f"{family}_")]
+            style = {"color": (colors or [GREY])[0], "linestyle": MODEL_LINES[variant]}
+            points = sorted(rates.items())
+            axis.plot(*zip(*points, strict=True), label=label, marker="o", markersize=2.5, **style)
+        axis.set(xscale="log", yscale="log", xlabel="side of the image, pixels")
+        axis.set_title("training step" if training else "inference", fontsize=10)
+        axis.xaxis.set_major_locator(FixedLocator(sides))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        axis.tick_params(axis="y", which="both", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6, which="both")
+    axes[0].set_ylabel("images / s")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7, handlelength=4)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

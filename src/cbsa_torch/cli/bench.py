@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,12 +13,12 @@ import torch
 import tyro
 from rich.table import Table
 
-from cbsa_torch import __version__
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import layers, models, plots
 from cbsa_torch.interpret.plots import to_png, to_svg
 from cbsa_torch.train.engine.console import PlainConsole, number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.run.folder import environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # cbsa_torch.bench says which extra brings it
@@ -64,17 +62,20 @@ class LayersArgs(_TimedArgs):
 
 @dataclass
 class ModelsArgs(_TimedArgs):
-    """Images per second of whole models."""
+    """Images per second of whole models, those that can be fused for inference in this form as well."""
 
     models: tuple[str, ...] = models.MODELS
-    """timm names; "NAME impl=tiled" chooses the implementation, "NAME attn=naive" or "attn=lower_bound" puts a
-    baseline in every block."""
-    image_sizes: tuple[int, ...] = (224, 512)
-    """Sides of the images in pixels."""
-    batches: tuple[int, ...] = (8, 2)
-    """Images per batch, for each size."""
-    repetitions: int = 5
-    """Counted calls of each candidate; fewer where the budget ends before."""
+    """timm names; "naive_" before that of a CBT is the paper's model in plain PyTorch, "nystrom_" before that
+    of a ViT puts Nystroem attention into every block (package nystrom-attention). All are compared with the
+    first."""
+    sizes: tuple[str, ...] = ("8x224", "1x224", "2x512", "1x1024")
+    """Images per batch x their side in pixels."""
+    step_sizes: tuple[str, ...] = ("32x224",)
+    """Further sizes, for training steps only."""
+    compile: bool = False
+    """Measure all by torch.compile as well; compiling takes up to a minute for each in every pass."""
+    budget: float = 12.0
+    """Seconds for one candidate in one pass."""
     output: str = "benchmarks/results/models"
     """JSON, PNG and SVG files of this name."""
 
@@ -98,20 +99,22 @@ def run(args: list[str]) -> None:
     timing["dtype"] = getattr(torch, options.dtype)
     with PlainConsole().status("") as status:
         timing["progress"] = status.update
-        rows, table, figure = (_layers if args[0] == "layers" else _models)(options, timing)
-    print_table(table)
+        rows, tables, figure = (_layers if args[0] == "layers" else _models)(options, timing)
+    for table in tables:
+        print_table(table)
+        say("")
     write_atomically(Path(f"{options.output}.png"), to_png(figure))
     write_atomically(Path(f"{options.output}.svg"), to_svg(figure).encode())
     _write(options, [row._asdict() for row in rows])
 
 
-def _layers(options: LayersArgs, timing: dict[str, Any]) -> tuple[Sequence[Any], Table, Figure]:
+def _layers(options: LayersArgs, timing: dict[str, Any]) -> tuple[Sequence[Any], list[Table], Figure]:
     unknown = set(options.only) - set(layers.CANDIDATES)
     if unknown:
         raise ConfigError(f"--only: no candidate {sorted(unknown)}; there are {', '.join(layers.CANDIDATES)}")
     rows = layers.compare(
-        [_size(text) for text in options.sizes],
-        forward_sizes=[_size(text) for text in options.forward_sizes],
+        [layers.Size(*_size(text)) for text in options.sizes],
+        forward_sizes=[layers.Size(*_size(text)) for text in options.forward_sizes],
         dim=options.dim,
         num_heads=options.num_heads,
         only=options.only or None,
@@ -132,19 +135,52 @@ def _layers(options: LayersArgs, timing: dict[str, Any]) -> tuple[Sequence[Any],
         last = here
     sizes = f"{options.dim} channels, {options.num_heads} heads"
     title = f"one layer, {sizes}, {options.dtype}, {_device(options.device)}"
-    return rows, table, plots.against_tokens(rows, title)
+    return rows, [table], plots.against_tokens(rows, title)
 
 
-def _models(options: ModelsArgs, timing: dict[str, Any]) -> tuple[Sequence[Any], Table, Figure]:
-    if len(options.image_sizes) != len(options.batches):
-        raise ConfigError("--batches must have one entry for each of --image-sizes")
-    rows = models.compare(options.models, image_sizes=options.image_sizes, batches=options.batches, **timing)
-    table = number_table("image", "pass", "model", "images/s", "peak MiB", "saved MiB", left=3)
+def _models(options: ModelsArgs, timing: dict[str, Any]) -> tuple[Sequence[Any], list[Table], Figure]:
+    unknown = [name for name in options.models if not models.is_known(name)]
+    if unknown or not options.models:
+        raise ConfigError(f"--models: no model {', '.join(unknown) or 'given'}")
+    if any(name.startswith(models.NYSTROM) for name in options.models):
+        if not find_spec("nystrom_attention"):
+            raise ConfigError(
+                "--models: those with nystrom_ need a package; pip install nystrom-attention, or leave them out"
+            )
+        if options.dtype != "float32":
+            raise ConfigError(f"--dtype {options.dtype}: nystrom_ models run in float32 only; leave them out")
+    rows = models.compare(
+        options.models,
+        sizes=[models.ModelSize(*_size(text)) for text in options.sizes],
+        step_sizes=[models.ModelSize(*_size(text)) for text in options.step_sizes],
+        compiled=options.compile,
+        **timing,
+    )
+    headings = ("ms", "quartiles", "calls", "images/s", "/ first", "peak MiB", "saved MiB")
+    table = number_table("image", "pass", "model", *headings, left=3)
+    last = None
     for row in rows:
-        speed, peak = f"{row.images_per_second:.2f}", f"{row.peak_mib:.0f}"
-        saved = _number(row.saved_mib, ".0f")
-        table.add_row(f"{row.image_size}", _pass(row), row.name, speed, peak, saved)
-    return rows, table, plots.of_models(rows)
+        here = f"{row.batch} x {row.image_size}", _pass(row)
+        table.add_row(
+            *(here if here != last else ("", "")),
+            row.name,
+            f"{row.milliseconds:.1f}",
+            "{:.1f} {:.1f}".format(*row.quartiles),
+            f"{row.repetitions}",
+            f"{row.images_per_second:.2f}",
+            f"{row.speedup:.2f}",
+            f"{row.peak_mib:.0f}",
+            _number(row.saved_mib, ".0f"),
+        )
+        last = here
+    compared = [
+        f"{'step' if training else 'forward'}: {heading}" for training, heading, *_ in models.COMPARISONS
+    ]
+    ratios = number_table("images/s", *compared, left=1)
+    for size, values in models.ratios(rows).items():
+        ratios.add_row(f"{size.batch} x {size.side}", *(_number(value, ".2f") for value in values))
+    title = f"{options.dtype}, {_device(options.device)}"
+    return rows, [table, ratios], plots.of_models(rows, title)
 
 
 def _pass(row: layers.Row | models.ModelRow) -> str:
@@ -155,11 +191,11 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _size(text: str) -> layers.Size:
+def _size(text: str) -> tuple[int, int]:
     batch, _, side = text.partition("x")
     if not (batch.isdigit() and side.isdigit() and int(batch) and int(side)):
         raise ConfigError(f"sizes are BATCHxSIDE, as in 4x32; got {text!r}")
-    return layers.Size(int(batch), int(side))
+    return int(batch), int(side)
 
 
 def _device(device: str) -> str:
@@ -169,18 +205,7 @@ def _device(device: str) -> str:
 
 
 def _write(options: _TimedArgs, rows: list[dict[str, Any]]) -> None:
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "device": _device(options.device),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {
-            "cbsa_torch": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "options": asdict(options),
-        "rows": rows,
-    }
+    record = {"environment": environment(), "options": asdict(options), "rows": rows}
     path = Path(f"{options.output}.json")
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
     say(f"results: {path}")
