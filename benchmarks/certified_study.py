@@ -324,7 +324,7 @@ def measure(trained: Trained, run: Run) -> dict[str, Any]:
 
 def test_images(trained: Trained, count: int) -> tuple[Tensor, Tensor]:
     """Images of the test split, spread evenly over it, as the model is fed, and their classes."""
-    _, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test")
+    dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test").dataset
     images, labels = trained.task.sample(dataset, trained.spec, count)
     return images, torch.tensor(labels)
 

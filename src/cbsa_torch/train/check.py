@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from cbsa_torch.train.config import RunConfig
 from cbsa_torch.train.data import describe, read_skipped
-from cbsa_torch.train.data.summary import class_lines, read_all
+from cbsa_torch.train.data.summary import read_all, read_lines
 from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.registry import task_of
@@ -26,6 +26,8 @@ def check_data(config: RunConfig) -> None:
     task.check()
     reporter = Reporter()
     unit = "images" if task.one_class_per_image else "pixels"
+    ignore_label = getattr(config.data, "ignore_label", None)
+    without: list[str] = []
     with TemporaryDirectory() as folder:
         skipped = Path(folder) / "skipped.txt"
         splits = task.open_data("RGB", skipped)
@@ -33,8 +35,9 @@ def check_data(config: RunConfig) -> None:
             reporter.say(line)
         for name, dataset in splits.parts().items():
             reporter.say(f"reading {name} ...")
-            counts = read_all(dataset, len(splits.class_names), config.data.workers)[1:]
-            first, *warnings = class_lines(name, splits.class_names, counts, unit)
+            tally = read_all(dataset, len(splits.class_names), config.data.workers)
+            without += [] if tally[1:].any() else [name]
+            first, *warnings = read_lines(name, splits.class_names, tally, unit, ignore_label)
             for line in (f"{name}, {unit} read: {first}", *warnings):
                 reporter.say(line)
         bad = read_skipped(skipped)
@@ -45,4 +48,6 @@ def check_data(config: RunConfig) -> None:
             f"{len(bad)} file(s) cannot be used; training leaves out up to data.max_bad_images "
             f"({config.data.max_bad_images}) of them"
         )
+    if without:
+        raise DataError(f"no {unit} of any class in {', '.join(without)}")
     reporter.say("every file can be used")

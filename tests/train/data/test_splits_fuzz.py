@@ -28,7 +28,7 @@ ODD = ("caf\udce9", "[/b] a\tb", "ünï", "train\n")
 HIDDEN = (".ipynb_checkpoints", "__MACOSX", "@eaDir")
 TOPS = ("train", "Training", "val", "DEV", "test", "Testing", "extra", "ant", *HIDDEN, *ODD)
 CLASSES = ("ant", "bee", "train", *HIDDEN, *ODD)
-FILES = ("0.png", "1.PNG", "2.jpg", "._0.png", "Thumbs.db", "notes.txt", "none", "[x].png", "caf\udce9.png")
+FILES = ("0.png", "1.PNG", "2.jpg", "._0.png", "Thumbs.db", "notes.txt", "Val", "[x].png", "caf\udce9.png")
 KINDS = ("image", "image", "image", "broken", "pipe", "dangling", "link")
 
 
@@ -44,6 +44,7 @@ folders = st.one_of(
     st.tuples(st.sampled_from(TOPS), st.sampled_from(CLASSES)),
     st.tuples(st.sampled_from(("train", "val", "test")), st.sampled_from(CLASSES[:2])),
     st.tuples(st.sampled_from(TOPS)),
+    st.just(()),
     st.tuples(st.sampled_from(TOPS), st.sampled_from(CLASSES), st.sampled_from(CLASSES)),
 )
 entries = st.tuples(folders, st.sampled_from(FILES), st.sampled_from(KINDS), st.integers(0, 9), st.booleans())
@@ -104,6 +105,8 @@ def images_below(folder, seen):
     for path in visible(folder):
         if path.is_dir():
             yield from images_below(path, seen)
+        elif not path.exists() and not is_image(path):
+            raise Refused("a link that leads nowhere, perhaps to a folder")
         elif is_image(path) and (path.is_file() or not path.exists()):
             if path.exists():
                 seen.append(os.path.realpath(path))
@@ -112,7 +115,9 @@ def images_below(folder, seen):
 
 def by_the_rules(root):
     """The images of each split with their classes, by their paths; or Refused."""
-    found = [path for path in folders_in(root) if path.name.lower() in SPLITS]
+    found = [path for path in visible(root) if path.name.lower() in SPLITS]
+    if not all(path.is_dir() for path in found):
+        raise Refused("called like a split and no folder")
     taken = {SPLITS[path.name.lower()]: path for path in found}
     if len(taken) < len(found):
         raise Refused("two folders of one split")
@@ -132,8 +137,8 @@ def by_the_rules(root):
             raise Refused("not directly in a class folder")
     if max(Counter(seen).values()) > 1:
         raise Refused("read twice")
-    if {*images["train"].values()} != classes:
-        raise Refused("an empty class")
+    if {*images["train"].values()} != classes or len(classes) < 2:
+        raise Refused("an empty class, or one alone")
     if "val" not in images and len(images["train"]) < 2:
         raise Refused("nothing to hold out")
     return images
@@ -175,6 +180,6 @@ def test_every_tree_is_read_by_the_rules_or_refused_with_the_cause(tmp_path_fact
     assert read == expected
     said = "\n".join(describe(splits))
     said.encode()  # can be printed
-    for path in folders_in(root) if root not in {path.parent.parent for path in read["train"]} else []:
+    for path in visible(root) if root not in {path.parent.parent for path in read["train"]} else []:
         if path.name.lower() not in SPLITS and path.name.isascii() and path.name.isprintable():
             assert path.name in said

@@ -13,7 +13,7 @@ from cbsa_torch._core.checks import some_of
 from cbsa_torch.images import IGNORE
 from cbsa_torch.train.data.arrays import ArrayImages
 from cbsa_torch.train.data.checked_images import CheckedImages, PlainImages, one_line
-from cbsa_torch.train.data.splits import Splits
+from cbsa_torch.train.data.splits import OpenedSplit, Splits
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 
 MOST_CLASSES = 20
@@ -24,13 +24,19 @@ def describe(splits: Splits) -> list[str]:
     """The splits with their images, as far as can be told without reading these, and what was left out."""
     lines = [f"classes: {len(splits.class_names)} ({some_of(splits.class_names, MOST_CLASSES)})"]
     for name, dataset in splits.parts().items():
-        lines.append(f"{name}: {len(dataset):,} images")  # type: ignore[arg-type]
-        labels = labels_of(dataset)
-        if labels is not None:
-            counts = np.bincount(labels, minlength=len(splits.class_names))
-            first, *warnings = class_lines(name, splits.class_names, counts, "images")
-            lines[-1:] = [f"{lines[-1]} ({first})", *warnings]
+        lines += describe_split(OpenedSplit(name, dataset), splits.class_names)
     return [one_line(line) for line in [*lines, *splits.notes]]
+
+
+def describe_split(split: OpenedSplit, class_names: Sequence[str]) -> list[str]:
+    """The images of a split, as far as can be told without reading them, and its notes."""
+    lines = [f"{split.name}: {len(split.dataset):,} images"]  # type: ignore[arg-type]
+    labels = labels_of(split.dataset)
+    if labels is not None:
+        counts = np.bincount(labels, minlength=len(class_names))
+        first, *warnings = class_lines(split.name, class_names, counts, "images")
+        lines = [f"{lines[0]} ({first})", *warnings]
+    return [one_line(line) for line in [*lines, *split.notes]]
 
 
 def labels_of(dataset: Any) -> np.ndarray | None:
@@ -67,6 +73,22 @@ def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit
     if without:
         lines.append(f"warning: no {unit} of {some_of(without)} in {where}")
     return [one_line(line) for line in lines]
+
+
+def read_lines(
+    where: str, class_names: Sequence[str], tally: np.ndarray, unit: str, ignore_label: int | None = None
+) -> list[str]:
+    """As :func:`class_lines`, of what :func:`read_all` counted; of pixels, how many are ignored, too."""
+    ignored, counts = int(tally[0]), tally[1:]
+    first, *warnings = class_lines(where, class_names, counts, unit)
+    if unit == "pixels":
+        first += f"; ignored {100 * ignored / max(int(tally.sum()), 1):.3g} %"
+    if warnings and ignored and ignore_label is not None:
+        warnings.append(
+            f"pixels of ignore_label {ignore_label} are not trained on: if they are a class, leave it out and "
+            "set data.mask_values (0 255 for binary masks)"
+        )
+    return [first, *warnings]
 
 
 def read_all(
