@@ -308,7 +308,12 @@ def test_a_folder_in_a_class_folder_is_refused(tmp_path, capsys, nested):
     ("link", "target", "message"),
     [
         ("train/ant/loop", "..", "train/ant/loop is the folder {root}/train again, by a link"),
-        ("train/ant/loop", "../..", "train/ant/loop/train is the folder {root}/train again, by a link"),
+        (
+            "train/ant/loop",
+            "../..",
+            "train/ant/loop is a link to {root}, in which {root} lies: remove the link",
+        ),
+        ("train/ant/loop", "/", "train/ant/loop is a link to /, in which {root} lies: remove the link"),
         ("train/cat", "ant", "again, by a link: remove the link"),
         ("val", "train", "again, by a link"),
         ("train/ant/z.png", "0.png", "train/ant/z.png is a link to {root}/train/ant/0.png, which is read, too"),
@@ -344,6 +349,28 @@ def test_links_to_folders_and_images_elsewhere_are_followed(tmp_path, capsys):
     code, _, err = check(capsys, root)
     assert code == 1
     assert "are links to the same image" in err
+
+
+def test_copies_in_other_splits_or_classes_are_warned_of(tmp_path, capsys):
+    root = tree(tmp_path / "photos", *(in_splits("train")), count=1)
+    write(root / "train" / "bee" / "longer.png")
+    pictures = {folder: (root / "train" / folder / "0.png").read_bytes() for folder in CLASSES}
+    assert pictures["ant"] == pictures["bee"]
+    code, out, _ = check(capsys, root)
+    assert code == 0
+    ant, bee = (root / "train" / name / "0.png" for name in CLASSES)
+    assert "warning: 1 image(s) are in several splits or classes, byte for byte: " in out
+    assert f"{ant} and {bee}\n" in out or f"{bee} and {ant}\n" in out
+    Image.new("L", (9, 9)).save(ant)
+    Image.new("L", (9, 8)).save(bee)
+    assert "warning: 1 image" not in check(capsys, root)[1]
+    masked = write_masked_folder(tmp_path / "masked")
+    assert "byte for byte" not in check_masks(capsys, masked)[1]
+    first, second = (masked / split / "images" / "0.png" for split in ("train", "test"))
+    second.unlink()
+    os.link(first, second)
+    shutil.copy(masked / "train" / "masks" / "0.png", masked / "test" / "masks" / "0.png")
+    assert f"byte for byte: {first} and {second}\n" in check_masks(capsys, masked)[1]
 
 
 def test_a_loop_among_images_and_masks_is_refused_and_masks_may_be_shared(tmp_path, capsys):

@@ -85,7 +85,10 @@ class Scan:
 
     def enter(self, folder: Path) -> None:
         """Note a folder that is read; raises DataError where it is read already, by another way."""
-        other = self._folders.setdefault(os.path.realpath(folder), folder)
+        real = os.path.realpath(folder)
+        if folder != self.root and Path(os.path.realpath(self.root)).is_relative_to(real):
+            raise DataError(f"{folder} is a link to {real}, in which {self.root} lies: remove the link")
+        other = self._folders.setdefault(real, folder)
         if other is not folder:
             raise DataError(f"{folder} is the folder {other} again, by a link: remove the link")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from cbsa_torch._core.checks import some_of
 from cbsa_torch.images import IGNORE
 from cbsa_torch.train.data.arrays import ArrayImages
-from cbsa_torch.train.data.checked_images import CheckedImages, PlainImages, one_line
+from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages, one_line
 from cbsa_torch.train.data.splits import OpenedSplit, Splits
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 
@@ -51,6 +52,16 @@ def labels_of(dataset: Any) -> np.ndarray | None:
         return None if samples is None else np.array([label for _, label in samples])
     targets = getattr(dataset, "targets", None)
     return None if targets is None else np.asarray(targets)
+
+
+def files_of(dataset: Any) -> list[tuple[Path, int | None]]:
+    """The image files of a data set with their classes, which are None where masks have them."""
+    if isinstance(dataset, PlainImages):
+        files = files_of(dataset.source)
+        return files if not files or dataset.indices is None else [files[i] for i in dataset.indices]
+    if isinstance(dataset, CheckedImages) and isinstance(dataset.reader, ListedFiles):
+        return list(dataset.reader.samples)
+    return [(pair.image, None) for pair in getattr(dataset, "pairs", ())]
 
 
 def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit: str) -> list[str]:

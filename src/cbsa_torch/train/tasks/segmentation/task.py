@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -274,12 +275,17 @@ def _read_some(splits: Splits, data: SegmentationDataConfig) -> list[str]:
         indices = spread_indices(len(split), PAIRS_READ_FIRST)
         with TemporaryDirectory() as folder:
             listed = Path(folder) / "skipped.txt"
-            pairs = MaskedImages(
-                split.pairs, split.mode, split.labels, SkippedImages(listed, data.max_bad_images)
-            )
+            # counted below: the list of a run is not begun yet, and workers share this one
+            pairs = MaskedImages(split.pairs, split.mode, split.labels, SkippedImages(listed, sys.maxsize))
             tally = read_all(pairs, len(splits.class_names), data.workers, indices)
             failed = read_skipped(listed)
         read = f"{len(indices)} of {len(split)} {name} masks"
+        if len(failed) > data.max_bad_images:
+            shown = failed[0].replace("\t", ": ", 1)
+            raise DataError(
+                f"of {read} {len(failed)} cannot be used, and data.max_bad_images is {data.max_bad_images} "
+                f"(cbsa data check lists all): {shown}"
+            )
         if not tally[1:].any():
             raise DataError("; ".join([f"no pixel of any class in {read}", *failed[:1]]))
         first, *warnings = read_lines(read, splits.class_names, tally, "pixels", data.ignore_label)
