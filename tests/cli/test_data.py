@@ -475,6 +475,27 @@ def test_values_of_masks_that_mean_nothing_are_named(tmp_path, capsys, value, op
     assert message in out + err
 
 
+def test_palettes_that_were_numbered_anew_are_warned_of(tmp_path, capsys):
+    root = write_pairs(tmp_path / "data")
+    colours = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
+    for i, path in enumerate(sorted(root.glob("train/masks/*.png"))):
+        with Image.open(path) as grey:
+            mask = Image.frombytes("P", grey.size, grey.tobytes())
+        mask.putpalette([level for colour in [*colours, (9, 9, i)] for level in colour])  # value 3 is nowhere
+        mask.save(path)
+    code, out, _ = train_segmenter(capsys, root)
+    assert code == 0
+    assert "8 of 8 training masks: sky 95.8 %, water 2.08 %, sand 2.08 %" in out
+    assert "warning" not in out
+    mask.putpalette([level for colour in reversed(colours) for level in colour])
+    mask.save(path)
+    said = f"warning: value 0 has the colour (0, 0, 0) in {root}/train/masks/train_"
+    for out in (check_masks(capsys, root)[1], train_segmenter(capsys, root, "--overwrite")[1]):
+        assert said in out
+        assert "(0, 128, 0) in " in out
+        assert "labels are values, not colours; did a program number the palettes anew?\n" in out
+
+
 @pytest.mark.parametrize(("split", "said"), [("train", "8 of 8 training"), ("val", "3 of 3 validation")])
 def test_masks_in_which_everything_is_ignored_are_refused_before_training(tmp_path, capsys, split, said):
     root = binary_masks(tmp_path / "data")
@@ -502,6 +523,18 @@ def test_masks_with_other_names_than_their_images_are_refused_before_training(tm
     )
     assert f"{rename.format('train_0')}.png has no image); a mask must have the name of its image" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_masks_of_a_kind_that_is_not_read_are_named(tmp_path, capsys):
+    root = write_pairs(tmp_path / "data")
+    for mask in root.glob("train/masks/*.png"):
+        mask.rename(mask.with_suffix(".npy"))
+    code, _, err = check_masks(capsys, root)
+    assert code == 1
+    assert "train: 8 image(s) without a mask" in err
+    assert (
+        "; left out, no image by its ending (.npy): train/masks/train_0.npy, train/masks/train_1.npy, " in err
+    )
 
 
 def test_a_few_files_without_a_partner_are_named_and_left_out(tmp_path, capsys):

@@ -94,6 +94,17 @@ def _refuse_ambiguous(image: Image.Image) -> None:
         )
 
 
+def palette_colours(path: Path) -> dict[int, tuple[int, ...]]:
+    """The colours (red, green, blue) of the values in a palette image; none in other and in broken files."""
+    try:
+        with Image.open(path) as image:
+            used = image.getcolors() if image.mode == "P" else None
+            colours = np.array(image.getpalette("RGB") or []).reshape(-1, 3)
+    except Exception:  # of broken files, decoders raise nearly anything; whoever reads the labels says so
+        return {}
+    return {value: tuple(colours[value].tolist()) for _, value in used or [] if value < len(colours)}
+
+
 class LabelMap:
     """From the values in a data set's masks to the labels of its classes.
 

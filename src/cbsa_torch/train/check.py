@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from cbsa_torch.train.config import RunConfig
 from cbsa_torch.train.data import describe, read_skipped
-from cbsa_torch.train.data.summary import files_of, read_all, read_lines
+from cbsa_torch.train.data.summary import files_of, palette_lines, read_all, read_lines
 from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import DataError
 from cbsa_torch.train.registry import task_of
@@ -44,6 +44,7 @@ def check_data(config: RunConfig) -> None:
             tally = read_all(dataset, len(splits.class_names), config.data.workers)
             without += [] if tally[1:].any() else [name]
             first, *warnings = read_lines(name, splits.class_names, tally, unit, ignore_label)
+            warnings += palette_lines(dataset, range(len(dataset)))  # type: ignore[arg-type]
             for line in (f"{name}, {unit} read: {first}", *warnings):
                 reporter.say(line)
         bad = read_skipped(skipped)

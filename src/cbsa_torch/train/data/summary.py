@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cbsa_torch._core.checks import some_of
 from cbsa_torch.images import IGNORE
+from cbsa_torch.images.masks import palette_colours
 from cbsa_torch.train.data.arrays import ArrayImages
 from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages, one_line
 from cbsa_torch.train.data.splits import OpenedSplit, Splits
@@ -62,6 +63,20 @@ def files_of(dataset: Any) -> list[tuple[Path, int | None]]:
     if isinstance(dataset, CheckedImages) and isinstance(dataset.reader, ListedFiles):
         return list(dataset.reader.samples)
     return [(pair.image, None) for pair in getattr(dataset, "pairs", ())]
+
+
+def palette_lines(dataset: Any, indices: Iterable[int]) -> list[str]:
+    """A warning where masks draw one value in several colours: a program may have numbered the colours anew."""
+    first: dict[int, tuple[tuple[int, ...], Path]] = {}
+    for index in indices if hasattr(dataset, "pairs") else ():
+        mask = dataset.pairs[index].mask
+        for value, colour in palette_colours(mask).items():
+            known, other = first.setdefault(value, (colour, mask))
+            if known != colour:
+                colours = f"the colour {known} in {other} and {colour} in {mask}"
+                why = "labels are values, not colours; did a program number the palettes anew?"
+                return [one_line(f"warning: value {value} has {colours}: {why}")]
+    return []
 
 
 def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit: str) -> list[str]:

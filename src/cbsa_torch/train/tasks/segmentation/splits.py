@@ -107,7 +107,9 @@ def open_segmentation(
     if "train" not in splits:
         raise DataError("; ".join([f"{config.root} has no train split", *layout.notes]))
     notes = [
-        line for split, pairs in splits.items() for line in check_pairs(pairs, split, config.max_bad_images)
+        line
+        for split, pairs in splits.items()
+        for line in check_pairs(pairs, split, config.max_bad_images, layout.notes)
     ]
     if "val" not in splits:
         if config.name != "folder":
@@ -144,7 +146,7 @@ def open_segmentation_split(
         name = split or ("test" if "test" in pairs else "val")
         if name in pairs and not (name == "train" and "val" not in pairs):
             check_classes(layout.class_names, class_names)
-            lone = check_pairs(pairs[name], name, config.max_bad_images)
+            lone = check_pairs(pairs[name], name, config.max_bad_images, layout.notes)
             bad = SkippedImages(skipped, config.max_bad_images)
             dataset = MaskedImages(pairs[name], mode, layout.labels, bad)
             return OpenedSplit(name, dataset, (*lone, *layout.notes))

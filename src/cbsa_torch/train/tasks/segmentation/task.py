@@ -31,7 +31,7 @@ from cbsa_torch.train.config import check_rules
 from cbsa_torch.train.data import IGNORE, InputSpec, OpenedSplit, Splits, describe, input_spec, read_skipped
 from cbsa_torch.train.data.checked_images import SkippedImages
 from cbsa_torch.train.data.seeded import SeededSamples
-from cbsa_torch.train.data.summary import read_all, read_lines
+from cbsa_torch.train.data.summary import palette_lines, read_all, read_lines
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
@@ -289,7 +289,7 @@ def _read_some(splits: Splits, data: SegmentationDataConfig) -> list[str]:
         if not tally[1:].any():
             raise DataError("; ".join([f"no pixel of any class in {read}", *failed[:1]]))
         first, *warnings = read_lines(read, splits.class_names, tally, "pixels", data.ignore_label)
-        lines += [f"{read}: {first}", *warnings]
+        lines += [f"{read}: {first}", *warnings, *palette_lines(split, indices)]
     return lines
 
 
