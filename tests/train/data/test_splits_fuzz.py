@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections import Counter
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cbsa_torch.cli import main
 from cbsa_torch.images import IGNORE
 from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import describe, open_splits
@@ -167,7 +169,15 @@ def test_every_tree_is_read_by_the_rules_or_refused_with_the_cause(tmp_path_fact
         expected = by_the_rules(root)
     except Refused:
         expected = None
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        code = main(["data", "check", str(root), "--data.workers", "0"])
+    images = [path for found in (expected or {}).values() for path in found]
+    usable = [path.exists() and path.read_bytes() == PICTURE for path in images]
+    assert code == (0 if expected and all(usable) else 1)
+    assert said.getvalue().count("cannot be used: ") == usable.count(False)
     if expected is None:
+        assert str(root) in errors.getvalue() or "too few to hold out" in errors.getvalue()
         with pytest.raises(DataError) as caught:
             open_splits(config, "L")
         assert str(root) in str(caught.value) or "too few to hold out" in str(caught.value)
