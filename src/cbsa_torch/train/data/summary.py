@@ -11,10 +11,11 @@ from torch import Generator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cbsa_torch._core.checks import some_of
+from cbsa_torch._core.text import readable
 from cbsa_torch.images import IGNORE
 from cbsa_torch.images.masks import palette_colours
 from cbsa_torch.train.data.arrays import ArrayImages
-from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages, one_line
+from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages
 from cbsa_torch.train.data.splits import OpenedSplit, Splits
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 
@@ -27,7 +28,7 @@ def describe(splits: Splits) -> list[str]:
     lines = [f"classes: {len(splits.class_names)} ({some_of(splits.class_names, MOST_CLASSES)})"]
     for name, dataset in splits.parts().items():
         lines += describe_split(OpenedSplit(name, dataset), splits.class_names)
-    return [one_line(line) for line in [*lines, *splits.notes]]
+    return [readable(line) for line in [*lines, *splits.notes]]
 
 
 def describe_split(split: OpenedSplit, class_names: Sequence[str]) -> list[str]:
@@ -38,7 +39,7 @@ def describe_split(split: OpenedSplit, class_names: Sequence[str]) -> list[str]:
         counts = np.bincount(labels, minlength=len(class_names))
         first, *warnings = class_lines(split.name, class_names, counts, "images")
         lines = [f"{lines[0]} ({first})", *warnings]
-    return [one_line(line) for line in [*lines, *split.notes]]
+    return [readable(line) for line in [*lines, *split.notes]]
 
 
 def labels_of(dataset: Any) -> np.ndarray | None:
@@ -75,7 +76,7 @@ def palette_lines(dataset: Any, indices: Iterable[int]) -> list[str]:
             if known != colour:
                 colours = f"the colour {known} in {other} and {colour} in {mask}"
                 why = "labels are values, not colours; did a program number the palettes anew?"
-                return [one_line(f"warning: value {value} has {colours}: {why}")]
+                return [readable(f"warning: value {value} has {colours}: {why}")]
     return []
 
 
@@ -98,7 +99,7 @@ def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit
     without = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
     if without:
         lines.append(f"warning: no {unit} of {some_of(without)} in {where}")
-    return [one_line(line) for line in lines]
+    return [readable(line) for line in lines]
 
 
 def read_lines(
