@@ -86,9 +86,10 @@ def report_run(
     given, given_titles = runs.read_inputs(trained, files)  # a bad file stops before anything takes time
     folder = RunFolder(trained.path.parent)
     skipped = folder.path / "eval_report.skipped.txt"
-    split, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
-    inputs, labels = trained.task.sample(dataset, trained.spec, images)
-    result = evaluate_split(trained, split, dataset, skipped, output=folder.path / f"eval_{split}.json")
+    opened = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
+    split = opened.name
+    inputs, labels = trained.task.sample(opened.dataset, trained.spec, images)
+    result = evaluate_split(trained, opened, skipped, output=folder.path / f"eval_{split}.json")
     titles = [*given_titles, *runs.titles(trained, inputs[:shown], labels[:shown])]
     written = report(
         trained.model,

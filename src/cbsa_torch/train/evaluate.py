@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from torch.utils.data import Dataset
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch._core.checks import some_of
@@ -16,7 +15,14 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.hub import open_weights, weights_path
 from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig
-from cbsa_torch.train.data import InputSpec, class_names_of, input_spec, read_skipped
+from cbsa_torch.train.data import (
+    InputSpec,
+    OpenedSplit,
+    class_names_of,
+    describe_split,
+    input_spec,
+    read_skipped,
+)
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import DataError
@@ -86,30 +92,31 @@ def _with_classes_of(
 
 def evaluate_split(
     trained: Trained,
-    name: str,
-    dataset: Dataset[Any],
+    split: OpenedSplit,
     skipped: Path,
     *,
     batch_size: int | None = None,
     windows: WindowOptions | None = None,
     output: Path,
 ) -> EvalResult:
-    """Evaluate on a split that is open, and write what was measured to a JSON file.
+    """Evaluate on a split that is open, say what was read of it, and write what was measured to a JSON file.
 
     Args:
-        name, dataset, skipped: the split, as ``trained.task.open_split`` opened it.
+        split, skipped: as ``trained.task.open_split`` opened it.
         batch_size, windows, output: as for :func:`evaluate_checkpoint`.
 
     Raises:
         DataError: no image could be read, or more are unreadable than allowed.
     """
-    task = trained.task
+    task, name = trained.task, split.name
     accelerator = new_accelerator(mixed_precision="no")
     reporter = Reporter(accelerator.is_main_process)
     if accelerator.is_main_process:
         skipped.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    loader = task.evaluation_loader(dataset, trained.spec, accelerator, batch_size)
+    for line in describe_split(split, trained.class_names):
+        reporter.say(line)
+    loader = task.evaluation_loader(split.dataset, trained.spec, accelerator, batch_size)
     device = next(trained.model.parameters()).device
     model = trained.model.to(accelerator.device)
     try:
@@ -173,10 +180,8 @@ def evaluate_checkpoint(
     name = f"eval_{split}{'_multi_scale' if windows.multi_scale else ''}.json"
     output = trained.path.parent / name if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
-    _, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
-    return evaluate_split(
-        trained, split, dataset, skipped, batch_size=batch_size, windows=windows, output=output
-    )
+    opened = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
+    return evaluate_split(trained, opened, skipped, batch_size=batch_size, windows=windows, output=output)
 
 
 def predict_images(
