@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +92,11 @@ def _fuse_norm(layer: nn.Module) -> nn.Module:
     """One convolution for a pair of convolution and batch norm; other layers as they are."""
     if not isinstance(layer, nn.Sequential):
         return layer
-    conv, norm = layer
-    statistics = norm.running_mean, norm.running_var, norm.eps
-    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
-    fused = FusedConv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, device="meta"
-    )
+    conv, norm = cast(nn.Conv2d, layer[0]), cast(nn.BatchNorm2d, layer[1])
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, var, norm.eps, norm.weight, norm.bias)
+    sizes: Any = conv.kernel_size, conv.stride, conv.padding
+    fused = FusedConv2d(conv.in_channels, conv.out_channels, *sizes, device="meta")
     fused.weight, fused.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
     return fused.eval()
 

@@ -76,7 +76,7 @@ def cbsa(
             ``"tiled"`` goes over tiles of tokens and keeps nothing of size M x N, forward or backward;
             ``"triton"`` does so in Triton kernels for CUDA, with P at most 128 and M at most 256. ``"auto"`` is
             what is measured to be the fastest: ``"tiled"`` on the CPU from B H M N = 2^22 on (from 2^19 on for
-            tokens that require gradients: it keeps half as much for them), ``"triton"`` on CUDA from N = 2^14 or
+            tokens that require gradients: it keeps half as much then), ``"triton"`` on CUDA from N = 2^14 or
             B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
             small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
             ``torch.export``.
