@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.config import DataConfig, RunConfig
 from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import open_trained
@@ -39,7 +39,10 @@ class PageOptions:
 def parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:
     """Read ``args`` into the dataclass ``cls``; its docstring is the command's help."""
     kwargs = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
+    options = tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
+    if isinstance(options, RunConfig):  # what a recipe says stays where the command line says nothing else
+        options.model.args = {**default.model.args, **options.model.args}
+    return options
 
 
 def open_on(
