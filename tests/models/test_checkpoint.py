@@ -126,6 +126,7 @@ WRAPPERS = {
     "DataParallel of compiled": lambda model: torch.nn.DataParallel(torch.compile(model)),
     "compiled DataParallel": lambda model: torch.compile(torch.nn.DataParallel(model)),
     "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "compiled AveragedModel": lambda model: torch.compile(torch.optim.swa_utils.AveragedModel(model)),
     "ModelEmaV3": timm.utils.ModelEmaV3,
     "checkpointed": rechecked,
 }

@@ -231,11 +231,15 @@ def _bare(state: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     """A state dict whose values are plain tensors, without names of wrappers."""
     stray = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if stray:
-        raise CheckpointError(f"{source} holds entries that are not tensors: {', '.join(stray[:5])}")
+        raise CheckpointError(
+            f"{source} holds entries that are not tensors: {', '.join(stray[:5])}; weights are tensors by "
+            f"name, alone or under one of the keys {', '.join(KEYS)}"
+        )
     odd = [str(key) for key, value in state.items() if not _is_plain(value)]
     if odd:
         raise CheckpointError(
-            f"{source} holds tensors that are not dense, whole and of 16 bit or more: {odd[:5]}"
+            f"{source} holds tensors that are not dense, whole and of 16 bit or more: {odd[:5]}; gather what "
+            "is sharded over processes, and dequantise what is quantised"
         )
     try:
         return bare_state({str(key): value for key, value in state.items()})
