@@ -143,6 +143,14 @@ def test_a_wrapped_model_is_written_by_its_own_names(tmp_path, wrap):
     assert read_tensors(tmp_path / "m.pth").keys() == state.keys()
 
 
+def test_a_folder_whose_name_is_no_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    save_checkpoint(folder / "m.safetensors", tiny(), info())
+    model, read = load_checkpoint(folder / "m.safetensors")
+    assert read == info()
+    assert all(map(torch.equal, model.state_dict().values(), tiny().state_dict().values()))
+
+
 def test_tied_weights_are_written(tmp_path):
     model = tiny()
     model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight

@@ -10,8 +10,10 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +155,20 @@ def is_ours(path: Path) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
+    with _named(path) as name, safe_open(name, framework="pt") as file:
         return file.metadata() or {}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[str]:
+    """A name by which safetensors opens a file: it takes names in UTF-8 only."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
@@ -193,7 +207,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
         try:
-            tensors = load_file(path)
+            with _named(path) as name:
+                tensors = load_file(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
         return unwrap(tensors, str(path))

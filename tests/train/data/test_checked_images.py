@@ -231,7 +231,7 @@ def test_every_line_is_whole(tmp_path):
     path = tmp_path / "s.txt"
     assert read_skipped(path) == []
     SkippedImages(path, 9).add(b"a\xff\n\tb\r.png".decode(errors="surrogateescape"), "two\nlines")
-    assert read_skipped(path) == ["a\\udcff\\n\\tb\\r.png\ttwo\\nlines"]
+    assert read_skipped(path) == ["a\\xff\\n\\tb\\r.png\ttwo\\nlines"]
     path.write_bytes(b"a\twhy\nb")  # cut short by a full disk
     assert read_skipped(path) == ["a\twhy"]
 

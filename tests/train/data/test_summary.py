@@ -55,7 +55,7 @@ def test_lines_about_classes():
     ]
     odd = Splits(Listed([0]), Listed([0]), None, ["caf\udce9\n"], ("left out",))
     assert describe(odd) == [
-        "classes: 1 (caf\\udce9\\n)",
-        *(f"{s}: 1 images (caf\\udce9\\n 1)" for s in ("train", "val")),
+        "classes: 1 (caf\\xe9\\n)",
+        *(f"{s}: 1 images (caf\\xe9\\n 1)" for s in ("train", "val")),
         "left out",
     ]

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from torch.utils.data import Dataset
 
+from cbsa_torch._core.text import readable
 from cbsa_torch.images import IGNORE, DataError, UnreadableImageError, convert, read_image_file
 from cbsa_torch.images.decode import reason
 
@@ -35,13 +36,13 @@ class SkippedImages:
             DataError: it is one more than the limit.
         """
         known = self._read()
-        if one_line(name) not in known:
-            self._append(one_line(name), one_line(why))
+        if readable(name) not in known:
+            self._append(readable(name), readable(why))
             known = self._read()
         if len(known) > self.limit:
             where = f", listed in {self.path}" if self.path is not None else ""
             raise DataError(
-                f"cannot read image {one_line(name)}: {one_line(why)}; with it {len(known)} image(s) cannot "
+                f"cannot read image {readable(name)}: {readable(why)}; with it {len(known)} image(s) cannot "
                 f"be read{where}, and data.max_bad_images is {self.limit}; mend or remove them (and the list), "
                 "or raise the limit"
             )
@@ -76,12 +77,6 @@ def _read_list(path: Path) -> dict[str, str]:
         if tab:  # else it is empty, or cut short by a full disk
             found.setdefault(name, why)
     return found
-
-
-def one_line(text: str) -> str:
-    """Printable in a line of UTF-8: odd bytes in file names and line breaks are written as escapes."""
-    text = text.encode(errors="backslashreplace").decode()
-    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 class ListedFiles:

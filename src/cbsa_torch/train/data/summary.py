@@ -10,9 +10,10 @@ from torch import Generator
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cbsa_torch._core.checks import some_of
+from cbsa_torch._core.text import readable
 from cbsa_torch.images import IGNORE
 from cbsa_torch.train.data.arrays import ArrayImages
-from cbsa_torch.train.data.checked_images import CheckedImages, PlainImages, one_line
+from cbsa_torch.train.data.checked_images import CheckedImages, PlainImages
 from cbsa_torch.train.data.splits import Splits
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 
@@ -30,7 +31,7 @@ def describe(splits: Splits) -> list[str]:
             counts = np.bincount(labels, minlength=len(splits.class_names))
             first, *warnings = class_lines(name, splits.class_names, counts, "images")
             lines[-1:] = [f"{lines[-1]} ({first})", *warnings]
-    return [one_line(line) for line in [*lines, *splits.notes]]
+    return [readable(line) for line in [*lines, *splits.notes]]
 
 
 def labels_of(dataset: Any) -> np.ndarray | None:
@@ -66,7 +67,7 @@ def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit
     without = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
     if without:
         lines.append(f"warning: no {unit} of {some_of(without)} in {where}")
-    return [one_line(line) for line in lines]
+    return [readable(line) for line in lines]
 
 
 def read_all(
