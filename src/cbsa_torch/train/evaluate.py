@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ def open_trained(
     checkpoint: str | Path,
     *,
     model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
     data: DataConfig | None = None,
     split: str | None = None,
 ) -> Trained:
@@ -43,6 +44,7 @@ def open_trained(
         checkpoint: a run folder or a file. Files that no run wrote (released checkpoints of the official code,
             plain state dicts) do not say their classes: those are the data's, in their order.
         model: name in timm of the model that a plain state dict is of; other files say it.
+        model_args: its constructor arguments, where they are not the defaults.
         data: the images and classes for a file that no run wrote.
         split: the one of ``data`` that will be used: a folder needs no other.
 
@@ -51,12 +53,12 @@ def open_trained(
             classes, and ``data`` are not given. DataError: data of another number of classes.
     """
     path = weights_path(checkpoint)
-    opened, info = open_weights(path, model)
+    opened, info = open_weights(path, model, model_args)
     if "config" not in info:
         if data is None:
             raise CheckpointError(
-                f"{path} was not written by a training run, and does not say its classes: cbsa eval and "
-                "cbsa report take such a file with data that tell them (--root FOLDER)"
+                f"{path} was not written by a training run, and does not say its classes: cbsa eval, "
+                "predict and report take such a file with data that tell them (--root FOLDER)"
             )
         return _with_classes_of(data, split, opened, info, path)
     try:

@@ -175,12 +175,19 @@ def _is_folder(config: DataConfig) -> bool:
 
 
 def class_names_of(config: DataConfig, mode: str, split: str | None) -> list[str]:
-    """The classes of a data set; of a folder without training images, those of the split that is asked for."""
+    """The classes of a data set; of a folder without training images, those of the split that is asked for.
+
+    Args:
+        config: the data set.
+        mode: of its images.
+        split: the one that will be used. Default: test, else validation.
+    """
     if config.root is not None and _is_folder(config):
         root = Path(config.root)
         found = class_splits(root, config.splits, Scan(root))
-        if split in found and "train" not in found:
-            return class_folders(found[split])
+        used = [name for name in ((split,) if split else ("test", "val")) if name in found]
+        if used and "train" not in found:
+            return class_folders(found[used[0]])
     return open_splits(config, mode).class_names
 
 

@@ -26,7 +26,7 @@ from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import check_fit, refuse_fetching
 from cbsa_torch.models.segmentation.factory import segmenter
-from cbsa_torch.train.build import Built, build_model, draft_model, fit, open_source, read_args
+from cbsa_torch.train.build import Built, build_model, draft_model, fit, open_source
 from cbsa_torch.train.config import check_rules
 from cbsa_torch.train.data import IGNORE, InputSpec, OpenedSplit, Splits, describe, input_spec, read_skipped
 from cbsa_torch.train.data.checked_images import SkippedImages
@@ -350,7 +350,7 @@ def open_encoder(
     source, size = config.model.encoder_from, config.model.image_size
     if source is None or source == PRETRAINED:
         return config, None if source is None or continued else pretrained_weights(config), ()
-    args = read_args(config.model)
+    args = config.model.args
     given = args.get("encoder"), args.get("encoder_args")
     model, info, path = open_source("model.encoder_from", source, *given)
     if info["model"] == "segmenter":
@@ -367,7 +367,7 @@ def open_encoder(
 
 def pretrained_weights(config: SegmentationTrainConfig) -> dict[str, Tensor]:
     """The weights that timm has for the encoder of ``model.args``."""
-    args = read_args(config.model)
+    args = config.model.args
     name, encoder_args = args.get("encoder", _default("encoder")), args.get("encoder_args") or {}
     refuse_fetching("model.args encoder_args", encoder_args, "model.encoder_from is set", ConfigError)
     given = {"img_size": config.model.image_size, "in_chans": args.get("in_chans")}
