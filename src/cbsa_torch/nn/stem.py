@@ -96,7 +96,7 @@ def _fuse_norm(layer: nn.Module) -> nn.Module:
     mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, var, norm.eps, norm.weight, norm.bias)
     sizes: Any = conv.kernel_size, conv.stride, conv.padding
-    fused = FusedConv2d(conv.in_channels, conv.out_channels, *sizes, device="meta")
+    fused = FusedConv2d(conv.in_channels, conv.out_channels, *sizes, device="meta")  # type: ignore[misc]
     fused.weight, fused.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
     return fused.eval()
 
