@@ -295,7 +295,7 @@ def accuracy_before(config: AdaptTrainConfig, split: str) -> UntrainedAccuracy:
         )
     accelerator, task = new_accelerator(mixed_precision="no"), Adaptation(config)
     spec, class_names = input_spec(original.model, config.model.image_size), original.class_names
-    loader = task.evaluation_loader(task.open_split(spec.mode, class_names, split)[1], spec, accelerator)
+    loader = task.evaluation_loader(task.open_split(spec.mode, class_names, split).dataset, spec, accelerator)
 
     def top1(model: nn.Module) -> float:
         return task.evaluate(accelerator, model.to(accelerator.device), loader, class_names).top1

@@ -338,7 +338,7 @@ def certificates(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 def test_images(trained: Trained, count: int) -> tuple[Tensor, Tensor]:
     """Images of the test split, spread evenly over it, as the model is fed, and their classes."""
-    _, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test")
+    dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test").dataset
     images, labels = trained.task.sample(dataset, trained.spec, count)
     return images, torch.tensor(labels)
 

@@ -92,7 +92,7 @@ def configuration(options: Options, member: str, seed: int) -> TrainConfig:
         recipe,
         output=str(options.runs / f"{member}_seed{seed}"),
         seed=seed,
-        model=replace(recipe.model, name=name, args={key: str(value) for key, value in args.items()}),
+        model=replace(recipe.model, name=name, args=args),
         optim=replace(recipe.optim, epochs=options.epochs or recipe.optim.epochs),
         engine=replace(recipe.engine, threads=1),
     )

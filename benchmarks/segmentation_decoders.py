@@ -168,7 +168,7 @@ def sweep_once(options: Options, mixer: str, seed: int) -> dict[str, Any]:
     """Mean IoU on the first test scenes under noise on the decoder's attention layers alone."""
     trained = open_trained(configuration(options, mixer, seed).output)
     task = trained.task
-    dataset: Any = task.open_split(trained.spec.mode, trained.class_names, "test")[1]
+    dataset: Any = task.open_split(trained.spec.mode, trained.class_names, "test").dataset
     dataset.transform = evaluation_transform(trained.spec.mean, trained.spec.std)
     accelerator = Accelerator(cpu=True)
     scenes: Any = [dataset[i] for i in range(options.noise_scenes)]  # drawn once for all

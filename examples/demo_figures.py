@@ -28,7 +28,7 @@ BLUE, ORANGE, GREY = "#2563a8", "#c2571a", "#8a8f98"
 
 def main(run: str, folder: str) -> None:
     trained = open_trained(run)
-    _, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test")
+    dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test").dataset
     inputs, _ = trained.task.sample(dataset, trained.spec, 360)
     measured = interpret.certificate(trained.model, inputs)
     print(measured)

@@ -18,6 +18,7 @@ from cbsa_torch._core.text import readable
         ("\x1b[31mred", r"\x1b[31mred"),
         ("two\nlines", r"two\nlines"),
         ("gnp.\u202eexe", r"gnp.\u202eexe"),
+        ("a\u2028b\u200fc", r"a\u2028b\u200fc"),
         (3, "3"),
     ],
 )

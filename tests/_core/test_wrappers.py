@@ -23,6 +23,8 @@ def test_names(name, bare):
 
 def test_only_the_count_of_an_average_is_left_out():
     assert bare_state({"n_averaged": 3, "module.w": 1}) == {"w": 1}
+    compiled = {"_orig_mod.n_averaged": 3, "_orig_mod.module._orig_mod.w": 1}
+    assert bare_state(compiled) == {"w": 1}
     assert bare_state({"n_averaged": 3, "w": 1}) == {"n_averaged": 3, "w": 1}
 
 

@@ -9,7 +9,7 @@ from benchmarks.adapt_table import Options, compare, markdown
 from cbsa_torch import train
 from cbsa_torch.train.errors import ConfigError
 
-VIT = {"patch_size": "2", "in_chans": "1", "embed_dim": "24", "depth": "2", "num_heads": "2"}
+VIT = {"patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
 AGENT = "agent num_representatives=4"
 
 

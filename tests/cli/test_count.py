@@ -43,7 +43,6 @@ def test_it_takes_any_size_and_any_model(capsys):
             "cbt_tiny_patch16_224 --output x.json --plot x.png",
             "--output x.json is a file that --plot x.png writes",
         ),
-        ("cbt_tiny_patch16_224 --args tied [1", "cannot count cbt_tiny_patch16_224"),
         ("cbt_tiny_patch16_224 --args checkpoint_path x", "--args must not hold checkpoint_path"),
         ("resnet18 --args block foo", "cannot count resnet18"),
         ("cbt_tiny_patch16_224 --args img_size 64 --image-size 32", "cannot count cbt_tiny_patch16_224"),

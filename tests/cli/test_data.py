@@ -68,15 +68,19 @@ def test_without_val_it_is_said_that_images_are_held_out(tmp_path, capsys):
 
 
 def test_folders_and_files_that_play_no_part_are_named(tmp_path, capsys):
-    root = tree(tmp_path / "photos", *in_splits("train", "val"), "evaluation/ant", "raw")
+    others = [f"other{i}" for i in range(7)]
+    root = tree(tmp_path / "photos", *in_splits("train", "val"), "evaluation/ant", *others, count=3)
     write(root / "stray.png")
+    for name in ("val.zip", "labels.csv", "README"):
+        (root / name).write_text("beside the splits")
     (root / "train" / "ant" / "notes.txt").write_text("no image")
     (root / "train" / "ant" / "phone.HEIC").write_text("no image")
     os.mkfifo(root / "val" / "bee" / "pipe.png")  # would be waited for
     code, out, _ = check(capsys, root)
     assert code == 0
     names = "train, training, val, valid, validation, dev, test, testing"
-    assert f"left out, not a split ({names}): evaluation, raw, stray.png\n" in out
+    beside = ", ".join(sorted([*others, "README", "evaluation", "labels.csv", "stray.png", "val.zip"]))
+    assert f"left out, not a split ({names}): {beside}\n" in out
     assert "left out, no image by its ending (.txt): train/ant/notes.txt\n" in out
     assert "left out, no image by its ending (.HEIC): train/ant/phone.HEIC\n" in out
     assert "left out, neither file nor folder: val/bee/pipe.png\n" in out
@@ -111,6 +115,82 @@ def test_what_may_be_read_in_two_ways_is_refused_with_the_setting_that_decides(
     assert message in err
 
 
+@pytest.mark.parametrize("name", ["val", "Test", "TRAINING", "masks/val"])
+@pytest.mark.parametrize("kind", ["a file", "a link that leads nowhere"])
+def test_what_is_called_like_a_split_and_is_no_folder_is_refused(tmp_path, capsys, name, kind):
+    root, look = tree(tmp_path / "photos", "train/ant", "train/bee", "images/train", "masks/train"), check
+    if "/" in name:
+        look = check_masks
+        shutil.rmtree(root / "train")
+        (root / "classes.txt").write_text("a\nb")
+    if kind == "a file":
+        (root / name).write_text("../elsewhere")  # a link, as Git writes it where there are none
+    else:
+        (root / name).symlink_to("../elsewhere")
+    code, _, err = look(capsys, root)
+    assert code == 1
+    what = "called like a split but is not a folder" if kind == "a file" else f"{kind}, to ../elsewhere"
+    assert f"{root / name} is {what}: " in err
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train/ant", "val/ant"), "photos/train has one class folder, ant, and nothing to tell it from"),
+        (("data/ant", "data/bee"), "is the class 'data' or 'ant'?"),
+        (
+            ("images", "masks"),
+            "photos has the folders images and masks: to train a segmenter on them, add --con",
+        ),
+        (
+            ("train/masks", "train/images"),
+            "photos/train has the folders images and masks: to train a segmenter",
+        ),
+        (
+            (*in_splits("train"), "train/caf\u00e9", "val/cafe\u0301"),
+            "but 'caf\\xe9' of the same letters in another form of Unicode (here 'cafe\\u0301'): rename one",
+        ),
+    ],
+)
+def test_classes_that_cannot_be_meant_are_refused(tmp_path, capsys, folders, message):
+    code, _, err = check(capsys, tree(tmp_path / "photos", *folders))
+    assert code == 1
+    assert message in err
+
+
+def test_a_class_of_files_that_are_no_images_by_their_names_is_refused_and_they_are_named(tmp_path, capsys):
+    root = tree(tmp_path / "photos", *in_splits("train", "val"))
+    for photo in (root / "train" / "bee").iterdir():
+        photo.rename(photo.with_suffix(".heic"))
+    code, _, err = check(capsys, root)
+    assert code == 1
+    assert "train/bee holds no images; left out, no image by its ending (.heic): train/bee/0.heic, " in err
+
+
+def test_evaluations_and_reports_say_what_they_read(tmp_path, capsys, trained_on_folder):
+    def say(command, root, *options):
+        code = main([command, "--checkpoint", str(trained_on_folder), "--root", str(root), *options])
+        out, err = capsys.readouterr()
+        assert (code, err) == (0, "")
+        return out
+
+    root = tree(tmp_path / "photos", "dark", "light", count=10)
+    out = say("eval", root, "--split", "val")
+    assert "val: 2 images (" in out
+    assert "val is held out of train: there is no val split (data.val_fraction 0.1)\n" in out
+    (root / "train").mkdir()
+    for name in ("dark", "light"):
+        (root / name).rename(root / "train" / name)
+    assert "train: 18 images (" in say("eval", root, "--split", "train")  # without those that validate
+    (root / "train").rename(root / "Test")
+    (root / "Test" / "dark" / "0.png").rename(root / "Test" / "dark" / "0.heic")
+    shutil.rmtree(root / "Test" / "light")
+    small = ["--images", "2", "--shown", "1", "--robustness-images", "0"]
+    for out in (say("eval", root), say("report", root, *small)):
+        assert "test: 9 images (dark 9, light 0)\nwarning: no images of light in test\n" in out
+        assert f"test is {root}/Test\nleft out, no image by its ending (.heic): Test/dark/0.heic\n" in out
+
+
 def test_classes_may_be_called_like_splits(tmp_path, capsys):
     code, out, _ = check(capsys, tree(tmp_path, "car", "train", "val", count=10), "--data.splits", "none")
     assert code == 0
@@ -137,6 +217,29 @@ def test_masks_follow_the_same_rules_of_splits(tmp_path, capsys):
     code, out, _ = check_masks(capsys, tmp_path, "--data.splits", "none")
     assert code == 0
     assert "train: 8 images" in out
+
+
+def test_masks_of_a_split_without_images_are_refused_and_what_lies_beside_is_named(tmp_path, capsys):
+    root = write_pairs(tmp_path / "around")
+    write(root / "train" / "depth" / "0.png")
+    (root / "val" / "notes.md").write_text("of val")
+    (root / "masks.zip").write_text("of all")
+    code, out, _ = check_masks(capsys, root)
+    assert code == 0
+    assert "testing): masks.zip\n" in out
+    assert "left out, neither images nor masks: train/depth, val/notes.md\n" in out
+    (root / "train" / "masks").rename(root / "train" / "labels")
+    code, _, err = check_masks(capsys, root)
+    assert code == 1
+    assert "train/masks is not a folder (folders in " in err
+    assert "train: depth, images, labels)" in err
+    root = tmp_path / "within"
+    for folder in ("images/train", "masks/train", "masks/Val"):
+        write(root / folder / "0.png", [0, 1])
+    (root / "classes.txt").write_text("a\nb")
+    code, _, err = check_masks(capsys, root)
+    assert code == 1
+    assert f"{root}/masks/Val is the val split of the masks, and {root}/images has none" in err
 
 
 # ---- hidden files
@@ -184,14 +287,25 @@ def test_a_folder_in_a_class_folder_is_refused(tmp_path, capsys, nested):
     ("link", "target", "message"),
     [
         ("train/ant/loop", "..", "train/ant/loop is the folder {root}/train again, by a link"),
-        ("train/ant/loop", "../..", "train/ant/loop/train is the folder {root}/train again, by a link"),
+        (
+            "train/ant/loop",
+            "../..",
+            "train/ant/loop is a link to {root}, in which {root} lies: remove the link",
+        ),
+        ("train/ant/loop", "/", "train/ant/loop is a link to /, in which {root} lies: remove the link"),
         ("train/cat", "ant", "again, by a link: remove the link"),
         ("val", "train", "again, by a link"),
         ("train/ant/z.png", "0.png", "train/ant/z.png is a link to {root}/train/ant/0.png, which is read, too"),
         ("test/ant/z.png", "../../train/bee/0.png", "which is read, too"),
+        ("train/cow", "../gone/cow", "train/cow is a link that leads nowhere, to ../gone/cow: mend or remove"),
+        (
+            "test/ant/more",
+            "more",
+            "test/ant/more is a link that leads nowhere, to more: mend or remove the link",
+        ),
     ],
 )
-def test_an_image_that_links_lead_to_twice_is_refused(tmp_path, capsys, link, target, message):
+def test_links_to_what_is_read_already_or_to_nothing_are_refused(tmp_path, capsys, link, target, message):
     root = tree(tmp_path / "photos", *in_splits("train", "test"))
     (root / link).symlink_to(target)
     code, _, err = check(capsys, root)
@@ -214,6 +328,28 @@ def test_links_to_folders_and_images_elsewhere_are_followed(tmp_path, capsys):
     code, _, err = check(capsys, root)
     assert code == 1
     assert "are links to the same image" in err
+
+
+def test_copies_in_other_splits_or_classes_are_warned_of(tmp_path, capsys):
+    root = tree(tmp_path / "photos", *(in_splits("train")), count=1)
+    write(root / "train" / "bee" / "longer.png")
+    pictures = {folder: (root / "train" / folder / "0.png").read_bytes() for folder in ("ant", "bee")}
+    assert pictures["ant"] == pictures["bee"]
+    code, out, _ = check(capsys, root)
+    assert code == 0
+    ant, bee = (root / "train" / name / "0.png" for name in ("ant", "bee"))
+    assert "warning: 1 image(s) are in several splits or classes, byte for byte: " in out
+    assert f"{ant} and {bee}\n" in out or f"{bee} and {ant}\n" in out
+    Image.new("L", (9, 9)).save(ant)
+    Image.new("L", (9, 8)).save(bee)
+    assert "warning: 1 image" not in check(capsys, root)[1]
+    masked = write_masked_folder(tmp_path / "masked")
+    assert "byte for byte" not in check_masks(capsys, masked)[1]
+    first, second = (masked / split / "images" / "0.png" for split in ("train", "test"))
+    second.unlink()
+    os.link(first, second)
+    shutil.copy(masked / "train" / "masks" / "0.png", masked / "test" / "masks" / "0.png")
+    assert f"byte for byte: {first} and {second}\n" in check_masks(capsys, masked)[1]
 
 
 def test_a_loop_among_images_and_masks_is_refused_and_masks_may_be_shared(tmp_path, capsys):
@@ -278,6 +414,12 @@ def test_masks_whose_object_is_ignored_are_warned_of(tmp_path, capsys):
     [
         (128, [], "set data.mask_values to 0 128\n"),
         (
+            255,
+            ["--data.ignore-label", "255"],
+            "train, pixels read: ground 100 %, object 0 %; ignored 14.6 %\nwarning: no pixels of object in train\n"
+            "pixels of ignore_label 255 are not trained on: ",
+        ),
+        (
             1,
             ["--data.mask-values", "0", "7", "--data.ignore-label", "1"],
             "warning: no pixels of object in train\n",
@@ -298,6 +440,27 @@ def test_values_of_masks_that_mean_nothing_are_named(tmp_path, capsys, value, op
     assert message in out + err
 
 
+def test_palettes_that_were_numbered_anew_are_warned_of(tmp_path, capsys):
+    root = write_pairs(tmp_path / "data")
+    colours = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
+    for i, path in enumerate(sorted(root.glob("train/masks/*.png"))):
+        with Image.open(path) as grey:
+            mask = Image.frombytes("P", grey.size, grey.tobytes())
+        mask.putpalette([level for colour in [*colours, (9, 9, i)] for level in colour])  # value 3 is nowhere
+        mask.save(path)
+    code, out, _ = train_segmenter(capsys, root)
+    assert code == 0
+    assert "8 of 8 training masks: sky 95.8 %, water 2.08 %, sand 2.08 %" in out
+    assert "warning" not in out
+    mask.putpalette([level for colour in reversed(colours) for level in colour])
+    mask.save(path)
+    said = f"warning: value 0 has the colour (0, 0, 0) in {root}/train/masks/train_"
+    for out in (check_masks(capsys, root)[1], train_segmenter(capsys, root, "--overwrite")[1]):
+        assert said in out
+        assert "(0, 128, 0) in " in out
+        assert "labels are values, not colours; did a program number the palettes anew?\n" in out
+
+
 @pytest.mark.parametrize(("split", "said"), [("train", "8 of 8 training"), ("val", "3 of 3 validation")])
 def test_masks_in_which_everything_is_ignored_are_refused_before_training(tmp_path, capsys, split, said):
     root = binary_masks(tmp_path / "data")
@@ -307,6 +470,9 @@ def test_masks_in_which_everything_is_ignored_are_refused_before_training(tmp_pa
     assert code == 1
     assert f"no pixel of any class in {said} masks" in err
     assert not (tmp_path / "run").exists()
+    code, _, err = check_masks(capsys, root, "--data.ignore-label", "255")
+    assert code == 1
+    assert f"no pixels of any class in {split}\n" in err
 
 
 @pytest.mark.parametrize("rename", ["{}_mask", "mask_{}", "{}-labels"])
@@ -319,6 +485,18 @@ def test_masks_with_other_names_than_their_images_are_refused_before_training(tm
     assert f"train: 8 image(s) without a mask, e.g. {root}/train/masks/train_0.png is not there; " in err
     assert f"{rename.format('train_0')}.png has no image); a mask must have the name of its image" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_masks_of_a_kind_that_is_not_read_are_named(tmp_path, capsys):
+    root = write_pairs(tmp_path / "data")
+    for mask in root.glob("train/masks/*.png"):
+        mask.rename(mask.with_suffix(".npy"))
+    code, _, err = check_masks(capsys, root)
+    assert code == 1
+    assert "train: 8 image(s) without a mask" in err
+    assert (
+        "; left out, no image by its ending (.npy): train/masks/train_0.npy, train/masks/train_1.npy, " in err
+    )
 
 
 def test_a_few_files_without_a_partner_are_named_and_left_out(tmp_path, capsys):
@@ -406,7 +584,28 @@ def test_lists_are_split_at_line_breaks_alone(tmp_path, capsys, end, start):
     )
     assert code == 0, err
     assert "train: 4 images\nval: 2 images\n" in out
-    assert "): ImageSets/Segmentation/trainval.txt\n" in out
+    assert ", and .txt): ImageSets/Segmentation/trainval.txt\n" in out
+
+
+def test_odd_lists_and_folders_of_voc_are_taken_or_named(tmp_path, capsys):
+    root = voc(tmp_path / "voc", NAMES, train=b"my photo 0\rmy photo 1", test=b"my photo 2")
+    lists = root / "ImageSets" / "Segmentation"
+    (lists / "test.txt").rename(lists / "Valid.TXT")
+    for name in ("test", "val.csv", "._val.txt"):
+        (lists / name).write_text("my photo 3")
+    (root / "Annotations").mkdir()
+    code, out, _ = check_masks(capsys, root, name="voc")
+    assert code == 0
+    assert "train: 2 images\nval: 1 images\n" in out
+    assert ", and .txt): ImageSets/Segmentation/test, ImageSets/Segmentation/val.csv\n" in out
+    assert "left out, hidden: ImageSets/Segmentation/._val.txt\n" in out
+    assert "left out, neither images, masks nor lists: Annotations\n" in out
+    (root / "JPEGImages" / "my photo 2.jpg").unlink()
+    (root / "JPEGImages" / "my photo 2.jpg").symlink_to("my photo 0.jpg")
+    code, _, err = check_masks(capsys, root, name="voc")
+    assert code == 1
+    assert "my photo 0.jpg and " in err
+    assert "my photo 2.jpg are one image, by a link" in err
 
 
 @pytest.mark.parametrize(

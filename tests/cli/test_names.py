@@ -27,7 +27,7 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def named(kind, tmp_path_factory, tiny) -> Path:
-    """A run on folders of such names."""
+    """A run on folders of such names, in one."""
     root = tmp_path_factory.mktemp("named") / FILE[kind].removesuffix(".png")
     names = MARKUP if kind == "markup" else [os.fsdecode(name) for name in BYTES]
     for i, name in enumerate(sorted(names)):
@@ -35,7 +35,7 @@ def named(kind, tmp_path_factory, tiny) -> Path:
             (root / split / name).mkdir(parents=True)
             for j in range(4):
                 Image.new("L", (8, 8), 60 * i + 5 * j).save(root / split / name / f"{j}.png")
-    output = root.with_name("run")
+    output = root.with_name(f"run {root.name}")
     options = ["--config", "folder", "--data.root", str(root), "--output", str(output)]
     options += [*tiny, "--optim.batch-size", "8", "--engine.tracker", "none"]
     assert main(["train", *options, "--model", "cbt_pico_patch1_8"]) == 0
@@ -80,6 +80,12 @@ def test_report_and_compare(kind, named, tmp_path, capsys):
     assert "twin [final]" in comparison
     assert "<script>x" not in report + comparison
     assert "report: " in capsys.readouterr().out
+
+    shutil.copytree(named, tmp_path / f"x{FILE[kind]}")
+    runs = [str(named), str(tmp_path / f"x{FILE[kind]}"), "--output", str(tmp_path / "out")]
+    assert main(["compare", *runs, *options]) == 0
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert html.escape(f"run {FILE_SHOWN[kind].removesuffix('.png')}", quote=False) in page
 
 
 def test_eval(named, capsys):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cbsa_torch.cli import main
 from cbsa_torch.models import load_checkpoint
+from cbsa_torch.train.data import input_spec
+from cbsa_torch.train.tasks.base import eval_transform
 from tests.helpers.masked_folder import write_masked_folder
 
 NAME = "vit_tiny_patch16_224"
@@ -124,7 +128,7 @@ def test_encoder_from(tmp_path, capfd):
     )
 
 
-# ---- eval and report
+# ---- eval, report and predict
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,42 @@ def test_eval(tmp_path, tiny_vit, colour_images, capsys, split):
     assert "images are fed as 32 x 32 pixels, mean (0.5, 0.5, 0.5)" in out
 
 
+def test_predict(tmp_path, tiny_vit, colour_images, capsys):
+    """Of weights whose model has arguments that its name does not say, with the classes of a folder without train."""
+    model = timm.create_model(NAME, img_size=32, num_classes=3, global_pool="avg", fc_norm=False).eval()
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    shutil.copytree(colour_images / "test", tmp_path / "classes" / "test")
+    image = next((tmp_path / "classes" / "test" / "red").iterdir())
+    plain = [
+        "--checkpoint",
+        str(tmp_path / "vit.safetensors"),
+        "--model",
+        NAME,
+        "--root",
+        str(tmp_path / "classes"),
+    ]
+    args = ["--args", "global_pool", "avg", "fc_norm", "no"]
+    assert main(["predict", str(image), *plain, *args, "--output", str(tmp_path / "p.json")]) == 0
+    (record,) = json.loads((tmp_path / "p.json").read_text())
+    made = model(eval_transform(input_spec(model, 32))(Image.open(image).convert("RGB"))[None]).softmax(-1)[0]
+    order = made.argsort(descending=True)
+    assert record["classes"] == [["blue", "green", "red"][i] for i in order]
+    torch.testing.assert_close(torch.tensor(record["probabilities"]), made[order], atol=1e-5, rtol=0)
+    assert main(["eval", *plain, *args, "--output", str(tmp_path / "e.json")]) == 0
+    assert "images are fed as 32 x 32 pixels" in capsys.readouterr().out
+
+
+def test_a_run_says_its_classes_itself(tmp_path, colour_images, capfd):
+    options = ["--model", "cbt_nano_patch4_32", "--config", "folder", "--data.root", str(colour_images)]
+    tiny = ["--model.args", "embed_dim", "16", "depth", "1", "num_heads", "2"]
+    assert main(["train", *options, *tiny, *QUICK, "--output", str(tmp_path / "run")]) == 0
+    image = next((colour_images / "test" / "red").iterdir())
+    assert (
+        main(["predict", str(image), "--checkpoint", str(tmp_path / "run"), "--root", str(colour_images)]) == 1
+    )
+    assert "says its classes: leave out --root and --data" in capfd.readouterr().err
+
+
 def test_report(tmp_path, tiny_vit, colour_images, capsys):
     weights = tmp_path / "vit.safetensors"
     weights.write_bytes(tiny_vit.read_bytes())
@@ -160,7 +200,7 @@ def test_report(tmp_path, tiny_vit, colour_images, capsys):
     ("options", "message"),
     [
         ([], "plain state dict, which does not say of what model it is"),
-        (["--model", NAME], "does not say its classes: cbsa eval and cbsa report take such a file"),
+        (["--model", NAME], "does not say its classes: cbsa eval, predict and report take such a file"),
         (["--model", "resnet18"], "holds nothing of resnet18"),
         (["--model", NAME, "--data", "digits"], "a head for 3 classes, and the data have 10 classes"),
     ],

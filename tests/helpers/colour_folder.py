@@ -37,7 +37,7 @@ def tiny_config(root: Path, output: Path) -> TrainConfig:
         output=str(output),
         model=ModelConfig(
             name="cbt_nano_patch4_32",
-            args={"embed_dim": "16", "depth": "1", "num_heads": "2", "num_representatives": "4"},
+            args={"embed_dim": 16, "depth": 1, "num_heads": 2, "num_representatives": 4},
         ),
         data=DataConfig(name="folder", root=str(root), workers=0, crop_scale=(0.5, 1.0)),
         optim=OptimConfig(
@@ -61,7 +61,7 @@ def plain_vit(config: TrainConfig) -> None:
 
     A batch then sees the same images as its parts do, and gives the same gradient.
     """
-    arguments = {"embed_dim": "16", "depth": "1", "num_heads": "2", "patch_size": "16"}
+    arguments = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 16}
     config.model = ModelConfig("vit_tiny_patch16_224", image_size=32, args=arguments)
     config.data.crop_scale, config.data.crop_ratio, config.data.hflip = (1.0, 1.0), (1.0, 1.0), 0.0
     config.optim.name, config.optim.lr = "sgd", 0.1

@@ -24,7 +24,7 @@ def _optim(**values) -> OptimConfig:
 
 def vit_config(output: Path) -> TrainConfig:
     """Two epochs of a ViT."""
-    args = {"patch_size": "2", "in_chans": "1", "embed_dim": "48", "depth": "3", "num_heads": "3"}
+    args = {"patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 3, "num_heads": 3}
     return TrainConfig(
         output=str(output),
         model=ModelConfig("vit_tiny_patch16_224", image_size=8, args=args),
@@ -38,7 +38,7 @@ def adapt_config(original: Path, output: Path) -> AdaptTrainConfig:
     """One epoch of CBSA*, with a teacher of both kinds."""
     return AdaptTrainConfig(
         output=str(output),
-        model=AdaptedModelConfig(original=str(original), args={"num_representatives": "4"}),
+        model=AdaptedModelConfig(original=str(original), args={"num_representatives": 4}),
         data=_digits(),
         optim=_optim(),
         engine=EngineConfig(cpu=True, tracker="none"),

@@ -99,6 +99,23 @@ def test_small_pgm_and_pbm_are_refused(tmp_path, content, read):
 
 
 @pytest.mark.parametrize(
+    ("bits", "pixels", "read"), [(8, b"\0\1", [[255, 254]]), (1, b"\x40", [[True, False]])]
+)
+def test_tiff_in_which_0_is_white_is_refused(tmp_path, bits, pixels, read):
+    # width, height, bits, no compression, 0 is white, where the pixels are, their rows and bytes
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: 0, 273: 8, 278: 1, 279: len(pixels)}
+    folder = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    path = tmp_path / "m.tif"
+    path.write_bytes(
+        struct.pack("<2sHI2s", b"II", 42, 10, pixels) + struct.pack("<H", len(tags)) + folder + bytes(4)
+    )
+    with Image.open(path) as image:
+        assert np.asarray(image).tolist() == read  # else the refusal is no longer needed
+    with pytest.raises(UnreadableImageError, match="a TIFF mask in which 0 is white, which is read inverted"):
+        read_mask_file(path)
+
+
+@pytest.mark.parametrize(
     ("name", "mode", "reason"),
     [
         ("m.png", "RGB", r"mode RGB, where one number per pixel is expected.*labels_from_colours"),
@@ -108,10 +125,16 @@ def test_small_pgm_and_pbm_are_refused(tmp_path, content, read):
         ("m.tif", "CMYK", "mode CMYK"),
         ("m.gif", "P", "GIF, whose writers renumber palettes"),
         ("m.jpg", "L", "JPEG, whose compression changes labels"),
+        ("m.webp", "RGB", "WEBP, whose compression changes labels"),
+        ("jpeg.tif", "L", "TIFF with jpeg, whose compression changes labels"),
+        ("pages.tif", "L", "a mask of 2 pages, of which only one would be read"),
+        ("pages.png", "L", "a mask of 2 pages"),
     ],
 )
 def test_what_does_not_hold_labels_is_refused_with_advice(tmp_path, name, mode, reason):
-    path = saved(tmp_path / name, Image.new(mode, (4, 4)))
+    pages = {"save_all": True, "append_images": [Image.new(mode, (4, 4), 1)]}
+    options = {"jpeg.tif": {"compression": "jpeg"}, "pages.tif": pages, "pages.png": pages}
+    path = saved(tmp_path / name, Image.new(mode, (4, 4)), **options.get(name, {}))
     with pytest.raises(UnreadableImageError, match=reason) as caught:
         read_mask_file(path)
     assert "\n" not in str(caught.value)

@@ -126,6 +126,7 @@ WRAPPERS = {
     "DataParallel of compiled": lambda model: torch.nn.DataParallel(torch.compile(model)),
     "compiled DataParallel": lambda model: torch.compile(torch.nn.DataParallel(model)),
     "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "compiled AveragedModel": lambda model: torch.compile(torch.optim.swa_utils.AveragedModel(model)),
     "ModelEmaV3": timm.utils.ModelEmaV3,
     "checkpointed": rechecked,
 }
@@ -140,6 +141,14 @@ def test_a_wrapped_model_is_written_by_its_own_names(tmp_path, wrap):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     torch.save(wrapped.state_dict(), tmp_path / "m.pth")
     assert read_tensors(tmp_path / "m.pth").keys() == state.keys()
+
+
+def test_a_folder_whose_name_is_no_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    save_checkpoint(folder / "m.safetensors", tiny(), info())
+    model, read = load_checkpoint(folder / "m.safetensors")
+    assert read == info()
+    assert all(map(torch.equal, model.state_dict().values(), tiny().state_dict().values()))
 
 
 def test_tied_weights_are_written(tmp_path):

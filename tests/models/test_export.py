@@ -44,7 +44,19 @@ class Pooled(torch.nn.Module):
         return pool_representatives(tokens, (height, width), 4).values
 
 
-MODELS = {"cbt": cbt, "adapted": adapted, "segmenter": segmenter, "layer": layer, "pooling": Pooled}
+def certified():
+    sizes = SIZES | {"num_classes": 3, "num_representatives": 4, "step": "certified"}
+    return timm.create_model("cbt_tiny_patch16_224", **sizes).eval()
+
+
+MODELS = {
+    "cbt": cbt,
+    "certified": certified,
+    "adapted": adapted,
+    "segmenter": segmenter,
+    "layer": layer,
+    "pooling": Pooled,
+}
 DYNAMIC = {
     "both": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},
     "height": {2: Dim.DYNAMIC},

@@ -90,6 +90,15 @@ def test_training_checkpoints_of_timm_give_the_average(tmp_path):
     torch.testing.assert_close(open_weights(tmp_path / "w.pth", NAME, SMALL)[0](x), model(x), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "eva02_tiny_patch14_224"])
+def test_the_head_of_a_model_whose_name_has_none(tmp_path, name):
+    """timm has DINOv2 and others without a head; who fine-tuned them has one."""
+    model, x = randomised(timm.create_model(name, **SMALL, num_classes=3)), images()
+    read, info = open_weights(saved(model.state_dict(), tmp_path / "w.pth"), name, SMALL)
+    torch.testing.assert_close(read(x), model(x), atol=0, rtol=0)
+    assert info["model_args"] == {**SMALL, "num_classes": 3}
+
+
 def test_a_head_outside_the_encoder_belongs_to_it(tmp_path):
     model, x = vit(), images()
     state = {
@@ -269,7 +278,7 @@ def without(key):
         (
             lambda s: s | {"pos_embed": torch.ones(1, 19, 16)},
             {},
-            "18 position embeddings are not a square grid",
+            "18 position embeddings are not a square grid; of 19, 1 are for tokens that .*: give img_size where",
         ),
         (lambda s: s, {"pretrained": True}, "must not hold pretrained"),
         (lambda s: s, {"no_such_option": 1}, "cannot build the model"),

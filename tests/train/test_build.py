@@ -95,7 +95,7 @@ def test_fine_tuning_starts_from_the_given_weights(finished, config):
             {},
             r"model\.init_from: .* holds 'cbt_nano_patch4_32', not 'cbt_nano_patch4_64'",
         ),
-        ("cbt_nano_patch4_32", {"depth": "1"}, "has its model's arguments, leave them out; got {'depth': 1}"),
+        ("cbt_nano_patch4_32", {"depth": 1}, "has its model's arguments, leave them out; got {'depth': 1}"),
     ],
 )
 def test_fine_tuning_another_model_is_refused(finished, config, name, args, message):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from cbsa_torch.cli import main
-from cbsa_torch.train.build import build_model, read_args
+from cbsa_torch.cli.train import read_options
+from cbsa_torch.train.build import build_model
 from cbsa_torch.train.config import ModelConfig, TrainConfig, dump_yaml, from_dict, read_yaml
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.registry import load_config
@@ -21,7 +22,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
     config = load_config("digits")
-    config.model.args = {"embed_dim": "16", "tied": "true"}
+    config.model.args = {"embed_dim": 16, "tied": True, "global_pool": "", "weight_init": "1e-2"}
     config.data.crop_scale = (0.25, 0.75)
     config.engine.precision = "bf16"
     assert load_config(write(tmp_path, dump_yaml(config))) == config
@@ -79,24 +80,27 @@ def test_precision_no_needs_no_quotes(tmp_path, text):
     assert load_config(write(tmp_path, f"engine:\n  precision: {text}")).engine.precision == "no"
 
 
-def test_lists_and_mappings_as_model_arguments_are_kept_whole():
-    values = {"img_size": [32, 48], "options": {"a": 1, "b": [2, 3]}, "long": list(range(99)), "none": None}
-    args = ModelConfig(args=values).args
-    assert {key: yaml.safe_load(text) for key, text in args.items()} == values
-
-
-def test_model_arguments_may_be_values_of_python_or_yaml(tmp_path):
-    values = {"depth": 2, "tied": True, "mlp_ratio": 0.5, "contraction": "exact"}
+def test_model_arguments_have_one_form(tmp_path):
+    values = {"img_size": (32, 48), "options": {"a": 1, "b": [2, 3]}, "long": list(range(99)), "none": None}
     config = TrainConfig(model=ModelConfig(args=values))
-    assert config.model.args == {"depth": "2", "tied": "true", "mlp_ratio": "0.5", "contraction": "exact"}
-    text = "model:\n  args: {depth: 2, tied: true, mlp_ratio: 0.5, contraction: exact}"
-    assert load_config(write(tmp_path, text)).model.args == config.model.args
+    assert config.model.args == {**values, "img_size": [32, 48]}
     config.model.args["depth"] = 3
-    assert load_config(write(tmp_path, dump_yaml(config))).model.args["depth"] == "3"
-    config.model.name, config.model.args = "cbt_pico_patch1_8", {"depth": 1, "tied": True, "embed_dim": "32"}
+    assert load_config(write(tmp_path, dump_yaml(config))).model.args == config.model.args
+    config.model.name, config.model.args = "cbt_pico_patch1_8", {"depth": 1, "tied": True, "embed_dim": 32}
     model, built, _ = build_model(config, 3)
     assert built == {"depth": 1, "tied": True, "embed_dim": 32, "num_classes": 3}
     assert len(model.blocks) == 1
+
+
+def test_model_arguments_are_plain_values():
+    with pytest.raises(ConfigError, match=r"model\.args must hold plain values, got {'act_layer': <class"):
+        ModelConfig(args={"act_layer": TrainConfig})
+
+
+@pytest.mark.parametrize("text", ["seed: 1\noptim: {lr: 1}\nseed: 2", "optim: {lr: 1, epochs: 2, lr: 3}"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="two keys '(seed|lr)'"):
+        load_config(write(tmp_path, text))
 
 
 def test_a_missing_file_names_the_recipes_and_the_nearest():
@@ -133,41 +137,77 @@ def test_files_that_are_no_configuration_are_one_line(tmp_path, capsys, content,
 # ---- free-form values
 
 
+FREE = [
+    ("1e-2", 0.01),
+    ("-1e-3", -0.001),
+    ("+2E3", 2000.0),
+    ("1e22", 1e22),
+    (".5", 0.5),
+    ("5.", 5.0),
+    ("012", 12),
+    ("1_000", 1000),
+    ("1_000.5", 1000.5),
+    ("Inf", math.inf),
+    ("-.inf", -math.inf),
+    ("1:30", "1:30"),
+    ("2024-01-01", "2024-01-01"),
+    ("0x1f", "0x1f"),
+    ("None", None),
+    ("null", None),
+    ("none", "none"),
+    ("true", True),
+    ("no", False),
+    ("softmax", "softmax"),
+    ("e5", "e5"),
+    ("''", ""),
+    ("'1e-2'", "1e-2"),
+    ('"no"', "no"),
+    ("'a: b'", "a: b"),
+    ("'None'", "None"),
+    ("{eps: 1e-2, sizes: [012, 1e1, '1e1'], of: {x: None}}",
+     {"eps": 0.01, "sizes": [12, 10.0, "1e1"], "of": {"x": None}}),
+]  # fmt: skip
+
+
+def test_a_free_value_is_the_same_wherever_it_is_typed(tmp_path):
+    """On the command line, in a file, and after the configuration was written and read again."""
+    names = [f"x{i}" for i in range(len(FREE))]
+    words = [word for name, (text, _) in zip(names, FREE, strict=True) for word in (name, text)]
+    typed = read_options(["--model.args", *words], "train", "digits")
+    text = "\n".join(f"    {name}: {text}" for name, (text, _) in zip(names, FREE, strict=True))
+    in_file = load_config(write(tmp_path, f"model:\n  args:\n{text}"))
+    again = load_config(write(tmp_path, dump_yaml(typed)))
+    needed = [(value, type(value)) for _, value in FREE]
+    for config in (typed, in_file, again):
+        assert [(value, type(value)) for value in config.model.args.values()] == needed
+
+
+@pytest.mark.parametrize(("text", "value"), FREE)
+def test_numbers_are_those_of_typed_settings(text, value):
+    if type(value) in (int, float):
+        config = from_dict(TrainConfig, read_yaml(f"optim: {{lr: {text}}}", "here"), "here")
+        assert config.optim.lr == value == float(text.replace(".inf", "inf"))
+
+
+def test_free_values_go_over_those_of_a_recipe():
+    recipe = load_config("emoji_scenes").model.args
+    read = read_options(
+        ["--config", "emoji_scenes", "--model.args", "depth", "1", "eps", "1e-2"], "train", "digits"
+    )
+    assert read.model.args == {**recipe, "depth": 1, "eps": 0.01}
+
+
 @pytest.mark.parametrize(
-    ("text", "value"),
+    ("words", "message"),
     [
-        ("1e-2", 0.01),
-        ("+2E3", 2000.0),
-        ("1e22", 1e22),
-        (".5", 0.5),
-        ("012", 12),
-        ("1_000", 1000),
-        ("1:30", "1:30"),
-        ("2024-01-01", "2024-01-01"),
-        ("0x1f", "0x1f"),
-        ("None", None),
-        ("null", None),
-        ("none", "none"),
-        ("true", True),
-        ("softmax", "softmax"),
-        ("e5", "e5"),
-        (
-            "{eps: 1e-2, sizes: [012, 1e1], of: {x: None}}",
-            {"eps": 0.01, "sizes": [12, 10.0], "of": {"x": None}},
-        ),
+        (["x", "[1"], "Error parsing --model.args: x is not valid YAML"),
+        (["x", "9" * 5000], "x is not valid YAML"),
+        (["x", "[" * 20_000], "x is not valid YAML"),
+        (["x", "{a: }b"], "x is not valid YAML"),
+        (["x=1"], "names and values must follow each other"),
     ],
 )
-def test_free_values_are_read_as_typed_ones(text, value):
-    """On the command line, in a file, inside a mapping, and after the configuration was written and read again."""
-    read = read_args(ModelConfig(args={"x": text}))["x"]
-    assert (read, type(read)) == (value, type(value))
-    config = from_dict(TrainConfig, read_yaml(f"model: {{args: {{x: {text}}}}}", "here"), "here")
-    assert read_args(config.model) == {"x": value}
-    again = from_dict(TrainConfig, read_yaml(dump_yaml(config), "here"), "here")
-    assert read_args(again.model) == {"x": value}
-
-
-@pytest.mark.parametrize("text", ["[1", "9" * 5000, "[" * 20_000, "{a: }b"])
-def test_a_free_value_that_is_none_is_named(text):
-    with pytest.raises(ConfigError, match=r"model\.args x is not valid YAML"):
-        read_args(ModelConfig(args={"x": text}))
+def test_a_free_value_that_is_none_is_named(capsys, words, message):
+    with pytest.raises(SystemExit):
+        read_options(["--model.args", *words], "train", "digits")
+    assert message in capsys.readouterr().err.replace("\n", " ")

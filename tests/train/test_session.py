@@ -194,7 +194,7 @@ def test_an_optimiser_state_of_another_shape_is_refused(config, run):
 
 
 def test_the_state_of_another_model_is_refused(config, run):
-    config.model.args["depth"], config.accept_changes = "2", True
+    config.model.args["depth"], config.accept_changes = 2, True
     run.describe(config)
     with pytest.raises(
         CheckpointError, match=r"step_0000000006\.state does not fit the model: missing blocks\.1"
@@ -261,7 +261,7 @@ def test_other_accumulation_goes_on_at_the_same_image(changed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.model.args.update(depth="2"), "does not fit the model"),
+        (lambda c: c.model.args.update(depth=2), "does not fit the model"),
         (lambda c: setattr(c.optim, "ema_decay", 0.9), "no average of the weights"),
         (lambda c: setattr(c.optim, "name", "lion"), "another optimiser"),
     ],
@@ -292,7 +292,7 @@ def killed_config(config):
     config.engine.save_steps = 2
     config.optim.ema_decay = 0.9
     config.model.name, config.model.args = "vit_tiny_patch16_224", {
-        "embed_dim": "12", "depth": "2", "num_heads": "2", "patch_size": "8", "drop_path_rate": "0.3",
+        "embed_dim": 12, "depth": 2, "num_heads": 2, "patch_size": 8, "drop_path_rate": 0.3,
     }  # fmt: skip
     config.model.image_size = 32
     return config

@@ -120,7 +120,7 @@ def test_the_embedded_digits_train(tmp_path, vit):
     """By a model of this package, or by a vision transformer of timm."""
     config = digits_config(tmp_path / "run")
     if vit:
-        arguments = {"embed_dim": "32", "depth": "1", "num_heads": "2", "in_chans": "1", "patch_size": "4"}
+        arguments = {"embed_dim": 32, "depth": 1, "num_heads": 2, "in_chans": 1, "patch_size": 4}
         config.model = ModelConfig("vit_tiny_patch16_224", image_size=8, args=arguments)
     train(config)
     result = evaluate_checkpoint(config.output)
@@ -204,7 +204,7 @@ def test_a_last_step_of_fewer_parts_is_a_step_of_a_smaller_batch(config, images,
 def test_a_run_stopped_within_an_epoch_of_accumulated_steps_goes_on_exactly(config, tmp_path):
     plain_vit(config)
     config.optim.name, config.engine.accumulate, config.engine.save_steps = "adamw", 4, 1
-    config.model.args["drop_path_rate"] = "0.2"
+    config.model.args["drop_path_rate"] = 0.2
     train(config)
     cut = elsewhere(config, tmp_path / "cut")
     interrupt_training(cut, 4 * STEPS + 4 + 2)  # in epoch 2, the second step: between its parts

@@ -19,8 +19,11 @@ a part of a model may be called so."""
 
 def bare_name(name: str) -> str:
     """As the model itself has it: ``head.weight`` of ``module._orig_mod.head.weight``."""
-    inner = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-    return re.sub(_OUTERMOST, "", inner)
+    return re.sub(_OUTERMOST, "", _without_inner(name))
+
+
+def _without_inner(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def bare_state(state: Mapping[str, _Value]) -> dict[str, _Value]:
@@ -30,10 +33,11 @@ def bare_state(state: Mapping[str, _Value]) -> dict[str, _Value]:
         ValueError: two names become one.
     """
     count = "n_averaged"
-    averaged = count in state and all(name.startswith("module.") for name in state if name != count)
+    inner = [_without_inner(name) for name in state]
+    averaged = count in inner and all(name.startswith("module.") for name in inner if name != count)
     bare: dict[str, _Value] = {}
     for name, value in state.items():
-        if averaged and name == count:
+        if averaged and _without_inner(name) == count:
             continue
         if bare_name(name) in bare:
             raise ValueError(

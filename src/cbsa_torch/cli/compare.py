@@ -74,9 +74,10 @@ def compare_runs(
     for checkpoint, trained in opened.items():
         folder = trained.path.parent
         skipped = folder / "eval_report.skipped.txt"
-        split, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
-        inputs, labels = trained.task.sample(dataset, trained.spec, images)
-        evaluation = evaluate_split(trained, split, dataset, skipped, output=folder / f"eval_{split}.json")
+        opened_split = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
+        split = opened_split.name
+        inputs, labels = trained.task.sample(opened_split.dataset, trained.spec, images)
+        evaluation = evaluate_split(trained, opened_split, skipped, output=folder / f"eval_{split}.json")
         titles = runs.titles(trained, inputs[:shown], labels[:shown])
         compared.append(
             ComparedRun(

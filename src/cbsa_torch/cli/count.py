@@ -22,7 +22,7 @@ from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import refuse_fetching
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
 from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
-from cbsa_torch.train.config import read_yaml
+from cbsa_torch.train.config import FreeArgs
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 
@@ -41,7 +41,7 @@ class _CountArgs:
     """timm model names; `cbsa list` shows ours."""
     image_size: tuple[int, ...] = ()
     """Side, or height and width, in pixels. Default: what each model is made for."""
-    args: dict[str, str] = field(default_factory=dict)
+    args: FreeArgs = field(default_factory=dict)
     """Further constructor arguments, e.g. contraction exact."""
     layers: bool = False
     """Also print every layer."""
@@ -103,7 +103,7 @@ def _count_cells(layer: LayerCounts) -> tuple[str, str, str]:
     return f"{layer.parameters:,}", f"{counts.flops / 1e9:.4g}", f"{counts.similarities:,}"
 
 
-def count_named(name: str, args: Mapping[str, str], image_size: Sequence[int]) -> tuple[ModelCounts, list[int]]:
+def count_named(name: str, args: Mapping[str, Any], image_size: Sequence[int]) -> tuple[ModelCounts, list[int]]:
     """Build a model of timm without storage, and count it at an image size (none: the one it is made for)."""
     if not timm.is_model(name):
         suggestion = nearest(name, registry.names()) or nearest(name, timm.list_models())
@@ -122,19 +122,18 @@ def count_named(name: str, args: Mapping[str, str], image_size: Sequence[int]) -
         raise ConfigError(f"cannot count {name}: {error}") from error
 
 
-def _build(name: str, args: Mapping[str, str], img_size: tuple[int, int] | None = None) -> Any:
+def _build(name: str, args: Mapping[str, Any], img_size: tuple[int, int] | None = None) -> Any:
     """A model without storage, for images of a size where its constructor wants to know it."""
     refuse_fetching("--args", args, "counting needs no weights")
-    model_args: dict[str, Any] = {k: read_yaml(v, f"--args {k}") for k, v in args.items()}
     with torch.device("meta"):
         if img_size is None:
-            return timm.create_model(name, **model_args)
+            return timm.create_model(name, **args)
         try:
-            return timm.create_model(name, **model_args, img_size=img_size)
+            return timm.create_model(name, **args, img_size=img_size)
         except TypeError as error:
             if "unexpected keyword argument 'img_size'" not in str(error):
                 raise
-            return timm.create_model(name, **model_args)  # a convolutional network takes any size
+            return timm.create_model(name, **args)  # a convolutional network takes any size
 
 
 def as_dict(name: str, size: list[int], counts: ModelCounts) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def as_dict(name: str, size: list[int], counts: ModelCounts) -> dict[str, Any]:
     }
 
 
-def mixer_sizes(name: str, args: Mapping[str, str]) -> dict[str, int]:
+def mixer_sizes(name: str, args: Mapping[str, Any]) -> dict[str, int]:
     """Width and heads of a model's first token mixer."""
     model: nn.Module = _build(name, args)
     mixer = next((module for module in model.modules() if isinstance(module, TokenMixer)), None)

@@ -6,28 +6,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cbsa_torch.cli.options import at_least, open_on, parse
+from cbsa_torch.cli.options import OtherOptions, at_least, open_on, parse
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.tasks.base import WindowOptions
 
 
 @dataclass
-class _EvalArgs(WindowOptions):
+class _EvalArgs(OtherOptions, WindowOptions):
     """Evaluate a trained model; writes eval_<split>.json beside the checkpoint."""
 
     checkpoint: str = "runs/digits"
-    """A run folder or a file of weights. One that no run wrote (a released checkpoint, a plain state dict) is
-    evaluated on --root: its outputs are the classes there, in alphabetical order."""
-    model: str | None = None
-    """The model in timm that a plain state dict is of; other files say it."""
+    """A run folder or a file of weights."""
     split: Literal["train", "val", "test"] = "test"
     """The images to evaluate on."""
-    root: str | None = None
-    """Evaluate on the data in this folder instead of where the training data lay."""
-    data: str | None = None
-    """What lies there. Default: for classifiers "folder"; for segmenters what was trained on, e.g. "ade20k";
-    "folder" is for images and masks of your own."""
     max_bad_images: int | None = None
     """Unreadable images that are left out, counted and listed; one more stops. Default: as in training."""
     batch_size: int | None = None
@@ -42,7 +34,7 @@ def run(args: list[str]) -> None:
     options = parse(_EvalArgs, args, "eval")
     at_least(0, max_bad_images=options.max_bad_images)
     at_least(1, batch_size=options.batch_size)
-    trained = open_on(options.checkpoint, options.model, options.root, options.data, options.split)
+    trained = open_on(options.checkpoint, options, options.split)
     data: Any = trained.config.data  # of the task
     if options.max_bad_images is not None:
         data = dataclasses.replace(data, max_bad_images=options.max_bad_images)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from cbsa_torch.train.config import DataConfig
+from cbsa_torch.train.config import DataConfig, FreeArgs, RunConfig
 from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import open_trained
@@ -36,28 +36,45 @@ class PageOptions:
         return {"images": self.images, "shown": self.shown, "robustness_images": self.robustness_images}
 
 
+@dataclass
+class OtherOptions:
+    """Weights that no run wrote, and other data than a run's."""
+
+    model: str | None = None
+    """The model in timm that a plain state dict is of; other files say it."""
+    args: FreeArgs = field(default_factory=dict)
+    """Constructor arguments of that model, where they are not its defaults, e.g. global_pool avg."""
+    root: str | None = None
+    """The data in this folder instead of where the training data lay; needed for weights that no run wrote (a
+    released checkpoint, a plain state dict), whose outputs are the classes there, in alphabetical order."""
+    data: str | None = None
+    """What lies there. Default: for classifiers "folder"; for segmenters what was trained on, e.g. "ade20k";
+    "folder" is for images and masks of your own."""
+
+
 def parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:
     """Read ``args`` into the dataclass ``cls``; its docstring is the command's help."""
     kwargs = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
+    options = tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
+    if isinstance(options, RunConfig):  # what a recipe says stays where the command line says nothing else
+        options.model.args = {**default.model.args, **options.model.args}
+    return options
 
 
-def open_on(
-    checkpoint: str | Path, model: str | None, root: str | None, data: str | None, split: str | None = None
-) -> Trained:
+def open_on(checkpoint: str | Path, other: OtherOptions, split: str | None = None) -> Trained:
     """A trained model on other data than its own, where some are given; says how weights were read.
 
     Args:
         checkpoint: a run folder or a file of weights.
-        model: name in timm of the model that a plain state dict is of.
-        root, data: folder of the data, and what lies there.
+        other: the model that a plain state dict is of, and the data.
         split: the one that will be used.
     """
+    root, data = other.root, other.data
     workers = min(DataConfig.workers, os.cpu_count() or 1)
     given = (
         None if root is None and data is None else DataConfig(name=data or "folder", root=root, workers=workers)
     )
-    trained = open_trained(checkpoint, model=model, data=given, split=split)
+    trained = open_trained(checkpoint, model=other.model, model_args=other.args, data=given, split=split)
     for note in trained.info.get("notes", ()):
         say(note)
     changes = {key: value for key, value in (("root", root), ("name", data)) if value is not None}

@@ -9,21 +9,25 @@ from pathlib import Path
 import tyro
 
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.cli.options import parse
+from cbsa_torch.cli.options import OtherOptions, open_on, parse
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.tasks.base import PredictOptions
 
 
 @dataclass
-class _PredictArgs(PredictOptions):
+class _PredictArgs(OtherOptions, PredictOptions):
     """Classify or segment image files."""
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files."""
     checkpoint: str = "runs/digits"
-    """A run folder or a .safetensors file of one."""
+    """A run folder or a file of weights."""
+    root: str | None = None
+    """The folder of data that says the classes of weights that no run wrote (a released checkpoint, a plain
+    state dict); in alphabetical order they are its outputs."""
+    data: str | None = None
+    """What lies there. Default: "folder"."""
     output: str | None = None
     """Also write the predictions to this JSON file."""
 
@@ -33,7 +37,9 @@ def run(args: list[str]) -> None:
     options = parse(_PredictArgs, args, "predict")
     if not options.images:
         raise ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
-    trained = open_trained(options.checkpoint)
+    trained = open_on(options.checkpoint, options)
+    if "config" in trained.info and (options.root, options.data) != (None, None):
+        raise ConfigError(f"{options.checkpoint} says its classes: leave out --root and --data")
     predictions = trained.task.predict(trained, options.images, options)
     table = number_table("image", "class", trained.task.share_title, left=2)
     for prediction in predictions:

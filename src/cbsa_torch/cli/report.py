@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from cbsa_torch.cli import runs
-from cbsa_torch.cli.options import PageOptions, parse
+from cbsa_torch.cli.options import OtherOptions, PageOptions, parse
 from cbsa_torch.interpret import report
 from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
@@ -20,27 +20,19 @@ from cbsa_torch.train.run.folder import RunFolder
 
 
 @dataclass
-class _ReportArgs(PageOptions):
+class _ReportArgs(OtherOptions, PageOptions):
     """Write a self-contained page about a trained model."""
 
     files: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files that get attention maps, too."""
     checkpoint: str = "runs/digits"
     """A run folder, or a file of weights, which the page is then written beside."""
-    model: str | None = None
-    """The model in timm that a plain state dict is of; other files say it."""
-    root: str | None = None
-    """Measure on the data in this folder instead of where the training data lay; needed for weights that no run
-    wrote, whose outputs are the classes there, in alphabetical order."""
-    data: str | None = None
-    """What lies there, as for cbsa eval."""
 
 
 def run(args: list[str]) -> None:
     """Write a page about a trained model: accuracy, curves, coding rates, attention maps."""
     options = parse(_ReportArgs, args, "report")
-    given = {"model": options.model, "root": options.root, "data": options.data}
-    result = report_run(options.checkpoint, options.files, **given, **options.counts())
+    result = report_run(options.checkpoint, options.files, options, **options.counts())
     say(f"{result.split} {result.score_title}: {result.score:.4f}")
     say(f"report: {result.page}")
 
@@ -60,10 +52,8 @@ class RunReport(NamedTuple):
 def report_run(
     checkpoint: str | Path,
     files: Sequence[str] = (),
+    other: OtherOptions | None = None,
     *,
-    model: str | None = None,
-    root: str | None = None,
-    data: str | None = None,
     images: int = 256,
     shown: int = 6,
     robustness_images: int = 128,
@@ -73,8 +63,7 @@ def report_run(
     Args:
         checkpoint: a run folder, or a file of weights.
         files: images that get attention maps besides those of the split.
-        model: name in timm of the model that a plain state dict is of.
-        root, data: folder of other data than the run's, and what lies there.
+        other: the model that a plain state dict is of, and other data than the run's.
         images: how many images measure the coding rates.
         shown: how many of them get attention maps.
         robustness_images: how many of them the robustness curve uses; 0 leaves it out.
@@ -82,13 +71,14 @@ def report_run(
     for file in files:
         if Path(file).is_dir():  # cbsa compare takes runs by place, so it is easily confused
             raise ConfigError(f"{file} is a folder, not an image; a run is named by --checkpoint {file}")
-    trained = runs.open_run(checkpoint, model, root, data)
+    trained = runs.open_run(checkpoint, other)
     given, given_titles = runs.read_inputs(trained, files)  # a bad file stops before anything takes time
     folder = RunFolder(trained.path.parent)
     skipped = folder.path / "eval_report.skipped.txt"
-    split, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
-    inputs, labels = trained.task.sample(dataset, trained.spec, images)
-    result = evaluate_split(trained, split, dataset, skipped, output=folder.path / f"eval_{split}.json")
+    opened = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
+    split = opened.name
+    inputs, labels = trained.task.sample(opened.dataset, trained.spec, images)
+    result = evaluate_split(trained, opened, skipped, output=folder.path / f"eval_{split}.json")
     titles = [*given_titles, *runs.titles(trained, inputs[:shown], labels[:shown])]
     written = report(
         trained.model,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cbsa_torch.cli.options import open_on
+from cbsa_torch.cli.options import OtherOptions, open_on
 from cbsa_torch.interpret import Pictures, capture
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train.errors import ConfigError
@@ -16,11 +16,9 @@ from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.base import Trained, eval_transform, read_image
 
 
-def open_run(
-    checkpoint: str | Path, model: str | None = None, root: str | None = None, data: str | None = None
-) -> Trained:
+def open_run(checkpoint: str | Path, other: OtherOptions | None = None) -> Trained:
     """As :func:`open_on`, of a model that has layers to look into."""
-    trained = open_on(checkpoint, model, root, data)
+    trained = open_on(checkpoint, OtherOptions() if other is None else other)
     try:
         with capture(trained.model):
             pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
+MOST_NAMED = 20
+"""Of more files and folders that are left out for one reason, three are named and the others counted."""
+
+
 class Scan:
     """One reading of a data set's folder: what was taken, what was left out and why, and nothing is read twice.
 
@@ -62,18 +67,17 @@ class Scan:
         self._left_out.setdefault(why, []).append(name)
 
     def leave_out_others(self, folder: Path, taken: Collection[Path], why: str) -> None:
-        """Note the folders and images in ``folder`` that are not ``taken``."""
+        """Note all in ``folder`` that is not ``taken``."""
         for path in sorted(folder.iterdir()):
-            if path in taken:
-                continue
-            if is_hidden(path.name):
-                self.leave_out(path, "hidden")
-            elif path.is_dir() or is_image_name(path.name):
-                self.leave_out(path, why)
+            if path not in taken:
+                self.leave_out(path, "hidden" if is_hidden(path.name) else why)
 
     def left_out(self) -> list[str]:
         """What was left out, a line for every reason."""
-        return [f"left out, {why}: {some_of(sorted(names), 3)}" for why, names in self._left_out.items()]
+        return [
+            f"left out, {why}: {some_of(sorted(names), 3 if len(names) > MOST_NAMED else MOST_NAMED)}"
+            for why, names in self._left_out.items()
+        ]
 
     def notes(self) -> list[str]:
         """What was taken for which split, and what was left out."""
@@ -81,7 +85,10 @@ class Scan:
 
     def enter(self, folder: Path) -> None:
         """Note a folder that is read; raises DataError where it is read already, by another way."""
-        other = self._folders.setdefault(os.path.realpath(folder), folder)
+        real = os.path.realpath(folder)
+        if folder != self.root and Path(os.path.realpath(self.root)).is_relative_to(real):
+            raise DataError(f"{folder} is a link to {real}, in which {self.root} lies: remove the link")
+        other = self._folders.setdefault(real, folder)
         if other is not folder:
             raise DataError(f"{folder} is the folder {other} again, by a link: remove the link")
 
@@ -110,15 +117,17 @@ def find_splits(root: Path) -> dict[str, Path]:
     """The folders of the splits that are there, by the names "train", "val" and "test"; there may be none.
 
     Raises:
-        DataError: ``root`` is not a folder, or two of its folders have names of one split.
+        DataError: ``root`` is not a folder, a file is called like a split, or two folders have names of one.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
     found: dict[str, Path] = {}
-    for path in visible_folders(root):
+    for path in sorted(root.iterdir()):
         split = split_of(path.name)
         if split is None:
             continue
+        if not is_folder(path):
+            raise DataError(f"{path} is called like a split but is not a folder: rename or remove it")
         if split in found:
             raise DataError(
                 f"{root} has {found[split].name} and {path.name}, both names of the {split} split: "
@@ -135,7 +144,14 @@ def split_of(name: str) -> str | None:
 
 def visible_folders(folder: Path) -> list[Path]:
     """The folders in a folder that are not hidden, sorted."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name) and is_folder(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; raises DataError for a link that leads nowhere, unless to an image."""
+    if path.is_symlink() and not path.exists() and not is_image_name(path.name):
+        raise DataError(f"{path} is a link that leads nowhere, to {path.readlink()}: mend or remove the link")
+    return path.is_dir()
 
 
 def class_splits(root: Path, splits: str, scan: Scan) -> dict[str, Path]:
@@ -162,7 +178,8 @@ def class_splits(root: Path, splits: str, scan: Scan) -> dict[str, Path]:
             ):
                 raise DataError(
                     f"{folder} is called like a split but has images and no class folders: if it is a class, "
-                    "set data.splits to none; if it is a split, its images must lie in one folder per class"
+                    "set data.splits to none; if it is a split, its images must lie in one folder per class, "
+                    "or it must be moved away"
                 )
     for split, folder in found.items():
         scan.take(split, folder)
@@ -185,7 +202,8 @@ def image_files(folder: Path, scan: Scan | None = None, *, shared: bool = False)
         DataError: ``folder`` is not a folder, or links lead to the same twice. OSError: no permission.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        there = [path.name for path in visible_folders(folder.parent)] if folder.parent.is_dir() else []
+        raise DataError(f"{folder} is not a folder (folders in {folder.parent}: {some_of(there) or 'none'})")
     scan = Scan(folder) if scan is None else scan
     found: list[Path] = []
     pending = [folder]
@@ -196,7 +214,7 @@ def image_files(folder: Path, scan: Scan | None = None, *, shared: bool = False)
             path, is_link = parent / entry.name, entry.is_symlink()
             if is_hidden(entry.name):
                 scan.leave_out(path, "hidden")
-            elif path.is_dir() if is_link else entry.is_dir():
+            elif is_folder(path) if is_link else entry.is_dir():
                 pending.append(path)
             elif not is_image_name(entry.name):
                 scan.leave_out(path, f"no image by its ending ({path.suffix or 'none'})")
@@ -235,9 +253,15 @@ def class_samples(folder: Path, class_names: Sequence[str], scan: Scan | None = 
     scan = Scan(folder) if scan is None else scan
     strange = [name for name in class_folders(folder) if name not in class_names]
     if strange:
+        alike = [name for name in class_names if _letters(name) == _letters(strange[0])]
         raise DataError(
             f"{folder} has a class {strange[0]!r} that the training images have not"
-            f"{nearest(strange[0], class_names)}"
+            + (
+                f", but {alike[0]!a} of the same letters in another form of Unicode (here {strange[0]!a}): "
+                "rename one of the folders"
+                if alike
+                else nearest(strange[0], class_names)
+            )
         )
     labels = {name: label for label, name in enumerate(class_names)}
     samples = []
@@ -255,6 +279,10 @@ def class_samples(folder: Path, class_names: Sequence[str], scan: Scan | None = 
         why = "".join(f"; {line}" for line in scan.left_out())
         raise DataError(f"no images found in {folder}; names of images end in {', '.join(EXTENSIONS)}{why}")
     return samples
+
+
+def _letters(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _natural_order(path: Path) -> tuple[list[str | int], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from cbsa_torch.images.folders import (
     Scan,
     find_splits,
     image_files,
+    is_hidden,
     split_of,
     visible_folders,
 )
@@ -38,8 +40,9 @@ class Layout(NamedTuple):
 def open_ade20k(root: Path) -> Layout:
     """``images/training``, ``annotations/training`` and the same for validation; label 0 is ignored."""
     root = _first_folder(root / "ADEChallengeData2016", root)
-    names, scan = class_names.ADE20K, Scan(root)
-    splits = _split_folders(root / "images", root / "annotations", "folders", scan)
+    names, scan, images, masks = class_names.ADE20K, Scan(root), root / "images", root / "annotations"
+    splits = _split_folders(images, masks, "folders", scan)
+    scan.leave_out_others(root, (images, masks), "neither images nor annotations")
     return _layout(splits, names, consecutive_labels(len(names), 1, [0]), scan)
 
 
@@ -87,6 +90,7 @@ def open_cityscapes(root: Path) -> Layout:
     if not images.is_dir():
         raise DataError(f"{root} has no folder leftImg8bit: is it the folder of Cityscapes?")
     splits = _split_folders(images, masks, "folders", scan, ends)
+    scan.leave_out_others(root, (images, masks), "neither leftImg8bit nor gtFine")
     return _layout(splits, ids, LabelMap(labels), scan)
 
 
@@ -125,15 +129,17 @@ def open_image_mask_folders(
         both = [folder.name for folder in around.values() if (folder / "images").is_dir()]
         if both:
             raise DataError(f"{root} has images and {both[0]}/images: which ones count? Move one of them away")
-        scan.leave_out_others(root, (images, masks), "neither images nor masks")
+        scan.leave_out_others(root, (images, masks, root / CLASSES_FILE), "neither images nor masks")
         pairs = _split_folders(images, masks, splits, scan)
     elif around:
-        scan.leave_out_others(root, around.values(), f"not a split ({ALL_SPLIT_NAMES})")
-        pairs = {
-            split: pair_folders(folder / "images", folder / "masks", scan=scan)
-            for split, folder in around.items()
-            if _has_masks(split, folder, folder / "masks", scan)
-        }
+        taken = (*around.values(), root / CLASSES_FILE)
+        scan.leave_out_others(root, taken, f"not a split ({ALL_SPLIT_NAMES})")
+        pairs = {}
+        for split, folder in around.items():
+            images, masks = folder / "images", folder / "masks"
+            if _has_masks(split, folder, masks, scan):
+                pairs[split] = pair_folders(images, masks, scan=scan)
+                scan.leave_out_others(folder, (images, masks), "neither images nor masks")
     else:
         there = ", ".join(folder.name for folder in visible_folders(root)) or "none"
         raise DataError(f"{root} has neither a folder images nor train/images (its folders: {there})")
@@ -164,6 +170,8 @@ def read_class_names(root: Path) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file, none of them twice, without space around them and empty lines at the end."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -187,10 +195,11 @@ def _voc_folders(root: Path) -> tuple[Path, Path, Path]:
 def _listed_splits(root: Path, lists: Path, masks: Path, scan: Scan) -> dict[str, list[Pair]]:
     """The splits that have a list."""
     files: dict[str, Path] = {}
-    for path in sorted(lists.glob("*.txt")):
-        split = split_of(path.stem)
+    for path in sorted(lists.iterdir()) if lists.is_dir() else []:
+        split = split_of(path.stem) if path.suffix.lower() == ".txt" else None
         if split is None:
-            scan.leave_out(path, f"not the list of a split ({ALL_SPLIT_NAMES})")
+            hidden, why = is_hidden(path.name), f"not the list of a split ({ALL_SPLIT_NAMES}, and .txt)"
+            scan.leave_out(path, "hidden" if hidden else why)
         elif split in files:
             raise DataError(
                 f"{lists} has {files[split].name} and {path.name}: which one lists the {split} split?"
@@ -198,15 +207,21 @@ def _listed_splits(root: Path, lists: Path, masks: Path, scan: Scan) -> dict[str
         else:
             files[split] = path
             scan.take(split, path)
-    files.setdefault("train", lists / "train.txt")
+    if "train" not in files:
+        files["train"] = _list_file(root, lists, "train")
     found: dict[str, list[Pair]] = {}
-    owner: dict[Pair, str] = {}
+    first: dict[str, tuple[str, Path]] = {}  # by the real path, where it was read before
     for split in SPLIT_NAMES:
         if split in files:
-            found[split] = _listed(root, masks, _list_file(root, lists, files[split].stem))
-            for pair in found[split]:
-                if owner.setdefault(pair, split) != split:
-                    raise DataError(f"{pair.image.stem!r} is in the lists of both {owner[pair]} and {split}")
+            found[split] = _listed(root, masks, files[split])
+            for image, _ in found[split]:
+                other = first.setdefault(os.path.realpath(image), (split, image))
+                if other[1] != image:
+                    raise DataError(f"{other[1]} and {image} are one image, by a link: list one of them")
+                if other[0] != split:
+                    raise DataError(f"{image.stem!r} is in the lists of both {other[0]} and {split}")
+    used = (root / "JPEGImages", masks, lists, lists.parent, root / CLASSES_FILE)
+    scan.leave_out_others(root, used, "neither images, masks nor lists")
     return found
 
 
@@ -248,6 +263,11 @@ def _split_folders(
             "folders to leave those out, or to none if there are no splits"
         )
     masks_found = find_splits(masks)
+    for split, folder in masks_found.items():
+        if split not in found:
+            raise DataError(
+                f"{folder} is the {split} split of the masks, and {images} has none: add it, or move that away"
+            )
     for folder, taken in ((images, found), (masks, masks_found)):
         scan.leave_out_others(folder, taken.values(), f"not a split ({ALL_SPLIT_NAMES})")
     pairs = {}

@@ -1,8 +1,9 @@
 """From a mask file to class labels, one whole number per pixel, or to foreground and background.
 
-Pillow decodes. Refuses files from which labels would have to be guessed: colours, transparency, JPEG and GIF,
-grey of 2 or 4 bits and small PGM (which Pillow stretches to 0..255), PBM (inverted), and values that the data
-set does not know.
+Pillow decodes. Refuses files from which labels would have to be guessed: colours, transparency, all but PNG,
+TIFF, BMP and PGM, compression that changes labels (TIFF may have it, too), several pages, grey of 2 or 4 bits
+and small PGM (which Pillow stretches to 0..255), PBM and TIFF in which 0 is white (inverted), and values that
+the data set does not know.
 """
 
 from __future__ import annotations
@@ -64,9 +65,14 @@ def _read(path: str | Path) -> tuple[np.ndarray, bool]:
 
 
 def _refuse_ambiguous(image: Image.Image) -> None:
-    if image.format in ("JPEG", "MPO", "JPEG2000", "GIF"):
+    compression = image.info.get("compression") if image.format == "TIFF" else None
+    if image.format not in ("PNG", "TIFF", "BMP", "PPM") or compression in ("jpeg", "tiff_jpeg", "webp"):
+        kind = f"TIFF with {compression}" if compression else image.format
         why = "writers renumber palettes" if image.format == "GIF" else "compression changes labels"
-        raise UnreadableImageError(f"a mask in {image.format}, whose {why}; make it anew as PNG")
+        raise UnreadableImageError(f"a mask in {kind}, whose {why}; make it anew as PNG")
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1:
+        raise UnreadableImageError(f"a mask of {pages} pages, of which only one would be read; save one as PNG")
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise UnreadableImageError(
             f"a mask in mode {image.mode}, where one number per pixel is expected (mode L or P); if its "
@@ -78,10 +84,25 @@ def _refuse_ambiguous(image: Image.Image) -> None:
             "a PBM or PGM mask of fewer than 8 bits, which is read stretched or inverted; make it anew as PNG"
         )
     raw_mode = str(image.tile[0].args) if image.tile else ""
+    if "L;I" in raw_mode or "1;I" in raw_mode:
+        raise UnreadableImageError(
+            "a TIFF mask in which 0 is white, which is read inverted; make it anew as PNG"
+        )
     if "L;2" in raw_mode or "L;4" in raw_mode:
         raise UnreadableImageError(
             "a grey mask of 2 or 4 bits, whose values are levels of grey and not labels; save it with 8 bits"
         )
+
+
+def palette_colours(path: Path) -> dict[int, tuple[int, ...]]:
+    """The colours (red, green, blue) of the values in a palette image; none in other and in broken files."""
+    try:
+        with Image.open(path) as image:
+            used = image.getcolors() if image.mode == "P" else None
+            colours = np.array(image.getpalette("RGB") or []).reshape(-1, 3)
+    except Exception:  # of broken files, decoders raise nearly anything; whoever reads the labels says so
+        return {}
+    return {value: tuple(colours[value].tolist()) for _, value in used or [] if value < len(colours)}
 
 
 class LabelMap:

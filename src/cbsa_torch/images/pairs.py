@@ -54,13 +54,14 @@ def pair_folders(
     return pairs
 
 
-def check_pairs(pairs: Sequence[Pair], split: str, most: int) -> list[str]:
+def check_pairs(pairs: Sequence[Pair], split: str, most: int, notes: Sequence[str] = ()) -> list[str]:
     """Lines about images without a mask and masks without an image.
 
     Args:
         pairs: of a split.
         split: its name, for the lines.
         most: how many files without a partner are allowed.
+        notes: what else was found, for the error.
 
     Raises:
         DataError: more than that, or no pair is whole.
@@ -80,6 +81,7 @@ def check_pairs(pairs: Sequence[Pair], split: str, most: int) -> list[str]:
         raise DataError(
             f"{'; '.join(lines)}{shown}; a mask must have the name of its image but for the ending"
             + (f" (data.max_bad_images is {most})" if len(lone) < len(pairs) else "")
+            + "".join(f"; {note}" for note in notes)
         )
     return lines
 

@@ -10,8 +10,10 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +157,20 @@ def is_ours(path: Path) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
+    with _named(path) as name, safe_open(name, framework="pt") as file:
         return file.metadata() or {}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[str]:
+    """A name by which safetensors opens a file: it takes names in UTF-8 only."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
@@ -195,7 +209,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
         try:
-            tensors = load_file(path)
+            with _named(path) as name:
+                tensors = load_file(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
         return unwrap(tensors, str(path))
@@ -233,11 +248,15 @@ def _bare(state: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     """A state dict whose values are plain tensors, without names of wrappers."""
     stray = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if stray:
-        raise CheckpointError(f"{source} holds entries that are not tensors: {', '.join(stray[:5])}")
+        raise CheckpointError(
+            f"{source} holds entries that are not tensors: {', '.join(stray[:5])}; weights are tensors by "
+            f"name, alone or under one of the keys {', '.join(KEYS)}"
+        )
     odd = [str(key) for key, value in state.items() if not _is_plain(value)]
     if odd:
         raise CheckpointError(
-            f"{source} holds tensors that are not dense, whole and of 16 bit or more: {odd[:5]}"
+            f"{source} holds tensors that are not dense, whole and of 16 bit or more: {odd[:5]}; gather what "
+            "is sharded over processes, and dequantise what is quantised"
         )
     try:
         return bare_state({str(key): value for key, value in state.items()})

@@ -110,6 +110,8 @@ def read_foreign(
     refuse_fetching(f"{source}: the arguments of {name}", args, "the weights are here", CheckpointError)
     with torch.device("meta"):
         draft = build_described({"model": name, "model_args": args}, source)
+        if _heads(draft) and getattr(draft, "num_classes", None) == 0:  # what head it could have
+            draft = build_described({"model": name, "model_args": {**args, "num_classes": 1}}, source)
     package, named = _in_names_of_timm(tensors, source)
     source = f"{source} (names of {package})"
     own, heads = draft.state_dict(), _heads(draft)
@@ -160,7 +162,10 @@ def _in_names_of_timm(tensors: Mapping[str, Tensor], source: str) -> tuple[str, 
             named[name] = value
     for name, joined in parts.items():
         if any(part is None for part in joined.values()):
-            raise CheckpointError(f"{source} holds only some of the {len(joined)} parts of {name}")
+            raise CheckpointError(
+                f"{source} holds only some of the {len(joined)} parts of {name}: it is not whole, or no ViT, "
+                f"DeiT or DINOv2 of {package}"
+            )
         named[name] = torch.cat(list(joined.values()))
     return package, named
 
@@ -240,6 +245,13 @@ def _image_size(body: Mapping[str, Tensor], model: Any, source: str) -> int | tu
     embed: Any = getattr(model, "patch_embed", None)
     grid = model.grid_size if embed is None else embed.grid_size
     patch = (model.stem.patch_size,) * 2 if embed is None else embed.patch_size
-    side = grid_side(given.shape[1] - (own.shape[1] - math.prod(grid)), source)
+    others = own.shape[1] - math.prod(grid)
+    try:
+        side = grid_side(given.shape[1] - others, source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; of {given.shape[1]}, {others} are for tokens that are no patches: give img_size where "
+            "images are not square, and such tokens (class_token, reg_tokens) where the weights have others"
+        ) from None
     height, width = side * patch[0], side * patch[1]
     return height if height == width else (height, width)

@@ -111,7 +111,8 @@ def open_weights(
             if model is None:
                 raise CheckpointError(
                     f"{path} holds a plain state dict, which does not say of what model it is: give that "
-                    "model's name in timm beside it (model=..., --model NAME)"
+                    "model's name in timm beside it (--model NAME of cbsa eval, predict and report; model= "
+                    "in Python)"
                 )
             return read_foreign(tensors, str(path), model, model_args)
         opened, info = read_official(tensors, str(path))

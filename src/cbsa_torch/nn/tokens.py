@@ -103,6 +103,8 @@ def resolve_grid(
     if grid_size is not None:
         grid_size = check_grid(grid_size)
         prefix = num_tokens - math.prod(grid_size)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # a tensor; the sizes are pinned already
+            prefix = int(prefix)
         if prefix < 0 or num_prefix_tokens not in (None, prefix):
             expected = "" if num_prefix_tokens is None else f" + {num_prefix_tokens} prefix tokens"
             raise ValueError(

@@ -15,7 +15,7 @@ from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import CheckpointError, refuse_fetching
 from cbsa_torch.models.hub import PREFIX, fetch_weights, open_weights, weights_path
 from cbsa_torch.models.resize import set_image_size
-from cbsa_torch.train.config import ModelConfig, RunConfig, read_yaml
+from cbsa_torch.train.config import ModelConfig, RunConfig
 from cbsa_torch.train.errors import ConfigError
 
 
@@ -59,7 +59,7 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
     if model_config.name not in known:
         suggestion = nearest(model_config.name, registry.names()) or nearest(model_config.name, known)
         raise ConfigError(f"no model {model_config.name!r} in timm{suggestion}; `cbsa list` shows ours")
-    args = read_args(model_config)
+    args = dict(model_config.args)
     if model_config.image_size is not None:
         args["img_size"] = model_config.image_size
     if num_classes is not None:
@@ -68,12 +68,6 @@ def build_model(config: RunConfig, num_classes: int | None, draft: Built | None 
         return Built(timm.create_model(model_config.name, **args), args)
     except Exception as error:  # constructors of any model of timm, called with anything
         raise ConfigError(f"cannot build {model_config.name} with {args}: {error}") from error
-
-
-def read_args(model_config: ModelConfig) -> dict[str, Any]:
-    """The values of ``model.args``, which are kept as YAML; raises ConfigError where they are none."""
-    args = model_config.args.items()
-    return {k: read_yaml(v, f"model.args {k}") if isinstance(v, str) else v for k, v in args}
 
 
 def open_source(
@@ -104,8 +98,8 @@ def open_source(
 
 def _open_init_from(model_config: ModelConfig) -> Built:
     """The model of ``model.init_from``."""
-    args = read_args(model_config)
-    model, info, _ = open_source("model.init_from", model_config.init_from, model_config.name, args)
+    asked = model_config.init_from, model_config.name, model_config.args
+    model, info, _ = open_source("model.init_from", *asked)
     return Built(model, dict(info["model_args"]), tuple(info.get("notes", ())))
 
 

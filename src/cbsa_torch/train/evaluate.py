@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from torch.utils.data import Dataset
 
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch._core.checks import some_of
@@ -16,7 +15,14 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.hub import open_weights, weights_path
 from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig
-from cbsa_torch.train.data import InputSpec, class_names_of, input_spec, read_skipped
+from cbsa_torch.train.data import (
+    InputSpec,
+    OpenedSplit,
+    class_names_of,
+    describe_split,
+    input_spec,
+    read_skipped,
+)
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.engine.console import Reporter
 from cbsa_torch.train.errors import DataError
@@ -28,6 +34,7 @@ def open_trained(
     checkpoint: str | Path,
     *,
     model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
     data: DataConfig | None = None,
     split: str | None = None,
 ) -> Trained:
@@ -37,6 +44,7 @@ def open_trained(
         checkpoint: a run folder or a file. Files that no run wrote (released checkpoints of the official code,
             plain state dicts) do not say their classes: those are the data's, in their order.
         model: name in timm of the model that a plain state dict is of; other files say it.
+        model_args: its constructor arguments, where they are not the defaults.
         data: the images and classes for a file that no run wrote.
         split: the one of ``data`` that will be used: a folder needs no other.
 
@@ -45,12 +53,12 @@ def open_trained(
             classes, and ``data`` are not given. DataError: data of another number of classes.
     """
     path = weights_path(checkpoint)
-    opened, info = open_weights(path, model)
+    opened, info = open_weights(path, model, model_args)
     if "config" not in info:
         if data is None:
             raise CheckpointError(
-                f"{path} was not written by a training run, and does not say its classes: cbsa eval and "
-                "cbsa report take such a file with data that tell them (--root FOLDER)"
+                f"{path} was not written by a training run, and does not say its classes: cbsa eval, "
+                "predict and report take such a file with data that tell them (--root FOLDER)"
             )
         return _with_classes_of(data, split, opened, info, path)
     try:
@@ -86,30 +94,31 @@ def _with_classes_of(
 
 def evaluate_split(
     trained: Trained,
-    name: str,
-    dataset: Dataset[Any],
+    split: OpenedSplit,
     skipped: Path,
     *,
     batch_size: int | None = None,
     windows: WindowOptions | None = None,
     output: Path,
 ) -> EvalResult:
-    """Evaluate on a split that is open, and write what was measured to a JSON file.
+    """Evaluate on a split that is open, say what was read of it, and write what was measured to a JSON file.
 
     Args:
-        name, dataset, skipped: the split, as ``trained.task.open_split`` opened it.
+        split, skipped: as ``trained.task.open_split`` opened it.
         batch_size, windows, output: as for :func:`evaluate_checkpoint`.
 
     Raises:
         DataError: no image could be read, or more are unreadable than allowed.
     """
-    task = trained.task
+    task, name = trained.task, split.name
     accelerator = new_accelerator(mixed_precision="no")
     reporter = Reporter(accelerator.is_main_process)
     if accelerator.is_main_process:
         skipped.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    loader = task.evaluation_loader(dataset, trained.spec, accelerator, batch_size)
+    for line in describe_split(split, trained.class_names):
+        reporter.say(line)
+    loader = task.evaluation_loader(split.dataset, trained.spec, accelerator, batch_size)
     device = next(trained.model.parameters()).device
     model = trained.model.to(accelerator.device)
     try:
@@ -173,10 +182,8 @@ def evaluate_checkpoint(
     name = f"eval_{split}{'_multi_scale' if windows.multi_scale else ''}.json"
     output = trained.path.parent / name if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
-    _, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
-    return evaluate_split(
-        trained, split, dataset, skipped, batch_size=batch_size, windows=windows, output=output
-    )
+    opened = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
+    return evaluate_split(trained, opened, skipped, batch_size=batch_size, windows=windows, output=output)
 
 
 def predict_images(

@@ -44,7 +44,7 @@ def test_the_trainer_opens_the_splits_as_stored(animals_file, tmp_path, monkeypa
         np.testing.assert_array_equal(np.asarray(part[3][0]), arrays[f"{name}_x"][3])
         assert part[0][0].mode == "L"
     assert open_splits(DataConfig(name="animals28"), "RGB").val[0][0].mode == "RGB"
-    assert len(open_split(DataConfig(name="animals28"), "L", "test", animals28.CLASS_NAMES)[1]) == 1000
+    assert len(open_split(DataConfig(name="animals28"), "L", "test", animals28.CLASS_NAMES).dataset) == 1000
 
 
 def test_without_the_file_the_trainer_says_how_to_get_it(tmp_path, monkeypatch):

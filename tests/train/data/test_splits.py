@@ -72,9 +72,12 @@ def test_val_without_train_is_refused(images):
         open_splits(folder(images), "RGB")
 
 
-def test_one_image_is_too_few_to_hold_out(tmp_path):
-    write_split(tmp_path / "train", 1, ("red",))
+def test_nothing_is_left_to_train_on_or_to_tell_apart(tmp_path):
+    write_split(tmp_path / "train", 1, ("red", "blue"))
     with pytest.raises(DataError, match="too few to hold out"):
+        open_splits(folder(tmp_path, val_fraction=0.9), "RGB")
+    shutil.rmtree(tmp_path / "train" / "blue")
+    with pytest.raises(DataError, match="train has one class folder, red, and nothing to tell it from"):
         open_splits(folder(tmp_path), "RGB")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections import Counter
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cbsa_torch.cli import main
 from cbsa_torch.images import IGNORE
 from cbsa_torch.train.config import DataConfig
 from cbsa_torch.train.data import describe, open_splits
@@ -28,7 +30,7 @@ ODD = ("caf\udce9", "[/b] a\tb", "ünï", "train\n")
 HIDDEN = (".ipynb_checkpoints", "__MACOSX", "@eaDir")
 TOPS = ("train", "Training", "val", "DEV", "test", "Testing", "extra", "ant", *HIDDEN, *ODD)
 CLASSES = ("ant", "bee", "train", *HIDDEN, *ODD)
-FILES = ("0.png", "1.PNG", "2.jpg", "._0.png", "Thumbs.db", "notes.txt", "none", "[x].png", "caf\udce9.png")
+FILES = ("0.png", "1.PNG", "2.jpg", "._0.png", "Thumbs.db", "notes.txt", "Val", "[x].png", "caf\udce9.png")
 KINDS = ("image", "image", "image", "broken", "pipe", "dangling", "link")
 
 
@@ -44,6 +46,7 @@ folders = st.one_of(
     st.tuples(st.sampled_from(TOPS), st.sampled_from(CLASSES)),
     st.tuples(st.sampled_from(("train", "val", "test")), st.sampled_from(CLASSES[:2])),
     st.tuples(st.sampled_from(TOPS)),
+    st.just(()),
     st.tuples(st.sampled_from(TOPS), st.sampled_from(CLASSES), st.sampled_from(CLASSES)),
 )
 entries = st.tuples(folders, st.sampled_from(FILES), st.sampled_from(KINDS), st.integers(0, 9), st.booleans())
@@ -104,6 +107,8 @@ def images_below(folder, seen):
     for path in visible(folder):
         if path.is_dir():
             yield from images_below(path, seen)
+        elif not path.exists() and not is_image(path):
+            raise Refused("a link that leads nowhere, perhaps to a folder")
         elif is_image(path) and (path.is_file() or not path.exists()):
             if path.exists():
                 seen.append(os.path.realpath(path))
@@ -112,7 +117,9 @@ def images_below(folder, seen):
 
 def by_the_rules(root):
     """The images of each split with their classes, by their paths; or Refused."""
-    found = [path for path in folders_in(root) if path.name.lower() in SPLITS]
+    found = [path for path in visible(root) if path.name.lower() in SPLITS]
+    if not all(path.is_dir() for path in found):
+        raise Refused("called like a split and no folder")
     taken = {SPLITS[path.name.lower()]: path for path in found}
     if len(taken) < len(found):
         raise Refused("two folders of one split")
@@ -132,8 +139,8 @@ def by_the_rules(root):
             raise Refused("not directly in a class folder")
     if max(Counter(seen).values()) > 1:
         raise Refused("read twice")
-    if {*images["train"].values()} != classes:
-        raise Refused("an empty class")
+    if {*images["train"].values()} != classes or len(classes) < 2:
+        raise Refused("an empty class, or one alone")
     if "val" not in images and len(images["train"]) < 2:
         raise Refused("nothing to hold out")
     return images
@@ -162,7 +169,15 @@ def test_every_tree_is_read_by_the_rules_or_refused_with_the_cause(tmp_path_fact
         expected = by_the_rules(root)
     except Refused:
         expected = None
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        code = main(["data", "check", str(root), "--data.workers", "0"])
+    images = [path for found in (expected or {}).values() for path in found]
+    usable = [path.exists() and path.read_bytes() == PICTURE for path in images]
+    assert code == (0 if expected and all(usable) else 1)
+    assert said.getvalue().count("cannot be used: ") == usable.count(False)
     if expected is None:
+        assert str(root) in errors.getvalue() or "too few to hold out" in errors.getvalue()
         with pytest.raises(DataError) as caught:
             open_splits(config, "L")
         assert str(root) in str(caught.value) or "too few to hold out" in str(caught.value)
@@ -175,6 +190,6 @@ def test_every_tree_is_read_by_the_rules_or_refused_with_the_cause(tmp_path_fact
     assert read == expected
     said = "\n".join(describe(splits))
     said.encode()  # can be printed
-    for path in folders_in(root) if root not in {path.parent.parent for path in read["train"]} else []:
+    for path in visible(root) if root not in {path.parent.parent for path in read["train"]} else []:
         if path.name.lower() not in SPLITS and path.name.isascii() and path.name.isprintable():
             assert path.name in said

@@ -197,8 +197,8 @@ def test_mixed_precision_is_the_same_sharded_and_copied(digits, tmp_path):
 def dropping(tmp_path_factory):
     """A run of two processes that draw differently which paths they drop."""
     config = two_epochs(tmp_path_factory.mktemp("dropping"))
-    arguments = {"patch_size": "2", "in_chans": "1", "embed_dim": "12", "depth": "2", "num_heads": "2"}
-    config.model = ModelConfig("vit_tiny_patch16_224", image_size=8, args=arguments | {"drop_path_rate": "0.2"})
+    arguments = {"patch_size": 2, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    config.model = ModelConfig("vit_tiny_patch16_224", image_size=8, args=arguments | {"drop_path_rate": 0.2})
     config.engine.save_steps = 3
     processes.train(2, config)
     return config

@@ -58,7 +58,7 @@ def test_there_must_be_something_to_resume(config):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_of_another_configuration_is_refused_with_what_changed(config, run, resume):
-    config.resume, config.optim.lr, config.model.args["depth"] = resume, 1.0, "2"
+    config.resume, config.optim.lr, config.model.args["depth"] = resume, 1.0, 2
     expected = (
         r"of another configuration:\n  model\.args\.depth: 1 -> 2\n  optim\.lr: 0\.003 -> 1\.0\ncontinue it"
     )
@@ -71,7 +71,7 @@ def test_a_run_of_another_configuration_is_refused_with_what_changed(config, run
         ("optim", "name", "nonsense"),
         ("optim", "batch_size", 0),
         ("model", "name", "nonsense"),
-        ("model", "args", {"depth": "0"}),
+        ("model", "args", {"depth": 0}),
         ("model", "init_from", "nowhere.safetensors"),
         ("data", "root", "nowhere"),
         ("data", "name", "torch/nonsense"),

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch._core.text import readable
 from cbsa_torch.interpret import plots
 
 CSS_PIXELS = 96
@@ -103,7 +104,7 @@ def _inline(svg: str, prefix: str, label: str) -> str:
     width = float(points.group(1)) * CSS_PIXELS / 72
     head, _, rest = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{html.escape(label)}" style="width:{width:.0f}px">{rest}'
+    return f'{head} role="img" aria-label="{html.escape(readable(label))}" style="width:{width:.0f}px">{rest}'
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -4,15 +4,17 @@ from cbsa_torch.images import IGNORE, read_image_file
 from cbsa_torch.train.data.checked_images import read_skipped
 from cbsa_torch.train.data.loader import InputSpec, input_spec, make_loader
 from cbsa_torch.train.data.seeded import set_epoch
-from cbsa_torch.train.data.splits import Splits, class_names_of, open_split, open_splits
-from cbsa_torch.train.data.summary import describe
+from cbsa_torch.train.data.splits import OpenedSplit, Splits, class_names_of, open_split, open_splits
+from cbsa_torch.train.data.summary import describe, describe_split
 
 __all__ = [
     "IGNORE",
     "InputSpec",
+    "OpenedSplit",
     "Splits",
     "class_names_of",
     "describe",
+    "describe_split",
     "input_spec",
     "make_loader",
     "open_split",

@@ -36,6 +36,16 @@ torchvision, which checks MD5 sums."""
 OWN_NAMES = ("digits", *DATA_SETS, *SETS, "folder")
 
 
+class OpenedSplit(NamedTuple):
+    """One split of a data set, for a model that is trained."""
+
+    name: str
+    """"train", "val" or "test"."""
+    dataset: Dataset[Any]
+    notes: tuple[str, ...] = ()
+    """Where it was read from, and what plays no part: a line each."""
+
+
 class Splits(NamedTuple):
     """Data sets of samples (image, label) or (image, mask), each with a ``transform`` to be set."""
 
@@ -51,8 +61,8 @@ class Splits(NamedTuple):
         parts = {"train": self.train, "val": self.val}
         return parts if self.test is None else {**parts, "test": self.test}
 
-    def choose(self, split: str | None, class_names: list[str]) -> tuple[str, Dataset[Any]]:
-        """The name and the data set of a split, for a model trained on ``class_names``.
+    def choose(self, split: str | None, class_names: list[str]) -> OpenedSplit:
+        """A split, for a model trained on ``class_names``.
 
         A ``split`` of None is the test split, or the validation split where there is none.
 
@@ -64,7 +74,7 @@ class Splits(NamedTuple):
         dataset = self.parts().get(name)
         if dataset is None:
             raise DataError(f"this data set has no {name} split with labels; choose another")
-        return name, dataset
+        return OpenedSplit(name, dataset, self.notes)
 
 
 def check_split(split: str | None) -> None:
@@ -137,8 +147,8 @@ def open_splits(config: DataConfig, mode: str, skipped: Path | None = None) -> S
 
 def open_split(
     config: DataConfig, mode: str, split: str | None, class_names: list[str], skipped: Path | None = None
-) -> tuple[str, Dataset[Any]]:
-    """Name and samples of one split for a model trained on ``class_names``; of a folder, no other need exist.
+) -> OpenedSplit:
+    """One split for a model trained on ``class_names``; of a folder, no other need exist.
 
     A ``split`` of None is the test split, or the validation split where there is none.
 
@@ -146,12 +156,16 @@ def open_split(
         DataError: other classes, or no such split. Otherwise as :func:`open_splits`.
     """
     check_split(split)
-    if split is not None and config.root is not None and _is_folder(config):
+    if config.root is not None and _is_folder(config):
         root = Path(config.root)
-        folder = class_splits(root, config.splits, Scan(root)).get(split, root)
-        if folder != root:
+        scan = Scan(root)
+        found = class_splits(root, config.splits, scan)
+        name = split or ("test" if "test" in found else "val")
+        held_out = name == "train" and "val" not in found  # some of these are for validation
+        if found.get(name, root) != root and not held_out:
+            samples = ListedFiles(class_samples(found[name], class_names, scan))
             bad = SkippedImages(skipped, config.max_bad_images)
-            return split, CheckedImages(ListedFiles(class_samples(folder, class_names)), mode, bad)
+            return OpenedSplit(name, CheckedImages(samples, mode, bad), tuple(scan.notes()))
     return open_splits(config, mode, skipped).choose(split, class_names)
 
 
@@ -161,12 +175,19 @@ def _is_folder(config: DataConfig) -> bool:
 
 
 def class_names_of(config: DataConfig, mode: str, split: str | None) -> list[str]:
-    """The classes of a data set; of a folder without training images, those of the split that is asked for."""
+    """The classes of a data set; of a folder without training images, those of the split that is asked for.
+
+    Args:
+        config: the data set.
+        mode: of its images.
+        split: the one that will be used. Default: test, else validation.
+    """
     if config.root is not None and _is_folder(config):
         root = Path(config.root)
         found = class_splits(root, config.splits, Scan(root))
-        if split in found and "train" not in found:
-            return class_folders(found[split])
+        used = [name for name in ((split,) if split else ("test", "val")) if name in found]
+        if used and "train" not in found:
+            return class_folders(found[used[0]])
     return open_splits(config, mode).class_names
 
 
@@ -181,10 +202,21 @@ def _from_folder(config: DataConfig, mode: str, skipped: SkippedImages) -> Split
             "none"
         )
     class_names = class_folders(found["train"])
+    if class_names == ["images", "masks"]:
+        raise DataError(
+            f"{found['train']} has the folders images and masks: to train a segmenter on them, add --config "
+            "segmenter_ade20k --data.name folder; if they are classes, rename one"
+        )
     samples = {split: class_samples(folder, class_names, scan) for split, folder in found.items()}
     empty = set(range(len(class_names))) - {label for _, label in samples["train"]}
     if empty:
-        raise DataError(f"{found['train'] / class_names[min(empty)]} holds no images")
+        why = "".join(f"; {line}" for line in scan.left_out())
+        raise DataError(f"{found['train'] / class_names[min(empty)]} holds no images{why}")
+    if len(class_names) < 2:
+        raise DataError(
+            f"{found['train']} has one class folder, {class_names[0]}, and nothing to tell it from: images of "
+            "something else need a folder of their own"
+        )
     opened = {split: CheckedImages(ListedFiles(listed), mode, skipped) for split, listed in samples.items()}
     splits = _with_validation(config, class_names, opened["train"], opened.get("val"), opened.get("test"))
     return splits._replace(notes=(*splits.notes, *scan.notes()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from cbsa_torch._core.checks import some_of
 from cbsa_torch._core.text import readable
 from cbsa_torch.images import IGNORE
+from cbsa_torch.images.masks import palette_colours
 from cbsa_torch.train.data.arrays import ArrayImages
-from cbsa_torch.train.data.checked_images import CheckedImages, PlainImages
-from cbsa_torch.train.data.splits import Splits
+from cbsa_torch.train.data.checked_images import CheckedImages, ListedFiles, PlainImages
+from cbsa_torch.train.data.splits import OpenedSplit, Splits
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 
 MOST_CLASSES = 20
@@ -25,13 +27,19 @@ def describe(splits: Splits) -> list[str]:
     """The splits with their images, as far as can be told without reading these, and what was left out."""
     lines = [f"classes: {len(splits.class_names)} ({some_of(splits.class_names, MOST_CLASSES)})"]
     for name, dataset in splits.parts().items():
-        lines.append(f"{name}: {len(dataset):,} images")  # type: ignore[arg-type]
-        labels = labels_of(dataset)
-        if labels is not None:
-            counts = np.bincount(labels, minlength=len(splits.class_names))
-            first, *warnings = class_lines(name, splits.class_names, counts, "images")
-            lines[-1:] = [f"{lines[-1]} ({first})", *warnings]
+        lines += describe_split(OpenedSplit(name, dataset), splits.class_names)
     return [readable(line) for line in [*lines, *splits.notes]]
+
+
+def describe_split(split: OpenedSplit, class_names: Sequence[str]) -> list[str]:
+    """The images of a split, as far as can be told without reading them, and its notes."""
+    lines = [f"{split.name}: {len(split.dataset):,} images"]  # type: ignore[arg-type]
+    labels = labels_of(split.dataset)
+    if labels is not None:
+        counts = np.bincount(labels, minlength=len(class_names))
+        first, *warnings = class_lines(split.name, class_names, counts, "images")
+        lines = [f"{lines[0]} ({first})", *warnings]
+    return [readable(line) for line in [*lines, *split.notes]]
 
 
 def labels_of(dataset: Any) -> np.ndarray | None:
@@ -46,6 +54,30 @@ def labels_of(dataset: Any) -> np.ndarray | None:
         return None if samples is None else np.array([label for _, label in samples])
     targets = getattr(dataset, "targets", None)
     return None if targets is None else np.asarray(targets)
+
+
+def files_of(dataset: Any) -> list[tuple[Path, int | None]]:
+    """The image files of a data set with their classes, which are None where masks have them."""
+    if isinstance(dataset, PlainImages):
+        files = files_of(dataset.source)
+        return files if not files or dataset.indices is None else [files[i] for i in dataset.indices]
+    if isinstance(dataset, CheckedImages) and isinstance(dataset.reader, ListedFiles):
+        return list(dataset.reader.samples)
+    return [(pair.image, None) for pair in getattr(dataset, "pairs", ())]
+
+
+def palette_lines(dataset: Any, indices: Iterable[int]) -> list[str]:
+    """A warning where masks draw one value in several colours: a program may have numbered the colours anew."""
+    first: dict[int, tuple[tuple[int, ...], Path]] = {}
+    for index in indices if hasattr(dataset, "pairs") else ():
+        mask = dataset.pairs[index].mask
+        for value, colour in palette_colours(mask).items():
+            known, other = first.setdefault(value, (colour, mask))
+            if known != colour:
+                colours = f"the colour {known} in {other} and {colour} in {mask}"
+                why = "labels are values, not colours; did a program number the palettes anew?"
+                return [readable(f"warning: value {value} has {colours}: {why}")]
+    return []
 
 
 def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit: str) -> list[str]:
@@ -68,6 +100,22 @@ def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit
     if without:
         lines.append(f"warning: no {unit} of {some_of(without)} in {where}")
     return [readable(line) for line in lines]
+
+
+def read_lines(
+    where: str, class_names: Sequence[str], tally: np.ndarray, unit: str, ignore_label: int | None = None
+) -> list[str]:
+    """As :func:`class_lines`, of what :func:`read_all` counted; of pixels, how many are ignored, too."""
+    ignored, counts = int(tally[0]), tally[1:]
+    first, *warnings = class_lines(where, class_names, counts, unit)
+    if unit == "pixels":
+        first += f"; ignored {100 * ignored / max(int(tally.sum()), 1):.3g} %"
+    if warnings and ignored and ignore_label is not None:
+        warnings.append(
+            f"pixels of ignore_label {ignore_label} are not trained on: if they are a class, leave it out and "
+            "set data.mask_values (0 255 for binary masks)"
+        )
+    return [first, *warnings]
 
 
 def read_all(

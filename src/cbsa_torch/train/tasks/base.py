@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch.train.config import RunConfig
-from cbsa_torch.train.data import InputSpec, Splits, read_image_file
+from cbsa_torch.train.data import InputSpec, OpenedSplit, Splits, read_image_file
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.losses import Loss
 
@@ -214,7 +214,7 @@ class Task(ABC):
     @abstractmethod
     def open_split(
         self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
-    ) -> tuple[str, Dataset[Any]]:
+    ) -> OpenedSplit:
         """One split of the data, for a model that is trained already.
 
         Args:
@@ -224,7 +224,7 @@ class Task(ABC):
             skipped: file that lists images that could not be read. Default: they are only counted.
 
         Returns:
-            The split's name, and its samples without a transform.
+            The split, its samples without a transform.
 
         Raises:
             ConfigError, DataError: the data cannot be opened, or have no such split or other classes.

@@ -20,6 +20,7 @@ from cbsa_torch.train.config import TrainConfig, check_image_settings
 from cbsa_torch.train.data import (
     IGNORE,
     InputSpec,
+    OpenedSplit,
     Splits,
     describe,
     input_spec,
@@ -128,7 +129,7 @@ class Classification(Task):
 
     def open_split(
         self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
-    ) -> tuple[str, Dataset[Any]]:
+    ) -> OpenedSplit:
         """A split of (image, label)."""
         return open_split(self.config.data, mode, split, class_names, skipped)
 

@@ -66,7 +66,7 @@ def test_without_splits_some_are_held_out_the_same_ones_always(pairs):
 def test_one_split_needs_no_other(pairs):
     for split in ("train", "val"):
         (pairs / split).rename(pairs.parent / split)
-    name, test = open_segmentation_split(config(pairs), "RGB", "test", NAMES)
+    name, test, _ = open_segmentation_split(config(pairs), "RGB", "test", NAMES)
     assert (name, len(test)) == ("test", 2)
     with pytest.raises(
         DataError, match=r"the data's 3 classes \(sky, water, sand\) are not the model's 2 \(sky, water\)"

@@ -87,6 +87,71 @@ def test_every_folder_is_paired_by_the_rules_or_refused_with_the_cause(tmp_path_
     assert {name: sorted(keys) for name, keys in read.items()} == {k: sorted(v) for k, v in expected.items()}
 
 
+def within_by_the_rules(tree):
+    """The same where the splits are folders within ``images`` and ``masks``."""
+    kinds = {kind: {} for kind in ("images", "masks")}
+    for split, kind, place, name in dict.fromkeys(tree):
+        keys = kinds[kind].setdefault(split, [])
+        if not name.endswith(".txt") and not name.startswith(".") and not place.startswith("."):
+            keys.append(place + name.rpartition(".")[0])
+    images, masks = kinds["images"], kinds["masks"]
+    if not images or not masks:
+        raise Refused("a folder is missing")
+    if not {*images} & {*SPLITS}:  # then all of it is one split
+        keys = [[f"{split}/{key}" for split in found for key in found[split]] for found in (images, masks)]
+        found = {"train": keys}
+    elif images.get("extra") or not {*masks} & {*SPLITS} <= {*images}:
+        raise Refused("other folders with images, or masks of a split without images")
+    else:
+        found = {}
+        for split in {*images} & {*SPLITS}:
+            if split in masks or split != "TESTING":
+                found[SPLITS[split]] = images[split], masks.get(split)
+    if "train" not in found or any(keys is None for _, keys in found.values()):
+        raise Refused("a folder is missing")
+    for split, (image_keys, mask_keys) in [*found.items()]:
+        if any(len({*keys}) < len(keys) for keys in (image_keys, mask_keys)):
+            raise Refused("two files of one name")
+        if split == "test" and image_keys and not {*image_keys} & {*mask_keys} and not mask_keys:
+            del found[split]
+        elif not {*image_keys} & {*mask_keys}:
+            raise Refused("no pair is whole")
+    pairs = {split: {*image_keys, *mask_keys} for split, (image_keys, mask_keys) in found.items()}
+    if "val" not in pairs and len(pairs["train"]) < 2:
+        raise Refused("nothing to hold out")
+    return pairs
+
+
+@settings(max_examples=100, deadline=None)
+@given(tree=trees)
+def test_splits_within_the_folders_are_paired_by_the_rules_too(tmp_path_factory, tree):
+    root = tmp_path_factory.mktemp("within")
+    (root / "classes.txt").write_text("a\nb")
+    tree = [*whole[: tree[0]], *tree[1]]
+    for split, kind, place, name in tree:
+        (root / kind / split / place).mkdir(parents=True, exist_ok=True)
+        (root / kind / split / place / name).write_bytes(b"not read here")
+    config = SegmentationDataConfig(root=str(root), max_bad_images=99)
+    try:
+        expected = within_by_the_rules(tree)
+    except Refused:
+        with pytest.raises(DataError) as caught:
+            open_segmentation(config)
+        assert str(root) in str(caught.value) or "too few to hold out" in str(caught.value)
+        return
+    splits = open_segmentation(config)
+    below = 3 if {split for split, kind, _, _ in tree if kind == "images"} & {*SPLITS} else 2
+    read = {}
+    for name, dataset in splits.parts().items():
+        for pair in dataset.pairs:
+            keys = {path.relative_to(root).with_suffix("").parts[below - 1 :] for path in pair}
+            assert len(keys) == 1
+            read.setdefault(name, []).append("/".join(keys.pop()))
+    if "val" not in expected:
+        read["train"] += read.pop("val")
+    assert {name: sorted(keys) for name, keys in read.items()} == {k: sorted(v) for k, v in expected.items()}
+
+
 def key_depth(path):
     """How many folders lie between a file and ``images`` or ``masks``."""
     return next(i for i, parent in enumerate(path.parents) if parent.name in ("images", "masks"))

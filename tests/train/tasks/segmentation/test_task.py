@@ -86,14 +86,14 @@ def classifier(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
     config = tiny_config(write_colours(folder / "images"), folder / "run")
     config.engine.tracker, config.optim.epochs = "none", 1
-    config.model.args = {key: str(value) for key, value in ENCODER.items()}
+    config.model.args = dict(ENCODER)
     train(config)
     return config.output
 
 
 def test_the_encoder_starts_from_a_classifier(config, classifier):
     config.model.encoder_from = classifier
-    config.model.args = {"depth": "1", "num_heads": "2", "head_dim": "8"}
+    config.model.args = {"depth": 1, "num_heads": 2, "head_dim": 8}
     opened = Segmentation(config).open(Path("unused"), continued=False)
     source, info = load_checkpoint(RunFolder(classifier).weights)
     weights, encoder = source.state_dict(), opened.model.encoder.state_dict()

@@ -18,7 +18,7 @@ from cbsa_torch.models.adapt.report import AdaptReport
 from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
 from cbsa_torch.models.hub import PREFIX
 from cbsa_torch.nn import TokenMixer
-from cbsa_torch.train.build import Built, fit, open_source, read_args
+from cbsa_torch.train.build import Built, fit, open_source
 from cbsa_torch.train.config import (
     LOCAL,
     UNCOMPARED,
@@ -253,7 +253,7 @@ def adapt_original(original: Original, model_config: AdaptedModelConfig) -> Adap
     Raises:
         ConfigError: what :func:`cbsa_torch.models.adapt_vit` refuses, or an original adapted in another way.
     """
-    options = read_args(model_config)
+    options = model_config.args
     layers: Any = model_config.layers_asked()
     try:
         if original.name == ENTRY:

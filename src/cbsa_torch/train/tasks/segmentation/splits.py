@@ -28,7 +28,14 @@ from cbsa_torch.images import (
 )
 from cbsa_torch.train.data.checked_images import SkippedImages
 from cbsa_torch.train.data.fetch import load
-from cbsa_torch.train.data.splits import Splits, check_classes, check_split, held_out_note, hold_out
+from cbsa_torch.train.data.splits import (
+    OpenedSplit,
+    Splits,
+    check_classes,
+    check_split,
+    held_out_note,
+    hold_out,
+)
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.segmentation.config import SegmentationDataConfig, check_data_config
 from cbsa_torch.train.tasks.segmentation.scenes import open_scenes
@@ -100,11 +107,13 @@ def open_segmentation(
     if "train" not in splits:
         raise DataError("; ".join([f"{config.root} has no train split", *layout.notes]))
     notes = [
-        line for split, pairs in splits.items() for line in check_pairs(pairs, split, config.max_bad_images)
+        line
+        for split, pairs in splits.items()
+        for line in check_pairs(pairs, split, config.max_bad_images, layout.notes)
     ]
     if "val" not in splits:
         if config.name != "folder":
-            raise DataError(f"{config.root} has no validation split")
+            raise DataError("; ".join([f"{config.root} has no validation split", *layout.notes]))
         pairs = splits["train"]
         train, val = hold_out(len(pairs), config.val_fraction)
         splits = {**splits, "train": [pairs[i] for i in train], "val": [pairs[i] for i in val]}
@@ -121,8 +130,8 @@ def open_segmentation_split(
     split: str | None,
     class_names: list[str],
     skipped: str | Path | None = None,
-) -> tuple[str, Dataset[Any]]:
-    """Name and samples of one split for a model trained on ``class_names``; no other split need exist.
+) -> OpenedSplit:
+    """One split for a model trained on ``class_names``; no other split need exist.
 
     A ``split`` of None is the test split, or the validation split where there is none.
 
@@ -131,13 +140,16 @@ def open_segmentation_split(
     """
     check_data_config(config)
     check_split(split)
-    if split is not None and config.name in NAMES and config.name != "emoji-scenes":
+    if config.name in NAMES and config.name != "emoji-scenes":
         layout = open_layout(config)
-        if split in layout.splits and not (split == "train" and "val" not in layout.splits):
+        pairs = layout.splits
+        name = split or ("test" if "test" in pairs else "val")
+        if name in pairs and not (name == "train" and "val" not in pairs):
             check_classes(layout.class_names, class_names)
-            check_pairs(layout.splits[split], split, config.max_bad_images)
+            lone = check_pairs(pairs[name], name, config.max_bad_images, layout.notes)
             bad = SkippedImages(skipped, config.max_bad_images)
-            return split, MaskedImages(layout.splits[split], mode, layout.labels, bad)
+            dataset = MaskedImages(pairs[name], mode, layout.labels, bad)
+            return OpenedSplit(name, dataset, (*lone, *layout.notes))
     return open_segmentation(config, mode, skipped).choose(split, class_names)
 
 

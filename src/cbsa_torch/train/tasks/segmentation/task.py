@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,12 +26,12 @@ from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import check_fit, refuse_fetching
 from cbsa_torch.models.segmentation.factory import segmenter
-from cbsa_torch.train.build import Built, build_model, draft_model, fit, open_source, read_args
+from cbsa_torch.train.build import Built, build_model, draft_model, fit, open_source
 from cbsa_torch.train.config import check_rules
-from cbsa_torch.train.data import IGNORE, InputSpec, Splits, describe, input_spec, read_skipped
+from cbsa_torch.train.data import IGNORE, InputSpec, OpenedSplit, Splits, describe, input_spec, read_skipped
 from cbsa_torch.train.data.checked_images import SkippedImages
 from cbsa_torch.train.data.seeded import SeededSamples
-from cbsa_torch.train.data.summary import class_lines, read_all
+from cbsa_torch.train.data.summary import palette_lines, read_all, read_lines
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.base import (
@@ -181,7 +182,7 @@ class Segmentation(Task):
 
     def open_split(
         self, mode: str, class_names: list[str], split: str | None, skipped: Path | None = None
-    ) -> tuple[str, Dataset[Any]]:
+    ) -> OpenedSplit:
         """A split of (image, mask)."""
         return open_segmentation_split(self.config.data, mode, split, class_names, skipped)
 
@@ -274,23 +275,21 @@ def _read_some(splits: Splits, data: SegmentationDataConfig) -> list[str]:
         indices = spread_indices(len(split), PAIRS_READ_FIRST)
         with TemporaryDirectory() as folder:
             listed = Path(folder) / "skipped.txt"
-            pairs = MaskedImages(
-                split.pairs, split.mode, split.labels, SkippedImages(listed, data.max_bad_images)
-            )
-            ignored, *counts = read_all(pairs, len(splits.class_names), data.workers, indices)
+            # counted below: the list of a run is not begun yet, and workers share this one
+            pairs = MaskedImages(split.pairs, split.mode, split.labels, SkippedImages(listed, sys.maxsize))
+            tally = read_all(pairs, len(splits.class_names), data.workers, indices)
             failed = read_skipped(listed)
         read = f"{len(indices)} of {len(split)} {name} masks"
-        if not any(counts):
-            raise DataError("; ".join([f"no pixel of any class in {read}", *failed[:1]]))
-        share = 100 * ignored / (ignored + sum(counts))
-        first, *warnings = class_lines(read, splits.class_names, np.array(counts), "pixels")
-        lines.append(f"{read}: {first}; ignored {share:.3g} %")
-        if warnings and ignored and data.ignore_label is not None:
-            warnings.append(
-                f"pixels of ignore_label {data.ignore_label} are not trained on: if they are a class, leave it "
-                "out and set data.mask_values (0 255 for binary masks)"
+        if len(failed) > data.max_bad_images:
+            shown = failed[0].replace("\t", ": ", 1)
+            raise DataError(
+                f"of {read} {len(failed)} cannot be used, and data.max_bad_images is {data.max_bad_images} "
+                f"(cbsa data check lists all): {shown}"
             )
-        lines += warnings
+        if not tally[1:].any():
+            raise DataError("; ".join([f"no pixel of any class in {read}", *failed[:1]]))
+        first, *warnings = read_lines(read, splits.class_names, tally, "pixels", data.ignore_label)
+        lines += [f"{read}: {first}", *warnings, *palette_lines(split, indices)]
     return lines
 
 
@@ -351,7 +350,7 @@ def open_encoder(
     source, size = config.model.encoder_from, config.model.image_size
     if source is None or source == PRETRAINED:
         return config, None if source is None or continued else pretrained_weights(config), ()
-    args = read_args(config.model)
+    args = config.model.args
     given = args.get("encoder"), args.get("encoder_args")
     model, info, path = open_source("model.encoder_from", source, *given)
     if info["model"] == "segmenter":
@@ -368,7 +367,7 @@ def open_encoder(
 
 def pretrained_weights(config: SegmentationTrainConfig) -> dict[str, Tensor]:
     """The weights that timm has for the encoder of ``model.args``."""
-    args = read_args(config.model)
+    args = config.model.args
     name, encoder_args = args.get("encoder", _default("encoder")), args.get("encoder_args") or {}
     refuse_fetching("model.args encoder_args", encoder_args, "model.encoder_from is set", ConfigError)
     given = {"img_size": config.model.image_size, "in_chans": args.get("in_chans")}
