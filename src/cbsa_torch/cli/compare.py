@@ -76,7 +76,8 @@ def compare_runs(
         skipped = folder / "eval_report.skipped.txt"
         split, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
         inputs, labels = trained.task.sample(dataset, trained.spec, images)
-        evaluation = evaluate_split(trained, split, dataset, skipped, output=folder / f"eval_{split}.json")
+        output_file = folder / f"eval_{split}.json"
+        evaluation = evaluate_split(trained.fused(), split, dataset, skipped, output=output_file)
         titles = runs.titles(trained, inputs[:shown], labels[:shown])
         compared.append(
             ComparedRun(

@@ -33,7 +33,7 @@ def run(args: list[str]) -> None:
     options = parse(_PredictArgs, args, "predict")
     if not options.images:
         raise ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
-    trained = open_trained(options.checkpoint)
+    trained = open_trained(options.checkpoint).fused()
     predictions = trained.task.predict(trained, options.images, options)
     table = number_table("image", "class", trained.task.share_title, left=2)
     for prediction in predictions:

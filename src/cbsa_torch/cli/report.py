@@ -88,7 +88,7 @@ def report_run(
     skipped = folder.path / "eval_report.skipped.txt"
     split, dataset = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
     inputs, labels = trained.task.sample(dataset, trained.spec, images)
-    result = evaluate_split(trained, split, dataset, skipped, output=folder.path / f"eval_{split}.json")
+    result = evaluate_split(trained.fused(), split, dataset, skipped, output=folder.path / f"eval_{split}.json")
     titles = [*given_titles, *runs.titles(trained, inputs[:shown], labels[:shown])]
     written = report(
         trained.model,
