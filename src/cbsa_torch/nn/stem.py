@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class ConvStem(nn.Module):
 
 
 @torch.no_grad()
-def _merge(pair: nn.Sequential) -> FusedConv2d:
+def _merge(pair: Any) -> FusedConv2d:
     """One convolution for a convolution and its batch norm, computed in float32 or better."""
     conv, norm = pair
     check_fusable(pair, nn.Sequential)
@@ -94,11 +95,10 @@ def _merge(pair: nn.Sequential) -> FusedConv2d:
     check_fusable(norm, _norm_class(norm))
     if norm.running_mean is None:
         raise ValueError("ConvStem cannot be fused: a batch norm keeps no statistics (track_running_stats)")
-    assert isinstance(conv, nn.Conv2d)
     given = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     dtype = compute_dtype(conv.weight.dtype)
-    weight, bias, mean, variance, scale, shift = (t if t is None else t.to(dtype) for t in given)
-    merged = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
+    wide: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in given]
+    merged = fuse_conv_bn_weights(*wide[:4], norm.eps, *wide[4:])
     return FusedConv2d(conv, *(t.to(conv.weight.dtype) for t in merged))
 
 
