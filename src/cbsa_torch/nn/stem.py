@@ -98,7 +98,8 @@ def _merge(pair: Any) -> FusedConv2d:
     given = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     dtype = compute_dtype(conv.weight.dtype)
     wide: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in given]
-    merged = fuse_conv_bn_weights(*wide[:4], norm.eps, *wide[4:])
+    weight, bias, mean, variance, scale, shift = wide
+    merged = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
     return FusedConv2d(conv, *(t.to(conv.weight.dtype) for t in merged))
 
 
