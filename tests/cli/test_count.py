@@ -12,11 +12,13 @@ def test_it_prints_writes_and_draws(tmp_path, capsys):
     files = ["--output", str(tmp_path / "counts.json"), "--plot", str(tmp_path / "flops.svg")]
     assert main(["count", "cbt_tiny_patch16_224", "crate_tiny_patch16_224", "--layers", *files]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"cbt_tiny_patch16_224\s+3x224x224\s+1,789,192\s+1\.121\s+528,768", out)
+    assert re.search(r"cbt_tiny_patch16_224\s+3x224x224\s+1,789,192\s+1\.121\s+0\.9466\s+528,768", out)
     assert re.search(r"blocks\.11\.attn\s+MSSA", out)
     rows = json.loads((tmp_path / "counts.json").read_text())
     assert rows[0]["total"]["similarities"] == 528_768
-    assert rows[0]["torch_flops"] == rows[0]["total"]["products"]
+    published, fused = rows[0]["total"], rows[0]["fused"]["total"]
+    assert rows[0]["fused"]["torch_flops"] == fused["products"]
+    assert published["products"] - fused["products"] == 12 * 2 * 197 * 192**2
     assert (tmp_path / "flops.svg").read_text().startswith("<svg")
     curves = json.loads((tmp_path / "flops.json").read_text())
     assert (curves["dim"], curves["num_heads"]) == (192, 3)

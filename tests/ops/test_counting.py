@@ -11,6 +11,7 @@ from cbsa_torch import CBSA, ISTA, ops
 from cbsa_torch.nn import MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
+from cbsa_torch.ops.ista import ista_equation
 
 H = 3
 
@@ -109,7 +110,10 @@ def test_counts_add_up():
 def test_linear_and_ista():
     x = torch.randn(1, 7, 6)
     assert counting.linear(7, 6, 5).products == measured(lambda: torch.nn.Linear(6, 5)(x))
-    assert counting.ista(7, 6).products == measured(lambda: ISTA(6)(x))
+    layer = ISTA(6)
+    fused = layer.fuse()
+    assert counting.ista(7, 6).products == measured(lambda: ista_equation(x, layer.weight, 0.1, 0.1))
+    assert counting.ista(7, 6, fused=True).products == measured(lambda: fused(x))
 
 
 @pytest.mark.parametrize(

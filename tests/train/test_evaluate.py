@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cbsa_torch.cli import main
 from cbsa_torch.models import load_checkpoint, save_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
+from cbsa_torch.nn.ista import FusedISTA
 from cbsa_torch.train import WindowOptions, evaluate, evaluate_checkpoint, predict_images
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.evaluate import open_trained
@@ -105,7 +107,37 @@ def test_an_opened_model_evaluates_and_predicts_like_its_file(finished, images, 
     assert not trained.model.training
     expected = predict_images(trained.path, paths), evaluate_checkpoint(trained.path, output=output)
     monkeypatch.setattr(evaluate, "open_weights", lambda *args: pytest.fail("opened again"))
-    assert (predict_images(trained, paths), evaluate_checkpoint(trained, output=output)) == expected
+    fused = trained.fused()
+    assert (predict_images(fused, paths), evaluate_checkpoint(fused, output=output)) == expected
+    predictions, result = predict_images(trained, paths), evaluate_checkpoint(trained, output=output)
+    assert [p.classes for p in predictions] == [p.classes for p in expected[0]]
+    assert [p.probabilities for p in predictions] == [
+        pytest.approx(p.probabilities, rel=1e-4) for p in expected[0]
+    ]
+    assert result.confusion == expected[1].confusion
+    assert result.loss == pytest.approx(expected[1].loss, rel=1e-4)
+
+
+def test_a_file_is_used_fused_and_a_model_as_it_is(finished, images, tmp_path, monkeypatch):
+    seen = []
+    forward = FusedISTA.forward
+    monkeypatch.setattr(FusedISTA, "forward", lambda layer, x: seen.append(layer) or forward(layer, x))
+    path, output = images / "test" / "red" / "red_0.png", str(tmp_path / "e.json")
+    folder = str(finished[1].folder)
+    trained = open_trained(folder)
+    for use in (
+        lambda: predict_images(folder, [path]),
+        lambda: main(["predict", str(path), "--checkpoint", folder]),
+        lambda: evaluate_checkpoint(folder, output=output),
+        lambda: main(["eval", "--checkpoint", folder, "--output", output]),
+        lambda: predict_images(trained.fused(), [path]),
+    ):
+        seen.clear()
+        use()
+        assert seen
+    seen.clear()
+    predict_images(trained, [path])
+    assert not seen
 
 
 def test_a_classifier_knows_no_windows_and_no_masks(finished, tmp_path):

@@ -122,7 +122,7 @@ def why_not_drawn(module: nn.Module) -> str:
     if _is_linear_by_type(module) and not isinstance(module, nn.Linear):
         return f"{kind} is an adapter, or quantised"
     if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
-        return "its weight is computed from something else (parametrised, pruned)"
+        return "its weight is computed from something else (parametrised, pruned, fused)"
     if is_offloaded(module):
         return "its weights are offloaded"
     if not all(is_readable(parameter) for parameter in held):

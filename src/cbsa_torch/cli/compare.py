@@ -77,7 +77,8 @@ def compare_runs(
         opened_split = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
         split = opened_split.name
         inputs, labels = trained.task.sample(opened_split.dataset, trained.spec, images)
-        evaluation = evaluate_split(trained, opened_split, skipped, output=folder / f"eval_{split}.json")
+        output_file = folder / f"eval_{split}.json"
+        evaluation = evaluate_split(trained.fused(), opened_split, skipped, output=output_file)
         titles = runs.titles(trained, inputs[:shown], labels[:shown])
         compared.append(
             ComparedRun(

@@ -13,6 +13,7 @@ import timm
 import torch
 import tyro
 from timm.layers import Mlp
+from timm.utils import reparameterize_model
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
@@ -34,7 +35,8 @@ CURVE_TOKENS = tuple(2**k for k in range(4, 17))
 class _CountArgs:
     """Count parameters, FLOPs (two per multiply-add) and pairwise similarities of models, for one image.
 
-    Similarities are the distinct inner products that decide who attends to whom.
+    FLOPs are those of the layers as published, "fused" those of the model fused for inference, where ISTA is
+    one product and not two. Similarities are the distinct inner products that decide who attends to whom.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]]
@@ -68,17 +70,18 @@ def run(args: list[str]) -> None:
             from cbsa_torch.interpret.plots import to_png, to_svg
         except ImportError as error:
             raise ConfigError(f"--plot: {error}") from None
-    table = number_table("model", "input", "parameters", "GFLOPs", "similarities", left=2)
+    table = number_table("model", "input", "parameters", "GFLOPs", "GFLOPs fused", "similarities", left=2)
     rows, remarks = [], []
     for name in options.models:
-        counts, size = count_named(name, options.args, options.image_size)
-        rows.append(as_dict(name, size, counts))
+        counts, fused, size = count_named(name, options.args, options.image_size)
+        rows.append({"model": name, "input_size": size, **as_dict(counts), "fused": as_dict(fused)})
+        fused_layers = {layer.name: layer for layer in fused.layers}
         for layer in counts.layers if options.layers else ():
-            table.add_row(f"  {layer.name}", layer.kind, *_count_cells(layer))
-        table.add_row(name, "x".join(map(str, size)), *_count_cells(counts.total))
-        if counts.torch_flops != counts.total.counts.products:
+            table.add_row(f"  {layer.name}", layer.kind, *_count_cells(layer, fused_layers.get(layer.name)))
+        table.add_row(name, "x".join(map(str, size)), *_count_cells(counts.total, fused.total))
+        if fused.torch_flops != fused.total.counts.products:
             remarks.append(
-                f"{name}: torch's own counter sees {counts.torch_flops / 1e9:.4g} GFLOPs of products"
+                f"{name}: torch's own counter sees {fused.torch_flops / 1e9:.4g} GFLOPs of products, fused"
             )
     print_table(table)
     for remark in remarks:
@@ -98,13 +101,21 @@ def run(args: list[str]) -> None:
         say(f"plot: {picture}, numbers: {numbers}")
 
 
-def _count_cells(layer: LayerCounts) -> tuple[str, str, str]:
-    counts = layer.counts
-    return f"{layer.parameters:,}", f"{counts.flops / 1e9:.4g}", f"{counts.similarities:,}"
+def _count_cells(layer: LayerCounts, fused: LayerCounts | None) -> tuple[str, str, str, str]:
+    published, computed = (
+        "" if counted is None else f"{counted.counts.flops / 1e9:.4g}" for counted in (layer, fused)
+    )
+    return f"{layer.parameters:,}", published, computed, f"{layer.counts.similarities:,}"
 
 
-def count_named(name: str, args: Mapping[str, Any], image_size: Sequence[int]) -> tuple[ModelCounts, list[int]]:
-    """Build a model of timm without storage, and count it at an image size (none: the one it is made for)."""
+def count_named(
+    name: str, args: Mapping[str, Any], image_size: Sequence[int]
+) -> tuple[ModelCounts, ModelCounts, list[int]]:
+    """Build a model of timm without storage, and count it at an image size (none: the one it is made for).
+
+    Returns:
+        The counts as published and those of the model fused for inference, and the input size.
+    """
     if not timm.is_model(name):
         suggestion = nearest(name, registry.names()) or nearest(name, timm.list_models())
         raise ConfigError(f"no model {name!r} in timm{suggestion}")
@@ -117,7 +128,7 @@ def count_named(name: str, args: Mapping[str, Any], image_size: Sequence[int]) -
         height, width = asked or made_for
         size = (getattr(model, "in_chans", channels), height, width)
         with torch.device("meta"):
-            return count_model(model, size), list(size)
+            return count_model(model, size), count_model(reparameterize_model(model), size), list(size)
     except Exception as error:  # constructors of any model of timm, called with anything
         raise ConfigError(f"cannot count {name}: {error}") from error
 
@@ -136,7 +147,7 @@ def _build(name: str, args: Mapping[str, Any], img_size: tuple[int, int] | None 
             return timm.create_model(name, **args)  # a convolutional network takes any size
 
 
-def as_dict(name: str, size: list[int], counts: ModelCounts) -> dict[str, Any]:
+def as_dict(counts: ModelCounts) -> dict[str, Any]:
     """Plain values, for JSON."""
 
     def row(layer: LayerCounts) -> dict[str, Any]:
@@ -149,8 +160,6 @@ def as_dict(name: str, size: list[int], counts: ModelCounts) -> dict[str, Any]:
         }
 
     return {
-        "model": name,
-        "input_size": size,
         "total": row(counts.total),
         "torch_flops": counts.torch_flops,
         "layers": [row(layer) for layer in counts.layers],

@@ -39,7 +39,7 @@ def run(args: list[str]) -> None:
     if options.max_bad_images is not None:
         data = dataclasses.replace(data, max_bad_images=options.max_bad_images)
     result = evaluate_checkpoint(
-        trained,
+        trained.fused(),
         split=options.split,
         data=data,
         batch_size=options.batch_size,

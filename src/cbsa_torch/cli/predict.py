@@ -40,6 +40,7 @@ def run(args: list[str]) -> None:
     trained = open_on(options.checkpoint, options)
     if "config" in trained.info and (options.root, options.data) != (None, None):
         raise ConfigError(f"{options.checkpoint} says its classes: leave out --root and --data")
+    trained = trained.fused()
     predictions = trained.task.predict(trained, options.images, options)
     table = number_table("image", "class", trained.task.share_title, left=2)
     for prediction in predictions:

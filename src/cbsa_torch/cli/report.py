@@ -78,7 +78,7 @@ def report_run(
     opened = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
     split = opened.name
     inputs, labels = trained.task.sample(opened.dataset, trained.spec, images)
-    result = evaluate_split(trained, opened, skipped, output=folder.path / f"eval_{split}.json")
+    result = evaluate_split(trained.fused(), opened, skipped, output=folder.path / f"eval_{split}.json")
     titles = [*given_titles, *runs.titles(trained, inputs[:shown], labels[:shown])]
     written = report(
         trained.model,

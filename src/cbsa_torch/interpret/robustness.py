@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cbsa_torch._core.checks import check_number
 from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.interpret.capture import attention_layers, choose_layers
+from cbsa_torch.nn.fused import Fused
 
 SIGMAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Standard deviations from 1e-3 to 1, as in Fig. 8."""
@@ -46,14 +47,21 @@ def noisy_copy(
         seed: of the noise.
 
     Raises:
-        ValueError: ``sigma`` negative or not finite, no such layer. TypeError: ``sigma`` not a number,
-            ``seed`` not an int. IndexError: no layer of that index.
+        ValueError: ``sigma`` negative or not finite, no such layer, an orthogonal layer that is fused for
+            inference. TypeError: ``sigma`` not a number, ``seed`` not an int. IndexError: no layer of that
+            index.
     """
     _check("sigma", sigma, "seed", seed)
     noisy = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
-    chosen = choose_layers(attention_layers(noisy), layers).values()
-    unique = dict.fromkeys(p for layer in chosen for p in layer.parameters() if p.is_floating_point())
+    chosen = choose_layers(attention_layers(noisy), layers)
+    for name, layer in chosen.items():
+        if any(isinstance(module, Fused) for module in layer.modules()):
+            raise ValueError(
+                f"{name} is fused for inference: noise would leave its basis alone, or not orthonormal; give "
+                "the model that was fused"
+            )
+    unique = dict.fromkeys(p for layer in chosen.values() for p in layer.parameters() if p.is_floating_point())
     with torch.no_grad():
         for parameter in unique:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)

@@ -14,6 +14,7 @@ from cbsa_torch._core.linear import matrix_of
 from cbsa_torch._core.modes import uncompiled
 from cbsa_torch.interpret.capture import attention_layers, captured_batches, check_batches, named_modules
 from cbsa_torch.nn import CBSA, ISTA
+from cbsa_torch.nn.ista import FusedISTA
 
 
 class AttentionRanks(NamedTuple):
@@ -146,7 +147,7 @@ def _ranks(attention: Tensor) -> Tensor:
 
 
 def ista_sparsity(model: nn.Module, batches: Iterable[Tensor]) -> Sparsity:
-    """Measure the share of exact zeros after every :class:`cbsa_torch.nn.ISTA`.
+    """Measure the share of exact zeros after every :class:`cbsa_torch.nn.ISTA`, fused or not.
 
     Every token counts, padding too: ISTA does not know of masks. A layer that is called more than once
     counts all its calls.
@@ -158,7 +159,7 @@ def ista_sparsity(model: nn.Module, batches: Iterable[Tensor]) -> Sparsity:
     Raises:
         TypeError: a batch is not a tensor. ValueError: no batch, or a model without ISTA layers.
     """
-    found = {name: module for name, module in named_modules(model) if isinstance(module, ISTA)}
+    found = {name: module for name, module in named_modules(model) if isinstance(module, (ISTA, FusedISTA))}
     if not found:
         raise ValueError(f"{type(model).__name__} has no ISTA layer")
     counts: dict[str, list[int]] = {}

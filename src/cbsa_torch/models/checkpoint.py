@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch._core.wrappers import bare_state
+from cbsa_torch.nn.fused import Fused
 
 KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 """Where training checkpoints keep the weights; an average of them, which is what was evaluated, comes first."""
@@ -65,8 +66,15 @@ def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) ->
 
     Raises:
         CheckpointError: ``info`` does not name a timm model and its arguments, the weights are not of that
-            model, or ``path`` has another suffix; nothing is written. TypeError: ``info`` is not JSON.
+            model, the model is fused, or ``path`` has another suffix; nothing is written. TypeError: ``info``
+            is not JSON.
     """
+    fused = [name for name, module in model.named_modules() if isinstance(module, Fused)]
+    if fused:
+        raise CheckpointError(
+            f"the model for {path} is fused for inference (e.g. {fused[0]}), and a file holds the weights that "
+            "it was made from; save it before fusing, and fuse after loading"
+        )
     save_tensors(path, model.state_dict(), info)
 
 

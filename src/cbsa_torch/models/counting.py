@@ -19,6 +19,8 @@ from cbsa_torch.models.adapt.find import SOFTMAX
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.models.segmentation.decoder import CosineSimilarity
 from cbsa_torch.nn import ISTA, TokenMixer
+from cbsa_torch.nn.fused import Fused
+from cbsa_torch.nn.ista import FusedISTA
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
 
@@ -42,7 +44,8 @@ class ModelCounts(NamedTuple):
     layers: list[LayerCounts]
     total: LayerCounts
     torch_flops: int
-    """What ``torch.utils.flop_counter`` sees: it knows no factorisations, but products of any module."""
+    """What ``torch.utils.flop_counter`` sees: it knows no factorisations, but products of any module. Of ISTA
+    that is not fused it sees what :func:`cbsa_torch.ops.ista_step` computes for this number of tokens."""
 
 
 def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCounts:
@@ -52,6 +55,9 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
     transformers' ViTs and the similarities of a segmentation decoder's masks, by the formulas of
     :mod:`cbsa_torch.ops.counting`. Other modules count with their parameters only; whether something is missed
     shows in ``torch_flops``.
+
+    ISTA counts two products, as it is published, and one if the model is fused for inference: give
+    ``timm.utils.reparameterize_model(model)`` to count what that computes.
 
     Args:
         model: any model of images. It is run once, without gradients, on a batch of one, and left as it was.
@@ -97,6 +103,9 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
     parameters = dict.fromkeys(parts, 0)
     for name, parameter in model.named_parameters():
         parameters[_part_of(name.rpartition(".")[0], parts)] += parameter.numel()
+    for name, module in model.named_modules():
+        if isinstance(module, Fused):  # its weights are buffers
+            parameters[_part_of(name, parts)] += sum(weight.numel() for weight in module.buffers())
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     layers = [
         LayerCounts(part or "(model)", kinds[part], parameters[part], found[part])
@@ -125,7 +134,7 @@ def _countable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-_PARTS = (TokenMixer, ISTA, *SOFTMAX, CosineSimilarity)
+_PARTS = (TokenMixer, ISTA, FusedISTA, *SOFTMAX, CosineSimilarity)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -171,6 +180,8 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         return counting.linear(tokens, module.in_features, module.out_features)
     if isinstance(module, ISTA):
         return counting.ista(x.numel() // x.shape[-1], x.shape[-1])
+    if isinstance(module, FusedISTA):
+        return counting.ista(x.numel() // x.shape[-1], x.shape[-1], fused=True)
     if isinstance(module, SOFTMAX) or is_hugging_face(module):
         return _count_softmax(module, x)
     if isinstance(module, CosineSimilarity):

@@ -152,7 +152,8 @@ class CBSA(TokenMixer):
         if self.step == "free" or not is_autocast(source.x):
             return super().project(source)
         with no_autocast(source.x):
-            dtype = next(self.qkv.parameters()).dtype
+            assert self.step_logit is not None, "of certified steps"
+            dtype = self.step_logit.dtype
             return super().project(source._replace(x=source.x.to(dtype)))
 
     def _represent(self, heads: Heads) -> Representatives:

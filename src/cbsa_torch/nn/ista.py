@@ -58,9 +58,10 @@ class ISTA(nn.Module):
         """The same layer for inference, by one product for any number of tokens; timm's convention.
 
         Raises:
-            ValueError: it has hooks, or a ``forward`` of its own. TypeError: its weight is quantised.
+            ValueError: it has hooks, or its ``forward`` was replaced. TypeError: a subclass with a ``forward``
+                of its own, or a weight that is quantised.
         """
-        check_fusable(self)
+        check_fusable(self, ISTA)
         return FusedISTA(ops.ista_matrix(self.weight, step_size=self.step_size), self.step_size * self.sparsity)
 
     def extra_repr(self) -> str:
@@ -76,10 +77,12 @@ class FusedISTA(Fused):
         threshold: eta lambda.
     """
 
+    matrix: Tensor
+
     def __init__(self, matrix: Tensor, threshold: float) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(matrix, requires_grad=False)
         self.threshold = threshold
+        self.hold(matrix=matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         """Code ``(..., dim)`` tokens; same shape."""

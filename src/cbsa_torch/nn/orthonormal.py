@@ -47,14 +47,11 @@ class OrthonormalLinear(nn.Linear):
         """The same layer for inference, with a weight that is not computed anew; timm's convention.
 
         Raises:
-            ValueError: it has hooks, or a ``forward`` of its own. TypeError: its weights are quantised.
+            ValueError: it has hooks, or its ``forward`` was replaced. TypeError: a subclass with a ``forward``
+                of its own, or weights that are quantised.
         """
-        check_fusable(self)
-        fused = FusedLinear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        fused.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
-        if self.bias is not None:
-            fused.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return fused.eval()
+        check_fusable(self, nn.Linear)
+        return FusedLinear(self.weight.clone(), None if self.bias is None else self.bias.clone())
 
 
 def is_orthonormal(module: nn.Module) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cbsa_torch._core.checks import check_floating, check_positive_int
-from cbsa_torch.nn.fused import Fused, check_fusable
+from cbsa_torch._core.precision import compute_dtype
+from cbsa_torch.nn.fused import FusedConv2d, check_fusable
 
 
 class ConvStem(nn.Module):
@@ -75,30 +76,39 @@ class ConvStem(nn.Module):
         """The same stem for inference, batch norms merged into the convolutions; timm's convention.
 
         Raises:
-            ValueError: a layer in it has hooks, or a ``forward`` of its own. TypeError: quantised weights.
+            ValueError: a layer to be merged has hooks, its ``forward`` was replaced, or a norm keeps no
+                statistics. TypeError: such a layer is of another class or quantised.
         """
-        check_fusable(*self.modules())
-        fused = copy.copy(self)  # what is merged is made anew, the rest is without parameters
-        fused._modules = {"proj": nn.Sequential(*map(_fuse_norm, self.proj))}
+        fused = copy.deepcopy(self)
+        for i, layer in enumerate(fused.proj):
+            if isinstance(layer, nn.Sequential):
+                fused.proj[i] = _merge(layer)
         return fused
 
 
-class FusedConv2d(Fused, nn.Conv2d):
-    """A convolution with a batch norm merged into it."""
-
-
 @torch.no_grad()
-def _fuse_norm(layer: nn.Module) -> nn.Module:
-    """One convolution for a pair of convolution and batch norm; other layers as they are."""
-    if not isinstance(layer, nn.Sequential):
-        return layer
-    conv, norm = cast(nn.Conv2d, layer[0]), cast(nn.BatchNorm2d, layer[1])
-    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, var, norm.eps, norm.weight, norm.bias)
-    sizes: Any = conv.kernel_size, conv.stride, conv.padding
-    fused = FusedConv2d(conv.in_channels, conv.out_channels, *sizes, device="meta")  # type: ignore[misc]
-    fused.weight, fused.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
-    return fused.eval()
+def _merge(pair: Any) -> FusedConv2d:
+    """One convolution for a convolution and its batch norm, computed in float32 or better."""
+    conv, norm = pair
+    check_fusable(pair, nn.Sequential)
+    check_fusable(conv, nn.Conv2d)
+    check_fusable(norm, _norm_class(norm))
+    if norm.running_mean is None:
+        raise ValueError("ConvStem cannot be fused: a batch norm keeps no statistics (track_running_stats)")
+    given = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    dtype = compute_dtype(conv.weight.dtype)
+    wide: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in given]
+    weight, bias, mean, variance, scale, shift = wide
+    merged = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
+    return FusedConv2d(conv, *(t.to(conv.weight.dtype) for t in merged))
+
+
+def _norm_class(norm: nn.Module) -> type[nn.Module]:
+    """The class of batch norm that a layer should be: PyTorch's, its synchronised one or a frozen one."""
+    if isinstance(norm, nn.SyncBatchNorm):
+        return nn.SyncBatchNorm
+    # torchvision's, which timm's ``freeze`` puts in; same statistics, scale and shift
+    return type(norm) if type(norm).__name__ == "FrozenBatchNorm2d" else nn.BatchNorm2d
 
 
 class LinearStem(nn.Module):

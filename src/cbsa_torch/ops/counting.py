@@ -47,9 +47,12 @@ def linear(num_tokens: int, in_features: int, out_features: int) -> Counts:
     return Counts(products=2 * num_tokens * in_features * out_features)
 
 
-def ista(num_tokens: int, dim: int) -> Counts:
-    """ISTA with a square dictionary: D^T (x - D x), two products (the official code takes three)."""
-    return Counts(products=4 * num_tokens * dim**2)
+def ista(num_tokens: int, dim: int, *, fused: bool = False) -> Counts:
+    """ISTA with a square dictionary as published: D^T (x - D x), two products (the official code takes three).
+
+    ``fused``: by its matrix, which was made once: one product, see ``ISTA.fuse``.
+    """
+    return Counts(products=(2 if fused else 4) * num_tokens * dim**2)
 
 
 def cbsa(

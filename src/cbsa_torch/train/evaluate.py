@@ -158,7 +158,8 @@ def evaluate_checkpoint(
     """Evaluate a trained model and write ``eval_<split>.json`` beside its weights.
 
     Args:
-        checkpoint: a run folder, a ``.safetensors`` file of one, or what :func:`open_trained` opened.
+        checkpoint: a run folder, a ``.safetensors`` file of one (whose model is then fused), or what
+            :func:`open_trained` opened, whose model is run as it is.
         split: "train", "val" or "test".
         data: where the images are: a ``DataConfig``, for segmenters a ``SegmentationDataConfig``. Default: what
             the model was trained on.
@@ -174,7 +175,7 @@ def evaluate_checkpoint(
     Raises:
         ConfigError, DataError, CheckpointError, FileNotFoundError: what was asked for cannot work.
     """
-    trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint)
+    trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint).fused()
     if data is not None:
         trained = trained._replace(task=trained.task.with_data(data))
     windows = WindowOptions() if windows is None else windows
@@ -199,7 +200,8 @@ def predict_images(
     """Classify or segment image files one by one.
 
     Args:
-        checkpoint: a run folder, a ``.safetensors`` file of one, or what :func:`open_trained` opened.
+        checkpoint: a run folder, a ``.safetensors`` file of one (whose model is then fused), or what
+            :func:`open_trained` opened, whose model is run as it is.
         images: files.
         top: how many classes of an image a classifier names. Default: 5.
         on_bad_image: "stop" raises DataError; "skip" reports the error in that image's prediction.
@@ -217,7 +219,7 @@ def predict_images(
         ConfigError: options that cannot work or have no effect for the model, two images of one name, masks
             that are there already; nothing was written then. DataError: an image that cannot be read.
     """
-    trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint)
+    trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint).fused()
     seen = WindowOptions() if windows is None else windows
     options = PredictOptions(
         window=seen.window,

@@ -22,6 +22,7 @@ from cbsa_torch.interpret.structure import (
     subspace_coherence,
 )
 from cbsa_torch.nn import CBSA, ISTA, TokenMixer
+from cbsa_torch.nn.ista import FusedISTA
 
 SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Standard deviations of the noise on the parameters."""
@@ -82,7 +83,7 @@ def measure_model(
     kinds = {type(module).__name__ for module in model.modules() if isinstance(module, TokenMixer)}
     layers = f"the attention here is {', '.join(sorted(kinds)) or 'of another library'}"
     no_cbsa = None if _has(model, CBSA) else f"only CBSA contracts representatives; {layers}"
-    no_ista = None if _has(model, ISTA) else "the model has no ISTA"
+    no_ista = None if _has(model, ISTA, FusedISTA) else "the model has no ISTA"
     shared = any(isinstance(module, TokenMixer) and module.shared_qkv for module in model.modules())
     no_bases = None if shared else "queries, keys and values have bases of their own"
     rates = measure_rates(model, batches)
@@ -143,8 +144,8 @@ def _notes(model: nn.Module, measured: list[str]) -> list[str]:
     ]
 
 
-def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
-    return any(isinstance(module, kind) for module in model.modules())
+def _has(model: nn.Module, *kinds: type[nn.Module]) -> bool:
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 @torch.no_grad()

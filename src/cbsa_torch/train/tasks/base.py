@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from timm.data import create_transform
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -308,6 +309,10 @@ class Trained(NamedTuple):
     def config(self) -> RunConfig:
         """The configuration of the run that trained it."""
         return self.task.config
+
+    def fused(self) -> Trained:
+        """The same with a copy of the model whose layers are merged for use, see :mod:`cbsa_torch.nn.fused`."""
+        return self._replace(model=reparameterize_model(self.model))
 
 
 def read_image(path: Path, mode: str) -> Image.Image:
