@@ -56,6 +56,15 @@ def test_a_module_around_a_certified_step_is_told_what_to_add_to():
     assert WhiteBoxBlock(DIM, around, residual="norm").residual == "norm"
 
 
+def test_what_a_block_keeps_for_the_backward_pass():
+    """x, its norm, the tokens in their subspaces, their sum with the update, its norm, and the code."""
+    block = WhiteBoxBlock(DIM, CBSA(DIM, HEADS, num_representatives=4, impl="tiled"))
+    x, kept = torch.randn(2, 49, DIM, requires_grad=True), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        block(x)
+    assert sum(t.numel() for t in kept.values() if t.numel() >= 2 * 49 * 4) == 6 * x.numel()
+
+
 def test_residual_block_is_its_equations():
     block = ResidualBlock(DIM, MSSA(DIM, HEADS), mlp_ratio=1.5).double()
     assert [tuple(p.shape) for p in block.mlp.parameters()] == [(18, 12), (18,), (12, 18), (12,)]

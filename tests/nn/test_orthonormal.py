@@ -61,6 +61,15 @@ def test_an_orthonormal_weight_is_kept_and_any_other_made_so():
     assert (linear.weight @ linear.weight.mT - identity).abs().max() < 1e-6
 
 
+def test_a_layer_is_drawn_anew_with_its_bias():
+    linear = OrthonormalLinear(7, 5, dtype=torch.float64)
+    before = copy.deepcopy(linear)
+    linear.reset_parameters()
+    assert_close(linear.weight @ linear.weight.mT, torch.eye(5, dtype=torch.float64), 1e-14)
+    assert (linear.weight - before.weight).abs().max() > 1e-3
+    assert (linear.bias - before.bias).abs().max() > 1e-3
+
+
 def test_gradients_of_an_orthonormal_weight():
     linear = OrthonormalLinear(7, 5, dtype=torch.float64)
     parameter = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)

@@ -19,6 +19,21 @@ def test_stem_takes_any_size(patch_size, convolutions, grid):
     assert stem.grid_size((30, 50)) == grid
 
 
+def test_stem_has_gradients_per_image():
+    stem = ConvStem(3, 8, 4).double().eval()
+    images, weight = torch.randn(2, 3, 9, 6).double(), torch.randn(8, 3, 2).double()
+
+    def loss(parameters, image):
+        return (torch.func.functional_call(stem, parameters, image[None])[0] * weight).sum()
+
+    parameters = dict(stem.named_parameters())
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        expected = torch.autograd.grad(loss(parameters, image), tuple(parameters.values()))
+        for name, gradient in zip(parameters, expected, strict=True):
+            assert_close(found[name][i], gradient, 1e-12)
+
+
 def test_linear_stem_reads_patches_row_by_row_channels_last():
     stem = LinearStem(2, 8, 3).double()
     nn.init.normal_(stem.norm1.weight)

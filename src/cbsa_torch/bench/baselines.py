@@ -83,7 +83,8 @@ class NaiveCBT(nn.Module):
     the library is used. The parameters have the names and shapes of our CBT's, so that each loads the other's.
 
     Args:
-        img_size: side of the images, a multiple of ``patch_size``, which is a power of two.
+        img_size: side of the images, a multiple of ``patch_size``, which is a power of two. With fewer patches
+            than representatives our CBT has fewer representatives, and computes something else.
         in_chans, num_classes: image channels, logits.
         embed_dim, depth, num_heads, num_representatives: sizes.
     """

@@ -234,7 +234,7 @@ class TokenMixer(nn.Module, abc.ABC):
         """
         orthonormal = self._orthonormal_layers()
         for name, module in self.named_modules():
-            if name in orthonormal:  # drawn below
+            if name in orthonormal:
                 continue
             reason = why_not_drawn(module)
             below = any(name.startswith(f"{layer}.") for layer in orthonormal)
@@ -247,8 +247,6 @@ class TokenMixer(nn.Module, abc.ABC):
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
-        for layer in orthonormal.values():  # the layer's own reset wrote into a copy
-            layer.weight = nn.init.orthogonal_(torch.empty_like(layer.weight))
         self._reset_steps()
 
     def _reset_steps(self) -> None:

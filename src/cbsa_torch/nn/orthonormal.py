@@ -12,9 +12,10 @@ from cbsa_torch.nn.fused import FusedLinear, check_fusable
 class OrthonormalRows(nn.Module):
     """The orthonormal factor Q^T of a ``(rows, columns)`` parameter V = R^T Q^T, rows <= columns.
 
-    With the diagonal of R positive Q is a smooth function of V. Any parameter of full rank will do: steps of an
-    optimiser, weight decay, averages of weights and changes of precision leave the rows orthonormal. (The
-    Householder products of PyTorch's own parametrisation take ten times as long backward.)
+    With the diagonal of R positive Q is a smooth function of V wherever V has full rank; of less rank the rows
+    are orthonormal, too, but gradients are not finite. Steps of an optimiser, weight decay, averages of weights
+    and changes of precision leave the rows orthonormal. (The Householder products of PyTorch's own
+    parametrisation take many times as long backward.)
     """
 
     def forward(self, parameter: Tensor) -> Tensor:
@@ -41,6 +42,13 @@ class OrthonormalLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         parametrize.register_parametrization(self, "weight", OrthonormalRows())
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw orthonormal rows, all alike probable, and the bias of ``nn.Linear``."""
+        super().reset_parameters()  # of a weight that is computed it draws a copy
+        if is_orthonormal(self):  # not in the constructor of nn.Linear
+            self.weight = nn.init.orthogonal_(torch.empty_like(self.weight))
 
     @torch.no_grad()
     def fuse(self) -> FusedLinear:

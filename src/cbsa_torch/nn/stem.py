@@ -70,7 +70,8 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
         _check_images(x, self.in_chans)
-        return self.proj(x.contiguous(memory_format=torch.channels_last))  # a quarter faster on the CPU
+        # Channels last is a quarter faster on the CPU. (Under vmap it cannot be asked for by memory_format.)
+        return self.proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
     def fuse(self) -> ConvStem:
         """The same stem for inference, batch norms merged into the convolutions; timm's convention.

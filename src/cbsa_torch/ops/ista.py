@@ -51,7 +51,13 @@ def ista_matrix(dictionary: Tensor, *, step_size: float = 0.1) -> Tensor:
 
     Returns:
         ``(D, D)`` in the dtype of the dictionary, computed in float32 or better, whatever autocast says.
+
+    Raises:
+        ValueError: ``dictionary`` is not ``(D, D)``. TypeError: wrong dtype.
     """
+    check_floating("dictionary", dictionary)
+    dim = dictionary.shape[-1] if dictionary.ndim else None
+    check_shape("dictionary", dictionary, (dim, dim), "(D, D)")
     with no_autocast(dictionary):
         transposed = dictionary.to(compute_dtype(dictionary.dtype)).t()
         return (step_size * (transposed - transposed @ transposed.t())).to(dictionary.dtype)

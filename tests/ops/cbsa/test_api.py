@@ -20,6 +20,12 @@ def test_what_auto_is():
     assert chosen(1, 6, 64, 4096, 64, torch.empty(384, 384)) == "tiled"
     assert chosen(1, 6, 64, 16384, 64) == "tiled"
     assert chosen(1, 6, 64, 16384, 64, broadcast="softmax") == "eager"
+    tokens = torch.empty(8, 6, 197, 64, requires_grad=True)
+    recorded = ops.cbsa_inputs(tokens, torch.empty(8, 6, 64, 64))
+    assert api.fastest(recorded, None) == "tiled"
+    assert api.fastest(ops.cbsa_inputs(tokens[:6], torch.empty(6, 6, 64, 64)), None) == "eager"
+    with torch.no_grad():
+        assert api.fastest(recorded, None) == "eager"
     tokens = torch.empty(1, 2, 40000, 4)
     given = ops.cbsa_inputs(tokens, torch.empty(1, 2, 64, 4), attention=torch.empty(1, 2, 64, 40000))
     assert api.fastest(given, None) == "eager"

@@ -142,12 +142,12 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         # Padding may hold anything, NaN included, and 0 * NaN = NaN: fill it before any product.
         tokens = zero_rows(inputs.tokens.to(dtype), token_mask)
         # Several products read them: heads of a joint projection would be copied for each.
-        keys = zero_rows(inputs.keys.to(dtype), key_mask).contiguous()
-        shared = inputs.values is inputs.keys
-        values = keys if shared else zero_rows(inputs.values.to(dtype), key_mask).contiguous()
         representatives = zero_rows(inputs.representatives.to(dtype), representative_mask).contiguous()
 
         if inputs.attention is None:
+            keys = zero_rows(inputs.keys.to(dtype), key_mask).contiguous()
+            shared = inputs.values is inputs.keys
+            values = keys if shared else zero_rows(inputs.values.to(dtype), key_mask).contiguous()
             attention, picked = extract(representatives, keys, values, inputs.scale, key_mask)
             extracted = representatives + eta * picked
         else:

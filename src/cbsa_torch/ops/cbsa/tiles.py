@@ -205,7 +205,7 @@ class Tiles:
         part = rows[:, :, place].to(self.representatives.dtype)
         if self.mask is not None:
             part = part.masked_fill(~self.mask[:, None, place, None], 0.0)
-        elif part.shape[0] > 1:
+        if part.shape[0] > 1:
             part = part.contiguous()
         if len(self.places) == 1:
             self.whole[name] = part
