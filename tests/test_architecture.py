@@ -34,7 +34,7 @@ LAYERS = {
     "bench": Layer("models nn ops _core", "timm matplotlib nystrom_attention"),
     "train": Layer(
         "images models nn ops _core",
-        "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich",
+        "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich tyro",
     ),
     "cli": Layer(
         "bench train interpret images models nn ops _core",
