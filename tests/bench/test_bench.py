@@ -24,11 +24,13 @@ def test_the_naive_baseline_is_the_layer():
     assert relative_error(plain(x), ours(x)) < 1e-12
 
 
-def test_the_naive_model_is_the_model():
+@pytest.mark.parametrize("ista_products", [2, 3])
+def test_the_naive_model_is_the_model(ista_products):
     torch.manual_seed(0)
     sizes = {"img_size": 36, "patch_size": 4, "in_chans": 3, "num_classes": 7}
     sizes |= {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_representatives": 16}
-    plain, ours = NaiveCBT(**sizes), timm.create_model("cbt_tiny_patch16_224", **sizes)
+    plain = NaiveCBT(**sizes, ista_products=ista_products)
+    ours = timm.create_model("cbt_tiny_patch16_224", **sizes)
     ours.load_state_dict(plain.state_dict())
     images = torch.randn(4, 3, 36, 36)
     assert relative_error(plain(images), ours(images)) < 1e-5  # training: batch norm by these images

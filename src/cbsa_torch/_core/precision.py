@@ -11,15 +11,14 @@ from torch import Tensor
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off for the device of ``tensor``: casting inputs alone does not stop it."""
-    device_type = tensor.device.type
-    if device_type == "meta":  # shapes only: nothing is computed, and autocast does not know the device
+    if not is_autocast(tensor):  # nothing to switch off; entering a context takes as long as a small operation
         return nullcontext()
-    return torch.autocast(device_type=device_type, enabled=False)
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
 def is_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of ``tensor``."""
-    device_type = tensor.device.type
+    device_type = tensor.device.type  # meta has shapes only, and autocast does not know it
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 

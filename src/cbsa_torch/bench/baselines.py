@@ -44,31 +44,37 @@ class NaiveCBSA(nn.Module):
 
 
 class NaiveISTA(nn.Module):
-    """relu(x + eta (D^T x - D^T D x) - eta lambda), eta = lambda = 0.1, by two products with every token.
+    """relu(x + eta (D^T x - D^T D x) - eta lambda), eta = lambda = 0.1.
 
-    The official code multiplies three times, D^T x and D^T (D x) apart; D^T (x - D x) is the same.
+    By two products with every token, D^T (x - D x), or by three, D^T x and D^T (D x) apart, as the official code
+    goes.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, products: int) -> None:
         super().__init__()
+        self.products = products
         self.weight = nn.Parameter(torch.empty(dim, dim))
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, N, C)``."""
-        gradient = F.linear(x - F.linear(x, self.weight), self.weight.t())
+        code = F.linear(x, self.weight)
+        if self.products == 2:
+            gradient = F.linear(x - code, self.weight.t())
+        else:
+            gradient = F.linear(x, self.weight.t()) - F.linear(code, self.weight.t())
         return F.relu(x + 0.1 * gradient - 0.1 * 0.1)
 
 
 class _NaiveBlock(nn.Module):
     """x + CBSA(norm(x)), then ISTA(norm(x))."""
 
-    def __init__(self, dim: int, num_heads: int, num_representatives: int) -> None:
+    def __init__(self, dim: int, num_heads: int, num_representatives: int, products: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = NaiveCBSA(dim, num_heads, num_representatives)
         self.norm2 = nn.LayerNorm(dim)
-        self.ista = NaiveISTA(dim)
+        self.ista = NaiveISTA(dim, products)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -87,6 +93,7 @@ class NaiveCBT(nn.Module):
             than representatives our CBT has fewer representatives, and computes something else.
         in_chans, num_classes: image channels, logits.
         embed_dim, depth, num_heads, num_representatives: sizes.
+        ista_products: products of :class:`NaiveISTA`, 2 or 3.
     """
 
     def __init__(
@@ -100,6 +107,7 @@ class NaiveCBT(nn.Module):
         depth: int,
         num_heads: int,
         num_representatives: int = 64,
+        ista_products: int = 2,
     ) -> None:
         super().__init__()
         count = max(patch_size.bit_length() - 1, 1)
@@ -112,7 +120,8 @@ class NaiveCBT(nn.Module):
         self.stem = nn.Sequential(OrderedDict(proj=nn.Sequential(*layers)))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        blocks = (_NaiveBlock(embed_dim, num_heads, num_representatives) for _ in range(depth))
+        sizes = embed_dim, num_heads, num_representatives, ista_products
+        blocks = (_NaiveBlock(*sizes) for _ in range(depth))
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)

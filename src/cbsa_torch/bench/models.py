@@ -16,8 +16,9 @@ from cbsa_torch.bench import measure
 from cbsa_torch.bench.baselines import NaiveCBT, Nystrom
 from cbsa_torch.models.registry import SIZES, model_name
 
-NAIVE, NYSTROM = "naive_", "nystrom_"
-"""Before the name of a CBT: :class:`NaiveCBT` of its size; before that of a ViT: :class:`Nystrom` in it."""
+NAIVE, OFFICIAL, NYSTROM = "naive_", "official_", "nystrom_"
+"""Before the name of a CBT: :class:`NaiveCBT` of its size, with three products in ISTA for the second; before that
+of a ViT: :class:`Nystrom` in it."""
 MODELS = (
     "naive_cbt_small_patch16_224",
     "cbt_small_patch16_224",
@@ -163,20 +164,25 @@ def ratios(rows: Sequence[ModelRow]) -> dict[ModelSize, list[float | None]]:
 
 def is_known(name: str) -> bool:
     """Whether :func:`compare` can build a model of this name."""
-    if name.startswith(NAIVE):
-        return name in _NAIVE_SIZES
+    if name.startswith((NAIVE, OFFICIAL)):
+        return name.partition("_")[2] in _CBT_SIZES
     plain = name.removeprefix(NYSTROM)
     return timm.is_model(plain) and (plain == name or plain.startswith("vit_"))
 
 
-_NAIVE_SIZES = {NAIVE + model_name("cbt", key): size for key, size in SIZES.items()}
+_CBT_SIZES = {model_name("cbt", key): size for key, size in SIZES.items()}
 
 
 def _create(name: str, side: int) -> tuple[nn.Module, int]:
     """A model for images of this side, and their channels."""
-    if name.startswith(NAIVE):
-        size = _NAIVE_SIZES[name]
-        given = {"in_chans": size.input_size[0], "num_classes": size.num_classes, **size.args}
+    if name.startswith((NAIVE, OFFICIAL)):
+        size = _CBT_SIZES[name.partition("_")[2]]
+        given = {
+            "ista_products": 3 if name.startswith(OFFICIAL) else 2,
+            "in_chans": size.input_size[0],
+            "num_classes": size.num_classes,
+            **size.args,
+        }
         return NaiveCBT(**{**given, **size.mixer_defaults, "img_size": side}), size.input_size[0]
     model: nn.Module = timm.create_model(name.removeprefix(NYSTROM), img_size=side)
     if name.startswith(NYSTROM):
