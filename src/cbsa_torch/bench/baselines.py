@@ -46,8 +46,7 @@ class NaiveCBSA(nn.Module):
 class NaiveISTA(nn.Module):
     """relu(x + eta (D^T x - D^T D x) - eta lambda), eta = lambda = 0.1.
 
-    By two products with every token, D^T (x - D x), or by three, D^T x and D^T (D x) apart, as the official code
-    goes.
+    By two products with every token, D^T (x - D x), or by three as in the official code, D^T x and D^T (D x).
     """
 
     def __init__(self, dim: int, products: int) -> None:
