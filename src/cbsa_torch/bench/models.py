@@ -17,8 +17,8 @@ from cbsa_torch.bench.baselines import NaiveCBT, Nystrom
 from cbsa_torch.models.registry import SIZES, model_name
 
 NAIVE, OFFICIAL, NYSTROM = "naive_", "official_", "nystrom_"
-"""Before the name of a CBT: :class:`NaiveCBT` of its size, with three products in ISTA for the second; before that
-of a ViT: :class:`Nystrom` in it."""
+"""Before the name of a CBT: :class:`NaiveCBT` of its size, the second with three products in ISTA; before that of
+a ViT: :class:`Nystrom` in it."""
 MODELS = (
     "naive_cbt_small_patch16_224",
     "cbt_small_patch16_224",
@@ -177,12 +177,8 @@ def _create(name: str, side: int) -> tuple[nn.Module, int]:
     """A model for images of this side, and their channels."""
     if name.startswith((NAIVE, OFFICIAL)):
         size = _CBT_SIZES[name.partition("_")[2]]
-        given = {
-            "ista_products": 3 if name.startswith(OFFICIAL) else 2,
-            "in_chans": size.input_size[0],
-            "num_classes": size.num_classes,
-            **size.args,
-        }
+        given = {"in_chans": size.input_size[0], "num_classes": size.num_classes, **size.args}
+        given["ista_products"] = 3 if name.startswith(OFFICIAL) else 2
         return NaiveCBT(**{**given, **size.mixer_defaults, "img_size": side}), size.input_size[0]
     model: nn.Module = timm.create_model(name.removeprefix(NYSTROM), img_size=side)
     if name.startswith(NYSTROM):

@@ -65,9 +65,9 @@ class ModelsArgs(_TimedArgs):
     """Images per second of whole models, those that can be fused for inference in this form as well."""
 
     models: tuple[str, ...] = models.MODELS
-    """timm names; "naive_" before that of a CBT is the paper's model in plain PyTorch, "official_" the same with
-    three products in ISTA, as the official code has; "nystrom_" before that of a ViT puts Nystroem attention into
-    every block (package nystrom-attention). All are compared with the first."""
+    """timm names; "naive_" before that of a CBT is the paper's model in plain PyTorch, "official_" the same
+    with three products in ISTA, as the official code has; "nystrom_" before that of a ViT puts Nystroem
+    attention into every block (package nystrom-attention). All are compared with the first."""
     sizes: tuple[str, ...] = ("8x224", "1x224", "2x512", "1x1024")
     """Images per batch x their side in pixels."""
     step_sizes: tuple[str, ...] = ("32x224",)
