@@ -17,8 +17,8 @@ from cbsa_torch.bench.baselines import NaiveCBT, Nystrom
 from cbsa_torch.models.registry import SIZES, model_name
 
 NAIVE, OFFICIAL, NYSTROM = "naive_", "official_", "nystrom_"
-"""Before the name of a CBT: :class:`NaiveCBT` of its size, the second with three products in ISTA; before that of
-a ViT: :class:`Nystrom` in it."""
+"""Before the name of a CBT: :class:`NaiveCBT` of its size, the second with three products in ISTA; before a
+ViT: :class:`Nystrom` in it."""
 MODELS = (
     "naive_cbt_small_patch16_224",
     "cbt_small_patch16_224",
