@@ -70,7 +70,7 @@ def main() -> None:
             dictionary = torch.nn.init.kaiming_uniform_(torch.empty(dim, dim))
             matrix = ops.ista_matrix(dictionary, step_size=STEP)
             trained = tokens.clone().requires_grad_(), dictionary.clone().requires_grad_()
-            functions = {
+            functions: dict[str, Any] = {
                 "two": partial(two, tokens, dictionary),
                 "one": partial(one, tokens, dictionary),
                 "kept": partial(kept, tokens, matrix),
