@@ -32,11 +32,12 @@ from cbsa_torch.models.adapt import adapt_vit
 from cbsa_torch.models.adapt.inherit import MIXERS, check_options
 from cbsa_torch.models.adapt.vit import MixerName
 from cbsa_torch.models.counting import count_model
-from cbsa_torch.train.config import ModelConfig, TrainConfig, read_yaml
+from cbsa_torch.train.config import ModelConfig, TrainConfig
 from cbsa_torch.train.data import input_spec
 from cbsa_torch.train.engine.accelerate import new_accelerator
 from cbsa_torch.train.errors import EXPECTED_ERRORS, ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
+from cbsa_torch.train.free_form import read_yaml
 from cbsa_torch.train.losses import DistillConfig
 from cbsa_torch.train.registry import load_config
 from cbsa_torch.train.run.folder import environment

@@ -9,8 +9,9 @@ import pytest
 from cbsa_torch.cli import main
 from cbsa_torch.cli.train import read_options
 from cbsa_torch.train.build import build_model
-from cbsa_torch.train.config import ModelConfig, TrainConfig, dump_yaml, from_dict, read_yaml
+from cbsa_torch.train.config import ModelConfig, TrainConfig, dump_yaml, from_dict
 from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.free_form import read_yaml
 from cbsa_torch.train.registry import load_config
 
 

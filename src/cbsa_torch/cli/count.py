@@ -23,9 +23,9 @@ from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import refuse_fetching
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
 from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
-from cbsa_torch.train.config import FreeArgs
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.free_form import FreeArgs
 
 CURVE_TOKENS = tuple(2**k for k in range(4, 17))
 """Numbers of tokens that the plot samples."""

@@ -10,10 +10,11 @@ from typing import Any
 
 import tyro
 
-from cbsa_torch.train.config import DataConfig, FreeArgs, RunConfig
+from cbsa_torch.train.config import DataConfig, RunConfig
 from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import open_trained
+from cbsa_torch.train.free_form import FreeArgs
 from cbsa_torch.train.run.folder import RunFolder
 from cbsa_torch.train.tasks.base import Trained
 

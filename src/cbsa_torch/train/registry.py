@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cbsa_torch._core.checks import nearest
-from cbsa_torch.train.config import RunConfig, TrainConfig, from_dict, read_yaml
+from cbsa_torch.train.config import RunConfig, TrainConfig, from_dict
 from cbsa_torch.train.errors import ConfigError
+from cbsa_torch.train.free_form import read_yaml
 from cbsa_torch.train.tasks.adaptation.task import Adaptation, AdaptTrainConfig
 from cbsa_torch.train.tasks.base import Task
 from cbsa_torch.train.tasks.classification import Classification

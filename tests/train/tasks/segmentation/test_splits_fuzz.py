@@ -61,30 +61,8 @@ def by_the_rules(tree):
 @settings(max_examples=100, deadline=None)
 @given(tree=trees)
 def test_every_folder_is_paired_by_the_rules_or_refused_with_the_cause(tmp_path_factory, tree):
-    root = tmp_path_factory.mktemp("pairs")
-    (root / "classes.txt").write_text("a\nb")
     tree = [*whole[: tree[0]], *tree[1]]
-    for split, kind, place, name in tree:
-        (root / split / kind / place).mkdir(parents=True, exist_ok=True)
-        (root / split / kind / place / name).write_bytes(b"not read here")
-    config = SegmentationDataConfig(root=str(root), max_bad_images=99)
-    try:
-        expected = by_the_rules(tree)
-    except Refused:
-        with pytest.raises(DataError) as caught:
-            open_segmentation(config)
-        assert str(root) in str(caught.value) or "too few to hold out" in str(caught.value)
-        return
-    splits = open_segmentation(config)
-    read = {}
-    for name, dataset in splits.parts().items():
-        for image, mask in dataset.pairs:
-            key, mask_key = (path.relative_to(path.parents[1 + key_depth(path)]) for path in (image, mask))
-            assert key.with_suffix("").parts[1:] == mask_key.with_suffix("").parts[1:]
-            read.setdefault(name, []).append("/".join(key.with_suffix("").parts[1:]))
-    if "val" not in expected:
-        read["train"] += read.pop("val")
-    assert {name: sorted(keys) for name, keys in read.items()} == {k: sorted(v) for k, v in expected.items()}
+    compare(tmp_path_factory.mktemp("pairs"), tree, tree, by_the_rules, folders=2)
 
 
 def within_by_the_rules(tree):
@@ -125,33 +103,32 @@ def within_by_the_rules(tree):
 @settings(max_examples=100, deadline=None)
 @given(tree=trees)
 def test_splits_within_the_folders_are_paired_by_the_rules_too(tmp_path_factory, tree):
-    root = tmp_path_factory.mktemp("within")
-    (root / "classes.txt").write_text("a\nb")
     tree = [*whole[: tree[0]], *tree[1]]
-    for split, kind, place, name in tree:
-        (root / kind / split / place).mkdir(parents=True, exist_ok=True)
-        (root / kind / split / place / name).write_bytes(b"not read here")
+    paths = [(kind, split, place, name) for split, kind, place, name in tree]
+    folders = 2 if {split for split, kind, _, _ in tree if kind == "images"} & {*SPLITS} else 1
+    compare(tmp_path_factory.mktemp("within"), paths, tree, within_by_the_rules, folders=folders)
+
+
+def compare(root, paths, tree, rules, folders):
+    """The pairs that are read are those of the rules; keys start below so many folders in ``root``."""
+    (root / "classes.txt").write_text("a\nb")
+    for *place, name in paths:
+        root.joinpath(*place).mkdir(parents=True, exist_ok=True)
+        root.joinpath(*place, name).write_bytes(b"not read here")
     config = SegmentationDataConfig(root=str(root), max_bad_images=99)
     try:
-        expected = within_by_the_rules(tree)
+        expected = rules(tree)
     except Refused:
         with pytest.raises(DataError) as caught:
             open_segmentation(config)
         assert str(root) in str(caught.value) or "too few to hold out" in str(caught.value)
         return
-    splits = open_segmentation(config)
-    below = 3 if {split for split, kind, _, _ in tree if kind == "images"} & {*SPLITS} else 2
     read = {}
-    for name, dataset in splits.parts().items():
+    for name, dataset in open_segmentation(config).parts().items():
         for pair in dataset.pairs:
-            keys = {path.relative_to(root).with_suffix("").parts[below - 1 :] for path in pair}
+            keys = {path.relative_to(root).with_suffix("").parts[folders:] for path in pair}
             assert len(keys) == 1
             read.setdefault(name, []).append("/".join(keys.pop()))
     if "val" not in expected:
         read["train"] += read.pop("val")
     assert {name: sorted(keys) for name, keys in read.items()} == {k: sorted(v) for k, v in expected.items()}
-
-
-def key_depth(path):
-    """How many folders lie between a file and ``images`` or ``masks``."""
-    return next(i for i, parent in enumerate(path.parents) if parent.name in ("images", "masks"))
