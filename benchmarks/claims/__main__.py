@@ -4,11 +4,11 @@
     python -m benchmarks.claims adapted  --cifar DIR --vit FILE    # block 2: a pretrained ViT adapted
     python -m benchmarks.claims decoders --camvid DIR --vit FILE   # block 3: decoders on CamVid
     python -m benchmarks.claims inside   --camvid DIR --vit FILE   # block 4: attention maps of those models
-    python -m benchmarks.claims page                               # docs/claims.md and its plots, from the records
+    python -m benchmarks.claims page                               # docs/claims.md and its plots
 
 Each run has a record of its own in ``benchmarks/results/claims``, written when it is finished: the command can
-be stopped at any time and goes on where it was, and two of them share the work. ``--list`` says what is left and how
-long it takes. One thread a process.
+be stopped at any time and goes on where it was, and two of them share the work. ``--list`` says what is left
+and how long it takes. One thread a process.
 """
 
 from __future__ import annotations

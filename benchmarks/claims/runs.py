@@ -31,6 +31,8 @@ class Folders:
     """CIFAR-10: DIR/{train,test}/CLASS/*.jpg."""
     camvid: Path | None = None
     """CamVid: DIR/{train,val,test}/{images,masks}."""
+    emoji: Path | None = None
+    """Folder of emoji64.npz. Default: where `cbsa data fetch` puts it."""
     vit: Path | None = None
     """The pretrained ViT-S/14, as `python -m benchmarks.claims.vit` writes it."""
     runs: Path = Path("runs/claims")

@@ -28,7 +28,7 @@ class Form(NamedTuple):
 
 FORMS = {
     "cbt": Form("cbt", {}, "CBSA (CBT)"),
-    "cbt_lattice": Form("cbt", {"num_representatives": [8, 8]}, "CBSA, 8 × 8 first guesses as published"),
+    "cbt_lattice": Form("cbt", {"num_representatives": [8, 8]}, "CBSA, 8 x 8 first guesses as published"),
     "certified": Form("cbt", {"step": "certified"}, "CBSA, certified step"),
     "learned": Form("cbt", {"representatives": "learned"}, "CBSA, learned first guesses"),
     "crate": Form("crate", {}, "MSSA (CRATE)"),
@@ -46,7 +46,7 @@ MEASURED = 500
 
 
 def runs(folders: Folders) -> list[Run]:
-    """Trials of the learning rate, then a run for each form and seed with the one of best validation accuracy."""
+    """Trials of the learning rate, then each form with each seed at the rate that was best on validation."""
     trials = [
         Run(trial(form, rate), TRIAL_EPOCHS * EPOCH_MINUTES, partial(try_rate, folders, form, rate), seed=0)
         for form in FORMS
