@@ -1,2 +1,322 @@
+"""The table of claims in docs/claims.md: what the records say of each, with an interval and a verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
+
+from benchmarks.claims import plots
+from benchmarks.claims.runs import RESULTS
+from benchmarks.statistics import Estimate, difference, markdown, mean_of
+from cbsa_torch._core.files import write_atomically
+from cbsa_torch.ops import counting
+
+DOCS = Path("docs/claims.md")
+MARKERS = ("<!-- claims: begin -->", "<!-- claims: end -->")
+MODELS = Path("benchmarks/results/models.json")
+
+Verdict = Literal["holds", "does not hold", "cannot be told"]
+Records = Sequence[dict[str, Any]]
+
+
+class Finding(NamedTuple):
+    """What the records say of a claim."""
+
+    figure: str
+    verdict: Verdict
+
+
+class Claim(NamedTuple):
+    """A statement of the paper and how it is judged."""
+
+    says: str
+    where: str
+    ran: str
+    """Data, size, seeds."""
+    block: str
+    """The command."""
+    judge: Callable[[], Finding | None]
+    """None: the runs are not done."""
+
+
+def records(pattern: str) -> list[dict[str, Any]]:
+    """The records whose names match, by name."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{pattern}.json"))]
+
+
+def is_positive(estimate: Estimate) -> Verdict:
+    """Whether the interval says that a quantity is above zero, below it, or neither."""
+    if estimate.half is None or abs(estimate.value) <= estimate.half:
+        return "cannot be told"
+    return "holds" if estimate.value > 0 else "does not hold"
+
+
+def compare(first: Records, second: Records, key: str, unit: str = "points") -> Finding | None:
+    """Whether the first have a larger share ``key`` than the second, by means over seeds."""
+    if min(len(first), len(second)) < 2:
+        return None
+    values = [[100 * record[key] for record in group] for group in (first, second)]
+    more = difference(*values)
+    means = " against ".join(mean_of(group).text() for group in values)
+    return Finding(f"{more.text('+')} {unit} ({means} %)", is_positive(more))
+
+
+def scratch(form: str) -> list[dict[str, Any]]:
+    """The runs from scratch of a form."""
+    return records(f"scratch_{form}_seed?")
+
+
+def accuracy(first: str, second: str) -> Callable[[], Finding | None]:
+    """Test accuracy of two forms from scratch."""
+    return lambda: compare(scratch(first), scratch(second), "test_top1")
+
+
+def similarities() -> Finding:
+    """Table 4's counts, by ours of the same sizes: CBSA, TSSA and MSSA of tiny and small models."""
+    sizes = {"tiny": 3, "small": 6}
+    layers, tokens, width = 12, 197, 64
+    published = {"tiny": (0.53, 0.45, 1.4), "small": (1.1, 0.91, 2.8)}
+    agree, parts = True, []
+    for name, heads in sizes.items():
+        each = {"num_heads": heads, "head_dim": width}
+        counted = (
+            counting.cbsa(tokens, width, contraction="softmax", **each),
+            counting.channel_attention(tokens, **each),
+            counting.softmax_attention(tokens, **each),
+        )
+        millions = [layers * one.similarities / 1e6 for one in counted]
+        agree &= all(
+            f"{ours:.{2 if theirs < 1 else 1}f}" == f"{theirs:.{2 if theirs < 1 else 1}f}"
+            for ours, theirs in zip(millions, published[name], strict=True)
+        )
+        parts.append(f"{name} {' / '.join(f'{ours:.2f}' for ours in millions)} million")
+    return Finding(f"{'; '.join(parts)} (counted)", "holds" if agree else "does not hold")
+
+
+def crossing() -> Finding:
+    """From how many tokens on CBSA takes fewer products than softmax attention, with M = P = 64."""
+    size = {"num_heads": 6, "head_dim": 64}
+
+    def less(tokens: int) -> bool:
+        ours = counting.cbsa(tokens, 64, contraction="softmax", **size).flops
+        return ours < counting.softmax_attention(tokens, **size).flops
+
+    first = next(tokens for tokens in range(1, 10_000) if less(tokens))
+    right = first == 129 and all(less(tokens) for tokens in range(first, 10_000))
+    return Finding(f"from N = {first} on (counted)", "holds" if right else "does not hold")
+
+
+def speed(first: str, second: str, *, training: bool, size: int = 512) -> Callable[[], Finding]:
+    """Images/s of one small model over another's, from the benchmark of models."""
+
+    def judge() -> Finding:
+        rows = [
+            row
+            for row in json.loads(MODELS.read_text())["rows"]
+            if row["image_size"] == size and row["training"] is training
+        ]
+        found = {row["name"].removesuffix("_small_patch16_224"): row for row in rows}
+        ours, theirs = found[first], found[second]
+        low, high = (theirs["quartiles"][place] / ours["quartiles"][1 - place] for place in (0, 1))
+        ratio = ours["images_per_second"] / theirs["images_per_second"]
+        verdict: Verdict = "holds" if low > 1 else "does not hold" if high < 1 else "cannot be told"
+        return Finding(f"{ratio:.2f} times the images/s (quartiles {low:.2f} to {high:.2f})", verdict)
+
+    return judge
+
+
+def ranks(form: str) -> Callable[[], Finding | None]:
+    """Effective rank of A over layers and heads, of pooled or learned first guesses."""
+
+    def judge() -> Finding | None:
+        runs = scratch(form)
+        if len(runs) < 2:
+            return None
+        full = 16
+        numeric, effective = (
+            mean_of([mean_over(run["inside"]["ranks"][key]) for run in runs]) for key in ("rank", "effective")
+        )
+        text = f"rank {numeric.text()} of {full}, effective {effective.text()}"
+        if form == "learned":
+            half = Estimate(full / 2 - effective.value, effective.half)
+            return Finding(f"{text}; below half: {is_positive(half)}", is_positive(half))
+        return Finding(text, "holds" if numeric.value > full - 0.5 else "does not hold")
+
+    return judge
+
+
+def mean_over(rows: Sequence[Sequence[float]]) -> float:
+    """Over layers and heads."""
+    return fmean(value for row in rows for value in row)
+
+
+def later_half(form: str) -> Callable[[], Finding | None]:
+    """By how much the rate of all tokens falls from the middle layer to the last."""
+
+    def judge() -> Finding | None:
+        runs = scratch(form)
+        if len(runs) < 2:
+            return None
+        falls = []
+        for run in runs:
+            rate = run["inside"]["rate"]
+            middle = rate[len(rate) // 2 - 1]
+            falls.append(100 * (middle - rate[-1]) / middle)
+        fall = mean_of(falls)
+        return Finding(f"{fall.text()} % lower at the last layer than in the middle", is_positive(fall))
+
+    return judge
+
+
+def together(reading: str) -> Callable[[], Finding | None]:
+    """The rank correlation of Fig. 6 in one of its readings."""
+
+    def judge() -> Finding | None:
+        runs = scratch("cbt")
+        if len(runs) < 2:
+            return None
+        correlation = mean_of([run["inside"]["figure_6"][reading] for run in runs])
+        return Finding(f"rank correlation {correlation.text('+')}", is_positive(correlation))
+
+    return judge
+
+
+def compresses(form: str, kind: str) -> Callable[[], Finding | None]:
+    """In which share of all cases the rate of ``kind`` is lower after the step that the layer takes."""
+
+    def judge() -> Finding | None:
+        runs = scratch(form)
+        if len(runs) < 2:
+            return None
+        shares = []
+        for run in runs:
+            layers = [layer[kind] for layer in run["inside"]["step"]["layers"]]
+            shares.append(100 * sum(one["fell"] for one in layers) / sum(one["cases"] for one in layers))
+        share = mean_of(shares)
+        most = Estimate(share.value - 95, share.half)
+        return Finding(f"in {share.text()} % of all cases", is_positive(most))
+
+    return judge
+
+
+def certified() -> Finding | None:
+    """Whether each step kept its guarantee."""
+    runs = scratch("certified")
+    if not runs:
+        return None
+    found = [run["inside"]["certificates"]["float64"] for run in runs]
+    holding, cases = (sum(one[key] for one in found) for key in ("holding", "cases"))
+    share = fmean(one["share"] for one in found)
+    figure = f"{holding:,} of {cases:,} cases, steps of {100 * share:.0f} % of their limit (medians)"
+    return Finding(figure, "holds" if holding == cases else "does not hold")
+
+
+def gap() -> Finding | None:
+    """|R(Q) - R(Z)| in parts of R(Z), of which Eq. 4 says that it is at most some tau."""
+    runs = scratch("cbt")
+    if len(runs) < 2:
+        return None
+    shares = []
+    for run in runs:
+        whole = sum(sum(layer) for layer in run["inside"]["gap"])
+        shares.append(100 * whole / sum(run["inside"]["rate"]))
+    return Finding(f"{mean_of(shares).text()} % of R(Z); no tau is given", "cannot be told")
+
+
+def zero_shot(first: str, second: str) -> Callable[[], Finding | None]:
+    """Foreground IoU of the best head and layer on the outlines of emoji."""
+
+    def judge() -> Finding | None:
+        groups = [
+            [
+                {"iou": max(run["zero_shot"]["best"]["foreground"])}
+                for run in records(f"inside_emoji_{form}_seed?")
+            ]
+            for form in (first, second)
+        ]
+        return compare(groups[0], groups[1], "iou", "points of IoU")
+
+    return judge
+
+
+CIFAR = "CIFAR-10 (JPEG), 45,000 images x 10 epochs, 32 x 32, 3 seeds"
+EMOJI = "emoji64, 12 epochs, 64 x 64, 426 test drawings, 3 seeds"
+BENCH = "small models, two CPU threads"
+CLAIMS = (
+    Claim("MSSA is at least as accurate as Agent", "Table 4", CIFAR, "scratch", accuracy("crate", "agent")),
+    Claim("Agent is at least as accurate as CBSA", "Table 4", CIFAR, "scratch", accuracy("agent", "cbt")),
+    Claim("CBSA is more accurate than TSSA", "Table 4", CIFAR, "scratch", accuracy("cbt", "tost")),
+    Claim(
+        "CBSA needs fewer pairwise similarities than MSSA, as printed",
+        "Table 4", "CBSA / TSSA / MSSA, 12 layers, N = 197", "page", similarities,
+    ),
+    Claim("CBSA costs less than MSSA from N > 2p on", "Table 1", "one layer, M = P = 64", "page", crossing),
+    Claim("CBT infers faster than ViT at 512 x 512", "Table 7", BENCH, "bench", speed("naive_cbt", "vit", training=False)),
+    Claim("CBT trains faster than ViT at 512 x 512", "Table 7", BENCH, "bench", speed("naive_cbt", "vit", training=True)),
+    Claim("CBT infers faster than CRATE at 512 x 512", "Table 7", BENCH, "bench", speed("cbt", "crate", training=False)),
+    Claim(
+        "pooled first guesses are more accurate than learned ones",
+        "section 3.2", CIFAR, "scratch", accuracy("cbt", "learned"),
+    ),
+    Claim("with pooling A has its full rank", "Appendix A", CIFAR, "scratch", ranks("cbt")),
+    Claim("with learned first guesses A has a low rank", "Appendix A", CIFAR, "scratch", ranks("learned")),
+    Claim("the later half of the layers compresses", "Fig. 5", CIFAR, "scratch", later_half("cbt")),
+    Claim(
+        "the rates of tokens and representatives fall together (after a step of Eq. 6)",
+        "Fig. 6", CIFAR, "scratch", together("W - A C"),
+    ),
+    Claim(
+        "the same, with CBSA's output for the tokens after it",
+        "Fig. 6", CIFAR, "scratch", together("A C"),
+    ),
+    Claim("representatives are nearly as rich as all tokens", "Eq. 4", CIFAR, "scratch", gap),
+    Claim(
+        "a layer compresses the representatives (in more than 95 % of cases)",
+        "Eq. 6, 7", CIFAR, "scratch", compresses("cbt", "representatives"),
+    ),
+    Claim(
+        "and by that all tokens (in more than 95 % of cases)",
+        "title", CIFAR, "scratch", compresses("cbt", "tokens"),
+    ),
+    Claim("of certified steps: every one keeps its guarantee", "ours", CIFAR, "scratch", certified),
+    Claim(
+        "of certified steps: all tokens are compressed (in more than 95 % of cases)",
+        "ours", CIFAR, "scratch", compresses("certified", "tokens"),
+    ),
+    Claim(
+        "of certified steps: as accurate as the default", "ours", CIFAR, "scratch", accuracy("certified", "cbt")
+    ),
+    Claim(
+        "CBT is as accurate as a ViT with the same stem",
+        "section 4.1", CIFAR, "scratch", accuracy("cbt", "vit"),
+    ),
+    Claim(
+        "maps of the hybrid segment better than CRATE's",
+        "Tables 5, 6", EMOJI, "inside", zero_shot("crate_cbt", "crate"),
+    ),
+    Claim("CRATE's maps segment better than CBT's", "Table 5", EMOJI, "inside", zero_shot("crate", "cbt")),
+    Claim("CBT's maps segment better than ToST's", "Table 5", EMOJI, "inside", zero_shot("cbt", "tost")),
+)  # fmt: skip
+
+
+def table() -> str:
+    """The claims, a row each."""
+    rows = []
+    for number, claim in enumerate(CLAIMS, 1):
+        finding = claim.judge() or Finding("not run yet", "cannot be told")
+        rows.append([str(number), claim.says, claim.where, f"{claim.ran} (`{claim.block}`)", *finding])
+    return markdown(["", "claim", "paper", "what was run (block)", "figure, 95 %", "verdict"], rows)
+
+
 def write() -> None:
-    pass
+    """Write the table into the page, and the plots."""
+    begin, end = MARKERS
+    before, rest = DOCS.read_text().split(begin)
+    after = rest.split(end)[1]
+    write_atomically(DOCS, f"{before}{begin}\n{table()}\n{end}{after}".encode())
+    for path in plots.write():
+        print(path)
+    print(DOCS)
