@@ -254,9 +254,18 @@ CLAIMS = (
         "Table 4", "CBSA / TSSA / MSSA, 12 layers, N = 197", "page", similarities,
     ),
     Claim("CBSA costs less than MSSA from N > 2p on", "Table 1", "one layer, M = P = 64", "page", crossing),
-    Claim("CBT infers faster than ViT at 512 x 512", "Table 7", BENCH, "bench", speed("naive_cbt", "vit", training=False)),
-    Claim("CBT trains faster than ViT at 512 x 512", "Table 7", BENCH, "bench", speed("naive_cbt", "vit", training=True)),
-    Claim("CBT infers faster than CRATE at 512 x 512", "Table 7", BENCH, "bench", speed("cbt", "crate", training=False)),
+    Claim(
+        "CBT infers faster than ViT at 512 x 512",
+        "Table 7", BENCH, "bench", speed("naive_cbt", "vit", training=False),
+    ),
+    Claim(
+        "CBT trains faster than ViT at 512 x 512",
+        "Table 7", BENCH, "bench", speed("naive_cbt", "vit", training=True),
+    ),
+    Claim(
+        "CBT infers faster than CRATE at 512 x 512",
+        "Table 7", BENCH, "bench", speed("cbt", "crate", training=False),
+    ),
     Claim(
         "pooled first guesses are more accurate than learned ones",
         "section 3.2", CIFAR, "scratch", accuracy("cbt", "learned"),
