@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
-from benchmarks.claims import plots
+from benchmarks.claims import identities, plots
 from benchmarks.claims.runs import RESULTS
 from benchmarks.statistics import Estimate, difference, markdown, mean_of
 from cbsa_torch._core.files import write_atomically
@@ -16,6 +16,7 @@ from cbsa_torch.ops import counting
 
 DOCS = Path("docs/claims.md")
 MARKERS = ("<!-- claims: begin -->", "<!-- claims: end -->")
+LINES = Path("docs/images/lines.json")
 MODELS = Path("benchmarks/results/models.json")
 
 Verdict = Literal["holds", "does not hold", "cannot be told"]
@@ -60,8 +61,14 @@ def compare(first: Records, second: Records, key: str, unit: str = "points") -> 
         return None
     values = [[100 * record[key] for record in group] for group in (first, second)]
     more = difference(*values)
-    means = " against ".join(mean_of(group).text() for group in values)
-    return Finding(f"{more.text('+')} {unit} ({means} %)", is_positive(more))
+    means = " against ".join(f"{mean_of(group).text()} %" for group in values)
+    return Finding(f"{more.text('+')} {unit} ({means}; {seeds(first, second)})", is_positive(more))
+
+
+def seeds(*groups: Records) -> str:
+    """How many there were of each."""
+    numbers = sorted({len(group) for group in groups})
+    return f"{' and '.join(map(str, numbers))} seeds"
 
 
 def scratch(form: str) -> list[dict[str, Any]]:
@@ -139,7 +146,7 @@ def ranks(form: str) -> Callable[[], Finding | None]:
         numeric, effective = (
             mean_of([mean_over(run["inside"]["ranks"][key]) for run in runs]) for key in ("rank", "effective")
         )
-        text = f"rank {numeric.text()} of {full}, effective {effective.text()}"
+        text = f"rank {numeric.text()} of {full}, effective {effective.text()} ({seeds(runs)})"
         if form == "learned":
             half = Estimate(full / 2 - effective.value, effective.half)
             return Finding(f"{text}; below half: {is_positive(half)}", is_positive(half))
@@ -166,7 +173,8 @@ def later_half(form: str) -> Callable[[], Finding | None]:
             middle = rate[len(rate) // 2 - 1]
             falls.append(100 * (middle - rate[-1]) / middle)
         fall = mean_of(falls)
-        return Finding(f"{fall.text()} % lower at the last layer than in the middle", is_positive(fall))
+        figure = f"{fall.text()} % lower at the last layer than in the middle ({seeds(runs)})"
+        return Finding(figure, is_positive(fall))
 
     return judge
 
@@ -179,7 +187,7 @@ def together(reading: str) -> Callable[[], Finding | None]:
         if len(runs) < 2:
             return None
         correlation = mean_of([run["inside"]["figure_6"][reading] for run in runs])
-        return Finding(f"rank correlation {correlation.text('+')}", is_positive(correlation))
+        return Finding(f"rank correlation {correlation.text('+')} ({seeds(runs)})", is_positive(correlation))
 
     return judge
 
@@ -197,7 +205,7 @@ def compresses(form: str, kind: str) -> Callable[[], Finding | None]:
             shares.append(100 * sum(one["fell"] for one in layers) / sum(one["cases"] for one in layers))
         share = mean_of(shares)
         most = Estimate(share.value - 95, share.half)
-        return Finding(f"in {share.text()} % of all cases", is_positive(most))
+        return Finding(f"in {share.text()} % of all cases ({seeds(runs)})", is_positive(most))
 
     return judge
 
@@ -210,7 +218,7 @@ def certified() -> Finding | None:
     found = [run["inside"]["certificates"]["float64"] for run in runs]
     holding, cases = (sum(one[key] for one in found) for key in ("holding", "cases"))
     share = fmean(one["share"] for one in found)
-    figure = f"{holding:,} of {cases:,} cases, steps of {100 * share:.0f} % of their limit (medians)"
+    figure = f"{holding:,} of {cases:,} cases, median step {100 * share:.0f} % of its limit ({seeds(runs)})"
     return Finding(figure, "holds" if holding == cases else "does not hold")
 
 
@@ -223,7 +231,7 @@ def gap() -> Finding | None:
     for run in runs:
         whole = sum(sum(layer) for layer in run["inside"]["gap"])
         shares.append(100 * whole / sum(run["inside"]["rate"]))
-    return Finding(f"{mean_of(shares).text()} % of R(Z); no tau is given", "cannot be told")
+    return Finding(f"{mean_of(shares).text()} % of R(Z) ({seeds(runs)}); no tau is given", "cannot be told")
 
 
 def zero_shot(first: str, second: str) -> Callable[[], Finding | None]:
@@ -242,10 +250,57 @@ def zero_shot(first: str, second: str) -> Callable[[], Finding | None]:
     return judge
 
 
-CIFAR = "CIFAR-10 (JPEG), 45,000 images x 10 epochs, 32 x 32, 3 seeds"
-EMOJI = "emoji64, 12 epochs, 64 x 64, 426 test drawings, 3 seeds"
+def identity(error: Callable[[], float]) -> Callable[[], Finding]:
+    """An equation, checked in float64."""
+
+    def judge() -> Finding:
+        found = error()
+        return Finding(f"error below {TOLERANCE:g}", "holds" if found < TOLERANCE else "does not hold")
+
+    return judge
+
+
+def lines() -> Finding:
+    """Points pressed onto their lines (Fig. 4)."""
+    measures = json.loads(LINES.read_text())["measures"]
+    first, last = measures["0"], measures[max(measures, key=int)]
+    figure = (
+        f"{first['angle_to_own_line']:.1f} to {last['angle_to_own_line']:.1f} degrees from the own line, "
+        f"{last['angle_to_nearest_other_line']:.0f} from the nearest other (one draw)"
+    )
+    return Finding(figure, "holds" if last["separation"] > first["separation"] else "does not hold")
+
+
+TOLERANCE = 1e-12
+CIFAR = "CIFAR-10 (JPEG), 45,000 images x 10 epochs, 32 x 32"
+EMOJI = "emoji64, 12 epochs, 64 x 64, 426 test drawings"
 BENCH = "small models, two CPU threads"
+EQUATION = "random tokens, float64"
 CLAIMS = (
+    Claim(
+        "A C is the gradient of the coding rate, A held",
+        "Eq. 6, 7", EQUATION, "page", identity(identities.gradient),
+    ),
+    Claim(
+        "all tokens as representatives: softmax attention",
+        "Eq. 9", EQUATION, "page", identity(identities.softmax_attention),
+    ),
+    Claim(
+        "principal directions: linear attention",
+        "Eq. 12", EQUATION, "page", identity(identities.linear_attention),
+    ),
+    Claim(
+        "a fixed basis: channel attention",
+        "Eq. 13", EQUATION, "page", identity(identities.channel_attention),
+    ),
+    Claim(
+        "no contraction, a softmax to broadcast: agent attention",
+        "section 3.3", EQUATION, "page", identity(identities.agent_attention),
+    ),
+    Claim(
+        "the linear form presses noisy points onto separate lines",
+        "Fig. 4", "10 lines of 100 points, 1,024 steps", "compress_lines", lines,
+    ),
     Claim("MSSA is at least as accurate as Agent", "Table 4", CIFAR, "scratch", accuracy("crate", "agent")),
     Claim("Agent is at least as accurate as CBSA", "Table 4", CIFAR, "scratch", accuracy("agent", "cbt")),
     Claim("CBSA is more accurate than TSSA", "Table 4", CIFAR, "scratch", accuracy("cbt", "tost")),
