@@ -9,6 +9,7 @@ import abc
 import copy
 import copyreg
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -442,7 +443,7 @@ class TokenMixer(nn.Module, abc.ABC):
         return getattr(self.representatives, "needs_grid", False)
 
     def _make_representatives(
-        self, kind: RepresentativeKind | Strategy, number: int | None, layout: Layout
+        self, kind: RepresentativeKind | Strategy, number: int | Sequence[int] | None, layout: Layout
     ) -> None:
         """Set :attr:`representatives` and :attr:`layout`, for mixers that have them."""
         check_choice("layout", layout, LAYOUTS)

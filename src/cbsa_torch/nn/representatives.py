@@ -13,6 +13,8 @@ A method ``counts(num_tokens, *, num_heads, head_dim)`` may say what it costs; o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from cbsa_torch._core.checks import check_choice, check_positive_int
 from cbsa_torch._core.types import REPRESENTATIVE_KINDS, GridSize, Representatives, Strategy
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.directions import basis_directions, check_orthonormal, principal_directions
-from cbsa_torch.ops.pooling import pool_representatives
+from cbsa_torch.ops.pooling import check_num_representatives, pool_representatives
 
 DEFAULT_NUMBER = 64
 """Representatives, where the caller does not say: an 8x8 grid (paper, section 3.2)."""
@@ -29,7 +31,7 @@ DEFAULT_NUMBER = 64
 def make_representatives(
     kind: str | Strategy,
     num_heads: int,
-    num_representatives: int | None,
+    num_representatives: int | Sequence[int] | None,
     head_dim: int,
     *,
     device: torch.device | str | None = None,
@@ -56,6 +58,11 @@ def make_representatives(
         return kind
     number = DEFAULT_NUMBER if num_representatives is None else num_representatives
     if kind == "learned":
+        if not isinstance(number, int):
+            raise TypeError(
+                "num_representatives must be an int for representatives='learned', which have no grid, "
+                f"got {number!r} of type {type(number).__name__}"
+            )
         return LearnedRepresentatives(num_heads, number, head_dim, device=device, dtype=dtype)
     if kind == "pool":
         return PooledRepresentatives(number)
@@ -66,15 +73,19 @@ class PooledRepresentatives(nn.Module):
     """Average pooling of the grid tokens: the paper's default, whose attention keeps its full rank.
 
     Args:
-        num_representatives: the most representatives; never more than there are tokens.
+        num_representatives: the most representatives (the grid of cells is then the closest in aspect), or the
+            cells along each axis, e.g. ``(8, 8)``; never more than there are tokens. See
+            :func:`cbsa_torch.ops.representative_grid`.
+
+    Attributes:
+        num_representatives: as given, a sequence as a tuple.
     """
 
     needs_grid = True
 
-    def __init__(self, num_representatives: int = 64) -> None:
+    def __init__(self, num_representatives: int | Sequence[int] = 64) -> None:
         super().__init__()
-        check_positive_int("num_representatives", num_representatives)
-        self.num_representatives = num_representatives
+        self.num_representatives = check_num_representatives(num_representatives)
 
     def forward(
         self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
@@ -85,7 +96,7 @@ class PooledRepresentatives(nn.Module):
         return pool_representatives(tokens, grid_size, self.num_representatives, token_mask=token_mask)
 
     def extra_repr(self) -> str:
-        """Show the count when the module is printed."""
+        """Show the count or the grid when the module is printed."""
         return f"num_representatives={self.num_representatives}"
 
 

@@ -1,8 +1,8 @@
 """Initial representatives by average pooling over the tokens' grid (paper, section 3.2), any dimension.
 
-A grid is pooled to the representative grid closest to it in aspect. With a mask, each item is pooled over
-the bounding box of its own real tokens, so that an item in a padded batch gets exactly the representatives
-it would get alone.
+A grid is pooled to the representative grid of at most so many cells that is closest to it in aspect, or to a
+fixed one. With a mask, each item is pooled over the bounding box of its own real tokens, so that an item in a
+padded batch gets exactly the representatives it would get alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,27 +34,36 @@ _ADAPTIVE_POOL: dict[int, Callable[..., Tensor]] = {
 }
 
 
-def representative_grid(grid_size: GridSize, num_representatives: int) -> GridSize:
-    """The grid of at most ``num_representatives`` cells that is closest to ``grid_size`` in aspect.
+def representative_grid(grid_size: GridSize, num_representatives: int | Sequence[int]) -> GridSize:
+    """The grid of cells that ``grid_size`` is pooled to, no finer than ``grid_size`` along any axis.
 
-    Among grids no finer than ``grid_size`` along any axis, it minimises (largest / smallest ratio of sides)
-    / (number of cells)^2: use many representatives, but do not stretch them. ``(14, 14)`` with 64 gives
-    ``(8, 8)``; ``(10, 40)`` with 64 gives ``(4, 16)``; ``(5,)`` with 64 gives ``(5,)``.
+    A number M gives the grid of at most M cells that is closest to ``grid_size`` in aspect: it minimises
+    (largest / smallest ratio of sides) / (number of cells)^2, uses many representatives, but does not stretch
+    them. ``(14, 14)`` with 64 gives ``(8, 8)``; ``(10, 40)`` with 64 gives ``(4, 16)``; ``(5,)`` with 64 gives
+    ``(5,)``.
+
+    A sequence gives that grid whatever the aspect, as in the official code, but at most one cell per token
+    along each axis: with ``(8, 8)``, ``(18, 24)`` gives ``(8, 8)``, and ``(5, 40)`` gives ``(5, 8)``, where
+    PyTorch's adaptive pooling to 8 x 8 would repeat tokens.
     """
     grid_size = check_grid(grid_size)
-    check_positive_int("num_representatives", num_representatives)
-    return _closest(grid_size, num_representatives)
+    return _cells(grid_size, check_num_representatives(num_representatives, grid_size))
 
 
 def pool_representatives(
-    tokens: Tensor, grid_size: GridSize, num_representatives: int, *, token_mask: Tensor | None = None
+    tokens: Tensor,
+    grid_size: GridSize,
+    num_representatives: int | Sequence[int],
+    *,
+    token_mask: Tensor | None = None,
 ) -> Representatives:
     """Average-pool tokens over their grid into initial representatives Q_ini.
 
     Args:
         tokens: ``(B, H, N, P)`` grid tokens only (no prefix tokens), row-major, N = product of ``grid_size``.
         grid_size: ``(L,)``, ``(height, width)`` or ``(depth, height, width)``.
-        num_representatives: the most representatives to make; never more than there are tokens.
+        num_representatives: the most representatives to make, or the cells along each axis of the grid; never
+            more than there are tokens. See :func:`representative_grid`.
         token_mask: ``(B, N)`` bool, True = a real token. Cells without real tokens give no representative.
 
     Returns:
@@ -63,18 +72,19 @@ def pool_representatives(
 
     Raises:
         ValueError: a grid that is not one to three positive integers or does not fit ``tokens``, a mask of
-            another shape, a count below 1. TypeError: wrong dtypes.
+            another shape, a count below 1, cells along other axes than those of the grid. TypeError: wrong
+            dtypes, counts that are not integers.
     """
     check_floating("tokens", tokens)
     grid_size = check_grid(grid_size)
-    check_positive_int("num_representatives", num_representatives)
+    number = check_num_representatives(num_representatives, grid_size)
     axes = f"(B, H, N, P) for grid_size {grid_size}"
     check_shape("tokens", tokens, (None, None, math.prod(grid_size), None), axes)
     b, h, n, p = tokens.shape
     if token_mask is not None:
         check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token", ("tokens", tokens))
-        return _pool_masked(tokens, grid_size, num_representatives, token_mask)
-    cells = _closest(grid_size, num_representatives)
+        return _pool_masked(tokens, grid_size, number, token_mask)
+    cells = _cells(grid_size, number)
     weights = GridPooling(grid_size, cells)
     if cells == grid_size:
         return Representatives(tokens, token_weights=weights)
@@ -135,9 +145,37 @@ def check_grid(grid_size: GridSize) -> GridSize:
     return sides
 
 
+def check_num_representatives(value: int | Sequence[int], grid_size: GridSize | None = None) -> int | GridSize:
+    """Return ``value`` as an integer or, if it is a grid of cells, as a tuple of integers.
+
+    Raise unless they are at least 1 and, if ``grid_size`` is given, along the axes of that.
+    """
+    if not isinstance(value, (tuple, list)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                "num_representatives must be an int, or a tuple of one to three for a fixed grid, "
+                f"got {value!r} of type {type(value).__name__}"
+            )
+        check_positive_int("num_representatives", value)
+        return operator.index(value)  # fixed where a compiler made it symbolic, as grids are
+    if not 1 <= len(value) <= 3:
+        raise ValueError(
+            f"num_representatives must be an int, or a tuple of one to three for a fixed grid, got {value!r}"
+        )
+    for axis, count in enumerate(value):
+        check_positive_int(f"num_representatives[{axis}]", count)
+    if grid_size is not None and len(value) != len(grid_size):
+        raise ValueError(
+            "num_representatives must be an int or have one entry for each axis of the grid, "
+            f"got {value!r} for grid_size {grid_size}"
+        )
+    return tuple(map(operator.index, value))
+
+
 @called_while_tracing
-def _closest(grid_size: GridSize, limit: int) -> GridSize:
-    return _search(grid_size, limit)[0]
+def _cells(grid_size: GridSize, number: int | GridSize) -> GridSize:
+    """:func:`representative_grid` of checked arguments."""
+    return _search(grid_size, number)[0] if isinstance(number, int) else tuple(map(min, number, grid_size))
 
 
 @called_while_tracing
@@ -167,15 +205,20 @@ def _grids_within(grid_size: GridSize, limit: int) -> Iterator[GridSize]:
             yield (side, *rest)
 
 
-def _pool_masked(tokens: Tensor, grid_size: GridSize, limit: int, token_mask: Tensor) -> Representatives:
+def _pool_masked(
+    tokens: Tensor, grid_size: GridSize, number: int | GridSize, token_mask: Tensor
+) -> Representatives:
     """Masked pooling, written without data-dependent shapes so that it compiles and exports."""
     b, h, n, p = tokens.shape
     device = tokens.device
     real = token_mask.view(b, *grid_size)
     first, extent = _bounding_box(real)  # (B, D) each
-    cells = _closest_per_item(extent, grid_size, limit)  # (B, D)
-
-    most = max(math.prod(c) for c in _candidates(grid_size, limit))
+    if isinstance(number, int):
+        cells = _closest_per_item(extent, grid_size, number)  # (B, D)
+        most = max(math.prod(c) for c in _candidates(grid_size, number))
+    else:
+        cells = extent.minimum(torch.tensor(number, device=device))
+        most = math.prod(_cells(grid_size, number))
     index = torch.arange(most, device=device)  # (M,)
     weights: Tensor = torch.ones(b, most, 1, dtype=torch.bool, device=device)
     remaining = cells.prod(-1)  # (B,)
