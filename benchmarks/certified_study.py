@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks.inside import BOUNDS, measure, rounded
 from benchmarks.statistics import difference, markdown, mean_of, percent
+from benchmarks.subset import link_images
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import measure as bench_measure
 from cbsa_torch.ops.cbsa import certified as certified_ops
@@ -239,18 +240,6 @@ def switched(form: str) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(certified_ops, name, value)
-
-
-def link_subset(source: Path, target: Path, subset: Subset) -> None:
-    """Make ``target`` a folder of links to the first images of every class of CIFAR-10."""
-    for split, count in (("train", subset.train), ("test", subset.test)):
-        for folder in sorted(path for path in (source / split).iterdir() if path.is_dir()):
-            own = target / split / folder.name
-            own.mkdir(parents=True, exist_ok=True)
-            for image in sorted(folder.iterdir())[:count]:
-                link = own / image.name
-                if not link.exists():
-                    link.symlink_to(image.resolve())
 
 
 def train_run(run: Run, options: Options) -> dict[str, Any]:
@@ -558,7 +547,9 @@ def main() -> None:
     elif options.step == "train":
         if options.cifar is not None:
             for name in {run.data for run in left if run.data in CIFAR}:
-                link_subset(options.cifar, options.runs / f"{name}_subset", CIFAR[name])
+                for split, count in (("train", CIFAR[name].train), ("test", CIFAR[name].test)):
+                    target = options.runs / f"{name}_subset" / split
+                    link_images(options.cifar / split, target, slice(count))
         for run in left:
             if not run.record.exists():
                 print(f"== {run.name}", flush=True)

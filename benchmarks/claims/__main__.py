@@ -2,6 +2,7 @@
 
     python -m benchmarks.claims scratch  --cifar DIR               # block 1: from scratch on CIFAR-10
     python -m benchmarks.claims adapted  --cifar DIR --vit FILE    # block 2: a pretrained ViT adapted
+    python -m benchmarks.claims adapted  --vit FILE --only adapted_cost     # its speed, on a quiet machine
     python -m benchmarks.claims decoders --camvid DIR --vit FILE   # block 3: decoders on CamVid
     python -m benchmarks.claims inside   --camvid DIR --vit FILE   # block 4: attention maps of those models
     python -m benchmarks.claims page                               # docs/claims.md and its plots
@@ -21,7 +22,7 @@ import torch
 import tyro
 
 from benchmarks.claims import adapted, decoders, inside, page, scratch
-from benchmarks.claims.runs import Folders, left_of, work_through
+from benchmarks.claims.runs import Folders, Run, left_of, work_through
 
 BLOCKS = {"scratch": scratch, "adapted": adapted, "decoders": decoders, "inside": inside}
 
@@ -32,7 +33,7 @@ class Options(Folders):
 
     block: tyro.conf.Positional[Literal["scratch", "adapted", "decoders", "inside", "page"]] = "page"
     only: str = "*"
-    """Names of the runs that are meant; * stands for anything."""
+    """Names of the runs that are meant; * stands for anything. Timings are left out unless named in full."""
     list: bool = False
     """Print what is left, and do nothing."""
 
@@ -45,12 +46,17 @@ def main() -> None:
         page.write()
         return
     runs = BLOCKS[options.block].runs(options)
-    chosen = [run for run in runs if fnmatch.fnmatch(run.name, options.only)]
+    chosen = [run for run in runs if is_chosen(run, options.only)]
     if options.list:
         for run in left_of(chosen):
             print(f"{run.name}  {run.minutes:.0f} minutes")
     else:
         work_through(chosen, options.runs / "locks")
+
+
+def is_chosen(run: Run, only: str) -> bool:
+    """Whether a run is meant."""
+    return run.name == only or (fnmatch.fnmatch(run.name, only) and not run.quiet)
 
 
 if __name__ == "__main__":

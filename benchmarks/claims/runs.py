@@ -60,6 +60,8 @@ class Run:
     seed: int | None = None
     needs: tuple[str, ...] = ()
     """Names of the runs whose records it reads."""
+    quiet: bool = False
+    """Whether it times something: it is done if --only names it, on a machine that is at rest."""
 
 
 def record_of(name: str) -> Path:
