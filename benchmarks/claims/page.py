@@ -55,11 +55,14 @@ def is_positive(estimate: Estimate) -> Verdict:
     return "holds" if estimate.value > 0 else "does not hold"
 
 
-def compare(first: Records, second: Records, key: str, unit: str = "points") -> Finding | None:
-    """Whether the first have a larger share ``key`` than the second, by means over seeds."""
+Share = Callable[[dict[str, Any]], float]
+
+
+def compare(first: Records, second: Records, share: Share, unit: str = "points") -> Finding | None:
+    """Whether the first have a larger share than the second, by means over seeds."""
     if min(len(first), len(second)) < 2:
         return None
-    values = [[100 * record[key] for record in group] for group in (first, second)]
+    values = [[100 * share(record) for record in group] for group in (first, second)]
     more = difference(*values)
     means = " against ".join(f"{mean_of(group).text()} %" for group in values)
     return Finding(f"{more.text('+')} {unit} ({means}; {seeds(first, second)})", is_positive(more))
@@ -78,7 +81,98 @@ def scratch(form: str) -> list[dict[str, Any]]:
 
 def accuracy(first: str, second: str) -> Callable[[], Finding | None]:
     """Test accuracy of two forms from scratch."""
-    return lambda: compare(scratch(first), scratch(second), "test_top1")
+    return lambda: compare(scratch(first), scratch(second), top1)
+
+
+def top1(record: dict[str, Any]) -> float:
+    """Of a classifier."""
+    return float(record["test_top1"])
+
+
+def miou(record: dict[str, Any]) -> float:
+    """Of a decoder."""
+    return float(record["test"]["miou"])
+
+
+def decoders(form: str) -> list[dict[str, Any]]:
+    """The decoders of a form on the frozen encoder."""
+    return records(f"decoders_{form}_seed?")
+
+
+def masks(first: str, second: str) -> Callable[[], Finding | None]:
+    """Mean IoU of two decoders on the frozen encoder."""
+    return lambda: compare(decoders(first), decoders(second), miou)
+
+
+def recovered(first: str, second: str, recovery: str = "plain") -> Callable[[], Finding | None]:
+    """Test accuracy of two adapted ViTs after recovery."""
+
+    def judge() -> Finding | None:
+        plain = "plain" if second == "original" else recovery  # the original has no teacher
+        return compare(
+            records(f"adapted_{first}_all_{recovery}_112_seed?"),
+            records(f"adapted_{second}_all_{plain}_112_seed?"),
+            top1,
+        )
+
+    return judge
+
+
+def decoder_cost(key: str, most: float) -> Callable[[], Finding | None]:
+    """What CBSA's decoder costs in parts of Segmenter's, on images of the paper's size."""
+
+    def judge() -> Finding | None:
+        found = records("decoders_cost")
+        if not found:
+            return None
+        sides = {one["side"]: one["decoders"] for one in found[0]["sides"]}
+        parts = [100 * sides[side]["cbsa"][key] / sides[side]["mhsa"][key] for side in (448, 518, 1022)]
+        text = ", ".join(f"{part:.2g} %" for part in parts)
+        return Finding(
+            f"{text} at 448, 518 and 1,022 pixels (counted)", "holds" if parts[1] <= most else "does not hold"
+        )
+
+    return judge
+
+
+def kept(sigma: float) -> Share:
+    """The share of its clean mean IoU that a decoder keeps under noise."""
+
+    def share(record: dict[str, Any]) -> float:
+        noisy = record["robustness"]
+        place = noisy["sigmas"].index(sigma)
+        return fmean(noisy["values"][place]) / float(noisy["clean"])
+
+    return share
+
+
+def immune(form: str, sigma: float, most: float) -> Callable[[], Finding | None]:
+    """Whether a decoder loses at most so many per cent of its mean IoU under noise."""
+
+    def judge() -> Finding | None:
+        runs = decoders(form)
+        if len(runs) < 2:
+            return None
+        left = mean_of([100 * kept(sigma)(run) for run in runs])
+        spare = Estimate(left.value - (100 - most), left.half)
+        return Finding(f"{left.text()} % is kept ({seeds(runs)})", is_positive(spare))
+
+    return judge
+
+
+def adapted_cost(side: int, key: str, larger: bool) -> Callable[[], Finding | None]:
+    """A figure of the adapted ViT in parts of the original's."""
+
+    def judge() -> Finding | None:
+        found = records("adapted_cost")
+        if not found:
+            return None
+        rows = {row["name"]: row for row in found[0]["rows"] if row["image_size"] == side}
+        ratio = rows["adapted_cbsa"][key] / rows["original"][key]
+        right = ratio > 1 if larger else ratio < 1
+        return Finding(f"{ratio:.2f} times at {side} pixels", "holds" if right else "does not hold")
+
+    return judge
 
 
 def similarities() -> Finding:
@@ -250,6 +344,11 @@ def zero_shot(first: str, second: str) -> Callable[[], Finding | None]:
     return judge
 
 
+def best_map(record: dict[str, Any]) -> float:
+    """Foreground IoU of the best head of the best layer."""
+    return float(max(record["zero_shot"]["best"]["foreground"]))
+
+
 def identity(error: Callable[[], float]) -> Callable[[], Finding]:
     """An equation, checked in float64."""
 
@@ -275,6 +374,8 @@ TOLERANCE = 1e-12
 CIFAR = "CIFAR-10 (JPEG), 45,000 images x 10 epochs, 32 x 32"
 EMOJI = "emoji64, 12 epochs, 64 x 64, 426 test drawings"
 BENCH = "small models, two CPU threads"
+ADAPTED = "ViT-S/14, CIFAR-10 (JPEG) at 112 x 112, 1,000 images x 3 epochs, 2,000 test images"
+CAMVID = "CamVid, frozen ViT-S/14, 252 x 336, 233 test images"
 EQUATION = "random tokens, float64"
 CLAIMS = (
     Claim(
@@ -363,6 +464,55 @@ CLAIMS = (
     ),
     Claim("CRATE's maps segment better than CBT's", "Table 5", EMOJI, "inside", zero_shot("crate", "cbt")),
     Claim("CBT's maps segment better than ToST's", "Table 5", EMOJI, "inside", zero_shot("cbt", "tost")),
+    Claim(
+        "an adapted ViT recovers the accuracy of the original, trained as long",
+        "section 4.2", ADAPTED, "adapted", recovered("cbsa", "original"),
+    ),
+    Claim(
+        "CBSA* is more accurate than CBSA-vee: contraction helps",
+        "section 4.2", ADAPTED, "adapted", recovered("cbsa", "agent"),
+    ),
+    Claim(
+        "CBSA* is more accurate than linear attention",
+        "section 4.2", ADAPTED, "adapted", recovered("cbsa", "linear"),
+    ),
+    Claim(
+        "the same, distilled from the original",
+        "section 4.2", ADAPTED, "adapted", recovered("cbsa", "linear", "distilled"),
+    ),
+    Claim("an adapted ViT takes fewer FLOPs", "Fig. 9", "one image", "adapted", adapted_cost(518, "flops", False)),
+    Claim(
+        "an adapted ViT is faster on large images",
+        "Fig. 9", "one thread", "adapted", adapted_cost(1022, "images_per_second", True),
+    ),
+    Claim("CBSA's decoder reaches Segmenter's mean IoU", "Table 3", CAMVID, "decoders", masks("cbsa", "mhsa")),
+    Claim("and DEPICT's", "Table 3", CAMVID, "decoders", masks("cbsa", "mssa")),
+    Claim(
+        "at a fifth of Segmenter's decoder FLOPs",
+        "section 4.3", "one image", "decoders", decoder_cost("flops", 20),
+    ),
+    Claim(
+        "at 0.06 % of its pairwise similarities",
+        "section 4.3", "one image", "decoders", decoder_cost("similarities", 0.06),
+    ),
+    Claim(
+        "noise of 0.1 on its attention hardly changes it (at most 5 % are lost)",
+        "Fig. 8", CAMVID, "decoders", immune("cbsa", 0.1, 5),
+    ),
+    Claim(
+        "CBSA keeps more under noise of 0.1 than Segmenter's",
+        "Fig. 8", CAMVID, "decoders",
+        lambda: compare(decoders("cbsa"), decoders("mhsa"), kept(0.1), "points of what is kept"),
+    ),
+    Claim(
+        "CBSA keeps more under noise of 0.1 than DEPICT's",
+        "Fig. 8", CAMVID, "decoders",
+        lambda: compare(decoders("cbsa"), decoders("mssa"), kept(0.1), "points of what is kept"),
+    ),
+    Claim(
+        "of certified steps: the decoder reaches the default's mean IoU",
+        "ours", CAMVID, "decoders", masks("certified", "cbsa"),
+    ),
 )  # fmt: skip
 
 
