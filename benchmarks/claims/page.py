@@ -1,33 +1,25 @@
-"""The table of claims in docs/claims.md: what the records say of each, with an interval and a verdict."""
+"""The table of claims in docs/claims.md, and the plots, from the records."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.claims import identities, plots
-from benchmarks.claims.runs import RESULTS
-from benchmarks.statistics import Estimate, difference, markdown, mean_of
+from benchmarks.claims import identities, judges, plots
+from benchmarks.claims.judges import Finding
+from benchmarks.statistics import markdown
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.ops import counting
 
 DOCS = Path("docs/claims.md")
 MARKERS = ("<!-- claims: begin -->", "<!-- claims: end -->")
-LINES = Path("docs/images/lines.json")
-MODELS = Path("benchmarks/results/models.json")
-
-Verdict = Literal["holds", "does not hold", "cannot be told"]
-Records = Sequence[dict[str, Any]]
 
 
-class Finding(NamedTuple):
-    """What the records say of a claim."""
+class Setup(NamedTuple):
+    """What was run: data and size, and the block of runs or the command."""
 
-    figure: str
-    verdict: Verdict
+    ran: str
+    block: str
 
 
 class Claim(NamedTuple):
@@ -35,485 +27,215 @@ class Claim(NamedTuple):
 
     says: str
     where: str
-    ran: str
-    """Data, size, seeds."""
-    block: str
-    """The command."""
+    setup: Setup
     judge: Callable[[], Finding | None]
     """None: the runs are not done."""
 
 
-def records(pattern: str) -> list[dict[str, Any]]:
-    """The records whose names match, by name."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{pattern}.json"))]
+CIFAR = Setup("CIFAR-10 (JPEG), 45,000 images x 10 epochs, 32 x 32", "scratch")
+EMOJI = Setup("emoji64, 12 epochs, 64 x 64, 426 test drawings", "inside")
+BENCH = Setup("small models, two CPU threads", "bench")
+ADAPTED = Setup("ViT-S/14, CIFAR-10 (JPEG) at 112 x 112, 1,000 images x 3 epochs, 2,000 test images", "adapted")
+ADAPTED_COST = Setup("ViT-S/14, one thread", "adapted")
+CAMVID = Setup("CamVid, frozen ViT-S/14, 252 x 336, 233 test images", "decoders")
+DECODER_COST = Setup("one image", "decoders")
+EQUATION = Setup("random tokens, float64", "page")
+LINES = Setup("10 lines of 100 points, 1,024 steps", "compress_lines")
+COUNTED = Setup("12 layers, N = 197", "page")
+LAYER = Setup("one layer, M = P = 64", "page")
 
 
-def is_positive(estimate: Estimate) -> Verdict:
-    """Whether the interval says that a quantity is above zero, below it, or neither."""
-    if estimate.half is None or abs(estimate.value) <= estimate.half:
-        return "cannot be told"
-    return "holds" if estimate.value > 0 else "does not hold"
-
-
-Share = Callable[[dict[str, Any]], float]
-
-
-def compare(first: Records, second: Records, share: Share, unit: str = "points") -> Finding | None:
-    """Whether the first have a larger share than the second, by means over seeds."""
-    if min(len(first), len(second)) < 2:
-        return None
-    values = [[100 * share(record) for record in group] for group in (first, second)]
-    more = difference(*values)
-    means = " against ".join(f"{mean_of(group).text()} %" for group in values)
-    return Finding(f"{more.text('+')} {unit} ({means}; {seeds(first, second)})", is_positive(more))
-
-
-def seeds(*groups: Records) -> str:
-    """How many there were of each."""
-    numbers = sorted({len(group) for group in groups})
-    return f"{' and '.join(map(str, numbers))} seeds"
-
-
-def scratch(form: str) -> list[dict[str, Any]]:
-    """The runs from scratch of a form."""
-    return records(f"scratch_{form}_seed?")
-
-
-def accuracy(first: str, second: str) -> Callable[[], Finding | None]:
-    """Test accuracy of two forms from scratch."""
-    return lambda: compare(scratch(first), scratch(second), top1)
-
-
-def top1(record: dict[str, Any]) -> float:
-    """Of a classifier."""
-    return float(record["test_top1"])
-
-
-def miou(record: dict[str, Any]) -> float:
-    """Of a decoder."""
-    return float(record["test"]["miou"])
-
-
-def decoders(form: str) -> list[dict[str, Any]]:
-    """The decoders of a form on the frozen encoder."""
-    return records(f"decoders_{form}_seed?")
-
-
-def masks(first: str, second: str) -> Callable[[], Finding | None]:
-    """Mean IoU of two decoders on the frozen encoder."""
-    return lambda: compare(decoders(first), decoders(second), miou)
-
-
-def recovered(first: str, second: str, recovery: str = "plain") -> Callable[[], Finding | None]:
-    """Test accuracy of two adapted ViTs after recovery."""
-
-    def judge() -> Finding | None:
-        plain = "plain" if second == "original" else recovery  # the original has no teacher
-        return compare(
-            records(f"adapted_{first}_all_{recovery}_112_seed?"),
-            records(f"adapted_{second}_all_{plain}_112_seed?"),
-            top1,
-        )
-
-    return judge
-
-
-def decoder_cost(key: str, most: float) -> Callable[[], Finding | None]:
-    """What CBSA's decoder costs in parts of Segmenter's, on images of the paper's size."""
-
-    def judge() -> Finding | None:
-        found = records("decoders_cost")
-        if not found:
-            return None
-        sides = {one["side"]: one["decoders"] for one in found[0]["sides"]}
-        parts = [100 * sides[side]["cbsa"][key] / sides[side]["mhsa"][key] for side in (448, 518, 1022)]
-        text = ", ".join(f"{part:.2g} %" for part in parts)
-        return Finding(
-            f"{text} at 448, 518 and 1,022 pixels (counted)", "holds" if parts[1] <= most else "does not hold"
-        )
-
-    return judge
-
-
-def kept(sigma: float) -> Share:
-    """The share of its clean mean IoU that a decoder keeps under noise."""
-
-    def share(record: dict[str, Any]) -> float:
-        noisy = record["robustness"]
-        place = noisy["sigmas"].index(sigma)
-        return fmean(noisy["values"][place]) / float(noisy["clean"])
-
-    return share
-
-
-def immune(form: str, sigma: float, most: float) -> Callable[[], Finding | None]:
-    """Whether a decoder loses at most so many per cent of its mean IoU under noise."""
-
-    def judge() -> Finding | None:
-        runs = decoders(form)
-        if len(runs) < 2:
-            return None
-        left = mean_of([100 * kept(sigma)(run) for run in runs])
-        spare = Estimate(left.value - (100 - most), left.half)
-        return Finding(f"{left.text()} % is kept ({seeds(runs)})", is_positive(spare))
-
-    return judge
-
-
-def adapted_cost(side: int, key: str, larger: bool) -> Callable[[], Finding | None]:
-    """A figure of the adapted ViT in parts of the original's."""
-
-    def judge() -> Finding | None:
-        found = records("adapted_cost")
-        if not found:
-            return None
-        rows = {row["name"]: row for row in found[0]["rows"] if row["image_size"] == side}
-        ratio = rows["adapted_cbsa"][key] / rows["original"][key]
-        right = ratio > 1 if larger else ratio < 1
-        return Finding(f"{ratio:.2f} times at {side} pixels", "holds" if right else "does not hold")
-
-    return judge
-
-
-def similarities() -> Finding:
-    """Table 4's counts, by ours of the same sizes: CBSA, TSSA and MSSA of tiny and small models."""
-    sizes = {"tiny": 3, "small": 6}
-    layers, tokens, width = 12, 197, 64
-    published = {"tiny": (0.53, 0.45, 1.4), "small": (1.1, 0.91, 2.8)}
-    agree, parts = True, []
-    for name, heads in sizes.items():
-        each = {"num_heads": heads, "head_dim": width}
-        counted = (
-            counting.cbsa(tokens, width, contraction="softmax", **each),
-            counting.channel_attention(tokens, **each),
-            counting.softmax_attention(tokens, **each),
-        )
-        millions = [layers * one.similarities / 1e6 for one in counted]
-        agree &= all(
-            f"{ours:.{2 if theirs < 1 else 1}f}" == f"{theirs:.{2 if theirs < 1 else 1}f}"
-            for ours, theirs in zip(millions, published[name], strict=True)
-        )
-        parts.append(f"{name} {' / '.join(f'{ours:.2f}' for ours in millions)} million")
-    return Finding(f"{'; '.join(parts)} (counted)", "holds" if agree else "does not hold")
-
-
-def crossing() -> Finding:
-    """From how many tokens on CBSA takes fewer products than softmax attention, with M = P = 64."""
-    size = {"num_heads": 6, "head_dim": 64}
-
-    def less(tokens: int) -> bool:
-        ours = counting.cbsa(tokens, 64, contraction="softmax", **size).flops
-        return ours < counting.softmax_attention(tokens, **size).flops
-
-    first = next(tokens for tokens in range(1, 10_000) if less(tokens))
-    right = first == 129 and all(less(tokens) for tokens in range(first, 10_000))
-    return Finding(f"from N = {first} on (counted)", "holds" if right else "does not hold")
-
-
-def speed(first: str, second: str, *, training: bool, size: int = 512) -> Callable[[], Finding]:
-    """Images/s of one small model over another's, from the benchmark of models."""
-
-    def judge() -> Finding:
-        rows = [
-            row
-            for row in json.loads(MODELS.read_text())["rows"]
-            if row["image_size"] == size and row["training"] is training
-        ]
-        found = {row["name"].removesuffix("_small_patch16_224"): row for row in rows}
-        ours, theirs = found[first], found[second]
-        low, high = (theirs["quartiles"][place] / ours["quartiles"][1 - place] for place in (0, 1))
-        ratio = ours["images_per_second"] / theirs["images_per_second"]
-        verdict: Verdict = "holds" if low > 1 else "does not hold" if high < 1 else "cannot be told"
-        return Finding(f"{ratio:.2f} times the images/s (quartiles {low:.2f} to {high:.2f})", verdict)
-
-    return judge
-
-
-def ranks(form: str) -> Callable[[], Finding | None]:
-    """Effective rank of A over layers and heads, of pooled or learned first guesses."""
-
-    def judge() -> Finding | None:
-        runs = scratch(form)
-        if len(runs) < 2:
-            return None
-        full = 16
-        numeric, effective = (
-            mean_of([mean_over(run["inside"]["ranks"][key]) for run in runs]) for key in ("rank", "effective")
-        )
-        text = f"rank {numeric.text()} of {full}, effective {effective.text()} ({seeds(runs)})"
-        if form == "learned":
-            half = Estimate(full / 2 - effective.value, effective.half)
-            return Finding(f"{text}; below half: {is_positive(half)}", is_positive(half))
-        return Finding(text, "holds" if numeric.value > full - 0.5 else "does not hold")
-
-    return judge
-
-
-def mean_over(rows: Sequence[Sequence[float]]) -> float:
-    """Over layers and heads."""
-    return fmean(value for row in rows for value in row)
-
-
-def later_half(form: str) -> Callable[[], Finding | None]:
-    """By how much the rate of all tokens falls from the middle layer to the last."""
-
-    def judge() -> Finding | None:
-        runs = scratch(form)
-        if len(runs) < 2:
-            return None
-        falls = []
-        for run in runs:
-            rate = run["inside"]["rate"]
-            middle = rate[len(rate) // 2 - 1]
-            falls.append(100 * (middle - rate[-1]) / middle)
-        fall = mean_of(falls)
-        figure = f"{fall.text()} % lower at the last layer than in the middle ({seeds(runs)})"
-        return Finding(figure, is_positive(fall))
-
-    return judge
-
-
-def together(reading: str) -> Callable[[], Finding | None]:
-    """The rank correlation of Fig. 6 in one of its readings."""
-
-    def judge() -> Finding | None:
-        runs = scratch("cbt")
-        if len(runs) < 2:
-            return None
-        correlation = mean_of([run["inside"]["figure_6"][reading] for run in runs])
-        return Finding(f"rank correlation {correlation.text('+')} ({seeds(runs)})", is_positive(correlation))
-
-    return judge
-
-
-def compresses(form: str, kind: str) -> Callable[[], Finding | None]:
-    """In which share of all cases the rate of ``kind`` is lower after the step that the layer takes."""
-
-    def judge() -> Finding | None:
-        runs = scratch(form)
-        if len(runs) < 2:
-            return None
-        shares = []
-        for run in runs:
-            layers = [layer[kind] for layer in run["inside"]["step"]["layers"]]
-            shares.append(100 * sum(one["fell"] for one in layers) / sum(one["cases"] for one in layers))
-        share = mean_of(shares)
-        most = Estimate(share.value - 95, share.half)
-        return Finding(f"in {share.text()} % of all cases ({seeds(runs)})", is_positive(most))
-
-    return judge
-
-
-def certified() -> Finding | None:
-    """Whether each step kept its guarantee."""
-    runs = scratch("certified")
-    if not runs:
-        return None
-    found = [run["inside"]["certificates"]["float64"] for run in runs]
-    holding, cases = (sum(one[key] for one in found) for key in ("holding", "cases"))
-    share = fmean(one["share"] for one in found)
-    figure = f"{holding:,} of {cases:,} cases, median step {100 * share:.0f} % of its limit ({seeds(runs)})"
-    return Finding(figure, "holds" if holding == cases else "does not hold")
-
-
-def gap() -> Finding | None:
-    """|R(Q) - R(Z)| in parts of R(Z), of which Eq. 4 says that it is at most some tau."""
-    runs = scratch("cbt")
-    if len(runs) < 2:
-        return None
-    shares = []
-    for run in runs:
-        whole = sum(sum(layer) for layer in run["inside"]["gap"])
-        shares.append(100 * whole / sum(run["inside"]["rate"]))
-    return Finding(f"{mean_of(shares).text()} % of R(Z) ({seeds(runs)}); no tau is given", "cannot be told")
-
-
-def zero_shot(first: str, second: str) -> Callable[[], Finding | None]:
-    """Foreground IoU of the best head and layer on the outlines of emoji."""
-
-    def judge() -> Finding | None:
-        groups = [
-            [
-                {"iou": max(run["zero_shot"]["best"]["foreground"])}
-                for run in records(f"inside_emoji_{form}_seed?")
-            ]
-            for form in (first, second)
-        ]
-        return compare(groups[0], groups[1], "iou", "points of IoU")
-
-    return judge
-
-
-def best_map(record: dict[str, Any]) -> float:
-    """Foreground IoU of the best head of the best layer."""
-    return float(max(record["zero_shot"]["best"]["foreground"]))
-
-
-def identity(error: Callable[[], float]) -> Callable[[], Finding]:
-    """An equation, checked in float64."""
-
-    def judge() -> Finding:
-        found = error()
-        return Finding(f"error below {TOLERANCE:g}", "holds" if found < TOLERANCE else "does not hold")
-
-    return judge
-
-
-def lines() -> Finding:
-    """Points pressed onto their lines (Fig. 4)."""
-    measures = json.loads(LINES.read_text())["measures"]
-    first, last = measures["0"], measures[max(measures, key=int)]
-    figure = (
-        f"{first['angle_to_own_line']:.1f} to {last['angle_to_own_line']:.1f} degrees from the own line, "
-        f"{last['angle_to_nearest_other_line']:.0f} from the nearest other (one draw)"
-    )
-    return Finding(figure, "holds" if last["separation"] > first["separation"] else "does not hold")
-
-
-TOLERANCE = 1e-12
-CIFAR = "CIFAR-10 (JPEG), 45,000 images x 10 epochs, 32 x 32"
-EMOJI = "emoji64, 12 epochs, 64 x 64, 426 test drawings"
-BENCH = "small models, two CPU threads"
-ADAPTED = "ViT-S/14, CIFAR-10 (JPEG) at 112 x 112, 1,000 images x 3 epochs, 2,000 test images"
-CAMVID = "CamVid, frozen ViT-S/14, 252 x 336, 233 test images"
-EQUATION = "random tokens, float64"
 CLAIMS = (
     Claim(
         "A C is the gradient of the coding rate, A held",
-        "Eq. 6, 7", EQUATION, "page", identity(identities.gradient),
+        "Eq. 6, 7",
+        EQUATION,
+        judges.identity(identities.gradient),
     ),
     Claim(
         "all tokens as representatives: softmax attention",
-        "Eq. 9", EQUATION, "page", identity(identities.softmax_attention),
+        "Eq. 9",
+        EQUATION,
+        judges.identity(identities.softmax_attention),
     ),
     Claim(
         "principal directions: linear attention",
-        "Eq. 12", EQUATION, "page", identity(identities.linear_attention),
+        "Eq. 12",
+        EQUATION,
+        judges.identity(identities.linear_attention),
     ),
     Claim(
         "a fixed basis: channel attention",
-        "Eq. 13", EQUATION, "page", identity(identities.channel_attention),
+        "Eq. 13",
+        EQUATION,
+        judges.identity(identities.channel_attention),
     ),
     Claim(
         "no contraction, a softmax to broadcast: agent attention",
-        "section 3.3", EQUATION, "page", identity(identities.agent_attention),
+        "section 3.3",
+        EQUATION,
+        judges.identity(identities.agent_attention),
     ),
     Claim(
         "the linear form presses noisy points onto separate lines",
-        "Fig. 4", "10 lines of 100 points, 1,024 steps", "compress_lines", lines,
+        "Fig. 4",
+        LINES,
+        judges.lines,
     ),
-    Claim("MSSA is at least as accurate as Agent", "Table 4", CIFAR, "scratch", accuracy("crate", "agent")),
-    Claim("Agent is at least as accurate as CBSA", "Table 4", CIFAR, "scratch", accuracy("agent", "cbt")),
-    Claim("CBSA is more accurate than TSSA", "Table 4", CIFAR, "scratch", accuracy("cbt", "tost")),
+    Claim("MSSA is at least as accurate as Agent", "Table 4", CIFAR, judges.accuracy("crate", "agent")),
+    Claim("Agent is at least as accurate as CBSA", "Table 4", CIFAR, judges.accuracy("agent", "cbt")),
+    Claim("CBSA is more accurate than TSSA", "Table 4", CIFAR, judges.accuracy("cbt", "tost")),
     Claim(
         "CBSA needs fewer pairwise similarities than MSSA, as printed",
-        "Table 4", "CBSA / TSSA / MSSA, 12 layers, N = 197", "page", similarities,
+        "Table 4",
+        COUNTED,
+        judges.similarities,
     ),
-    Claim("CBSA costs less than MSSA from N > 2p on", "Table 1", "one layer, M = P = 64", "page", crossing),
+    Claim("CBSA costs less than MSSA from N > 2p on", "Table 1", LAYER, judges.crossing),
     Claim(
         "CBT infers faster than ViT at 512 x 512",
-        "Table 7", BENCH, "bench", speed("naive_cbt", "vit", training=False),
+        "Table 7",
+        BENCH,
+        judges.speed("naive_cbt", "vit", training=False),
     ),
     Claim(
         "CBT trains faster than ViT at 512 x 512",
-        "Table 7", BENCH, "bench", speed("naive_cbt", "vit", training=True),
+        "Table 7",
+        BENCH,
+        judges.speed("naive_cbt", "vit", training=True),
     ),
     Claim(
         "CBT infers faster than CRATE at 512 x 512",
-        "Table 7", BENCH, "bench", speed("cbt", "crate", training=False),
+        "Table 7",
+        BENCH,
+        judges.speed("cbt", "crate", training=False),
     ),
     Claim(
         "pooled first guesses are more accurate than learned ones",
-        "section 3.2", CIFAR, "scratch", accuracy("cbt", "learned"),
+        "section 3.2",
+        CIFAR,
+        judges.accuracy("cbt", "learned"),
     ),
-    Claim("with pooling A has its full rank", "Appendix A", CIFAR, "scratch", ranks("cbt")),
-    Claim("with learned first guesses A has a low rank", "Appendix A", CIFAR, "scratch", ranks("learned")),
-    Claim("the later half of the layers compresses", "Fig. 5", CIFAR, "scratch", later_half("cbt")),
+    Claim("with pooling A has its full rank", "Appendix A", CIFAR, judges.ranks("cbt")),
+    Claim("with learned first guesses A has a low rank", "Appendix A", CIFAR, judges.ranks("learned")),
+    Claim("the later half of the layers compresses", "Fig. 5", CIFAR, judges.later_half("cbt")),
     Claim(
         "the rates of tokens and representatives fall together (after a step of Eq. 6)",
-        "Fig. 6", CIFAR, "scratch", together("W - A C"),
+        "Fig. 6",
+        CIFAR,
+        judges.together("W - A C"),
     ),
     Claim(
         "the same, with CBSA's output for the tokens after it",
-        "Fig. 6", CIFAR, "scratch", together("A C"),
+        "Fig. 6",
+        CIFAR,
+        judges.together("A C"),
     ),
-    Claim("representatives are nearly as rich as all tokens", "Eq. 4", CIFAR, "scratch", gap),
+    Claim("representatives are nearly as rich as all tokens", "Eq. 4", CIFAR, judges.gap),
     Claim(
         "a layer compresses the representatives (in more than 95 % of cases)",
-        "Eq. 6, 7", CIFAR, "scratch", compresses("cbt", "representatives"),
+        "Eq. 6, 7",
+        CIFAR,
+        judges.compresses("cbt", "representatives"),
     ),
     Claim(
         "and by that all tokens (in more than 95 % of cases)",
-        "title", CIFAR, "scratch", compresses("cbt", "tokens"),
+        "title",
+        CIFAR,
+        judges.compresses("cbt", "tokens"),
     ),
-    Claim("of certified steps: every one keeps its guarantee", "ours", CIFAR, "scratch", certified),
+    Claim("of certified steps: every one keeps its guarantee", "ours", CIFAR, judges.certified),
     Claim(
         "of certified steps: all tokens are compressed (in more than 95 % of cases)",
-        "ours", CIFAR, "scratch", compresses("certified", "tokens"),
+        "ours",
+        CIFAR,
+        judges.compresses("certified", "tokens"),
     ),
-    Claim(
-        "of certified steps: as accurate as the default", "ours", CIFAR, "scratch", accuracy("certified", "cbt")
-    ),
+    Claim("of certified steps: as accurate as the default", "ours", CIFAR, judges.accuracy("certified", "cbt")),
     Claim(
         "CBT is as accurate as a ViT with the same stem",
-        "section 4.1", CIFAR, "scratch", accuracy("cbt", "vit"),
+        "section 4.1",
+        CIFAR,
+        judges.accuracy("cbt", "vit"),
     ),
     Claim(
         "maps of the hybrid segment better than CRATE's",
-        "Tables 5, 6", EMOJI, "inside", zero_shot("crate_cbt", "crate"),
+        "Tables 5, 6",
+        EMOJI,
+        judges.zero_shot("crate_cbt", "crate"),
     ),
-    Claim("CRATE's maps segment better than CBT's", "Table 5", EMOJI, "inside", zero_shot("crate", "cbt")),
-    Claim("CBT's maps segment better than ToST's", "Table 5", EMOJI, "inside", zero_shot("cbt", "tost")),
+    Claim("CRATE's maps segment better than CBT's", "Table 5", EMOJI, judges.zero_shot("crate", "cbt")),
+    Claim("CBT's maps segment better than ToST's", "Table 5", EMOJI, judges.zero_shot("cbt", "tost")),
     Claim(
         "an adapted ViT recovers the accuracy of the original, trained as long",
-        "section 4.2", ADAPTED, "adapted", recovered("cbsa", "original"),
+        "section 4.2",
+        ADAPTED,
+        judges.recovered("cbsa", "original"),
     ),
     Claim(
         "CBSA* is more accurate than CBSA-vee: contraction helps",
-        "section 4.2", ADAPTED, "adapted", recovered("cbsa", "agent"),
+        "section 4.2",
+        ADAPTED,
+        judges.recovered("cbsa", "agent"),
     ),
     Claim(
         "CBSA* is more accurate than linear attention",
-        "section 4.2", ADAPTED, "adapted", recovered("cbsa", "linear"),
+        "section 4.2",
+        ADAPTED,
+        judges.recovered("cbsa", "linear"),
     ),
     Claim(
         "the same, distilled from the original",
-        "section 4.2", ADAPTED, "adapted", recovered("cbsa", "linear", "distilled"),
+        "section 4.2",
+        ADAPTED,
+        judges.recovered("cbsa", "linear", "distilled"),
     ),
-    Claim("an adapted ViT takes fewer FLOPs", "Fig. 9", "one image", "adapted", adapted_cost(518, "flops", False)),
+    Claim("an adapted ViT takes fewer FLOPs", "Fig. 9", ADAPTED_COST, judges.adapted_cost(518, "flops", False)),
     Claim(
         "an adapted ViT is faster on large images",
-        "Fig. 9", "one thread", "adapted", adapted_cost(1022, "images_per_second", True),
+        "Fig. 9",
+        ADAPTED_COST,
+        judges.adapted_cost(1022, "images_per_second", True),
     ),
-    Claim("CBSA's decoder reaches Segmenter's mean IoU", "Table 3", CAMVID, "decoders", masks("cbsa", "mhsa")),
-    Claim("and DEPICT's", "Table 3", CAMVID, "decoders", masks("cbsa", "mssa")),
+    Claim("CBSA's decoder reaches Segmenter's mean IoU", "Table 3", CAMVID, judges.masks("cbsa", "mhsa")),
+    Claim("and DEPICT's", "Table 3", CAMVID, judges.masks("cbsa", "mssa")),
     Claim(
         "at a fifth of Segmenter's decoder FLOPs",
-        "section 4.3", "one image", "decoders", decoder_cost("flops", 20),
+        "section 4.3",
+        DECODER_COST,
+        judges.decoder_cost("flops", 20),
     ),
     Claim(
         "at 0.06 % of its pairwise similarities",
-        "section 4.3", "one image", "decoders", decoder_cost("similarities", 0.06),
+        "section 4.3",
+        DECODER_COST,
+        judges.decoder_cost("similarities", 0.06),
     ),
     Claim(
         "noise of 0.1 on its attention hardly changes it (at most 5 % are lost)",
-        "Fig. 8", CAMVID, "decoders", immune("cbsa", 0.1, 5),
+        "Fig. 8",
+        CAMVID,
+        judges.immune("cbsa", 0.1, 5),
     ),
     Claim(
         "CBSA keeps more under noise of 0.1 than Segmenter's",
-        "Fig. 8", CAMVID, "decoders",
-        lambda: compare(decoders("cbsa"), decoders("mhsa"), kept(0.1), "points of what is kept"),
+        "Fig. 8",
+        CAMVID,
+        judges.keeps_more("cbsa", "mhsa", 0.1),
     ),
     Claim(
         "CBSA keeps more under noise of 0.1 than DEPICT's",
-        "Fig. 8", CAMVID, "decoders",
-        lambda: compare(decoders("cbsa"), decoders("mssa"), kept(0.1), "points of what is kept"),
+        "Fig. 8",
+        CAMVID,
+        judges.keeps_more("cbsa", "mssa", 0.1),
     ),
     Claim(
         "of certified steps: the decoder reaches the default's mean IoU",
-        "ours", CAMVID, "decoders", masks("certified", "cbsa"),
+        "ours",
+        CAMVID,
+        judges.masks("certified", "cbsa"),
     ),
-)  # fmt: skip
+)
 
 
 def table() -> str:
@@ -521,7 +243,9 @@ def table() -> str:
     rows = []
     for number, claim in enumerate(CLAIMS, 1):
         finding = claim.judge() or Finding("not run yet", "cannot be told")
-        rows.append([str(number), claim.says, claim.where, f"{claim.ran} (`{claim.block}`)", *finding])
+        rows.append(
+            [str(number), claim.says, claim.where, f"{claim.setup.ran} (`{claim.setup.block}`)", *finding]
+        )
     return markdown(["", "claim", "paper", "what was run (block)", "figure, 95 %", "verdict"], rows)
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.claims import identities, page, runs
+from benchmarks.claims import identities, judges, page, runs
 from benchmarks.claims.runs import Measured, Run
 from benchmarks.statistics import Estimate, difference, mean_of
 from scipy import stats
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def results(tmp_path, monkeypatch):
     folder = tmp_path / "results"
     monkeypatch.setattr(runs, "RESULTS", folder)
-    monkeypatch.setattr(page, "RESULTS", folder)
+    monkeypatch.setattr(judges, "RESULTS", folder)
     return folder
 
 
@@ -65,7 +65,7 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, results, monkeypatch):
     [(2, 1, "holds"), (-2, 1, "does not hold"), (1, 2, "cannot be told"), (5, None, "cannot be told")],
 )
 def test_verdicts_follow_from_intervals(value, half, verdict):
-    assert page.is_positive(Estimate(value, half)) == verdict
+    assert judges.is_positive(Estimate(value, half)) == verdict
 
 
 def test_intervals_are_students_and_welchs():
@@ -82,8 +82,8 @@ def test_a_comparison_needs_seeds_and_says_how_many(results):
     def seeds(*values):
         return [{"test_top1": value} for value in values]
 
-    assert page.compare(seeds(0.9), seeds(0.8, 0.7), page.top1) is None
-    found = page.compare(seeds(0.9, 0.91, 0.92), seeds(0.7, 0.71), page.top1)
+    assert judges.compare(seeds(0.9), seeds(0.8, 0.7), judges.top1) is None
+    found = judges.compare(seeds(0.9, 0.91, 0.92), seeds(0.7, 0.71), judges.top1)
     assert found.verdict == "holds"
     assert "+20.50" in found.figure
     assert "2 and 3 seeds" in found.figure
@@ -93,7 +93,7 @@ def test_a_comparison_needs_seeds_and_says_how_many(results):
     "name", ["gradient", "softmax_attention", "linear_attention", "channel_attention", "agent_attention"]
 )
 def test_equations_hold_in_double_precision(name):
-    assert getattr(identities, name)() < page.TOLERANCE
+    assert getattr(identities, name)() < judges.TOLERANCE
 
 
 def test_the_page_states_the_records():
