@@ -170,8 +170,15 @@ def data_of(folders: Folders) -> DataConfig:
         ("test", "test", slice(IMAGES["test"])),
     ):
         link_images(folders.cifar / source, subset / split, part)
-    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
-    return DataConfig(name="folder", root=str(subset), workers=0, hflip=0.5, shift=0.0625, **whole)
+    return DataConfig(
+        name="folder",
+        root=str(subset),
+        workers=0,
+        crop_scale=(1.0, 1.0),
+        crop_ratio=(1.0, 1.0),
+        hflip=0.5,
+        shift=0.0625,
+    )
 
 
 def original(folders: Folders, side: int) -> Path:
