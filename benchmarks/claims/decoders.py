@@ -94,7 +94,8 @@ DISTURBED = 60
 """Test images, spread evenly, that noise and certificate are measured on."""
 SIDES = (112, 224, 336, 448, 518, 672, 896, 1022, 1414, 2044)
 """Of square images whose cost is counted, in pixels."""
-FEATURE_MINUTES, EPOCH_MINUTES, MEASURE_MINUTES, FINETUNE_MINUTES = 15.0, 0.6, 2.0, 50.0
+FEATURE_MINUTES, EPOCH_MINUTES, MEASURE_MINUTES, FINETUNE_MINUTES = 10.0, 0.7, 1.5, 28.0
+"""Of a thread of the CPU that other processes leave alone."""
 
 
 def runs(folders: Folders) -> list[Run]:
@@ -290,11 +291,13 @@ def fit(
     recipe: OptimConfig,
     folder: Path,
     *,
+    block: int,
     seed: int,
-    count: int,
     lr_scales: Mapping[str, float] = {},
 ) -> Path:
     """Train, or go on after the last epoch whose state is in the folder.
+
+    A state of another block, recipe or seed is not gone on with.
 
     Args:
         model: whose parameters are trained.
@@ -302,16 +305,17 @@ def fit(
         dataset: samples (inputs, labels).
         recipe: optimiser, schedule, epochs.
         folder: of state and log.
-        seed: of the order.
-        count: samples of an epoch, drawn anew.
+        block: of the encoder whose features the decoder knows.
+        seed: of the order of the samples.
         lr_scales: of parameters with a learning rate of their own.
 
     Returns:
         The log, a JSON line for each epoch.
     """
     optimizer = make_optimizer(model, recipe, lr_scales)
-    scheduler = make_scheduler(optimizer, recipe, -(-count // recipe.batch_size))
-    path, log, told = folder / "state.pt", folder / "log.jsonl", json.dumps([asdict(recipe), seed, count])
+    steps = -(-len(dataset) // recipe.batch_size)
+    scheduler = make_scheduler(optimizer, recipe, steps)
+    path, log, told = folder / "state.pt", folder / "log.jsonl", json.dumps([block, asdict(recipe), seed])
     lines: list[dict[str, Any]] = []
     if path.exists() and (state := torch.load(path, weights_only=True))["recipe"] == told:
         model.load_state_dict(state["model"])
@@ -319,10 +323,11 @@ def fit(
         lines = state["log"]
     model.train()
     for epoch in range(len(lines), recipe.epochs):
-        start, losses = time.perf_counter(), []
+        start = time.perf_counter()
+        losses: list[float] = []
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        for inputs, labels in batches(dataset, order[:count].tolist()):
-            scheduler.step_update(epoch * -(-count // recipe.batch_size) + len(losses))
+        for inputs, labels in batches(dataset, order.tolist()):
+            scheduler.step_update(epoch * steps + len(losses))
             logits = F.interpolate(forward(inputs), LOSS_SIZE, mode="bilinear")
             targets = F.interpolate(labels[:, None].float(), LOSS_SIZE, mode="nearest-exact")[:, 0].long()
             loss = mean_loss(logits, targets)
@@ -334,7 +339,7 @@ def fit(
             {
                 "epoch": epoch + 1,
                 "loss": fmean(losses),
-                "last_lr": optimizer.param_groups[0]["lr"],
+                "lr": optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - start,
             }
         )
@@ -354,12 +359,12 @@ def write_log(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def train_decoder(
-    folder: Path, form: str, train: Any, recipe: OptimConfig, seed: int
+    folder: Path, form: str, block: int, train: Any, recipe: OptimConfig, seed: int
 ) -> tuple[MaskTransformerDecoder, Path]:
     """A decoder trained on features, and the log."""
     torch.manual_seed(seed)
     decoder = make_decoder(form)
-    return decoder, fit(decoder, decoder, train, recipe, folder, seed=seed, count=len(train))
+    return decoder, fit(decoder, decoder, train, recipe, folder, block=block, seed=seed)
 
 
 def open_decoder(folders: Folders, form: str, seed: int) -> MaskTransformerDecoder:
@@ -381,7 +386,7 @@ def try_block(folders: Folders, block: int) -> Measured:
     lines = []
     for form in FINETUNED:
         recipe = replace(RECIPE, epochs=TRIAL_EPOCHS)
-        decoder, log = train_decoder(folder / form, form, splits.train, recipe, 0)
+        decoder, log = train_decoder(folder / form, form, block, splits.train, recipe, 0)
         miou[form] = evaluate(decoder, splits.val, splits.class_names).miou
         lines += [{"form": form, **json.loads(line)} for line in log.read_text().splitlines()]
     write_log(folder / "log.jsonl", lines)
@@ -398,7 +403,7 @@ def try_rate(folders: Folders, form: str, rate: float) -> Measured:
     """A short run, judged on the validation split."""
     block, name = best_block(), trial(form, rate)
     splits, recipe = open_features(folders, block), replace(RECIPE, lr=rate, epochs=TRIAL_EPOCHS)
-    decoder, log = train_decoder(folders.runs / name, form, splits.train, recipe, 0)
+    decoder, log = train_decoder(folders.runs / name, form, block, splits.train, recipe, 0)
     miou = evaluate(decoder, splits.val, splits.class_names).miou
     return Measured({"form": form, "block": block, "lr": rate, "epochs": TRIAL_EPOCHS, "val_miou": miou}, log)
 
@@ -412,7 +417,8 @@ def train_form(folders: Folders, form: str, seed: int) -> Measured:
     """Train a decoder on the frozen encoder, and measure it."""
     block, recipe = best_block(), replace(RECIPE, lr=best_rate(form))
     splits = open_features(folders, block)
-    decoder, log = train_decoder(folders.runs / trained_run(form, seed), form, splits.train, recipe, seed)
+    folder = folders.runs / trained_run(form, seed)
+    decoder, log = train_decoder(folder, form, block, splits.train, recipe, seed)
     values = {"form": form, "block": block, "train_samples": len(splits.train), "recipe": asdict(recipe)}  # type: ignore[arg-type]
     return Measured({**values, **measure(form, decoder, splits)}, log)
 
@@ -420,8 +426,7 @@ def train_form(folders: Folders, form: str, seed: int) -> Measured:
 def finetune(folders: Folders, form: str) -> Measured:
     """Train encoder and decoder together, from the decoder of seed 0, and measure the decoder.
 
-    An epoch sees as many images as there are, drawn anew from images and mirror images. Blocks after the one
-    whose features are taken are cut off.
+    Blocks after the one whose features are taken are cut off.
     """
     block, splits, folder = best_block(), open_images(folders), folders.runs / f"decoders_{form}_finetuned"
     encoder = open_encoder(folders)
@@ -432,16 +437,15 @@ def finetune(folders: Folders, form: str) -> Measured:
         return model.decoder(model.forward_features(images))
 
     scales = {name: ENCODER_SCALE for name, _ in model.named_parameters() if name.startswith("encoder.")}
-    count = len(splits.train) // 2  # type: ignore[arg-type]
-    log = fit(model, forward, splits.train, FINETUNING, folder, seed=0, count=count, lr_scales=scales)
-    parts = {}
+    log = fit(model, forward, splits.train, FINETUNING, folder, block=block, seed=0, lr_scales=scales)
+    parts: dict[str, Any] = {}
     for split in ("val", "test"):
         (features,), masks = encode(encoder, [block], splits.parts()[split])
         parts[split] = TensorDataset(features, masks)
     values = {
         "form": form,
         "block": block,
-        "train_samples": count,
+        "train_samples": len(splits.train),  # type: ignore[arg-type]
         "recipe": asdict(FINETUNING),
         "encoder_scale": ENCODER_SCALE,
         "encoder_parameters": sum(p.numel() for p in encoder.parameters()),

@@ -112,7 +112,7 @@ def test_training_goes_on_from_its_last_epoch(folders, tmp_path, monkeypatch):
     labels = torch.randint(-1, 11, (8, 12, 16), dtype=torch.int8)
     data = TensorDataset(torch.randn(8, 384, 3, 4).half(), labels)
     recipe = decoders.RECIPE
-    whole, log = decoders.train_decoder(tmp_path / "whole", "certified", data, recipe, 0)
+    whole, log = decoders.train_decoder(tmp_path / "whole", "certified", 1, data, recipe, 0)
     assert len(log.read_text().splitlines()) == recipe.epochs
 
     calls = itertools.count()
@@ -124,18 +124,20 @@ def test_training_goes_on_from_its_last_epoch(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(decoders, "mean_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
-        decoders.train_decoder(tmp_path / "parts", "certified", data, recipe, 0)
-    parts, _ = decoders.train_decoder(tmp_path / "parts", "certified", data, recipe, 0)
+        decoders.train_decoder(tmp_path / "parts", "certified", 1, data, recipe, 0)
+    parts, _ = decoders.train_decoder(tmp_path / "parts", "certified", 1, data, recipe, 0)
     assert next(calls) == 4 + 2  # the second epoch alone was done again
     for name, parameter in whole.state_dict().items():
         assert torch.equal(parameter, parts.state_dict()[name]), name
+    decoders.train_decoder(tmp_path / "parts", "certified", 2, data, recipe, 0)
+    assert next(calls) == 7 + 4  # features of another block: from the start
 
 
 def test_ignored_labels_teach_nothing(folders, tmp_path):
     labels = torch.full((4, 12, 16), -1, dtype=torch.int8)
     data = TensorDataset(torch.randn(4, 384, 3, 4), labels)
     recipe = replace(decoders.RECIPE, weight_decay=0.0, epochs=1)
-    trained, _ = decoders.train_decoder(tmp_path / "ignored", "certified", data, recipe, 0)
+    trained, _ = decoders.train_decoder(tmp_path / "ignored", "certified", 1, data, recipe, 0)
     torch.manual_seed(0)
     for name, parameter in decoders.make_decoder("certified").state_dict().items():
         assert torch.equal(parameter, trained.state_dict()[name]), name
