@@ -19,6 +19,8 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.train.run.folder import environment
 
 RESULTS = Path("benchmarks/results/claims")
+FLAGS = ("--cifar", "--camvid", "--emoji", "--vit")
+"""Of the command, whose values are places on a machine."""
 POLL = 20.0
 """Seconds until runs that wait for those of another process are looked at again."""
 
@@ -85,10 +87,14 @@ def work_through(runs: Sequence[Run], locks: Path) -> None:
 
     A run that another process is at is left to it; one whose records are missing waits for them.
     """
+    known = {run.name for run in runs}
+    for run in left_of(runs):
+        missing = [name for name in run.needs if name not in known and not record_of(name).exists()]
+        if missing:
+            raise SystemExit(f"{run.name} needs {', '.join(missing)}, which --only leaves out")
     while left := left_of(runs):
         for run in left:
-            ready = not left_of([other for other in runs if other.name in run.needs])
-            if ready and _do(run, locks, left):
+            if all(record_of(name).exists() for name in run.needs) and _do(run, locks, left):
                 break
         else:
             time.sleep(POLL)
@@ -123,8 +129,9 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def write(run: Run, measured: Measured, minutes: float) -> None:
-    """Write the record, whole or not at all."""
-    command = ["python", "-m", "benchmarks.claims", *sys.argv[1:2], "--only", run.name]
+    """Write the record, whole or not at all; ``minutes`` are those since the run was last begun or continued."""
+    folders = [part for flag in FLAGS if flag in sys.argv for part in (flag, "PATH")]
+    command = ["python", "-m", "benchmarks.claims", *sys.argv[1:2], *folders, "--only", run.name]
     record = {
         "name": run.name,
         "command": shlex.join(command),

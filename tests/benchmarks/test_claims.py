@@ -60,6 +60,12 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, results, monkeypatch):
     assert order == ["second", "first"]
 
 
+def test_a_run_whose_needs_were_left_out_is_refused(tmp_path, results):
+    alone = fake("second", [], tmp_path / "log", needs=("first",))
+    with pytest.raises(SystemExit, match="second needs first, which --only leaves out"):
+        runs.work_through([alone], tmp_path / "locks")
+
+
 @pytest.mark.parametrize(
     ("value", "half", "verdict"),
     [(2, 1, "holds"), (-2, 1, "does not hold"), (1, 2, "cannot be told"), (5, None, "cannot be told")],
