@@ -129,7 +129,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def write(run: Run, measured: Measured, minutes: float) -> None:
-    """Write the record, whole or not at all; ``minutes`` are those since the run was last begun or continued."""
+    """Write the record, whole or not at all; ``minutes`` are those since the run was last begun."""
     folders = [part for flag in FLAGS if flag in sys.argv for part in (flag, "PATH")]
     command = ["python", "-m", "benchmarks.claims", *sys.argv[1:2], *folders, "--only", run.name]
     record = {
