@@ -103,7 +103,7 @@ def emoji_pairs(trained: Trained, root: str | None) -> Iterator[tuple[Tensor, Te
     """Test images as the model is fed, and which pixels belong to the drawing."""
     arrays = load("emoji64", root)
     names = [str(name) for name in arrays["category_names"]]
-    dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test").dataset
+    dataset: Any = trained.task.open_split(trained.spec.mode, trained.class_names, "test").dataset
     images, labels = trained.task.sample(dataset, trained.spec, len(dataset))
     part = arrays["split"] == list(arrays["split_names"]).index("test")
     masks = np.concatenate([arrays[vendor][part][..., 3] > OPAQUE for vendor in ("google", "twitter")])

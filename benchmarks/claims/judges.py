@@ -172,28 +172,23 @@ def similarities() -> Finding:
     published = {"tiny": (0.53, 0.45, 1.4), "small": (1.1, 0.91, 2.8)}
     agree, parts = True, []
     for name, heads in sizes.items():
-        each = {"num_heads": heads, "head_dim": width}
         counted = (
-            counting.cbsa(tokens, width, contraction="softmax", **each),
-            counting.channel_attention(tokens, **each),
-            counting.softmax_attention(tokens, **each),
+            counting.cbsa(tokens, width, num_heads=heads, head_dim=width),
+            counting.channel_attention(tokens, num_heads=heads, head_dim=width),
+            counting.softmax_attention(tokens, num_heads=heads, head_dim=width),
         )
         millions = [layers * one.similarities / 1e6 for one in counted]
-        agree &= all(
-            f"{ours:.{2 if theirs < 1 else 1}f}" == f"{theirs:.{2 if theirs < 1 else 1}f}"
-            for ours, theirs in zip(millions, published[name], strict=True)
-        )
+        agree &= [float(f"{ours:.2g}") for ours in millions] == list(published[name])
         parts.append(f"{name} {' / '.join(f'{ours:.2f}' for ours in millions)} million")
     return Finding(f"{'; '.join(parts)} (counted)", "holds" if agree else "does not hold")
 
 
 def crossing() -> Finding:
     """From how many tokens on CBSA takes fewer products than softmax attention, with M = P = 64."""
-    size = {"num_heads": 6, "head_dim": 64}
 
     def less(tokens: int) -> bool:
-        ours = counting.cbsa(tokens, 64, contraction="softmax", **size).flops
-        return ours < counting.softmax_attention(tokens, **size).flops
+        ours = counting.cbsa(tokens, 64, num_heads=6, head_dim=64)
+        return ours.flops < counting.softmax_attention(tokens, num_heads=6, head_dim=64).flops
 
     first = next(tokens for tokens in range(1, 10_000) if less(tokens))
     right = first == 129 and all(less(tokens) for tokens in range(first, 10_000))
@@ -322,14 +317,8 @@ def zero_shot(first: str, second: str) -> Callable[[], Finding | None]:
     """Foreground IoU of the best head and layer on the outlines of emoji."""
 
     def judge() -> Finding | None:
-        groups = [
-            [
-                {"iou": max(run["zero_shot"]["best"]["foreground"])}
-                for run in records(f"inside_emoji_{form}_seed?")
-            ]
-            for form in (first, second)
-        ]
-        return compare(groups[0], groups[1], "iou", "points of IoU")
+        groups = [records(f"inside_emoji_{form}_seed?") for form in (first, second)]
+        return compare(groups[0], groups[1], best_map, "points of IoU")
 
     return judge
 
