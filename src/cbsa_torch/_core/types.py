@@ -45,7 +45,7 @@ class GridPooling(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """Which cell of a coarse lattice every token of a set is in; the cells that hold a token, in row-major order.
+    """Which cell of a coarse lattice every token is in; only cells that hold a token, in row-major order.
 
     Made by ``ops.find_cells``.
     """
@@ -87,7 +87,8 @@ class Representatives(NamedTuple):
 
 
 Strategy = Callable[[Tensor, Any, "Tensor | None"], Representatives]
-"""What makes representatives: ``(tokens, grid_size, token_mask)``, or with ``Cells`` for a grid; see :mod:`cbsa_torch.nn.representatives`."""
+"""What makes representatives: ``(tokens, grid_size, token_mask)``, or with ``Cells`` for a grid; see
+:mod:`cbsa_torch.nn.representatives`."""
 
 
 class CBSAStages(NamedTuple):

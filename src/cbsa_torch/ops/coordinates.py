@@ -1,7 +1,7 @@
-"""Initial representatives of tokens at coordinates: the means of those in each occupied cell of a coarse lattice.
+"""Initial representatives of tokens at coordinates: means over the occupied cells of a coarse lattice.
 
-Finding the cells depends on data and has no gradient. Pooling is a sparse product with one weight for each token;
-sums go in the order of the tokens, so that results are the same every time, on every device.
+Finding the cells depends on data and has no gradient. Pooling is a sparse product with one weight for each
+token; sums go in the order of the tokens, so that results are the same every time.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def find_cells(
 ) -> Cells:
     """Lay a coarse lattice over tokens at coordinates, and find which of its cells hold tokens.
 
-    The lattice divides the bounding box of each item's real tokens into equal cells. For a number M it is as fine
-    as at most M occupied cells allow: for a budget of cells, the rule of :func:`representative_grid` gives a
-    lattice for the sides of the box; budgets are M, 2 M, 4 M, ... while at most M cells are occupied (until all
-    distinct coordinates are apart, or 2^50), then 10 bisections look for the largest budget that still fits. A
+    The lattice divides the bounding box of each item's real tokens into equal cells. For a number M it is as
+    fine as at most M occupied cells allow: for a budget of cells, the rule of :func:`representative_grid` gives
+    a lattice for the sides of the box; budgets are M, 2 M, 4 M, ... while at most M cells are occupied (until
+    all distinct coordinates are apart, or 2^50), then 10 bisections look for the largest that still fits. A
     tuple is that lattice. An axis along which all coordinates are equal has one cell.
 
     So grids give what grid pooling would where their sides are multiples of the cells. Shifts, positive factors
@@ -79,8 +79,9 @@ def pool_by_coordinates(
         token_mask: ``(B, N)`` bool, True = a real token.
 
     Returns:
-        :class:`Representatives`: values ``(B, H, M, P)``, which of them exist ``(B, M)``, and the weights of the
-        tokens in them. Differentiable in the tokens, any number of times; the same on every run and device.
+        :class:`Representatives`: values ``(B, H, M, P)``, which of them exist ``(B, M)``, and the weights of
+        the tokens in them. Differentiable in the tokens any number of times, and the same on every run (but
+        under ``torch.func`` and in exported programs on CUDA, where sums have no order).
 
     Raises:
         ValueError: shapes, counts, devices or coordinates that do not fit. TypeError: wrong dtypes.
@@ -114,9 +115,7 @@ def check_coords(coords: Tensor) -> None:
     if coords.dtype not in _NUMBERS:
         raise TypeError(f"coords must have an integer or floating-point dtype, got {coords.dtype}")
     if coords.ndim != 3 or not 1 <= coords.shape[2] <= 3:
-        raise ValueError(
-            f"coords must have shape (B, N, k) with 1, 2 or 3 coordinates for each token, got {tuple(coords.shape)}"
-        )
+        raise ValueError(f"coords must have shape (B, N, k), k = 1, 2 or 3, got {tuple(coords.shape)}")
 
 
 _NUMBERS = {
@@ -133,7 +132,7 @@ def mean_of_cells(rows: Tensor, cells: Cells) -> Tensor:
 
 
 def spread_from_cells(rows: Tensor, cells: Cells) -> Tensor:
-    """The transpose of :func:`mean_of_cells`: ``(B, N, C)`` of ``(B, M, C)``, a share of its cell for each token."""
+    """The transpose of :func:`mean_of_cells`: each token ``(B, N, C)`` gets a share of its cell."""
     spread = _spread if _by_plain_operations() else _spread_op
     with no_autocast(rows):
         return spread(rows.to(compute_dtype(rows.dtype)), *cells).to(rows.dtype)
@@ -171,7 +170,9 @@ def _mean_op(rows: Tensor, index: Tensor, counts: Tensor, order: Tensor) -> Tens
         return rows.new_zeros(b, m, c)
     first = n * torch.arange(b, device=rows.device)[:, None]
     bags = F.pad(counts.cumsum(-1), (1, 0))  # (B, M + 1): the last bag of an item holds its masked tokens
-    sums = F.embedding_bag((order + first).flatten(), rows.reshape(b * n, c), (bags + first).flatten(), mode="sum")
+    sums = F.embedding_bag(
+        (order + first).flatten(), rows.reshape(b * n, c), (bags + first).flatten(), mode="sum"
+    )
     return sums.view(b, m + 1, c)[:, :m] / counts.clamp(min=1)[..., None]
 
 
@@ -199,8 +200,12 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-_mean_op.register_autograd(lambda ctx, g: (_spread_op(g, *ctx.saved_tensors), *(None,) * 3), setup_context=_save)
-_spread_op.register_autograd(lambda ctx, g: (_mean_op(g, *ctx.saved_tensors), *(None,) * 3), setup_context=_save)
+_mean_op.register_autograd(
+    lambda ctx, g: (_spread_op(g, *ctx.saved_tensors), *(None,) * 3), setup_context=_save
+)
+_spread_op.register_autograd(
+    lambda ctx, g: (_mean_op(g, *ctx.saved_tensors), *(None,) * 3), setup_context=_save
+)
 
 
 def _find(

@@ -1,9 +1,9 @@
 """The coarse lattice over tokens at coordinates: which one is laid, and which of its cells hold tokens.
 
-A lattice divides the bounding box of an item's real tokens into equal cells. For a budget of cells it is the one
-that the rule of grids gives (``ops.representative_grid``) for the sides of the box. Of the budgets M, 2 M, 4 M, ...
-the search takes the last with at most M occupied cells, and then the largest one that a bisection finds below the
-next. No dense grid is made: occupied cells are counted by sorting.
+A lattice divides the bounding box of an item's real tokens into equal cells. For a budget of cells it is the
+one that the rule of grids gives (``ops.representative_grid``) for the sides of the box. Of the budgets M, 2 M,
+4 M, ... the search takes the last with at most M occupied cells, and then the largest one that a bisection
+finds below the next. No dense grid is made: occupied cells are counted by sorting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 BISECTIONS = 10
 """Budgets tried between the last that fits of those that double and the next."""
 LARGEST = 2**50
-"""Budgets are not doubled beyond this: cells of a lattice are numbered by int64, and its sides exact in float64."""
+"""Budgets are not doubled beyond this: cells are numbered by int64, and sides exact in float64."""
 _WIDEST = 1e290
 _SLACK = 1 + 1e-13
 
@@ -145,10 +145,12 @@ def _try(
 def _boxes(layout: Layout) -> list[Box]:
     """The bounding boxes in units of the pitch, the smallest distance of coordinates along any axis.
 
-    Boxes include the pitch of each axis: a grid of n tokens has length n, not n - 1. Grids thus have the lengths
-    and limits that the rule of grids knows.
+    Boxes include the pitch of each axis: a grid of n tokens has length n, not n - 1. Grids thus have the
+    lengths and limits that the rule of grids knows.
     """
-    bits = layout.places.view(torch.int64).sort(dim=-1, stable=True).values  # ordered as the numbers, which are >= 0
+    bits = (
+        layout.places.view(torch.int64).sort(dim=-1, stable=True).values
+    )  # ordered as the numbers, which are >= 0
     steps = F.pad(bits.view(torch.float64).diff(dim=-1), (0, 1))  # none for a single token
     pitches = steps.masked_fill_(steps == 0, math.inf).amin(-1).tolist()
     return [Box(*zip(*_sides(r, p), strict=True)) for r, p in zip(layout.reach.tolist(), pitches, strict=True)]
@@ -172,9 +174,10 @@ def closest_lattice(box: Box, budget: int) -> tuple[int, ...]:
     """The lattice of at most ``budget`` cells that is closest in aspect to a box: its cells along each axis.
 
     As ``ops.representative_grid`` it minimises (largest / smallest ratio of cells to length) / (number of
-    cells)^2; of the best the first one in order. More cells along an axis always are better, so that the last axis
-    has all that there is room for; what the others may have is found by walking from the best in real numbers until
-    the cost of these, a convex function of each logarithm, is more than that of the best in integers.
+    cells)^2; of the best the first one in order. More cells along an axis always are better, so that the last
+    axis has all that there is room for; what the others may have is found by walking from the best in real
+    numbers until the cost of these, a convex function of each logarithm, is more than that of the best in
+    integers.
     """
     axes = sorted((a for a, length in enumerate(box.lengths) if length > 0), key=lambda a: box.lengths[a])
     lengths, most = [box.lengths[a] for a in axes], [box.most[a] for a in axes]
@@ -211,7 +214,7 @@ def _real_cost(sides: tuple[int, ...], lengths: list[float], most: list[float], 
 
 
 def _real_sides(sides: tuple[int, ...], lengths: list[float], most: list[float], budget: int) -> list[float]:
-    """Real numbers from 1 to ``most`` in place of the sides that are missing, in ratios to lengths as even as can be.
+    """Real numbers from 1 to ``most`` for the sides that are missing, in ratios to lengths as even as can be.
 
     Their product is ``budget``, or as much of it as ``most`` allows.
     """
@@ -221,7 +224,7 @@ def _real_sides(sides: tuple[int, ...], lengths: list[float], most: list[float],
         room = budget / math.prod(side for side in found if side)
         even = (room / math.prod(lengths[a] for a in free)) ** (1 / len(free))
         clipped = {a: min(max(even * lengths[a], 1.0), most[a]) for a in free}
-        # Where the limits leave too much for the others, those at the upper limit stay there, else at the lower.
+        # More than there is room for: those at the lower limit stay there; less: those at the upper.
         excess = math.prod(clipped.values()) > room
         bound = [a for a in free if (even * lengths[a] < 1 if excess else even * lengths[a] > most[a])]
         for a in bound or free:
