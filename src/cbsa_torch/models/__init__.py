@@ -17,6 +17,7 @@ from cbsa_torch.models.segmentation import (  # noqa: E402
     segmenter,
     sliding_logits,
 )
+from cbsa_torch.models.token_set import TokenSetTransformer  # noqa: E402  (registers its sizes, too)
 from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "AdaptedModel",
     "MaskTransformerDecoder",
     "Segmenter",
+    "TokenSetTransformer",
     "WhiteBoxTransformer",
     "adapt_vit",
     "from_pretrained",
