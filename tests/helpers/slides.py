@@ -71,8 +71,10 @@ def slides_config(root, output, **model_args):
         output=str(output),
         model=SlidesModelConfig("token_set_cbt_tiny", args=args),
         data=SlidesDataConfig(root=str(root), val_fraction=0.3, test_fraction=0.3, max_tiles=40),
-        optim=OptimConfig("adamw", lr=1e-2, batch_size=4, epochs=3, warmup_epochs=0, label_smoothing=0.0),
-        engine=EngineConfig(accumulate=4, tracker="none", threads=1, cpu=True),
+        optim=OptimConfig(
+            "adamw", lr=3e-2, batch_size=2, epochs=3, warmup_epochs=0, label_smoothing=0.0, keep="last"
+        ),
+        engine=EngineConfig(accumulate=2, tracker="none", threads=1, cpu=True),
     )
 
 

@@ -17,6 +17,7 @@ from cbsa_torch.models.segmentation import (  # noqa: E402
     segmenter,
     sliding_logits,
 )
+from cbsa_torch.models.slide_encoder import SlideEncoder  # noqa: E402
 from cbsa_torch.models.token_set import TokenSetTransformer  # noqa: E402  (registers its sizes, too)
 from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
@@ -25,6 +26,7 @@ __all__ = [
     "AdaptedModel",
     "MaskTransformerDecoder",
     "Segmenter",
+    "SlideEncoder",
     "TokenSetTransformer",
     "WhiteBoxTransformer",
     "adapt_vit",

@@ -25,7 +25,9 @@ from cbsa_torch.nn import (
     MSSA,
     TSSA,
     AgentAttention,
+    Coordinates,
     LinearCBSA,
+    Packing,
     ResidualBlock,
     TokenMixer,
     WhiteBoxBlock,
@@ -223,16 +225,20 @@ class TokenSetTransformer(nn.Module):
             if token_mask is not None:
                 raise ValueError("pass token_mask or cu_seqlens, not both: packed sets have no padding")
             return self._packed(features, coords, cu_seqlens)
+        if token_mask is not None:
+            axes = "(B, N)", "a real token", ("features", features)
+            check_mask("token_mask", token_mask, features.shape[:2], *axes)
+            # Padding may hold NaN, which the gradient of the embedding's weight would carry on.
+            features = features.masked_fill(~token_mask[..., None], 0.0)
         x = self.embed(features)
         if coords is not None and self.positions != "none":
             x = x + self._position_code(coords, token_mask).to(x.dtype)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if token_mask is not None:
-            check_mask(
-                "token_mask", token_mask, features.shape[:2], "(B, N)", "a real token", ("features", features)
-            )
             token_mask = F.pad(token_mask, (1, 0), value=True)
-        return self._layers(x, coords, token_mask)
+        # made once, so that cells are searched once and not by every layer
+        places = None if coords is None else Coordinates(coords)
+        return self._layers(x, token_mask=token_mask, coords=places)
 
     def _packed(self, features: Tensor, coords: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         """:meth:`forward_features` of several sets in one row."""
@@ -242,8 +248,18 @@ class TokenSetTransformer(nn.Module):
             codes = (self._position_code(own, None) for own in coords[0].split(lengths))
             parts = tuple(part + code.to(part.dtype) for part, code in zip(parts, codes, strict=True))
         x = torch.cat([piece for part in parts for piece in (self.cls_token[0], part)])[None]
-        starts = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        return self._layers(x, coords, None, cu_seqlens + starts)
+        class_tokens = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+        packing = Packing(cu_seqlens + class_tokens, coords=coords, num_prefix_tokens=1)
+        return self._layers(x, cu_seqlens=packing)
+
+    def _layers(self, x: Tensor, **options: Any) -> Tensor:
+        """All layers and the final norm."""
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, **options)
+            else:
+                x = block(x, **options)
+        return self.norm(x)
 
     def _position_code(self, coords: Tensor, token_mask: Tensor | None) -> Tensor:
         """``(..., N, coord_dim)`` to ``(..., N, dim)``, see ``positions``."""
@@ -295,18 +311,6 @@ class TokenSetTransformer(nn.Module):
         x = self.forward_features(features, coords, token_mask, cu_seqlens)
         return self.forward_head(x, cu_seqlens=cu_seqlens)
 
-    def _layers(
-        self, x: Tensor, coords: Tensor | None, token_mask: Tensor | None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
-        """All layers and the final norm."""
-        options: dict[str, Any] = {"token_mask": token_mask}
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, **options)
-            else:
-                x = block(x, **options)
-        return self.norm(x)
-
     def _check(self, features: Tensor, coords: Tensor | None) -> None:
         check_floating("features", features)
         if features.ndim != 3 or features.shape[2] != self.in_dim:
@@ -348,6 +352,8 @@ def _lengths(cu_seqlens: Tensor, features: Tensor) -> list[int]:
 def _in_box(coords: Tensor, token_mask: Tensor | None) -> Tensor:
     """Coordinates of real tokens in the longest side of their bounding box, from its corner; float32."""
     wide = coords.double()
+    if wide.shape[-2] == 0:
+        return wide.float()
     if token_mask is None:
         low, high = wide.amin(-2, keepdim=True), wide.amax(-2, keepdim=True)
     else:
