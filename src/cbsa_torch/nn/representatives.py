@@ -2,10 +2,12 @@
 
 A strategy is called as ``strategy(tokens, grid_size, token_mask)`` with ``(B, H, N, P)`` tokens in the
 subspaces and their ``(B, N)`` mask (None: all are real), and returns :class:`cbsa_torch.ops.Representatives`.
-It is any function or module; two attributes, both False where it has none, say more about it:
+It is any function or module; attributes, False where it has none, say more about it:
 
 - ``needs_grid``: it works on a grid. It is then given the grid tokens only, row-major, and their grid;
   otherwise all tokens, prefix tokens first, and None.
+- ``takes_cells``: with ``needs_grid``, that it also works on tokens at coordinates. It is then given
+  :class:`cbsa_torch.ops.Cells` in place of the grid, found for its attribute ``num_representatives``;
 - ``gives_attention``: it returns the attention along with the representatives, so nothing is extracted.
 
 A method ``counts(num_tokens, *, num_heads, head_dim)`` may say what it costs; otherwise it counts as free.
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int
-from cbsa_torch._core.types import REPRESENTATIVE_KINDS, GridSize, Representatives, Strategy
+from cbsa_torch._core.types import REPRESENTATIVE_KINDS, Cells, GridSize, Representatives, Strategy
 from cbsa_torch.ops import counting
+from cbsa_torch.ops.coordinates import pool_by_coordinates
 from cbsa_torch.ops.directions import basis_directions, check_orthonormal, principal_directions
 from cbsa_torch.ops.pooling import pool_representatives
 
@@ -70,6 +73,7 @@ class PooledRepresentatives(nn.Module):
     """
 
     needs_grid = True
+    takes_cells = True
 
     def __init__(self, num_representatives: int = 64) -> None:
         super().__init__()
@@ -77,9 +81,11 @@ class PooledRepresentatives(nn.Module):
         self.num_representatives = num_representatives
 
     def forward(
-        self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
+        self, tokens: Tensor, grid_size: GridSize | Cells | None = None, token_mask: Tensor | None = None
     ) -> Representatives:
-        """Pool ``(B, H, N, P)`` grid tokens; ``token_mask`` is ``(B, N)``."""
+        """Pool ``(B, H, N, P)`` tokens over their grid or cells; ``token_mask`` is ``(B, N)``."""
+        if isinstance(grid_size, Cells):
+            return pool_by_coordinates(tokens, grid_size)
         if grid_size is None:
             raise ValueError("grid_size is required to pool representatives")
         return pool_representatives(tokens, grid_size, self.num_representatives, token_mask=token_mask)

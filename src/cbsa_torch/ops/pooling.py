@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,33 @@ def check_grid(grid_size: GridSize) -> GridSize:
     if not 1 <= len(sides) <= 3 or min(sides) < 1:
         raise ValueError(f"grid_size must be a tuple of one to three positive integers, got {grid_size!r}")
     return sides
+
+
+def check_num_representatives(value: int | Sequence[int], grid_size: GridSize | None = None) -> int | GridSize:
+    """Return ``value`` as an integer or, if it is a grid of cells, as a tuple of integers.
+
+    Raise unless they are at least 1 and, if ``grid_size`` is given, along the axes of that.
+    """
+    if not isinstance(value, (tuple, list)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                "num_representatives must be an int, or a tuple of one to three for a fixed grid, "
+                f"got {value!r} of type {type(value).__name__}"
+            )
+        check_positive_int("num_representatives", value)
+        return value
+    if not 1 <= len(value) <= 3:
+        raise ValueError(
+            f"num_representatives must be an int, or a tuple of one to three for a fixed grid, got {value!r}"
+        )
+    for axis, count in enumerate(value):
+        check_positive_int(f"num_representatives[{axis}]", count)
+    if grid_size is not None and len(value) != len(grid_size):
+        raise ValueError(
+            "num_representatives must be an int or have one entry for each axis of the grid, "
+            f"got {value!r} for grid_size {grid_size}"
+        )
+    return tuple(map(operator.index, value))
 
 
 @called_while_tracing

@@ -24,10 +24,9 @@ from cbsa_torch._core.types import (
     DEFAULT_EPS,
     Broadcast,
     Contraction,
-    GridPooling,
     Representatives,
 )
-from cbsa_torch.ops.token_weights import over_all_tokens
+from cbsa_torch.ops.token_weights import TokenWeights, over_all_tokens
 
 
 class CBSAInputs(NamedTuple):
@@ -55,7 +54,7 @@ class CBSAInputs(NamedTuple):
     representative_mask: Tensor | None
     fraction: Tensor | None = None
     """``(H,)`` kappa of a certified step in parts of its limit, in place of ``step_tokens``; None: free."""
-    token_weights: Tensor | GridPooling | None = None
+    token_weights: TokenWeights | None = None
     """Pi of a certified step: ``(1 or B, M, N)`` or a pooling; None without."""
 
 
