@@ -77,9 +77,9 @@ class Options:
 
     models: tuple[str, ...] = tuple(MODELS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    bags: tuple[int, int, int] = (600, 200, 400)
+    bags: tuple[int, int, int] = (400, 150, 400)
     """Training, validation and test bags; the same for every seed."""
-    epochs: int = 15
+    epochs: int = 12
     batch_size: int = 8
     lr: float = 1e-3
     """Peak learning rate of AdamW, after a warm-up of one epoch; then half a cosine."""

@@ -42,9 +42,13 @@ def test_predict_writes_a_table_and_maps(run, tmp_path, capsys):
         trained.model(bag.features[None], bag.coords[None])
     (record,) = records.values()
     attention = record.token_weights[0]  # (H, M, 1 + N)
-    expected = torch.einsum("hm,hmn->hn", attention[..., 0], attention)[:, 1:].mean(0)  # A A^T, the class token's row
+    expected = torch.einsum("hm,hmn->hn", attention[..., 0], attention)[:, 1:].mean(
+        0
+    )  # A A^T, the class token's row
     np.testing.assert_allclose([float(row["attention"]) for row in numbers], expected, atol=1e-6)
-    assert [(int(row["x"]), int(row["y"])) for row in numbers] == [tuple(place) for place in bag.coords.tolist()]
+    assert [(int(row["x"]), int(row["y"])) for row in numbers] == [
+        tuple(place) for place in bag.coords.tolist()
+    ]
     with Image.open(tmp_path / "maps" / "s01_map.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 

@@ -298,9 +298,10 @@ def coordinate_map(
     axis.set_facecolor("#e8e8e8")
     axis.ticklabel_format(style="plain", useOffset=False)
     axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.grid(False)
     figure.colorbar(shown, ax=axis, label=label, shrink=0.8)
-    return _style.finish(figure)
+    _style.finish(figure)
+    axis.grid(visible=False)  # tiles are the grid
+    return figure
 
 
 def _spacing(places: Tensor) -> float:

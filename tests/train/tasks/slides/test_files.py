@@ -36,7 +36,9 @@ def test_both_tools_files_give_the_same(drawn, tmp_path):
 
 def test_other_forms_of_the_same_numbers(drawn, tmp_path):
     features, coords = drawn
-    path = write(tmp_path / "a.h5", features=features.astype(np.float16)[None], coords=coords.astype(float)[None])
+    path = write(
+        tmp_path / "a.h5", features=features.astype(np.float16)[None], coords=coords.astype(float)[None]
+    )
     slide = read_slide(path)
     torch.testing.assert_close(slide.features, torch.from_numpy(features), atol=1e-2, rtol=1e-2)
     assert (slide.features.dtype, slide.coords.dtype) == (torch.float32, torch.float64)
@@ -89,7 +91,16 @@ def test_other_files_are_named(tmp_path):
 def test_a_slide_is_found_by_its_name(tmp_path):
     for name in ("a.h5", "b.pt", "c.h5", "c.pt", "d.1.h5"):
         (tmp_path / name).touch()
-    assert [find_file(tmp_path, name).name for name in ("a", "b", "c.pt", "d.1")] == ["a.h5", "b.pt", "c.pt", "d.1.h5"]
-    for name, message in (("c", "both c.h5 and c.pt"), ("e", "neither e.h5 nor e.pt"), ("a.pt", "no such file")):
+    assert [find_file(tmp_path, name).name for name in ("a", "b", "c.pt", "d.1")] == [
+        "a.h5",
+        "b.pt",
+        "c.pt",
+        "d.1.h5",
+    ]
+    for name, message in (
+        ("c", "both c.h5 and c.pt"),
+        ("e", "neither e.h5 nor e.pt"),
+        ("a.pt", "no such file"),
+    ):
         with pytest.raises(DataError, match=f"slide '{name}': {message}"):
             find_file(tmp_path, name)

@@ -60,7 +60,9 @@ def test_several_slides_in_one_pass_are_each_alone(slides, finished):
     bags = [read_for(trained.spec, slides / f"s{i:02}.h5") for i in (0, 1, 2)]
     with torch.no_grad():
         alone = torch.cat([Bags.of([bag], trained.spec).logits(trained.model) for bag in bags])
-        torch.testing.assert_close(Bags.of(bags, trained.spec).logits(trained.model), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            Bags.of(bags, trained.spec).logits(trained.model), alone, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_predictions(slides, finished, tmp_path):
@@ -131,7 +133,10 @@ def one_class(root):
 
 
 def no_tumour_in_validation(root):
-    rows = [f"s{i:02},{'tumour' if i % 2 and i < 20 else 'normal'},{'train' if i < 20 else 'val'}" for i in range(24)]
+    rows = [
+        f"s{i:02},{'tumour' if i % 2 and i < 20 else 'normal'},{'train' if i < 20 else 'val'}"
+        for i in range(24)
+    ]
     (root / "slides.csv").write_text("\n".join(["slide,label,split", *rows]))
 
 
@@ -165,7 +170,10 @@ def test_features_that_are_not_finite_stop_the_run(slides, tmp_path):
 
 def test_settings_that_cannot_work(slides, tmp_path):
     for change, message in (
-        (lambda c: setattr(c.model, "name", "cbt_tiny_patch16_224"), "model.name must be a model of sets of features"),
+        (
+            lambda c: setattr(c.model, "name", "cbt_tiny_patch16_224"),
+            "model.name must be a model of sets of features",
+        ),
         (lambda c: setattr(c.model, "image_size", 8), "model.image_size must be left out"),
         (lambda c: setattr(c.data, "max_tiles", 0), "data.max_tiles must be at least 1"),
         (lambda c: setattr(c.data, "test_fraction", 1.0), "data.test_fraction must be in"),
