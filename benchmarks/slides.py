@@ -2,22 +2,22 @@
 
     python benchmarks/slides.py [--threads 2] [--output benchmarks/results/slides.json]
 
-Tiles are random features (1,536 numbers each) at random places of a lattice that is mostly empty, as tissue is.
-Measured are the forward pass without gradients of the CBSA model, of layers of Nyström attention, and, at sizes
-where it is still possible, of the same model with fused softmax attention; and a training step of the CBSA model
-that keeps only the inputs of its layers (``recompute``). Times of models that are compared are interleaved.
-Memory is the most that is allocated at a time beyond what was there before, so without the features, which a
-training step does not copy either.
+Tiles are random features (1,536 numbers each) on a lattice that is mostly empty, as tissue is. Measured are the
+forward pass without gradients of the CBSA model, of layers of Nyström attention, and, at sizes where it is
+still possible, of the CBSA model with fused softmax attention (MSSA) in its layers; and a training step of the
+CBSA model that keeps only the inputs of its layers (``recompute``). Times of models that are compared are
+interleaved. Memory is the most that is allocated at a time beyond what was there before, so without the
+features; the profiler that counts it slows down what it counts, which is not timed.
 """
 
 from __future__ import annotations
 
 import datetime
-import gc
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,32 +123,30 @@ def parts(options: Options, coords: Tensor) -> dict[str, float]:
     return {"find_cells_seconds": find, "pool_seconds": pool}
 
 
+def measure_size(tiles: int, built: dict[str, nn.Module], options: Options) -> dict[str, Any]:
+    """One number of tiles."""
+    features, coords = draw(tiles, options)
+    given = {"repetitions": options.repetitions, "budget": options.budget}
+    names = [name for name in built if name != "softmax" or tiles <= options.softmax_tiles]
+    calls = {name: partial(forward, built[name], features, coords) for name in names}
+    times = medians(interleaved(calls, options.device, **given))
+    row: dict[str, Any] = {"tiles": tiles, "features_gib": features.nbytes / GIB}
+    for name in names:
+        row[f"{name}_seconds"] = times[name]
+        row[f"{name}_gib"] = memory(calls[name], options.device).peak / GIB
+    row |= parts(options, coords)
+    step = training_step(options, features, coords)
+    row["training_step_seconds"] = medians(interleaved({"step": step}, options.device, **given))["step"]
+    row["training_step_gib"] = memory(step, options.device).peak / GIB
+    return row
+
+
 def measure(options: Options) -> list[dict[str, Any]]:
-    """All sizes, the smallest first."""
-    rows: list[dict[str, Any]] = []
-    built = models(options)
+    """All numbers of tiles, as given."""
+    built, rows = models(options), []
     for tiles in options.tiles:
-        features, coords = draw(tiles, options)
-        names = [name for name in built if name != "softmax" or tiles <= options.softmax_tiles]
-        calls = {name: (lambda name=name: forward(built[name], features, coords)) for name in names}
-        times = medians(
-            interleaved(calls, options.device, repetitions=options.repetitions, budget=options.budget)
-        )
-        row: dict[str, Any] = {"tiles": tiles, "features_gib": features.nbytes / GIB}
-        for name in names:
-            row[f"{name}_seconds"] = times[name]
-            row[f"{name}_gib"] = memory(calls[name], options.device).peak / GIB
-        row |= parts(options, coords)
-        step = training_step(options, features, coords)
-        step_call = {"training_step": step}
-        row["training_step_seconds"] = medians(
-            interleaved(step_call, options.device, repetitions=options.repetitions, budget=options.budget)
-        )["training_step"]
-        row["training_step_gib"] = memory(step, options.device).peak / GIB
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        del features, coords, calls, step, step_call
-        gc.collect()
+        rows.append(measure_size(tiles, built, options))
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 

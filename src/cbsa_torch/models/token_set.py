@@ -225,32 +225,39 @@ class TokenSetTransformer(nn.Module):
             if token_mask is not None:
                 raise ValueError("pass token_mask or cu_seqlens, not both: packed sets have no padding")
             return self._packed(features, coords, cu_seqlens)
+        mask = None
         if token_mask is not None:
             axes = "(B, N)", "a real token", ("features", features)
             check_mask("token_mask", token_mask, features.shape[:2], *axes)
+            mask = F.pad(token_mask, (1, 0), value=True)
             # Padding may hold NaN, which the gradient of the embedding's weight would carry on.
             features = features.masked_fill(~token_mask[..., None], 0.0)
+        # made once, so that cells are searched once and not by every layer
+        places = None if coords is None else Coordinates(coords)
+        # tokens are handed on without a name: a name would keep those before the first layer
+        return self._layers(self._embedded(features, coords, token_mask), token_mask=mask, coords=places)
+
+    def _embedded(self, features: Tensor, coords: Tensor | None, token_mask: Tensor | None) -> Tensor:
+        """The tokens of a batch before the first layer, ``(B, 1 + N, dim)``."""
         x = self.embed(features)
         if coords is not None and self.positions != "none":
             x = x + self._position_code(coords, token_mask).to(x.dtype)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        if token_mask is not None:
-            token_mask = F.pad(token_mask, (1, 0), value=True)
-        # made once, so that cells are searched once and not by every layer
-        places = None if coords is None else Coordinates(coords)
-        return self._layers(x, token_mask=token_mask, coords=places)
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
 
     def _packed(self, features: Tensor, coords: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         """:meth:`forward_features` of several sets in one row."""
         lengths = _lengths(cu_seqlens, features)
+        class_tokens = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+        packing = Packing(cu_seqlens + class_tokens, coords=coords, num_prefix_tokens=1)
+        return self._layers(self._embedded_row(features, coords, lengths), cu_seqlens=packing)
+
+    def _embedded_row(self, features: Tensor, coords: Tensor | None, lengths: list[int]) -> Tensor:
+        """The same of packed sets, ``(1, N_1 + ... + N_B + B, dim)``."""
         parts = self.embed(features)[0].split(lengths)
         if coords is not None and self.positions != "none":
             codes = (self._position_code(own, None) for own in coords[0].split(lengths))
             parts = tuple(part + code.to(part.dtype) for part, code in zip(parts, codes, strict=True))
-        x = torch.cat([piece for part in parts for piece in (self.cls_token[0], part)])[None]
-        class_tokens = torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        packing = Packing(cu_seqlens + class_tokens, coords=coords, num_prefix_tokens=1)
-        return self._layers(x, cu_seqlens=packing)
+        return torch.cat([piece for part in parts for piece in (self.cls_token[0], part)])[None]
 
     def _layers(self, x: Tensor, **options: Any) -> Tensor:
         """All layers and the final norm."""
