@@ -126,7 +126,7 @@ def parts(options: Options, coords: Tensor) -> dict[str, float]:
 def measure_size(tiles: int, built: dict[str, nn.Module], options: Options) -> dict[str, Any]:
     """One number of tiles."""
     features, coords = draw(tiles, options)
-    given = {"repetitions": options.repetitions, "budget": options.budget}
+    given: dict[str, Any] = {"repetitions": options.repetitions, "budget": options.budget}
     names = [name for name in built if name != "softmax" or tiles <= options.softmax_tiles]
     calls = {name: partial(forward, built[name], features, coords) for name in names}
     times = medians(interleaved(calls, options.device, **given))

@@ -45,6 +45,14 @@ def test_it_learns(finished):
     assert packed.loss == pytest.approx(result.loss, abs=1e-6)
 
 
+def test_the_card_says_what_the_model_is_fed(finished):
+    card = (open_trained(finished.output).path.parent / "README.md").read_text()
+    assert "A classifier of whole slides: sets of features: CBSA" in card
+    assert "| width of the features | 8 |" in card
+    assert "create_transform" not in card
+    assert "Measured on slides like those" in card
+
+
 def test_an_interrupted_run_ends_as_one_that_was_not(slides, tmp_path):
     config = slides_config(slides, tmp_path / "run")
     config.engine.save_steps = 1
