@@ -47,7 +47,7 @@ def test_it_learns(finished):
 
 def test_the_card_says_what_the_model_is_fed(finished):
     card = (open_trained(finished.output).path.parent / "README.md").read_text()
-    assert "A classifier of whole slides: sets of features: CBSA" in card
+    assert "A classifier of whole slides: sets of features: CBSA" in card.replace("\\", "")
     assert "| width of the features | 8 |" in card
     assert "create_transform" not in card
     assert "Measured on slides like those" in card
