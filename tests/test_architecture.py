@@ -34,7 +34,7 @@ LAYERS = {
     "bench": Layer("models nn ops _core", "timm matplotlib nystrom_attention"),
     "train": Layer(
         "images models nn ops _core",
-        "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich tyro",
+        "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich tyro h5py",
     ),
     "cli": Layer(
         "bench train interpret images models nn ops _core",
@@ -123,7 +123,11 @@ def distribution_names(modules):
 )
 def test_an_extra_declares_what_its_package_imports(extra, package):
     layers = [package, *LAYERS[package].below.split()]
-    where_wanted = {"triton", "nystrom_attention"}  # whoever asks for what needs them is told to install them
+    where_wanted = {
+        "triton",
+        "nystrom_attention",
+        "h5py",
+    }  # whoever asks for what needs them is told to install them
     modules = {module for layer in layers for module in LAYERS[layer].others.split()} - where_wanted
     assert distribution_names(modules) <= declared(extra)
 

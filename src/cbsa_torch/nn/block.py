@@ -74,6 +74,7 @@ class WhiteBoxBlock(nn.Module):
         normed = self.norm1(x)
         update = self.attn(normed, grid_size, token_mask, **_places(coords, cu_seqlens))
         x = (normed if self.residual == "norm" else x) + update
+        del normed, update  # of long sequences, half of what would be held while ISTA runs
         return self.ista(self.norm2(x))
 
 

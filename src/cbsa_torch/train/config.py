@@ -62,13 +62,19 @@ class DataSource:
     """Which data set."""
     root: str | None = field(default=None, metadata=LOCAL)
     """Its folder."""
-    splits: Literal["auto", "folders", "none"] = "auto"
-    """What folders called train, val, test ... are in a folder of your own: "folders" = splits; "none" =
-    classes, or folders like any other; "auto" = splits, and an error where they may be either."""
     val_fraction: float = 0.1
     """Share of the training images held out for validation if there is no val split."""
     workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
     """Processes that read images; 0: the training process itself."""
+
+
+@dataclass
+class ImageSource(DataSource):
+    """The settings that every kind of images has."""
+
+    splits: Literal["auto", "folders", "none"] = "auto"
+    """What folders called train, val, test ... are in a folder of your own: "folders" = splits; "none" =
+    classes, or folders like any other; "auto" = splits, and an error where they may be either."""
     max_bad_images: int = field(default=10, metadata=UNCOMPARED)
     """Unreadable images, and bad masks, that are left out, counted and listed; one more stops the run. 0: the
     first does."""
@@ -77,7 +83,7 @@ class DataSource:
 
 
 @dataclass
-class DataConfig(DataSource):
+class DataConfig(ImageSource):
     """The images and their augmentation."""
 
     name: str = "folder"
@@ -342,6 +348,13 @@ def data_rules(data: DataSource) -> list[tuple[bool, str, Any]]:
     return [
         (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
         (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
+    ]
+
+
+def image_rules(data: ImageSource) -> list[tuple[bool, str, Any]]:
+    """What holds for every kind of images."""
+    return [
+        *data_rules(data),
         (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
         (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
         (
@@ -356,7 +369,7 @@ def check_image_settings(data: DataConfig) -> None:
     """Refuse settings of a classifier's images that cannot work."""
     scale, ratio = data.crop_scale, data.crop_ratio
     check_rules([
-        *data_rules(data),
+        *image_rules(data),
         (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
         (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
         (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),

@@ -162,7 +162,7 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
     parameters = sum(p.numel() for p in model.parameters())
     reporter.say(
         f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "
-        f"{len(train_loader.dataset):,} training and {len(setup.val):,} validation images, "  # type: ignore[arg-type]
+        f"{len(train_loader.dataset):,} training and {len(setup.val):,} validation {task.unit}, "  # type: ignore[arg-type]
         f"{len(setup.class_names)} classes; {_engine(accelerator)}; folder {folder.path}"
     )
     model, prepared_optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)

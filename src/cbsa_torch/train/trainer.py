@@ -148,7 +148,7 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     session.reporter.say(
         f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  val loss {result.loss:.3f}  "
         f"val {task.score_title} {result.score:.4f}{' *' if best else '  '} lr {progress.lr:.1e}  "
-        f"{seconds:.1f} s  {row['images_per_second']:.0f} images/s "
+        f"{seconds:.1f} s  {row['images_per_second']:.0f} {task.unit}/s "
         f"({100 * row['data_wait']:.0f} % waiting for data)"
     )
     if _stop_requested(session) and progress.epoch < epochs:
