@@ -181,3 +181,16 @@ def test_tridents_call():
     assert embedding.shape == (1, 16)
     torch.testing.assert_close(model.head(embedding), model(features[None], coords[None]))
     torch.testing.assert_close(encoder(batch), embedding)
+
+
+@pytest.mark.parametrize(("step", "reaches"), [({}, True), ({"step": "free"}, False)])
+def test_what_reaches_the_class_token_does_not_shrink_with_the_set(step, reaches):
+    """A free step moves a token by about M / N; the certified one, the default, has a limit that grows with N."""
+    torch.manual_seed(0)
+    model = TokenSetTransformer(6, dim=16, depth=1, num_heads=2, num_representatives=4, **step).double()
+    layer, x = model.blocks[0].attn, torch.randn(1, 1 + 4096, 16).double()
+    moved = []
+    for n in (64, 4096):
+        coords = torch.arange(n, dtype=torch.float64)[None, :, None]
+        moved.append(layer(x[:, : 1 + n], coords=coords)[0, 0].norm().item())
+    assert (moved[1] > 0.3 * moved[0]) is reaches
