@@ -36,8 +36,8 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from benchmarks.estimates import difference, markdown, mean_of, percent
 from benchmarks.inside import BOUNDS, measure, rounded
-from benchmarks.statistics import difference, markdown, mean_of, percent
 from benchmarks.subset import link_images
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import measure as bench_measure

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from benchmarks.claims.runs import RESULTS
-from benchmarks.statistics import Estimate, difference, mean_of
+from benchmarks.estimates import Estimate, difference, mean_of
 from cbsa_torch.ops import counting
 
 LINES = Path("docs/images/lines.json")

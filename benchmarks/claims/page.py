@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.claims import identities, judges, plots
 from benchmarks.claims.judges import Finding
-from benchmarks.statistics import markdown
+from benchmarks.estimates import markdown
 from cbsa_torch._core.files import write_atomically
 
 DOCS = Path("docs/claims.md")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.claims import adapted, decoders, scratch
 from benchmarks.claims.runs import RESULTS
-from benchmarks.statistics import mean_of
+from benchmarks.estimates import mean_of
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.interpret._style import RUN_COLORS, finish, legend
 from cbsa_torch.interpret.plots import to_png

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.claims import identities, judges, page, runs
 from benchmarks.claims.runs import Measured, Run
-from benchmarks.statistics import Estimate, difference, mean_of
+from benchmarks.estimates import Estimate, difference, mean_of
 from scipy import stats
 
 ROOT = Path(__file__).parents[2]
