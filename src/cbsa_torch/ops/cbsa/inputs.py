@@ -27,7 +27,8 @@ from cbsa_torch._core.types import (
     GridPooling,
     Representatives,
 )
-from cbsa_torch.ops.token_weights import over_all_tokens
+from cbsa_torch.ops.parallel import ContextParallel
+from cbsa_torch.ops.token_weights import check_slice, over_all_tokens
 
 
 class CBSAInputs(NamedTuple):
@@ -57,6 +58,8 @@ class CBSAInputs(NamedTuple):
     """``(H,)`` kappa of a certified step in parts of its limit, in place of ``step_tokens``; None: free."""
     token_weights: Tensor | GridPooling | None = None
     """Pi of a certified step: ``(1 or B, M, N)`` or a pooling; None without."""
+    parallel: ContextParallel | None = None
+    """Who has the other tokens, if this process does not have all."""
 
 
 def cbsa_inputs(
@@ -75,6 +78,7 @@ def cbsa_inputs(
     token_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     representative_mask: Tensor | None = None,
+    parallel: ContextParallel | None = None,
 ) -> CBSAInputs:
     """Check the arguments of :func:`cbsa_torch.ops.cbsa` and fill in its defaults.
 
@@ -132,6 +136,12 @@ def cbsa_inputs(
     if attention is not None:
         m = representatives.shape[2]
         check_rows("attention", attention, (b, h, m, n), "(B, H, M, N)", "tokens", tokens)
+    if parallel is not None:
+        parallel.check("tokens", n)
+        if attention is not None:
+            raise ValueError(
+                "parallel cannot be given beside an attention: it was normalised over the tokens of one rank"
+            )
     return CBSAInputs(
         tokens,
         representatives,
@@ -147,6 +157,7 @@ def cbsa_inputs(
         token_mask=token_mask,
         key_mask=key_mask,
         representative_mask=representative_mask,
+        parallel=parallel,
     )
 
 
@@ -160,6 +171,7 @@ def certified_inputs(
     scale: float | None = None,
     token_mask: Tensor | None = None,
     num_prefix_tokens: int = 0,
+    parallel: ContextParallel | None = None,
 ) -> CBSAInputs:
     """Check the arguments of :func:`cbsa_torch.ops.certified_cbsa` and fill in its defaults.
 
@@ -189,8 +201,16 @@ def certified_inputs(
         eps=tokens.shape[-1] ** 0.5 if eps is None else eps,
         token_mask=token_mask,
         representative_mask=mask,
+        parallel=parallel,
     )
-    if token_weights is not None:
+    if parallel is not None and token_weights is not None:
+        if num_prefix_tokens:
+            raise ValueError(
+                "num_prefix_tokens must be 0 with parallel, where pool_representatives is told them and gives "
+                f"weights of all of the rank's tokens; got {num_prefix_tokens}"
+            )
+        token_weights = check_slice(token_weights, tokens, values.shape[2])
+    elif token_weights is not None:
         if attention is not None:
             raise ValueError("token_weights cannot be given beside an attention, which takes their place")
         token_weights = over_all_tokens(
