@@ -37,8 +37,8 @@ def agent_attention(
         scale: factor on the logits. Default: P^-1/2.
         key_mask: ``(B, K)`` bool, True = a real key; an item without any gets zeros.
         agent_mask: ``(B, M)`` bool, True = an agent that exists for this item.
-        parallel: who has the other tokens, if they are spread over processes: queries, keys, values and masks are
-            then those of this rank, the agents the same on every rank. See :mod:`cbsa_torch.parallel`.
+        parallel: who has the other tokens, if they are spread over processes: queries, keys, values and masks
+            are then those of this rank, the agents the same on every rank. See :mod:`cbsa_torch.parallel`.
 
     Returns:
         ``(B, H, N, V)`` in the dtype of the inputs.
@@ -47,7 +47,8 @@ def agent_attention(
         ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
     """
     check_floating("queries", queries)
-    check_shape("queries", queries, (None, None, None, None), "(B, H, N, P)")
+    length = None if parallel is None else parallel.length
+    check_shape("queries", queries, (None, None, length, None), "(B, H, N, P)")
     b, h, _, p = queries.shape
     check_rows("agents", agents, (b, h, None, p), "(B, H, M, P)", "queries", queries)
     if agent_mask is not None:
@@ -56,6 +57,8 @@ def agent_attention(
         agents = zero_rows(agents, agent_mask)
     if parallel is not None:
         collected = _collect_from_ranks(queries, agents, keys, values, scale, key_mask, parallel)
+        if not parallel.length:  # nobody to give it to, but a gradient to take part in
+            return queries @ agents.mT @ collected
     else:
         collected = softmax_attention(agents, keys, values, scale=scale, key_mask=key_mask)  # (B, H, M, V)
     return softmax_attention(queries, agents, collected, scale=scale, key_mask=agent_mask)
@@ -71,8 +74,7 @@ def _collect_from_ranks(
     parallel: ContextParallel,
 ) -> Tensor:
     """What the agents collect from the values of all ranks, ``(B, H, M, V)``."""
-    parallel.check("queries", queries.shape[2])
-    check_attention(agents, keys, values, key_mask)
+    check_attention(agents, keys, values, key_mask, parallel)
     dtype = compute_dtype(queries.dtype)
     with no_autocast(queries):
         rows, keys, wide = (t.to(dtype) for t in (agents, keys, values))

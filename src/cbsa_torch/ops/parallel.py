@@ -1,13 +1,15 @@
 """Tokens spread over processes: who holds which, and the exchanges that operators on slices need.
 
 The tokens of an item, prefix tokens first, are one sequence. Every process of a group (a rank) holds a
-contiguous part of it, in the order of the ranks; parts may differ in length and be empty. What couples tokens in a
-linear mixer is a sum over them of a size that does not grow with their number, and only such sums are exchanged.
+contiguous part of it, in the order of the ranks; parts may differ in length and be empty. What couples tokens
+in a linear mixer is a sum over them of a size that does not grow with their number, and only such sums are
+exchanged.
 
-Gradients: what a rank gets out of an exchange depends on the tokens of all ranks, so the gradient of what it put in
-is the sum over ranks of their gradients of what they got. A backward pass therefore differentiates the sum of
-the ranks' losses, and every rank has to run it. Gradients of parameters are to be added up over the ranks where
-each rank's loss is its share, and averaged, as DistributedDataParallel does, where each computes the whole loss.
+Gradients: what a rank gets out of an exchange depends on the tokens of all ranks, so the gradient of what it
+put in is the sum over ranks of their gradients of what they got. A backward pass therefore differentiates the
+sum of the ranks' losses, and every rank has to run it. Gradients of parameters are to be added up over the ranks
+where each rank's loss is its share, and averaged, as DistributedDataParallel does, where each computes the whole
+loss.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class ContextParallel:
 
     Args:
         group: the processes among which tokens are spread: a process group.
-        lengths: how many tokens each rank of the group holds, prefix tokens included; they stand at the very start.
+        lengths: how many tokens each rank of the group holds, prefix tokens included, which come first.
         grid_size: the grid of all tokens after the prefix, of all ranks together; None: none.
 
     Raises:
@@ -45,8 +47,8 @@ class ContextParallel:
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.lengths)
         if len(self.lengths) != size or not whole or sum(self.lengths) < 1:
             raise ValueError(
-                f"lengths must hold the tokens of each of the {size} ranks of the group, ints of at least 0 and "
-                f"not all 0, got {self.lengths!r}"
+                f"lengths must hold the tokens of each of the {size} ranks of the group, ints of at least 0 "
+                f"and not all 0, got {self.lengths!r}"
             )
 
     @classmethod
@@ -94,12 +96,14 @@ class ContextParallel:
         """Tokens of this rank."""
         return self.lengths[self.rank]
 
-    def check(self, name: str, length: int) -> None:
-        """Raise unless a rank with so many tokens is this one."""
+    def check(self, name: str, length: int) -> int:
+        """Return ``length``, of this rank's tokens; raise unless it is that."""
         if length != self.length:
             raise ValueError(
-                f"{name} must hold the {self.length} tokens of rank {self.rank} that parallel tells of, got {length}"
+                f"{name} must hold the {self.length} tokens of rank {self.rank} that parallel tells of, "
+                f"got {length}"
             )
+        return length
 
     def __deepcopy__(self, memo: Any) -> ContextParallel:
         return self  # a process group cannot be copied
@@ -157,7 +161,7 @@ class Others(NamedTuple):
     """What a rank learns of the others beside a merged softmax; without gradients."""
 
     any_real: Tensor
-    """``(B, H, M, 1)`` bool: whether any rank has a real token."""
+    """``(B, 1, 1, 1)`` bool: whether any rank has a real token."""
     shares: Tensor
     """``(R, B, H, M, 1)`` of every rank in the softmax."""
     sums: Tensor
@@ -170,8 +174,8 @@ def merged(
     """A softmax over the tokens of all ranks from those of each: one exchange forward, one backward.
 
     Args:
-        lse: ``(B, H, M)`` logarithm of the sum of the exponentials of this rank's logits; -inf for a rank without
-            tokens, the lowest number for one without real tokens.
+        lse: ``(B, H, M)`` logarithm of the sum of the exponentials of this rank's logits; -inf for a rank
+            without tokens, the lowest number for one without real tokens.
         picked: ``(B, H, M, P)`` what its own softmax picks of its values.
         parallel: who takes part.
         sums: ``(B, H, M, K)`` to be told to the others, too; without gradients.
@@ -234,7 +238,7 @@ class _Merged(torch.autograd.Function):
         shares = torch.softmax(lses, 0)  # (R, B, H, M, 1)
         whole = (shares * parts[..., :p]).sum(0)
         share = shares[group.rank()].clone()
-        any_real = lses.amax(0) > torch.finfo(lse.dtype).min / 2
+        any_real = lses.amax(0)[:, :1, :1] > torch.finfo(lse.dtype).min / 2
         ctx.mark_non_differentiable(any_real, shares, told)
         ctx.save_for_backward(share, picked, whole)
         ctx.group = group

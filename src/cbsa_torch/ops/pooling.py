@@ -69,8 +69,8 @@ def pool_representatives(
         num_representatives: the most representatives to make, or the cells along each axis of the grid; never
             more than there are tokens. See :func:`representative_grid`.
         token_mask: ``(B, N)`` bool, True = a real token. Cells without real tokens give no representative.
-        parallel: which tokens these are, if others are on other ranks: ``tokens`` are then all of this rank, and
-            ``grid_size`` is the grid of all ranks. Every rank gets the same representatives.
+        parallel: which tokens these are, if others are on other ranks: ``tokens`` are then all of this rank,
+            and ``grid_size`` is the grid of all ranks. Every rank gets the same representatives.
         num_prefix_tokens: tokens before the grid; with ``parallel`` only.
 
     Returns:
@@ -88,13 +88,13 @@ def pool_representatives(
     if parallel is None:
         if num_prefix_tokens:
             raise ValueError(
-                f"num_prefix_tokens must be 0 without parallel: give the grid tokens only, got {num_prefix_tokens}"
+                "num_prefix_tokens must be 0 without parallel: give the grid tokens only, "
+                f"got {num_prefix_tokens}"
             )
         axes = f"(B, H, N, P) for grid_size {grid_size}"
         check_shape("tokens", tokens, (None, None, math.prod(grid_size), None), axes)
     else:
-        check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
-        parallel.check("tokens", tokens.shape[2])
+        check_shape("tokens", tokens, (None, None, parallel.length, None), "(B, H, N, P) of this rank")
         if num_prefix_tokens + math.prod(grid_size) > parallel.num_tokens:
             raise ValueError(
                 f"grid_size {grid_size} and {num_prefix_tokens} prefix tokens are more than the "

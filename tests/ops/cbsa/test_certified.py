@@ -298,7 +298,7 @@ def test_opcheck(channels, pooled):
     fraction = torch.rand(2).double().requires_grad_()
     arguments = Problem(
         leaf(2, 2, 2, 4), leaf(2, 2, 5, 4), None, leaf(2), fraction, mask, None,
-        None if channels is None else leaf(channels, 8), None, weights,
+        None if channels is None else leaf(channels, 8), None, weights, *[None] * 3,
         "exact", 0.5, 1.0, "tiled", True, *([[2, 2], [2, 1], 1] if pooled else [[], [], 0]),
     )  # fmt: skip
     torch.library.opcheck(cbsa_op, tuple(arguments))
@@ -337,7 +337,7 @@ def test_nothing_of_size_m_times_n_is_formed(channels, monkeypatch):
     weight = None if channels is None else torch.randn(channels, H * P)
     arguments = Problem(
         torch.randn(B, H, M, P), torch.randn(B, H, N, P), None, torch.randn(H), torch.rand(H), None, None,
-        weight, None, None, "exact", 0.25, 1.0, "tiled", True, (64, 64), (8, 8), 0,
+        weight, *[None] * 5, "exact", 0.25, 1.0, "tiled", True, (64, 64), (8, 8), 0,
     )  # fmt: skip
     with Largest() as seen, torch.no_grad():
         backward(*forward(arguments), arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -13,6 +14,7 @@ from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl, Representatives
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs, check_projection
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
+from cbsa_torch.ops.cbsa.packed import run_packed
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
 from cbsa_torch.ops.cbsa.slices import cbsa_on_slices
 from cbsa_torch.ops.cbsa.triton.limits import refusal
@@ -46,6 +48,8 @@ def cbsa(
     key_mask: Tensor | None = None,
     representative_mask: Tensor | None = None,
     impl: Impl = "auto",
+    cu_seqlens: Tensor | None = None,
+    cu_representatives: Tensor | None = None,
     parallel: ContextParallel | None = None,
 ) -> Tensor:
     """Contract-and-Broadcast Self-Attention (paper, section 3.2) inside each head's subspace.
@@ -83,9 +87,12 @@ def cbsa(
             B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
             small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
             ``torch.export``.
-        parallel: who has the other tokens, if they are spread over processes: ``tokens``, keys, values and masks
-            are then those of this rank, the representatives the same on every rank. The output is exactly that of
-            all tokens together. See :mod:`cbsa_torch.parallel`; not with ``impl="triton"``.
+        cu_seqlens: ``(S + 1,)`` int32 or int64, 0 and where each of S sequences ends in ``tokens``, ``keys`` and
+            ``values`` ``(1, H, N, P)``: every one is computed as it would be alone, without padding or masks.
+        cu_representatives: the same for ``representatives`` ``(1, H, M, P)``; needed beside ``cu_seqlens``.
+        parallel: who has the other tokens, if they are spread over processes: ``tokens``, keys, values and
+            masks are then those of this rank, the representatives the same on every rank. The output is exactly
+            that of all tokens together. See :mod:`cbsa_torch.parallel`; not with ``impl="triton"``.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; add it to (or subtract it from) the tokens after projecting
@@ -94,6 +101,27 @@ def cbsa(
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
+    if cu_seqlens is not None or cu_representatives is not None:
+        if cu_seqlens is None or cu_representatives is None:
+            raise ValueError("cu_seqlens and cu_representatives must be given together")
+        if token_mask is not None or key_mask is not None or representative_mask is not None:
+            raise ValueError("masks must be None beside cu_seqlens, which leaves no padding")
+        if parallel is not None:
+            raise ValueError(
+                "parallel must be None beside cu_seqlens: spread one sequence over ranks at a time"
+            )
+        operator = functools.partial(
+            cbsa,
+            step_representatives=step_representatives,
+            step_tokens=step_tokens,
+            scale=scale,
+            contraction=contraction,
+            broadcast=broadcast,
+            eps=eps,
+            impl=impl,
+        )
+        others = {"keys": keys, "values": values}
+        return run_packed(operator, tokens, representatives, others, cu_seqlens, cu_representatives)
     inputs = cbsa_inputs(
         tokens,
         representatives,

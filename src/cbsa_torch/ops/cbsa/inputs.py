@@ -24,11 +24,10 @@ from cbsa_torch._core.types import (
     DEFAULT_EPS,
     Broadcast,
     Contraction,
-    GridPooling,
     Representatives,
 )
 from cbsa_torch.ops.parallel import ContextParallel
-from cbsa_torch.ops.token_weights import check_slice, over_all_tokens
+from cbsa_torch.ops.token_weights import TokenWeights, check_slice, over_all_tokens
 
 
 class CBSAInputs(NamedTuple):
@@ -56,7 +55,7 @@ class CBSAInputs(NamedTuple):
     representative_mask: Tensor | None
     fraction: Tensor | None = None
     """``(H,)`` kappa of a certified step in parts of its limit, in place of ``step_tokens``; None: free."""
-    token_weights: Tensor | GridPooling | None = None
+    token_weights: TokenWeights | None = None
     """Pi of a certified step: ``(1 or B, M, N)`` or a pooling; None without."""
     parallel: ContextParallel | None = None
     """Who has the other tokens, if this process does not have all."""
@@ -101,13 +100,17 @@ def cbsa_inputs(
     if scale is not None:
         check_number("scale", scale)
     check_floating("tokens", tokens)
-    check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
+    length = None if parallel is None else parallel.length
+    check_shape("tokens", tokens, (None, None, length, None), "(B, H, N, P)")
     b, h, n, p = tokens.shape
     check_rows("representatives", representatives, (b, h, None, p), "(B, H, M, P)", "tokens", tokens)
     if keys is None:
         keys = tokens
     else:
-        check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", "tokens", tokens)
+        check_floating("keys", keys)
+        if parallel is not None and keys.ndim == 4:
+            length = keys.shape[2]  # any, also none
+        check_rows("keys", keys, (b, h, length, p), "(B, H, K, P)", "tokens", tokens)
     if values is None:
         values = keys
     else:
@@ -136,12 +139,10 @@ def cbsa_inputs(
     if attention is not None:
         m = representatives.shape[2]
         check_rows("attention", attention, (b, h, m, n), "(B, H, M, N)", "tokens", tokens)
-    if parallel is not None:
-        parallel.check("tokens", n)
-        if attention is not None:
-            raise ValueError(
-                "parallel cannot be given beside an attention: it was normalised over the tokens of one rank"
-            )
+    if parallel is not None and attention is not None:
+        raise ValueError(
+            "parallel cannot be given beside an attention: it was normalised over the tokens of one rank"
+        )
     return CBSAInputs(
         tokens,
         representatives,

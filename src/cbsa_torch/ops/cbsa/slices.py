@@ -1,10 +1,11 @@
 """CBSA over tokens that are spread over processes: each has a softmax of its own, and their merger is exact.
 
-A rank extracts from its tokens, P_r = exp(S_r - lse_r) and P_r V_r; one exchange makes R of these and tells each
-its share w_r = exp(lse_r - lse), A_r = w_r P_r. What is M x P is then the same on every rank, which contracts it and
-broadcasts to its tokens. Gradients run back through the same exchange: see :mod:`cbsa_torch.ops.parallel`.
+A rank extracts from its tokens, P_r = exp(S_r - lse_r) and P_r V_r; one exchange makes R of these and tells
+each its share w_r = exp(lse_r - lse), A_r = w_r P_r. What is M x P is then the same on every rank, which
+contracts it and broadcasts to its tokens. Gradients run back through the same exchange: see
+:mod:`cbsa_torch.ops.parallel`.
 
-``"eager"`` stores P_r; ``"tiled"`` goes over tiles of tokens, each time it needs P_r, and stores nothing of its size.
+``"eager"`` stores P_r; ``"tiled"`` goes over tiles of tokens wherever it needs P_r, and stores nothing of its size.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def cbsa_on_slices(inputs: CBSAInputs, tiled: bool) -> Tensor:
         contracted = contract(extracted, inputs.contraction, scale, inputs.eps, exists)
         if inputs.broadcast == "softmax":
             tokens = zero_rows(inputs.tokens.to(dtype), inputs.token_mask)
+            if not parallel.length:  # nobody to give it to, but a gradient to take part in
+                return tokens @ rep.mT @ (kappa * contracted)
             output = softmax_attention(tokens, rep, kappa * contracted, scale=scale, key_mask=exists)
             if key_mask is not None:  # without any real key on any rank there is nothing to attend to
                 output = output.masked_fill(~others.any_real, 0.0)
@@ -67,10 +70,11 @@ def cbsa_on_slices(inputs: CBSAInputs, tiled: bool) -> Tensor:
 
 
 def _grams(inputs: CBSAInputs, attention: StoredAttention | TiledAttention) -> Tensor:
-    """This rank's P P^T and, with Pi, P Pi^T and (a matrix) Pi Pi^T, side by side; ``(B, H, M, 1 to 3 M)``."""
+    """P P^T of this rank and, with Pi, P Pi^T and (a matrix) Pi Pi^T, side by side; ``(B, H, M, 1 to 3 M)``."""
     exists, weights = inputs.representative_mask, inputs.token_weights
     like = attention.lse.detach()
-    own, cross = attention.grams(None if weights is None else lambda place: columns(weights, place, like))
+    of = None if weights is None else (lambda place: columns(weights, place, like))
+    own, cross = attention.grams(of)
     own = own if exists is None else zero_rows(zero_rows(own, exists).mT, exists)
     parts = [own]
     if cross is not None:
