@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from cbsa_torch import ops
+from cbsa_torch.models import WhiteBoxTransformer
 from cbsa_torch.nn import CBSA, TSSA, AgentAttention, LinearCBSA
-from cbsa_torch.ops.parallel import ContextParallel
+from cbsa_torch.parallel import ContextParallel, ImageBand, context_parallel, pixel_rows
 from tests.helpers.compare import assert_close
 
 DIM, HEADS, GRID, PREFIX = 12, 3, (7, 5), 2
@@ -165,3 +166,60 @@ def check_operator(group):
             first = {"num_prefix_tokens": N - size, "parallel": parallel}
             actual = ops.pool_representatives(tokens[:, :, here], grid, number, **first)
             close(actual.values, expected.values, 1e-12)
+
+
+def whitebox(**options):
+    mixer = options.pop("mixer", partial(CBSA, num_representatives=4))
+    sizes = {"img_size": (64, 48), "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return WhiteBoxTransformer(**{**sizes, "mixer": mixer, **options})
+
+
+def models():
+    """Models, and sizes of images that they get: such that a rank of four has nothing, among others."""
+    return {
+        "conv": (whitebox(), (70, 52)),
+        "conv of few rows": (whitebox(), (33, 48)),
+        "stride 1": (whitebox(patch_size=1, img_size=7), (7, 5)),
+        "average": (whitebox(patch_size=8, global_pool="avg"), (30, 41)),
+        "maximum": (whitebox(patch_size=2, global_pool="avgmax"), (11, 9)),
+        "linear stem": (whitebox(stem="linear"), (80, 48)),
+        "certified": (whitebox(mixer=partial(CBSA, num_representatives=4, step="certified")), (64, 48)),
+        "mlp, mixed": (whitebox(mlp_ratio=2.0, mixer=[TSSA, LinearCBSA]), (64, 48)),
+    }
+
+
+def check_models(group):
+    """Logits, all gradients and batch norm's statistics are those of one process that has the whole image."""
+    torch.set_default_dtype(torch.float64)
+    rank, size = group.rank(), group.size()
+    for name, (model, img_size) in models().items():
+        for training in (True, False):
+            model.train(training).set_grad_checkpointing(name == "conv")
+            state = {key: value.clone() for key, value in model.state_dict().items()}
+            images, cotangent = torch.randn(2, 3, *img_size), torch.randn(2, 3)
+            context_parallel(model, None)
+            expected = differentiated(model, images, cotangent)
+            statistics = {key: value.clone() for key, value in model.state_dict().items()}
+            model.load_state_dict(state)
+            context_parallel(model, group)
+            actual = differentiated(model, images, cotangent)
+            with note(f"{name}, rank {rank}, training {training}"):
+                close(actual[0], expected[0], 1e-10)
+                close(summed(actual[1]) / size, expected[1], 1e-10)
+                for parameter, gradient in expected[2].items():
+                    with note(parameter):
+                        close(summed(actual[2][parameter]) / size, gradient, 1e-10)
+                for key, value in statistics.items():
+                    close(model.state_dict()[key].double(), value.double(), 1e-10)
+                rows = pixel_rows(model, img_size)
+                band = ImageBand(images[:, :, rows], img_size[0])
+                model.load_state_dict(state)
+                assert torch.equal(model(band), actual[0])
+                _, features = model.forward_intermediates(images)
+                assert sum(counts(features[0].shape[2], size)) == model.stem.grid_size(img_size)[0]
+
+
+def counts(own, size):
+    told = [None] * size
+    dist.all_gather_object(told, own)
+    return told

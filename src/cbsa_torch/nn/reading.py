@@ -87,7 +87,7 @@ class TokenReader(nn.Module):
         if attn_mask is not None and is_causal:
             raise ValueError("pass attn_mask or is_causal, not both")
         if parallel is not None:
-            self._check_shards()
+            self.check_shards()
         if self.needs_grid and coords is None and parallel is None and isinstance(x, Tensor):
             x = pin_size("height and width (the number of tokens)", x, tuple(range(1, x.ndim)))
         tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
@@ -127,7 +127,7 @@ class TokenReader(nn.Module):
             tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope, places, parallel
         )
 
-    def _check_shards(self) -> None:
+    def check_shards(self) -> None:
         """Raise where what the mixer computes is no sum over tokens that ranks could exchange."""
         name = type(self).__name__
         if not self.shards:

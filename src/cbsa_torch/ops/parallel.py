@@ -26,6 +26,23 @@ from cbsa_torch._core.types import GridSize
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """The processes that share the tokens of a model, as the model remembers them.
+
+    Args:
+        group: a process group. Copies of the model have the same.
+    """
+
+    group: dist.ProcessGroup
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self  # a process group cannot be copied
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a model in context parallel cannot be pickled; save its state_dict")
+
+
+@dataclass(frozen=True)
 class ContextParallel:
     """Which tokens this process holds, and who holds the others.
 
@@ -104,9 +121,6 @@ class ContextParallel:
                 f"got {length}"
             )
         return length
-
-    def __deepcopy__(self, memo: Any) -> ContextParallel:
-        return self  # a process group cannot be copied
 
 
 def agree(group: dist.ProcessGroup | None, own: Any, problem: str = "", **same: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cbsa_torch.nn.batch_norm import normalize_together
 from cbsa_torch.train.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
@@ -113,9 +114,11 @@ def to_channels_last(model: M) -> M:
 class CPUSyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of the images of all processes together."""
 
+    process_group = None  # as torch's SyncBatchNorm has it: all processes
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(B, C, height, width)``; the batch may differ in size between processes."""
-        return _normalize(self, x) if self.training else super().forward(x)
+        return normalize_together(self, x) if self.training else super().forward(x)
 
 
 class CPUSyncBatchNormAct2d(BatchNormAct2d):
@@ -123,7 +126,9 @@ class CPUSyncBatchNormAct2d(BatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(B, C, height, width)``, drop, activate."""
-        activated: Tensor = self.act(self.drop(_normalize(self, x))) if self.training else super().forward(x)
+        activated: Tensor = (
+            self.act(self.drop(normalize_together(self, x))) if self.training else super().forward(x)
+        )
         return activated
 
 
@@ -140,42 +145,3 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
         # The same parameters and state, another forward: names of the state dict stay.
         module.__class__ = SYNCHRONIZED.get(type(module), type(module))
     return model
-
-
-def _normalize(norm: Any, x: Tensor) -> Tensor:
-    """Training statistics and outputs, computed in float32 at least, whatever autocast made of ``x``."""
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = _Total.apply(values.new_tensor(float(x.numel() // x.shape[1])))
-    mean = _Total.apply(values.sum((0, 2, 3))) / count
-    centered = values - mean.view(1, -1, 1, 1)
-    variance = _Total.apply(centered.square().sum((0, 2, 3))) / count
-    if norm.track_running_stats:
-        norm.num_batches_tracked += 1
-        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.detach().to(norm.running_mean), momentum)
-        unbiased = variance.detach() * (float(count) / max(float(count) - 1, 1))  # as torch has it
-        norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
-    normalized = centered * (variance + norm.eps).rsqrt().view(1, -1, 1, 1)
-    if norm.affine:
-        normalized = normalized * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
-    return normalized.to(x.dtype)
-
-
-class _Total(torch.autograd.Function):
-    """The sum over processes. Each process' loss depends on it, so its gradient is their sum, too.
-
-    ``torch.distributed.nn.functional.all_reduce`` is the same, but deprecated, and what replaces it is private
-    (torch 2.14).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        torch.distributed.all_reduce(total)
-        return total
