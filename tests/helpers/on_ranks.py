@@ -1,16 +1,30 @@
 """Checks that several processes make together, each on its slice of the tokens: the ``main`` of processes.run."""
 
 import contextlib
+import copy
 import datetime
+import pickle
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from cbsa_torch import ops
 from cbsa_torch.models import WhiteBoxTransformer
-from cbsa_torch.nn import CBSA, TSSA, AgentAttention, LinearCBSA
-from cbsa_torch.parallel import ContextParallel, ImageBand, context_parallel, pixel_rows
+from cbsa_torch.nn import CBSA, MSSA, TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.parallel import (
+    ContextParallel,
+    ContextParallelStyle,
+    ImageBand,
+    context_parallel,
+    pixel_rows,
+)
+from cbsa_torch.train.engine.accelerate import synchronize_batch_norm
 from tests.helpers.compare import assert_close
 
 DIM, HEADS, GRID, PREFIX = 12, 3, (7, 5), 2
@@ -22,6 +36,7 @@ def main(names):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     for name in names:
         torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
         globals()[f"check_{name}"](dist.group.WORLD)
     dist.destroy_process_group()
 
@@ -223,3 +238,183 @@ def counts(own, size):
     told = [None] * size
     dist.all_gather_object(told, own)
     return told
+
+
+# ---- what is exchanged
+
+
+@contextlib.contextmanager
+def counted():
+    """The numbers that this rank contributes to each exchange, in order."""
+    found, originals = [], {}
+
+    def count(name, position):
+        original = originals[name] = getattr(dist, name)
+
+        def wrapped(*args, **kwargs):
+            found.append(args[position].numel())
+            return original(*args, **kwargs)
+
+        setattr(dist, name, wrapped)
+
+    count("all_reduce", 0)
+    count("all_gather_into_tensor", 1)
+    count("all_gather_object", 1)
+    try:
+        yield found
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def check_exchanges(group):
+    """Their number and size, which are independent of N."""
+    b, m = 3, 6
+    c, h, p = DIM, HEADS, DIM // HEADS
+    most = {  # numbers per item: forward, backward
+        "softmax": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "separate": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "tiled": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "exact": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "learned": ([m * (c + h)], [m * (c + h)]),
+        "certified": ([m * c, m * (c + h) + 2 * h * m * m], [m * (c + h), m * c]),
+        "agent": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "linear": ([c * p], [c * p]),
+        "tssa": ([c, c + h], [c + h, c]),
+        "channel": ([c], [c]),
+    }
+    for name, (forward, backward) in most.items():
+        mixer = mixers()[name]
+        for grid in ((7, 5), (14, 10), (70, 50)):
+            n = PREFIX + grid[0] * grid[1]
+            size = group.size()
+            parallel = ContextParallel(group, tuple(n * (i + 1) // size - n * i // size for i in range(size)))
+            x = torch.randn(b, parallel.length, DIM, requires_grad=True)
+            with counted() as sizes:
+                out = mixer(x, grid, parallel=parallel)
+            assert sizes == [b * count for count in forward], name
+            with counted() as sizes:
+                out.sum().backward()
+            assert sizes == [b * count for count in backward], name
+            mask = torch.ones(b, parallel.length, dtype=torch.bool)
+            with counted() as sizes, torch.no_grad():
+                mixer(x, grid, token_mask=mask, parallel=parallel)
+            assert len(sizes) <= 3
+
+
+# ---- errors on every rank
+
+
+def check_errors(group):
+    """Whatever is wrong on one rank or all, every rank raises."""
+    rank, size = group.rank(), group.size()
+    model = whitebox()
+    for build, text in (
+        (partial(whitebox, mixer=partial(CBSA, representatives="tokens")), "AllTokens.* need all tokens"),
+        (partial(whitebox, mixer=MSSA), "MSSA compares every token with every other; use CBSA"),
+    ):
+        with pytest.raises(ValueError, match=rf"blocks.0.attn: parallel must be None.*{text}"):
+            context_parallel(build(), group)
+    with pytest.raises(TypeError, match="set_context_parallel"):
+        context_parallel(torch.nn.Linear(2, 2), group)
+    with pytest.raises(TypeError, match="ranks must be a DeviceMesh or a process group"):
+        context_parallel(model, [0, 1])
+    alone = dist.new_group([1])
+    with pytest.raises(ValueError, match="ranks must be the same group on all its processes"):
+        context_parallel(model, alone if rank == 1 else group)
+    context_parallel(model, group)
+    with pytest.raises(ValueError, match="batch size must be the same on every rank"):
+        model(torch.randn(1 + (rank == 1), 3, 64, 48))
+    with pytest.raises(ValueError, match="grid_size must be the same on every rank"):
+        model(torch.randn(1, 3, 64 + 16 * rank, 48))
+    with pytest.raises(ValueError, match="rank 1: .*pixels of the ImageBand must be the rows"):
+        rows = pixel_rows(model, (64, 48))
+        pixels = torch.randn(1, 3, 64, 48)[:, :, rows]
+        model(ImageBand(pixels[:, :, 1:] if rank == 1 else pixels, 64))
+    with pytest.raises(ValueError, match="rank 0: .*images must have"):
+        model(torch.randn(1, 1 if rank == 0 else 3, 64, 48))
+    with pytest.raises(TypeError, match="cannot be pickled; save its state_dict"):
+        pickle.dumps(model)
+    assert copy.deepcopy(model).ranks is model.ranks
+    assert model(torch.randn(1, 3, 64, 48)).shape == (1, 3)  # and all goes on
+
+    with pytest.raises(ValueError, match="grid_size must be the same on every rank"):
+        ContextParallel.of_slice(group, 4, grid_size=(4, 2 + rank))
+    assert ContextParallel.of_slice(group, 4 + rank, grid_size=(4, 2)).lengths == tuple(
+        4 + r for r in range(size)
+    )
+    for lengths in ((1,) * (size + 1), (0,) * size, (-1,) * size, (1.0,) * size):
+        with pytest.raises(ValueError, match="lengths must hold the tokens of each"):
+            ContextParallel(group, lengths)
+    parallel = ContextParallel(group, (3,) * size)
+    x = torch.randn(1, 3, DIM)
+    with pytest.raises(ValueError, match="x must hold the 3 tokens"):
+        mixers()["softmax"](x[:, 1:], (size, 3), parallel=parallel)
+    with pytest.raises(ValueError, match="grid_size"):
+        mixers()["softmax"](x, (size, 4), parallel=parallel)
+    with pytest.raises(ValueError, match="grid_size .or coords. is needed"):
+        mixers()["softmax"](x, parallel=parallel)
+    with pytest.raises(ValueError, match="not a feature map"):
+        mixers()["softmax"](torch.randn(1, DIM, 3, 1), parallel=parallel)
+    with pytest.raises(ValueError, match="use 'tiled' or 'eager' with parallel"):
+        CBSA(DIM, HEADS, impl="triton")(x, (size, 3), parallel=parallel)
+    heads = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="parallel must be None beside cu_seqlens"):
+        cu = torch.tensor([0, 3])
+        ops.cbsa(heads, heads, cu_seqlens=cu, cu_representatives=cu, parallel=parallel)
+    with pytest.raises(ValueError, match="num_prefix_tokens must be 0 without parallel"):
+        ops.pool_representatives(heads, (3,), 2, num_prefix_tokens=1)
+    with pytest.raises(ValueError, match="no parallel"):
+        CBSA(DIM, HEADS).stages(x, (size, 3), parallel=parallel)
+
+
+# ---- training
+
+
+def trained(model, images, labels, optimizer):
+    losses = []
+    for i in range(5):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images[i]), labels[i])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def check_training(group):
+    """Five steps with data and context parallel, in DDP and FSDP2, are those of one process."""
+    size = group.size()
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "cp"))
+    replicas, replica = size // 2, mesh["dp"].get_local_rank()
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        torch.set_default_dtype(dtype)
+        for wrap in (DistributedDataParallel, sharded):
+            torch.manual_seed(1)
+            model = whitebox()
+            alone = copy.deepcopy(model)
+            images, labels = torch.randn(5, 4, 3, 64, 48), torch.randint(3, (5, 4))
+            expected = trained(alone, images, labels, torch.optim.SGD(alone.parameters(), 0.1))
+            if replicas > 1:  # batch norm then sees the images of all replicas
+                synchronize_batch_norm(model, torch.device("cpu"))
+            wrapped = wrap(parallelize_module(model, mesh["cp"], ContextParallelStyle()))
+            own = slice(4 * replica // replicas, 4 * (replica + 1) // replicas)
+            optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+            losses = trained(wrapped, images[:, own], labels[:, own], optimizer)
+            assert_close(summed(losses) / size, expected, tolerance)
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def check_dropout(group):
+    """What is dropped of the feature is the same on every rank, whatever their seeds."""
+    model = context_parallel(whitebox(drop_rate=0.5, pos_drop_rate=0.1), group)
+    torch.manual_seed(group.rank())
+    logits = model(torch.ones(8, 3, 64, 48))
+    assert all(torch.equal(logits, other) for other in counts(logits.detach(), group.size()))
+    assert not torch.equal(logits[0], logits[1])

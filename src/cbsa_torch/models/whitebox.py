@@ -276,7 +276,7 @@ class WhiteBoxTransformer(nn.Module):
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         take, last = feature_take_indices(len(self.blocks), indices)
         x, (height, width), parallel = self._embed(x)
-        b, found = x.shape[0], []
+        found = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = self._run_block(block, x, (height, width), parallel)
             if i in take:
@@ -285,7 +285,7 @@ class WhiteBoxTransformer(nn.Module):
         prefix = [y[:, :first] for y in found]
         features = [y[:, first:] for y in found]
         if output_fmt == "NCHW":
-            features = [y.reshape(b, height, width, -1).permute(0, 3, 1, 2).contiguous() for y in features]
+            features = [y.unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous() for y in features]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": features}
             if return_prefix_tokens:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cbsa_torch.nn.stem import check_images
 from cbsa_torch.ops.parallel import ContextParallel, gathered, total
 
 
@@ -52,11 +53,11 @@ def embed_band(
     """
     problem, facts, length, grid, rows, pixels = "", {}, 0, (1, 1), slice(0, 0), None
     try:
-        pixels, height = x if isinstance(x, ImageBand) else (x, x.shape[2])
-        grid, rows = (
-            stem.grid_size((height, pixels.shape[3])),
-            _token_rows(stem, (height, pixels.shape[3]), group),
-        )
+        pixels, height = x if isinstance(x, ImageBand) else (x, None)
+        check_images(pixels, stem.in_chans)
+        height = pixels.shape[2] if height is None else height
+        size = (height, pixels.shape[3])
+        grid, rows = stem.grid_size(size), _token_rows(stem, size, group)
         needed = stem.pixel_rows(rows, height)
         if not isinstance(x, ImageBand):
             pixels = x[:, :, needed]
@@ -67,7 +68,7 @@ def embed_band(
             )
         length = (rows.stop - rows.start) * grid[1] + (num_prefix_tokens if group.rank() == 0 else 0)
         facts = {"batch size": pixels.shape[0], "dtype": pixels.dtype, "mode (training)": stem.training}
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     parallel = ContextParallel.of_slice(group, length, grid_size=grid, problem=problem, **facts)
     return stem.embed_band(pixels, rows, height, group), parallel

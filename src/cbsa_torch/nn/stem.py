@@ -85,7 +85,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
-        _check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
         # Channels last is a quarter faster on the CPU. (Under vmap it cannot be asked for by memory_format.)
         return self.proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
@@ -104,7 +104,7 @@ class ConvStem(nn.Module):
             height: of the whole images.
             group: the ranks.
         """
-        _check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         levels = self._levels(rows, height)
         for layer in self.proj:
@@ -236,9 +236,11 @@ class LinearStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
-        _check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
         rows, columns = self.grid_size((x.shape[2], x.shape[3]))
-        x = x.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # (B, C, h, p, w, p)
+        x = x.unflatten(3, (columns, self.patch_size)).unflatten(
+            2, (rows, self.patch_size)
+        )  # (B, C, h, p, w, p)
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (B, h, w, p * p * C), channels last within a patch
         return self.norm2(self.proj(self.norm1(x))).permute(0, 3, 1, 2)
 
@@ -248,7 +250,8 @@ def _check_sizes(**sizes: int) -> None:
         check_positive_int(name, value)
 
 
-def _check_images(x: Tensor, in_chans: int) -> None:
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raise unless ``x`` is ``(B, in_chans, height, width)``."""
     check_floating("images", x)
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(
