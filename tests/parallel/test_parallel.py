@@ -1,6 +1,7 @@
 """Several processes that share the tokens against one that has them all."""
 
 import pytest
+
 from tests.helpers import on_ranks, processes
 
 

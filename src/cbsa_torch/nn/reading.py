@@ -135,11 +135,11 @@ class TokenReader(nn.Module):
             why = "compares every token with every other" if self.compares_tokens else "is not written for it"
             raise ValueError(f"parallel must be None: {name} {why}; use {instead}")
         if self.representatives is not None and not getattr(self.representatives, "takes_parallel", False):
+            kind = type(self.representatives).__name__
             raise ValueError(
-                f"parallel must be None: representatives of {name} ({type(self.representatives).__name__}) need "
-                "all tokens; use 'pool' or 'learned' (for 'principal' LinearCBSA, for 'basis' "
-                "TSSA(form='channel')), or give them takes_parallel = True if they take parallel and "
-                "num_prefix_tokens"
+                f"parallel must be None: representatives of {name} ({kind}) need all tokens; use 'pool' or "
+                "'learned' (for 'principal' LinearCBSA, for 'basis' TSSA(form='channel')), or give them "
+                "takes_parallel = True if they take parallel and num_prefix_tokens"
             )
 
     def _locate_slice(

@@ -122,8 +122,8 @@ def _pool_slice(tokens: Tensor, cells: Cells, first: int, parallel: ContextParal
     parallel.check("tokens", n)
     if tuple(cells.index.shape) != (b, parallel.num_tokens - first):
         raise ValueError(
-            f"coords must be cells of the {parallel.num_tokens - first} tokens of all ranks after {first} prefix "
-            f"tokens, for {b} items, got those of {tuple(cells.index.shape)} (B, N)"
+            f"coords must be cells of the {parallel.num_tokens - first} tokens of all ranks after {first} "
+            f"prefix tokens, for {b} items, got those of {tuple(cells.index.shape)} (B, N)"
         )
     m, start = cells.counts.shape[1], parallel.start - first
     before = min(n, max(0, -start))  # prefix tokens here

@@ -7,9 +7,9 @@ exchanged.
 
 Gradients: what a rank gets out of an exchange depends on the tokens of all ranks, so the gradient of what it
 put in is the sum over ranks of their gradients of what they got. A backward pass therefore differentiates the
-sum of the ranks' losses, and every rank has to run it. Gradients of parameters are to be added up over the ranks
-where each rank's loss is its share, and averaged, as DistributedDataParallel does, where each computes the whole
-loss.
+sum of the ranks' losses, and every rank has to run it. Gradients of parameters are to be added up over the
+ranks where each rank's loss is its share, and averaged, as DistributedDataParallel does, where each computes
+the whole loss.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def merged(
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1) if x.ndim else parts, x.contiguous(), group=group)
+    dist.all_gather(list(parts), x.contiguous(), group=group)
     return parts
 
 

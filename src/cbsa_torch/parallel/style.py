@@ -17,10 +17,11 @@ M = TypeVar("M", bound=nn.Module)
 def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> M:
     """Let the ranks of a group share the tokens of every input of ``model``; in place.
 
-    To be called on every process, before the model is wrapped (DDP, FSDP2, compile). Every rank of a group is then
-    called with the same images, whole or as :class:`ImageBand`, and gets the same logits; every rank has to call
-    backward. Each computes the whole loss, and gradients of parameters are the average over the ranks: that is
-    what DDP and FSDP2 over all processes do. (Sum them instead where losses are shares, such as those of features.)
+    To be called on every process, before the model is wrapped (DDP, FSDP2, compile). Every rank of a group is
+    then called with the same images, whole or as :class:`ImageBand`, and gets the same logits; every rank has
+    to call backward. Each computes the whole loss, and gradients of parameters are to be averaged over the
+    ranks, as DDP and FSDP2 over all processes do. (They are to be summed where losses are shares, such as those
+    of features.)
 
     Args:
         model: what has a method ``set_context_parallel(ranks)``, such as
@@ -28,12 +29,14 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
         ranks: a dimension of a mesh (``mesh["cp"]``) or a process group; None: the model has all tokens again.
 
     Raises:
-        ValueError: on every process, where a layer needs all tokens at once, or processes name groups that differ.
+        ValueError: on every process, where a layer needs all tokens at once, or processes name groups that
+            differ.
         TypeError: another model.
     """
     if not hasattr(model, "set_context_parallel"):
         raise TypeError(
-            f"model must have a method set_context_parallel, as WhiteBoxTransformer has; got {type(model).__name__}"
+            "model must have a method set_context_parallel, as WhiteBoxTransformer has; "
+            f"got {type(model).__name__}"
         )
     if ranks is None:
         model.set_context_parallel(None)  # type: ignore[operator]
@@ -44,7 +47,8 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
         differing = {other: groups[other] for other in members if groups[other] != members}
         if differing:
             raise ValueError(
-                f"ranks must be the same group on all its processes: {members} on process {rank}, but {differing}"
+                f"ranks must be the same group on all its processes: {members} on process {rank}, "
+                f"but {differing}"
             )
     model.set_context_parallel(Ranks(group))  # type: ignore[operator]
     return model

@@ -5,7 +5,8 @@ each its share w_r = exp(lse_r - lse), A_r = w_r P_r. What is M x P is then the 
 contracts it and broadcasts to its tokens. Gradients run back through the same exchange: see
 :mod:`cbsa_torch.ops.parallel`.
 
-``"eager"`` stores P_r; ``"tiled"`` goes over tiles of tokens wherever it needs P_r, and stores nothing of its size.
+``"eager"`` stores P_r; ``"tiled"`` goes over tiles of tokens wherever it needs P_r, and stores nothing of its
+size.
 """
 
 from __future__ import annotations
