@@ -5,20 +5,24 @@ Besides, what models need for it: weights laid out for speed, and batch norms th
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 
 from cbsa_torch.nn.batch_norm import normalize_together
+from cbsa_torch.parallel import context_parallel
 from cbsa_torch.train.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,6 +77,81 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
     # Mixed precision is autocast's, as without sharding: a policy of the plugin would make the weights of batch
     # norms bf16, which torch does not take beside their float32 statistics.
     accelerator.state.fsdp_plugin = plugin
+
+
+class Replicas(NamedTuple):
+    """Groups of processes that see the same images, each process its rows of them (context parallel)."""
+
+    count: int
+    """How many groups there are."""
+    index: int
+    """Which this process is in."""
+    group: torch.distributed.ProcessGroup | None
+    """The processes of this one; None if they share nothing."""
+
+
+def replicas(accelerator: Accelerator, shared: int) -> Replicas:
+    """Groups of ``shared`` neighbouring processes.
+
+    Raises:
+        ConfigError: that does not divide the processes.
+    """
+    processes = accelerator.num_processes
+    if processes % shared:
+        raise ConfigError(
+            f"engine.context_parallel ({shared}) must divide the number of processes, {processes}; start them by "
+            "accelerate launch or torchrun"
+        )
+    if shared == 1:
+        return Replicas(processes, accelerator.process_index, None)
+    mesh = init_device_mesh(accelerator.device.type, (processes // shared, shared), mesh_dim_names=("dp", "cp"))
+    return Replicas(processes // shared, accelerator.process_index // shared, mesh["cp"].get_group())
+
+
+def share_rows(model: nn.Module, replica: Replicas) -> None:
+    """Let the processes of a replica share the rows of images.
+
+    Raises:
+        ConfigError: the model cannot.
+    """
+    if replica.group is None:
+        return
+    try:
+        context_parallel(model, replica.group)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"engine.context_parallel is not for this model: {error}") from error
+
+
+@contextlib.contextmanager
+def whole_images(model: nn.Module) -> Iterator[None]:
+    """Let every process have whole images for a while: evaluation spreads images, not rows."""
+    ranks = getattr(model, "ranks", None)
+    if ranks is None:
+        yield
+        return
+    context_parallel(model, None)
+    try:
+        yield
+    finally:
+        model.set_context_parallel(ranks)  # type: ignore[operator]
+
+
+def prepare_for_replicas(accelerator: Accelerator, loader: DataLoader[Any], replica: Replicas) -> Any:
+    """``accelerator.prepare`` of a loader, for which each replica is one process."""
+    if replica.group is None:
+        return accelerator.prepare(loader)
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=replica.count,
+        process_index=replica.index,
+        put_on_device=accelerator.device_placement,
+        rng_types=list(accelerator.rng_types or ()),
+        dispatch_batches=accelerator.dispatch_batches,
+        even_batches=accelerator.even_batches,
+        use_seedable_sampler=accelerator.use_seedable_sampler,
+        data_seed=accelerator.dataloader_config.data_seed,
+    )
 
 
 def use_separate_generator(loader: DataLoader[Any]) -> None:
