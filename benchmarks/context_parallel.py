@@ -4,8 +4,8 @@
 
 Bytes are counted by wrapping the collectives, forward and backward apart. Time is that of forward and backward
 of one layer, the median of some repetitions; memory is the largest resident set of any process over that
-before. One process (without torchrun) is the layer as it is. Processes of one machine share its cores and memory
-bandwidth: figures of time say what the exchange costs, not what a cluster gains.
+before. One process (without torchrun) is the layer as it is. Processes of one machine share its cores and
+memory bandwidth: figures of time say what the exchange costs, not what a cluster gains.
 """
 
 from __future__ import annotations

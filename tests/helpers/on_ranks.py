@@ -33,7 +33,7 @@ N = PREFIX + GRID[0] * GRID[1]
 
 def main(names):
     """Make the checks of these names, one after the other, in one group of processes."""
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     for name in names:
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32)

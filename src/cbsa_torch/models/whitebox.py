@@ -220,17 +220,18 @@ class WhiteBoxTransformer(nn.Module):
         return tokens, grid_size
 
     def _embed(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int], ContextParallel | None]:
+        parallel = None
         if self.ranks is not None:
             x, parallel = embed_band(self.stem, x, self.ranks.group, self.num_prefix_tokens)
-            whole = parallel.grid_size
         elif isinstance(x, ImageBand):
             raise TypeError(
                 "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"
             )
         else:
-            x, parallel = self.stem(pin_size("height and width of images", x)), None  # (B, D, h, w)
-            whole = (x.shape[2], x.shape[3])
-        grid_size = (x.shape[2], x.shape[3])
+            x = self.stem(pin_size("height and width of images", x))  # (B, D, h, w)
+        assert isinstance(x, Tensor), "embedded"
+        grid_size: tuple[int, int] = (x.shape[2], x.shape[3])
+        whole: Any = grid_size if parallel is None else parallel.grid_size
         x = x.flatten(2).transpose(1, 2)  # (B, h * w, D)
         prefix, pos_embed = self.cls_token.expand(x.shape[0], -1, -1), self._resampled_pos_embed(whole)
         if parallel is not None:

@@ -51,16 +51,17 @@ def embed_band(
     Raises:
         ValueError: on every rank, where images do not fit or differ between ranks.
     """
-    problem, facts, length, grid, rows, pixels = "", {}, 0, (1, 1), slice(0, 0), None
+    problem, length, grid, rows, height = "", 0, (1, 1), slice(0, 0), 1
+    facts: dict[str, Any] = {}
+    pixels: Any = x.pixels if isinstance(x, ImageBand) else x
     try:
-        pixels, height = x if isinstance(x, ImageBand) else (x, None)
         check_images(pixels, stem.in_chans)
-        height = pixels.shape[2] if height is None else height
+        height = x.height if isinstance(x, ImageBand) else pixels.shape[2]
         size = (height, pixels.shape[3])
         grid, rows = stem.grid_size(size), _token_rows(stem, size, group)
         needed = stem.pixel_rows(rows, height)
         if not isinstance(x, ImageBand):
-            pixels = x[:, :, needed]
+            pixels = pixels[:, :, needed]
         elif pixels.shape[2] != needed.stop - needed.start:
             raise ValueError(
                 f"pixels of the ImageBand must be the rows {needed.start} to {needed.stop} of the images, "
@@ -104,7 +105,8 @@ def pool_over_ranks(x: Tensor, pool_type: str, num_prefix_tokens: int, group: di
 
 def drop_alike(dropout: nn.Module, x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Drop the same of ``x`` on every rank: what the first rank draws."""
-    if not (dropout.training and getattr(dropout, "p", 0)):
-        return dropout(x)
-    drawn = dropout(torch.ones_like(x)).detach()
+    if not (dropout.training and getattr(dropout, "p", False)):
+        undropped: Tensor = dropout(x)
+        return undropped
+    drawn: Tensor = dropout(torch.ones_like(x)).detach()
     return x * total(drawn if group.rank() == 0 else torch.zeros_like(drawn), group)

@@ -430,13 +430,15 @@ class TokenMixer(TokenReader, abc.ABC):
         assert self.representatives is not None, "for mixers that made them"
         source, tokens, place, mask = heads.source, heads.queries, None, heads.source.token_mask
         if source.parallel is not None:
-            place = source.grid_size
+            strategy: Any = self.representatives
+            where: Any = source.grid_size if self.needs_grid else None
             if self.needs_grid and source.coords is not None:
-                place = source.coords.cells(self.representatives.num_representatives)  # type: ignore[attr-defined]
+                where = source.coords.cells(strategy.num_representatives)
             first = self._first_represented(source)
-            return self.representatives(  # type: ignore[call-arg]
-                tokens, place, mask, parallel=source.parallel, num_prefix_tokens=first
+            shared: Representatives = strategy(
+                tokens, where, mask, parallel=source.parallel, num_prefix_tokens=first
             )
+            return shared
         if self.needs_grid:
             first = self._first_represented(source)
             if source.coords is None:

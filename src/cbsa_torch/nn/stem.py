@@ -107,13 +107,15 @@ class ConvStem(nn.Module):
         check_images(x, self.in_chans)
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         levels = self._levels(rows, height)
-        for layer in self.proj:
+        layers: Any = self.proj
+        for layer in layers:
             if isinstance(layer, nn.GELU):
                 x = layer(x)
                 continue
             (given, _), (needed, own), *_ = levels
             levels = levels[1:]
-            conv, norm = layer if isinstance(layer, nn.Sequential) else (layer, None)
+            parts: tuple[Any, Any] = (layer[0], layer[1]) if isinstance(layer, nn.Sequential) else (layer, None)
+            conv, norm = parts
             together = isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
             called = conv if together else layer
             if x.shape[2]:

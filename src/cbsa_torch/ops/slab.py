@@ -20,7 +20,7 @@ class Slab(NamedTuple):
     """Those that the tokens lie in."""
     before: int
     """The rank's tokens that stand before the grid."""
-    count: int
+    inside: int
     """Those in it."""
     after: int
     """Those after it."""
@@ -36,12 +36,12 @@ class Slab(NamedTuple):
 
     def cover(self, tokens: Tensor) -> Tensor:
         """``(B, n, D)`` of the rank as ``(B, *shape, D)``, zero where others' tokens are."""
-        inside = tokens[:, self.before : self.before + self.count]
-        return F.pad(inside, (0, 0, self.front, self.back)).unflatten(1, self.shape)
+        own = tokens[:, self.before : self.before + self.inside]
+        return F.pad(own, (0, 0, self.front, self.back)).unflatten(1, self.shape)
 
     def take(self, slab: Tensor) -> Tensor:
         """``(B, *shape, D)`` for the rank's tokens ``(B, n, D)``, zero for those outside of the grid."""
-        flat = slab.flatten(1, -2)[:, self.front : self.front + self.count]
+        flat = slab.flatten(1, -2)[:, self.front : self.front + self.inside]
         return F.pad(flat, (0, 0, self.before, self.after))
 
 

@@ -135,7 +135,7 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
     check_optimizer(config.optim, accelerator.device)
     set_seed(config.seed)
     replica = replicas(accelerator, config.engine.context_parallel)
-    batch_size = _batch_per_process(config, replica.count)
+    batch_size = _batch_per_process(config, replica.number)
 
     continued = not config.overwrite and bool(folder.states().paths())
     setup = task.open(folder.skipped, continued=continued)
@@ -149,7 +149,7 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
     optimizer = make_optimizer(model, config.optim, setup.lr_scales, sharded=config.engine.fsdp)
     train_loader = task.training_loader(setup, batch_size)
     use_separate_generator(train_loader)
-    _check_loader(train_loader, batch_size, replica.count)
+    _check_loader(train_loader, batch_size, replica.number)
     share_rows(model, replica)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder
@@ -314,8 +314,8 @@ def _batch_per_process(config: RunConfig, processes: int) -> int:
     parts = processes * config.engine.accumulate
     if config.optim.batch_size % parts:
         raise ConfigError(
-            f"optim.batch_size ({config.optim.batch_size}) must be divisible by processes (or groups of context "
-            f"parallel) x accumulation steps ({processes} x {config.engine.accumulate})"
+            f"optim.batch_size ({config.optim.batch_size}) must be divisible by processes (groups of them in "
+            f"context parallel) x accumulation steps ({processes} x {config.engine.accumulate})"
         )
     return config.optim.batch_size // parts
 

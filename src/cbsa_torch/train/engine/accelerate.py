@@ -82,9 +82,9 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
 class Replicas(NamedTuple):
     """Groups of processes that see the same images, each process its rows of them (context parallel)."""
 
-    count: int
+    number: int
     """How many groups there are."""
-    index: int
+    own: int
     """Which this process is in."""
     group: torch.distributed.ProcessGroup | None
     """The processes of this one; None if they share nothing."""
@@ -99,8 +99,8 @@ def replicas(accelerator: Accelerator, shared: int) -> Replicas:
     processes = accelerator.num_processes
     if processes % shared:
         raise ConfigError(
-            f"engine.context_parallel ({shared}) must divide the number of processes, {processes}; start them by "
-            "accelerate launch or torchrun"
+            f"engine.context_parallel ({shared}) must divide the number of processes, {processes}; start them "
+            "by accelerate launch or torchrun"
         )
     if shared == 1:
         return Replicas(processes, accelerator.process_index, None)
@@ -143,8 +143,8 @@ def prepare_for_replicas(accelerator: Accelerator, loader: DataLoader[Any], repl
     return prepare_data_loader(
         loader,
         accelerator.device,
-        num_processes=replica.count,
-        process_index=replica.index,
+        num_processes=replica.number,
+        process_index=replica.own,
         put_on_device=accelerator.device_placement,
         rng_types=list(accelerator.rng_types or ()),
         dispatch_batches=accelerator.dispatch_batches,
