@@ -138,6 +138,20 @@ def note(text):
         raise AssertionError(f"{text}: {error}") from error
 
 
+def check_compiled(group):
+    """A mixer compiles as a whole, exchanges and all."""
+    torch.set_default_dtype(torch.float64)
+    mixer = mixers()["softmax"]
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    parallel = ContextParallel(group, partitions(group.size())[0])
+    x = torch.randn(2, parallel.length, DIM)
+    expected, actual = (
+        differentiated(m, x, torch.ones_like(x), GRID, parallel=parallel) for m in (mixer, compiled)
+    )
+    assert_close(actual[0], expected[0], 1e-12)
+    assert_close(actual[1], expected[1], 1e-12)
+
+
 def check_coordinates(group):
     """Cells are those of all tokens."""
     torch.set_default_dtype(torch.float64)

@@ -8,7 +8,7 @@ from tests.helpers import on_ranks, processes
 @pytest.mark.parametrize(
     ("ranks", "checks"),
     [
-        (2, "models training dropout coordinates"),
+        (2, "models training dropout coordinates compiled"),
         (3, "mixers operator exchanges errors"),
         (4, "models errors training"),
     ],

@@ -32,7 +32,7 @@ def normalize_together(
         norm.num_batches_tracked += 1
         momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean.detach().to(norm.running_mean), momentum)
-        unbiased = variance.detach() * (float(count) / max(float(count) - 1, 1))  # as torch has it
+        unbiased = variance.detach() * (count / (count - 1).clamp(min=1))  # as torch has it
         norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
     normalized = centered * (variance + norm.eps).rsqrt().view(1, -1, 1, 1)
     if norm.affine:

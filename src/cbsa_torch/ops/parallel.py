@@ -123,6 +123,7 @@ class ContextParallel:
         return length
 
 
+@torch.compiler.disable
 def agree(group: dist.ProcessGroup | None, own: Any, problem: str = "", **same: Any) -> list[Any]:
     """Tell the other ranks something, and make sure that all can go on; every rank is to call it.
 

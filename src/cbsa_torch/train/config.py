@@ -332,7 +332,7 @@ def check_config(config: RunConfig) -> None:
         (shared >= 1, "engine.context_parallel must be at least 1", shared),
         (
             shared == 1 or not config.engine.compile,
-            "engine.context_parallel must be 1 with engine.compile, which would break at every exchange",
+            "engine.context_parallel must be 1 with engine.compile: both together are not tried yet",
             shared,
         ),
         (keep >= 1, "engine.keep_states must be at least 1", keep),
