@@ -28,12 +28,13 @@ LAYERS = {
     "_core": Layer(""),
     "ops": Layer("_core", "triton"),
     "nn": Layer("ops _core"),
+    "parallel": Layer("nn ops _core"),
     "images": Layer("_core", "numpy PIL"),
     "models": Layer("nn ops _core", "timm safetensors huggingface_hub"),
     "interpret": Layer("images nn ops _core", "numpy PIL matplotlib jinja2"),
     "bench": Layer("models nn ops _core", "timm matplotlib nystrom_attention"),
     "train": Layer(
-        "images models nn ops _core",
+        "images models parallel nn ops _core",
         "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich tyro h5py",
     ),
     "cli": Layer(

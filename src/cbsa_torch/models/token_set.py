@@ -75,8 +75,8 @@ class TokenSetTransformer(nn.Module):
         recompute: keep only the input of every layer for the backward pass, N * dim numbers, and compute the
             rest again there.
         device, dtype: of the parameters.
-        **mixer_args: of the mixer, e.g. ``num_representatives``. CBSA has ``step="certified"`` here unless it is
-            given: the weights of a set of N tokens in a representative add up to 1, so that a free step, of any
+        **mixer_args: of the mixer, e.g. ``num_representatives``. CBSA has ``step="certified"`` here unless
+            told otherwise: the weights of a set of N tokens in a representative add up to 1, so that a free step, of any
             learned size, moves each token by about M / N, and nothing reaches the class token of a large set.
             The limit of the certified step grows with N.
 

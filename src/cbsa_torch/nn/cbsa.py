@@ -93,6 +93,8 @@ class CBSA(TokenMixer):
         output has the layout of the input.
     """
 
+    shards = True
+
     def __init__(
         self,
         dim: int,
@@ -211,6 +213,7 @@ class CBSA(TokenMixer):
                 "representatives must set gives_attention = True if and only if they return an attention, "
                 f"got {'none' if chosen.attention is None else 'one'}"
             )
+        parallel = heads.source.parallel
         if self.step_logit is not None:
             eta = 1.0 if self.step_representatives is None else self.step_representatives
             return certified_inputs(
@@ -220,7 +223,8 @@ class CBSA(TokenMixer):
                 eps=self.eps,
                 step_representatives=eta,
                 token_mask=heads.source.token_mask,
-                num_prefix_tokens=self._first_represented(heads.source),
+                num_prefix_tokens=0 if parallel is not None else self._first_represented(heads.source),
+                parallel=parallel,
             )
         assert self.step_tokens is not None
         options: dict[str, Any] = {
@@ -229,6 +233,7 @@ class CBSA(TokenMixer):
             "eps": self.eps,
             "token_mask": heads.source.token_mask,
             "representative_mask": chosen.mask,
+            "parallel": parallel,
         }
         if chosen.attention is not None:
             return cbsa_inputs(heads.queries, chosen.values, attention=chosen.attention, **options)

@@ -164,6 +164,8 @@ class EngineConfig:
     """torch.compile the model."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
+    context_parallel: int = 1
+    """Processes that share the rows of every training image; their number must divide that of all."""
     save_steps: int | None = field(default=None, metadata=UNCOMPARED)
     """Save the state also every this many optimiser steps, besides after every epoch."""
     keep_states: int = field(default=2, metadata=UNCOMPARED)
@@ -305,6 +307,7 @@ def check_config(config: RunConfig) -> None:
                 raise ConfigError(f"{key} must be finite, got {item}")
     optim, ema = config.optim, config.optim.ema_decay
     threads, every, keep = config.engine.threads, config.engine.save_steps, config.engine.keep_states
+    shared = config.engine.context_parallel
     size, model = config.model.image_size, config.model
     check_rules([
         (0 <= config.seed < 2**31, "seed must be in [0, 2**31)", config.seed),
@@ -332,6 +335,12 @@ def check_config(config: RunConfig) -> None:
         (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
         (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
+        (shared >= 1, "engine.context_parallel must be at least 1", shared),
+        (
+            shared == 1 or not config.engine.compile,
+            "engine.context_parallel must be 1 with engine.compile: both together are not tried yet",
+            shared,
+        ),
         (keep >= 1, "engine.keep_states must be at least 1", keep),
         (every is None or every >= 1, "engine.save_steps must be at least 1", every),
         (
