@@ -76,9 +76,9 @@ class TokenSetTransformer(nn.Module):
             rest again there.
         device, dtype: of the parameters.
         **mixer_args: of the mixer, e.g. ``num_representatives``. CBSA has ``step="certified"`` here unless
-            told otherwise: the weights of a set of N tokens in a representative add up to 1, so that a free step, of any
-            learned size, moves each token by about M / N, and nothing reaches the class token of a large set.
-            The limit of the certified step grows with N.
+            told otherwise: the weights of N tokens in a representative add up to 1, so that a free step, of
+            any learned size, moves each token by about M / N, and little reaches the class token of a large
+            set. The limit of the certified step grows with N.
 
     Shape:
         ``(B, N, in_dim)`` -> ``(B, num_classes)``, or, with ``cu_seqlens``, ``(1, N_1 + ... + N_B, in_dim)`` ->
