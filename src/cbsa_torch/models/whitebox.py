@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.tracing import pin_size
-from cbsa_torch._core.types import Residual
+from cbsa_torch._core.types import GridSize, Residual
+from cbsa_torch.models.packed_images import PackedImages
 from cbsa_torch.models.resize import resize
-from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
+from cbsa_torch.nn import CBSA, ConvStem, LinearStem, Packing, ResidualBlock, WhiteBoxBlock
 
 Mixer = Callable[..., nn.Module]
 """Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
@@ -57,6 +58,11 @@ class WhiteBoxTransformer(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, num_classes)``.
+
+    A list of images ``(in_chans, height, width)`` of any sizes goes through it as one packed batch, without
+    padding: every image gets what it would get alone. Where a batch has a result ``(B, ...)``, a list has a list
+    of them, one for each image; logits are ``(B, num_classes)`` for both. In training, batch norms of the stem see the
+    pixels of all images together, and the layers' part is not compiled.
     """
 
     def __init__(
@@ -195,20 +201,30 @@ class WhiteBoxTransformer(nn.Module):
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``."""
-        x = self.stem(pin_size("height and width of images", x))  # (B, D, h, w)
+        return self._add_positions(self.stem(pin_size("height and width of images", x)))
+
+    def _add_positions(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """A map ``(B, D, h, w)`` to tokens."""
         grid_size = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)  # (B, h * w, D)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x + self._resampled_pos_embed(grid_size)), grid_size
 
-    def _run_block(self, block: nn.Module, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    def _pack(self, images: Sequence[Tensor]) -> PackedImages:
+        def embed(batches: list[Tensor]) -> list[tuple[Tensor, GridSize]]:
+            return [self._add_positions(x) for x in self.stem.forward_list(batches)]
+
+        return PackedImages(images, embed, self.num_prefix_tokens)
+
+    def _run_block(self, block: nn.Module, x: Tensor, *place: Any) -> Tensor:
+        """A layer, called with a grid, or with what :func:`_packed` gives."""
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, grid_size)
-        return block(x, grid_size)
+            return checkpoint(block, x, *place)
+        return block(x, *place)
 
     def forward_intermediates(
         self,
-        x: Tensor,
+        x: Tensor | Sequence[Tensor],
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -220,7 +236,7 @@ class WhiteBoxTransformer(nn.Module):
         """Features of chosen layers; arguments and results as in timm's VisionTransformer.
 
         Args:
-            x: images.
+            x: images, or a list of them: every feature map is then a list, one for each image.
             indices: the last n layers if an int, all if None, else these.
             return_prefix_tokens: also return the class token of each.
             norm: apply the final norm to each.
@@ -231,28 +247,45 @@ class WhiteBoxTransformer(nn.Module):
         """
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         take, last = feature_take_indices(len(self.blocks), indices)
-        b = x.shape[0]
-        x, (height, width) = self.embed(x)
+        packed = self._pack(x) if isinstance(x, (list, tuple)) else None
+        x, *place = self.embed(x) if packed is None else _packed(packed)
         found = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x, (height, width))
+            x = self._run_block(block, x, *place)
             if i in take:
                 found.append(self.norm(x) if norm else x)
-        prefix = [y[:, : self.num_prefix_tokens] for y in found]
-        features = [y[:, self.num_prefix_tokens :] for y in found]
-        if output_fmt == "NCHW":
-            features = [y.reshape(b, height, width, -1).permute(0, 3, 1, 2).contiguous() for y in features]
+        features, prefix = [], []
+        for y in found:
+            if packed is None:
+                maps, tokens = self._split_features(y, place[0], output_fmt)
+            else:
+                pairs = zip(packed.split(y), packed.grids, strict=True)
+                each = [self._split_features(one[None], grid, output_fmt) for one, grid in pairs]
+                maps, tokens = ([part[0] for part in parts] for parts in zip(*each, strict=True))
+            features.append(maps)
+            prefix.append(tokens)
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": features}
             if return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self.norm(x)
+                result["image_features"] = self._normed(x, packed)
             return result
         intermediates: list[Any] = (
             list(zip(features, prefix, strict=True)) if return_prefix_tokens else features
         )
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        return intermediates if intermediates_only else (self._normed(x, packed), intermediates)
+
+    def _normed(self, x: Tensor, packed: PackedImages | None) -> Any:
+        x = self.norm(x)
+        return x if packed is None else packed.split(x)
+
+    def _split_features(self, y: Tensor, grid_size: GridSize, output_fmt: str) -> tuple[Tensor, Tensor]:
+        """The patches of tokens ``(B, N, D)`` as a map or as tokens, and their prefix tokens."""
+        prefix, patches = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
+        if output_fmt == "NCHW":
+            patches = patches.unflatten(1, grid_size).permute(0, 3, 1, 2).contiguous()
+        return patches, prefix
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -266,26 +299,42 @@ class WhiteBoxTransformer(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``."""
-        x, grid_size = self.embed(x)
+    def forward_features(self, x: Any) -> Any:
+        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``; a list of images to a list of tokens."""
+        packed = self._pack(x) if isinstance(x, (list, tuple)) else None
+        x, *place = self.embed(x) if packed is None else _packed(packed)
         for block in self.blocks:
-            x = self._run_block(block, x, grid_size)
-        return self.norm(x)
+            x = self._run_block(block, x, *place)
+        return self._normed(x, packed)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens to one feature per image."""
         pool_type = self.global_pool if pool_type is None else pool_type
         return global_pool_nlc(x, pool_type=pool_type, num_prefix_tokens=self.num_prefix_tokens)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits (or, ``pre_logits``, to the features before the linear head)."""
-        x = self.head_drop(self.pool(x))
-        return x if pre_logits else self.head(x)
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Any:
+        """Tokens to logits (or, ``pre_logits``, to the features before the linear head).
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images to logits."""
-        return self.forward_head(self.forward_features(x))
+        A list of tokens of images gives one tensor, too, unless tokens are not pooled.
+        """
+        if isinstance(x, (list, tuple)):
+            if not self.global_pool:
+                return [self.forward_head(tokens[None], pre_logits)[0] for tokens in x]
+            pooled = torch.cat([self.pool(tokens[None]) for tokens in x])
+        else:
+            pooled = self.pool(x)
+        pooled = self.head_drop(pooled)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Images, or a list of images of any sizes, to logits."""
+        logits: Tensor = self.forward_head(self.forward_features(x))
+        return logits
+
+
+def _packed(packed: PackedImages) -> tuple[Tensor, None, None, None, Packing]:
+    """The row, and the other arguments of layers."""
+    return packed.row, None, None, None, packed.packing
 
 
 def _check_num_classes(num_classes: int) -> None:
