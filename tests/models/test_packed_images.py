@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 
-
 import cbsa_torch.models  # noqa: F401  (registers our models with timm)
 from cbsa_torch.nn import ConvStem
 from tests.helpers.compare import assert_close

@@ -26,8 +26,8 @@ class PackedImages:
         embed: embeds batches of images of equal sizes.
 
     Attributes:
-        row: ``(1, T, D)``. packing: where the images are in it, for all layers. grids: of the images, in the order
-            in which they were given.
+        row: ``(1, T, D)``. packing: where the images are in it, for all layers. grids: of the images, in the
+            order in which they were given.
 
     Raises:
         ValueError: no images, or some that are not ``(C, height, width)``.

@@ -60,9 +60,9 @@ class WhiteBoxTransformer(nn.Module):
         ``(B, in_chans, height, width)`` -> ``(B, num_classes)``.
 
     A list of images ``(in_chans, height, width)`` of any sizes goes through it as one packed batch, without
-    padding: every image gets what it would get alone. Where a batch has a result ``(B, ...)``, a list has a list
-    of them, one for each image; logits are ``(B, num_classes)`` for both. In training, batch norms of the stem see the
-    pixels of all images together, and the layers' part is not compiled.
+    padding: every image gets what it would get alone. Where a batch has a result ``(B, ...)``, a list has a
+    list of them, one for each image; logits are ``(B, num_classes)`` for both. In training, batch norms of the
+    stem see the pixels of all images together. ``torch.compile`` leaves the layers as they are then.
     """
 
     def __init__(
