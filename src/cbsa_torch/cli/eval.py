@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from cbsa_torch.cli.options import OtherOptions, at_least, open_on, parse
+from cbsa_torch.cli.options import OtherOptions, SizeOptions, at_least, open_on, parse, with_data
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.tasks.base import WindowOptions
 
 
 @dataclass
-class _EvalArgs(OtherOptions, WindowOptions):
+class _EvalArgs(OtherOptions, SizeOptions, WindowOptions):
     """Evaluate a trained model; writes eval_<split>.json beside the checkpoint."""
 
     checkpoint: str = "runs/digits"
@@ -35,13 +34,13 @@ def run(args: list[str]) -> None:
     at_least(0, max_bad_images=options.max_bad_images)
     at_least(1, batch_size=options.batch_size)
     trained = open_on(options.checkpoint, options, options.split)
-    data: Any = trained.config.data  # of the task
+    changes = options.changes()
     if options.max_bad_images is not None:
-        data = dataclasses.replace(data, max_bad_images=options.max_bad_images)
+        changes["max_bad_images"] = options.max_bad_images
+    trained = with_data(trained, changes)
     result = evaluate_checkpoint(
         trained.fused(),
         split=options.split,
-        data=data,
         batch_size=options.batch_size,
         windows=options,
         output=options.output,

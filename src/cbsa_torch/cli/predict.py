@@ -9,14 +9,14 @@ from pathlib import Path
 import tyro
 
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.cli.options import OtherOptions, open_on, parse
+from cbsa_torch.cli.options import OtherOptions, SizeOptions, open_on, parse, with_data
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.tasks.base import PredictOptions
 
 
 @dataclass
-class _PredictArgs(OtherOptions, PredictOptions):
+class _PredictArgs(OtherOptions, SizeOptions, PredictOptions):
     """Classify or segment image files."""
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -40,7 +40,7 @@ def run(args: list[str]) -> None:
     trained = open_on(options.checkpoint, options)
     if "config" in trained.info and (options.root, options.data) != (None, None):
         raise ConfigError(f"{options.checkpoint} says its classes: leave out --root and --data")
-    trained = trained.fused()
+    trained = with_data(trained, options.changes()).fused()
     predictions = trained.task.predict(trained, options.images, options)
     table = number_table("image", "class", trained.task.share_title, left=2)
     for prediction in predictions:
