@@ -50,7 +50,7 @@ class Cells(NamedTuple):
     Made by ``ops.find_cells``.
     """
 
-    index: Tensor
+    cell: Tensor
     """``(B, N)`` int64, the cell of each token: 0 to M - 1, or M for a masked token, which is in none."""
     counts: Tensor
     """``(B, M)`` int64, the real tokens in each cell; 0 at the end, where an item has fewer cells."""

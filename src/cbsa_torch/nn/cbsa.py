@@ -51,10 +51,11 @@ class CBSA(TokenMixer):
         num_representatives: M of ``"pool"`` (the grid closest in aspect with at most this many cells, never
             more than there are tokens) and of ``"learned"``. Default: 64. The other kinds make as many as they
             make, and refuse it.
-        representatives: ``"pool"`` (over the tokens' grid), ``"learned"`` (parameters; no grid needed),
-            ``"tokens"`` (all of them: MSSA (9), O(N^2)), ``"principal"`` (principal directions: with the exact
-            contraction, linear attention (12)), ``"basis"`` (the standard basis: channel attention (13)), or
-            a function or module of your own: see :mod:`cbsa_torch.nn.representatives`.
+        representatives: ``"pool"`` (over the tokens' grid or, with ``coords``, the occupied cells of a
+            lattice), ``"learned"`` (parameters; no grid needed), ``"tokens"`` (all of them: MSSA (9), O(N^2)),
+            ``"principal"`` (principal directions: with the exact contraction, linear attention (12)),
+            ``"basis"`` (the standard basis: channel attention (13)), or a function or module of your own: see
+            :mod:`cbsa_torch.nn.representatives`.
         step: ``"free"``: kappa is learned, any sign. ``"certified"``: for every input and in every head, the
             coding rate of the representatives provably does not rise, see
             :func:`cbsa_torch.ops.certified_cbsa`. That needs ``contraction="exact"``, ``tied`` and

@@ -24,6 +24,7 @@ from cbsa_torch._core.types import (
     LAYOUTS,
     QKV,
     QKVS,
+    Cells,
     GridSize,
     Layout,
     RepresentativeKind,
@@ -290,8 +291,8 @@ class TokenMixer(TokenReader, abc.ABC):
                 need no coordinates. Or a :class:`cbsa_torch.nn.Coordinates`, which all layers of a model share.
                 With ``cu_seqlens`` ``(T', k)``.
             cu_seqlens: ``(S + 1,)`` int32 or int64, 0 and where each sequence ends: every one is mixed as
-                it would be alone, without padding. Or a :class:`cbsa_torch.nn.Packing`, which all layers of a model
-                share.
+                it would be alone, without padding. Or a :class:`cbsa_torch.nn.Packing`, which all layers of a
+                model share.
             grid_sizes: the grid of each sequence.
 
         Returns:
@@ -418,7 +419,8 @@ class TokenMixer(TokenReader, abc.ABC):
     def _represent(self, heads: Heads) -> Representatives:
         """Representatives of the grid tokens, or of all tokens if the strategy needs no grid."""
         assert self.representatives is not None, "for mixers that made them"
-        source, tokens, place, mask = heads.source, heads.queries, None, heads.source.token_mask
+        source, tokens, mask = heads.source, heads.queries, heads.source.token_mask
+        place: GridSize | Cells | None = None
         if self.needs_grid:
             first = self._first_represented(source)
             if source.coords is None:

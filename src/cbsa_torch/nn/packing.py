@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +25,15 @@ from cbsa_torch.ops.pooling import check_grid
 class Group(NamedTuple):
     """Sequences that are alike."""
 
-    count: int
+    size: int
+    """How many they are."""
     length: int
     """Tokens of each, with its prefix."""
     rows: Rows
     """Where they are in the row."""
     grid_size: GridSize | None
     coords: Coordinates | None
-    """``(count, length - prefix, k)``."""
+    """``(size, length - prefix, k)``."""
 
 
 class Packing:
@@ -127,18 +128,18 @@ class Packing:
             for part in (heads.queries, heads.keys, heads.values):
                 if id(part) not in parts:
                     taken = take_rows(part[0].transpose(0, 1), group.rows)  # (tokens, H, P)
-                    parts[id(part)] = taken.unflatten(0, (group.count, group.length)).transpose(1, 2)
+                    parts[id(part)] = taken.unflatten(0, (group.size, group.length)).transpose(1, 2)
             queries, keys, values = (parts[id(part)] for part in (heads.queries, heads.keys, heads.values))
-            x = take_rows(heads.source.x[0], group.rows).unflatten(0, (group.count, group.length))
+            x = take_rows(heads.source.x[0], group.rows).unflatten(0, (group.size, group.length))
             yield group, Heads(heads.source._replace(x=x), queries, keys, values, heads.basis)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The row ``(tokens, C)`` of the groups' ``(count, length, C)``."""
+        """The row ``(tokens, C)`` of the groups' ``(size, length, C)``."""
         return join_rows([part.flatten(0, 1) for part in parts], [group.rows for group in self.groups])
 
 
 def read_packed(
-    x: Tensor,
+    x: Any,
     dim: int,
     cu_seqlens: Tensor | Packing | None,
     grid_sizes: Sequence[GridSize] | None,
@@ -177,14 +178,14 @@ def read_packed(
     return rows, packing
 
 
-def restore_packed(rows: Tensor, like: Tensor) -> Tensor:
+def restore_packed(rows: Tensor, like: Any) -> Tensor:
     """A row ``(T, C)`` in the layout of a mixer's input: nested, with an axis before, or as it is."""
     if like.is_nested:
         return torch.nested.nested_tensor_from_jagged(rows, offsets=like.offsets())
     return rows[None] if like.ndim == 3 else rows
 
 
-def _offsets(name: str, nested: Tensor) -> Tensor:
+def _offsets(name: str, nested: Any) -> Tensor:
     if nested.layout != torch.jagged or nested.lengths() is not None or nested.dim() != 3:
         raise ValueError(
             f"{name} must be a contiguous nested tensor (B, tokens, channels) of layout torch.jagged, "

@@ -98,11 +98,11 @@ def pool_by_coordinates(
         raise ValueError("num_representatives is required with coords that are a tensor")
     else:
         cells = find_cells(coords, num_representatives, token_mask=token_mask)
-    if tuple(cells.index.shape) != (b, n):
+    if tuple(cells.cell.shape) != (b, n):
         raise ValueError(
-            f"coords must be of the {n} tokens of {b} items, got those of {tuple(cells.index.shape)} (B, N)"
+            f"coords must be of the {n} tokens of {b} items, got those of {tuple(cells.cell.shape)} (B, N)"
         )
-    check_device("coords", cells.index, "tokens", tokens)
+    check_device("coords", cells.cell, "tokens", tokens)
     rows = tokens.transpose(1, 2).reshape(b, n, h * p)
     values = mean_of_cells(rows, cells).view(b, cells.counts.shape[1], h, p).transpose(1, 2)
     return Representatives(values, cells.mask, token_weights=CellPooling(cells))
@@ -157,6 +157,8 @@ def _spread(rows: Tensor, index: Tensor, counts: Tensor, order: Tensor) -> Tenso
     return shares.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
+CHUNK = 256
+"""Rows that are summed at a time."""
 _CELLS = "Tensor index, Tensor counts, Tensor order"
 
 
@@ -168,11 +170,13 @@ def _mean_op(rows: Tensor, index: Tensor, counts: Tensor, order: Tensor) -> Tens
     (b, n, c), m = rows.shape, counts.shape[1]
     if b * n == 0:
         return rows.new_zeros(b, m, c)
-    first = n * torch.arange(b, device=rows.device)[:, None]
-    bags = F.pad(counts.cumsum(-1), (1, 0))  # (B, M + 1): the last bag of an item holds its masked tokens
-    sums = F.embedding_bag(
-        (order + first).flatten(), rows.reshape(b * n, c), (bags + first).flatten(), mode="sum"
-    )
+    # In two steps, by CHUNK rows and by cells: long sums in float32 lose digits, and on CUDA are slow.
+    item = n * torch.arange(b, device=rows.device)[:, None]
+    cells = (F.pad(counts.cumsum(-1), (1, 0)) + item).flatten()  # where they start: M, and one of masked tokens
+    chunks = torch.cat([cells, torch.arange(0, b * n, CHUNK, device=rows.device)]).sort().values
+    sums = F.embedding_bag((order + item).flatten(), rows.reshape(b * n, c), chunks, mode="sum")
+    numbers = torch.arange(len(chunks), device=rows.device)
+    sums = F.embedding_bag(numbers, sums, torch.searchsorted(chunks, cells), mode="sum")
     return sums.view(b, m + 1, c)[:, :m] / counts.clamp(min=1)[..., None]
 
 

@@ -188,12 +188,12 @@ def closest_lattice(box: Box, budget: int) -> tuple[int, ...]:
         axis = len(sides)
         if axis == len(axes) - 1:
             lattice = [1] * len(box.lengths)
-            for a, side in zip(axes, (*sides, min(room, most[axis])), strict=True):
+            for a, side in zip(axes, (*sides, min(room, int(most[axis]))), strict=True):
                 lattice[a] = side
             ratios = [lattice[a] / box.lengths[a] for a in axes]
             best = min(best, (max(ratios) / min(ratios) / math.prod(lattice) ** 2, tuple(lattice)))
             return
-        limit = min(room, most[axis])
+        limit = min(room, int(most[axis]))
         start = min(int(_real_sides(sides, lengths, most, budget)[axis]), limit)
         for step, side in ((-1, start), (1, start + 1)):
             while 1 <= side <= limit and _real_cost((*sides, side), lengths, most, budget) <= best[0] * _SLACK:

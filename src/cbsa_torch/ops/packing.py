@@ -47,7 +47,7 @@ class Alike(NamedTuple):
 
 
 def group_rows(*ends: Sequence[int], device: torch.device, keys: Sequence[Any] | None = None) -> list[Alike]:
-    """Sequences with one length in each row, and with one key, if there are keys; without those empty in the first."""
+    """Sequences with one length in each row, and one key if given; not those empty in the first row."""
     alike: dict[Any, list[int]] = {}
     lengths = list(zip(*([b - a for a, b in itertools.pairwise(e)] for e in ends), strict=True))
     for i, n in enumerate(lengths):

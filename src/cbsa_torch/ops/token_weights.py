@@ -48,7 +48,7 @@ def over_all_tokens(
         rows, length = math.prod(weights.cells), weights.first + math.prod(weights.grid_size)
     elif isinstance(weights, CellPooling):
         check_cells(weights, tokens)
-        rows, length = weights.cells.counts.shape[1], weights.first + weights.cells.index.shape[1]
+        rows, length = weights.cells.counts.shape[1], weights.first + weights.cells.cell.shape[1]
     else:
         check_floating("token_weights", weights)
         check_device("token_weights", weights, "tokens", tokens)
@@ -80,7 +80,7 @@ def over_all_tokens(
 
 def check_cells(weights: CellPooling, tokens: Tensor) -> None:
     """Raise unless the cells are those of as many items as there are."""
-    b, index = tokens.shape[0], weights.cells.index
+    b, index = tokens.shape[0], weights.cells.cell
     if index.shape[0] != b or weights.first < 0:
         raise ValueError(
             f"token_weights must pool {b} items into cells, from a first token of at least 0, got "
@@ -104,7 +104,7 @@ def columns(weights: TokenWeights, place: slice, like: Tensor) -> Tensor:
         )
         cell = cell.masked_fill(position < 0, m)  # (B, T)
         member = cell[:, None] == torch.arange(m, device=like.device)[:, None]  # (B, M, T)
-        return (member / counts.clamp(min=1)[..., None]).to(like.dtype)[:, None]
+        return (member.to(like.dtype) / counts.clamp(min=1)[..., None])[:, None]
     grid, cells, first = weights
     position = torch.arange(place.start, place.stop, device=like.device) - first
     inside = (position >= 0) & (position < math.prod(grid))

@@ -11,7 +11,15 @@ from torch import Tensor
 from cbsa_torch._core.autodiff import has_values, is_transformed
 from cbsa_torch._core.checks import check_choice, check_floating
 from cbsa_torch._core.compiler import called_while_tracing
-from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl, Representatives
+from cbsa_torch._core.types import (
+    DEFAULT_EPS,
+    IMPLS,
+    Broadcast,
+    CellPooling,
+    Contraction,
+    Impl,
+    Representatives,
+)
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs, check_projection
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
 from cbsa_torch.ops.cbsa.packed import run_packed
@@ -84,8 +92,8 @@ def cbsa(
             B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
             small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
             ``torch.export``.
-        cu_seqlens: ``(S + 1,)`` int32 or int64, 0 and where each of S sequences ends in ``tokens``, ``keys`` and
-            ``values`` ``(1, H, N, P)``: every one is computed as it would be alone, without padding or masks.
+        cu_seqlens: ``(S + 1,)`` int32 or int64, 0 and where each sequence ends in ``tokens``, ``keys``
+            and ``values`` ``(1, H, N, P)``: each is computed as it would be alone, without padding or masks.
         cu_representatives: the same for ``representatives`` ``(1, H, M, P)``; needed beside ``cu_seqlens``.
 
     Returns:
@@ -224,6 +232,7 @@ def certified_cbsa(
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
     _check_fraction(fraction)
+    _check_cells(representatives, token_mask, num_prefix_tokens)
     inputs = certified_inputs(
         tokens,
         representatives,
@@ -248,6 +257,17 @@ def _check_fraction(fraction: Tensor | float) -> None:
     wrong = ~((fraction >= 0) & (fraction <= 1))
     if wrong.any():
         raise ValueError(f"fraction must hold values from 0 to 1, got {fraction[wrong][0].item()}")
+
+
+def _check_cells(representatives: Representatives, token_mask: Tensor | None, first: int) -> None:
+    """Raise where tokens are masked that were averaged over cells: their weights would count."""
+    weights = getattr(representatives, "token_weights", None)
+    if token_mask is None or not isinstance(weights, CellPooling) or not has_values(token_mask):
+        return
+    cells, first = weights.cells, weights.first + first
+    own = token_mask[:, first : first + cells.cell.shape[1]]
+    if own.shape == cells.cell.shape and ((cells.cell < cells.counts.shape[1]) & ~own).any():
+        raise ValueError("token_mask must be the one that the cells of the representatives were found with")
 
 
 def run(inputs: CBSAInputs, impl: Impl = "auto") -> Tensor:

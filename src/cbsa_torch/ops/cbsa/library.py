@@ -39,7 +39,7 @@ def cbsa_linear_memory(
     """
     weights = inputs.token_weights
     pooling = weights if isinstance(weights, GridPooling) else GridPooling((), ())
-    cells: tuple[Tensor | None, ...] = (None, None, None)
+    cells: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if isinstance(weights, CellPooling):
         cells, pooling = weights.cells, GridPooling((), (), weights.first)
     problem = Problem(

@@ -38,7 +38,7 @@ def run_packed(
     )
     if len(ends) != len(marks):
         raise ValueError(
-            f"cu_representatives must be of as many sequences as cu_seqlens ({len(ends) - 1}), got {len(marks) - 1}"
+            f"cu_representatives must be of the {len(ends) - 1} sequences of cu_seqlens, got {len(marks) - 1}"
         )
     tables = {"tokens": tokens, "representatives": representatives, **others}
     rows: dict[str, Tensor | None] = {}
