@@ -3,8 +3,8 @@
     python benchmarks/packed.py --threads 2     # minutes; prints a table, writes benchmarks/results/packed.json
 
 Lengths are log-uniform. Three batches go through the same white-box layers in turn: one row of all sequences
-(``cu_seqlens``), a batch padded to the longest (``token_mask``, with coordinates in place of the grids, which differ),
-and a dense batch of equal lengths with as many tokens, which is what could at best be expected.
+(``cu_seqlens``), a batch padded to the longest (``token_mask``, with coordinates in place of the grids, which
+differ), and a dense batch of equal lengths with as many tokens, which is what could at best be expected.
 """
 
 from __future__ import annotations

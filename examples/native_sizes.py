@@ -2,8 +2,8 @@
 
     python examples/native_sizes.py
 
-A list of images in place of a batch is all it takes. The logits are those of each image alone; the table says how
-many tokens each has, and how many a padded batch would have.
+A list of images in place of a batch is all it takes. The logits are those of each image alone; the table says
+how many tokens each has, and how many a padded batch would have.
 """
 
 from __future__ import annotations
