@@ -155,7 +155,9 @@ def main() -> None:
     lengths = [h * w for h, w in grids(options)]
     padding = len(lengths) * max(lengths) / sum(lengths)
     rows = [row for name in options.mixers for row in measure_mixer(options, name)]
-    table = number_table("mixer, work", *(f"{kind} s" for kind in KINDS), "padded / packed", "packed / equal")
+    table = number_table(
+        "mixer, work", *(f"{kind} s" for kind in KINDS), "padded / packed", "packed / equal", left=1
+    )
     for row in rows:
         cells = [f"{row['seconds'][kind]:.3f}" for kind in KINDS]
         cells += [f"{row['faster_than_padded']:.2f}", f"{row['over_equal']:.2f}"]

@@ -3,8 +3,8 @@
     python examples/point_cloud.py
 
 Spheres, cubes and crosses of 60 to 160 noisy points, turned at random. A token is a point, with its Fourier
-features; two white-box layers whose CBSA pools over the occupied cells of a 3-D lattice; the mean of the tokens of a
-cloud tells its class. Nothing is padded: all clouds of a step are one row.
+features; two white-box layers whose CBSA pools over the occupied cells of a 3-D lattice; the mean of the tokens
+of a cloud tells its class. Nothing is padded: all clouds of a step are one row.
 """
 
 from __future__ import annotations
@@ -109,9 +109,8 @@ def main() -> None:
     for start in range(0, len(rows), last):
         part = rows[start : start + last]
         loss, right = (sum(row[key] for row in part) / len(part) for key in ("loss", "accuracy"))
-        print(
-            f"steps {start:3d} to {start + len(part) - 1:3d}: loss {loss:.3f}, accuracy on new clouds {right:.2f}"
-        )
+        steps = f"steps {start:3d} to {start + len(part) - 1:3d}"
+        print(f"{steps}: loss {loss:.3f}, accuracy on new clouds {right:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python examples/sparse_patches.py
 
 Tokens of the patches that stay have no grid, but coordinates: the layers pool them over the occupied cells of a
-coarse lattice, and need neither masks nor the patches that were dropped. The features of those that stay are compared
-with those of the whole image, and the time is measured.
+coarse lattice, and need neither masks nor the patches that were dropped. The features of those that stay are
+compared with those of the whole image, and the time is measured.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def measure(options: Options) -> list[dict[str, float]]:
 def main() -> None:
     for row in measure(tyro.cli(Options)):
         print(
-            f"{100 * row['kept']:4.0f} % of the patches: {row['tokens']:4.0f} tokens, {1e3 * row['seconds']:6.1f} ms, "
-            f"cosine to the features with all patches {row['similarity']:.3f}"
+            f"{100 * row['kept']:4.0f} % of the patches: {row['tokens']:4.0f} tokens, "
+            f"{1e3 * row['seconds']:6.1f} ms, cosine to the features with all patches {row['similarity']:.3f}"
         )
 
 

@@ -22,7 +22,7 @@ from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import GridSize, Residual
 from cbsa_torch.models.packed_images import PackedImages
 from cbsa_torch.models.resize import resize
-from cbsa_torch.nn import CBSA, ConvStem, LinearStem, Packing, ResidualBlock, WhiteBoxBlock
+from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
 
 Mixer = Callable[..., nn.Module]
 """Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
@@ -210,21 +210,26 @@ class WhiteBoxTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return self.pos_drop(x + self._resampled_pos_embed(grid_size)), grid_size
 
-    def _pack(self, images: Sequence[Tensor]) -> PackedImages:
-        def embed(batches: list[Tensor]) -> list[tuple[Tensor, GridSize]]:
-            return [self._add_positions(x) for x in self.stem.forward_list(batches)]
+    def _embed_any(self, x: Any) -> tuple[Tensor, tuple[Any, ...], PackedImages | None]:
+        """The tokens of images or of a list of images, what layers are called with beside them, and the list."""
+        if not isinstance(x, (list, tuple)):
+            tokens, grid_size = self.embed(x)
+            return tokens, (grid_size,), None
+        packed = PackedImages(x, self._embed_sizes, self.num_prefix_tokens)
+        return packed.row, (None, None, None, packed.packing), packed
 
-        return PackedImages(images, embed, self.num_prefix_tokens)
+    def _embed_sizes(self, batches: list[Tensor]) -> list[tuple[Tensor, GridSize]]:
+        return [self._add_positions(x) for x in self.stem.forward_list(batches)]
 
     def _run_block(self, block: nn.Module, x: Tensor, *place: Any) -> Tensor:
-        """A layer, called with a grid, or with what :func:`_packed` gives."""
+        """A layer, called with what :meth:`_embed_any` gives."""
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, *place)
         return block(x, *place)
 
     def forward_intermediates(
         self,
-        x: Tensor | Sequence[Tensor],
+        x: Any,
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -247,23 +252,24 @@ class WhiteBoxTransformer(nn.Module):
         """
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         take, last = feature_take_indices(len(self.blocks), indices)
-        packed = self._pack(x) if isinstance(x, (list, tuple)) else None
-        x, *place = self.embed(x) if packed is None else _packed(packed)
+        x, place, packed = self._embed_any(x)
         found = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = self._run_block(block, x, *place)
             if i in take:
                 found.append(self.norm(x) if norm else x)
-        features, prefix = [], []
+        features: list[Any] = []
+        prefix: list[Any] = []
         for y in found:
             if packed is None:
-                maps, tokens = self._split_features(y, place[0], output_fmt)
+                of_batch = self._split_features(y, place[0], output_fmt)
+                features.append(of_batch[0])
+                prefix.append(of_batch[1])
             else:
                 pairs = zip(packed.split(y), packed.grids, strict=True)
                 each = [self._split_features(one[None], grid, output_fmt) for one, grid in pairs]
-                maps, tokens = ([part[0] for part in parts] for parts in zip(*each, strict=True))
-            features.append(maps)
-            prefix.append(tokens)
+                features.append([maps[0] for maps, _ in each])
+                prefix.append([tokens[0] for _, tokens in each])
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": features}
             if return_prefix_tokens:
@@ -301,8 +307,7 @@ class WhiteBoxTransformer(nn.Module):
 
     def forward_features(self, x: Any) -> Any:
         """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``; a list of images to a list of tokens."""
-        packed = self._pack(x) if isinstance(x, (list, tuple)) else None
-        x, *place = self.embed(x) if packed is None else _packed(packed)
+        x, place, packed = self._embed_any(x)
         for block in self.blocks:
             x = self._run_block(block, x, *place)
         return self._normed(x, packed)
@@ -330,11 +335,6 @@ class WhiteBoxTransformer(nn.Module):
         """Images, or a list of images of any sizes, to logits."""
         logits: Tensor = self.forward_head(self.forward_features(x))
         return logits
-
-
-def _packed(packed: PackedImages) -> tuple[Tensor, None, None, None, Packing]:
-    """The row, and the other arguments of layers."""
-    return packed.row, None, None, None, packed.packing
 
 
 def _check_num_classes(num_classes: int) -> None:

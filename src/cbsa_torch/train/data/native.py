@@ -44,7 +44,7 @@ class NativeSize(NamedTuple):
             return self.rounded(height, math.ceil), self.rounded(width, math.ceil)
         return height, width
 
-    def rounded(self, side: int, rounding: Any) -> int:
+    def rounded(self, side: float, rounding: Any) -> int:
         """A side as a multiple of the patch, one at least."""
         return self.patch_size * max(rounding(side / self.patch_size), 1)
 
@@ -113,7 +113,8 @@ def image_size(dataset: Any, index: int) -> tuple[int, int]:
 
 def in_parts(images: Sequence[Tensor], patch_size: int, max_tokens: int) -> Iterator[list[Tensor]]:
     """Lists of images that follow each other, each of at most so many tokens, or of one image."""
-    size, part, tokens = NativeSize(patch_size), [], 0
+    size, tokens = NativeSize(patch_size), 0
+    part: list[Tensor] = []
     for image in images:
         more = size.patches(*image.shape[1:]) + 1
         if part and tokens + more > max_tokens:
