@@ -211,7 +211,7 @@ class WhiteBoxTransformer(nn.Module):
         return self.pos_drop(x + self._resampled_pos_embed(grid_size)), grid_size
 
     def _embed_any(self, x: Any) -> tuple[Tensor, tuple[Any, ...], PackedImages | None]:
-        """The tokens of images or of a list of images, what layers are called with beside them, and the list."""
+        """Tokens of images or of a list of images, what layers are called with beside them, and the list."""
         if not isinstance(x, (list, tuple)):
             tokens, grid_size = self.embed(x)
             return tokens, (grid_size,), None
