@@ -52,6 +52,17 @@ def test_a_model_reads_back_equal(saved):
     torch.testing.assert_close(model(images), tiny()(images), atol=0, rtol=0)
 
 
+def test_a_fixed_grid_of_representatives_is_kept(tmp_path):
+    path, images = tmp_path / "model.safetensors", torch.randn(2, 1, 6, 12)
+    fixed = tiny(num_representatives=(3, 3), img_size=(6, 12))
+    save_checkpoint(path, fixed, info(num_representatives=(3, 3), img_size=(6, 12)))
+    model, _ = load_checkpoint(path)
+    assert model.blocks[0].attn.representatives.num_representatives == (3, 3)
+    torch.testing.assert_close(model(images), fixed(images), atol=0, rtol=0)
+    closest = tiny(num_representatives=9, img_size=(6, 12))
+    assert not torch.allclose(closest(images), fixed(images))
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_file_is_refused(saved, keep):
     saved.write_bytes(saved.read_bytes()[:keep])

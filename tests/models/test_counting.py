@@ -115,7 +115,7 @@ def test_rows_are_the_parts_of_the_model():
 
 
 def test_any_model_with_our_layers_and_a_layer_alone():
-    layer, similarities = CBSA(16, 2, num_representatives=4), 2 * (35 * 4 + 10)
+    layer, similarities = CBSA(16, 2, num_representatives=(2, 3)), 2 * (35 * 6 + 21)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), layer, nn.ReLU())
     counts, alone = count_model(model, (3, 10, 14)), count_model(layer, (16, 5, 7))
     assert counts.total.counts.products == counts.torch_flops

@@ -34,7 +34,7 @@ def segmenter():
 
 
 def layer():
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 8, 8), CBSA(16, 2, num_representatives=4)).eval()
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 8, 8), CBSA(16, 2, num_representatives=(2, 3))).eval()
 
 
 class Pooled(torch.nn.Module):

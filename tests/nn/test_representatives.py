@@ -1,13 +1,17 @@
 """Strategies of representatives: what they are given, what they return, what is refused."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cbsa_torch import CBSA, ops
-from cbsa_torch.nn import AgentAttention
-from cbsa_torch.ops import Representatives
+from cbsa_torch.nn import AdaptedCBSA, AgentAttention
+from cbsa_torch.ops import GridPooling, Representatives
 from tests.helpers.compare import assert_close
 from tests.helpers.mixers import DIM, HEADS, merge, split
 
@@ -155,10 +159,58 @@ def test_more_dimensions_than_tokens_along_principal_directions(contraction):
 
 
 @pytest.mark.parametrize(
+    "build",
+    [
+        CBSA,
+        AgentAttention,
+        AdaptedCBSA,
+        functools.partial(CBSA, step="certified"),
+        functools.partial(CBSA, step="certified", impl="eager"),
+    ],
+    ids=str,
+)
+def test_a_fixed_grid_of_representatives_in_every_layer(build):
+    """4 x 4 cells of 4 x 16 tokens, where the number 16 gives 2 x 8; a padded item as if alone, with 3 x 4."""
+    layer = build(DIM, HEADS, num_representatives=[4, 4], num_prefix_tokens=1).double()
+    assert layer.representatives.num_representatives == (4, 4)
+    assert "num_representatives=(4, 4)" in repr(layer)
+
+    def pool(tokens, grid_size, token_mask):
+        pooled = F.adaptive_avg_pool2d(tokens.mT.flatten(0, 1).unflatten(-1, grid_size), (4, 4))
+        values = pooled.flatten(2).unflatten(0, tokens.shape[:2]).mT
+        return Representatives(values, token_weights=GridPooling(grid_size, (4, 4)))
+
+    pool.needs_grid = True
+    plain = copy.deepcopy(layer)
+    del plain.representatives
+    plain.representatives = pool
+    x = torch.randn(2, 65, DIM).double()
+    expected = plain(x, grid_size=(4, 16))
+    assert_close(layer(x, grid_size=(4, 16)), expected, 1e-12)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert_close(compiled(x, grid_size=(4, 16)), expected, 1e-12)
+
+    mask = torch.zeros(2, 4, 16, dtype=torch.bool)
+    mask[0], mask[1, 1:, 2:9] = True, True
+    cells = F.pad(mask.flatten(1), (1, 0), value=True)
+    padded = layer(x, grid_size=(4, 16), token_mask=cells)
+    assert_close(padded[0], expected[0], 1e-12)
+    assert_close(padded[1, cells[1]], layer(x[1:, cells[1]], grid_size=(3, 7))[0], 1e-12)
+    with pytest.raises(ValueError, match=r"each axis of the grid, got \(4, 4\) for grid_size \(64,\)"):
+        layer(x, grid_size=(64,))
+
+
+@pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
         ({"eps": 0.5}, ValueError, "eps is of contraction='exact'"),
         ({"representatives": "tokens", "num_representatives": 4}, ValueError, "num_representatives is of"),
+        (
+            {"representatives": "learned", "num_representatives": (2, 2)},
+            TypeError,
+            r"must be an int for representatives='learned', which have no grid, got \(2, 2\)",
+        ),
+        ({"num_representatives": [4, 0]}, ValueError, r"num_representatives\[1\] must be at least 1, got 0"),
         ({"representatives": nn.Identity}, TypeError, "must be an instance, got the class Identity"),
         ({"representatives": None}, ValueError, "or pass a function or module of your own"),
         ({"tied": "no"}, TypeError, "tied must be True or False, got 'no'"),

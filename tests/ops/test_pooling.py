@@ -29,6 +29,34 @@ def test_grid_closest_in_aspect(grid, limit, expected):
     assert ops.representative_grid(grid, limit) == expected
 
 
+@pytest.mark.parametrize(
+    ("grid", "cells", "expected"),
+    [
+        ((18, 24), (8, 8), (8, 8)),
+        ((10, 40), [8, 8], (8, 8)),
+        ((5, 40), (8, 8), (5, 8)),
+        ((3, 3), (8, 8), (3, 3)),
+        ((20,), (6,), (6,)),
+        ((4, 9, 2), (2, 5, 3), (2, 5, 2)),
+    ],
+    ids=str,
+)
+def test_fixed_grid_is_pooled_as_pytorch_does_where_it_is_not_finer_than_the_tokens(grid, cells, expected):
+    assert ops.representative_grid(grid, cells) == expected
+    tokens = torch.randn(2, 3, math.prod(grid), 4).double()
+    images = tokens.mT.reshape(6, 4, *grid)
+    pooled = pooling._ADAPTIVE_POOL[len(grid)](images, expected).reshape(2, 3, 4, -1).mT
+    assert_close(ops.pool_representatives(tokens, grid, cells).values, pooled, 1e-12)
+
+
+@pytest.mark.parametrize("side", [8, 14, 37])
+def test_fixed_grid_and_number_agree_on_squares(side):
+    tokens = torch.randn(1, 2, side * side, 3)
+    fixed, closest = (ops.pool_representatives(tokens, (side, side), m) for m in ((8, 8), 64))
+    assert torch.equal(fixed.values, closest.values)
+    assert fixed.token_weights == closest.token_weights
+
+
 grids = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 
 
@@ -56,9 +84,10 @@ def test_pools_averages_of_windows(grid):
     assert_close(pooled, weights @ tokens, 1e-12)
 
 
-@given(grid=grids, limit=st.integers(1, 20), data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_padded_items_pool_as_they_would_alone(grid, limit, data):
+@given(grid=grids, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_padded_items_pool_as_they_would_alone(grid, data):
+    limit = data.draw(st.one_of(st.integers(1, 20), st.tuples(*[st.integers(1, 6)] * len(grid))))
     extents = [tuple(data.draw(st.integers(1, side)) for side in grid) for _ in range(2)]
     offsets = [
         tuple(data.draw(st.integers(0, side - e)) for side, e in zip(grid, extent, strict=True))
@@ -79,6 +108,16 @@ def test_padded_items_pool_as_they_would_alone(grid, limit, data):
         assert mask[b, :count].all()
         assert_close(pooled[b : b + 1, :, :count], expected, 1e-12)
         assert (pooled[b, :, count:] == 0).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_pooling_follows_the_number_and_the_grid_of_representatives(masked):
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.pool_representatives, backend="eager", fullgraph=True)
+    tokens, mask = torch.randn(2, 1, 36, 3), torch.rand(2, 36) > 0.3 if masked else None
+    for number in (4, 5, 9, (2, 3), (3, 3), (4, 9)):
+        pooled = compiled(tokens, (6, 6), number, token_mask=mask).values
+        assert_close(pooled, ops.pool_representatives(tokens, (6, 6), number, token_mask=mask).values, 1e-6)
 
 
 def test_masked_pooling_averages_in_float32():
@@ -111,13 +150,32 @@ def test_cells_without_real_tokens_give_no_representative():
     assert torch.equal(pooled[0, 0, 3], tokens[0, 0, 15])
 
 
+BAD_CELLS = [
+    ((4,), ValueError, r"one entry for each axis of the grid, got \(4,\) for grid_size \(3, 3\)"),
+    ((), ValueError, r"a tuple of one to three for a fixed grid, got \(\)"),
+    ([2, 2, 2, 2], ValueError, r"a tuple of one to three for a fixed grid, got \[2, 2, 2, 2\]"),
+    ((4, 0), ValueError, r"num_representatives\[1\] must be at least 1, got 0"),
+    ((-1, 4), ValueError, r"num_representatives\[0\] must be at least 1, got -1"),
+    ((True, 4), TypeError, r"num_representatives\[0\] must be an int, got True of type bool"),
+    ((4, 4.0), TypeError, r"num_representatives\[1\] must be an int, got 4.0 of type float"),
+    (4.0, TypeError, "must be an int, or a tuple of one to three for a fixed grid, got 4.0 of type float"),
+    (True, TypeError, "num_representatives must be an int, or a tuple .* got True of type bool"),
+    ("8, 8", TypeError, "num_representatives must be an int, or a tuple .* got '8, 8' of type str"),
+]
+
+
 def test_bad_input_is_named():
     for grid in ((0, 3), (2, 2, 2, 2)):
         with pytest.raises(ValueError, match="grid_size must be a tuple of one to three positive integers"):
             ops.representative_grid(grid, 4)
     with pytest.raises(ValueError, match="num_representatives must be at least 1"):
         ops.representative_grid((3, 3), 0)
+    for cells, kind, message in BAD_CELLS:
+        with pytest.raises(kind, match=message):
+            ops.representative_grid((3, 3), cells)
     tokens = torch.zeros(1, 1, 9, 2)
+    with pytest.raises(ValueError, match=r"got \(4, 4, 4\) for grid_size \(3, 3\)"):
+        ops.pool_representatives(tokens, (3, 3), (4, 4, 4))
     with pytest.raises(ValueError, match=r"tokens must have shape .*\(3, 3\)"):
         ops.pool_representatives(tokens[:, :, :8], (3, 3), 4)
     with pytest.raises(ValueError, match="token_mask must have shape"):

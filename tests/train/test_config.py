@@ -87,10 +87,17 @@ def test_model_arguments_have_one_form(tmp_path):
     assert config.model.args == {**values, "img_size": [32, 48]}
     config.model.args["depth"] = 3
     assert load_config(write(tmp_path, dump_yaml(config))).model.args == config.model.args
-    config.model.name, config.model.args = "cbt_pico_patch1_8", {"depth": 1, "tied": True, "embed_dim": 32}
-    model, built, _ = build_model(config, 3)
-    assert built == {"depth": 1, "tied": True, "embed_dim": 32, "num_classes": 3}
-    assert len(model.blocks) == 1
+    config.model.name, config.model.args = (
+        "cbt_pico_patch1_8",
+        {"depth": 1, "tied": True, "num_representatives": (2, 3)},
+    )
+    again = load_config(write(tmp_path, dump_yaml(config)))
+    assert again.model == ModelConfig("cbt_pico_patch1_8", args=config.model.args)
+    for written in (config, again):
+        model, built, _ = build_model(written, 3)
+        assert len(model.blocks) == 1
+        assert model.blocks[0].attn.representatives.num_representatives == (2, 3)
+    assert built == {"depth": 1, "tied": True, "num_representatives": [2, 3], "num_classes": 3}
 
 
 def test_model_arguments_are_plain_values():

@@ -96,7 +96,10 @@ def test_what_cannot_work_is_refused(native):
     native.engine.compile = True
     with pytest.raises(ConfigError, match=r"engine\.compile must be off with data\.native"):
         train(native)
-    native.engine.compile, native.data.max_image_tokens = False, 1
+    native.engine.compile, native.engine.context_parallel = False, 2
+    with pytest.raises(ConfigError, match=r"engine\.context_parallel must be 1 with data\.native.*got 2"):
+        train(native)
+    native.engine.context_parallel, native.data.max_image_tokens = 1, 1
     with pytest.raises(ConfigError, match=r"data\.max_image_tokens must be at least 2, got 1"):
         train(native)
     native.data.max_image_tokens, native.model.name = None, "vit_tiny_patch16_224"

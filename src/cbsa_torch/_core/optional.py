@@ -8,6 +8,7 @@ EXTRAS = {
     "models": ("timm", "safetensors", "huggingface_hub"),
     "interpret": ("matplotlib", "jinja2", "numpy", "PIL"),
     "train": ("timm", "accelerate", "torchmetrics", "sklearn", "tensorboard", "tyro", "rich", "yaml"),
+    "slides": ("h5py",),
 }
 """Import names of the packages that an extra of ``pyproject.toml`` brings."""
 

@@ -36,6 +36,7 @@ class PackedImages:
     def __init__(self, images: Sequence[Tensor], embed: Embed, num_prefix_tokens: int) -> None:
         if not images:
             raise ValueError("images must not be an empty list")
+        self._num_prefix_tokens = num_prefix_tokens
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, image in enumerate(images):
             if not isinstance(image, Tensor) or image.ndim != 3:
@@ -58,5 +59,21 @@ class PackedImages:
         """The tokens ``(N, D)`` of each image, in the order given, from a row ``(1, T, D)``."""
         return self._restored(list(row[0].tensor_split(self._ends[:-1])))
 
+    def split_maps(self, row: Tensor, output_fmt: str) -> tuple[list[Tensor], list[Tensor]]:
+        """The patches of each image and its prefix tokens, as :func:`split_map` gives those of a batch."""
+        pairs = [
+            split_map(x[None], self._num_prefix_tokens, grid, output_fmt)
+            for x, grid in zip(self.split(row), self.grids, strict=True)
+        ]
+        return [patches[0] for patches, _ in pairs], [prefix[0] for _, prefix in pairs]
+
     def _restored(self, in_row: list[T]) -> list[T]:
         return [item for _, item in sorted(zip(self._order, in_row, strict=True), key=lambda pair: pair[0])]
+
+
+def split_map(x: Tensor, num_prefix_tokens: int, grid_size: GridSize, output_fmt: str) -> tuple[Tensor, Tensor]:
+    """Patches ``(B, D, h, w)`` ("NCHW") or ``(B, h * w, D)`` ("NLC") of tokens, and their prefix tokens."""
+    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+    if output_fmt == "NCHW":
+        patches = patches.unflatten(1, grid_size).permute(0, 3, 1, 2).contiguous()
+    return patches, prefix

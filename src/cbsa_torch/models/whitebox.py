@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import global_pool_nlc
@@ -20,9 +20,11 @@ from cbsa_torch._core.checks import check_choice, check_positive_int, check_side
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import GridSize, Residual
-from cbsa_torch.models.packed_images import PackedImages
+from cbsa_torch.models.packed_images import PackedImages, split_map
 from cbsa_torch.models.resize import resize
-from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
+from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, TokenMixer, WhiteBoxBlock
+from cbsa_torch.nn.bands import ImageBand, drop_alike, embed_band, pool_over_ranks
+from cbsa_torch.ops.parallel import ContextParallel, Ranks
 
 Mixer = Callable[..., nn.Module]
 """Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
@@ -107,6 +109,7 @@ class WhiteBoxTransformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
+        self.ranks: Ranks | None = None
 
         self.stem = STEMS[stem](in_chans, embed_dim, patch_size, device=device, dtype=dtype)
         self.grid_size = self.stem.grid_size(check_sides("img_size", img_size))
@@ -199,33 +202,76 @@ class WhiteBoxTransformer(nn.Module):
         patches = resize(patches.mT.reshape(1, -1, *self.grid_size), grid_size, "bicubic")
         return torch.cat([prefix, patches.flatten(2).mT], dim=1)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``."""
-        return self._add_positions(self.stem(pin_size("height and width of images", x)))
+    def set_context_parallel(self, ranks: Ranks | None) -> None:
+        """Spread the rows of images over ranks; :func:`cbsa_torch.parallel.context_parallel` calls this.
 
-    def _add_positions(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """A map ``(B, D, h, w)`` to tokens."""
+        Raises:
+            ValueError: a layer needs all tokens at once.
+        """
+        if ranks is not None:
+            for name, module in self.named_modules():
+                if isinstance(module, TokenMixer):
+                    try:
+                        module.check_shards()
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
+        self.ranks = ranks
+
+    def embed(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int]]:
+        """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``.
+
+        In context parallel, tokens and grid are those of this rank; the first has the class token.
+        """
+        tokens, grid_size, _ = self._embed_batch(x)
+        return tokens, grid_size
+
+    def _embed_batch(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int], ContextParallel | None]:
+        parallel = None
+        if self.ranks is not None:
+            maps, parallel = embed_band(self.stem, x, self.ranks.group, self.num_prefix_tokens)
+        elif isinstance(x, ImageBand):
+            raise TypeError(
+                "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"
+            )
+        else:
+            maps = self.stem(pin_size("height and width of images", x))
+        tokens, grid_size = self._add_positions(maps, parallel)
+        return tokens, grid_size, parallel
+
+    def _add_positions(
+        self, x: Tensor, parallel: ContextParallel | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """A map ``(B, D, h, w)`` to tokens; the rows of this rank to its tokens."""
         grid_size = (x.shape[2], x.shape[3])
+        whole: Any = grid_size if parallel is None else parallel.grid_size
         x = x.flatten(2).transpose(1, 2)  # (B, h * w, D)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.pos_drop(x + self._resampled_pos_embed(grid_size)), grid_size
+        prefix, pos_embed = self.cls_token.expand(x.shape[0], -1, -1), self._resampled_pos_embed(whole)
+        if parallel is not None:
+            here = slice(parallel.start, parallel.start + parallel.length)
+            prefix, pos_embed = prefix[:, here], pos_embed[:, here]
+        x = torch.cat([prefix, x], dim=1)
+        return self.pos_drop(x + pos_embed), grid_size
 
-    def _embed_any(self, x: Any) -> tuple[Tensor, tuple[Any, ...], PackedImages | None]:
-        """Tokens of images or of a list of images, what layers are called with beside them, and the list."""
-        if not isinstance(x, (list, tuple)):
-            tokens, grid_size = self.embed(x)
-            return tokens, (grid_size,), None
-        packed = PackedImages(x, self._embed_sizes, self.num_prefix_tokens)
-        return packed.row, (None, None, None, packed.packing), packed
+    def _embed(self, x: Any) -> _Embedded:
+        """Images, those of a rank, or a list of images."""
+        prefix = self.num_prefix_tokens
+        if isinstance(x, (list, tuple)) and not isinstance(x, ImageBand) and self.ranks is None:
+            packed = PackedImages(x, self._embed_sizes, prefix)
+            return _Embedded(packed.row, (None, None, None, packed.packing), None, prefix, packed)
+        tokens, grid_size, parallel = self._embed_batch(x)
+        if parallel is None:
+            return _Embedded(tokens, (grid_size,), grid_size, prefix)
+        # the grid of a rank is no grid for a mixer, which takes that of all from ``parallel``
+        where = (None, None, None, None, parallel)
+        return _Embedded(tokens, where, grid_size, prefix if parallel.start == 0 else 0)
 
     def _embed_sizes(self, batches: list[Tensor]) -> list[tuple[Tensor, GridSize]]:
         return [self._add_positions(x) for x in self.stem.forward_list(batches)]
 
-    def _run_block(self, block: nn.Module, x: Tensor, *place: Any) -> Tensor:
-        """A layer, called with what :meth:`_embed_any` gives."""
+    def _run_block(self, block: nn.Module, x: Tensor, where: tuple[Any, ...]) -> Tensor:
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, *place)
-        return block(x, *place)
+            return checkpoint(block, x, *where)
+        return block(x, *where)
 
     def forward_intermediates(
         self,
@@ -249,49 +295,32 @@ class WhiteBoxTransformer(nn.Module):
             output_fmt: ``"NCHW"`` or ``"NLC"``.
             intermediates_only: return only the list.
             output_dict: return a dictionary.
+
+        In context parallel these are the rows and tokens of this rank; the first has the class token.
         """
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         take, last = feature_take_indices(len(self.blocks), indices)
-        x, place, packed = self._embed_any(x)
+        embedded = self._embed(x)
+        x = embedded.tokens
         found = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x, *place)
+            x = self._run_block(block, x, embedded.where)
             if i in take:
                 found.append(self.norm(x) if norm else x)
-        features: list[Any] = []
-        prefix: list[Any] = []
-        for y in found:
-            if packed is None:
-                of_batch = self._split_features(y, place[0], output_fmt)
-                features.append(of_batch[0])
-                prefix.append(of_batch[1])
-            else:
-                pairs = zip(packed.split(y), packed.grids, strict=True)
-                each = [self._split_features(one[None], grid, output_fmt) for one, grid in pairs]
-                features.append([maps[0] for maps, _ in each])
-                prefix.append([tokens[0] for _, tokens in each])
+        maps = [embedded.maps(y, output_fmt) for y in found]
+        features: list[Any] = [patches for patches, _ in maps]
+        prefix: list[Any] = [tokens for _, tokens in maps]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": features}
             if return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self._normed(x, packed)
+                result["image_features"] = embedded.of_images(self.norm(x))
             return result
         intermediates: list[Any] = (
             list(zip(features, prefix, strict=True)) if return_prefix_tokens else features
         )
-        return intermediates if intermediates_only else (self._normed(x, packed), intermediates)
-
-    def _normed(self, x: Tensor, packed: PackedImages | None) -> Any:
-        x = self.norm(x)
-        return x if packed is None else packed.split(x)
-
-    def _split_features(self, y: Tensor, grid_size: GridSize, output_fmt: str) -> tuple[Tensor, Tensor]:
-        """The patches of tokens ``(B, N, D)`` as a map or as tokens, and their prefix tokens."""
-        prefix, patches = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
-        if output_fmt == "NCHW":
-            patches = patches.unflatten(1, grid_size).permute(0, 3, 1, 2).contiguous()
-        return patches, prefix
+        return intermediates if intermediates_only else (embedded.of_images(self.norm(x)), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -306,15 +335,21 @@ class WhiteBoxTransformer(nn.Module):
         return take
 
     def forward_features(self, x: Any) -> Any:
-        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``; a list of images to a list of tokens."""
-        x, place, packed = self._embed_any(x)
+        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``; a list of images to a list of tokens.
+
+        In context parallel, tokens are those of this rank.
+        """
+        embedded = self._embed(x)
+        x = embedded.tokens
         for block in self.blocks:
-            x = self._run_block(block, x, *place)
-        return self._normed(x, packed)
+            x = self._run_block(block, x, embedded.where)
+        return embedded.of_images(self.norm(x))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Tokens to one feature per image."""
+        """Tokens to one feature per image; in context parallel the same on every rank."""
         pool_type = self.global_pool if pool_type is None else pool_type
+        if self.ranks is not None and pool_type:
+            return pool_over_ranks(x, pool_type, self.num_prefix_tokens, self.ranks.group)
         return global_pool_nlc(x, pool_type=pool_type, num_prefix_tokens=self.num_prefix_tokens)
 
     def forward_head(self, x: Any, pre_logits: bool = False) -> Any:
@@ -325,16 +360,42 @@ class WhiteBoxTransformer(nn.Module):
         if isinstance(x, (list, tuple)):
             if not self.global_pool:
                 return [self.forward_head(tokens[None], pre_logits)[0] for tokens in x]
-            pooled = torch.cat([self.pool(tokens[None]) for tokens in x])
+            x = torch.cat([self.pool(tokens[None]) for tokens in x])
         else:
-            pooled = self.pool(x)
-        pooled = self.head_drop(pooled)
-        return pooled if pre_logits else self.head(pooled)
+            x = self.pool(x)
+        x = self.head_drop(x) if self.ranks is None else drop_alike(self.head_drop, x, self.ranks.group)
+        return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Images, or a list of images of any sizes, to logits."""
+    def forward(self, x: Tensor | ImageBand | Sequence[Tensor]) -> Tensor:
+        """Images, or a list of images of any sizes, to logits; in context parallel on every rank."""
         logits: Tensor = self.forward_head(self.forward_features(x))
         return logits
+
+
+class _Embedded(NamedTuple):
+    """What the stem made of images, and what layers are called with."""
+
+    tokens: Tensor
+    """``(B, N, D)``; of a list of images ``(1, T, D)``."""
+    where: tuple[Any, ...]
+    """The arguments of a layer after the tokens."""
+    grid_size: GridSize | None
+    """Of the tokens, in context parallel of those of this rank; None for a list of images."""
+    num_prefix_tokens: int
+    """In front of those of the grid; in context parallel only the first rank has any."""
+    packed: PackedImages | None = None
+    """The list of images, if there is one."""
+
+    def of_images(self, x: Tensor) -> Any:
+        """Tokens as the model returns them: of a list of images as a list."""
+        return x if self.packed is None else self.packed.split(x)
+
+    def maps(self, x: Tensor, output_fmt: str) -> tuple[Any, Any]:
+        """The patches of tokens, as a map or as tokens, and the prefix tokens; of a list of images as lists."""
+        if self.packed is not None:
+            return self.packed.split_maps(x, output_fmt)
+        assert self.grid_size is not None, "a batch"
+        return split_map(x, self.num_prefix_tokens, self.grid_size, output_fmt)
 
 
 def _check_num_classes(num_classes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class AdaptedCBSA(AgentAttention):
     Args:
         dim: channels of input and output.
         num_heads: number of heads H.
-        num_representatives: M, see :class:`cbsa_torch.CBSA`. Default: 64.
+        num_representatives: M, or the grid of representatives, see :class:`cbsa_torch.CBSA`. Default: 64.
         contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7) or ``"none"``.
         contraction_step: gamma at the start: 0 is none; 1 is the contraction as the paper states it, which
             makes representatives alike where values are small. Not of ``"none"``.
@@ -46,12 +47,14 @@ class AdaptedCBSA(AgentAttention):
         step_tokens: kappa, ``(H,)``. step_contraction: gamma, ``(H,)``, None without contraction. Both learned.
     """
 
+    shards = False
+
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
         *,
-        num_representatives: int | None = None,
+        num_representatives: int | Sequence[int] | None = None,
         contraction: Contraction = "softmax",
         contraction_step: float = 0.0,
         eps: float | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ class AgentAttention(TokenMixer):
     Args:
         dim: channels of input and output.
         num_heads: number of heads H.
-        num_representatives: how many agents, as in :class:`cbsa_torch.CBSA`. Default: 64.
+        num_representatives: how many agents, or the grid of them, as in :class:`cbsa_torch.CBSA`. Default: 64.
         representatives: where agents come from: ``"pool"``, ``"learned"`` or a strategy of your own as in
             :class:`cbsa_torch.CBSA`; not one that brings an attention with it.
         qkv: ``"separate"`` projections for queries, keys and values, as in the original, or one ``"shared"``
@@ -32,12 +33,14 @@ class AgentAttention(TokenMixer):
             ``qkv="shared"``.
     """
 
+    shards = True
+
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
         *,
-        num_representatives: int | None = None,
+        num_representatives: int | Sequence[int] | None = None,
         representatives: RepresentativeKind | Strategy = "pool",
         qkv: QKV = "separate",
         layout: Layout = "standard",
@@ -61,6 +64,7 @@ class AgentAttention(TokenMixer):
             heads.values,
             key_mask=heads.source.token_mask,
             agent_mask=agents.mask,
+            parallel=heads.source.parallel,
         )
 
     def agents(self, heads: Heads) -> Representatives:

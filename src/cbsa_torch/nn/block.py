@@ -12,6 +12,7 @@ from cbsa_torch._core.types import RESIDUALS, GridSize, Residual
 from cbsa_torch.nn.ista import ISTA
 from cbsa_torch.nn.packing import Packing
 from cbsa_torch.ops.coordinates import Coordinates
+from cbsa_torch.ops.parallel import ContextParallel
 
 
 def residual_around(attn: nn.Module, residual: Residual | None) -> Residual:
@@ -69,11 +70,13 @@ class WhiteBoxBlock(nn.Module):
         token_mask: Tensor | None = None,
         coords: Tensor | Coordinates | None = None,
         cu_seqlens: Tensor | Packing | None = None,
+        parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
         normed = self.norm1(x)
-        update = self.attn(normed, grid_size, token_mask, **_places(coords, cu_seqlens))
+        update = self.attn(normed, grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
         x = (normed if self.residual == "norm" else x) + update
+        del normed, update  # of long sequences, half of what would be held while ISTA runs
         return self.ista(self.norm2(x))
 
 
@@ -120,13 +123,16 @@ class ResidualBlock(nn.Module):
         token_mask: Tensor | None = None,
         coords: Tensor | Coordinates | None = None,
         cu_seqlens: Tensor | Packing | None = None,
+        parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
-        x = x + self.attn(self.norm1(x), grid_size, token_mask, **_places(coords, cu_seqlens))
+        x = x + self.attn(self.norm1(x), grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
         return x + self.mlp(self.norm2(x))
 
 
-def _places(coords: Tensor | Coordinates | None, cu_seqlens: Tensor | Packing | None) -> dict[str, Any]:
+def _places(
+    coords: Tensor | Coordinates | None, cu_seqlens: Tensor | Packing | None, parallel: ContextParallel | None
+) -> dict[str, Any]:
     """What a mixer is given besides; nothing that was not given, which another module may not take."""
-    given = {"coords": coords, "cu_seqlens": cu_seqlens}
+    given = {"coords": coords, "cu_seqlens": cu_seqlens, "parallel": parallel}
     return {name: value for name, value in given.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,8 +50,9 @@ class CBSA(TokenMixer):
         dim: channels of input and output.
         num_heads: number of subspaces H.
         num_representatives: M of ``"pool"`` (the grid closest in aspect with at most this many cells, never
-            more than there are tokens) and of ``"learned"``. Default: 64. The other kinds make as many as they
-            make, and refuse it.
+            more than there are tokens) and of ``"learned"``. Default: 64. Of ``"pool"`` also a tuple, the cells
+            along each axis at any aspect, e.g. ``(8, 8)`` as in the official code, but never more than there
+            are tokens along the axis. The other kinds make as many as they make, and refuse it.
         representatives: ``"pool"`` (over the tokens' grid or, with ``coords``, the occupied cells of a
             lattice), ``"learned"`` (parameters; no grid needed), ``"tokens"`` (all of them: MSSA (9), O(N^2)),
             ``"principal"`` (principal directions: with the exact contraction, linear attention (12)),
@@ -72,7 +74,8 @@ class CBSA(TokenMixer):
             ``"separate"``: three, as in a ViT (representatives are made from the queries).
         layout: ``"standard"`` pools the grid tokens. ``"official"`` pools all but the last
             ``num_prefix_tokens`` tokens, as the released checkpoints were trained, although prefix tokens
-            come first there too.
+            come first there too. The released code's 8 x 8 cells at any aspect are another option:
+            ``num_representatives=(8, 8)``.
         impl: implementation of the operator, see :func:`cbsa_torch.ops.cbsa`.
         **options: of every mixer: ``head_dim``, prefix tokens and grid, timm's arguments, device and dtype; see
             :class:`cbsa_torch.nn.TokenMixer`.
@@ -90,12 +93,14 @@ class CBSA(TokenMixer):
         output has the layout of the input.
     """
 
+    shards = True
+
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
         *,
-        num_representatives: int | None = None,
+        num_representatives: int | Sequence[int] | None = None,
         representatives: RepresentativeKind | Strategy = "pool",
         step: Step = "free",
         contraction: Contraction | None = None,
@@ -208,6 +213,7 @@ class CBSA(TokenMixer):
                 "representatives must set gives_attention = True if and only if they return an attention, "
                 f"got {'none' if chosen.attention is None else 'one'}"
             )
+        parallel = heads.source.parallel
         if self.step_logit is not None:
             eta = 1.0 if self.step_representatives is None else self.step_representatives
             return certified_inputs(
@@ -217,7 +223,8 @@ class CBSA(TokenMixer):
                 eps=self.eps,
                 step_representatives=eta,
                 token_mask=heads.source.token_mask,
-                num_prefix_tokens=self._first_represented(heads.source),
+                num_prefix_tokens=0 if parallel is not None else self._first_represented(heads.source),
+                parallel=parallel,
             )
         assert self.step_tokens is not None
         options: dict[str, Any] = {
@@ -226,6 +233,7 @@ class CBSA(TokenMixer):
             "eps": self.eps,
             "token_mask": heads.source.token_mask,
             "representative_mask": chosen.mask,
+            "parallel": parallel,
         }
         if chosen.attention is not None:
             return cbsa_inputs(heads.queries, chosen.values, attention=chosen.attention, **options)

@@ -43,6 +43,7 @@ from cbsa_torch.nn.tokens import (
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.coordinates import Coordinates
 from cbsa_torch.ops.counting import Counts
+from cbsa_torch.ops.parallel import ContextParallel
 
 _STEPS = ("step_", "temperature")
 """Name prefixes of per-head parameters: step sizes and temperatures."""
@@ -268,6 +269,7 @@ class TokenMixer(TokenReader, abc.ABC):
         coords: Tensor | Coordinates | None = None,
         cu_seqlens: Tensor | Packing | None = None,
         grid_sizes: Sequence[GridSize] | None = None,
+        parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Mix the tokens.
 
@@ -294,6 +296,10 @@ class TokenMixer(TokenReader, abc.ABC):
                 it would be alone, without padding. Or a :class:`cbsa_torch.nn.Packing`, which all layers of a
                 model share.
             grid_sizes: the grid of each sequence.
+            parallel: who has the other tokens, if they are spread over processes: ``x`` and ``token_mask`` are
+                then those of this rank; grid, prefix tokens and coordinates those of all ranks together. The
+                output is exactly that of all tokens together. See :mod:`cbsa_torch.parallel`. Not for MSSA and
+                MHSA.
 
         Returns:
             The update, in the layout of ``x``: use it as ``x + mixer(norm(x))``.
@@ -307,7 +313,11 @@ class TokenMixer(TokenReader, abc.ABC):
                 raise ValueError(
                     "grid_sizes are of packed sequences: pass cu_seqlens, or grid_size for a batch"
                 )
-            return self._forward(self.read(x, grid_size, token_mask, attn_mask, is_causal, rope, coords))
+            return self._forward(
+                self.read(x, grid_size, token_mask, attn_mask, is_causal, rope, coords, parallel=parallel)
+            )
+        if parallel is not None:
+            raise ValueError("parallel must be None for packed sequences: spread one sequence at a time")
         for name, value in {"token_mask": token_mask, "attn_mask": attn_mask, "rope": rope}.items():
             if value is not None:
                 raise ValueError(f"{name} must be None for packed sequences, which have no padding")
@@ -404,7 +414,7 @@ class TokenMixer(TokenReader, abc.ABC):
         return counts + counting.linear(heads.source.x.shape[1], self.num_heads * self.head_dim, self.dim)
 
     def _make_representatives(
-        self, kind: RepresentativeKind | Strategy, number: int | None, layout: Layout
+        self, kind: RepresentativeKind | Strategy, number: int | Sequence[int] | None, layout: Layout
     ) -> None:
         """Set :attr:`representatives` and :attr:`layout`, for mixers that have them."""
         check_choice("layout", layout, LAYOUTS)
@@ -421,6 +431,16 @@ class TokenMixer(TokenReader, abc.ABC):
         assert self.representatives is not None, "for mixers that made them"
         source, tokens, mask = heads.source, heads.queries, heads.source.token_mask
         place: GridSize | Cells | None = None
+        if source.parallel is not None:
+            strategy: Any = self.representatives
+            where: Any = source.grid_size if self.needs_grid else None
+            if self.needs_grid and source.coords is not None:
+                where = source.coords.cells(strategy.num_representatives)
+            first = self._first_represented(source)
+            shared: Representatives = strategy(
+                tokens, where, mask, parallel=source.parallel, num_prefix_tokens=first
+            )
+            return shared
         if self.needs_grid:
             first = self._first_represented(source)
             if source.coords is None:

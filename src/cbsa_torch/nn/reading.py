@@ -22,6 +22,7 @@ from cbsa_torch.nn.tokens import (
     resolve_grid,
 )
 from cbsa_torch.ops.coordinates import Coordinates
+from cbsa_torch.ops.parallel import ContextParallel
 from cbsa_torch.ops.pooling import check_grid
 
 
@@ -33,6 +34,9 @@ class TokenReader(nn.Module):
 
     rotates = False
     """Whether it takes rotary position embeddings."""
+
+    shards = False
+    """Whether it can work on tokens that are spread over processes."""
 
     dim: int
     channels_first: bool | None
@@ -71,6 +75,7 @@ class TokenReader(nn.Module):
         coords: Tensor | Coordinates | None = None,
         cu_seqlens: Tensor | Packing | None = None,
         grid_sizes: Sequence[GridSize] | None = None,
+        parallel: ContextParallel | None = None,
     ) -> MixerInput:
         """Read the arguments of :meth:`forward`; it raises what that raises, and for packed sequences."""
         name = type(self).__name__
@@ -82,10 +87,16 @@ class TokenReader(nn.Module):
             raise ValueError(f"rope must be None: {name} has no rotary position embeddings")
         if attn_mask is not None and is_causal:
             raise ValueError("pass attn_mask or is_causal, not both")
-        if self.needs_grid and coords is None and isinstance(x, Tensor):
+        if parallel is not None:
+            self.check_shards()
+        if self.needs_grid and coords is None and parallel is None and isinstance(x, Tensor):
             x = pin_size("height and width (the number of tokens)", x, tuple(range(1, x.ndim)))
         tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
         b, n, _ = tokens.shape
+        if parallel is not None:
+            if map_grid is not None:
+                raise ValueError("x must be (B, N, C) tokens with parallel, not a feature map")
+            parallel.check("x", n)
         if token_mask is not None:
             token_mask = flat_mask(token_mask, tokens, map_grid)
         if is_causal:
@@ -95,23 +106,65 @@ class TokenReader(nn.Module):
                 attn_mask, token_mask, b, n, compares_tokens=self.compares_tokens
             )
         places = None
-        if coords is None and map_grid is None and grid_size is None:
+        if coords is None and map_grid is None and grid_size is None and parallel is None:
             followed = self._followed(tokens)
             if isinstance(followed, Coordinates):
                 coords = followed
             else:
                 grid_size = followed
-        if coords is None:
-            grid, prefix = self._locate(tokens, map_grid, grid_size)
-        else:
+        if coords is not None:
             if map_grid is not None or grid_size is not None:
                 raise ValueError("pass coords or a grid (grid_size, a feature map), not both")
+            if parallel is not None and token_mask is not None and self.needs_grid:
+                raise ValueError(
+                    "token_mask must be None with coords and parallel: every rank finds the cells of all "
+                    "tokens, but has the mask of its own alone; spread one set of tokens at a time"
+                )
             self._check_coords(coords)
-            grid, (places, prefix) = None, read_coords(coords, tokens, self.num_prefix_tokens)
+            length = None if parallel is None else parallel.num_tokens
+            grid, (places, prefix) = None, read_coords(coords, tokens, self.num_prefix_tokens, length)
+        elif parallel is None:
+            grid, prefix = self._locate(tokens, map_grid, grid_size)
+        else:
+            grid, prefix = self._locate_slice(grid_size, parallel)
         if token_mask is not None:
             # Padding may hold NaN, which the gradient of the projection's weight would carry on.
             tokens = tokens.masked_fill(~token_mask[..., None], 0.0)
-        return MixerInput(tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope, places)
+        return MixerInput(
+            tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope, places, parallel
+        )
+
+    def check_shards(self) -> None:
+        """Raise where what the mixer computes is no sum over tokens that ranks could exchange."""
+        name = type(self).__name__
+        if not self.shards:
+            instead = "CBSA, LinearCBSA, TSSA or AgentAttention"
+            why = "compares every token with every other" if self.compares_tokens else "is not written for it"
+            raise ValueError(f"parallel must be None: {name} {why}; use {instead}")
+        if self.representatives is not None and not getattr(self.representatives, "takes_parallel", False):
+            kind = type(self.representatives).__name__
+            raise ValueError(
+                f"parallel must be None: representatives of {name} ({kind}) need all tokens; use 'pool' or "
+                "'learned' (for 'principal' LinearCBSA, for 'basis' TSSA(form='channel')), or give them "
+                "takes_parallel = True if they take parallel and num_prefix_tokens"
+            )
+
+    def _locate_slice(
+        self, grid_size: GridSize | None, parallel: ContextParallel
+    ) -> tuple[GridSize | None, int]:
+        """The grid of the tokens of all ranks, and the number of prefix tokens before it."""
+        if grid_size is None:
+            grid_size = parallel.grid_size
+        elif parallel.grid_size not in (None, check_grid(grid_size)):
+            raise ValueError(f"grid_size {grid_size} differs from that of parallel, {parallel.grid_size}")
+        grid_size = self.grid_size if grid_size is None else grid_size
+        if grid_size is None and not self.needs_grid:
+            return None, self.num_prefix_tokens or 0
+        if grid_size is None:
+            raise ValueError(
+                f"grid_size (or coords) is needed with parallel: {type(self).__name__} pools a grid"
+            )
+        return resolve_grid(parallel.num_tokens, grid_size, self.num_prefix_tokens)
 
     def _check_coords(self, coords: Tensor | Coordinates | None) -> None:
         """Raise where representatives need a grid, and coordinates would not do."""

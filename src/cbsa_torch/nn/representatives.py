@@ -8,12 +8,17 @@ It is any function or module; attributes, False where it has none, say more abou
   otherwise all tokens, prefix tokens first, and None.
 - ``takes_cells``: with ``needs_grid``, that it also works on tokens at coordinates. It is then given
   :class:`cbsa_torch.ops.Cells` in place of the grid, found for its attribute ``num_representatives``;
+- ``takes_parallel``: that it also works on tokens that are spread over processes. It is then given all tokens
+  of its rank, the grid or the cells of all ranks, and as keywords ``parallel`` and ``num_prefix_tokens``;
 - ``gives_attention``: it returns the attention along with the representatives, so nothing is extracted.
 
 A method ``counts(num_tokens, *, num_heads, head_dim)`` may say what it costs; otherwise it counts as free.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +28,8 @@ from cbsa_torch._core.types import REPRESENTATIVE_KINDS, Cells, GridSize, Repres
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.coordinates import pool_by_coordinates
 from cbsa_torch.ops.directions import basis_directions, check_orthonormal, principal_directions
-from cbsa_torch.ops.pooling import pool_representatives
+from cbsa_torch.ops.parallel import ContextParallel
+from cbsa_torch.ops.pooling import check_num_representatives, pool_representatives
 
 DEFAULT_NUMBER = 64
 """Representatives, where the caller does not say: an 8x8 grid (paper, section 3.2)."""
@@ -32,7 +38,7 @@ DEFAULT_NUMBER = 64
 def make_representatives(
     kind: str | Strategy,
     num_heads: int,
-    num_representatives: int | None,
+    num_representatives: int | Sequence[int] | None,
     head_dim: int,
     *,
     device: torch.device | str | None = None,
@@ -59,6 +65,11 @@ def make_representatives(
         return kind
     number = DEFAULT_NUMBER if num_representatives is None else num_representatives
     if kind == "learned":
+        if not isinstance(number, int):
+            raise TypeError(
+                "num_representatives must be an int for representatives='learned', which have no grid, "
+                f"got {number!r} of type {type(number).__name__}"
+            )
         return LearnedRepresentatives(num_heads, number, head_dim, device=device, dtype=dtype)
     if kind == "pool":
         return PooledRepresentatives(number)
@@ -69,29 +80,42 @@ class PooledRepresentatives(nn.Module):
     """Average pooling of the grid tokens: the paper's default, whose attention keeps its full rank.
 
     Args:
-        num_representatives: the most representatives; never more than there are tokens.
+        num_representatives: the most representatives (the grid of cells is then the closest in aspect), or the
+            cells along each axis, e.g. ``(8, 8)``; never more than there are tokens. See
+            :func:`cbsa_torch.ops.representative_grid`.
+
+    Attributes:
+        num_representatives: as given, a sequence as a tuple.
     """
 
     needs_grid = True
     takes_cells = True
+    takes_parallel = True
 
-    def __init__(self, num_representatives: int = 64) -> None:
+    def __init__(self, num_representatives: int | Sequence[int] = 64) -> None:
         super().__init__()
-        check_positive_int("num_representatives", num_representatives)
-        self.num_representatives = num_representatives
+        self.num_representatives = check_num_representatives(num_representatives)
 
     def forward(
-        self, tokens: Tensor, grid_size: GridSize | Cells | None = None, token_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        grid_size: GridSize | Cells | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        parallel: ContextParallel | None = None,
+        num_prefix_tokens: int = 0,
     ) -> Representatives:
         """Pool ``(B, H, N, P)`` tokens over their grid or cells; ``token_mask`` is ``(B, N)``."""
+        spread: dict[str, Any] = {"parallel": parallel, "num_prefix_tokens": num_prefix_tokens}
         if isinstance(grid_size, Cells):
-            return pool_by_coordinates(tokens, grid_size)
+            return pool_by_coordinates(tokens, grid_size, **spread)
         if grid_size is None:
             raise ValueError("grid_size is required to pool representatives")
-        return pool_representatives(tokens, grid_size, self.num_representatives, token_mask=token_mask)
+        number = self.num_representatives
+        return pool_representatives(tokens, grid_size, number, token_mask=token_mask, **spread)
 
     def extra_repr(self) -> str:
-        """Show the count when the module is printed."""
+        """Show the count or the grid when the module is printed."""
         return f"num_representatives={self.num_representatives}"
 
 
@@ -103,6 +127,7 @@ class LearnedRepresentatives(nn.Module):
     """
 
     needs_grid = False
+    takes_parallel = True
 
     def __init__(
         self,
@@ -127,7 +152,13 @@ class LearnedRepresentatives(nn.Module):
         nn.init.normal_(self.values, std=self.values.shape[-1] ** -0.5)
 
     def forward(
-        self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        grid_size: GridSize | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        parallel: ContextParallel | None = None,
+        num_prefix_tokens: int = 0,
     ) -> Representatives:
         """Repeat the parameters over the batch of ``tokens`` ``(B, H, N, P)``, in their dtype."""
         return Representatives(self.values.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1))

@@ -17,6 +17,7 @@ from cbsa_torch._core.autodiff import has_values
 from cbsa_torch._core.checks import check_device, check_floating, check_mask
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.ops.coordinates import Coordinates
+from cbsa_torch.ops.parallel import ContextParallel
 from cbsa_torch.ops.pooling import check_grid
 
 HIDDEN = -1e4
@@ -44,6 +45,8 @@ class MixerInput(NamedTuple):
     """Rotary position embeddings of the grid tokens, as timm makes them."""
     coords: Coordinates | None = None
     """Where the tokens after the prefix are, in place of a grid."""
+    parallel: ContextParallel | None = None
+    """Who has the other tokens, if ``x`` and ``token_mask`` are of one rank; the rest is of all ranks."""
 
     def restore(self, tokens: Tensor) -> Tensor:
         """Give ``(B, N, C)`` tokens the layout of the input again."""
@@ -132,12 +135,12 @@ def resolve_grid(
 
 
 def read_coords(
-    coords: Tensor | Coordinates, tokens: Tensor, num_prefix_tokens: int | None
+    coords: Tensor | Coordinates, tokens: Tensor, num_prefix_tokens: int | None, n: int | None = None
 ) -> tuple[Coordinates, int]:
-    """Check the coordinates of ``(B, N, C)`` tokens, and how many prefix tokens they leave."""
+    """Check the coordinates of ``(B, N, C)`` tokens, or of ``n`` on all ranks; and how many the prefix has."""
     coords = coords if isinstance(coords, Coordinates) else Coordinates(coords)
     check_device("coords", coords.coords, "x", tokens)
-    (b, n, _), shape = tokens.shape, coords.coords.shape
+    b, n, shape = tokens.shape[0], tokens.shape[1] if n is None else n, coords.coords.shape
     prefix = n - shape[1]
     if shape[0] != b or prefix < 0 or num_prefix_tokens not in (None, prefix):
         less = "at most N" if num_prefix_tokens is None else f"N less {num_prefix_tokens} prefix tokens"

@@ -19,6 +19,7 @@ from cbsa_torch._core.checks import check_device, check_floating, check_mask
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import CellPooling, Cells, GridSize, Representatives
 from cbsa_torch.ops.lattice import cell_numbers, fixed_lattices, locate, search_lattices
+from cbsa_torch.ops.parallel import ContextParallel, total
 from cbsa_torch.ops.pooling import check_num_representatives
 
 
@@ -68,6 +69,8 @@ def pool_by_coordinates(
     num_representatives: int | Sequence[int] | None = None,
     *,
     token_mask: Tensor | None = None,
+    parallel: ContextParallel | None = None,
+    num_prefix_tokens: int = 0,
 ) -> Representatives:
     """Average tokens over the occupied cells of a coarse lattice into initial representatives Q_ini.
 
@@ -77,6 +80,9 @@ def pool_by_coordinates(
             ``num_representatives`` and ``token_mask``, which it knows.
         num_representatives: the most representatives to make, or the cells along each axis of the lattice.
         token_mask: ``(B, N)`` bool, True = a real token.
+        parallel: which tokens these are, if others are on other ranks: ``tokens`` are then all of this rank,
+            and ``coords`` the cells of the tokens of all ranks. Every rank gets the same representatives.
+        num_prefix_tokens: tokens before those with coordinates; with ``parallel`` only.
 
     Returns:
         :class:`Representatives`: values ``(B, H, M, P)``, which of them exist ``(B, M)``, and the weights of
@@ -98,6 +104,8 @@ def pool_by_coordinates(
         raise ValueError("num_representatives is required with coords that are a tensor")
     else:
         cells = find_cells(coords, num_representatives, token_mask=token_mask)
+    if parallel is not None:
+        return _pool_slice(tokens, cells, num_prefix_tokens, parallel)
     if tuple(cells.cell.shape) != (b, n):
         raise ValueError(
             f"coords must be of the {n} tokens of {b} items, got those of {tuple(cells.cell.shape)} (B, N)"
@@ -106,6 +114,31 @@ def pool_by_coordinates(
     rows = tokens.transpose(1, 2).reshape(b, n, h * p)
     values = mean_of_cells(rows, cells).view(b, cells.counts.shape[1], h, p).transpose(1, 2)
     return Representatives(values, cells.mask, token_weights=CellPooling(cells))
+
+
+def _pool_slice(tokens: Tensor, cells: Cells, first: int, parallel: ContextParallel) -> Representatives:
+    """Pooling of the tokens of all ranks: each adds what its own are of every mean."""
+    b, h, n, p = tokens.shape
+    parallel.check("tokens", n)
+    if tuple(cells.cell.shape) != (b, parallel.num_tokens - first):
+        raise ValueError(
+            f"coords must be cells of the {parallel.num_tokens - first} tokens of all ranks after {first} "
+            f"prefix tokens, for {b} items, got those of {tuple(cells.cell.shape)} (B, N)"
+        )
+    m, start = cells.counts.shape[1], parallel.start - first
+    before = min(n, max(0, -start))  # prefix tokens here
+    index = cells.cell[:, max(0, start) : start + n] if start + n > 0 else cells.cell[:, :0]
+    counts = cells.counts.new_zeros(b, m + 1).scatter_add(1, index, torch.ones_like(index))[:, :m]
+    own = Cells(index, counts, index.argsort(dim=1, stable=True))
+    with no_autocast(tokens):
+        rows = tokens[:, :, before:].transpose(1, 2).reshape(b, n - before, h * p)
+        means = mean_of_cells(rows.to(compute_dtype(rows.dtype)), own)
+        share = counts.to(means.dtype) / cells.counts.clamp(min=1)
+        values = total(means * share[..., None], parallel.group)
+        member = (index[:, None] == torch.arange(m, device=index.device)[:, None]).to(means.dtype)
+        weights = F.pad(member / cells.counts.clamp(min=1)[..., None].to(means.dtype), (before, 0))
+    values = values.to(tokens.dtype).view(b, m, h, p).transpose(1, 2)
+    return Representatives(values, cells.mask, token_weights=weights)
 
 
 def check_coords(coords: Tensor) -> None:

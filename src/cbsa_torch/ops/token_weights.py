@@ -18,7 +18,8 @@ from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch._core.types import CellPooling, GridPooling
 from cbsa_torch.ops.coordinates import spread_from_cells
 from cbsa_torch.ops.masking import zero_rows
-from cbsa_torch.ops.pooling import window_members
+from cbsa_torch.ops.pooling import averages
+from cbsa_torch.ops.slab import slab_of
 
 TokenWeights = Tensor | GridPooling | CellPooling
 
@@ -113,7 +114,7 @@ def columns(weights: TokenWeights, place: slice, like: Tensor) -> Tensor:
     after = math.prod(grid)
     for side, count in zip(grid, cells, strict=True):
         after //= side
-        along = _average(side, count, like)[:, rest // after]  # (count, T)
+        along = averages(side, count, like)[:, rest // after]  # (count, T)
         rest = rest % after
         matrix = (matrix[:, None] * along).flatten(0, 1)
     return matrix[None, None]
@@ -129,7 +130,7 @@ def gram(weights: TokenWeights, like: Tensor) -> Tensor:
         return torch.diag_embed((counts > 0).to(like.dtype) / counts.clamp(min=1))[:, None]
     product = like.new_ones(1, 1)
     for side, count in zip(weights.grid_size, weights.cells, strict=True):
-        matrix = _average(side, count, like)
+        matrix = averages(side, count, like)
         product = torch.kron(product, matrix @ matrix.mT)
     return product[None, None]
 
@@ -150,13 +151,41 @@ def spread(weights: TokenWeights, rows: Tensor, n: int) -> Tensor:
     wide = rows.transpose(1, 2).reshape(b, *cells, h * p)
     for axis, (side, count) in enumerate(zip(grid, cells, strict=True)):
         if side != count:
-            matrix = _average(side, count, rows)
+            matrix = averages(side, count, rows)
             wide = matrix.mT @ wide.reshape(b * math.prod(grid[:axis]), count, -1)
     length = math.prod(grid)
     return F.pad(wide.reshape(b, length, h, p).transpose(1, 2), (0, 0, first, n - first - length))
 
 
-def _average(side: int, count: int, like: Tensor) -> Tensor:
-    """Average pooling of one axis as a matrix ``(count, side)``."""
-    member = window_members(side, count, like.device).to(like.dtype)
-    return member / member.sum(1, keepdim=True)
+def spread_slice(weights: TokenWeights, rows: Tensor, n: int) -> Tensor:
+    """:func:`spread` for the ``n`` tokens of one rank: a pooling is then of the grid of all ranks."""
+    if not isinstance(weights, GridPooling):
+        return spread(weights, rows, n)  # a matrix over the rank's tokens
+    b, h, m, p = rows.shape
+    slab = slab_of(weights.grid_size, weights.first, n)
+    sides = slab.shape
+    wide = rows.transpose(1, 2).reshape(b, m, h * p)
+    for axis, (side, count) in enumerate(zip(weights.grid_size, weights.cells, strict=True)):
+        matrix = averages(side, count, rows)
+        if axis == 0:
+            matrix = matrix[:, slab.rows]
+        after = math.prod(weights.cells[axis + 1 :])
+        wide = matrix.mT @ wide.reshape(b * math.prod(sides[:axis]), count, after * h * p)
+    return slab.take(wide.reshape(b, *sides, h * p)).unflatten(-1, (h, p)).transpose(1, 2)
+
+
+def check_slice(weights: TokenWeights, tokens: Tensor, m: int) -> TokenWeights:
+    """Check Pi over the tokens of one rank ``(B, H, n, P)``, prefix tokens included, as pooling makes it."""
+    if isinstance(weights, GridPooling):
+        shape: tuple[int, ...] = (math.prod(weights.cells), tokens.shape[2])
+    elif isinstance(weights, CellPooling):
+        raise ValueError("token_weights must be a matrix or a pooling of a grid with parallel, got cells")
+    else:
+        check_floating("token_weights", weights)
+        shape = tuple(weights.shape[-2:])
+    if shape != (m, tokens.shape[2]):
+        raise ValueError(
+            f"token_weights must make {m} representatives of the rank's {tokens.shape[2]} tokens, prefix "
+            f"tokens included, got {shape[0]} of {shape[1]}"
+        )
+    return weights if isinstance(weights, GridPooling) or weights.ndim == 3 else weights[None]

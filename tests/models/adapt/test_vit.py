@@ -127,6 +127,9 @@ def test_reports_say_what_happened():
     text = str(report)
     assert "2 of 5 attention layers are now 'adapted_cbsa', num_representatives=4, contraction_step=0.5" in text
     assert "blocks.0.attn  Attention left: not asked for" in text
+    fixed = adapt_vit(model, "agent", num_representatives=(2, 3))
+    assert fixed.model.blocks[0].attn.representatives.num_representatives == (2, 3)
+    assert "are now 'agent', num_representatives=(2, 3)" in str(fixed.report)
     assert "AttentionPoolLatent left: attention pooling of a head" in text
     assert json.loads(json.dumps(report.to_dict()))["layers"][1]["after"] == "AdaptedCBSA"
 

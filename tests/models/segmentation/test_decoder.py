@@ -111,8 +111,9 @@ def test_permuted_classes_have_permuted_masks(mixer, data):
     assert_close(model(x), expected, 1e-9)
 
 
-def test_representatives_are_pooled_from_patches_alone():
-    model = decoder(num_representatives=4, dtype=torch.float64)
+@pytest.mark.parametrize(("number", "cells"), [(4, (2, 2)), ((2, 5), (2, 5))])
+def test_representatives_are_pooled_from_patches_alone(number, cells):
+    model = decoder(num_representatives=number, dtype=torch.float64)
     x = features(4, 6, b=1)
     seen = []
     strategy = model.layers[0].attn.representatives
@@ -122,7 +123,7 @@ def test_representatives_are_pooled_from_patches_alone():
     assert grid == (4, 6)
     assert tokens.shape[2] == 24
     patches = model.layers[0].attn.qkv(model.layers[0].norm(x.flatten(2).mT))  # (1, 24, H * P)
-    pooled = F.adaptive_avg_pool2d(patches.mT.reshape(1, 12, 4, 6), (2, 2)).flatten(2).mT
+    pooled = F.adaptive_avg_pool2d(patches.mT.reshape(1, 12, 4, 6), cells).flatten(2).mT
     assert_close(chosen.values.transpose(1, 2).flatten(2), pooled, 1e-10)
 
 

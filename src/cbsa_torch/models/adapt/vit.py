@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -38,7 +39,7 @@ def adapt_vit(
     mixer: MixerName = "adapted_cbsa",
     *,
     layers: Layers = "all",
-    num_representatives: int | None = None,
+    num_representatives: int | Sequence[int] | None = None,
     broadcast: Broadcast | None = None,
     contraction: Contraction | None = None,
     contraction_step: float | None = None,
@@ -62,7 +63,8 @@ def adapt_vit(
             (:class:`cbsa_torch.nn.LinearAttention`), or a mixer with one projection, which inherits that of the
             values: ``"linear_cbsa"`` (12), ``"mssa"`` (9), ``"tssa"``.
         layers: ``"all"``, ``"latter_half"``, or indices of attention layers, negative ones from the end.
-        num_representatives: of ``"adapted_cbsa"`` and ``"agent"``. Default: 64.
+        num_representatives: of ``"adapted_cbsa"`` and ``"agent"``: a number or a grid such as ``(8, 8)``, see
+            :class:`cbsa_torch.CBSA`. Default: 64.
         broadcast: of ``"adapted_cbsa"``: ``"softmax"`` (default), a fresh softmax of queries over
             representatives, or ``"shared"``, the attention of the extraction.
         contraction: of ``"adapted_cbsa"``: ``"softmax"`` (default, Eq. 8), ``"exact"`` (Eq. 7) or ``"none"``.

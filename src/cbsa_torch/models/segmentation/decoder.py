@@ -72,7 +72,8 @@ class MaskTransformerDecoder(nn.Module):
             mixer's step is certified, else the input.
         device, dtype: of the parameters.
         **options: of the mixer, e.g. ``tied``, ``contraction``, ``num_representatives`` (default 100: pooled
-            over the grid of patches alone, 10 x 10 if it is a square).
+            over the grid of patches alone, 10 x 10 if it is a square; the official code has ``(10, 10)`` at any
+            aspect).
 
     Shape:
         ``(B, encoder_dim, h, w)`` features -> ``(B, K, h, w)`` masks, or ``(B, K, *size)`` if given a size.

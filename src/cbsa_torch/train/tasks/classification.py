@@ -108,13 +108,11 @@ class Classification(Task):
     share_title = "probability"
     one_class_per_image = True
     data_name_elsewhere = "folder"
-    unused_options = frozenset({"window", "stride", "scales", "flip", "masks", "overwrite"})
+    unused_options = frozenset({"window", "stride", "scales", "flip", "masks", "maps", "overwrite"})
 
     def check(self) -> None:
         """Refuse settings of the data that cannot work."""
         check_image_settings(self.config.data)
-        if self.config.data.native and self.config.engine.compile:
-            raise ConfigError("engine.compile must be off with data.native: it would compile every size anew")
 
     def open_data(self, mode: str, skipped: Path) -> Splits:
         """Splits of (image, label)."""
