@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from examples import compress_lines
+from examples import compress_lines, native_sizes, point_cloud, sparse_patches
 
 from benchmarks import adapt_table, digits_family, segmentation_decoders
 from tests.helpers import processes
@@ -39,6 +39,25 @@ def test_angles_are_to_lines_not_to_rays():
     found = compress_lines.measure(points, directions)
     assert found["angle_to_own_line"] == pytest.approx(0, abs=1e-5)
     assert found["separation"] == pytest.approx(90)
+
+
+def test_features_of_sparse_patches_are_near_those_of_all():
+    options = sparse_patches.Options(image_size=64, dim=32, depth=2, kept=(1.0, 0.25))
+    whole, quarter = sparse_patches.measure(options)
+    assert (whole["tokens"], quarter["tokens"]) == (64, 16)
+    assert whole["similarity"] == pytest.approx(1, abs=1e-5)
+    assert 0.7 < quarter["similarity"] < 0.999
+
+
+def test_images_of_many_sizes_are_as_they_would_be_alone():
+    rows = native_sizes.measure(native_sizes.Options())
+    assert [row["tokens"] for row in rows] == [65, 73, 116, 257, 65]
+    assert all(row["error"] < 1e-12 for row in rows)
+
+
+def test_clouds_of_points_are_learned():
+    rows = point_cloud.measure(point_cloud.Options(steps=15))
+    assert sum(row["loss"] for row in rows[-4:]) < 0.8 * sum(row["loss"] for row in rows[:4])
 
 
 def test_members_train_by_one_command_and_are_counted(tmp_path, monkeypatch):

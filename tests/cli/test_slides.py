@@ -62,6 +62,9 @@ def test_commands_that_are_of_images_say_so(run, capsys):
     assert "pages show images, and this model takes slides" in capsys.readouterr().err
     assert main(["eval", "--checkpoint", str(run / "run"), "--max-bad-images", "3"]) == 1
     assert "--max-bad-images is of images" in capsys.readouterr().err
+    for command in (["eval"], ["predict", "a.h5"]):
+        assert main([*command, "--checkpoint", str(run / "run"), "--native"]) == 1
+        assert "native has no effect for the task 'slides'" in capsys.readouterr().err
     assert main(["predict", "--checkpoint", str(run / "run"), "a.h5", "--masks", "x"]) == 1
     assert "masks has no effect for the task 'slides'" in capsys.readouterr().err
     assert main(["predict", "--checkpoint", str(run / "run"), str(run / "a.h5")]) == 1

@@ -347,6 +347,8 @@ def check_errors(group):
         model(ImageBand(pixels[:, :, 1:] if rank == 1 else pixels, 64))
     with pytest.raises(ValueError, match="rank 0: .*images must have"):
         model(torch.randn(1, 1 if rank == 0 else 3, 64, 48))
+    with pytest.raises(ValueError, match="rank 0: .*not a list of images"):
+        model([torch.randn(3, 64, 48), torch.randn(3, 32, 16)])
     with pytest.raises(TypeError, match="cannot be pickled; save its state_dict"):
         pickle.dumps(model)
     assert copy.deepcopy(model).ranks is model.ranks

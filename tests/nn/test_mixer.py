@@ -439,7 +439,7 @@ def test_the_grid_is_asked_for_once_and_not_when_computing_again(mixer, recomput
     class Source:
         calls = 0
 
-        def grid_of(self, num_tokens):
+        def place_of(self, tokens):
             self.calls += 1
             return (2, 8)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from cbsa_torch.cli.options import OtherOptions, at_least, open_on, parse
+from cbsa_torch.cli.options import OtherOptions, SizeOptions, at_least, open_on, parse, with_data
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
@@ -14,7 +13,7 @@ from cbsa_torch.train.tasks.base import WindowOptions
 
 
 @dataclass
-class _EvalArgs(OtherOptions, WindowOptions):
+class _EvalArgs(OtherOptions, SizeOptions, WindowOptions):
     """Evaluate a trained model; writes eval_<split>.json beside the checkpoint."""
 
     checkpoint: str = "runs/digits"
@@ -36,15 +35,15 @@ def run(args: list[str]) -> None:
     at_least(0, max_bad_images=options.max_bad_images)
     at_least(1, batch_size=options.batch_size)
     trained = open_on(options.checkpoint, options, options.split)
-    data: Any = trained.config.data  # of the task
+    changes = options.changes()
     if options.max_bad_images is not None:
         if not trained.task.takes_images:
             raise ConfigError("--max-bad-images is of images, and this model takes slides: leave it out")
-        data = dataclasses.replace(data, max_bad_images=options.max_bad_images)
+        changes["max_bad_images"] = options.max_bad_images
+    trained = with_data(trained, changes)
     result = evaluate_checkpoint(
         trained.fused(),
         split=options.split,
-        data=data,
         batch_size=options.batch_size,
         windows=options,
         output=options.output,

@@ -53,6 +53,39 @@ class OtherOptions:
     "folder" is for images and masks of your own."""
 
 
+@dataclass
+class SizeOptions:
+    """At which size a classifier is fed images."""
+
+    native: bool = False
+    """Classifiers: images at their own size, neither resized nor cropped; as is done without it, if the model
+    was trained so."""
+    max_image_tokens: int | None = None
+    """Classifiers: with images at their own size, shrink those of more tokens. Default: as in training."""
+
+    def changes(self) -> dict[str, Any]:
+        """The settings of the data that they change."""
+        changes = {"native": self.native or None, "max_image_tokens": self.max_image_tokens}
+        return {name: value for name, value in changes.items() if value is not None}
+
+
+def with_data(trained: Trained, changes: dict[str, Any]) -> Trained:
+    """A trained model with other settings of its data; raises ConfigError for those that its task has not."""
+    data: Any = trained.config.data  # of the task
+    fields = {item.name for item in dataclasses.fields(data)}
+    for name in changes:
+        if name not in fields:
+            raise ConfigError(
+                f"{name} has no effect for the task {trained.config.task!r}, which this model was trained for; "
+                "leave it out"
+            )
+    if not changes:
+        return trained
+    changed = trained._replace(task=trained.task.with_data(dataclasses.replace(data, **changes)))
+    changed.task.check()
+    return changed
+
+
 def parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:
     """Read ``args`` into the dataclass ``cls``; its docstring is the command's help."""
     kwargs = {} if default is None else {"default": default}

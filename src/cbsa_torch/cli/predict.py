@@ -11,14 +11,14 @@ from typing import Any, cast
 import tyro
 
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.cli.options import OtherOptions, open_on, parse
+from cbsa_torch.cli.options import OtherOptions, SizeOptions, open_on, parse, with_data
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.tasks.base import Prediction, PredictOptions, Trained
 
 
 @dataclass
-class _PredictArgs(OtherOptions, PredictOptions):
+class _PredictArgs(OtherOptions, SizeOptions, PredictOptions):
     """Classify or segment image files, or classify slides."""
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -42,6 +42,7 @@ def run(args: list[str]) -> None:
     trained = open_on(options.checkpoint, options)
     if "config" in trained.info and (options.root, options.data) != (None, None):
         raise ConfigError(f"{options.checkpoint} says its classes: leave out --root and --data")
+    trained = with_data(trained, options.changes())
     if not trained.task.takes_images:
         _predict_slides(trained, options)
         return

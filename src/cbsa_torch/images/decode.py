@@ -39,6 +39,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What the values of the EXIF orientation ask for; 1 is upright."""
+_SIDEWAYS = (5, 6, 7, 8)
+"""Those that exchange height and width."""
 
 
 def read_image_file(file: Any, mode: str) -> Image.Image:
@@ -62,6 +64,20 @@ def read_image_file(file: Any, mode: str) -> Image.Image:
         raise UnreadableImageError(reason(error)) from error
 
 
+def read_image_size(file: Any) -> tuple[int, int]:
+    """Height and width of the upright image in a binary file object, without decoding its pixels.
+
+    Raises:
+        UnreadableImageError: whatever is wrong with the file.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+    except Exception as error:  # of broken files, decoders raise nearly anything
+        raise UnreadableImageError(reason(error)) from error
+
+
 def _read(file: Any, mode: str) -> Image.Image:
     with Image.open(file) as image:
         return convert(image, mode)
@@ -81,11 +97,15 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """Turned and mirrored as the EXIF orientation says; loads all pixels."""
     image.load()
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> Any:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata raise nearly anything, and viewers pass over them
-        return image
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+        return None
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

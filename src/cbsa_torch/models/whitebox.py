@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import global_pool_nlc
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.tracing import pin_size
-from cbsa_torch._core.types import Residual
+from cbsa_torch._core.types import GridSize, Residual
+from cbsa_torch.models.packed_images import PackedImages, split_map
 from cbsa_torch.models.resize import resize
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, TokenMixer, WhiteBoxBlock
 from cbsa_torch.nn.bands import ImageBand, drop_alike, embed_band, pool_over_ranks
@@ -59,6 +60,11 @@ class WhiteBoxTransformer(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, num_classes)``.
+
+    A list of images ``(in_chans, height, width)`` of any sizes goes through it as one packed batch, without
+    padding: every image gets what it would get alone. Where a batch has a result ``(B, ...)``, a list has a
+    list of them, one for each image; logits are ``(B, num_classes)`` for both. In training, batch norms of the
+    stem see the pixels of all images together. ``torch.compile`` leaves the layers as they are then.
     """
 
     def __init__(
@@ -216,21 +222,27 @@ class WhiteBoxTransformer(nn.Module):
 
         In context parallel, tokens and grid are those of this rank; the first has the class token.
         """
-        tokens, grid_size, _ = self._embed(x)
+        tokens, grid_size, _ = self._embed_batch(x)
         return tokens, grid_size
 
-    def _embed(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int], ContextParallel | None]:
+    def _embed_batch(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int], ContextParallel | None]:
         parallel = None
         if self.ranks is not None:
-            x, parallel = embed_band(self.stem, x, self.ranks.group, self.num_prefix_tokens)
+            maps, parallel = embed_band(self.stem, x, self.ranks.group, self.num_prefix_tokens)
         elif isinstance(x, ImageBand):
             raise TypeError(
                 "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"
             )
         else:
-            x = self.stem(pin_size("height and width of images", x))  # (B, D, h, w)
-        assert isinstance(x, Tensor), "embedded"
-        grid_size: tuple[int, int] = (x.shape[2], x.shape[3])
+            maps = self.stem(pin_size("height and width of images", x))
+        tokens, grid_size = self._add_positions(maps, parallel)
+        return tokens, grid_size, parallel
+
+    def _add_positions(
+        self, x: Tensor, parallel: ContextParallel | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """A map ``(B, D, h, w)`` to tokens; the rows of this rank to its tokens."""
+        grid_size = (x.shape[2], x.shape[3])
         whole: Any = grid_size if parallel is None else parallel.grid_size
         x = x.flatten(2).transpose(1, 2)  # (B, h * w, D)
         prefix, pos_embed = self.cls_token.expand(x.shape[0], -1, -1), self._resampled_pos_embed(whole)
@@ -238,20 +250,32 @@ class WhiteBoxTransformer(nn.Module):
             here = slice(parallel.start, parallel.start + parallel.length)
             prefix, pos_embed = prefix[:, here], pos_embed[:, here]
         x = torch.cat([prefix, x], dim=1)
-        return self.pos_drop(x + pos_embed), grid_size, parallel
+        return self.pos_drop(x + pos_embed), grid_size
 
-    def _run_block(
-        self, block: nn.Module, x: Tensor, grid_size: tuple[int, int], parallel: ContextParallel | None
-    ) -> Tensor:
+    def _embed(self, x: Any) -> _Embedded:
+        """Images, those of a rank, or a list of images."""
+        prefix = self.num_prefix_tokens
+        if isinstance(x, (list, tuple)) and not isinstance(x, ImageBand) and self.ranks is None:
+            packed = PackedImages(x, self._embed_sizes, prefix)
+            return _Embedded(packed.row, (None, None, None, packed.packing), None, prefix, packed)
+        tokens, grid_size, parallel = self._embed_batch(x)
+        if parallel is None:
+            return _Embedded(tokens, (grid_size,), grid_size, prefix)
         # the grid of a rank is no grid for a mixer, which takes that of all from ``parallel``
-        where: tuple[Any, ...] = (grid_size,) if parallel is None else (None, None, None, None, parallel)
+        where = (None, None, None, None, parallel)
+        return _Embedded(tokens, where, grid_size, prefix if parallel.start == 0 else 0)
+
+    def _embed_sizes(self, batches: list[Tensor]) -> list[tuple[Tensor, GridSize]]:
+        return [self._add_positions(x) for x in self.stem.forward_list(batches)]
+
+    def _run_block(self, block: nn.Module, x: Tensor, where: tuple[Any, ...]) -> Tensor:
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, *where)
         return block(x, *where)
 
     def forward_intermediates(
         self,
-        x: Tensor | ImageBand,
+        x: Any,
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -263,7 +287,7 @@ class WhiteBoxTransformer(nn.Module):
         """Features of chosen layers; arguments and results as in timm's VisionTransformer.
 
         Args:
-            x: images.
+            x: images, or a list of them: every feature map is then a list, one for each image.
             indices: the last n layers if an int, all if None, else these.
             return_prefix_tokens: also return the class token of each.
             norm: apply the final norm to each.
@@ -276,28 +300,27 @@ class WhiteBoxTransformer(nn.Module):
         """
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         take, last = feature_take_indices(len(self.blocks), indices)
-        x, (height, width), parallel = self._embed(x)
+        embedded = self._embed(x)
+        x = embedded.tokens
         found = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x, (height, width), parallel)
+            x = self._run_block(block, x, embedded.where)
             if i in take:
                 found.append(self.norm(x) if norm else x)
-        first = self.num_prefix_tokens if parallel is None or parallel.start == 0 else 0
-        prefix = [y[:, :first] for y in found]
-        features = [y[:, first:] for y in found]
-        if output_fmt == "NCHW":
-            features = [y.unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous() for y in features]
+        maps = [embedded.maps(y, output_fmt) for y in found]
+        features: list[Any] = [patches for patches, _ in maps]
+        prefix: list[Any] = [tokens for _, tokens in maps]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": features}
             if return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self.norm(x)
+                result["image_features"] = embedded.of_images(self.norm(x))
             return result
         intermediates: list[Any] = (
             list(zip(features, prefix, strict=True)) if return_prefix_tokens else features
         )
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        return intermediates if intermediates_only else (embedded.of_images(self.norm(x)), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -311,12 +334,16 @@ class WhiteBoxTransformer(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def forward_features(self, x: Tensor | ImageBand) -> Tensor:
-        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``; in context parallel those of this rank."""
-        x, grid_size, parallel = self._embed(x)
+    def forward_features(self, x: Any) -> Any:
+        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``; a list of images to a list of tokens.
+
+        In context parallel, tokens are those of this rank.
+        """
+        embedded = self._embed(x)
+        x = embedded.tokens
         for block in self.blocks:
-            x = self._run_block(block, x, grid_size, parallel)
-        return self.norm(x)
+            x = self._run_block(block, x, embedded.where)
+        return embedded.of_images(self.norm(x))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens to one feature per image; in context parallel the same on every rank."""
@@ -325,15 +352,50 @@ class WhiteBoxTransformer(nn.Module):
             return pool_over_ranks(x, pool_type, self.num_prefix_tokens, self.ranks.group)
         return global_pool_nlc(x, pool_type=pool_type, num_prefix_tokens=self.num_prefix_tokens)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits (or, ``pre_logits``, to the features before the linear head)."""
-        x = self.pool(x)
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Any:
+        """Tokens to logits (or, ``pre_logits``, to the features before the linear head).
+
+        A list of tokens of images gives one tensor, too, unless tokens are not pooled.
+        """
+        if isinstance(x, (list, tuple)):
+            if not self.global_pool:
+                return [self.forward_head(tokens[None], pre_logits)[0] for tokens in x]
+            x = torch.cat([self.pool(tokens[None]) for tokens in x])
+        else:
+            x = self.pool(x)
         x = self.head_drop(x) if self.ranks is None else drop_alike(self.head_drop, x, self.ranks.group)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor | ImageBand) -> Tensor:
-        """Images to logits, in context parallel on every rank."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor | ImageBand | Sequence[Tensor]) -> Tensor:
+        """Images, or a list of images of any sizes, to logits; in context parallel on every rank."""
+        logits: Tensor = self.forward_head(self.forward_features(x))
+        return logits
+
+
+class _Embedded(NamedTuple):
+    """What the stem made of images, and what layers are called with."""
+
+    tokens: Tensor
+    """``(B, N, D)``; of a list of images ``(1, T, D)``."""
+    where: tuple[Any, ...]
+    """The arguments of a layer after the tokens."""
+    grid_size: GridSize | None
+    """Of the tokens, in context parallel of those of this rank; None for a list of images."""
+    num_prefix_tokens: int
+    """In front of those of the grid; in context parallel only the first rank has any."""
+    packed: PackedImages | None = None
+    """The list of images, if there is one."""
+
+    def of_images(self, x: Tensor) -> Any:
+        """Tokens as the model returns them: of a list of images as a list."""
+        return x if self.packed is None else self.packed.split(x)
+
+    def maps(self, x: Tensor, output_fmt: str) -> tuple[Any, Any]:
+        """The patches of tokens, as a map or as tokens, and the prefix tokens; of a list of images as lists."""
+        if self.packed is not None:
+            return self.packed.split_maps(x, output_fmt)
+        assert self.grid_size is not None, "a batch"
+        return split_map(x, self.num_prefix_tokens, self.grid_size, output_fmt)
 
 
 def _check_num_classes(num_classes: int) -> None:

@@ -55,6 +55,11 @@ def embed_band(
     facts: dict[str, Any] = {}
     pixels: Any = x.pixels if isinstance(x, ImageBand) else x
     try:
+        if isinstance(pixels, (list, tuple)):
+            raise TypeError(
+                "images must be one batch (B, C, height, width), not a list of images: ranks share the rows of "
+                "images of one size"
+            )
         check_images(pixels, stem.in_chans)
         height = x.height if isinstance(x, ImageBand) else pixels.shape[2]
         size = (height, pixels.shape[3])

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from cbsa_torch.nn.grids import EMBEDDING, follow, modules_inside
+from cbsa_torch.nn.grids import embedding_of, follow, is_embedding, modules_inside
 
 
 def install_grid_hook() -> None:
@@ -57,8 +57,8 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
         _assume_no_squares(child, known=set(replaced.modules()))
     if replaced is not None or isinstance(module, (nn.Sequential, nn.ModuleList)):
         _join(child, [*module.children()] if replaced is None else [replaced, *module.children()])
-    before = module._modules.get(EMBEDDING)
-    if name != EMBEDDING:
+    before = embedding_of(module)
+    if not is_embedding(name, child):
         # Again with every part: a subclass may add prefix tokens after its blocks.
         if before is not None:
             follow(module, before, [child])

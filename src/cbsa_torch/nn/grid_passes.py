@@ -16,16 +16,19 @@ from collections import Counter, defaultdict
 from torch import Tensor
 
 from cbsa_torch._core.types import GridSize
+from cbsa_torch.ops.coordinates import Coordinates
 
-Waiting = defaultdict[int, Counter[GridSize | None]]
+Place = GridSize | Coordinates
+"""Where the tokens of images are: on a grid, or each at its coordinates (NaFlex)."""
+Waiting = defaultdict[int, Counter[Place | None]]
 """What one thread has embedded: for each follower, how many images of which grid have not come to it."""
 
 
 class Pass:
     """One image, or batch, on its way through a model."""
 
-    def __init__(self, grid: GridSize, waiting: Waiting | None) -> None:
-        self.grid = grid
+    def __init__(self, place: Place, waiting: Waiting | None) -> None:
+        self.place = place
         self.waiting = waiting
         """Where it is counted; None if nothing is known of its embedding."""
         self.reached: set[int] = set()
@@ -34,7 +37,9 @@ class Pass:
         """Note that it came to a follower."""
         if self.waiting is waiting and follower not in self.reached:
             self.reached.add(follower)
-            waiting[follower][self.grid] -= 1
+            waiting[follower][self.place] -= 1
+            if waiting[follower][self.place] <= 0:  # coordinates are not kept longer than they are needed
+                del waiting[follower][self.place]
 
 
 class Traced:

@@ -10,6 +10,9 @@ feature extractors) calls its patch embedding first: a forward hook there sees t
 written and read. A block that is compiled alone breaks the graph before and after the block to look the grid
 up.
 
+A NaFlexVit of timm takes images of many sizes in one padded batch, each patch at its ``patch_coord``: these are
+noted in place of a grid.
+
 One case is not seen: tokens of an image embedded earlier, or in another thread, that are encoded when this
 thread has embedded one more image with as many patches, outside a call of the whole model, and not encoded it
 yet. They are taken for that image.
@@ -31,10 +34,21 @@ from torch import Tensor, nn
 from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.nn.grid_passes import Pass, PassTags, PerThread, ThreadState, Traced
+from cbsa_torch.nn.grid_passes import Pass, PassTags, PerThread, Place, ThreadState, Traced
+from cbsa_torch.ops.coordinates import Coordinates
 
 EMBEDDING = "patch_embed"
 """timm's name of the patch embedding."""
+
+
+def is_embedding(name: str, module: nn.Module | None) -> bool:
+    """Whether a part of this name is a patch embedding: timm's ``patch_embed``, or a NaFlexVit's ``embeds``."""
+    return name == EMBEDDING or (name == "embeds" and type(module).__name__ == "NaFlexEmbeds")
+
+
+def embedding_of(model: nn.Module) -> nn.Module | None:
+    """The patch embedding of a model, None if it has none."""
+    return next((part for name, part in model._modules.items() if is_embedding(name, part)), None)
 
 
 class GridSource:
@@ -57,7 +71,7 @@ class GridSource:
             model.register_forward_pre_hook(self.start_afresh),
             model.register_forward_hook(self.start_afresh, always_call=True),
             embedding.register_forward_pre_hook(_pin_images),
-            embedding.register_forward_hook(self.note),
+            embedding.register_forward_hook(self.note, with_kwargs=True),
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,18 +127,26 @@ class GridSource:
         if not torch.compiler.is_dynamo_compiling():
             state.waiting = defaultdict(Counter)
 
-    def note(self, embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Note the grid that ``embedding`` made of its input: its forward hook."""
+    def note(self, embedding: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note the grid that ``embedding`` made of its input, or its coordinates: its forward hook."""
+        coords = kwargs.get("patch_coord")
+        if coords is not None:  # of each batch others, which are no constants of a graph
+            torch.compiler.disable(self._note)(embedding, Coordinates(coords))
+            return
         grid, state = _grid_made(embedding, inputs, output), self.threads.state
         if torch.compiler.is_dynamo_compiling():
             fresh = state.traced.graph != self.graph_before()
             earlier = state.traced if fresh or self._is_waiting() else None
             state.traced = Traced(grid, self._new_graph(), earlier)
             return
+        self._note(embedding, grid)
+
+    def _note(self, embedding: nn.Module, place: Place | None) -> None:
+        state = self.threads.state
         self.embedding = weakref.ref(embedding)
         self.settle(state)
         state.blocks.clear()  # those that failed in compiled code
-        self._expect(state, grid)
+        self._expect(state, place)
 
     def settle(self, state: ThreadState) -> None:
         """Count what compiled graphs have embedded since among the images that are waited for."""
@@ -132,18 +154,23 @@ class GridSource:
             self._expect(state, image.grid, self.graphs[image.graph])
         state.traced = Traced()
 
-    def _expect(self, state: ThreadState, grid: GridSize | None, reached: Collection[int] = ()) -> None:
+    def _expect(self, state: ThreadState, place: Place | None, reached: Collection[int] = ()) -> None:
         """Count an image among those that all followers wait for, but for those it has ``reached``."""
-        self.seen.add(grid)
+        self.seen.add(None if isinstance(place, Coordinates) else place)
         for follower in range(len(self.followers)):
             if follower not in reached:
-                state.waiting[follower][grid] += 1
+                state.waiting[follower][place] += 1
 
-    def fits(self, grid: GridSize | None, x: Tensor) -> bool:
-        """Whether ``(B, N, C)`` tokens may be such a grid, and the prefix tokens before it."""
-        if grid is None:
+    def fits(self, place: Place | None, x: Tensor) -> bool:
+        """Whether ``(B, N, C)`` tokens may be there, and the prefix tokens before them."""
+        if place is None:
             return False
-        extra = x.shape[1] - math.prod(grid)
+        if isinstance(place, Coordinates):
+            if place.coords.shape[0] != x.shape[0]:
+                return False
+            extra = x.shape[1] - place.coords.shape[1]
+        else:
+            extra = x.shape[1] - math.prod(place)
         return extra >= 0 if self.num_prefix_tokens is None else extra == self.num_prefix_tokens
 
     def only_grid(self, x: Tensor) -> GridSize | None:
@@ -190,6 +217,17 @@ class GridFollower:
         """The grid behind ``(B, N, C)`` tokens, those that the layer is called with.
 
         Raises:
+            ValueError: as :meth:`place_of`, or the tokens have coordinates.
+        """
+        place = self.place_of(x)
+        if isinstance(place, Coordinates):
+            raise ValueError("x has tokens at coordinates (patch_coord), where a grid is needed: pass images")
+        return place
+
+    def place_of(self, x: Tensor) -> Place:
+        """The grid or coordinates of ``(B, N, C)`` tokens, those that the layer is called with.
+
+        Raises:
             ValueError: nothing tells it. No image had as many patches (some were dropped, say), or images of
                 several grids had, and these tokens may be of any.
         """
@@ -226,14 +264,14 @@ class GridFollower:
         self.source.join_graph(self.number)
         return True
 
-    def _look_up(self, x: Tensor) -> GridSize:
+    def _look_up(self, x: Tensor) -> Place:
         state = self.source.threads.state
         found = self._find(state, x)
         if found is None:
             awaited = self._awaited(state)
             state.waiting = defaultdict(Counter)  # so that the next image goes through
             raise self._unknown(x, {*awaited, *self.source.seen} or {self.source.built_for})
-        return found.grid
+        return found.place
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.source.threads.state
@@ -249,7 +287,7 @@ class GridFollower:
         found = state.blocks[depth][1]
         del state.blocks[depth:]
         y = output[0] if isinstance(output, tuple) and output else output
-        if found is not None and isinstance(y, Tensor) and y.ndim == 3 and self.source.fits(found.grid, y):
+        if found is not None and isinstance(y, Tensor) and y.ndim == 3 and self.source.fits(found.place, y):
             self.source.tags.put(y, found, is_new=True)
 
     def _find(self, state: ThreadState, x: Tensor) -> Pass | None:
@@ -257,7 +295,7 @@ class GridFollower:
         found = self.source.tags.get(x)
         if found is None:
             found = state.running
-            if found is None or not self.source.fits(found.grid, x):
+            if found is None or not self.source.fits(found.place, x):
                 found = self._await(state, x)
             if found is None:
                 return None
@@ -275,12 +313,12 @@ class GridFollower:
         grid = None if awaited else self.source.only_grid(x)
         return None if grid is None else Pass(grid, None)
 
-    def _awaited(self, state: ThreadState) -> list[GridSize | None]:
+    def _awaited(self, state: ThreadState) -> list[Place | None]:
         """The grids of the images that this thread embedded, and that have not come this far."""
         return [grid for grid, number in state.waiting[self.number].items() if number > 0]
 
-    def _unknown(self, x: Tensor, grids: Iterable[GridSize | None]) -> ValueError:
-        known = ", ".join(sorted(str(grid) for grid in grids if grid is not None)) or "unknown size"
+    def _unknown(self, x: Tensor, places: Iterable[Place | None]) -> ValueError:
+        known = ", ".join(sorted(str(place) for place in places if isinstance(place, tuple))) or "unknown size"
         return ValueError(
             f"x has {x.shape[1]} tokens, {self.source.num_prefix_tokens or 0} of them prefix tokens, and "
             f"nothing tells their grid: the model's images had grids of {known}. Drop no patches "
@@ -305,7 +343,8 @@ def follow_grid(
     Args:
         model: what holds the layers.
         embedding: called before them, with a ``(B, C, height, width)`` output, or tokens and an attribute
-            ``grid_size``, as timm's. Default: ``model.patch_embed``.
+            ``grid_size``, as timm's. Default: ``model.patch_embed``, or ``embeds`` of a NaFlexVit. That model
+            then makes masks of keys only (``use_key_only_attn_mask``), the same for all real tokens.
         num_prefix_tokens: class and register tokens. Default: ``model.num_prefix_tokens``, else 0.
 
     Returns:
@@ -314,7 +353,7 @@ def follow_grid(
     Raises:
         ValueError: no patch embedding.
     """
-    embedding = model._modules.get(EMBEDDING) if embedding is None else embedding
+    embedding = embedding_of(model) if embedding is None else embedding
     if embedding is None:
         raise ValueError(
             f"model must have a {EMBEDDING}, as timm's ViTs have, got {type(model).__name__}; pass embedding, "
@@ -335,7 +374,7 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
     sources = []
     try:
         for part in model.modules():
-            embedding = part._modules.get(EMBEDDING)
+            embedding = embedding_of(part)
             if embedding is None:
                 continue
             inside = {m for m in modules_inside(part.children(), embedding) if m in layers and m not in found}
@@ -364,6 +403,8 @@ def follow(
             return 0
         source = GridSource(model, embedding, num_prefix_tokens)
     source.num_prefix_tokens = num_prefix_tokens
+    if mixers and hasattr(model, "use_key_only_attn_mask"):
+        model.use_key_only_attn_mask = True  # type: ignore[assignment]
     source.lead(parts, mixers)
     return len(mixers)
 
@@ -372,7 +413,7 @@ def modules_inside(parts: Iterable[nn.Module], embedding: nn.Module | None = Non
     """The modules in parts of a model, but not those inside models with another patch embedding than this."""
     for part in parts:
         yield part
-        if part._modules.get(EMBEDDING) in (None, embedding):
+        if embedding_of(part) in (None, embedding):
             yield from modules_inside(part.children(), embedding)
 
 
@@ -391,8 +432,10 @@ def _pin_images(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> GridSize | None:
     """The grid of an embedding's output; None if it does not tell."""
-    if isinstance(output, (tuple, list)):  # timm's PatchEmbedWithSize: tokens and their grid
-        output = output[0]
+    if isinstance(output, (tuple, list)):  # timm's PatchEmbedWithSize and NaFlexEmbeds: tokens and their grid
+        output, *told = output
+        if told and isinstance(told[0], tuple):
+            return int(told[0][0]), int(told[0][1])
     if not isinstance(output, Tensor):
         return None
     if output.ndim == 4:

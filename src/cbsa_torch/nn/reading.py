@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import GridSize, Layout, Strategy
+from cbsa_torch.nn.grid_passes import Place
 from cbsa_torch.nn.grids import GridFollower
 from cbsa_torch.nn.packing import Group, Packing
 from cbsa_torch.nn.tokens import (
@@ -105,6 +106,12 @@ class TokenReader(nn.Module):
                 attn_mask, token_mask, b, n, compares_tokens=self.compares_tokens
             )
         places = None
+        if coords is None and map_grid is None and grid_size is None and parallel is None:
+            followed = self._followed(tokens)
+            if isinstance(followed, Coordinates):
+                coords = followed
+            else:
+                grid_size = followed
         if coords is not None:
             if map_grid is not None or grid_size is not None:
                 raise ValueError("pass coords or a grid (grid_size, a feature map), not both")
@@ -171,13 +178,17 @@ class TokenReader(nn.Module):
                 "give them takes_cells = True and num_representatives if they can be made of ops.Cells"
             )
 
+    def _followed(self, tokens: Tensor) -> Place | None:
+        """Where the model has the tokens, for a layer that needs to know and has no grid of its own."""
+        if not self.needs_grid or self.grid_size is not None or self.grid_follower is None:
+            return None
+        return self.grid_follower.place_of(tokens)
+
     def _locate(
         self,
         tokens: Tensor,
         map_grid: GridSize | None,
         grid_size: GridSize | None,
-        *,
-        follow: bool = True,
     ) -> tuple[GridSize | None, int]:
         """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
         if map_grid is not None:
@@ -187,8 +198,6 @@ class TokenReader(nn.Module):
         grid_size = self.grid_size if grid_size is None else grid_size
         if grid_size is None and not self.needs_grid:
             return None, self.num_prefix_tokens or 0
-        if grid_size is None and self.grid_follower is not None and follow:
-            grid_size = self.grid_follower.grid_of(tokens)
         if grid_size is None and not self.assumes_square:
             raise ValueError(
                 f"grid_size is needed: {type(self).__name__} got {tokens.shape[1]} tokens, and assumes no "
@@ -203,7 +212,7 @@ class TokenReader(nn.Module):
         if group.coords is not None:
             grid, prefix = None, read_coords(group.coords, x, self.num_prefix_tokens)[1]
         else:
-            grid, prefix = self._locate(x, None, group.grid_size, follow=False)
+            grid, prefix = self._locate(x, None, group.grid_size)
         n = group.length
         attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril() if is_causal else None
         return MixerInput(x, None, grid, prefix, None, attn_mask, is_causal, None, group.coords)

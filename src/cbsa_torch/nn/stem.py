@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,23 @@ class ConvStem(nn.Module):
         # Channels last is a quarter faster on the CPU. (Under vmap it cannot be asked for by memory_format.)
         return self.proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
+    def forward_list(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Embed batches of several sizes: each as :meth:`forward` would.
+
+        But in training the batch norms see the pixels of all of them together, as those of one batch.
+        """
+        maps = []
+        for x in batches:
+            check_images(x, self.in_chans)
+            maps.append(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+        for layer in self.proj:
+            if isinstance(layer, nn.Sequential) and layer[1].training:
+                conv, norm = layer
+                maps = _together(norm, [conv(x) for x in maps])
+            else:
+                maps = [layer(x) for x in maps]
+        return maps
+
     def pixel_rows(self, rows: slice, height: int) -> slice:
         """The rows of images of ``height`` that the token rows ``rows`` are made of, halo included."""
         return self._levels(rows, height)[0].needed
@@ -160,6 +178,15 @@ class ConvStem(nn.Module):
             if isinstance(layer, nn.Sequential):
                 fused.proj[i] = _merge(layer)
         return fused
+
+
+def _together(norm: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    """A batch norm of maps ``(B, C, height, width)`` of several sizes, all pixels in one column."""
+    rows = [x.permute(0, 2, 3, 1) for x in maps]
+    column = torch.cat([x.flatten(0, 2) for x in rows])[None, :, None]  # (1, pixels, 1, C)
+    normed = norm(column.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[0, :, 0]  # (pixels, C)
+    parts = normed.split([x.shape[:3].numel() for x in rows])
+    return [part.view(x.shape).permute(0, 3, 1, 2) for part, x in zip(parts, rows, strict=True)]
 
 
 @torch.no_grad()
@@ -245,6 +272,10 @@ class LinearStem(nn.Module):
         )  # (B, C, h, p, w, p)
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (B, h, w, p * p * C), channels last within a patch
         return self.norm2(self.proj(self.norm1(x))).permute(0, 3, 1, 2)
+
+    def forward_list(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Embed batches of several sizes."""
+        return [self(x) for x in batches]
 
 
 def _check_sizes(**sizes: int) -> None:

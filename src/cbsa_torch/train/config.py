@@ -106,6 +106,15 @@ class DataConfig(ImageSource):
     color_jitter: float = 0.0
     """Strength of colour jitter: brightness, contrast and saturation change by up to this share. timm leaves it
     out beside auto_augment."""
+    native: bool = False
+    """Images at their own size: neither resized nor cropped to one size (data.crop_scale and data.crop_ratio
+    make crops of the images' own scale), several sizes in a batch without padding. For the models of
+    `cbsa list`."""
+    max_tokens: int = 16384
+    """With data.native: tokens of a process in a forward pass. Batches are filled up to it, or to
+    optim.batch_size images; larger images are shrunk to fit into one."""
+    max_image_tokens: int | None = None
+    """With data.native: tokens of an image, class token included; larger ones are shrunk, in evaluation too."""
     auto_augment: str | None = None
     """timm's policy: "rand", "augmix", "original", "originalr", "v0", "v0r" or "3a", with its numbers after
     dashes, e.g. "rand-m9-mstd0.5". timm takes a magnitude m above 10 for 10, unless mmax is given."""
@@ -308,6 +317,7 @@ def check_config(config: RunConfig) -> None:
     optim, ema = config.optim, config.optim.ema_decay
     threads, every, keep = config.engine.threads, config.engine.save_steps, config.engine.keep_states
     shared = config.engine.context_parallel
+    native = isinstance(config.data, DataConfig) and config.data.native
     size, model = config.model.image_size, config.model
     check_rules([
         (0 <= config.seed < 2**31, "seed must be in [0, 2**31)", config.seed),
@@ -339,6 +349,16 @@ def check_config(config: RunConfig) -> None:
         (
             shared == 1 or not config.engine.compile,
             "engine.context_parallel must be 1 with engine.compile: both together are not tried yet",
+            shared,
+        ),
+        (
+            not (native and config.engine.compile),
+            "engine.compile must be off with data.native: it would compile every size anew",
+            config.engine.compile,
+        ),
+        (
+            shared == 1 or not native,
+            "engine.context_parallel must be 1 with data.native: processes share rows of images of one size",
             shared,
         ),
         (keep >= 1, "engine.keep_states must be at least 1", keep),
@@ -376,12 +396,15 @@ def image_rules(data: ImageSource) -> list[tuple[bool, str, Any]]:
 
 def check_image_settings(data: DataConfig) -> None:
     """Refuse settings of a classifier's images that cannot work."""
-    scale, ratio = data.crop_scale, data.crop_ratio
+    scale, ratio, limit = data.crop_scale, data.crop_ratio, data.max_image_tokens
     check_rules([
         *image_rules(data),
         (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
         (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
         (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),
+        (data.max_tokens >= 2, "data.max_tokens must be at least 2", data.max_tokens),
+        (limit is None or limit >= 2, "data.max_image_tokens must be at least 2", limit),
+        (data.native or limit is None, "data.max_image_tokens must be left out without data.native", limit),
         (0 <= data.rotate <= 180, "data.rotate must be in [0, 180] degrees", data.rotate),
         (0 <= data.shift <= 1, "data.shift must be in [0, 1]", data.shift),
     ])  # fmt: skip

@@ -20,6 +20,7 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch._version import __version__
 from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensors
 from cbsa_torch.train.config import RunConfig, to_dict
+from cbsa_torch.train.data import TokenBatches
 from cbsa_torch.train.engine.accelerate import (
     on_main,
     prepare_for_replicas,
@@ -321,6 +322,8 @@ def _batch_per_process(config: RunConfig, processes: int) -> int:
 
 
 def _check_loader(loader: DataLoader[Any], batch_size: int, processes: int) -> None:
+    if isinstance(loader.batch_sampler, TokenBatches):
+        return  # it has a batch for every process
     if isinstance(loader.dataset, IterableDataset) and processes > 1:
         raise ConfigError("data sets that stream (wds, tfds, hfids) are trained in one process for now")
     if len(loader) < processes:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import DataLoaderConfiguration
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from cbsa_torch.train.config import RunConfig, check_config
@@ -177,7 +178,9 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
     before = time.perf_counter()
     for images, targets in batches:
         progress.waited += time.perf_counter() - before
-        images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+        images, targets = send_to_device((images, targets), accelerator.device)
+        # Parts of a step have equally many targets, but lists of images of several sizes
+        part_size = targets.numel() if isinstance(images, Tensor) else 1
         with accelerator.accumulate(model):
             done = progress.batch // accelerator.gradient_accumulation_steps
             session.scheduler.step_update(first_step + done)
@@ -191,7 +194,7 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
                 sums = _start_copy(accelerator.reduce(torch.cat([torch.stack(parts).sum(0), flag])))
                 parts = []
             # Each part weighs as many targets as it has; how many the step has is known only at its end.
-            accelerator.backward(loss * (count / targets.numel()))
+            accelerator.backward(loss * (count / part_size))
             progress.batch += 1
             if accelerator.sync_gradients:
                 total, everyone, images_seen, stops = sums()
@@ -199,7 +202,7 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
                     raise NonFiniteLossError(
                         f"the loss became {total} in epoch {progress.epoch + 1}, batch {progress.batch}"
                     )
-                nominal = targets.numel() * accelerator.num_processes * accelerator.gradient_accumulation_steps
+                nominal = part_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
                 _scale_gradients(model, nominal / max(everyone, 1))
                 if clip_grad is not None:
                     accelerator.clip_grad_norm_(model.parameters(), clip_grad)

@@ -239,7 +239,6 @@ REFUSED = [
     ("cbt_pico_patch1_8", {}, "it is CBSA of cbsa_torch already"),
     ("crossvit_9_240", {}, r"pools over a grid.*; blocks.0.fusion.0 and 5 more \(CrossAttentionBlock is not"),
     ("pit_ti_224", {}, "pools over a grid, which no patch_embed tells here"),
-    ("naflexvit_base_patch16_gap", {"depth": 1}, "pools over a grid, which no patch_embed tells here"),
 ]
 
 

@@ -22,7 +22,7 @@ from cbsa_torch.models.adapt.hugging_face import hugging_face_towers, is_hugging
 from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit, why_not_inherited
 from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
 from cbsa_torch.nn import TokenMixer, follow_grid
-from cbsa_torch.nn.grids import EMBEDDING
+from cbsa_torch.nn.grids import EMBEDDING, embedding_of
 
 MixerName = Literal["adapted_cbsa", "agent", "linear", "linear_cbsa", "mssa", "tssa"]
 
@@ -55,8 +55,8 @@ def adapt_vit(
     any size and aspect that the model takes.
 
     Args:
-        model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, hybrid, ...), a model that
-            holds one, or transformers' ``ViTModel`` or ``Dinov2Model``.
+        model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, NaFlexVit, hybrid, ...), a
+            model that holds one, or transformers' ``ViTModel`` or ``Dinov2Model``.
         mixer: ``"adapted_cbsa"`` (CBSA*, :class:`cbsa_torch.nn.AdaptedCBSA`: pooled queries are representatives
             that collect values by the keys, are contracted, and broadcast), ``"agent"`` (CBSA∨,
             :class:`cbsa_torch.AgentAttention`: the same without contraction), ``"linear"``
@@ -160,7 +160,7 @@ def _towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
     """The parts of the model with a patch embedding of their own, that, and their numbers of prefix tokens."""
     towers = hugging_face_towers(model)
     for module in model.modules():
-        embedding = module._modules.get(EMBEDDING)
+        embedding = embedding_of(module)
         if embedding is not None and _tells_grid(module, embedding):
             towers.append((module, embedding, getattr(module, "num_prefix_tokens", 0)))
     return towers

@@ -11,7 +11,10 @@ from torch.utils.data import Dataset
 
 from cbsa_torch._core.text import readable
 from cbsa_torch.images import IGNORE, DataError, UnreadableImageError, convert, read_image_file
-from cbsa_torch.images.decode import reason
+from cbsa_torch.images.decode import read_image_size, reason
+
+BLANK = (32, 32)
+"""The size of what takes the place of an image that cannot be read."""
 
 
 class SkippedImages:
@@ -121,16 +124,29 @@ class CheckedImages(Dataset[tuple[Any, int]]):
         except UnreadableImageError as error:
             name = self.reader.filename(index, absolute=True)
             self.skipped.add(str(name or f"number {index}"), str(error))
-            image, target = Image.new(self.mode, (32, 32)), IGNORE
+            image, target = Image.new(self.mode, BLANK), IGNORE
         return image if self.transform is None else self.transform(image), int(target)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image, without decoding it; those of the blank one if that cannot be done."""
+        try:
+            file, _ = self._open(index)
+            with file:
+                return read_image_size(file)
+        except UnreadableImageError:
+            return BLANK
+
     def _read(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self._open(index)
+        with file:
+            return read_image_file(file, self.mode), target
+
+    def _open(self, index: int) -> tuple[Any, int]:
         try:
             file, target, *_ = self.reader[index]
         except OSError as error:  # the file vanished, or may not be read
             raise UnreadableImageError(reason(error)) from error
-        with file:
-            return read_image_file(file, self.mode), target
+        return file, target
 
 
 class PlainImages(Dataset[tuple[Any, int]]):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -23,8 +24,11 @@ from cbsa_torch.train.data import (
     OpenedSplit,
     Splits,
     describe,
+    in_parts,
     input_spec,
     make_loader,
+    make_native_loader,
+    native_transform,
     open_split,
     open_splits,
 )
@@ -43,6 +47,8 @@ from cbsa_torch.train.tasks.base import (
 
 EVALUATION_BATCH = 256
 """Images in a forward pass of an evaluation, unless it is told otherwise."""
+NATIVE_EVALUATION_BATCH = 32
+"""Images that are read at a time where they keep their size."""
 TOP = 5
 """How many classes a prediction names, unless it is told otherwise."""
 
@@ -125,6 +131,8 @@ class Classification(Task):
     def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
         """Augmented images in random order."""
         data, seed = self.config.data, self.config.seed
+        if data.native:
+            return make_native_loader(setup.train, setup.spec, data, batch_size, seed=seed)
         return make_loader(setup.train, setup.spec, data, batch_size, train=True, seed=seed)
 
     def open_split(
@@ -137,7 +145,8 @@ class Classification(Task):
         self, dataset: Dataset[Any], spec: InputSpec, accelerator: Accelerator, batch_size: int | None = None
     ) -> Any:
         """Images in order, shared between the processes by Accelerate."""
-        size = EVALUATION_BATCH if batch_size is None else batch_size
+        default = NATIVE_EVALUATION_BATCH if self.config.data.native else EVALUATION_BATCH
+        size = default if batch_size is None else batch_size
         loader = make_loader(dataset, spec, self.config.data, size, train=False)
         use_separate_generator(loader)
         return accelerator.prepare(loader)
@@ -172,8 +181,8 @@ class Classification(Task):
         metrics = MetricCollection(collection, compute_groups=False).to(accelerator.device)
         losses, images_read = [0.0], 0
         for images, targets in batches:
-            images, targets = images.to(accelerator.device), targets.to(accelerator.device)
-            logits, targets = accelerator.gather_for_metrics((model(images).float(), targets))
+            images, targets = send_to_device((images, targets), accelerator.device)
+            logits, targets = accelerator.gather_for_metrics((self._logits(model, images).float(), targets))
             metrics.update(logits, targets)
             each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
             losses += each.tolist()
@@ -189,6 +198,15 @@ class Classification(Task):
             confusion=values["confusion"].tolist(),
         )
 
+    def _logits(self, model: nn.Module, images: Tensor | list[Tensor]) -> Tensor:
+        """Of a batch, or of a list of images of any sizes, some at a time."""
+        if isinstance(images, Tensor):
+            logits: Tensor = model(images)
+            return logits
+        bare: Any = model
+        parts = in_parts(images, bare.stem.patch_size, self.config.data.max_tokens)
+        return torch.cat([model(part) for part in parts])
+
     @torch.inference_mode()
     def predict(
         self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
@@ -199,6 +217,9 @@ class Classification(Task):
         if top < 1:
             raise ConfigError(f"top must be at least 1, got {top}")
         device, transform = next(trained.model.parameters()).device, eval_transform(trained.spec)
+        data = self.config.data
+        if data.native:
+            transform = native_transform(transform, trained.spec, data, train=False)
         predictions = []
         for path, image in read_images(images, trained.spec.mode, options.on_bad_image):
             if isinstance(image, str):
