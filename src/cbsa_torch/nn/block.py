@@ -61,7 +61,11 @@ class WhiteBoxBlock(nn.Module):
     def forward(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Tensor:
         """Transform ``(B, N, C)`` tokens; same shape."""
         normed = self.norm1(x)
-        x = (normed if self.residual == "norm" else x) + self.attn(normed, grid_size, token_mask)
+        return self.apply_update(x, normed, self.attn(normed, grid_size, token_mask))
+
+    def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
+        """What :meth:`forward` makes of x, norm1(x) and attn(norm1(x))."""
+        x = (normed if self.residual == "norm" else x) + update
         return self.ista(self.norm2(x))
 
 
@@ -103,5 +107,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Tensor:
         """Transform ``(B, N, C)`` tokens; same shape."""
-        x = x + self.attn(self.norm1(x), grid_size, token_mask)
+        normed = self.norm1(x)
+        return self.apply_update(x, normed, self.attn(normed, grid_size, token_mask))
+
+    def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
+        """What :meth:`forward` makes of x, norm1(x) and attn(norm1(x))."""
+        x = x + update
         return x + self.mlp(self.norm2(x))

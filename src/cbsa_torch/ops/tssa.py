@@ -17,7 +17,7 @@ from cbsa_torch.ops.masking import check_tokens, real_tokens
 
 _NORM_FLOOR = 1e-12
 """Smallest norm of a channel over the tokens, as in torch's ``normalize``."""
-_MEMBERSHIP_FLOOR = 1e-8
+MEMBERSHIP_FLOOR = 1e-8
 """Added to a head's summed memberships, as in the official code."""
 
 
@@ -107,10 +107,15 @@ def tssa_memberships(
 def _memberships(
     squares: Tensor, temperature: Tensor | float, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(squares.dtype)[:, None]  # (H, 1)
-    share = squares / squares.sum(-2, keepdim=True).clamp(min=_NORM_FLOOR**2)
-    membership = torch.softmax(temperature * share.sum(-1), dim=1)  # (B, H, N)
+    membership = memberships(squares, squares.sum(-2, keepdim=True), temperature)
     if token_mask is not None:
         membership = membership.masked_fill(~token_mask[:, None, :], 0.0)
-    return membership, membership / (membership.sum(-1, keepdim=True) + _MEMBERSHIP_FLOOR)
+    return membership, membership / (membership.sum(-1, keepdim=True) + MEMBERSHIP_FLOOR)
+
+
+def memberships(squares: Tensor, total: Tensor, temperature: Tensor | float) -> Tensor:
+    """Pi of :func:`tssa`, ``(B, H, N)``, from W^2 ``(B, H, N, P)`` and its sum over tokens ``(B, H, 1, P)``."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(squares.dtype)[:, None]  # (H, 1)
+    share = squares / total.clamp(min=_NORM_FLOOR**2)
+    return torch.softmax(temperature * share.sum(-1), dim=1)
