@@ -47,7 +47,7 @@ class Rows:
         """``(1, T, numbers)`` of the rows in ``place``, in the dtype of the file."""
         rows = torch.empty(1, place.stop - place.start, self.numbers, dtype=self.dtype)
         self.file.seek(place.start * self.numbers * self.dtype.itemsize)
-        into = memoryview(rows.view(-1).view(torch.uint8).numpy())
+        into = _bytes(rows.view(-1).view(torch.uint8).numpy())
         while into:
             count = self.file.readinto(into)
             if not count:
@@ -58,7 +58,7 @@ class Rows:
     def write(self, first: int, rows: Tensor) -> None:
         """Write ``(1, T, numbers)`` from the row ``first`` on."""
         data = rows.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy()
-        _write(self.file, self.path, first * self.numbers * self.dtype.itemsize, memoryview(data))
+        _write(self.file, self.path, first * self.numbers * self.dtype.itemsize, _bytes(data))
 
     def close(self) -> None:
         """Close the file, once its rows are on the disk."""
@@ -90,13 +90,18 @@ class ArrayFile:
     def write(self, first: int, values: np.ndarray[Any, Any]) -> None:
         """Write values in order of memory, from the number ``first`` of the array on."""
         data = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8)
-        _write(self.file, self.part, self.start + first * self.dtype.itemsize, memoryview(data))
+        _write(self.file, self.part, self.start + first * self.dtype.itemsize, _bytes(data))
 
     def close(self) -> None:
         """Give the array its name."""
         _sync(self.file, self.part)
         self.file.close()
         self.part.replace(self.path)
+
+
+def _bytes(data: Any) -> memoryview:
+    """Those of an array of NumPy."""
+    return memoryview(data)
 
 
 def _write(file: Any, path: Path, position: int, data: memoryview) -> None:
@@ -178,7 +183,7 @@ class State:
             theirs, finished = json.loads(record["fingerprint"]), int(record["finished"])
         except Exception as error:  # whatever is wrong with a file that another program wrote
             raise StreamError(f"{self.path} is not the state of a stream ({error}); remove it") from None
-        differ = [part for part in self.fingerprint if theirs.get(part) != self.fingerprint[part]]
+        differ = differences(theirs, self.fingerprint)
         if differ:
             raise StreamError(
                 f"{self.folder} was begun with another {' and '.join(differ)}: it cannot go on with this one; "
@@ -205,6 +210,11 @@ class State:
             self.lock.close()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+
+def differences(theirs: dict[str, str], ours: dict[str, str]) -> list[str]:
+    """The parts in which two fingerprints differ."""
+    return [part for part in ours if theirs.get(part) != ours[part]]
 
 
 def check_space(needs: Sequence[tuple[Path, int, Iterable[Path]]]) -> None:

@@ -69,7 +69,7 @@ def open_array(path: str | Path) -> SlicedArray:
     if package == "numpy":
         return np.load(name, mmap_mode="r", allow_pickle=False)
     if package == "tifffile":
-        import tifffile
+        import tifffile  # type: ignore[import-not-found]
 
         try:
             return tifffile.memmap(name, mode="r")
@@ -119,8 +119,8 @@ class Pixels:
         if len(sides) != 2 or 0 in shape or count != in_chans:
             axes = "channels, height, width" if self.first else "height, width, channels"
             raise ValueError(
-                f"source must have shape ({axes}) with {in_chans} channels, as the model has, or (height, width) "
-                f"for one; got {shape}"
+                f"source must have shape ({axes}) with the model's {in_chans} channels, or (height, width) for "
+                f"one; got {shape}"
             )
         kind = np.dtype(array.dtype).kind
         if kind not in "uif":
@@ -150,10 +150,10 @@ class Pixels:
         return pixels.to(like.dtype)[None]
 
     def _read(self, rows: slice, columns: slice) -> np.ndarray[Any, Any]:
-        every = (slice(0, self.in_chans),)
-        index = (
-            (rows, columns) if self.flat else every + (rows, columns) if self.first else (rows, columns) + every
-        )
+        every = slice(0, self.in_chans)
+        index: tuple[slice, ...] = (rows, columns)
+        if not self.flat:
+            index = (every, *index) if self.first else (*index, every)
         part = np.array(self.array[index])  # a copy, writable and in memory
         expected = tuple(side.stop - side.start for side in index)
         if part.shape != expected:
@@ -163,12 +163,11 @@ class Pixels:
         return part.astype(part.dtype.newbyteorder("="), copy=False)
 
     def fingerprint(self) -> str:
-        """By which the image is known again: its shape and dtype, some of its pixels, size and time of its file."""
+        """By which the image is known again: shape, dtype, some of its pixels, size and time of its file."""
         height, width = self.size
         digest = hashlib.sha256(repr((tuple(self.array.shape), str(self.array.dtype), self.first)).encode())
-        file = getattr(self.array, "filename", None) or getattr(
-            getattr(self.array, "file", None), "filename", None
-        )
+        holder: Any = getattr(self.array, "file", self.array)  # datasets of h5py have one
+        file = getattr(holder, "filename", None)
         if isinstance(file, (str, Path)) and Path(file).is_file():
             stat = Path(file).stat()
             digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
@@ -213,7 +212,7 @@ class Embedding:
 
     @property
     def numbers_per_token(self) -> int:
-        """About how many numbers the stem holds for a token: pixels, and channels that double as sides halve."""
+        """About how many numbers the stem holds for a token: pixels; channels that double as sides halve."""
         return 4 * self.pixels.in_chans * self.patch**2 + 3 * 15 * self.model.embed_dim
 
     def prefix(self) -> Tensor:

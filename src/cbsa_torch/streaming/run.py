@@ -27,7 +27,7 @@ from cbsa_torch._core.linear import call_changes
 from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.models import Segmenter, WhiteBoxTransformer
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
-from cbsa_torch.streaming.files import ArrayFile, Rows, State, StreamError, check_space
+from cbsa_torch.streaming.files import ArrayFile, Rows, State, StreamError, check_space, differences
 from cbsa_torch.streaming.mixers import Gathered, gathered
 from cbsa_torch.streaming.picture import draw_map
 from cbsa_torch.streaming.pixels import Channels, Embedding, Pixels, SlicedArray, padded_size, rows_of
@@ -44,11 +44,8 @@ MARGIN = 1.5
 TILE = 32
 """The most tokens along the side of a tile of labels."""
 DONE = "result.json"
-_UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{u}{i}b": b**n for n, u in enumerate("kmgt", 1) for i, b in (("", 1000), ("i", 1024))},
-}
+_BASES = {"": 1000, "i": 1024}
+_UNITS = {"": 1, "b": 1, **{f"{u}{i}b": b**n for n, u in enumerate("kmgt", 1) for i, b in _BASES.items()}}
 _COST = {"embed": 2.0, "gather": 1.0, "update": 2.0, "labels": 2.0}
 """Of a token in a sweep, for the time that is left."""
 
@@ -210,9 +207,7 @@ class _Run:
         self.fingerprint = {
             "model": _model_fingerprint(model),
             "image": self.pixels.fingerprint(),
-            "options": repr(
-                (sorted(self.wanted), self.map_layer, channels, tuple(mean), tuple(std), self.dtype)
-            ),
+            "option": repr((sorted(self.wanted), self.map_layer, channels, *mean, "/", *std, self.dtype)),
         }
 
     # ---- what there is to do
@@ -223,9 +218,7 @@ class _Run:
         for i, block in enumerate(blocks):
             change = call_changes(block)
             if change:
-                raise ValueError(
-                    f"{name}.{i} cannot be streamed: {change}, which would be passed by; remove it"
-                )
+                raise ValueError(f"{name}.{i} cannot be streamed: {change}, which would not act; remove it")
             norm = block.norm if hasattr(block, "norm") else block.norm1
             part = gathered(f"{name}.{i}.attn", block.attn, length, self.grid_size, prefix)
             layers.append(_Layer(block, norm, part))
@@ -244,9 +237,10 @@ class _Run:
         numbers = self.embedding.numbers_per_token * compute_dtype(self.like.dtype).itemsize
         row = int(MARGIN * width * numbers)
         halo = self.embedding.above + self.embedding.below
-        if self.budget < row * (1 + halo):
+        least = row * (1 + halo)
+        if self.budget < least:
             raise ValueError(
-                f"memory must be at least {row * (1 + halo)} bytes for rows of {width} tokens, got {self.budget}"
+                f"memory must be at least {least} bytes for a row of {width} tokens, got {self.budget}"
             )
         return max(1, min(self.budget // row - halo, chunk // width, self.grid_size[0]))
 
@@ -271,8 +265,8 @@ class _Run:
         if "logits" in self.wanted:
             arrays["logits"] = (1, self.encoder.num_classes), number
         if "map" in self.wanted:
-            heads = self.encoder.blocks[self.map_layer].attn.num_heads  # type: ignore[union-attr]
-            arrays["map"] = (int(heads), *self.grid_size), number
+            attn: Any = self.encoder.blocks[self.map_layer].attn
+            arrays["map"] = (attn.num_heads, *self.grid_size), number
         if "features" in self.wanted:
             arrays["features"] = (*self.grid_size, self.encoder.embed_dim), number
         if "labels" in self.wanted:
@@ -335,9 +329,7 @@ class _Run:
         except (ValueError, KeyError, TypeError):
             raise StreamError(f"{path} is not of a stream; give another folder for the results") from None
         if theirs != self.fingerprint:
-            differ = " and ".join(
-                part for part in self.fingerprint if theirs.get(part) != self.fingerprint[part]
-            )
+            differ = " and ".join(differences(theirs, self.fingerprint))
             raise StreamError(f"{self.folder} holds results of another {differ}; give another folder")
         files = {name: self.folder / f"{name}.npy" for name in self._arrays()}
         logits = torch.from_numpy(np.load(files["logits"])) if "logits" in files else None
@@ -472,12 +464,9 @@ class _Run:
             labels = np.empty(((band.stop - band.start) * patch, columns * patch), file.dtype)
             for across in rows_of(columns, side):
                 left, right = max(across.start - 1, 0), min(across.stop + 1, columns)
-                part = torch.cat(
-                    [
-                        masks.read(slice(row * columns + left, row * columns + right))
-                        for row in range(top, bottom)
-                    ]
-                ).to(self.like.device)  # (rows, columns, K)
+                starts = range(top * columns, bottom * columns, columns)
+                part = torch.cat([masks.read(slice(i + left, i + right)) for i in starts])  # (rows, columns, K)
+                part = part.to(self.like.device)
                 size = [length * patch for length in part.shape[:2]]
                 pixels = F.interpolate(part.permute(2, 0, 1)[None], size=size, mode="bilinear")[0]
                 first = (band.start - top) * patch, (across.start - left) * patch
@@ -493,7 +482,7 @@ class _Run:
 
 
 class _Encoded:
-    """What becomes of the encoder's last tokens: pooled features and logits, dense features, a decoder's input."""
+    """What becomes of the encoder's last tokens: logits, dense features, a decoder's input."""
 
     def __init__(self, run: _Run) -> None:
         self.run, self.model = run, run.encoder
@@ -597,12 +586,10 @@ def _parts(model: nn.Module) -> tuple[WhiteBoxTransformer, MaskTransformerDecode
         )
     for name, part in (("model", model), ("encoder", encoder), ("decoder", decoder)):
         if part is not None and call_changes(part):
-            raise ValueError(
-                f"{name} cannot be streamed: {call_changes(part)}, which would be passed by; remove it"
-            )
+            raise ValueError(f"{name} cannot be streamed: {call_changes(part)}, which would not act; remove it")
     if any(part.training for part in model.modules()):
         raise ValueError("model must be in evaluation mode, for batch norms and dropout: call model.eval()")
-    return encoder, decoder  # type: ignore[return-value]
+    return encoder, decoder
 
 
 def _check_results(
@@ -617,11 +604,7 @@ def _check_results(
     if "logits" in results and decoder is not None:
         raise ValueError("results: a Segmenter has no logits of the whole image; ask for labels")
     if "logits" in results and not encoder.global_pool:
-        raise ValueError(
-            "results: logits need a model with a global_pool, which this one has not; ask for features"
-        )
-    if "logits" in results and isinstance(encoder.head, nn.Identity):
-        pass  # the pooled features themselves, as the model returns them
+        raise ValueError("results: logits need a model with a global_pool; ask for features")
     return set(results)
 
 

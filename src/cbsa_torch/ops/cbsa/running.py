@@ -45,6 +45,12 @@ class RunningExtraction:
         self.picked = before * self.picked + now * picked
         self.lse = total
 
+    def results(self) -> tuple[Tensor, Tensor]:
+        """The normaliser and R, once all chunks were added."""
+        assert self.lse is not None, "tokens were added"
+        assert self.picked is not None, "tokens were added"
+        return self.lse, self.picked
+
 
 def attention(queries: Tensor, keys: Tensor, scale: float, lse: Tensor) -> Tensor:
     """A^T ``(B, H, M, T)`` of a chunk of keys, from the normaliser of all of them."""
