@@ -30,6 +30,7 @@ LAYERS = {
     "nn": Layer("ops _core"),
     "images": Layer("_core", "numpy PIL"),
     "models": Layer("nn ops _core", "timm safetensors huggingface_hub"),
+    "streaming": Layer("models nn ops _core", "numpy PIL timm safetensors huggingface_hub tifffile"),
     "interpret": Layer("images nn ops _core", "numpy PIL matplotlib jinja2"),
     "bench": Layer("models nn ops _core", "timm matplotlib nystrom_attention"),
     "train": Layer(
@@ -37,7 +38,7 @@ LAYERS = {
         "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich tyro",
     ),
     "cli": Layer(
-        "bench train interpret images models nn ops _core",
+        "bench train streaming interpret images models nn ops _core",
         "numpy PIL timm safetensors yaml rich tyro matplotlib",
     ),
 }
@@ -119,11 +120,18 @@ def distribution_names(modules):
 
 @pytest.mark.parametrize(
     ("extra", "package"),
-    [("models", "models"), ("interpret", "interpret"), ("train", "train"), ("all", "bench"), ("all", "cli")],
+    [
+        *(("models", "models"), ("streaming", "streaming"), ("interpret", "interpret"), ("train", "train")),
+        *(("all", "bench"), ("all", "cli")),
+    ],
 )
 def test_an_extra_declares_what_its_package_imports(extra, package):
     layers = [package, *LAYERS[package].below.split()]
-    where_wanted = {"triton", "nystrom_attention"}  # whoever asks for what needs them is told to install them
+    where_wanted = {
+        "triton",
+        "nystrom_attention",
+        "tifffile",
+    }  # whoever asks for what needs them is told to install them
     modules = {module for layer in layers for module in LAYERS[layer].others.split()} - where_wanted
     assert distribution_names(modules) <= declared(extra)
 

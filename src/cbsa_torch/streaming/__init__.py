@@ -2,7 +2,7 @@
 
 from cbsa_torch._core.optional import require
 
-require("models")
+require("streaming")
 
 from cbsa_torch.streaming.files import StreamError  # noqa: E402
 from cbsa_torch.streaming.pixels import SlicedArray, open_array  # noqa: E402

@@ -60,7 +60,7 @@ class Rows:
         data = rows.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy()
         _write(self.file, self.path, first * self.numbers * self.dtype.itemsize, _bytes(data))
 
-    def close(self) -> None:
+    def complete(self) -> None:
         """Close the file, once its rows are on the disk."""
         _sync(self.file, self.path)
         self.file.close()
@@ -92,8 +92,8 @@ class ArrayFile:
         data = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8)
         _write(self.file, self.part, self.start + first * self.dtype.itemsize, _bytes(data))
 
-    def close(self) -> None:
-        """Give the array its name."""
+    def complete(self) -> None:
+        """Give the array its name, once it is on the disk."""
         _sync(self.file, self.part)
         self.file.close()
         self.part.replace(self.path)
@@ -156,22 +156,27 @@ class State:
                 f"scratch must be an empty folder, or one of this stream; {folder} holds {others[0]}"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        self.lock = (folder / LOCK).open("ab")
         self._lock()
-        if self.path.is_file():
-            remove_temporary_files(folder)
-            self._load()
-        else:
-            self.save(0, {})
+        try:
+            if self.path.is_file():
+                remove_temporary_files(folder)
+                self._load()
+            else:
+                self.save(0, {})
+        except BaseException:
+            self.close()
+            raise
 
     def _lock(self) -> None:
         try:
             fcntl: Any = importlib.import_module("fcntl")
         except ImportError:  # Windows
             return
-        self.lock = (self.folder / LOCK).open("ab")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise StreamError(f"another process streams into {self.folder}; wait until it ends") from None
 
     def _load(self) -> None:
@@ -201,13 +206,16 @@ class State:
             raise full(self.path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error from None
         self.finished, self.tensors = finished, tensors
 
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self.lock.close()
+
     def remove(self, files: Iterable[Path]) -> None:
         """Remove the folder, with these files of it."""
         for path in (*files, self.path):
             path.unlink(missing_ok=True)
-        if hasattr(self, "lock"):
-            (self.folder / LOCK).unlink(missing_ok=True)
-            self.lock.close()
+        (self.folder / LOCK).unlink(missing_ok=True)
+        self.close()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 

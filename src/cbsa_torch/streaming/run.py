@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -283,12 +284,22 @@ class _Run:
         """All sweeps that are not finished."""
         self.scratch = self.folder / "scratch" if scratch is None else scratch
         paths, arrays = self._paths(self.scratch), self._arrays()
-        outputs = [self.folder / f"{name}.npy" for name in arrays]
         self.folder.mkdir(parents=True, exist_ok=True)
         done = self._finished()
         if done is not None:
             return done
+        with ExitStack() as self.files:
+            return self._run(paths, arrays, progress)
+
+    def _run(
+        self,
+        paths: dict[Path, int],
+        arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]],
+        progress: Progress | None,
+    ) -> StreamResult:
         state = State(self.scratch, self.fingerprint)
+        self.files.callback(state.close)
+        outputs = [self.folder / f"{name}.npy" for name in arrays]
         taken = [path for path in outputs if path.exists()]
         if taken and state.finished == 0:
             raise StreamError(f"{taken[0]} is there already; give another folder for the results")
@@ -371,7 +382,13 @@ class _Run:
                 part.saved[name] = tensor.to(self.like.device)
 
     def _open(self, index: int, stage: int) -> Rows:
-        return Rows(self.scratch / f"tokens-{index % 2}.bin", self.stages[stage].dim, self.dtype)
+        """The tokens after so many layers."""
+        return self._rows(f"tokens-{index % 2}.bin", self.stages[stage].dim, self.dtype)
+
+    def _rows(self, name: str, numbers: int, dtype: torch.dtype) -> Rows:
+        rows = Rows(self.scratch / name, numbers, dtype)
+        self.files.callback(rows.file.close)  # where it is not completed
+        return rows
 
     def _read(self, rows: Rows, place: slice) -> Tensor:
         return rows.read(place).to(self.like.device, self.like.dtype)
@@ -386,7 +403,7 @@ class _Run:
                 part = tokens[:, first : first + stage.chunk]
                 self._hand_on(rows, stage, part, stage.prefix + tile.start * width + first)
             yield tokens.shape[1]
-        rows.close()
+        rows.complete()
         if self.pixels.fingerprint() != self.fingerprint["image"]:
             raise StreamError("the image changed while it was read; begin anew once it is complete")
         stage.layers[0].gathered.finish()
@@ -406,7 +423,7 @@ class _Run:
         for place in self._chunks(stage):
             layer.gathered.add(layer.norm(self._read(rows, place)), place)
             yield place.stop - place.start
-        rows.close()
+        rows.complete()
         layer.gathered.finish()
 
     def _index(self, sweep: _Sweep) -> int:
@@ -437,13 +454,15 @@ class _Run:
             yield place.stop - place.start
         for file in (rows, target, drawn, ending):
             if file is not None:
-                file.close()
+                file.complete()
         if target is not None:
             stage.layers[sweep.layer + 1].gathered.finish()
         layer.gathered.saved.clear()
 
     def _array(self, name: str) -> ArrayFile:
-        return ArrayFile(self.folder / f"{name}.npy", *self._arrays()[name])
+        array = ArrayFile(self.folder / f"{name}.npy", *self._arrays()[name])
+        self.files.callback(array.file.close)
+        return array
 
     def _draw(self, drawn: ArrayFile, row: Tensor, place: slice, stage: _Stage) -> None:
         skip = max(stage.prefix - place.start, 0)
@@ -456,7 +475,7 @@ class _Run:
         assert self.decoder is not None, "checked with the results"
         file, patch, count = self._array("labels"), self.encoder.stem.patch_size, self.decoder.num_classes
         (rows, columns), (height, width) = self.grid_size, self.pixels.size
-        masks = Rows(self.scratch / "masks.bin", count, compute_dtype(self.like.dtype))
+        masks = self._rows("masks.bin", count, compute_dtype(self.like.dtype))
         token = int(MARGIN * 2 * count * patch**2 * masks.dtype.itemsize)
         side = max(1, min(TILE, math.isqrt(self.budget // (2 * token)) - 2))
         for band in rows_of(rows, side):
@@ -477,8 +496,8 @@ class _Run:
             kept = labels[: height - band.start * patch, :width]
             file.write(band.start * patch * width, kept)
             yield (band.stop - band.start) * columns
-        masks.close()
-        file.close()
+        masks.complete()
+        file.complete()
 
 
 class _Encoded:
@@ -526,12 +545,12 @@ class _Encoded:
             largest = grid.amax(1)
             pooled["max"] = largest.maximum(pooled["max"]) if "max" in pooled else largest
 
-    def close(self) -> None:
+    def complete(self) -> None:
         """Complete the files."""
         if self.features is not None:
-            self.features.close()
+            self.features.complete()
         if self.rows is not None and self.stage is not None:
-            self.rows.close()
+            self.rows.complete()
             self.stage.layers[0].gathered.finish()
         if self.pool is not None:
             pooled, dtype = self.run.pooled, self.run.like.dtype
@@ -547,7 +566,7 @@ class _Encoded:
             logits = self.model.head(self.model.head_drop(feature))
             file = self.run._array("logits")
             file.write(0, logits.to("cpu", compute_dtype(dtype)).numpy())
-            file.close()
+            file.complete()
 
 
 class _Masks:
@@ -556,7 +575,7 @@ class _Masks:
     def __init__(self, run: _Run) -> None:
         assert run.decoder is not None, "it has a stage"
         self.decoder, self.prefix = run.decoder, run.stages[1].prefix
-        self.rows = Rows(run.scratch / "masks.bin", self.prefix, compute_dtype(run.like.dtype))
+        self.rows = run._rows("masks.bin", self.prefix, compute_dtype(run.like.dtype))
         self.classes: Tensor | None = None
 
     def add(self, x: Tensor, place: slice) -> None:
@@ -569,9 +588,9 @@ class _Masks:
         masks = self.decoder.masks(x[:, skip:], self.classes)
         self.rows.write(place.start + skip - self.prefix, masks)
 
-    def close(self) -> None:
+    def complete(self) -> None:
         """Complete the file."""
-        self.rows.close()
+        self.rows.complete()
 
 
 def _parts(model: nn.Module) -> tuple[WhiteBoxTransformer, MaskTransformerDecoder | None]:
