@@ -42,6 +42,7 @@ class Rows:
         self.path, self.numbers, self.dtype = path, numbers, dtype
         path.touch()
         self.file = path.open("r+b", buffering=0)
+        self.written = False
 
     def read(self, place: slice) -> Tensor:
         """``(1, T, numbers)`` of the rows in ``place``, in the dtype of the file."""
@@ -58,11 +59,13 @@ class Rows:
     def write(self, first: int, rows: Tensor) -> None:
         """Write ``(1, T, numbers)`` from the row ``first`` on."""
         data = rows.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        self.written = True
         _write(self.file, self.path, first * self.numbers * self.dtype.itemsize, _bytes(data))
 
     def complete(self) -> None:
-        """Close the file, once its rows are on the disk."""
-        _sync(self.file, self.path)
+        """Close the file, once rows that were written are on the disk: the machine may stop, too."""
+        if self.written:
+            _sync(self.file, self.path)
         self.file.close()
 
 
