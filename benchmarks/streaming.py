@@ -245,7 +245,8 @@ def kills(options: Options, root: Path) -> dict[str, Any]:
     process.join()
     length = time.monotonic() - begin
     assert process.exitcode == 0, "nobody disturbed it"
-    expected, rows = contents(root / "whole"), []
+    expected = contents(root / "whole")
+    rows: list[dict[str, Any]] = []
     while len(rows) < options.kills:
         folder = root / f"killed_{len(rows)}"
         process, _ = start(options, side, folder)

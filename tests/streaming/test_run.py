@@ -13,6 +13,7 @@ from cbsa_torch import CBSA
 from cbsa_torch.interpret import capture, cls_attention_maps
 from cbsa_torch.nn import MHSA, MSSA, TSSA
 from cbsa_torch.streaming import StreamError, parse_bytes, run, stream
+from tests.helpers.memory import Largest
 from tests.helpers.processes import CONTEXT
 from tests.helpers.streaming import MEAN, MIXERS, STD, as_batch, classifier, image, segmenter
 
@@ -309,3 +310,19 @@ def test_texts_of_bytes():
     for text in ("", "0", "-1", "2 XB", "GiB", True):
         with pytest.raises(ValueError, match="memory must be"):
             parse_bytes(text)
+
+
+# ---- within the budget
+
+
+@pytest.mark.parametrize("kind", ["classifier", "segmenter"])
+def test_no_tensor_is_larger_than_the_budget(kind, tmp_path):
+    """And with a larger one some are: it is used."""
+    model = classifier() if kind == "classifier" else segmenter()
+    results = ("logits", "map", "features") if kind == "classifier" else ("labels", "map", "features")
+    found = {}
+    for memory in (2 * 10**6, 10**8):
+        with Largest() as largest:
+            stream(model, image(240, 200), tmp_path / str(memory), results=results, memory=memory, **NORMAL)
+        found[memory] = largest.elements * 8
+    assert found[2 * 10**6] < 2 * 10**6 < found[10**8] < 10**8

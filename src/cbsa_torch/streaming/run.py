@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from cbsa_torch._core.linear import call_changes
 from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.models import Segmenter, WhiteBoxTransformer
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
-from cbsa_torch.streaming.files import ArrayFile, Rows, State, StreamError, check_space, differences
+from cbsa_torch.streaming.files import STATE, ArrayFile, Rows, State, StreamError, check_space, differences
 from cbsa_torch.streaming.mixers import Gathered, gathered
 from cbsa_torch.streaming.picture import draw_map
 from cbsa_torch.streaming.pixels import Channels, Embedding, Pixels, SlicedArray, padded_size, rows_of
@@ -40,6 +40,8 @@ Progress = Callable[[float, float, str], None]
 
 CHUNK = 8192
 """The most tokens in a chunk: more would not be faster."""
+TILE_CHUNKS = 4
+"""The most chunks in a tile of the stem."""
 MARGIN = 1.5
 """Of memory: what allocators and kernels take beside the numbers that are counted."""
 TILE = 32
@@ -233,7 +235,7 @@ class _Run:
         return _Stage(layers, length, prefix, dim, min(CHUNK, self.budget // size))
 
     def _tile_rows(self) -> int:
-        """Rows of tokens that are embedded at once, as many as a chunk has, if memory allows."""
+        """Rows of tokens that are embedded at once, several chunks if memory allows: the halo costs, too."""
         width, chunk = self.grid_size[1], self.stages[0].chunk
         numbers = self.embedding.numbers_per_token * compute_dtype(self.like.dtype).itemsize
         row = int(MARGIN * width * numbers)
@@ -243,7 +245,7 @@ class _Run:
             raise ValueError(
                 f"memory must be at least {least} bytes for a row of {width} tokens, got {self.budget}"
             )
-        return max(1, min(self.budget // row - halo, chunk // width, self.grid_size[0]))
+        return max(1, min(self.budget // row - halo, TILE_CHUNKS * chunk // width, self.grid_size[0]))
 
     def _chunks(self, stage: _Stage) -> list[slice]:
         return [slice(i, min(i + stage.chunk, stage.length)) for i in range(0, stage.length, stage.chunk)]
@@ -287,6 +289,7 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         done = self._finished()
         if done is not None:
+            self._clean(paths)
             return done
         with ExitStack() as self.files:
             return self._run(paths, arrays, progress)
@@ -328,6 +331,12 @@ class _Run:
         result = self._finished()
         assert result is not None, "just written"
         return result
+
+    def _clean(self, paths: dict[Path, int]) -> None:
+        """Remove what a process left that was killed at its very end."""
+        with suppress(StreamError):  # another stream's by now
+            if (self.scratch / STATE).is_file():
+                State(self.scratch, self.fingerprint).remove(paths)
 
     def _finished(self) -> StreamResult | None:
         """What was made before, if all of it was."""

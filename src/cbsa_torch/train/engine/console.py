@@ -102,7 +102,7 @@ class Reporter:
 
             def advance(done: float, total: float, label: str) -> None:
                 if not progress.tasks:  # begun where an earlier process ended, so that the time left is right
-                    progress.add_task(readable(label), total=total, completed=done)
+                    progress.add_task(readable(label), total=total, completed=int(done))
                 progress.update(progress.task_ids[0], completed=done, description=readable(label))
 
             yield advance
