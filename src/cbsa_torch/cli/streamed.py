@@ -26,7 +26,7 @@ class StreamOptions:
     """How an image that does not fit into memory is seen."""
 
     stream: str | None = None
-    """An image too large for memory, seen whole and at its own size: .npy, .tif (uncompressed), .h5 or .zarr,
+    """An image too large for memory, seen whole and at its own size: .npy, .tif, .h5 or .zarr,
     with ::NAME for one of several arrays. Killed, the same command goes on from the last finished sweep."""
     memory: str = "1GiB"
     """With --stream: what is held of image and tokens at once, beside the model and the libraries."""

@@ -43,11 +43,12 @@ class SlicedArray(Protocol):
 def open_array(path: str | Path) -> SlicedArray:
     """An image file that can be sliced, by its ending.
 
-    ``.npy`` is mapped, ``.tif`` and ``.tiff`` (uncompressed) by tifffile; ``.h5`` and ``.hdf5`` are opened by
-    h5py, ``.zarr`` by zarr: they hold one array, or the name of one follows after ``::``.
+    ``.npy`` is mapped, and so are ``.tif`` and ``.tiff`` by tifffile; compressed and tiled ones are read by
+    tifffile and zarr (the first image, at full size). ``.h5`` and ``.hdf5`` are opened by h5py, ``.zarr`` by
+    zarr: they hold one array, or the name of one follows after ``::``.
 
     Raises:
-        ValueError: another ending, a file that cannot be mapped, or no one array. FileNotFoundError: no such
+        ValueError: another ending, or no one array. FileNotFoundError: no such
             file. ImportError: the package that reads it is not installed.
     """
     name, _, inside = str(path).partition("::")
@@ -69,15 +70,23 @@ def open_array(path: str | Path) -> SlicedArray:
     if package == "numpy":
         return np.load(name, mmap_mode="r", allow_pickle=False)
     if package == "tifffile":
-        import tifffile  # type: ignore[import-not-found]
-
-        try:
-            return tifffile.memmap(name, mode="r")
-        except ValueError as error:
-            raise ValueError(
-                f"{name} cannot be mapped ({error}): it is compressed or tiled; convert it to .zarr or .npy"
-            ) from None
+        return _tiff(name)
     return _dataset(name, inside, package)
+
+
+def _tiff(name: str) -> SlicedArray:
+    import tifffile  # type: ignore[import-not-found]
+
+    try:
+        return tifffile.memmap(name, mode="r")
+    except ValueError as error:  # compressed or tiled
+        if importlib.util.find_spec("zarr") is None:
+            raise ImportError(
+                f"{name} cannot be mapped ({error}) and needs 'zarr', which is not installed, to be read by tiles; "
+                "install it with: pip install zarr"
+            ) from None
+        zarr = importlib.import_module("zarr")
+        return zarr.open(tifffile.imread(name, aszarr=True, level=0), mode="r")
 
 
 def _dataset(name: str, inside: str, package: str) -> SlicedArray:
