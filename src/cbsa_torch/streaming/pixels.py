@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -75,15 +76,14 @@ def open_array(path: str | Path) -> SlicedArray:
 
 
 def _tiff(name: str) -> SlicedArray:
-    import tifffile  # type: ignore[import-not-found]
-
+    tifffile: Any = importlib.import_module("tifffile")
     try:
         return tifffile.memmap(name, mode="r")
     except ValueError as error:  # compressed or tiled
         if importlib.util.find_spec("zarr") is None:
             raise ImportError(
-                f"{name} cannot be mapped ({error}) and needs 'zarr', which is not installed, to be read by tiles; "
-                "install it with: pip install zarr"
+                f"{name} cannot be mapped ({error}); to read it by tiles, 'zarr' is needed, which is not "
+                "installed; install it with: pip install zarr"
             ) from None
         zarr = importlib.import_module("zarr")
         return zarr.open(tifffile.imread(name, aszarr=True, level=0), mode="r")
