@@ -45,6 +45,9 @@ PATCH = 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESULTS: tuple[Any, ...] = ("logits", "map")
 SPAWN = multiprocessing.get_context("spawn")
+FORKSERVER = multiprocessing.get_context("forkserver")
+"""Of processes to be killed, which then need not import anything."""
+FORKSERVER.set_forkserver_preload(["timm", "cbsa_torch.streaming", "cbsa_torch.train"])
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ def run_here(options: Options, side: int, folder: Path) -> None:
 
 def start(options: Options, side: int, folder: Path) -> tuple[Any, float]:
     """A stream in a process of its own, and when it began to write."""
-    process = SPAWN.Process(target=run_here, args=(options, side, folder))
+    process = FORKSERVER.Process(target=run_here, args=(options, side, folder))
     process.start()
     while process.is_alive() and not (folder / "scratch" / STATE).exists():
         time.sleep(0.01)
