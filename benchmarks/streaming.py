@@ -285,7 +285,7 @@ def main() -> None:
     options = tyro.cli(Options)
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="cbsa_streaming_") as folder:
         found = kills(options, Path(folder)) if options.kills else sizes(options, Path(folder))
-    given = {key: str(value) for key, value in vars(options).items()}
+    given = {key: str(value) for key, value in vars(options).items() if key not in ("output", "scratch")}
     record = {"environment": environment(), "options": given, **found}
     output = options.output.with_name(f"{options.output.stem}_kills.json") if options.kills else options.output
     write_atomically(output, (json.dumps(record, indent=2) + "\n").encode())

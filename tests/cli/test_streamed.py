@@ -4,9 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
-from cbsa_torch.cli import main
+from cbsa_torch.cli import main, streamed
+from cbsa_torch.cli.predict import _PredictArgs
+from cbsa_torch.train.data import InputSpec
+from cbsa_torch.train.tasks.base import Trained
+from cbsa_torch.train.tasks.segmentation import SegmentationTrainConfig
+from cbsa_torch.train.tasks.segmentation.task import Segmentation
+from tests.helpers.streaming import MEAN, STD, as_batch, image, segmenter
 
 
 @pytest.fixture
@@ -29,6 +36,24 @@ def test_it_classifies_and_writes_a_map(trained, large, tmp_path, capsys):
     assert np.load(folder / "map.npy").shape == (2, 24, 32)
     assert main(args) == 0  # it is finished, and says the same
     assert json.loads(output.read_text()) == [row]
+
+
+def test_it_counts_the_labels_of_a_segmenter(tmp_path, monkeypatch):
+    model, pixels, names = segmenter(), image(37, 50), list("abcdef")
+    np.save(tmp_path / "image.npy", pixels)
+    spec = InputSpec((3, 24, 24), MEAN, STD, "bicubic", 1.0)
+    trained = Trained(model, spec, names, Segmentation(SegmentationTrainConfig()), {}, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    options = _PredictArgs(stream="image.npy")
+    prediction = streamed.predict(trained, "image.npy", options)
+    with torch.no_grad():
+        labels = model(as_batch(pixels)).argmax(1)
+    values, counts = labels.unique(return_counts=True)
+    expected = {names[int(i)]: int(n) / labels.numel() for i, n in zip(values, counts, strict=True)}
+    assert prediction.shares == pytest.approx(expected)
+    assert prediction.labels == "streamed/image/labels.npy"
+    shares = [share for _, share in prediction.class_shares()]
+    assert shares == sorted(shares, reverse=True)
 
 
 @pytest.mark.parametrize(

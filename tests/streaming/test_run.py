@@ -182,6 +182,20 @@ def test_a_finished_stream_is_not_done_again(tmp_path):
         stream(model, 255 - pixels, tmp_path / "out", **NORMAL)
 
 
+def test_what_a_stream_leaves_that_is_killed_at_its_end_is_removed(tmp_path, monkeypatch):
+    model, pixels = classifier(), image(20, 20)
+
+    def remove(*_):
+        raise InterruptError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptError):
+        patch.setattr(run.State, "remove", remove)
+        stream(model, pixels, tmp_path / "out", **NORMAL)
+    assert (tmp_path / "out" / "scratch").exists()
+    stream(model, pixels, tmp_path / "out", **NORMAL, progress=lambda *_: pytest.fail("it computes"))
+    assert not (tmp_path / "out" / "scratch").exists()
+
+
 def _stream_slowly(folder):
     torch.set_num_threads(1)
     run.CHUNK = 20
