@@ -97,9 +97,12 @@ class Generated:
 
 
 def build() -> WhiteBoxTransformer:
-    """CBT-T with weights drawn from a seed, fused as commands fuse it."""
+    """CBT-T with weights drawn from a seed, fused as commands fuse it; positions small, so that the map shows the
+    image.
+    """
     torch.manual_seed(0)
     model: WhiteBoxTransformer = reparameterize_model(timm.create_model("cbt_tiny_patch16_224").eval())
+    model.pos_embed.data.mul_(0.05)
     return model
 
 
