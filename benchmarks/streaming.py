@@ -33,6 +33,7 @@ import torch
 import tyro
 from timm.utils import reparameterize_model
 
+from cbsa_torch import interpret
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models import WhiteBoxTransformer
 from cbsa_torch.streaming import StreamResult, stream
@@ -97,19 +98,19 @@ class Generated:
 
 
 def build() -> WhiteBoxTransformer:
-    """CBT-T with weights drawn from a seed, fused as commands fuse it; positions small, so that the map shows the
-    image.
-    """
+    """CBT-T with drawn weights, fused as commands fuse it; positions are small, so that maps show the image."""
     torch.manual_seed(0)
     model: WhiteBoxTransformer = reparameterize_model(timm.create_model("cbt_tiny_patch16_224").eval())
     model.pos_embed.data.mul_(0.05)
     return model
 
 
-def call(options: Options, side: int, folder: Path, progress: Any = None) -> StreamResult:
+def call(
+    options: Options, side: int, folder: Path, progress: Any = None, results: Any = RESULTS
+) -> StreamResult:
     """One stream."""
     image, dtype = Generated(side * PATCH), getattr(torch, options.scratch_dtype)
-    given: Any = {"results": RESULTS, "mean": MEAN, "std": STD, "memory": options.memory, "progress": progress}
+    given: Any = {"results": results, "mean": MEAN, "std": STD, "memory": options.memory, "progress": progress}
     return stream(build(), image, folder, scratch_dtype=dtype, **given)
 
 
@@ -169,17 +170,25 @@ def measure(options: Options, side: int, folder: Path) -> dict[str, Any]:
 
 
 def compare(options: Options, side: int, folder: Path) -> dict[str, float]:
-    """Largest relative differences from the model in memory, in this process."""
+    """Largest differences from the model in memory, relative to the largest value, in this process."""
     torch.set_num_threads(options.threads)
     image, model = Generated(side * PATCH), build()
     pixels = Pixels(image, "last", 3, MEAN, STD).read(slice(0, side * PATCH), model.cls_token)
-    found = call(options, side, folder)
-    begin = time.monotonic()
-    with torch.inference_mode():
-        logits = model(pixels)
-    assert found.logits is not None, "asked for"
-    difference = (found.logits - logits).abs().max() / logits.abs().max()
-    return {"logits": difference.item(), "seconds_in_memory": time.monotonic() - begin}
+    found = call(options, side, folder, results=("logits", "map", "features"))
+    with torch.inference_mode(), interpret.capture(model, layers=[-1]) as records:
+        tokens = model.forward_features(pixels)
+        logits = model.forward_head(tokens)
+    (record,) = records.values()
+    expected = {
+        "logits": logits,
+        "map": interpret.cls_attention_maps(record)[0],
+        "features": tokens[0, 1:].unflatten(0, (side, side)),
+    }
+    differences = {}
+    for name, value in expected.items():
+        streamed = torch.from_numpy(np.load(found.files[name]))
+        differences[name] = ((streamed - value).abs().max() / value.abs().max()).item()
+    return differences
 
 
 def in_a_process(function: Any, *args: Any) -> Any:
@@ -195,7 +204,7 @@ def sizes(options: Options, root: Path) -> dict[str, Any]:
         folder = root / str(side)
         row = in_a_process(measure, options, side, folder)
         if side**2 <= options.in_memory:
-            row["in_memory"] = in_a_process(compare, options, side, folder)
+            row["in_memory"] = in_a_process(compare, options, side, root / f"{side}_compared")
         rows.append(row)
         text = f"{row['tokens']:,} tokens: {row['seconds']:.0f} s, {row['rss_anon_most'] / 2**30:.2f} GiB"
         say(f"{text}, scratch {row['scratch_bytes'] / 1e9:.2f} GB {row.get('in_memory', '')}")
