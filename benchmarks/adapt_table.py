@@ -141,7 +141,7 @@ def compare(options: Options) -> dict[str, Any]:
         "environment": environment(),
         "options": dataclasses.asdict(options),
         "accuracy": _accuracies(options, variants) if options.seeds else [],
-        "cost": _costs(options, variants) if options.image_sizes else [],
+        "cost": costs(options, variants) if options.image_sizes else [],
     }
     write_atomically(Path(f"{options.output}.json"), (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(Path(f"{options.output}.md"), markdown(record).encode())
@@ -304,7 +304,7 @@ def accuracy_before(config: AdaptTrainConfig, split: str) -> UntrainedAccuracy:
     return UntrainedAccuracy(top1(original.model), top1(adapt_original(original, config.model).model))
 
 
-def _costs(options: Options, variants: dict[str, Variant]) -> list[dict[str, Any]]:
+def costs(options: Options, variants: dict[str, Variant]) -> list[dict[str, Any]]:
     """Inference of the original and of every variant, with random weights, on which cost does not depend.
 
     FLOPs are those of one image, two per multiply-add; memory is that of a batch, beyond parameters and images.
@@ -336,6 +336,7 @@ def _costs(options: Options, variants: dict[str, Variant]) -> list[dict[str, Any
                         "image_size": size,
                         "parameters": total.parameters,
                         "flops": total.counts.flops,
+                        "similarities": total.counts.similarities,
                         "images_per_second": batch / seconds,
                         "peak_mib": measure.memory(functions[name], options.device).peak / 2**20,
                     }

@@ -1,10 +1,10 @@
 """What a layer with a certificate gives and costs: train every form of the study, measure it, make the tables.
 
-    python benchmarks/certified_study.py train --cifar DIR --animals DIR    # all runs that are left
-    python benchmarks/certified_study.py train --only "digits_*" --list     # their names
-    python benchmarks/certified_study.py measure --only "digits_*"          # measure trained models again
-    python benchmarks/certified_study.py cost                               # steps, on a quiet machine
-    python benchmarks/certified_study.py table                              # from the records alone
+    python -m benchmarks.certified_study train --cifar DIR --animals DIR    # all runs that are left
+    python -m benchmarks.certified_study train --only "digits_*" --list     # their names
+    python -m benchmarks.certified_study measure --only "digits_*"          # measure trained models again
+    python -m benchmarks.certified_study cost                               # steps, on a quiet machine
+    python -m benchmarks.certified_study table                              # from the records alone
 
 A run is a data set, a form of the model, a seed and perhaps a depth. It is trained by
 :func:`cbsa_torch.train.train` on one thread by the unchanged recipe of its data set, measured, and recorded
@@ -23,31 +23,28 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, quantiles, stdev
+from statistics import fmean, quantiles
 from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
 import tyro
 from matplotlib.figure import Figure
-from scipy import stats
 from torch import Tensor, nn
 
-from cbsa_torch import CBSA, interpret, ops
+from benchmarks.estimates import difference, markdown, mean_of, percent
+from benchmarks.inside import BOUNDS, measure, rounded
+from benchmarks.subset import link_images
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch._core.types import CBSAStages
 from cbsa_torch.bench import measure as bench_measure
-from cbsa_torch.interpret.rates import rank_correlation
-from cbsa_torch.nn import TokenMixer, WhiteBoxBlock
 from cbsa_torch.ops.cbsa import certified as certified_ops
 from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config, train
 from cbsa_torch.train.evaluate import open_trained
 from cbsa_torch.train.run.folder import RunFolder, environment
-from cbsa_torch.train.tasks.base import Trained
 
 RESULTS = Path("benchmarks/results/certified")
 
@@ -134,14 +131,10 @@ class Subset(NamedTuple):
 
 
 CIFAR = {"cifar": Subset(1500, 500, 5), "cifar_full": Subset(5000, 1000, 4)}
-BOUNDS = ("gram", "product", "frobenius")
-"""Bounds of the limit that are compared: see :class:`Guarantee`."""
 COST_STEPS = 15
 """Training steps of each form that are timed."""
 CERTIFIED_SHOWN = ("certified_norm_gram",)
 """Certified forms in the figure of rates."""
-SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Standard deviations of the noise on the parameters of the attention layers (Fig. 8)."""
 
 
 class Run(NamedTuple):
@@ -249,18 +242,6 @@ def switched(form: str) -> Iterator[None]:
             setattr(certified_ops, name, value)
 
 
-def link_subset(source: Path, target: Path, subset: Subset) -> None:
-    """Make ``target`` a folder of links to the first images of every class of CIFAR-10."""
-    for split, count in (("train", subset.train), ("test", subset.test)):
-        for folder in sorted(path for path in (source / split).iterdir() if path.is_dir()):
-            own = target / split / folder.name
-            own.mkdir(parents=True, exist_ok=True)
-            for image in sorted(folder.iterdir())[:count]:
-                link = own / image.name
-                if not link.exists():
-                    link.symlink_to(image.resolve())
-
-
 def train_run(run: Run, options: Options) -> dict[str, Any]:
     """Train, evaluate and measure; the record."""
     config = configuration(run, options)
@@ -286,211 +267,8 @@ def train_run(run: Run, options: Options) -> dict[str, Any]:
         "test_images": test.images,
         "training_minutes": sum(seen / row["images_per_second"] for row in history) / 60,
         "trained_with": environment(),
-        **measure(trained, run),
+        **measure(trained, DATA[run.data].measured),
     }
-
-
-def measure(trained: Trained, run: Run) -> dict[str, Any]:
-    """Rates before and after each layer, in float64, certificates, robustness to noise on the parameters."""
-    images, labels = test_images(trained, DATA[run.data].measured)
-    double = trained.model.double().eval()
-    batches = images.double().split(64)
-    rates = interpret.measure_rates(double, batches)
-    measured: dict[str, Any] = {
-        "measured_images": len(images),
-        "rate": rates.coding.rate,
-        "rate_normalized": rates.coding.normalized,
-        "step": step_effects(double, batches),
-    }
-    if rates.reduced is not None:
-        measured["figure_6"] = {
-            "W - A C": rates.reduced.correlation,
-            "W + kappa A C": rates.reduced.correlation_learned,
-            "A C": rates.reduced.correlation_output,
-            "W + A C": rates.reduced.correlation_added,
-        }
-        measured["kappa"] = rates.reduced.step_tokens
-    model = trained.model.float()
-    if FORMS[run.form].args.get("step") == "certified":
-        measured["certificates"] = certificates(model, images)
-
-    @torch.no_grad()
-    def accuracy(module: nn.Module) -> float:
-        return (module(images).argmax(-1) == labels).double().mean().item()
-
-    noisy = interpret.robustness(model, accuracy, sigmas=SIGMAS)
-    measured["robustness"] = {
-        "clean": noisy.clean,
-        **{str(s): v for s, v in zip(SIGMAS, noisy.values, strict=True)},
-    }
-    return {**rounded(measured), "measured_with": environment()}
-
-
-def certificates(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """What :func:`cbsa_torch.interpret.certificate` finds of a float32 model, in each precision."""
-    found = {}
-    for name, dtype in (("float64", torch.float64), ("float32", torch.float32), ("bf16", torch.float32)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
-            whole = interpret.certificate(model.to(dtype), images.to(dtype)).record()
-        found[name] = {key: whole[key] for key in ("cases", "holding", "beyond_rounding", "void", "share")}
-    return found
-
-
-def test_images(trained: Trained, count: int) -> tuple[Tensor, Tensor]:
-    """Images of the test split, spread evenly over it, as the model is fed, and their classes."""
-    dataset = trained.task.open_split(trained.spec.mode, trained.class_names, "test").dataset
-    images, labels = trained.task.sample(dataset, trained.spec, count)
-    return images, torch.tensor(labels)
-
-
-class Fall(NamedTuple):
-    """A rate before and after a layer's step, ``(images, heads)`` each."""
-
-    before: Tensor
-    after: Tensor
-
-    def summary(self) -> dict[str, Any]:
-        """Means over images of the sum over heads, and in how many cases the rate fell."""
-        return {
-            "before": self.before.sum(1).mean().item(),
-            "after": self.after.sum(1).mean().item(),
-            "fell": int((self.after < self.before).sum()),
-            "cases": self.before.numel(),
-        }
-
-
-def step_effects(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
-    """Rates before and after the step that each layer really takes, whatever its form.
-
-    With z = norm1(x), the tokens U_k^T (z + attn(z)) are compared with U_k^T z, and so are those of the
-    stream, x + attn(z) with x; a block that carries z + attn(z) has z for its stream. Representatives after the
-    step are made from the tokens after it by the weights that made them before it: of CBSA with pooled first
-    guesses W Pi + eta W A with A as it was.
-
-    Returns:
-        ``layers``: for each the summaries of ``tokens``, ``stream`` and, of CBSA, ``representatives``
-        (eps = 0.1, as in all figures) and ``representatives_own`` (the layer's own eps; 1 if it has none).
-        ``correlation``: over layers and heads, the rank correlation of the reductions of tokens and
-        representatives by this step.
-    """
-    seen: dict[str, list[dict[str, Any]]] = {}
-    blocks = {name: block for name, block in model.named_modules() if isinstance(block, WhiteBoxBlock)}
-    calls: dict[str, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
-    streams: dict[str, Tensor] = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for name, block in blocks.items():
-
-            def keep_stream(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                streams[name] = args[0]
-
-            def keep_call(_: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = name) -> None:
-                calls[name] = (args[0], args[1:], out)
-
-            hooks.enter_context(block.norm1.register_forward_pre_hook(keep_stream))
-            hooks.enter_context(block.attn.register_forward_hook(keep_call))
-        for batch in batches:
-            model(batch)
-            done, calls, streams_done = dict(calls), {}, dict(streams)
-            for name, (z, rest, update) in done.items():
-                attn: Any = blocks[name].attn
-                stream = z if blocks[name].residual == "norm" else streams_done[name]
-                seen.setdefault(name, []).append(_layer_falls(attn, stream, z, update, rest))
-    layers = []
-    falls: dict[str, list[float]] = {"tokens": [], "representatives": []}
-    for name, parts in seen.items():
-        whole: dict[str, Any] = {
-            key: type(first)(*map(torch.cat, zip(*(part[key] for part in parts), strict=True)))
-            for key, first in parts[0].items()
-        }
-        promised = whole.pop("guarantee", None)
-        layer = {"layer": name, **{key: fall.summary() for key, fall in whole.items()}}
-        if promised is not None:
-            layer["certificate"] = promised.summary(whole["representatives_own"])
-        layers.append(layer)
-        for key, values in falls.items():
-            if key in whole:
-                values += (whole[key].before - whole[key].after).mean(0).tolist()
-    reductions = falls["representatives"] and rank_correlation(falls["tokens"], falls["representatives"])
-    return {"layers": layers, "correlation": reductions or None}
-
-
-def _layer_falls(
-    attn: TokenMixer, x: Tensor, z: Tensor, update: Tensor, rest: tuple[Any, ...]
-) -> dict[str, Any]:
-    """The rates of one layer on one batch."""
-
-    def tokens(features: Tensor) -> Tensor:
-        return ops.coding_rate(attn.heads(features, *rest).queries.contiguous())
-
-    falls: dict[str, Any] = {
-        key: Fall(tokens(t), tokens(t + update)) for key, t in (("tokens", z), ("stream", x))
-    }
-    if not isinstance(attn, CBSA) or attn.step_representatives is None:
-        return falls
-    first, second = attn.stages(z, *rest), attn.stages(z + update, *rest)
-    eta = attn.step_representatives[:, None, None]
-    after = second.representatives + eta * (first.attention @ second.tokens)
-    own = attn.eps if attn.contraction == "exact" else 1.0
-    for key, eps in (("representatives", 0.1), ("representatives_own", own)):
-        falls[key] = Fall(ops.coding_rate(first.extracted, eps=eps), ops.coding_rate(after, eps=eps))
-    if attn.step == "certified":
-        falls["guarantee"] = guarantee(first, attn.eps, eta)
-    return falls
-
-
-class Guarantee(NamedTuple):
-    """What the theorem says of a certified step, ``(images, heads)`` each."""
-
-    fall: Tensor
-    """The rate of the representatives falls by at least alpha kappa (1 - kappa |G| / 2) tr(C^T C G)."""
-    fraction: Tensor
-    """kappa |G| / 2 with the spectral norm of G = B^T B: the theorem holds below 1."""
-    gram: Tensor
-    product: Tensor
-    frobenius: Tensor
-    """|G| in parts of its bounds: the largest sum_j |G_ij| (G_jj / G_ii)^1/2; |B|_1 |B|_inf; and
-    ((|Pi|_1 |Pi|_inf)^1/2 + |eta| |A|_F)^2."""
-
-    def summary(self, measured: Fall) -> dict[str, Any]:
-        """In how many cases the rate fell by what is guaranteed, up to 1e-9 of it, and how far the steps go."""
-        real = measured.before - measured.after
-        holds = real >= self.fall - 1e-9 * measured.before
-        quarter = self.fraction.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-        return {
-            "holds": int(holds.sum()),
-            "cases": holds.numel(),
-            "fraction_quartiles": quarter.tolist(),
-            "median_fall": real.median().item(),
-            "median_guaranteed": self.fall.median().item(),
-            "tightness": {name: getattr(self, name).median().item() for name in BOUNDS},
-        }
-
-
-def guarantee(stages: CBSAStages, eps: float, eta: Tensor) -> Guarantee:
-    """The guaranteed fall of a certified step, and how tight bounds of its limit are; ``eta`` ``(H, 1, 1)``."""
-    c, b, kappa = stages.contracted, stages.broadcast_attention, -stages.step  # (B, H, M, P), (B, H, N, M)
-    m, p = c.shape[-2:]
-    gram = b.mT @ b
-    norm = torch.linalg.matrix_norm(gram, 2)
-    fraction = kappa * norm / 2
-    fall = p / (m * eps**2) * kappa * (1 - fraction) * (c * (gram @ c)).sum((-2, -1))
-    own = eta * stages.attention.mT
-
-    def by_sums(weights: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(weights, 1) * torch.linalg.matrix_norm(weights, torch.inf)
-
-    frobenius = (by_sums(b - own).sqrt() + torch.linalg.matrix_norm(own)).square()
-    bounds = (certified_ops.largest_eigenvalue_bound(gram), by_sums(b), frobenius)
-    return Guarantee(fall, fraction, *(norm / bound for bound in bounds))
-
-
-def rounded(value: Any) -> Any:
-    """The same with numbers to six digits."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def write_record(run: Run, record: dict[str, Any]) -> None:
@@ -539,40 +317,6 @@ def training_step(form: str, model: nn.Module, images: Tensor, labels: Tensor) -
         nn.functional.cross_entropy(model(images), labels).backward()
 
 
-class Estimate(NamedTuple):
-    """A mean or a difference of means, in percent or percentage points."""
-
-    value: float
-    half: float | None
-    """Half of the 95 % interval; None where one seed leaves it unknown."""
-
-    def text(self, sign: str = "") -> str:
-        """Value and half-width."""
-        half = "" if self.half is None else f" ± {self.half:.2f}"
-        return f"{self.value:{sign}.2f}{half}"
-
-
-def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean of percentages, with Student's interval."""
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
-    return Estimate(fmean(values), half)
-
-
-def difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
-    """The difference of two means, with Welch's interval: seeds do not pair different models."""
-    value = fmean(values) - fmean(others)
-    if min(len(values), len(others)) < 2:
-        return Estimate(value, None)
-    parts = [stdev(v) ** 2 / len(v) for v in (values, others)]
-    if not sum(parts):
-        return Estimate(value, 0.0)
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(v) - 1) for part, v in zip(parts, (values, others), strict=True)
-    )
-    return Estimate(value, stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts)))
-
-
 Group = dict[tuple[str, int | None], list[dict[str, Any]]]
 """The records of one data set, by form and depth."""
 
@@ -590,17 +334,6 @@ def read_groups(data: str) -> Group:
 def label(form: str, depth: int | None) -> str:
     """What a row of a table is called."""
     return f"`{form}`" if depth is None else f"`{form}`, {depth} layers"
-
-
-def percent(records: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """An accuracy of every seed."""
-    return [100 * record[key] for record in records]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def accuracy_table(groups: Group) -> str:
@@ -723,7 +456,7 @@ validation), {subset.test} test images of each, {subset.epochs} epochs, otherwis
 }
 PREAMBLE = """# The certified layer beside the other forms
 
-Written by `python benchmarks/certified_study.py table` from the records in this folder. Means over seeds
+Written by `python -m benchmarks.certified_study table` from the records in this folder. Means over seeds
 with 95 % intervals (Student's t; of differences Welch's). Without an interval: one seed. "Loss at most" is
 the upper end of the interval of the loss against `default`.
 
@@ -814,7 +547,9 @@ def main() -> None:
     elif options.step == "train":
         if options.cifar is not None:
             for name in {run.data for run in left if run.data in CIFAR}:
-                link_subset(options.cifar, options.runs / f"{name}_subset", CIFAR[name])
+                for split, count in (("train", CIFAR[name].train), ("test", CIFAR[name].test)):
+                    target = options.runs / f"{name}_subset" / split
+                    link_images(options.cifar / split, target, slice(count))
         for run in left:
             if not run.record.exists():
                 print(f"== {run.name}", flush=True)
@@ -826,7 +561,8 @@ def main() -> None:
                 print(f"== {run.name}", flush=True)
                 record = json.loads(run.record.read_text())
                 with switched(run.form):
-                    write_record(run, {**record, **measure(open_trained(options.runs / run.name), run)})
+                    trained = open_trained(options.runs / run.name)
+                    write_record(run, {**record, **measure(trained, DATA[run.data].measured)})
     elif options.step == "cost":
         measure_cost()
     else:

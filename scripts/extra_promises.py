@@ -235,6 +235,26 @@ def plot_without_interpret() -> None:
     cbsa_lacks("interpret", "count", "cbt_pico_patch1_8", "--plot", "plot.png")
 
 
+# ---- slides
+
+
+def slides() -> None:
+    """A file of features is read, and a map of it drawn."""
+    import h5py
+
+    from cbsa_torch.interpret import coordinate_map
+    from cbsa_torch.train.tasks.slides.files import read_slide
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "slide.h5")
+        with h5py.File(path, "w") as file:
+            file["features"], file["coords"] = torch.randn(9, 4).numpy(), torch.arange(18).view(9, 2).numpy()
+        slide = read_slide(path)
+    assert slide.coords is not None
+    assert slide.features.shape == (9, 4)
+    coordinate_map(slide.coords, slide.features[:, 0])
+
+
 # ---- all
 
 
@@ -259,7 +279,8 @@ PROMISES: dict[str, tuple[Callable[[], None], ...]] = {
     "streaming": (streaming, *MODELS, without_interpret, without_train),
     "interpret": (looking_inside, without_timm, without_models, without_train),
     "train": (commands, helps, plot_without_interpret, streaming, *MODELS, without_interpret),
-    "all": (pages, commands, helps, looking_inside, streaming, *MODELS),
+    "slides": (slides, pages, commands, *MODELS),
+    "all": (slides, pages, commands, helps, looking_inside, streaming, *MODELS),
 }
 
 

@@ -28,14 +28,15 @@ LAYERS = {
     "_core": Layer(""),
     "ops": Layer("_core", "triton"),
     "nn": Layer("ops _core"),
+    "parallel": Layer("nn ops _core"),
     "images": Layer("_core", "numpy PIL"),
     "models": Layer("nn ops _core", "timm safetensors huggingface_hub"),
     "streaming": Layer("models nn ops _core", "numpy PIL timm safetensors huggingface_hub"),
     "interpret": Layer("images nn ops _core", "numpy PIL matplotlib jinja2"),
     "bench": Layer("models nn ops _core", "timm matplotlib nystrom_attention"),
     "train": Layer(
-        "images models nn ops _core",
-        "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich tyro",
+        "images models parallel nn ops _core",
+        "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich tyro h5py",
     ),
     "cli": Layer(
         "bench train streaming interpret images models nn ops _core",
@@ -127,7 +128,11 @@ def distribution_names(modules):
 )
 def test_an_extra_declares_what_its_package_imports(extra, package):
     layers = [package, *LAYERS[package].below.split()]
-    where_wanted = {"triton", "nystrom_attention"}  # whoever asks for what needs them is told to install them
+    where_wanted = {
+        "triton",
+        "nystrom_attention",
+        "h5py",
+    }  # whoever asks for what needs them is told to install them
     modules = {module for layer in layers for module in LAYERS[layer].others.split()} - where_wanted
     assert distribution_names(modules) <= declared(extra)
 

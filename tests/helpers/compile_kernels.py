@@ -46,7 +46,7 @@ def launches(dtype, m, p, separate=False, masked=False, b=2, h=2, n=4096):
     keys, values = storage[:, :h], storage[:, h:] if separate else None
     mask = torch.ones(b, n, dtype=torch.bool) if masked else None
     representatives, steps = torch.zeros(b, h, m, p, dtype=dtype), (torch.ones(h), torch.ones(h))
-    tensors = representatives, keys, values, *steps, mask, None, None, None, None
+    tensors = representatives, keys, values, *steps, mask, *[None] * 7
     problem = driver.Problem(*tensors, "softmax", p**-0.5, 0.1, "triton")
     driver.backward(*driver.forward(problem), problem)
     return recorder.launches

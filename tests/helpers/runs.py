@@ -82,9 +82,9 @@ def during_training_step(monkeypatch, number, act) -> None:
     """Replace the loss of training step ``number`` (from 1) by ``act(loss, logits)``."""
     original, count = losses.mean_loss, 0
 
-    def patched(logits, targets, label_smoothing=0.0):
+    def patched(logits, targets, *options):
         nonlocal count
-        loss = original(logits, targets, label_smoothing)
+        loss = original(logits, targets, *options)
         if not logits.requires_grad:
             return loss
         count += 1

@@ -19,6 +19,7 @@ def test_the_recipes_are_those_documented():
     assert recipe_names() == [
         "animals28", "animals28_vit", "digits", "emoji64", "emoji64_vit", "emoji_scenes", "finetune_cifar10",
         "finetune_cifar100", "finetune_flowers102", "finetune_folder", "finetune_pets", "folder", "imagenet", "segmenter_ade20k",
+        "slides",
     ]  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], axes: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` has shape ``expected`` (``None`` = any size of at least 1).
 
-    Only the first axis, the batch, may be empty.
+    Only the first axis, the batch, may be empty, and what is expected to be.
 
     ``axes`` names the axes for the message, e.g. ``"(B, H, N, P)"``.
     """
@@ -109,7 +109,7 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], axes:
         if want is not None and got != want:
             wanted = ", ".join("any" if size is None else str(int(size)) for size in expected)
             raise ValueError(f"{name} must have shape {axes} = ({wanted}), got {shape}")
-    if 0 in shape[1:]:
+    if any(got == 0 and want is None for got, want in zip(shape[1:], expected[1:], strict=True)):
         raise ValueError(f"{name} must not be empty, got shape {shape} for {axes}")
 
 

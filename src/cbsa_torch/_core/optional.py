@@ -9,6 +9,7 @@ EXTRAS = {
     "streaming": ("timm", "safetensors", "huggingface_hub", "numpy", "PIL"),
     "interpret": ("matplotlib", "jinja2", "numpy", "PIL"),
     "train": ("timm", "accelerate", "torchmetrics", "sklearn", "tensorboard", "tyro", "rich", "yaml"),
+    "slides": ("h5py",),
 }
 """Import names of the packages that an extra of ``pyproject.toml`` brings."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -44,6 +44,33 @@ class GridPooling(NamedTuple):
     """Tokens before the grid."""
 
 
+class Cells(NamedTuple):
+    """Which cell of a coarse lattice every token is in; only cells that hold a token, in row-major order.
+
+    Made by ``ops.find_cells``.
+    """
+
+    cell: Tensor
+    """``(B, N)`` int64, the cell of each token: 0 to M - 1, or M for a masked token, which is in none."""
+    counts: Tensor
+    """``(B, M)`` int64, the real tokens in each cell; 0 at the end, where an item has fewer cells."""
+    order: Tensor
+    """``(B, N)`` int64, the tokens sorted by cell, those of one cell in their order."""
+
+    @property
+    def mask(self) -> Tensor:
+        """``(B, M)`` bool, True = a cell that exists for this item."""
+        return self.counts > 0
+
+
+class CellPooling(NamedTuple):
+    """Means of the tokens in cells: a matrix with one entry for each token, that is not written out."""
+
+    cells: Cells
+    first: int = 0
+    """Tokens before those with a cell."""
+
+
 class Representatives(NamedTuple):
     """What a strategy returns: an initial guess to extract from, or the representatives themselves."""
 
@@ -53,14 +80,15 @@ class Representatives(NamedTuple):
     """``(B, M)`` bool, True = a representative that exists; None if all do."""
     attention: Tensor | None = None
     """``(B, H, M, N)`` A^T over all N tokens, in place of the softmax of Eq. 5; None to extract by it."""
-    token_weights: Tensor | GridPooling | None = None
+    token_weights: Tensor | GridPooling | CellPooling | None = None
     """Pi, how a first guess is made of the N tokens that the strategy was given: ``values`` is Pi tokens plus
     what does not depend on them. ``(M, N)`` or ``(B, M, N)``, or a pooling; None: not told. The certified step
     gives C back to the tokens by its transpose."""
 
 
-Strategy = Callable[[Tensor, "GridSize | None", "Tensor | None"], Representatives]
-"""What makes representatives: ``(tokens, grid_size, token_mask)``; see :mod:`cbsa_torch.nn.representatives`."""
+Strategy = Callable[[Tensor, Any, "Tensor | None"], Representatives]
+"""What makes representatives: ``(tokens, grid_size, token_mask)``, or with ``Cells`` for a grid; see
+:mod:`cbsa_torch.nn.representatives`."""
 
 
 class CBSAStages(NamedTuple):

@@ -171,3 +171,83 @@ class LowerBound(nn.Module):
         extracted = (self.representatives @ tokens.mT) @ tokens  # (B, H, M, P)
         bias = self.to_out.bias + extracted.mean()
         return F.linear(w, self.to_out.weight, bias)
+
+
+class MeanPooling(nn.Module):
+    """A bag of features to logits: a linear layer with GELU, the mean over the bag, a linear head."""
+
+    def __init__(self, in_dim: int, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(in_dim, dim), nn.GELU())
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(
+        self, features: Tensor, coords: Tensor | None = None, token_mask: Tensor | None = None
+    ) -> Tensor:
+        """``(B, N, in_dim)`` to ``(B, num_classes)``; coordinates are not looked at."""
+        x = self.embed(features)
+        if token_mask is None:
+            return self.head(x.mean(1))
+        real = token_mask[..., None].to(x.dtype)
+        return self.head((x * real).sum(1) / real.sum(1))
+
+
+class GatedAttentionMIL(nn.Module):
+    """Gated attention pooling (Ilse, Tomczak and Welling 2018, arXiv:1802.04712, Eq. 9).
+
+    Weights softmax_n w^T (tanh(V h_n) * sigmoid(U h_n)) of the embedded features h_n, and a linear head on
+    their weighted mean.
+    """
+
+    def __init__(self, in_dim: int, num_classes: int, dim: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(in_dim, dim), nn.GELU())
+        self.content = nn.Linear(dim, hidden)
+        self.gate = nn.Linear(dim, hidden)
+        self.score = nn.Linear(hidden, 1)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(
+        self, features: Tensor, coords: Tensor | None = None, token_mask: Tensor | None = None
+    ) -> Tensor:
+        """``(B, N, in_dim)`` to ``(B, num_classes)``; coordinates are not looked at."""
+        h = self.embed(features)
+        scores = self.score(self.content(h).tanh() * self.gate(h).sigmoid())  # (B, N, 1)
+        if token_mask is not None:
+            scores = scores.masked_fill(~token_mask[..., None], float("-inf"))
+        return self.head((scores.softmax(1) * h).sum(1))
+
+
+class NystromAggregator(nn.Module):
+    """Layers of Nystroem attention of the package ``nystrom-attention`` over a class token and the features.
+
+    As in TransMIL (Shao et al. 2021, arXiv:2106.00908), without its convolutions over a square that the bag is
+    repeated to fill. float32 only.
+    """
+
+    def __init__(
+        self, in_dim: int, num_classes: int, dim: int, depth: int, num_heads: int, num_landmarks: int = 64
+    ) -> None:
+        super().__init__()
+        from nystrom_attention import NystromAttention
+
+        self.embed = nn.Sequential(nn.Linear(in_dim, dim), nn.LayerNorm(dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            NystromAttention(dim, dim // num_heads, num_heads, num_landmarks=num_landmarks)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(
+        self, features: Tensor, coords: Tensor | None = None, token_mask: Tensor | None = None
+    ) -> Tensor:
+        """``(B, N, in_dim)`` to ``(B, num_classes)``; coordinates are not looked at."""
+        x = self.embed(features)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        mask = None if token_mask is None else F.pad(token_mask, (1, 0), value=True)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x), mask=mask)
+        return self.head(self.norm(x[:, 0]))

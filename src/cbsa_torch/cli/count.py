@@ -22,6 +22,7 @@ from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import refuse_fetching
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
+from cbsa_torch.models.token_set import token_set_names
 from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
@@ -43,6 +44,8 @@ class _CountArgs:
     """timm model names; `cbsa list` shows ours."""
     image_size: tuple[int, ...] = ()
     """Side, or height and width, in pixels. Default: what each model is made for."""
+    tokens: int = 10_000
+    """Features of a set, for models of sets (token_set_...), which need --args in_dim WIDTH."""
     args: FreeArgs = field(default_factory=dict)
     """Further constructor arguments, e.g. contraction exact."""
     layers: bool = False
@@ -73,7 +76,7 @@ def run(args: list[str]) -> None:
     table = number_table("model", "input", "parameters", "GFLOPs", "GFLOPs fused", "similarities", left=2)
     rows, remarks = [], []
     for name in options.models:
-        counts, fused, size = count_named(name, options.args, options.image_size)
+        counts, fused, size = count_named(name, options.args, options.image_size, options.tokens)
         rows.append({"model": name, "input_size": size, **as_dict(counts), "fused": as_dict(fused)})
         fused_layers = {layer.name: layer for layer in fused.layers}
         for layer in counts.layers if options.layers else ():
@@ -109,9 +112,12 @@ def _count_cells(layer: LayerCounts, fused: LayerCounts | None) -> tuple[str, st
 
 
 def count_named(
-    name: str, args: Mapping[str, Any], image_size: Sequence[int]
+    name: str, args: Mapping[str, Any], image_size: Sequence[int], tokens: int
 ) -> tuple[ModelCounts, ModelCounts, list[int]]:
     """Build a model of timm without storage, and count it at an image size (none: the one it is made for).
+
+    A model of sets of features is counted at a number of ``tokens``, and built with storage: where its tokens
+    are pooled depends on the values of their coordinates.
 
     Returns:
         The counts as published and those of the model fused for inference, and the input size.
@@ -121,8 +127,17 @@ def count_named(
         raise ConfigError(f"no model {name!r} in timm{suggestion}")
     if len(image_size) > 2 or any(side < 1 for side in image_size):
         raise ConfigError(f"--image-size must be one or two positive numbers, got {tuple(image_size)}")
+    if tokens < 1:
+        raise ConfigError(f"--tokens must be at least 1, got {tokens}")
     asked = (image_size[0], image_size[-1]) if image_size else None
     try:
+        if name.split(".", maxsplit=1)[0] in token_set_names():
+            if asked is not None:
+                raise ValueError("--image-size is of images; --tokens says how many features a set has")
+            refuse_fetching("--args", args, "counting needs no weights")
+            model = timm.create_model(name, **args)
+            fed = (tokens, model.in_dim)
+            return count_model(model, fed), count_model(reparameterize_model(model), fed), list(fed)
         model = _build(name, args, asked)
         channels, *made_for = model.default_cfg["input_size"]
         height, width = asked or made_for

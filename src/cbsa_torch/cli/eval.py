@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from cbsa_torch.cli.options import OtherOptions, at_least, open_on, parse
 from cbsa_torch.train.engine.console import number_table, print_table, say
+from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
 from cbsa_torch.train.tasks.base import WindowOptions
 
@@ -24,7 +25,7 @@ class _EvalArgs(OtherOptions, WindowOptions):
     """Unreadable images that are left out, counted and listed; one more stops. Default: as in training."""
     batch_size: int | None = None
     """Images (of segmenters: windows) per forward pass; changes memory and time, not the result. Default: 256,
-    or as in validation."""
+    or as in validation; slides: 1."""
     output: str | None = None
     """The JSON file. Default: eval_<split>.json beside the checkpoint (eval_<split>_multi_scale.json)."""
 
@@ -37,6 +38,8 @@ def run(args: list[str]) -> None:
     trained = open_on(options.checkpoint, options, options.split)
     data: Any = trained.config.data  # of the task
     if options.max_bad_images is not None:
+        if not trained.task.takes_images:
+            raise ConfigError("--max-bad-images is of images, and this model takes slides: leave it out")
         data = dataclasses.replace(data, max_bad_images=options.max_bad_images)
     result = evaluate_checkpoint(
         trained.fused(),

@@ -8,6 +8,7 @@ from typing import Literal
 
 from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
+from cbsa_torch.models.token_set import token_set_names
 from cbsa_torch.train.registry import recipe_names
 
 
@@ -23,7 +24,9 @@ def run(args: list[str]) -> None:
     """List our models and recipes."""
     kinds = parse(_ListArgs, args, "list").kind
     if "models" in kinds:
-        for family, names in itertools.groupby(registry.names().items(), key=lambda item: item[1]):
+        for family, names in itertools.groupby(
+            {**registry.names(), **token_set_names()}.items(), key=lambda item: item[1]
+        ):
             print(f"{family}\n  " + "\n  ".join(name for name, _ in names))
     if "recipes" in kinds:
         print("recipes: " + ", ".join(recipe_names()))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import tyro
 
@@ -15,15 +16,15 @@ from cbsa_torch.cli.streamed import StreamOptions
 from cbsa_torch.cli.streamed import predict as predict_streamed
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
-from cbsa_torch.train.tasks.base import Prediction, PredictOptions
+from cbsa_torch.train.tasks.base import Prediction, PredictOptions, Trained
 
 
 @dataclass
 class _PredictArgs(StreamOptions, OtherOptions, PredictOptions):
-    """Classify or segment image files."""
+    """Classify or segment image files, or classify slides."""
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files."""
+    """Image files; of a model of slides, their files of features (.h5, .pt)."""
     checkpoint: str = "runs/digits"
     """A run folder or a file of weights."""
     root: str | None = None
@@ -36,7 +37,7 @@ class _PredictArgs(StreamOptions, OtherOptions, PredictOptions):
 
 
 def run(args: list[str]) -> None:
-    """Classify or segment image files."""
+    """Classify or segment image files, or classify slides."""
     options = parse(_PredictArgs, args, "predict")
     if not options.images and options.stream is None:
         raise ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
@@ -45,11 +46,36 @@ def run(args: list[str]) -> None:
     trained = open_on(options.checkpoint, options)
     if "config" in trained.info and (options.root, options.data) != (None, None):
         raise ConfigError(f"{options.checkpoint} says its classes: leave out --root and --data")
-    trained = trained.fused()
     if options.stream is not None:
-        predictions: Sequence[Prediction] = [predict_streamed(trained, options.stream, options)]
-    else:
-        predictions = trained.task.predict(trained, options.images, options)
+        _tell(trained, [predict_streamed(trained.fused(), options.stream, options)], options)
+        return
+    if not trained.task.takes_images:
+        _predict_slides(trained, options)
+        return
+    _tell(trained, trained.task.predict(trained.fused(), options.images, options), options)
+
+
+def _predict_slides(trained: Trained, options: _PredictArgs) -> None:
+    """Also the table and the maps of slides."""
+    try:
+        from cbsa_torch.cli import slides
+    except ImportError as error:
+        raise ConfigError(f"maps of slides: {error}") from None
+    folder = Path(options.maps or slides.FOLDER)
+    planned = slides.plan_files(options.images, folder, options.overwrite)
+    predictions = trained.task.predict(trained.fused(), options.images, options)
+    _tell(trained, predictions, options)
+    table = slides.write_table(cast(Any, predictions), trained.class_names, folder)
+    for prediction in predictions:
+        if prediction.error is None:
+            name, share = prediction.class_shares()[0]
+            title = f"{Path(prediction.image).stem}: {name} ({share:.2f})"
+            slides.write_map(trained, prediction.image, planned[prediction.image], title)
+    say(f"probabilities: {table}; maps of attention: {folder}")
+
+
+def _tell(trained: Trained, predictions: Sequence[Prediction], options: _PredictArgs) -> None:
+    """Print the predictions and, where asked for, write them as JSON."""
     table = number_table("image", "class", trained.task.share_title, left=2)
     for prediction in predictions:
         if prediction.error is not None:

@@ -19,6 +19,11 @@ from cbsa_torch.train.tasks.base import Trained, eval_transform, read_image
 def open_run(checkpoint: str | Path, other: OtherOptions | None = None) -> Trained:
     """As :func:`open_on`, of a model that has layers to look into."""
     trained = open_on(checkpoint, OtherOptions() if other is None else other)
+    if not trained.task.takes_images:
+        raise ConfigError(
+            f"{checkpoint}: pages show images, and this model takes slides; cbsa eval and cbsa predict work, "
+            "and cbsa_torch.interpret in Python"
+        )
     try:
         with capture(trained.model):
             pass

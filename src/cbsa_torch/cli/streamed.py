@@ -53,6 +53,11 @@ def predict(trained: Trained, source: str, options: Any) -> Prediction:
         source: the file.
         options: of both kinds, :class:`StreamOptions` and ``PredictOptions``.
     """
+    if not trained.task.takes_images:
+        raise ConfigError(
+            f"--stream sees an image, and {trained.path} is a {type(trained.model).__name__}, which takes "
+            f"{trained.task.unit}; give their files without --stream"
+        )
     trained.task.check_options(options)
     _refuse(options)
     main: Any = "logits" if trained.task.one_class_per_image else "labels"

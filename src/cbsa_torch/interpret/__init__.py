@@ -9,7 +9,7 @@
 - Structure: :func:`subspace_coherence`, :func:`attention_ranks` (:class:`AttentionRanks`),
   :func:`ista_sparsity` (:class:`Sparsity`).
 - Attention maps, Fig. 7: :func:`cls_attention_maps`, :func:`receptive_fields`, :func:`upsample_maps`,
-  :func:`overlay`.
+  :func:`overlay`; of tokens without a grid :func:`token_attention`, :func:`coordinate_map`.
 - Robustness, Fig. 8: :func:`robustness` (:class:`Robustness`), :func:`noisy_copy`.
 - Zero-shot segmentation, Tables 5 and 6: :func:`zero_shot_iou` (:class:`ZeroShot`), of images with masks
   that :func:`read_pairs` and :func:`read_voc` read (:class:`ForegroundImages`, :class:`SegmentedImage`).
@@ -23,7 +23,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from cbsa_torch._core.optional import require
-from cbsa_torch.interpret.attention_maps import cls_attention_maps, receptive_fields, upsample_maps
+from cbsa_torch.interpret.attention_maps import (
+    cls_attention_maps,
+    receptive_fields,
+    token_attention,
+    upsample_maps,
+)
 from cbsa_torch.interpret.capture import LayerRecord, capture
 from cbsa_torch.interpret.certificate import Certificate, LayerCertificate
 from cbsa_torch.interpret.certify import certificate
@@ -51,7 +56,7 @@ if TYPE_CHECKING:
     from cbsa_torch.interpret.pages.compare import ComparedRun, compare
     from cbsa_torch.interpret.pages.maps import Pictures
     from cbsa_torch.interpret.pages.report import report
-    from cbsa_torch.interpret.plots import overlay
+    from cbsa_torch.interpret.plots import coordinate_map, overlay
     from cbsa_torch.interpret.zero_shot import ZeroShot, zero_shot_iou
 
 __all__ = [
@@ -76,6 +81,7 @@ __all__ = [
     "cls_attention_maps",
     "coding_rates",
     "compare",
+    "coordinate_map",
     "image_rates",
     "ista_sparsity",
     "measure_rates",
@@ -88,6 +94,7 @@ __all__ = [
     "report",
     "robustness",
     "subspace_coherence",
+    "token_attention",
     "upsample_maps",
     "zero_shot_iou",
 ]

@@ -30,8 +30,8 @@ _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @torch.no_grad()
-def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
-    """How much a token attends to every grid token, per head: one row of the layer's N x N matrix. O(N).
+def token_attention(record: LayerRecord, token: int = 0) -> Tensor:
+    """How much a token attends to every token after the prefix, per head: a row of the N x N matrix. O(N).
 
     Which matrix that is depends on the layer. With W = U_k^T Z of one head, rows w_n as tokens:
 
@@ -59,17 +59,16 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
     Args:
         record: a captured layer.
         token: index among all N tokens, prefix tokens first: 0 is the class token of a model that has one,
-            else the first grid token. Negative indices count from the last token.
+            else the first token. Negative indices count from the last token.
 
     Returns:
-        ``(B, H, *grid_size)`` in float32 or better, prefix tokens left out; 0 at masked tokens, and everywhere
-        if ``token`` is masked.
+        ``(B, H, N - prefix tokens)`` in float32 or better; 0 at masked tokens, and everywhere if ``token`` is
+        masked.
 
     Raises:
-        ValueError: the record has no grid, or its layer is a mixer of your own. IndexError: no such token.
-        TypeError: ``token`` is not an int.
+        ValueError: the layer is a mixer of your own. IndexError: no such token. TypeError: ``token`` is not an
+            int.
     """
-    grid = _grid(record)
     n = record.tokens.shape[2]
     if isinstance(token, bool) or not isinstance(token, int):
         raise TypeError(f"token must be an int, got {token!r} of type {type(token).__name__}")
@@ -80,7 +79,23 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
     if record.token_mask is not None:
         real = record.token_mask
         row = row.masked_fill(~(real & real[:, token, None])[:, None], 0.0)
-    return row[..., record.num_prefix_tokens :].unflatten(-1, grid)
+    return row[..., record.num_prefix_tokens :]
+
+
+def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
+    """:func:`token_attention` laid out on the grid of the tokens.
+
+    Args:
+        record, token: as there.
+
+    Returns:
+        ``(B, H, *grid_size)``.
+
+    Raises:
+        ValueError: the record has no grid. Also what :func:`token_attention` raises.
+    """
+    grid = _grid(record)
+    return token_attention(record, token).unflatten(-1, grid)
 
 
 def receptive_fields(record: LayerRecord) -> Tensor:

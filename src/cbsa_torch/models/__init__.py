@@ -17,6 +17,8 @@ from cbsa_torch.models.segmentation import (  # noqa: E402
     segmenter,
     sliding_logits,
 )
+from cbsa_torch.models.slide_encoder import SlideEncoder  # noqa: E402
+from cbsa_torch.models.token_set import TokenSetTransformer  # noqa: E402  (registers its sizes, too)
 from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "AdaptedModel",
     "MaskTransformerDecoder",
     "Segmenter",
+    "SlideEncoder",
+    "TokenSetTransformer",
     "WhiteBoxTransformer",
     "adapt_vit",
     "from_pretrained",

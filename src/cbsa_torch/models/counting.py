@@ -18,6 +18,7 @@ from cbsa_torch._core.modes import evaluating
 from cbsa_torch.models.adapt.find import SOFTMAX
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.models.segmentation.decoder import CosineSimilarity
+from cbsa_torch.models.token_set import TokenSetTransformer
 from cbsa_torch.nn import ISTA, TokenMixer
 from cbsa_torch.nn.fused import Fused
 from cbsa_torch.nn.ista import FusedISTA
@@ -48,8 +49,8 @@ class ModelCounts(NamedTuple):
     that is not fused it sees what :func:`cbsa_torch.ops.ista_step` computes for this number of tokens."""
 
 
-def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCounts:
-    """Count what one image costs, part by part.
+def count_model(model: nn.Module, input_size: tuple[int, ...]) -> ModelCounts:
+    """Count what one image, or one set of features, costs, part by part.
 
     Counted are linear layers, convolutions, ISTA, our token mixers, the softmax attention of timm's and
     transformers' ViTs and the similarities of a segmentation decoder's masks, by the formulas of
@@ -60,18 +61,22 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
     ``timm.utils.reparameterize_model(model)`` to count what that computes.
 
     Args:
-        model: any model of images. It is run once, without gradients, on a batch of one, and left as it was.
-        input_size: ``(channels, height, width)``.
+        model: any model of images, or a :class:`TokenSetTransformer`. It is run without gradients on a batch of
+            one, and left as it was.
+        input_size: ``(channels, height, width)``; of sets of features ``(tokens, in_dim)``, which are then
+            placed on a lattice.
 
     Returns:
         One row per part that has costs or parameters of its own: linear layers and convolutions are counted
         with the mixer, feed-forward, stem or block they belong to.
 
     Raises:
-        ValueError: an input size that is not three positive integers, or that the model refuses.
+        ValueError: an input size that is not three (of sets two) positive integers, or that the model refuses.
     """
-    if len(input_size) != 3:
-        raise ValueError(f"input_size must be (channels, height, width), got {input_size!r}")
+    takes_sets = isinstance(model, TokenSetTransformer)
+    if len(input_size) != (2 if takes_sets else 3):
+        axes = "(tokens, in_dim)" if takes_sets else "(channels, height, width)"
+        raise ValueError(f"input_size must be {axes}, got {input_size!r}")
     for side in input_size:
         check_positive_int("input_size", side)
     parts = _parts(model)
@@ -86,7 +91,9 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
             busy = False
 
     like = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
+    inputs = [torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)]
+    if isinstance(model, TokenSetTransformer):
+        inputs.append(_lattice(input_size[0], model.coord_dim).to(like.device))
     with _countable(model):
         read = {mixer.qkv for mixer in model.modules() if _is_read(mixer)}
         with ExitStack() as hooks:
@@ -94,11 +101,11 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
                 if _is_counted(module) and module not in read:
                     hook = functools.partial(count, _part_of(name, parts))
                     hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True))
-            model(image)
+            model(*inputs)
         # A second pass, since the hooks above compute representatives once more; torch's counter sees the
         # products of softmax attention only where no fused kernel hides them.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(image)
+            model(*inputs)
 
     parameters = dict.fromkeys(parts, 0)
     for name, parameter in model.named_parameters():
@@ -115,6 +122,15 @@ def count_model(model: nn.Module, input_size: tuple[int, int, int]) -> ModelCoun
     whole = sum((layer.counts for layer in layers), Counts())
     total = LayerCounts("total", type(model).__name__, sum(layer.parameters for layer in layers), whole)
     return ModelCounts(layers, total, counter.get_total_flops())
+
+
+def _lattice(tokens: int, axes: int) -> Tensor:
+    """``(1, tokens, axes)`` places of tokens that fill a line, a square or a cube row by row."""
+    side = 1
+    while side**axes < tokens:
+        side += 1
+    index = torch.arange(tokens)
+    return torch.stack([index // side**axis % side for axis in range(axes)], dim=-1)[None]
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import Residual
 from cbsa_torch.models.resize import resize
-from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
+from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, TokenMixer, WhiteBoxBlock
+from cbsa_torch.nn.bands import ImageBand, drop_alike, embed_band, pool_over_ranks
+from cbsa_torch.ops.parallel import ContextParallel, Ranks
 
 Mixer = Callable[..., nn.Module]
 """Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
@@ -101,6 +103,7 @@ class WhiteBoxTransformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
+        self.ranks: Ranks | None = None
 
         self.stem = STEMS[stem](in_chans, embed_dim, patch_size, device=device, dtype=dtype)
         self.grid_size = self.stem.grid_size(check_sides("img_size", img_size))
@@ -193,22 +196,62 @@ class WhiteBoxTransformer(nn.Module):
         patches = resize(patches.mT.reshape(1, -1, *self.grid_size), grid_size, "bicubic")
         return torch.cat([prefix, patches.flatten(2).mT], dim=1)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``."""
-        x = self.stem(pin_size("height and width of images", x))  # (B, D, h, w)
-        grid_size = (x.shape[2], x.shape[3])
-        x = x.flatten(2).transpose(1, 2)  # (B, h * w, D)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.pos_drop(x + self._resampled_pos_embed(grid_size)), grid_size
+    def set_context_parallel(self, ranks: Ranks | None) -> None:
+        """Spread the rows of images over ranks; :func:`cbsa_torch.parallel.context_parallel` calls this.
 
-    def _run_block(self, block: nn.Module, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        Raises:
+            ValueError: a layer needs all tokens at once.
+        """
+        if ranks is not None:
+            for name, module in self.named_modules():
+                if isinstance(module, TokenMixer):
+                    try:
+                        module.check_shards()
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
+        self.ranks = ranks
+
+    def embed(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int]]:
+        """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``.
+
+        In context parallel, tokens and grid are those of this rank; the first has the class token.
+        """
+        tokens, grid_size, _ = self._embed(x)
+        return tokens, grid_size
+
+    def _embed(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int], ContextParallel | None]:
+        parallel = None
+        if self.ranks is not None:
+            x, parallel = embed_band(self.stem, x, self.ranks.group, self.num_prefix_tokens)
+        elif isinstance(x, ImageBand):
+            raise TypeError(
+                "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"
+            )
+        else:
+            x = self.stem(pin_size("height and width of images", x))  # (B, D, h, w)
+        assert isinstance(x, Tensor), "embedded"
+        grid_size: tuple[int, int] = (x.shape[2], x.shape[3])
+        whole: Any = grid_size if parallel is None else parallel.grid_size
+        x = x.flatten(2).transpose(1, 2)  # (B, h * w, D)
+        prefix, pos_embed = self.cls_token.expand(x.shape[0], -1, -1), self._resampled_pos_embed(whole)
+        if parallel is not None:
+            here = slice(parallel.start, parallel.start + parallel.length)
+            prefix, pos_embed = prefix[:, here], pos_embed[:, here]
+        x = torch.cat([prefix, x], dim=1)
+        return self.pos_drop(x + pos_embed), grid_size, parallel
+
+    def _run_block(
+        self, block: nn.Module, x: Tensor, grid_size: tuple[int, int], parallel: ContextParallel | None
+    ) -> Tensor:
+        # the grid of a rank is no grid for a mixer, which takes that of all from ``parallel``
+        where: tuple[Any, ...] = (grid_size,) if parallel is None else (None, None, None, None, parallel)
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, grid_size)
-        return block(x, grid_size)
+            return checkpoint(block, x, *where)
+        return block(x, *where)
 
     def forward_intermediates(
         self,
-        x: Tensor,
+        x: Tensor | ImageBand,
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -228,20 +271,22 @@ class WhiteBoxTransformer(nn.Module):
             output_fmt: ``"NCHW"`` or ``"NLC"``.
             intermediates_only: return only the list.
             output_dict: return a dictionary.
+
+        In context parallel these are the rows and tokens of this rank; the first has the class token.
         """
         check_choice("output_fmt", output_fmt, OUTPUT_FORMATS)
         take, last = feature_take_indices(len(self.blocks), indices)
-        b = x.shape[0]
-        x, (height, width) = self.embed(x)
+        x, (height, width), parallel = self._embed(x)
         found = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x, (height, width))
+            x = self._run_block(block, x, (height, width), parallel)
             if i in take:
                 found.append(self.norm(x) if norm else x)
-        prefix = [y[:, : self.num_prefix_tokens] for y in found]
-        features = [y[:, self.num_prefix_tokens :] for y in found]
+        first = self.num_prefix_tokens if parallel is None or parallel.start == 0 else 0
+        prefix = [y[:, :first] for y in found]
+        features = [y[:, first:] for y in found]
         if output_fmt == "NCHW":
-            features = [y.reshape(b, height, width, -1).permute(0, 3, 1, 2).contiguous() for y in features]
+            features = [y.unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous() for y in features]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": features}
             if return_prefix_tokens:
@@ -266,25 +311,28 @@ class WhiteBoxTransformer(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``."""
-        x, grid_size = self.embed(x)
+    def forward_features(self, x: Tensor | ImageBand) -> Tensor:
+        """Images to normalised tokens ``(B, 1 + h * w, embed_dim)``; in context parallel those of this rank."""
+        x, grid_size, parallel = self._embed(x)
         for block in self.blocks:
-            x = self._run_block(block, x, grid_size)
+            x = self._run_block(block, x, grid_size, parallel)
         return self.norm(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Tokens to one feature per image."""
+        """Tokens to one feature per image; in context parallel the same on every rank."""
         pool_type = self.global_pool if pool_type is None else pool_type
+        if self.ranks is not None and pool_type:
+            return pool_over_ranks(x, pool_type, self.num_prefix_tokens, self.ranks.group)
         return global_pool_nlc(x, pool_type=pool_type, num_prefix_tokens=self.num_prefix_tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits (or, ``pre_logits``, to the features before the linear head)."""
-        x = self.head_drop(self.pool(x))
+        x = self.pool(x)
+        x = self.head_drop(x) if self.ranks is None else drop_alike(self.head_drop, x, self.ranks.group)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images to logits."""
+    def forward(self, x: Tensor | ImageBand) -> Tensor:
+        """Images to logits, in context parallel on every rank."""
         return self.forward_head(self.forward_features(x))
 
 

@@ -10,6 +10,7 @@ from cbsa_torch.nn.ista import ISTA
 from cbsa_torch.nn.linear_attention import LinearAttention
 from cbsa_torch.nn.linear_cbsa import LinearCBSA
 from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.packing import Packing
 from cbsa_torch.nn.representatives import (
     AllTokens,
     BasisDirections,
@@ -21,6 +22,7 @@ from cbsa_torch.nn.softmax_attention import MHSA, MSSA
 from cbsa_torch.nn.stem import ConvStem, LinearStem
 from cbsa_torch.nn.tokens import Heads, MixerInput
 from cbsa_torch.nn.tssa import TSSA
+from cbsa_torch.ops.coordinates import Coordinates
 
 __all__ = [
     "CBSA",
@@ -33,12 +35,14 @@ __all__ = [
     "AllTokens",
     "BasisDirections",
     "ConvStem",
+    "Coordinates",
     "Heads",
     "LearnedRepresentatives",
     "LinearAttention",
     "LinearCBSA",
     "LinearStem",
     "MixerInput",
+    "Packing",
     "PooledRepresentatives",
     "PrincipalDirections",
     "ResidualBlock",

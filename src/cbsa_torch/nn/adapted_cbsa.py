@@ -47,6 +47,8 @@ class AdaptedCBSA(AgentAttention):
         step_tokens: kappa, ``(H,)``. step_contraction: gamma, ``(H,)``, None without contraction. Both learned.
     """
 
+    shards = False
+
     def __init__(
         self,
         dim: int,

@@ -33,6 +33,8 @@ class AgentAttention(TokenMixer):
             ``qkv="shared"``.
     """
 
+    shards = True
+
     def __init__(
         self,
         dim: int,
@@ -62,6 +64,7 @@ class AgentAttention(TokenMixer):
             heads.values,
             key_mask=heads.source.token_mask,
             agent_mask=agents.mask,
+            parallel=heads.source.parallel,
         )
 
     def agents(self, heads: Heads) -> Representatives:

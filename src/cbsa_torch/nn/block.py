@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive
 from cbsa_torch._core.types import RESIDUALS, GridSize, Residual
 from cbsa_torch.nn.ista import ISTA
+from cbsa_torch.nn.packing import Packing
+from cbsa_torch.ops.coordinates import Coordinates
+from cbsa_torch.ops.parallel import ContextParallel
 
 
 def residual_around(attn: nn.Module, residual: Residual | None) -> Residual:
@@ -58,14 +63,31 @@ class WhiteBoxBlock(nn.Module):
         self.norm2 = norm_layer(dim, device=device, dtype=dtype)
         self.ista = ISTA(dim, step_size=step_size, sparsity=sparsity, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Tensor:
-        """Transform ``(B, N, C)`` tokens; same shape."""
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        token_mask: Tensor | None = None,
+        coords: Tensor | Coordinates | None = None,
+        cu_seqlens: Tensor | Packing | None = None,
+        parallel: ContextParallel | None = None,
+    ) -> Tensor:
+        """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
         normed = self.norm1(x)
-        return self.apply_update(x, normed, self.attn(normed, grid_size, token_mask))
+        x = self._add(
+            x, normed, self.attn(normed, grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
+        )
+        del normed  # of long sequences, half of what would be held while ISTA runs
+        return self._feed_forward(x)
 
     def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
         """What :meth:`forward` makes of x, norm1(x) and attn(norm1(x))."""
-        x = (normed if self.residual == "norm" else x) + update
+        return self._feed_forward(self._add(x, normed, update))
+
+    def _add(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
+        return (normed if self.residual == "norm" else x) + update
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return self.ista(self.norm2(x))
 
 
@@ -105,12 +127,30 @@ class ResidualBlock(nn.Module):
             nn.Linear(hidden, dim, device=device, dtype=dtype),
         )
 
-    def forward(self, x: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None) -> Tensor:
-        """Transform ``(B, N, C)`` tokens; same shape."""
-        normed = self.norm1(x)
-        return self.apply_update(x, normed, self.attn(normed, grid_size, token_mask))
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: GridSize | None = None,
+        token_mask: Tensor | None = None,
+        coords: Tensor | Coordinates | None = None,
+        cu_seqlens: Tensor | Packing | None = None,
+        parallel: ContextParallel | None = None,
+    ) -> Tensor:
+        """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
+        x = x + self.attn(self.norm1(x), grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
+        return self._feed_forward(x)
 
     def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
         """What :meth:`forward` makes of x, norm1(x) and attn(norm1(x))."""
-        x = x + update
+        return self._feed_forward(x + update)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.norm2(x))
+
+
+def _places(
+    coords: Tensor | Coordinates | None, cu_seqlens: Tensor | Packing | None, parallel: ContextParallel | None
+) -> dict[str, Any]:
+    """What a mixer is given besides; nothing that was not given, which another module may not take."""
+    given = {"coords": coords, "cu_seqlens": cu_seqlens, "parallel": parallel}
+    return {name: value for name, value in given.items() if value is not None}

@@ -53,10 +53,11 @@ class CBSA(TokenMixer):
             more than there are tokens) and of ``"learned"``. Default: 64. Of ``"pool"`` also a tuple, the cells
             along each axis at any aspect, e.g. ``(8, 8)`` as in the official code, but never more than there
             are tokens along the axis. The other kinds make as many as they make, and refuse it.
-        representatives: ``"pool"`` (over the tokens' grid), ``"learned"`` (parameters; no grid needed),
-            ``"tokens"`` (all of them: MSSA (9), O(N^2)), ``"principal"`` (principal directions: with the exact
-            contraction, linear attention (12)), ``"basis"`` (the standard basis: channel attention (13)), or
-            a function or module of your own: see :mod:`cbsa_torch.nn.representatives`.
+        representatives: ``"pool"`` (over the tokens' grid or, with ``coords``, the occupied cells of a
+            lattice), ``"learned"`` (parameters; no grid needed), ``"tokens"`` (all of them: MSSA (9), O(N^2)),
+            ``"principal"`` (principal directions: with the exact contraction, linear attention (12)),
+            ``"basis"`` (the standard basis: channel attention (13)), or a function or module of your own: see
+            :mod:`cbsa_torch.nn.representatives`.
         step: ``"free"``: kappa is learned, any sign. ``"certified"``: for every input and in every head, the
             coding rate of the representatives provably does not rise, see
             :func:`cbsa_torch.ops.certified_cbsa`. That needs ``contraction="exact"``, ``tied`` and
@@ -91,6 +92,8 @@ class CBSA(TokenMixer):
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
         output has the layout of the input.
     """
+
+    shards = True
 
     def __init__(
         self,
@@ -210,6 +213,7 @@ class CBSA(TokenMixer):
                 "representatives must set gives_attention = True if and only if they return an attention, "
                 f"got {'none' if chosen.attention is None else 'one'}"
             )
+        parallel = heads.source.parallel
         if self.step_logit is not None:
             eta = 1.0 if self.step_representatives is None else self.step_representatives
             return certified_inputs(
@@ -219,7 +223,8 @@ class CBSA(TokenMixer):
                 eps=self.eps,
                 step_representatives=eta,
                 token_mask=heads.source.token_mask,
-                num_prefix_tokens=self._first_represented(heads.source),
+                num_prefix_tokens=0 if parallel is not None else self._first_represented(heads.source),
+                parallel=parallel,
             )
         assert self.step_tokens is not None
         options: dict[str, Any] = {
@@ -228,6 +233,7 @@ class CBSA(TokenMixer):
             "eps": self.eps,
             "token_mask": heads.source.token_mask,
             "representative_mask": chosen.mask,
+            "parallel": parallel,
         }
         if chosen.attention is not None:
             return cbsa_inputs(heads.queries, chosen.values, attention=chosen.attention, **options)

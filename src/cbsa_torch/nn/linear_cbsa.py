@@ -32,6 +32,8 @@ class LinearCBSA(TokenMixer):
         step_tokens: kappa, ``(H,)``, learned, any sign, standard normal at first.
     """
 
+    shards = True
+
     def __init__(
         self,
         dim: int,
@@ -63,6 +65,7 @@ class LinearCBSA(TokenMixer):
             average=self.average,
             solver=self.solver,
             token_mask=heads.source.token_mask,
+            parallel=heads.source.parallel,
         )
         return self.step_tokens[:, None, None].to(out.dtype) * out
 

@@ -9,7 +9,7 @@ import abc
 import copy
 import copyreg
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
-from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import (
     LAYOUTS,
     QKV,
     QKVS,
+    Cells,
     GridSize,
     Layout,
     RepresentativeKind,
@@ -32,27 +32,24 @@ from cbsa_torch._core.types import (
     Strategy,
 )
 from cbsa_torch.nn.grid_hook import has_grid_hook, install_grid_hook_once
-from cbsa_torch.nn.grids import GridFollower
 from cbsa_torch.nn.orthonormal import OrthonormalLinear, is_orthonormal
+from cbsa_torch.nn.packing import Packing, read_packed, restore_packed
+from cbsa_torch.nn.reading import TokenReader
 from cbsa_torch.nn.representatives import make_representatives
 from cbsa_torch.nn.tokens import (
     Heads,
     MixerInput,
-    as_token_mask,
-    as_tokens,
-    flat_mask,
-    is_token_mask,
-    resolve_grid,
 )
 from cbsa_torch.ops import counting
+from cbsa_torch.ops.coordinates import Coordinates
 from cbsa_torch.ops.counting import Counts
-from cbsa_torch.ops.pooling import check_grid
+from cbsa_torch.ops.parallel import ContextParallel
 
 _STEPS = ("step_", "temperature")
 """Name prefixes of per-head parameters: step sizes and temperatures."""
 
 
-class TokenMixer(nn.Module, abc.ABC):
+class TokenMixer(TokenReader, abc.ABC):
     """Base of CBSA, MSSA, TSSA, LinearCBSA, AgentAttention and MHSA: projections around an operator.
 
     Args:
@@ -95,12 +92,6 @@ class TokenMixer(nn.Module, abc.ABC):
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
         output has the layout of the input.
     """
-
-    compares_tokens = False
-    """Whether every token is compared with every other: masks may then differ from query to query."""
-
-    rotates = False
-    """Whether it takes rotary position embeddings."""
 
     def __init__(
         self,
@@ -172,6 +163,7 @@ class TokenMixer(nn.Module, abc.ABC):
             )
 
         self.dim = dim
+        self.dim_out = dim_out
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.tied = tied
@@ -179,14 +171,9 @@ class TokenMixer(nn.Module, abc.ABC):
         self.shared_qkv = qkv == "shared"
         self.recompute = recompute
         self.attn_drop = attn_drop
-        self.grid_size: GridSize | None = None
-        self.grid_follower: GridFollower | None = None
         self.assumes_square = has_grid_hook()
-        self.num_prefix_tokens: int | None = None
         self.set_input_size(grid_size, num_prefix_tokens)
         self.channels_first = channels_first
-        self.representatives: Strategy | None = None
-        self.layout: Layout = "standard"
 
         linear = OrthonormalLinear if orthogonal else nn.Linear
         self.qkv = linear(dim, inner * (1 if self.shared_qkv else 3), qkv_bias, device, dtype)
@@ -271,15 +258,6 @@ class TokenMixer(nn.Module, abc.ABC):
         found = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))
         return {name: layer for name, layer in found if is_orthonormal(layer)}
 
-    def set_input_size(self, grid_size: GridSize | None, num_prefix_tokens: int | None = None) -> None:
-        """Set the grid of token inputs (None: forget it) and, if given, the prefix tokens."""
-        self.grid_size = None if grid_size is None else check_grid(grid_size)
-        if num_prefix_tokens is not None:
-            whole = isinstance(num_prefix_tokens, int) and not isinstance(num_prefix_tokens, bool)
-            if not whole or num_prefix_tokens < 0:
-                raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
-            self.num_prefix_tokens = num_prefix_tokens
-
     def forward(
         self,
         x: Tensor,
@@ -288,99 +266,105 @@ class TokenMixer(nn.Module, abc.ABC):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         rope: Tensor | None = None,
+        coords: Tensor | Coordinates | None = None,
+        cu_seqlens: Tensor | Packing | None = None,
+        grid_sizes: Sequence[GridSize] | None = None,
+        parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Mix the tokens.
 
         Args:
-            x: ``(B, N, C)`` tokens, prefix tokens first, or a ``(B, C, *grid)`` feature map.
+            x: ``(B, N, C)`` tokens, prefix tokens first, or a ``(B, C, *grid)`` feature map. With
+                ``cu_seqlens``, ``(1, T, C)`` or ``(T, C)``, sequences one after the other, each beginning with
+                its prefix tokens; or a nested tensor of ``torch.jagged`` layout.
             grid_size: the grid of token inputs. Default: the layer's (``set_input_size``), else that of the
                 model's patch embedding, else a square, if the layer may assume one (``assumes_square``).
             token_mask: ``(B, N)``, or ``(B, *grid)`` for a feature map; bool, True = a real token. The
                 others are ignored and get zeros.
-            attn_mask: timm's argument; a boolean mask that is the same for every query is read as
-                ``token_mask``. Any other, ``(N, N)`` or ``(B, 1 or H, N, N)``, only for mixers that compare
-                tokens with tokens (MSSA, MHSA): the others form no N x N matrix.
+            attn_mask: timm's argument; a mask that is the same for every query, boolean or additive (of 0 and
+                numbers of at most -10,000), is read as ``token_mask``. Any other, ``(N, N)`` or
+                ``(B, 1 or H, N, N)``, only for mixers that compare tokens with tokens (MSSA, MHSA): the others
+                form no N x N matrix.
             is_causal: let no token attend to later ones; for the same mixers.
             rope: timm's rotary position embeddings; only for layers adapted from such a model.
+            coords: ``(B, N', k)``, k = 1, 2 or 3, where the N' tokens after the prefix are, in any unit and
+                integer or floating-point dtype, in place of a grid: pooled representatives are then means over
+                the occupied cells of a lattice, see :func:`cbsa_torch.ops.find_cells`. Mixers that need no grid
+                need no coordinates. Or a :class:`cbsa_torch.nn.Coordinates`, which all layers of a model share.
+                With ``cu_seqlens`` ``(T', k)``.
+            cu_seqlens: ``(S + 1,)`` int32 or int64, 0 and where each sequence ends: every one is mixed as
+                it would be alone, without padding. Or a :class:`cbsa_torch.nn.Packing`, which all layers of a
+                model share.
+            grid_sizes: the grid of each sequence.
+            parallel: who has the other tokens, if they are spread over processes: ``x`` and ``token_mask`` are
+                then those of this rank; grid, prefix tokens and coordinates those of all ranks together. The
+                output is exactly that of all tokens together. See :mod:`cbsa_torch.parallel`. Not for MSSA and
+                MHSA.
 
         Returns:
             The update, in the layout of ``x``: use it as ``x + mixer(norm(x))``.
 
         Raises:
-            ValueError: channels, a grid or a mask that do not fit; no grid where one is needed; a mask
-                that the mixer has no use for. TypeError: wrong dtypes.
+            ValueError: channels, a grid, coordinates, sequences or a mask that do not fit; no grid where one is
+                needed; a mask that the mixer has no use for. TypeError: wrong dtypes.
         """
-        return self._forward(self.read(x, grid_size, token_mask, attn_mask, is_causal, rope))
+        if cu_seqlens is None and not (isinstance(x, Tensor) and x.is_nested):
+            if grid_sizes is not None:
+                raise ValueError(
+                    "grid_sizes are of packed sequences: pass cu_seqlens, or grid_size for a batch"
+                )
+            return self._forward(
+                self.read(x, grid_size, token_mask, attn_mask, is_causal, rope, coords, parallel=parallel)
+            )
+        if parallel is not None:
+            raise ValueError("parallel must be None for packed sequences: spread one sequence at a time")
+        for name, value in {"token_mask": token_mask, "attn_mask": attn_mask, "rope": rope}.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None for packed sequences, which have no padding")
+        if grid_size is not None:
+            raise ValueError("pass grid_sizes, one for each sequence, not grid_size, for packed sequences")
+        return self._forward_packed(x, cu_seqlens, grid_sizes, coords, is_causal)
 
     def _forward(self, source: MixerInput) -> Tensor:
-        if self.recompute and torch.is_grad_enabled() and not is_transformed():
-            out = checkpoint(self._update, source, use_reentrant=False)
-        else:
-            out = self._update(source)
-        out = self.proj_drop(out)
+        out = self.proj_drop(self._checkpointed(self._update, source))
         if source.token_mask is not None:
             out = out.masked_fill(~source.token_mask[..., None], 0.0)  # the biases, too
         return source.restore(out)
+
+    @torch.compiler.disable
+    def _forward_packed(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | Packing | None,
+        grid_sizes: Sequence[GridSize] | None,
+        coords: Tensor | Coordinates | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """Compiled code would be made for the lengths of one batch, so this is not compiled."""
+        if is_causal and not self.compares_tokens:
+            raise ValueError(f"is_causal must be False: {type(self).__name__} summarises all tokens first")
+        rows, packing = read_packed(x, self.dim, cu_seqlens, grid_sizes, coords, self.num_prefix_tokens)
+        out = self.proj_drop(self._checkpointed(self._update_packed, rows, packing, is_causal))
+        return restore_packed(out, x)
+
+    def _checkpointed(self, update: Callable[..., Tensor], *args: Any) -> Tensor:
+        if self.recompute and torch.is_grad_enabled() and not is_transformed():
+            out: Tensor = checkpoint(update, *args, use_reentrant=False)
+            return out
+        return update(*args)
 
     def _update(self, source: MixerInput) -> Tensor:
         """Into the subspaces, mix, and out again: ``(B, N, C)``."""
         return self.mix_and_project(self.project(source))
 
-    def read(
-        self,
-        x: Tensor,
-        grid_size: GridSize | None = None,
-        token_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rope: Tensor | None = None,
-    ) -> MixerInput:
-        """Read the arguments of :meth:`forward`; it raises what that raises."""
-        name = type(self).__name__
-        if is_causal and not self.compares_tokens:
-            raise ValueError(f"is_causal must be False: {name} summarises all tokens before it updates any")
-        if rope is not None and not self.rotates:
-            raise ValueError(f"rope must be None: {name} has no rotary position embeddings")
-        if attn_mask is not None and is_causal:
-            raise ValueError("pass attn_mask or is_causal, not both")
-        if self.needs_grid and isinstance(x, Tensor):
-            x = pin_size("height and width (the number of tokens)", x, tuple(range(1, x.ndim)))
-        tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
-        b, n, _ = tokens.shape
-        if token_mask is not None:
-            token_mask = flat_mask(token_mask, tokens, map_grid)
-        if is_causal:
-            attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        elif attn_mask is not None and not (self.compares_tokens and not is_token_mask(attn_mask, b, n)):
-            if token_mask is not None:
-                raise ValueError("pass token_mask or attn_mask, not both")
-            token_mask, attn_mask = as_token_mask(attn_mask, b, n), None
-        grid, prefix = self._locate(tokens, map_grid, grid_size)
-        if token_mask is not None:
-            # Padding may hold NaN, which the gradient of the projection's weight would carry on.
-            tokens = tokens.masked_fill(~token_mask[..., None], 0.0)
-        return MixerInput(tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope)
-
-    def _locate(
-        self, tokens: Tensor, map_grid: GridSize | None, grid_size: GridSize | None
-    ) -> tuple[GridSize | None, int]:
-        """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
-        if map_grid is not None:
-            if grid_size is not None and check_grid(grid_size) != map_grid:
-                raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
-            return map_grid, 0
-        grid_size = self.grid_size if grid_size is None else grid_size
-        if grid_size is None and not self.needs_grid:
-            return None, self.num_prefix_tokens or 0
-        if grid_size is None and self.grid_follower is not None:
-            grid_size = self.grid_follower.grid_of(tokens)
-        if grid_size is None and not self.assumes_square:
-            raise ValueError(
-                f"grid_size is needed: {type(self).__name__} got {tokens.shape[1]} tokens, and assumes no "
-                "square, for it replaced a layer of a model, or was built while the grid hook was removed. "
-                "Call cbsa_torch.nn.follow_grid(model) once, or give grid_size (forward, set_input_size)"
-            )
-        return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
+    def _update_packed(self, rows: Tensor, packing: Packing, is_causal: bool) -> Tensor:
+        """The same for a row ``(T, C)`` of sequences."""
+        heads = self.project(MixerInput(rows[None], None, None, 0))
+        parts = [
+            self.mix_and_project(part._replace(source=self.source_of(group, part.source.x, is_causal)))
+            for group, part in packing.split(heads)
+        ]
+        return packing.join(parts) if parts else rows.new_zeros(0, self.dim_out) + rows.sum()
 
     def project(self, source: MixerInput) -> Heads:
         """Into the subspaces."""
@@ -433,19 +417,6 @@ class TokenMixer(nn.Module, abc.ABC):
             return counts
         return counts + counting.linear(heads.source.x.shape[1], self.num_heads * self.head_dim, self.dim)
 
-    def token_grid(self, *args: Any, **kwargs: Any) -> tuple[GridSize, int] | None:
-        """The grid that :meth:`forward`, called like this, uses, and the number of prefix tokens before it.
-
-        None if the mixer needs no grid and none is given.
-        """
-        source = self.read(*args, **kwargs)
-        return None if source.grid_size is None else (source.grid_size, source.num_prefix_tokens)
-
-    @property
-    def needs_grid(self) -> bool:
-        """Whether the mixer uses the tokens' grid: whether representatives are made from it."""
-        return getattr(self.representatives, "needs_grid", False)
-
     def _make_representatives(
         self, kind: RepresentativeKind | Strategy, number: int | Sequence[int] | None, layout: Layout
     ) -> None:
@@ -462,14 +433,28 @@ class TokenMixer(nn.Module, abc.ABC):
     def _represent(self, heads: Heads) -> Representatives:
         """Representatives of the grid tokens, or of all tokens if the strategy needs no grid."""
         assert self.representatives is not None, "for mixers that made them"
-        source, tokens, grid, mask = heads.source, heads.queries, None, heads.source.token_mask
-        if self.needs_grid:
-            grid = source.grid_size
-            assert grid is not None, "read() sets it when needs_grid"
+        source, tokens, mask = heads.source, heads.queries, heads.source.token_mask
+        place: GridSize | Cells | None = None
+        if source.parallel is not None:
+            strategy: Any = self.representatives
+            where: Any = source.grid_size if self.needs_grid else None
+            if self.needs_grid and source.coords is not None:
+                where = source.coords.cells(strategy.num_representatives)
             first = self._first_represented(source)
-            cells = slice(first, first + math.prod(grid))
-            tokens, mask = tokens[:, :, cells], None if mask is None else mask[:, cells]
-        chosen = self.representatives(tokens, grid, mask)
+            shared: Representatives = strategy(
+                tokens, where, mask, parallel=source.parallel, num_prefix_tokens=first
+            )
+            return shared
+        if self.needs_grid:
+            first = self._first_represented(source)
+            if source.coords is None:
+                assert source.grid_size is not None, "read() sets it when needs_grid"
+                place, last = source.grid_size, first + math.prod(source.grid_size)
+            else:
+                number = self.representatives.num_representatives  # type: ignore[attr-defined]
+                place, last = source.coords.cells(number, mask), tokens.shape[2]
+            tokens, mask = tokens[:, :, first:last], None if mask is None else mask[:, first:last]
+        chosen = self.representatives(tokens, place, mask)
         if not isinstance(chosen, Representatives):
             raise TypeError(
                 f"representatives must return ops.Representatives(values, mask, attention), "

@@ -2,10 +2,14 @@
 
 A strategy is called as ``strategy(tokens, grid_size, token_mask)`` with ``(B, H, N, P)`` tokens in the
 subspaces and their ``(B, N)`` mask (None: all are real), and returns :class:`cbsa_torch.ops.Representatives`.
-It is any function or module; two attributes, both False where it has none, say more about it:
+It is any function or module; attributes, False where it has none, say more about it:
 
 - ``needs_grid``: it works on a grid. It is then given the grid tokens only, row-major, and their grid;
   otherwise all tokens, prefix tokens first, and None.
+- ``takes_cells``: with ``needs_grid``, that it also works on tokens at coordinates. It is then given
+  :class:`cbsa_torch.ops.Cells` in place of the grid, found for its attribute ``num_representatives``;
+- ``takes_parallel``: that it also works on tokens that are spread over processes. It is then given all tokens
+  of its rank, the grid or the cells of all ranks, and as keywords ``parallel`` and ``num_prefix_tokens``;
 - ``gives_attention``: it returns the attention along with the representatives, so nothing is extracted.
 
 A method ``counts(num_tokens, *, num_heads, head_dim)`` may say what it costs; otherwise it counts as free.
@@ -14,14 +18,17 @@ A method ``counts(num_tokens, *, num_heads, head_dim)`` may say what it costs; o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int
-from cbsa_torch._core.types import REPRESENTATIVE_KINDS, GridSize, Representatives, Strategy
+from cbsa_torch._core.types import REPRESENTATIVE_KINDS, Cells, GridSize, Representatives, Strategy
 from cbsa_torch.ops import counting
+from cbsa_torch.ops.coordinates import pool_by_coordinates
 from cbsa_torch.ops.directions import basis_directions, check_orthonormal, principal_directions
+from cbsa_torch.ops.parallel import ContextParallel
 from cbsa_torch.ops.pooling import check_num_representatives, pool_representatives
 
 DEFAULT_NUMBER = 64
@@ -82,18 +89,30 @@ class PooledRepresentatives(nn.Module):
     """
 
     needs_grid = True
+    takes_cells = True
+    takes_parallel = True
 
     def __init__(self, num_representatives: int | Sequence[int] = 64) -> None:
         super().__init__()
         self.num_representatives = check_num_representatives(num_representatives)
 
     def forward(
-        self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        grid_size: GridSize | Cells | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        parallel: ContextParallel | None = None,
+        num_prefix_tokens: int = 0,
     ) -> Representatives:
-        """Pool ``(B, H, N, P)`` grid tokens; ``token_mask`` is ``(B, N)``."""
+        """Pool ``(B, H, N, P)`` tokens over their grid or cells; ``token_mask`` is ``(B, N)``."""
+        spread: dict[str, Any] = {"parallel": parallel, "num_prefix_tokens": num_prefix_tokens}
+        if isinstance(grid_size, Cells):
+            return pool_by_coordinates(tokens, grid_size, **spread)
         if grid_size is None:
             raise ValueError("grid_size is required to pool representatives")
-        return pool_representatives(tokens, grid_size, self.num_representatives, token_mask=token_mask)
+        number = self.num_representatives
+        return pool_representatives(tokens, grid_size, number, token_mask=token_mask, **spread)
 
     def extra_repr(self) -> str:
         """Show the count or the grid when the module is printed."""
@@ -108,6 +127,7 @@ class LearnedRepresentatives(nn.Module):
     """
 
     needs_grid = False
+    takes_parallel = True
 
     def __init__(
         self,
@@ -132,7 +152,13 @@ class LearnedRepresentatives(nn.Module):
         nn.init.normal_(self.values, std=self.values.shape[-1] ** -0.5)
 
     def forward(
-        self, tokens: Tensor, grid_size: GridSize | None = None, token_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        grid_size: GridSize | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        parallel: ContextParallel | None = None,
+        num_prefix_tokens: int = 0,
     ) -> Representatives:
         """Repeat the parameters over the batch of ``tokens`` ``(B, H, N, P)``, in their dtype."""
         return Representatives(self.values.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1))

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cbsa_torch._core.checks import check_floating, check_positive_int
 from cbsa_torch._core.precision import compute_dtype
+from cbsa_torch.nn.batch_norm import normalize_together
 from cbsa_torch.nn.fused import FusedConv2d, check_fusable
+
+
+class _Level(NamedTuple):
+    """Rows of images, or of what a layer makes of them."""
+
+    needed: slice
+    """Those that a rank computes."""
+    own: slice
+    """Those that no other rank owns."""
+
+
+def _scaled(start: int, stop: int, factor: int, side: int) -> slice:
+    return slice(min(start * factor, side), min(stop * factor, side))
 
 
 class ConvStem(nn.Module):
@@ -69,9 +85,68 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
-        _check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
         # Channels last is a quarter faster on the CPU. (Under vmap it cannot be asked for by memory_format.)
         return self.proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+
+    def pixel_rows(self, rows: slice, height: int) -> slice:
+        """The rows of images of ``height`` that the token rows ``rows`` are made of, halo included."""
+        return self._levels(rows, height)[0].needed
+
+    def embed_band(self, x: Tensor, rows: slice, height: int, group: dist.ProcessGroup) -> Tensor:
+        """Some rows of what :meth:`forward` gives for whole images; the ranks of ``group`` have the others.
+
+        Layers get a halo of one row of their output, which two ranks compute and batch norms count once.
+
+        Args:
+            x: ``(B, in_chans, h, width)``, the rows of :meth:`pixel_rows`.
+            rows: of tokens, from start to stop.
+            height: of the whole images.
+            group: the ranks.
+        """
+        check_images(x, self.in_chans)
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        levels = self._levels(rows, height)
+        layers: Any = self.proj
+        for layer in layers:
+            if isinstance(layer, nn.GELU):
+                x = layer(x)
+                continue
+            (given, _), (needed, own), *_ = levels
+            levels = levels[1:]
+            parts: tuple[Any, Any] = (layer[0], layer[1]) if isinstance(layer, nn.Sequential) else (layer, None)
+            conv, norm = parts
+            together = isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
+            called = conv if together else layer
+            if x.shape[2]:
+                skip = needed.start - given.start // conv.stride[0]
+                x = called(x)[:, :, skip : skip + needed.stop - needed.start]
+            else:  # no rows, but gradients to take part in
+                width = -(-x.shape[3] // conv.stride[1])
+                parameters = sum((p.sum() for p in called.parameters()), x.sum())
+                x = x.new_zeros(x.shape[0], conv.out_channels, 0, width) + parameters
+            if together:
+                counted = slice(own.start - needed.start, own.stop - needed.start)
+                # of several processes already, if it has a group of its own: that of data parallel and these
+                x = normalize_together(norm, x, getattr(norm, "process_group", group), counted)
+        return x
+
+    def _levels(self, rows: slice, height: int) -> list[_Level]:
+        """The rows of the images and after each convolution that token rows need."""
+        strides = [layer.stride[0] for layer in self.proj.modules() if isinstance(layer, nn.Conv2d)]
+        heights = [height]
+        for stride in strides:
+            heights.append(-(-heights[-1] // stride))
+        levels = [_Level(rows, rows)]
+        for stride, side in zip(reversed(strides), reversed(heights[:-1]), strict=True):
+            needed, own = levels[0]
+            start, stop = needed.start, needed.stop
+            if start < stop:  # a row more at each end; with stride 2 the last row needs none below
+                start, stop = max(start - 1, 0), stop + (stride == 1)
+            levels.insert(
+                0, _Level(_scaled(start, stop, stride, side), _scaled(own.start, own.stop, stride, side))
+            )
+        return levels
 
     def fuse(self) -> ConvStem:
         """The same stem for inference, batch norms merged into the convolutions; timm's convention.
@@ -153,11 +228,21 @@ class LinearStem(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
+    def pixel_rows(self, rows: slice, height: int) -> slice:
+        """The rows of images of ``height`` that the token rows ``rows`` are made of."""
+        return slice(rows.start * self.patch_size, rows.stop * self.patch_size)
+
+    def embed_band(self, x: Tensor, rows: slice, height: int, group: dist.ProcessGroup) -> Tensor:
+        """Some rows of what :meth:`forward` gives for whole images, see :meth:`ConvStem.embed_band`."""
+        return self(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
-        _check_images(x, self.in_chans)
+        check_images(x, self.in_chans)
         rows, columns = self.grid_size((x.shape[2], x.shape[3]))
-        x = x.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # (B, C, h, p, w, p)
+        x = x.unflatten(3, (columns, self.patch_size)).unflatten(
+            2, (rows, self.patch_size)
+        )  # (B, C, h, p, w, p)
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (B, h, w, p * p * C), channels last within a patch
         return self.norm2(self.proj(self.norm1(x))).permute(0, 3, 1, 2)
 
@@ -167,7 +252,8 @@ def _check_sizes(**sizes: int) -> None:
         check_positive_int(name, value)
 
 
-def _check_images(x: Tensor, in_chans: int) -> None:
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raise unless ``x`` is ``(B, in_chans, height, width)``."""
     check_floating("images", x)
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(

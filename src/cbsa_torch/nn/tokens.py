@@ -13,9 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.checks import check_floating, check_mask
+from cbsa_torch._core.autodiff import has_values
+from cbsa_torch._core.checks import check_device, check_floating, check_mask
 from cbsa_torch._core.types import GridSize
+from cbsa_torch.ops.coordinates import Coordinates
+from cbsa_torch.ops.parallel import ContextParallel
 from cbsa_torch.ops.pooling import check_grid
+
+HIDDEN = -1e4
+"""Numbers that additive masks hide keys with: this or less. timm takes the lowest of the dtype."""
 
 
 class MixerInput(NamedTuple):
@@ -26,9 +32,9 @@ class MixerInput(NamedTuple):
     map_grid: GridSize | None
     """The grid of the feature map that the input was; None if it was tokens."""
     grid_size: GridSize | None
-    """The grid of the tokens after the prefix; None if the mixer needs none and none was given."""
+    """The grid of the tokens after the prefix; None if they have coordinates, or no grid is needed or given."""
     num_prefix_tokens: int
-    """Tokens before the grid."""
+    """Tokens before those on the grid or with coordinates."""
     token_mask: Tensor | None = None
     """``(B, N)`` bool, True = a real token; None if all are."""
     attn_mask: Tensor | None = None
@@ -37,6 +43,10 @@ class MixerInput(NamedTuple):
     """Whether ``attn_mask`` is the triangle that lets no token attend to later ones."""
     rope: Tensor | None = None
     """Rotary position embeddings of the grid tokens, as timm makes them."""
+    coords: Coordinates | None = None
+    """Where the tokens after the prefix are, in place of a grid."""
+    parallel: ContextParallel | None = None
+    """Who has the other tokens, if ``x`` and ``token_mask`` are of one rank; the rest is of all ranks."""
 
     def restore(self, tokens: Tensor) -> Tensor:
         """Give ``(B, N, C)`` tokens the layout of the input again."""
@@ -124,24 +134,75 @@ def resolve_grid(
     )
 
 
+def read_coords(
+    coords: Tensor | Coordinates, tokens: Tensor, num_prefix_tokens: int | None, n: int | None = None
+) -> tuple[Coordinates, int]:
+    """Check the coordinates of ``(B, N, C)`` tokens, or of ``n`` on all ranks; and how many the prefix has."""
+    coords = coords if isinstance(coords, Coordinates) else Coordinates(coords)
+    check_device("coords", coords.coords, "x", tokens)
+    b, n, shape = tokens.shape[0], tokens.shape[1] if n is None else n, coords.coords.shape
+    prefix = n - shape[1]
+    if shape[0] != b or prefix < 0 or num_prefix_tokens not in (None, prefix):
+        less = "at most N" if num_prefix_tokens is None else f"N less {num_prefix_tokens} prefix tokens"
+        raise ValueError(
+            f"coords must have shape (B, N, k) with B={b} and coordinates for {less} tokens, where x has "
+            f"N={n}; got {tuple(shape)}"
+        )
+    return coords, prefix
+
+
+def read_attn_mask(
+    attn_mask: Tensor, token_mask: Tensor | None, b: int, n: int, *, compares_tokens: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Token mask and attention mask of a mixer from timm's ``attn_mask``, which may be the first of them."""
+    if compares_tokens and not is_token_mask(attn_mask, b, n):
+        return token_mask, attn_mask
+    if token_mask is not None:
+        raise ValueError("pass token_mask or attn_mask, not both")
+    return as_token_mask(attn_mask, b, n), None
+
+
 def is_token_mask(attn_mask: Tensor, b: int, n: int) -> bool:
-    """Whether timm's ``attn_mask`` is a token mask: bool, the same for every query."""
-    shapes = ((b, 1, n), (b, 1, 1, n), (1, 1, 1, n))
-    shaped = isinstance(attn_mask, Tensor) and tuple(attn_mask.shape) in shapes
-    return shaped and attn_mask.dtype == torch.bool
+    """Whether timm's ``attn_mask`` is a token mask: the same for every query, and it keeps or hides each key.
+
+    That is a boolean mask, or one to be added to the logits of 0 and numbers of at most -10,000. While tracing
+    numbers cannot be looked at, and the answer is no.
+    """
+    if not _is_of_keys(attn_mask, b, n):
+        return False
+    if attn_mask.dtype == torch.bool:
+        return True
+    return has_values(attn_mask.detach()) and bool(_keeps_or_hides(attn_mask))
+
+
+def _is_of_keys(attn_mask: Tensor, b: int, n: int) -> bool:
+    shaped = isinstance(attn_mask, Tensor) and tuple(attn_mask.shape) in ((b, 1, n), (b, 1, 1, n), (1, 1, 1, n))
+    return shaped and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())
+
+
+def _keeps_or_hides(attn_mask: Tensor) -> Tensor:
+    return ((attn_mask == 0) | (attn_mask <= HIDDEN)).all()
 
 
 def as_token_mask(attn_mask: Tensor, b: int, n: int) -> Tensor:
-    """Read timm's ``attn_mask`` as a token mask where it is one: bool, the same for every query.
+    """Read timm's ``attn_mask`` as a token mask where it is one, see :func:`is_token_mask`.
 
     Linear attention has no N x N matrix to mask entry by entry. A 2-D mask is refused: timm reads it as
     (queries, keys).
     """
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
-    if not is_token_mask(attn_mask, b, n):
+    if not _is_of_keys(attn_mask, b, n):
         raise ValueError(
-            "attn_mask must be a boolean key-padding mask of shape (B, 1, N) or (B, 1, 1, N): this attention "
-            f"forms no N x N matrix; got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}"
+            "attn_mask must be a key-padding mask of shape (B, 1, N) or (B, 1, 1, N), boolean or additive: "
+            f"this attention forms no N x N matrix; got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}"
         )
-    return attn_mask.reshape(-1, n).expand(b, n)
+    keys = attn_mask.detach().reshape(-1, n)
+    if keys.dtype != torch.bool:
+        wrong = "attn_mask must keep keys (0) or hide them (-10,000 or less): here are no weights; got others"
+        if not has_values(keys):
+            torch._assert_async(_keeps_or_hides(keys), wrong)
+        elif not _keeps_or_hides(keys):
+            raise ValueError(wrong)
+        keys = keys == 0
+    return keys.expand(b, n)

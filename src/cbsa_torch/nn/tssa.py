@@ -34,6 +34,8 @@ class TSSA(TokenMixer):
         step_tokens: kappa, ``(H,)``, standard normal at first; None for ``"tost"``.
     """
 
+    shards = True
+
     def __init__(
         self,
         dim: int,
@@ -68,11 +70,13 @@ class TSSA(TokenMixer):
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.tssa` or :func:`cbsa_torch.ops.channel_attention`."""
-        tokens, mask = heads.queries, heads.source.token_mask
+        tokens, mask, parallel = heads.queries, heads.source.token_mask, heads.source.parallel
         if self.temperature is not None:
-            return ops.tssa(tokens, temperature=self.temperature, token_mask=mask)
+            return ops.tssa(tokens, temperature=self.temperature, token_mask=mask, parallel=parallel)
         assert self.step_tokens is not None, "one of the two forms"
-        out = ops.channel_attention(tokens, eps=self.eps, average=self.average, token_mask=mask)
+        out = ops.channel_attention(
+            tokens, eps=self.eps, average=self.average, token_mask=mask, parallel=parallel
+        )
         return self.step_tokens[:, None, None].to(out.dtype) * out
 
     def count_heads(self, heads: Heads) -> counting.Counts:

@@ -15,6 +15,7 @@ from cbsa_torch._core.checks import check_choice, check_positive
 from cbsa_torch._core.precision import no_autocast, solve_dtype
 from cbsa_torch._core.types import DEFAULT_EPS, LINEAR_SOLVERS, LinearSolver
 from cbsa_torch.ops.masking import check_tokens, real_tokens
+from cbsa_torch.ops.parallel import ContextParallel, total
 from cbsa_torch.ops.spectral import eigh
 
 
@@ -25,6 +26,7 @@ def linear_cbsa(
     average: bool = False,
     solver: LinearSolver = "cholesky",
     token_mask: Tensor | None = None,
+    parallel: ContextParallel | None = None,
 ) -> Tensor:
     """Linear attention W (I + W^T W / eps^2)^-1 inside each head's subspace (Eq. 12). O(N).
 
@@ -42,6 +44,7 @@ def linear_cbsa(
             (``benchmarks/linear_cbsa.py``).
         token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
             get zeros.
+        parallel: who has the other tokens, if they are spread over processes; see :mod:`cbsa_torch.parallel`.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; computed in float64 where the device has it. From a
@@ -53,10 +56,12 @@ def linear_cbsa(
     """
     check_choice("solver", solver, LINEAR_SOLVERS)
     check_positive("eps", eps)
-    check_tokens(tokens, token_mask)
+    check_tokens(tokens, token_mask, parallel)
     with no_autocast(tokens):
-        w, count = real_tokens(tokens, token_mask, solve_dtype(tokens))
+        w, count = real_tokens(tokens, token_mask, solve_dtype(tokens), parallel)
         gram = w.mT @ w / eps**2  # (B, H, P, P)
+        if parallel is not None:
+            gram = total(gram, parallel.group)
         if average:
             gram = gram / count
         return (w @ spectral_filter(gram, solver)).to(tokens.dtype)

@@ -23,6 +23,8 @@ from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.tracing import refuse_dynamic
 from cbsa_torch._core.types import GridPooling, GridSize, Representatives
 from cbsa_torch.ops.masking import zero_rows
+from cbsa_torch.ops.parallel import ContextParallel, largest, total
+from cbsa_torch.ops.slab import Slab, slab_of
 
 LARGE_CELL = 256
 """Tokens per cell from which products with matrices beat PyTorch's pooling on CUDA."""
@@ -56,6 +58,8 @@ def pool_representatives(
     num_representatives: int | Sequence[int],
     *,
     token_mask: Tensor | None = None,
+    parallel: ContextParallel | None = None,
+    num_prefix_tokens: int = 0,
 ) -> Representatives:
     """Average-pool tokens over their grid into initial representatives Q_ini.
 
@@ -65,6 +69,9 @@ def pool_representatives(
         num_representatives: the most representatives to make, or the cells along each axis of the grid; never
             more than there are tokens. See :func:`representative_grid`.
         token_mask: ``(B, N)`` bool, True = a real token. Cells without real tokens give no representative.
+        parallel: which tokens these are, if others are on other ranks: ``tokens`` are then all of this rank,
+            and ``grid_size`` is the grid of all ranks. Every rank gets the same representatives.
+        num_prefix_tokens: tokens before the grid; with ``parallel`` only.
 
     Returns:
         :class:`Representatives`: values ``(B, H, M, P)``, the weights of the tokens in them, and, if a mask was
@@ -78,11 +85,30 @@ def pool_representatives(
     check_floating("tokens", tokens)
     grid_size = check_grid(grid_size)
     number = check_num_representatives(num_representatives, grid_size)
-    axes = f"(B, H, N, P) for grid_size {grid_size}"
-    check_shape("tokens", tokens, (None, None, math.prod(grid_size), None), axes)
+    if parallel is None:
+        if num_prefix_tokens:
+            raise ValueError(
+                "num_prefix_tokens must be 0 without parallel: give the grid tokens only, "
+                f"got {num_prefix_tokens}"
+            )
+        axes = f"(B, H, N, P) for grid_size {grid_size}"
+        check_shape("tokens", tokens, (None, None, math.prod(grid_size), None), axes)
+    else:
+        check_shape("tokens", tokens, (None, None, parallel.length, None), "(B, H, N, P) of this rank")
+        if num_prefix_tokens + math.prod(grid_size) > parallel.num_tokens:
+            raise ValueError(
+                f"grid_size {grid_size} and {num_prefix_tokens} prefix tokens are more than the "
+                f"{parallel.num_tokens} tokens of all ranks"
+            )
     b, h, n, p = tokens.shape
     if token_mask is not None:
         check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token", ("tokens", tokens))
+    if parallel is not None:
+        slab = slab_of(grid_size, num_prefix_tokens - parallel.start, n)
+        if token_mask is None:
+            return _pool_slab(tokens, _cells(grid_size, number), slab, parallel, num_prefix_tokens)
+        return _pool_masked(tokens, grid_size, number, token_mask, slab, parallel)
+    if token_mask is not None:
         return _pool_masked(tokens, grid_size, number, token_mask)
     cells = _cells(grid_size, number)
     weights = GridPooling(grid_size, cells)
@@ -205,14 +231,51 @@ def _grids_within(grid_size: GridSize, limit: int) -> Iterator[GridSize]:
             yield (side, *rest)
 
 
-def _pool_masked(
-    tokens: Tensor, grid_size: GridSize, number: int | GridSize, token_mask: Tensor
+def _pool_slab(
+    tokens: Tensor, cells: GridSize, slab: Slab, parallel: ContextParallel, num_prefix_tokens: int
 ) -> Representatives:
-    """Masked pooling, written without data-dependent shapes so that it compiles and exports."""
+    """Pooling of the tokens of all ranks: each adds what its own are of every average."""
+    b, h, _, p = tokens.shape
+    dtype = compute_dtype(tokens.dtype)
+    with no_autocast(tokens):
+        pooled = slab.cover(tokens.to(dtype).transpose(1, 2).flatten(2))  # (B, *slab, H * P)
+        sides = slab.shape
+        for axis in range(len(cells) - 1, -1, -1):  # rows last: what this leaves of them are the cells
+            matrix = averages(slab.grid_size[axis], cells[axis], pooled)
+            if axis == 0:
+                matrix = matrix[:, slab.rows]
+            after = math.prod(cells[axis + 1 :])
+            pooled = matrix @ pooled.reshape(b * math.prod(sides[:axis]), sides[axis], after * h * p)
+        values = total(pooled.reshape(b, math.prod(cells), h * p), parallel.group).to(tokens.dtype)
+    weights = GridPooling(slab.grid_size, cells, num_prefix_tokens - parallel.start)
+    return Representatives(values.unflatten(-1, (h, p)).transpose(1, 2), token_weights=weights)
+
+
+def averages(side: int, count: int, like: Tensor) -> Tensor:
+    """Average pooling of one axis as a matrix ``(count, side)``, in the dtype and on the device of ``like``."""
+    member = window_members(side, count, like.device).to(like.dtype)
+    return member / member.sum(1, keepdim=True)
+
+
+def _pool_masked(
+    tokens: Tensor,
+    grid_size: GridSize,
+    number: int | GridSize,
+    token_mask: Tensor,
+    slab: Slab | None = None,
+    parallel: ContextParallel | None = None,
+) -> Representatives:
+    """Masked pooling, written without data-dependent shapes so that it compiles and exports.
+
+    With a ``slab``, of the tokens of all ranks: they agree on the bounding boxes, and add up sums and numbers.
+    """
     b, h, n, p = tokens.shape
     device = tokens.device
-    real = token_mask.view(b, *grid_size)
-    first, extent = _bounding_box(real)  # (B, D) each
+    if slab is None:
+        first, extent = _bounding_box(token_mask.view(b, *grid_size))  # (B, D) each
+    else:
+        assert parallel is not None
+        first, extent = _bounding_box(slab.cover(token_mask[..., None])[..., 0], slab, parallel)
     if isinstance(number, int):
         cells = _closest_per_item(extent, grid_size, number)  # (B, D)
         most = max(math.prod(c) for c in _candidates(grid_size, number))
@@ -227,34 +290,59 @@ def _pool_masked(
         count, size = cells[:, axis, None, None], extent[:, axis, None, None]  # (B, 1, 1)
         remaining = remaining // cells[:, axis]
         cell = index[:, None] // remaining[:, None, None] % count  # (B, M, 1): this cell's index along the axis
-        position = (torch.arange(side, device=device) - first[:, axis, None])[:, None]  # (B, 1, side)
+        place = torch.arange(side, device=device)
+        if slab is not None and axis == 0:
+            place = place[slab.rows]
+        position = (place - first[:, axis, None])[:, None]  # (B, 1, side)
         member = _in_window(cell, position, size, count)
         weights = (weights[..., None] & member[:, :, None]).flatten(2)
+    if slab is not None:
+        weights = slab.take(weights.mT.unflatten(1, slab.shape)).mT
     weights = weights & token_mask[:, None]  # (B, M, N)
-    total = weights.sum(-1, keepdim=True)
-    exists = exists & (total[..., 0] > 0)
+    number_of = weights.sum(-1, keepdim=True)
     dtype = compute_dtype(tokens.dtype)
     with no_autocast(tokens):
-        average = weights.to(dtype) / total.clamp(min=1).to(dtype)
         # Heads as channels: batched by heads, the product would keep a copy of the weights for each.
         clean = zero_rows(tokens, token_mask).to(dtype).transpose(1, 2).reshape(b, n, h * p)
-        values = (average @ clean).view(b, most, h, p).transpose(1, 2).to(tokens.dtype)  # (B, H, M, P)
+        if parallel is None:
+            average = weights.to(dtype) / number_of.clamp(min=1).to(dtype)
+            pooled = average @ clean
+        else:
+            members = weights.to(dtype)
+            sums = torch.cat([members @ clean, number_of.to(dtype)], -1)
+            sums = total(sums, parallel.group)  # (B, M, H * P + 1)
+            number_of = sums[..., -1:].detach()
+            pooled, average = (x / number_of.clamp(min=1) for x in (sums[..., :-1], members))
+        values = pooled.view(b, most, h, p).transpose(1, 2).to(tokens.dtype)  # (B, H, M, P)
+    exists = exists & (number_of[..., 0] > 0)
     return Representatives(zero_rows(values, exists), exists, token_weights=average)
 
 
-def _bounding_box(real: Tensor) -> tuple[Tensor, Tensor]:
-    """First index and extent ``(B, D)`` of the real tokens of a ``(B, *grid)`` mask along each axis."""
-    firsts, extents = [], []
+def _bounding_box(
+    real: Tensor, slab: Slab | None = None, parallel: ContextParallel | None = None
+) -> tuple[Tensor, Tensor]:
+    """First index and extent ``(B, D)`` of the real tokens of a ``(B, *grid)`` mask along each axis.
+
+    With a ``slab``, ``real`` is of its shape, and the boxes are those of all ranks' tokens.
+    """
+    lows, highs = [], []
     axes = range(1, real.ndim)
     for axis in axes:
         others = [a for a in axes if a != axis]
         line = real.any(dim=others) if others else real  # (B, side)
-        position = torch.arange(line.shape[1], device=real.device)
-        low = torch.where(line, position, line.shape[1] - 1).amin(-1)
-        high = torch.where(line, position, 0).amax(-1)
-        firsts.append(low)
-        extents.append((high - low + 1).clamp(min=1))  # an item without real tokens: one empty cell
-    return torch.stack(firsts, -1), torch.stack(extents, -1)
+        position, side = torch.arange(line.shape[1], device=real.device), line.shape[1]
+        if slab is not None:
+            side = slab.grid_size[axis - 1]
+            if axis == 1:  # and a place for slabs without rows
+                position = F.pad(position + slab.rows.start, (0, 1))
+                line = F.pad(line, (0, 1))
+        lows.append(torch.where(line, position, side - 1).amin(-1))
+        highs.append(torch.where(line, position, 0).amax(-1))
+    low, high = torch.stack(lows, -1), torch.stack(highs, -1)
+    if parallel is not None:
+        negative, high = largest(torch.stack([-low, high]), parallel.group)
+        low = -negative
+    return low, (high - low + 1).clamp(min=1)  # an item without real tokens: one empty cell
 
 
 def _closest_per_item(extent: Tensor, grid_size: GridSize, limit: int) -> Tensor:

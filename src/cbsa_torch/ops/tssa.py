@@ -14,6 +14,7 @@ from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import DEFAULT_EPS
 from cbsa_torch.ops.directions import check_basis
 from cbsa_torch.ops.masking import check_tokens, real_tokens
+from cbsa_torch.ops.parallel import ContextParallel, total
 
 _NORM_FLOOR = 1e-12
 """Smallest norm of a channel over the tokens, as in torch's ``normalize``."""
@@ -28,6 +29,7 @@ def channel_attention(
     eps: float = DEFAULT_EPS,
     average: bool = False,
     token_mask: Tensor | None = None,
+    parallel: ContextParallel | None = None,
 ) -> Tensor:
     """Channel attention W B diag(f(|W b_j|^2)) B^T with f(lambda) = eps^2 / (eps^2 + lambda) (Eq. 13).
 
@@ -40,6 +42,7 @@ def channel_attention(
         average: use the mean over tokens in place of the sum |W b_j|^2, i.e. N eps^2 in place of eps^2.
         token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
             get zeros.
+        parallel: who has the other tokens, if they are spread over processes; see :mod:`cbsa_torch.parallel`.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``, computed in float32 or better.
@@ -48,20 +51,28 @@ def channel_attention(
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
     """
     check_positive("eps", eps)
-    check_tokens(tokens, token_mask)
+    check_tokens(tokens, token_mask, parallel)
     with no_autocast(tokens):
-        w, count = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
+        w, count = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype), parallel)
         if basis is not None:
             check_basis(basis, tokens)
             basis = basis.to(w.dtype)
             w = w @ basis
         # lambda / eps^2; of w / eps, for eps^2 may leave the range of float32.
         energy = (w / eps).square().sum(-2, keepdim=True)  # (B, H, 1, P)
+        if parallel is not None:
+            energy = total(energy, parallel.group)
         w = w / (1 + (energy / count if average else energy))
         return (w if basis is None else w @ basis.mT).to(tokens.dtype)
 
 
-def tssa(tokens: Tensor, *, temperature: Tensor | float = 1.0, token_mask: Tensor | None = None) -> Tensor:
+def tssa(
+    tokens: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    token_mask: Tensor | None = None,
+    parallel: ContextParallel | None = None,
+) -> Tensor:
     """Token Statistics Self-Attention (Wu et al., ICLR 2025), as its authors train it.
 
     Each token belongs to the heads by a softmax over heads, Pi = softmax_k(temperature_k |w_kn|^2) with
@@ -75,6 +86,7 @@ def tssa(tokens: Tensor, *, temperature: Tensor | float = 1.0, token_mask: Tenso
         temperature: of the softmax over heads: a number or ``(H,)``.
         token_mask: ``(B, N)`` bool, True = a real token. The others are ignored, whatever they hold, and
             get zeros.
+        parallel: who has the other tokens, if they are spread over processes; see :mod:`cbsa_torch.parallel`.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``, computed in float32 or better.
@@ -82,13 +94,21 @@ def tssa(tokens: Tensor, *, temperature: Tensor | float = 1.0, token_mask: Tenso
     Raises:
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
     """
-    check_tokens(tokens, token_mask)
+    check_tokens(tokens, token_mask, parallel)
     check_per_head("temperature", temperature, "tokens", tokens)
     with no_autocast(tokens):
         w, _ = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
         squares = w.square()  # (B, H, N, P)
-        membership, weights = _memberships(squares, temperature, token_mask)
-        moment = weights[..., None, :] @ squares  # (B, H, 1, P)
+        energy = squares.sum(-2, keepdim=True)
+        if parallel is not None:
+            energy = total(energy, parallel.group)
+        membership = memberships(squares, energy, temperature, token_mask)  # (B, H, N)
+        if parallel is None:
+            moment = _shares(membership)[..., None, :] @ squares  # (B, H, 1, P)
+        else:
+            sums = torch.cat([membership[..., None, :] @ squares, membership.sum(-1)[..., None, None]], -1)
+            sums = total(sums, parallel.group)
+            moment = sums[..., :-1] / (sums[..., -1:] + MEMBERSHIP_FLOOR)
         return (-w * membership[..., None] / (1 + moment)).to(tokens.dtype)
 
 
@@ -101,21 +121,21 @@ def tssa_memberships(
     """
     with no_autocast(tokens):
         w, _ = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
-        return _memberships(w.square(), temperature, token_mask)
+        squares = w.square()
+        membership = memberships(squares, squares.sum(-2, keepdim=True), temperature, token_mask)
+        return membership, _shares(membership)
 
 
-def _memberships(
-    squares: Tensor, temperature: Tensor | float, token_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    membership = memberships(squares, squares.sum(-2, keepdim=True), temperature)
-    if token_mask is not None:
-        membership = membership.masked_fill(~token_mask[:, None, :], 0.0)
-    return membership, membership / (membership.sum(-1, keepdim=True) + MEMBERSHIP_FLOOR)
-
-
-def memberships(squares: Tensor, total: Tensor, temperature: Tensor | float) -> Tensor:
+def memberships(
+    squares: Tensor, energy: Tensor, temperature: Tensor | float, token_mask: Tensor | None = None
+) -> Tensor:
     """Pi of :func:`tssa`, ``(B, H, N)``, from W^2 ``(B, H, N, P)`` and its sum over tokens ``(B, H, 1, P)``."""
     if isinstance(temperature, Tensor):
         temperature = temperature.to(squares.dtype)[:, None]  # (H, 1)
-    share = squares / total.clamp(min=_NORM_FLOOR**2)
-    return torch.softmax(temperature * share.sum(-1), dim=1)
+    share = squares / energy.clamp(min=_NORM_FLOOR**2)
+    membership = torch.softmax(temperature * share.sum(-1), dim=1)  # (B, H, N)
+    return membership if token_mask is None else membership.masked_fill(~token_mask[:, None, :], 0.0)
+
+
+def _shares(membership: Tensor) -> Tensor:
+    return membership / (membership.sum(-1, keepdim=True) + MEMBERSHIP_FLOOR)

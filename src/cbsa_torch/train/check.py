@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cbsa_torch.train.config import RunConfig
+from cbsa_torch.train.config import ImageSource, RunConfig
 from cbsa_torch.train.data import describe, read_skipped
 from cbsa_torch.train.data.summary import files_of, palette_lines, read_all, read_lines
 from cbsa_torch.train.engine.console import Reporter
@@ -27,11 +27,13 @@ def check_data(config: RunConfig) -> None:
     Raises:
         ConfigError, DataError: the data cannot be used, or a file of it cannot be.
     """
-    # every bad file is listed, not only those up to the limit
-    task = task_of(config).with_data(dataclasses.replace(config.data, max_bad_images=sys.maxsize))
+    task, most = task_of(config), 0
+    if isinstance(config.data, ImageSource):  # every bad file is listed, not only those up to the limit
+        task = task.with_data(dataclasses.replace(config.data, max_bad_images=sys.maxsize))
+        most = config.data.max_bad_images
     task.check()
     reporter = Reporter()
-    unit = "images" if task.one_class_per_image else "pixels"
+    unit = task.unit if task.one_class_per_image else "pixels"
     ignore_label = getattr(config.data, "ignore_label", None)
     without: list[str] = []
     with TemporaryDirectory() as folder:
@@ -54,8 +56,7 @@ def check_data(config: RunConfig) -> None:
         reporter.say("cannot be used: " + line.replace("\t", ": ", 1))
     if bad:
         raise DataError(
-            f"{len(bad)} file(s) cannot be used; training leaves out up to data.max_bad_images "
-            f"({config.data.max_bad_images}) of them"
+            f"{len(bad)} file(s) cannot be used; training leaves out up to data.max_bad_images ({most}) of them"
         )
     if without:
         raise DataError(f"no {unit} of any class in {', '.join(without)}")

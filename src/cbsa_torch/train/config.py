@@ -62,13 +62,19 @@ class DataSource:
     """Which data set."""
     root: str | None = field(default=None, metadata=LOCAL)
     """Its folder."""
-    splits: Literal["auto", "folders", "none"] = "auto"
-    """What folders called train, val, test ... are in a folder of your own: "folders" = splits; "none" =
-    classes, or folders like any other; "auto" = splits, and an error where they may be either."""
     val_fraction: float = 0.1
     """Share of the training images held out for validation if there is no val split."""
     workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
     """Processes that read images; 0: the training process itself."""
+
+
+@dataclass
+class ImageSource(DataSource):
+    """The settings that every kind of images has."""
+
+    splits: Literal["auto", "folders", "none"] = "auto"
+    """What folders called train, val, test ... are in a folder of your own: "folders" = splits; "none" =
+    classes, or folders like any other; "auto" = splits, and an error where they may be either."""
     max_bad_images: int = field(default=10, metadata=UNCOMPARED)
     """Unreadable images, and bad masks, that are left out, counted and listed; one more stops the run. 0: the
     first does."""
@@ -77,7 +83,7 @@ class DataSource:
 
 
 @dataclass
-class DataConfig(DataSource):
+class DataConfig(ImageSource):
     """The images and their augmentation."""
 
     name: str = "folder"
@@ -158,6 +164,8 @@ class EngineConfig:
     """torch.compile the model."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
+    context_parallel: int = 1
+    """Processes that share the rows of every training image; their number must divide that of all."""
     save_steps: int | None = field(default=None, metadata=UNCOMPARED)
     """Save the state also every this many optimiser steps, besides after every epoch."""
     keep_states: int = field(default=2, metadata=UNCOMPARED)
@@ -299,6 +307,7 @@ def check_config(config: RunConfig) -> None:
                 raise ConfigError(f"{key} must be finite, got {item}")
     optim, ema = config.optim, config.optim.ema_decay
     threads, every, keep = config.engine.threads, config.engine.save_steps, config.engine.keep_states
+    shared = config.engine.context_parallel
     size, model = config.model.image_size, config.model
     check_rules([
         (0 <= config.seed < 2**31, "seed must be in [0, 2**31)", config.seed),
@@ -326,6 +335,12 @@ def check_config(config: RunConfig) -> None:
         (optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad must be positive", optim.clip_grad),
         (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
+        (shared >= 1, "engine.context_parallel must be at least 1", shared),
+        (
+            shared == 1 or not config.engine.compile,
+            "engine.context_parallel must be 1 with engine.compile: both together are not tried yet",
+            shared,
+        ),
         (keep >= 1, "engine.keep_states must be at least 1", keep),
         (every is None or every >= 1, "engine.save_steps must be at least 1", every),
         (
@@ -342,6 +357,13 @@ def data_rules(data: DataSource) -> list[tuple[bool, str, Any]]:
     return [
         (0 < data.val_fraction < 1, "data.val_fraction must be in (0, 1)", data.val_fraction),
         (0 <= data.workers <= 1024, "data.workers must be in [0, 1024]", data.workers),
+    ]
+
+
+def image_rules(data: ImageSource) -> list[tuple[bool, str, Any]]:
+    """What holds for every kind of images."""
+    return [
+        *data_rules(data),
         (data.max_bad_images >= 0, "data.max_bad_images must not be negative", data.max_bad_images),
         (0 <= data.hflip <= 1, "data.hflip must be in [0, 1]", data.hflip),
         (
@@ -356,7 +378,7 @@ def check_image_settings(data: DataConfig) -> None:
     """Refuse settings of a classifier's images that cannot work."""
     scale, ratio = data.crop_scale, data.crop_ratio
     check_rules([
-        *data_rules(data),
+        *image_rules(data),
         (0 <= data.color_jitter <= 10, "data.color_jitter must be in [0, 10]", data.color_jitter),
         (0 < scale[0] <= scale[1] <= 1, "data.crop_scale must rise in (0, 1]", scale),
         (0 < ratio[0] <= ratio[1], "data.crop_ratio must rise above 0", ratio),

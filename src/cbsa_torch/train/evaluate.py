@@ -16,7 +16,6 @@ from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.hub import open_weights, weights_path
 from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig
 from cbsa_torch.train.data import (
-    InputSpec,
     OpenedSplit,
     class_names_of,
     describe_split,
@@ -64,7 +63,7 @@ def open_trained(
     try:
         fed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["input"].items()}
         task = task_of(read_config(info["config"], f"{path}: config"))
-        return Trained(opened, InputSpec(**fed), list(info["class_names"]), task, info, path)
+        return Trained(opened, task.spec_type(**fed), list(info["class_names"]), task, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
 

@@ -17,6 +17,7 @@ from cbsa_torch._core.text import readable
 from cbsa_torch.models.checkpoint import load_checkpoint, save_checkpoint
 from cbsa_torch.models.hub import WEIGHTS, explained, timm_config, weights_path
 from cbsa_torch.models.registry import FAMILIES
+from cbsa_torch.models.token_set import token_set_names
 from cbsa_torch.train.config import TrainConfig, flat
 from cbsa_torch.train.registry import TASKS
 from cbsa_torch.train.tasks.base import TIMM_LINK
@@ -121,6 +122,8 @@ def model_card(info: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = (
         what_it_is=_what_it_is(info, task),
         repo_id=REPO_ID,
         class_count=len(names),
+        takes_images=task.takes_images,
+        unit=task.unit,
         classes=_table([("output", "class"), *enumerate(names[:MOST_CLASSES])]) + more,
         input_table=_input(info.get("input") or {}),
         recipe=_recipe(info) if config else "",
@@ -230,6 +233,7 @@ def _front_matter(info: Mapping[str, Any], task: type[Any], score: float | None)
 
 def _family(model: str) -> str | None:
     """Which of our families a model is of; longer names first, as one begins another."""
+    model = model.removeprefix("token_set_")
     return next((f for f in sorted(FAMILIES, key=len, reverse=True) if model.startswith(f"{f}_")), None)
 
 
@@ -240,8 +244,11 @@ def _papers(model: str) -> list[str]:
 
 def _what_it_is(info: Mapping[str, Any], task: type[Any]) -> str:
     model, family = info["model"], _family(info["model"])
-    what = f"An {task.model_kind}"
-    if model == task.own_model:
+    what = f"{'An' if task.model_kind[0] in 'aeiou' else 'A'} {task.model_kind}"
+    sets = token_set_names()
+    if model in sets:
+        what = f"{what}: {_shown(sets[model])}"
+    elif model == task.own_model:
         what = f"{what}: {task.model_summary(info['model_args'], _shown)}"
     elif family is not None:
         what = f"{what}: {_shown(FAMILIES[family].summary)}"
@@ -261,6 +268,9 @@ def _table(rows: Iterable[Sequence[object]]) -> str:
 
 
 def _input(spec: Mapping[str, Any]) -> str:
+    if "in_dim" in spec:
+        places = "needed" if spec.get("coords") else "not looked at"
+        return _table([("", "value"), ("width of the features", spec["in_dim"]), ("coordinates", places)])
     if "input_size" not in spec:
         return ""
     channels, height, width = spec["input_size"]

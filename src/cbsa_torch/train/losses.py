@@ -15,30 +15,44 @@ from cbsa_torch.models.adapt.find import find_attention
 from cbsa_torch.train.config import WEIGHTS
 from cbsa_torch.train.data import IGNORE
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Loss = Callable[[nn.Module, Any, Tensor], Tensor]
 """A scalar of (model, images, targets): a mean over the targets that are not ``IGNORE``."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def mean_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def mean_loss(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over the targets that are known.
 
     Args:
         logits: ``(B, classes)`` of images, or ``(B, classes, height, width)`` of pixels.
         targets: ``(B)`` or ``(B, height, width)``, a class or ``IGNORE`` each.
         label_smoothing: share of a target that is spread over all classes.
+        weights: of the classes, ``(classes,)``; the mean is still over the targets, not over their weights.
     """
     total = F.cross_entropy(
-        logits, targets, label_smoothing=label_smoothing, ignore_index=IGNORE, reduction="sum"
+        logits, targets, weights, label_smoothing=label_smoothing, ignore_index=IGNORE, reduction="sum"
     )
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
-def cross_entropy(label_smoothing: float) -> Loss:
-    """:func:`mean_loss` of a model's outputs."""
+def cross_entropy(
+    label_smoothing: float,
+    weights: Tensor | None = None,
+    call: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Loss:
+    """:func:`mean_loss` of a model's outputs.
 
-    def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        return mean_loss(model(images).float(), targets, label_smoothing)
+    Args:
+        label_smoothing, weights: of :func:`mean_loss`.
+        call: gives the outputs of (model, inputs). Default: ``model(inputs)``.
+    """
+
+    def loss(model: nn.Module, images: Any, targets: Tensor) -> Tensor:
+        logits = (model(images) if call is None else call(model, images)).float()
+        given = None if weights is None else weights.to(logits)
+        return mean_loss(logits, targets, label_smoothing, given)
 
     return loss
 

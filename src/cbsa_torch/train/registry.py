@@ -15,11 +15,14 @@ from cbsa_torch.train.tasks.base import Task
 from cbsa_torch.train.tasks.classification import Classification
 from cbsa_torch.train.tasks.segmentation.config import SegmentationTrainConfig
 from cbsa_torch.train.tasks.segmentation.task import Segmentation
+from cbsa_torch.train.tasks.slides.config import SlidesTrainConfig
+from cbsa_torch.train.tasks.slides.task import SlideClassification
 
 TASKS: dict[str, tuple[type[RunConfig], type[Any]]] = {
     TrainConfig.task: (TrainConfig, Classification),
     SegmentationTrainConfig.task: (SegmentationTrainConfig, Segmentation),
     AdaptTrainConfig.task: (AdaptTrainConfig, Adaptation),
+    SlidesTrainConfig.task: (SlidesTrainConfig, SlideClassification),
 }
 """For the key ``task`` of a YAML file: the configuration, and the :class:`Task` that is built with one.
 

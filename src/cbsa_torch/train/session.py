@@ -22,7 +22,10 @@ from cbsa_torch.models.checkpoint import CheckpointError, check_fit, save_tensor
 from cbsa_torch.train.config import RunConfig, to_dict
 from cbsa_torch.train.engine.accelerate import (
     on_main,
+    prepare_for_replicas,
+    replicas,
     shard,
+    share_rows,
     synchronize_batch_norm,
     to_channels_last,
     use_separate_generator,
@@ -131,7 +134,8 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
     config, reporter = task.config, Reporter(accelerator.is_main_process)
     check_optimizer(config.optim, accelerator.device)
     set_seed(config.seed)
-    batch_size = _batch_per_process(config, accelerator.num_processes)
+    replica = replicas(accelerator, config.engine.context_parallel)
+    batch_size = _batch_per_process(config, replica.number)
 
     continued = not config.overwrite and bool(folder.states().paths())
     setup = task.open(folder.skipped, continued=continued)
@@ -145,7 +149,8 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
     optimizer = make_optimizer(model, config.optim, setup.lr_scales, sharded=config.engine.fsdp)
     train_loader = task.training_loader(setup, batch_size)
     use_separate_generator(train_loader)
-    _check_loader(train_loader, batch_size, accelerator.num_processes)
+    _check_loader(train_loader, batch_size, replica.number)
+    share_rows(model, replica)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder
     on_main(accelerator, lambda: folder.start(config, reporter.say), (RunFolderError, OSError))
@@ -162,10 +167,11 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
     parameters = sum(p.numel() for p in model.parameters())
     reporter.say(
         f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "
-        f"{len(train_loader.dataset):,} training and {len(setup.val):,} validation images, "  # type: ignore[arg-type]
+        f"{len(train_loader.dataset):,} training and {len(setup.val):,} validation {task.unit}, "  # type: ignore[arg-type]
         f"{len(setup.class_names)} classes; {_engine(accelerator)}; folder {folder.path}"
     )
-    model, prepared_optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    train_loader = prepare_for_replicas(accelerator, train_loader, replica)
     val_loader = task.evaluation_loader(setup.val, setup.spec, accelerator, batch_size)
     # From here on processes draw differently (dropout), but the data comes in an order of its own.
     set_seed(config.seed, device_specific=True)
@@ -308,8 +314,8 @@ def _batch_per_process(config: RunConfig, processes: int) -> int:
     parts = processes * config.engine.accumulate
     if config.optim.batch_size % parts:
         raise ConfigError(
-            f"optim.batch_size ({config.optim.batch_size}) must be divisible by processes x accumulation "
-            f"steps ({processes} x {config.engine.accumulate})"
+            f"optim.batch_size ({config.optim.batch_size}) must be divisible by processes (groups of them in "
+            f"context parallel) x accumulation steps ({processes} x {config.engine.accumulate})"
         )
     return config.optim.batch_size // parts
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cbsa_torch.train.config import RunConfig, check_config
 from cbsa_torch.train.data import IGNORE, read_skipped, set_epoch
-from cbsa_torch.train.engine.accelerate import new_accelerator
+from cbsa_torch.train.engine.accelerate import new_accelerator, whole_images
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.registry import task_of
@@ -148,7 +148,7 @@ def _run_epoch(session: Session, progress: Progress) -> None:
     session.reporter.say(
         f"epoch {epoch:>3}/{epochs}  loss {row['train_loss']:.3f}  val loss {result.loss:.3f}  "
         f"val {task.score_title} {result.score:.4f}{' *' if best else '  '} lr {progress.lr:.1e}  "
-        f"{seconds:.1f} s  {row['images_per_second']:.0f} images/s "
+        f"{seconds:.1f} s  {row['images_per_second']:.0f} {task.unit}/s "
         f"({100 * row['data_wait']:.0f} % waiting for data)"
     )
     if _stop_requested(session) and progress.epoch < epochs:
@@ -209,7 +209,7 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
         if accelerator.sync_gradients:
             progress.loss += total
             progress.targets += everyone
-            progress.images += images_seen
+            progress.images += images_seen / session.config.engine.context_parallel
             progress.lr = optimizer.param_groups[0]["lr"]
             progress.step += 1
             if session.ema is not None:
@@ -262,7 +262,8 @@ def _validate(session: Session, progress: Progress) -> EvalResult:
 
     with session.reporter.bar("validating", until_stopped(), len(session.val_loader)) as batches:
         names = session.description["class_names"]
-        return session.task.evaluate(session.accelerator, session.eval_model, batches, names)
+        with whole_images(session.eval_model):
+            return session.task.evaluate(session.accelerator, session.eval_model, batches, names)
 
 
 def _stop_requested(session: Session) -> bool:

@@ -288,18 +288,20 @@ def test_the_limit_has_no_gradient(impl):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of opcheck itself
 @pytest.mark.parametrize("channels", [None, 3])
-@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("pooled", ["matrix", "grid", "cells"])
 def test_opcheck(channels, pooled):
     def leaf(*shape):
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
-    mask = None if pooled else torch.tensor([[True] * 5, [True, False] * 2 + [True]])
-    weights = None if pooled else torch.randn(2, 2, 5).double()
+    mask = torch.tensor([[True] * 5, [True, False] * 2 + [True]]) if pooled == "matrix" else None
+    weights = torch.randn(2, 2, 5).double() if pooled == "matrix" else None
+    cells = ops.find_cells(torch.rand(2, 4, 2), 2) if pooled == "cells" else [None] * 3
+    pooling = {"matrix": ([], [], 0), "grid": ([2, 2], [2, 1], 1), "cells": ([], [], 1)}[pooled]
     fraction = torch.rand(2).double().requires_grad_()
     arguments = Problem(
         leaf(2, 2, 2, 4), leaf(2, 2, 5, 4), None, leaf(2), fraction, mask, None,
-        None if channels is None else leaf(channels, 8), None, weights,
-        "exact", 0.5, 1.0, "tiled", True, *([[2, 2], [2, 1], 1] if pooled else [[], [], 0]),
+        None if channels is None else leaf(channels, 8), None, weights, *cells,
+        "exact", 0.5, 1.0, "tiled", True, *pooling,
     )  # fmt: skip
     torch.library.opcheck(cbsa_op, tuple(arguments))
 
@@ -337,7 +339,7 @@ def test_nothing_of_size_m_times_n_is_formed(channels, monkeypatch):
     weight = None if channels is None else torch.randn(channels, H * P)
     arguments = Problem(
         torch.randn(B, H, M, P), torch.randn(B, H, N, P), None, torch.randn(H), torch.rand(H), None, None,
-        weight, None, None, "exact", 0.25, 1.0, "tiled", True, (64, 64), (8, 8), 0,
+        weight, *[None] * 5, "exact", 0.25, 1.0, "tiled", True, (64, 64), (8, 8), 0,
     )  # fmt: skip
     with Largest() as seen, torch.no_grad():
         backward(*forward(arguments), arguments)

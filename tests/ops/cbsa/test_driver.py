@@ -163,7 +163,7 @@ def test_nothing_of_size_m_times_n_is_formed(channels, monkeypatch):
     drawn = draw(B, H, M, N, P, channels=channels, dtype=torch.float32)
     problem = driver.Problem(
         drawn["representatives"], drawn["tokens"], None, drawn["step_representatives"], drawn["step_tokens"],
-        None, None, drawn.get("out_weight"), drawn.get("out_bias"), None, "softmax", 0.25, 0.1, "tiled",
+        None, None, drawn.get("out_weight"), drawn.get("out_bias"), *[None] * 4, "softmax", 0.25, 0.1, "tiled",
     )  # fmt: skip
     with Largest() as seen, torch.no_grad():
         driver.backward(*driver.forward(problem), problem)

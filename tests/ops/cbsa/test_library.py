@@ -36,7 +36,7 @@ def test_opcheck(dtype, separate, channels):
     mask = torch.tensor([[True] * 5, [True, False] * 2 + [True]])
     projection = (None, None) if channels is None else (leaf(channels, 8), None if separate else leaf(channels))
     problem = Problem(
-        leaf(2, 2, 3, 4), leaf(2, 2, 5, 4), values, leaf(2), leaf(2), mask, None, *projection, None,
+        leaf(2, 2, 3, 4), leaf(2, 2, 5, 4), values, leaf(2), leaf(2), mask, None, *projection, *[None] * 4,
         "softmax", 0.5, 0.1, "tiled",
     )  # fmt: skip
     torch.library.opcheck(cbsa_op, tuple(problem))

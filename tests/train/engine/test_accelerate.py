@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -20,6 +21,7 @@ from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import train
 from cbsa_torch.train.config import ModelConfig, dump_yaml
 from cbsa_torch.train.engine.accelerate import synchronize_batch_norm
+from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.run.folder import RunFolder
 from tests.helpers import in_turn, processes
 from tests.helpers.colour_folder import digits_config
@@ -95,6 +97,26 @@ def test_processes_train_and_evaluate_like_one(digits, alone, tmp_path, count):
     assert first["confusion"] == second["confusion"]
     assert (first["top1"], first["top5"]) == (second["top1"], second["top5"])
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
+
+
+def test_processes_that_share_the_rows_of_images_train_like_one(digits, alone, tmp_path):
+    digits.engine.context_parallel = 2
+    processes.train(2, digits)
+    assert_same_curve(digits, alone)
+    torch.testing.assert_close(last(digits)["model"], last(alone)["model"], rtol=1e-4, atol=1e-5)
+
+
+def test_context_parallel_that_cannot_work_is_refused_on_every_process(digits):
+    digits.engine.context_parallel = 2
+    with pytest.raises(ConfigError, match=r"engine.context_parallel \(2\) must divide .* processes, 1"):
+        train(digits)
+    digits.model = ModelConfig("crate_tiny_patch16_224", image_size=32)
+    path = Path(f"{digits.output}.yaml")
+    path.write_text(dump_yaml(digits))
+    result = processes.run(2, "train", "--config", str(path))
+    assert result.returncode != 0
+    assert result.stderr.count("MSSA compares every token with every other; use CBSA") == 2
+    assert not Path(digits.output).exists()
 
 
 def test_sharded_training_equals_copies_and_goes_on_in_one_process(digits, alone, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -10,12 +11,23 @@ from torch import Tensor
 from cbsa_torch._core.autodiff import has_values, is_transformed
 from cbsa_torch._core.checks import check_choice, check_floating
 from cbsa_torch._core.compiler import called_while_tracing
-from cbsa_torch._core.types import DEFAULT_EPS, IMPLS, Broadcast, Contraction, Impl, Representatives
+from cbsa_torch._core.types import (
+    DEFAULT_EPS,
+    IMPLS,
+    Broadcast,
+    CellPooling,
+    Contraction,
+    Impl,
+    Representatives,
+)
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs, check_projection
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
+from cbsa_torch.ops.cbsa.packed import run_packed
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
+from cbsa_torch.ops.cbsa.slices import cbsa_on_slices
 from cbsa_torch.ops.cbsa.triton.limits import refusal
 from cbsa_torch.ops.cbsa.two_softmax import two_softmax
+from cbsa_torch.ops.parallel import ContextParallel
 
 MANY_WEIGHTS = 2**20
 """Weights B * H * M * N from which ``"auto"`` goes over tiles if the output projection folds into them; four
@@ -44,6 +56,9 @@ def cbsa(
     key_mask: Tensor | None = None,
     representative_mask: Tensor | None = None,
     impl: Impl = "auto",
+    cu_seqlens: Tensor | None = None,
+    cu_representatives: Tensor | None = None,
+    parallel: ContextParallel | None = None,
 ) -> Tensor:
     """Contract-and-Broadcast Self-Attention (paper, section 3.2) inside each head's subspace.
 
@@ -80,6 +95,12 @@ def cbsa(
             B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
             small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
             ``torch.export``.
+        cu_seqlens: ``(S + 1,)`` int32 or int64, 0 and where each sequence ends in ``tokens``, ``keys``
+            and ``values`` ``(1, H, N, P)``: each is computed as it would be alone, without padding or masks.
+        cu_representatives: the same for ``representatives`` ``(1, H, M, P)``; needed beside ``cu_seqlens``.
+        parallel: who has the other tokens, if they are spread over processes: ``tokens``, keys, values and
+            masks are then those of this rank, the representatives the same on every rank. The output is exactly
+            that of all tokens together. See :mod:`cbsa_torch.parallel`; not with ``impl="triton"``.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; add it to (or subtract it from) the tokens after projecting
@@ -88,6 +109,27 @@ def cbsa(
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
+    if cu_seqlens is not None or cu_representatives is not None:
+        if cu_seqlens is None or cu_representatives is None:
+            raise ValueError("cu_seqlens and cu_representatives must be given together")
+        if token_mask is not None or key_mask is not None or representative_mask is not None:
+            raise ValueError("masks must be None beside cu_seqlens, which leaves no padding")
+        if parallel is not None:
+            raise ValueError(
+                "parallel must be None beside cu_seqlens: spread one sequence over ranks at a time"
+            )
+        operator = functools.partial(
+            cbsa,
+            step_representatives=step_representatives,
+            step_tokens=step_tokens,
+            scale=scale,
+            contraction=contraction,
+            broadcast=broadcast,
+            eps=eps,
+            impl=impl,
+        )
+        others = {"keys": keys, "values": values}
+        return run_packed(operator, tokens, representatives, others, cu_seqlens, cu_representatives)
     inputs = cbsa_inputs(
         tokens,
         representatives,
@@ -102,6 +144,7 @@ def cbsa(
         token_mask=token_mask,
         key_mask=key_mask,
         representative_mask=representative_mask,
+        parallel=parallel,
     )
     return run(inputs, impl)
 
@@ -161,6 +204,7 @@ def certified_cbsa(
     token_mask: Tensor | None = None,
     num_prefix_tokens: int = 0,
     impl: Impl = "auto",
+    parallel: ContextParallel | None = None,
 ) -> Tensor:
     """CBSA as a gradient step that cannot raise the coding rate of the representatives.
 
@@ -191,6 +235,8 @@ def certified_cbsa(
         scale, token_mask: as for :func:`cbsa`.
         num_prefix_tokens: tokens before those that the first guesses were made of.
         impl: ``"eager"``, ``"tiled"`` or ``"auto"``, as for :func:`cbsa`.
+        parallel: who has the other tokens, as for :func:`cbsa`; ``representatives`` are then what
+            ``ops.pool_representatives`` makes with it. The limit is that of all tokens together.
 
     Returns:
         ``(B, H, N, P)`` in the dtype of ``tokens``; add it to the tokens after projecting back. Zeros for an
@@ -200,6 +246,7 @@ def certified_cbsa(
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
     _check_fraction(fraction)
+    _check_cells(representatives, token_mask, num_prefix_tokens)
     inputs = certified_inputs(
         tokens,
         representatives,
@@ -209,6 +256,7 @@ def certified_cbsa(
         scale=scale,
         token_mask=token_mask,
         num_prefix_tokens=num_prefix_tokens,
+        parallel=parallel,
     )
     return run(inputs, impl)
 
@@ -224,6 +272,17 @@ def _check_fraction(fraction: Tensor | float) -> None:
     wrong = ~((fraction >= 0) & (fraction <= 1))
     if wrong.any():
         raise ValueError(f"fraction must hold values from 0 to 1, got {fraction[wrong][0].item()}")
+
+
+def _check_cells(representatives: Representatives, token_mask: Tensor | None, first: int) -> None:
+    """Raise where tokens are masked that were averaged over cells: their weights would count."""
+    weights = getattr(representatives, "token_weights", None)
+    if token_mask is None or not isinstance(weights, CellPooling) or not has_values(token_mask):
+        return
+    cells, first = weights.cells, weights.first + first
+    own = token_mask[:, first : first + cells.cell.shape[1]]
+    if own.shape == cells.cell.shape and ((cells.cell < cells.counts.shape[1]) & ~own).any():
+        raise ValueError("token_mask must be the one that the cells of the representatives were found with")
 
 
 def run(inputs: CBSAInputs, impl: Impl = "auto") -> Tensor:
@@ -253,13 +312,16 @@ def run_and_project(
     """
     check_projection(inputs, out_weight, out_bias)
     chosen = _choose(inputs, impl, out_weight)
-    if chosen == "tiled" and inputs.broadcast == "shared" and folds(inputs, out_weight):
+    tiles = chosen == "tiled" and inputs.parallel is None
+    if tiles and inputs.broadcast == "shared" and folds(inputs, out_weight):
         return cbsa_linear_memory(inputs, "tiled", out_weight, out_bias)
     return project_out(_heads(inputs, chosen), out_weight, out_bias)
 
 
 def _heads(inputs: CBSAInputs, impl: Impl) -> Tensor:
-    if impl == "eager":
+    if inputs.parallel is not None:
+        output = cbsa_on_slices(inputs, tiled=impl == "tiled")
+    elif impl == "eager":
         output = cbsa_stages(inputs).output
     elif inputs.broadcast == "softmax":
         output = two_softmax(inputs)
@@ -283,6 +345,10 @@ def _choose(inputs: CBSAInputs, impl: Impl, out_weight: Tensor | None) -> Impl:
         raise ValueError(
             f"impl={impl!r} computes the attention itself; representatives that bring theirs need impl='eager'"
         )
+    if impl == "triton" and inputs.parallel is not None:
+        raise ValueError(
+            "impl='triton' has no place for what ranks exchange; use 'tiled' or 'eager' with parallel"
+        )
     if impl == "triton" and inputs.fraction is not None:
         raise ValueError("impl='triton' does not know the limit of a certified step; use 'tiled' or 'eager'")
     if impl == "triton" and inputs.broadcast == "softmax":
@@ -301,6 +367,8 @@ def fastest(inputs: CBSAInputs, out_weight: Tensor | None) -> Impl:
         return "eager"
     (b, h, m, _), n = inputs.representatives.shape, inputs.keys.shape[2]
     weights = b * h * m * n
+    if inputs.parallel is not None:
+        return "tiled" if weights >= MANY_IN_TRAINING else "eager"
     if inputs.tokens.device.type == "cpu":
         if torch.is_grad_enabled() and inputs.keys.requires_grad:
             return "tiled" if weights >= MANY_IN_TRAINING else "eager"

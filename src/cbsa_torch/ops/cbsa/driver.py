@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.types import GridPooling
+from cbsa_torch._core.types import CellPooling, Cells, GridPooling
 from cbsa_torch.ops.cbsa.certified import RunningGram
 from cbsa_torch.ops.cbsa.contraction import contract, linearized
 from cbsa_torch.ops.cbsa.tiles import Tiles
 from cbsa_torch.ops.masking import zero_rows
-from cbsa_torch.ops.token_weights import columns
+from cbsa_torch.ops.token_weights import TokenWeights, columns
 from cbsa_torch.ops.token_weights import gram as gram_of_weights
 
 if TYPE_CHECKING:
@@ -58,6 +58,12 @@ class Problem(NamedTuple):
     """``(C,)``."""
     token_weights: Tensor | None
     """Pi of a certified step as a matrix, ``(1 or B, M, N)``."""
+    cell_index: Tensor | None
+    """Pi of a certified step as means over cells: ``Cells``, ``(B, n)``."""
+    cell_counts: Tensor | None
+    """``(B, M)``."""
+    cell_order: Tensor | None
+    """``(B, n)``."""
     contraction: str
     scale: float
     """Factor on the logits."""
@@ -68,9 +74,10 @@ class Problem(NamedTuple):
     certified: bool = False
     """Whether the step is certified. For ``"tiled"`` and the exact contraction only."""
     grid_size: Sequence[int] = ()
-    """Pi of a certified step as a pooling, all three fields of ``GridPooling``; empty if it is none."""
+    """Pi of a certified step as a pooling of a grid, fields of ``GridPooling``; empty if it is none."""
     cells: Sequence[int] = ()
     first: int = 0
+    """Tokens before those that are pooled, over a grid or cells."""
 
 
 class Results(NamedTuple):
@@ -242,7 +249,10 @@ def _certified(fraction: Tensor, limit: Tensor) -> Tensor:
     return -fraction * limit[..., None, None]
 
 
-def _token_weights(problem: Problem, group: slice) -> Tensor | GridPooling | None:
+def _token_weights(problem: Problem, group: slice) -> TokenWeights | None:
+    if problem.cell_index is not None:
+        parts = (_of(t, group) for t in (problem.cell_index, problem.cell_counts, problem.cell_order))
+        return CellPooling(Cells(*parts), problem.first)  # type: ignore[arg-type]
     if problem.cells:
         return GridPooling(tuple(problem.grid_size), tuple(problem.cells), problem.first)
     weights = problem.token_weights

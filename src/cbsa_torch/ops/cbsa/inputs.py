@@ -24,10 +24,10 @@ from cbsa_torch._core.types import (
     DEFAULT_EPS,
     Broadcast,
     Contraction,
-    GridPooling,
     Representatives,
 )
-from cbsa_torch.ops.token_weights import over_all_tokens
+from cbsa_torch.ops.parallel import ContextParallel
+from cbsa_torch.ops.token_weights import TokenWeights, check_slice, over_all_tokens
 
 
 class CBSAInputs(NamedTuple):
@@ -55,8 +55,10 @@ class CBSAInputs(NamedTuple):
     representative_mask: Tensor | None
     fraction: Tensor | None = None
     """``(H,)`` kappa of a certified step in parts of its limit, in place of ``step_tokens``; None: free."""
-    token_weights: Tensor | GridPooling | None = None
+    token_weights: TokenWeights | None = None
     """Pi of a certified step: ``(1 or B, M, N)`` or a pooling; None without."""
+    parallel: ContextParallel | None = None
+    """Who has the other tokens, if this process does not have all."""
 
 
 def cbsa_inputs(
@@ -75,6 +77,7 @@ def cbsa_inputs(
     token_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     representative_mask: Tensor | None = None,
+    parallel: ContextParallel | None = None,
 ) -> CBSAInputs:
     """Check the arguments of :func:`cbsa_torch.ops.cbsa` and fill in its defaults.
 
@@ -97,13 +100,17 @@ def cbsa_inputs(
     if scale is not None:
         check_number("scale", scale)
     check_floating("tokens", tokens)
-    check_shape("tokens", tokens, (None, None, None, None), "(B, H, N, P)")
+    length = None if parallel is None else parallel.length
+    check_shape("tokens", tokens, (None, None, length, None), "(B, H, N, P)")
     b, h, n, p = tokens.shape
     check_rows("representatives", representatives, (b, h, None, p), "(B, H, M, P)", "tokens", tokens)
     if keys is None:
         keys = tokens
     else:
-        check_rows("keys", keys, (b, h, None, p), "(B, H, K, P)", "tokens", tokens)
+        check_floating("keys", keys)
+        if parallel is not None and keys.ndim == 4:
+            length = keys.shape[2]  # any, also none
+        check_rows("keys", keys, (b, h, length, p), "(B, H, K, P)", "tokens", tokens)
     if values is None:
         values = keys
     else:
@@ -132,6 +139,10 @@ def cbsa_inputs(
     if attention is not None:
         m = representatives.shape[2]
         check_rows("attention", attention, (b, h, m, n), "(B, H, M, N)", "tokens", tokens)
+    if parallel is not None and attention is not None:
+        raise ValueError(
+            "parallel cannot be given beside an attention: it was normalised over the tokens of one rank"
+        )
     return CBSAInputs(
         tokens,
         representatives,
@@ -147,6 +158,7 @@ def cbsa_inputs(
         token_mask=token_mask,
         key_mask=key_mask,
         representative_mask=representative_mask,
+        parallel=parallel,
     )
 
 
@@ -160,6 +172,7 @@ def certified_inputs(
     scale: float | None = None,
     token_mask: Tensor | None = None,
     num_prefix_tokens: int = 0,
+    parallel: ContextParallel | None = None,
 ) -> CBSAInputs:
     """Check the arguments of :func:`cbsa_torch.ops.certified_cbsa` and fill in its defaults.
 
@@ -189,8 +202,16 @@ def certified_inputs(
         eps=tokens.shape[-1] ** 0.5 if eps is None else eps,
         token_mask=token_mask,
         representative_mask=mask,
+        parallel=parallel,
     )
-    if token_weights is not None:
+    if parallel is not None and token_weights is not None:
+        if num_prefix_tokens:
+            raise ValueError(
+                "num_prefix_tokens must be 0 with parallel, where pool_representatives is told them and gives "
+                f"weights of all of the rank's tokens; got {num_prefix_tokens}"
+            )
+        token_weights = check_slice(token_weights, tokens, values.shape[2])
+    elif token_weights is not None:
         if attention is not None:
             raise ValueError("token_weights cannot be given beside an attention, which takes their place")
         token_weights = over_all_tokens(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.precision import no_autocast
-from cbsa_torch._core.types import GridPooling
+from cbsa_torch._core.types import CellPooling, GridPooling
 from cbsa_torch.ops.cbsa import driver
 from cbsa_torch.ops.cbsa.driver import Gradients, Problem, Results
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
@@ -21,10 +21,11 @@ from cbsa_torch.ops.token_weights import spread
 _PROBLEM = (
     "Tensor representatives, Tensor keys, Tensor? values, Tensor step_representatives, Tensor step_tokens, "
     "Tensor? key_mask, Tensor? representative_mask, Tensor? out_weight, Tensor? out_bias, "
-    "Tensor? token_weights, str contraction, float scale, float eps, str impl, "
+    "Tensor? token_weights, Tensor? cell_index, Tensor? cell_counts, Tensor? cell_order, "
+    "str contraction, float scale, float eps, str impl, "
     "bool certified=False, int[] grid_size=[], int[] cells=[], int first=0"
 )
-_TENSORS = 10
+_TENSORS = 13
 """The first fields of a problem are its tensors."""
 
 
@@ -38,6 +39,9 @@ def cbsa_linear_memory(
     """
     weights = inputs.token_weights
     pooling = weights if isinstance(weights, GridPooling) else GridPooling((), ())
+    cells: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if isinstance(weights, CellPooling):
+        cells, pooling = weights.cells, GridPooling((), (), weights.first)
     problem = Problem(
         inputs.representatives,
         inputs.keys,
@@ -49,6 +53,7 @@ def cbsa_linear_memory(
         out_weight,
         out_bias,
         weights if isinstance(weights, Tensor) else None,
+        *cells,
         inputs.contraction,
         inputs.scale,
         inputs.eps,

@@ -133,7 +133,12 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
         :class:`CBSAStages`: attention, extracted and contracted representatives, output, ... in the dtype
         they are computed in: float32 for inputs of lower precision, else their own. An autocast context has
         no effect inside.
+
+    Raises:
+        ValueError: the tokens are spread over processes.
     """
+    if inputs.parallel is not None:
+        raise ValueError("stages are of tokens that are all here: the inputs must have no parallel")
     dtype = compute_dtype(inputs.tokens.dtype)
     token_mask, key_mask, representative_mask = inputs.token_mask, inputs.key_mask, inputs.representative_mask
     with no_autocast(inputs.tokens):

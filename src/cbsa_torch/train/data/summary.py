@@ -33,11 +33,12 @@ def describe(splits: Splits) -> list[str]:
 
 def describe_split(split: OpenedSplit, class_names: Sequence[str]) -> list[str]:
     """The images of a split, as far as can be told without reading them, and its notes."""
-    lines = [f"{split.name}: {len(split.dataset):,} images"]  # type: ignore[arg-type]
+    unit = getattr(split.dataset, "unit", "images")
+    lines = [f"{split.name}: {len(split.dataset):,} {unit}"]  # type: ignore[arg-type]
     labels = labels_of(split.dataset)
     if labels is not None:
         counts = np.bincount(labels, minlength=len(class_names))
-        first, *warnings = class_lines(split.name, class_names, counts, "images")
+        first, *warnings = class_lines(split.name, class_names, counts, unit)
         lines = [f"{lines[0]} ({first})", *warnings]
     return [readable(line) for line in [*lines, *split.notes]]
 
@@ -87,7 +88,7 @@ def class_lines(where: str, class_names: Sequence[str], counts: np.ndarray, unit
         where: what was counted, for the warning.
         class_names: in the order of the labels.
         counts: (classes,) images or pixels.
-        unit: "images" or "pixels".
+        unit: "images", "slides" or "pixels".
     """
     shown = [f"{count:,}" for count in counts.tolist()]
     if unit == "pixels":

@@ -5,19 +5,24 @@ Besides, what models need for it: weights laid out for speed, and batch norms th
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 
+from cbsa_torch.nn.batch_norm import normalize_together
+from cbsa_torch.parallel import context_parallel
 from cbsa_torch.train.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,6 +79,81 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
     accelerator.state.fsdp_plugin = plugin
 
 
+class Replicas(NamedTuple):
+    """Groups of processes that see the same images, each process its rows of them (context parallel)."""
+
+    number: int
+    """How many groups there are."""
+    own: int
+    """Which this process is in."""
+    group: torch.distributed.ProcessGroup | None
+    """The processes of this one; None if they share nothing."""
+
+
+def replicas(accelerator: Accelerator, shared: int) -> Replicas:
+    """Groups of ``shared`` neighbouring processes.
+
+    Raises:
+        ConfigError: that does not divide the processes.
+    """
+    processes = accelerator.num_processes
+    if processes % shared:
+        raise ConfigError(
+            f"engine.context_parallel ({shared}) must divide the number of processes, {processes}; start them "
+            "by accelerate launch or torchrun"
+        )
+    if shared == 1:
+        return Replicas(processes, accelerator.process_index, None)
+    mesh = init_device_mesh(accelerator.device.type, (processes // shared, shared), mesh_dim_names=("dp", "cp"))
+    return Replicas(processes // shared, accelerator.process_index // shared, mesh["cp"].get_group())
+
+
+def share_rows(model: nn.Module, replica: Replicas) -> None:
+    """Let the processes of a replica share the rows of images.
+
+    Raises:
+        ConfigError: the model cannot.
+    """
+    if replica.group is None:
+        return
+    try:
+        context_parallel(model, replica.group)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"engine.context_parallel is not for this model: {error}") from error
+
+
+@contextlib.contextmanager
+def whole_images(model: nn.Module) -> Iterator[None]:
+    """Let every process have whole images for a while: evaluation spreads images, not rows."""
+    ranks = getattr(model, "ranks", None)
+    if ranks is None:
+        yield
+        return
+    context_parallel(model, None)
+    try:
+        yield
+    finally:
+        model.set_context_parallel(ranks)  # type: ignore[operator]
+
+
+def prepare_for_replicas(accelerator: Accelerator, loader: DataLoader[Any], replica: Replicas) -> Any:
+    """``accelerator.prepare`` of a loader, for which each replica is one process."""
+    if replica.group is None:
+        return accelerator.prepare(loader)
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=replica.number,
+        process_index=replica.own,
+        put_on_device=accelerator.device_placement,
+        rng_types=list(accelerator.rng_types or ()),
+        dispatch_batches=accelerator.dispatch_batches,
+        even_batches=accelerator.even_batches,
+        use_seedable_sampler=accelerator.use_seedable_sampler,
+        data_seed=accelerator.dataloader_config.data_seed,
+    )
+
+
 def use_separate_generator(loader: DataLoader[Any]) -> None:
     """Let a loader draw the seeds of its workers from a generator of its own, not from that of the model."""
     loader.generator = torch.Generator()
@@ -113,9 +193,11 @@ def to_channels_last(model: M) -> M:
 class CPUSyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of the images of all processes together."""
 
+    process_group = None  # as torch's SyncBatchNorm has it: all processes
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(B, C, height, width)``; the batch may differ in size between processes."""
-        return _normalize(self, x) if self.training else super().forward(x)
+        return normalize_together(self, x) if self.training else super().forward(x)
 
 
 class CPUSyncBatchNormAct2d(BatchNormAct2d):
@@ -123,7 +205,9 @@ class CPUSyncBatchNormAct2d(BatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(B, C, height, width)``, drop, activate."""
-        activated: Tensor = self.act(self.drop(_normalize(self, x))) if self.training else super().forward(x)
+        activated: Tensor = (
+            self.act(self.drop(normalize_together(self, x))) if self.training else super().forward(x)
+        )
         return activated
 
 
@@ -140,42 +224,3 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
         # The same parameters and state, another forward: names of the state dict stay.
         module.__class__ = SYNCHRONIZED.get(type(module), type(module))
     return model
-
-
-def _normalize(norm: Any, x: Tensor) -> Tensor:
-    """Training statistics and outputs, computed in float32 at least, whatever autocast made of ``x``."""
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = _Total.apply(values.new_tensor(float(x.numel() // x.shape[1])))
-    mean = _Total.apply(values.sum((0, 2, 3))) / count
-    centered = values - mean.view(1, -1, 1, 1)
-    variance = _Total.apply(centered.square().sum((0, 2, 3))) / count
-    if norm.track_running_stats:
-        norm.num_batches_tracked += 1
-        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.detach().to(norm.running_mean), momentum)
-        unbiased = variance.detach() * (float(count) / max(float(count) - 1, 1))  # as torch has it
-        norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
-    normalized = centered * (variance + norm.eps).rsqrt().view(1, -1, 1, 1)
-    if norm.affine:
-        normalized = normalized * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
-    return normalized.to(x.dtype)
-
-
-class _Total(torch.autograd.Function):
-    """The sum over processes. Each process' loss depends on it, so its gradient is their sum, too.
-
-    ``torch.distributed.nn.functional.all_reduce`` is the same, but deprecated, and what replaces it is private
-    (torch 2.14).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        torch.distributed.all_reduce(total)
-        return total

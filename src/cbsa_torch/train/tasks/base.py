@@ -123,8 +123,11 @@ class PredictOptions(WindowOptions):
     masks: str | None = None
     """Segmenters: the folder for NAME_mask.png (coloured, with a legend) and NAME_labels.png (numbers).
     Default: predicted_masks."""
+    maps: str | None = None
+    """Slides: the folder for predictions.csv, and for NAME_map.png and NAME_map.csv, how much the class token
+    attends to every tile. Default: predicted_slides."""
     overwrite: bool = False
-    """Segmenters: replace files of these names."""
+    """Segmenters and slides: replace files of these names."""
 
 
 class Task(ABC):
@@ -153,7 +156,13 @@ class Task(ABC):
     data_name_elsewhere: ClassVar[str | None] = None
     """``data.name`` of another folder to evaluate on. Default: as in training."""
 
-    unused_options: ClassVar[frozenset[str]] = frozenset()
+    unit: ClassVar[str] = "images"
+    """What its samples are called in messages."""
+    takes_images: ClassVar[bool] = True
+    """Whether samples are images, which pages about runs show."""
+    spec_type: ClassVar[type[Any]] = InputSpec
+    """What a model is fed, as it is written to weights files."""
+    unused_options: ClassVar[frozenset[str]] = frozenset({"maps"})
     """Fields of :class:`PredictOptions` that have no effect for the task, and are refused."""
 
     def __init__(self, config: RunConfig) -> None:

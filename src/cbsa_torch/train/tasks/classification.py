@@ -102,7 +102,7 @@ class Classification(Task):
     share_title = "probability"
     one_class_per_image = True
     data_name_elsewhere = "folder"
-    unused_options = frozenset({"window", "stride", "scales", "flip", "masks", "overwrite"})
+    unused_options = frozenset({"window", "stride", "scales", "flip", "masks", "maps", "overwrite"})
 
     def check(self) -> None:
         """Refuse settings of the data that cannot work."""

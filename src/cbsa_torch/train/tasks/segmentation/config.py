@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cbsa_torch.train.config import LOCAL, WEIGHTS, DataSource, ModelConfig, RunConfig, check_rules, data_rules
+from cbsa_torch.train.config import (
+    LOCAL,
+    WEIGHTS,
+    ImageSource,
+    ModelConfig,
+    RunConfig,
+    check_rules,
+    image_rules,
+)
 
 
 @dataclass
@@ -33,7 +41,7 @@ class ScenesConfig:
 
 
 @dataclass
-class SegmentationDataConfig(DataSource):
+class SegmentationDataConfig(ImageSource):
     """The images, their masks and the augmentation."""
 
     name: str = "folder"
@@ -102,7 +110,7 @@ def check_data_config(config: SegmentationDataConfig) -> None:
     elsewhere = f"is of data.name 'folder'; {config.name!r} has its own"
     base = config.crop_size if config.base_size is None else config.base_size
     rules = [
-        *data_rules(config),
+        *image_rules(config),
         (config.crop_size >= 1, "data.crop_size must be at least 1", config.crop_size),
         (base >= 1, "data.base_size must be at least 1", base),
         (0 < config.scale[0] <= config.scale[1], "data.scale must rise above 0", config.scale),

@@ -104,7 +104,7 @@ class Segmentation(Task):
     model_kind = "image segmenter"
     own_model = "segmenter"
     one_class_per_image = False
-    unused_options = frozenset({"top"})
+    unused_options = frozenset({"top", "maps"})
 
     @classmethod
     def model_summary(cls, args: Mapping[str, Any], shown: Callable[[object], str]) -> str:

@@ -1,0 +1,262 @@
+"""The table of claims in docs/claims.md, and the plots, from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.claims import identities, judges, plots
+from benchmarks.claims.judges import Finding
+from benchmarks.estimates import markdown
+from cbsa_torch._core.files import write_atomically
+
+DOCS = Path("docs/claims.md")
+MARKERS = ("<!-- claims: begin -->", "<!-- claims: end -->")
+
+
+class Setup(NamedTuple):
+    """What was run: data and size, and the block of runs or the command."""
+
+    ran: str
+    block: str
+
+
+class Claim(NamedTuple):
+    """A statement of the paper and how it is judged."""
+
+    says: str
+    where: str
+    setup: Setup
+    judge: Callable[[], Finding | None]
+    """None: the runs are not done."""
+
+
+CIFAR = Setup("CIFAR-10 (JPEG), 45,000 images x 10 epochs, 32 x 32", "scratch")
+EMOJI = Setup("emoji64, 12 epochs, 64 x 64, 426 test drawings", "inside")
+BENCH = Setup("small models, two CPU threads", "bench")
+ADAPTED = Setup("ViT-S/14, CIFAR-10 (JPEG) at 112 x 112, 1,000 images x 3 epochs, 2,000 test images", "adapted")
+ADAPTED_COST = Setup("ViT-S/14, one thread", "adapted")
+CAMVID = Setup("CamVid, frozen ViT-S/14, 252 x 336, 233 test images", "decoders")
+DECODER_COST = Setup("one image", "decoders")
+EQUATION = Setup("random tokens, float64", "page")
+LINES = Setup("10 lines of 100 points, 1,024 steps", "compress_lines")
+COUNTED = Setup("12 layers, N = 197", "page")
+LAYER = Setup("one layer, M = P = 64", "page")
+
+
+CLAIMS = (
+    Claim(
+        "A C is the gradient of the coding rate, A held",
+        "Eq. 6, 7",
+        EQUATION,
+        judges.identity(identities.gradient),
+    ),
+    Claim(
+        "all tokens as representatives: softmax attention",
+        "Eq. 9",
+        EQUATION,
+        judges.identity(identities.softmax_attention),
+    ),
+    Claim(
+        "principal directions: linear attention",
+        "Eq. 12",
+        EQUATION,
+        judges.identity(identities.linear_attention),
+    ),
+    Claim(
+        "a fixed basis: channel attention",
+        "Eq. 13",
+        EQUATION,
+        judges.identity(identities.channel_attention),
+    ),
+    Claim(
+        "no contraction, a softmax to broadcast: agent attention",
+        "section 3.3",
+        EQUATION,
+        judges.identity(identities.agent_attention),
+    ),
+    Claim(
+        "the linear form presses noisy points onto separate lines",
+        "Fig. 4",
+        LINES,
+        judges.lines,
+    ),
+    Claim("MSSA is at least as accurate as Agent", "Table 4", CIFAR, judges.accuracy("crate", "agent")),
+    Claim("Agent is at least as accurate as CBSA", "Table 4", CIFAR, judges.accuracy("agent", "cbt")),
+    Claim("CBSA is more accurate than TSSA", "Table 4", CIFAR, judges.accuracy("cbt", "tost")),
+    Claim(
+        "CBSA needs fewer pairwise similarities than MSSA, as printed",
+        "Table 4",
+        COUNTED,
+        judges.similarities,
+    ),
+    Claim("CBSA costs less than MSSA from N > 2p on", "Table 1", LAYER, judges.crossing),
+    Claim(
+        "CBT infers faster than ViT at 512 x 512",
+        "Table 7",
+        BENCH,
+        judges.speed("naive_cbt", "vit", training=False),
+    ),
+    Claim(
+        "CBT trains faster than ViT at 512 x 512",
+        "Table 7",
+        BENCH,
+        judges.speed("naive_cbt", "vit", training=True),
+    ),
+    Claim(
+        "CBT infers faster than CRATE at 512 x 512",
+        "Table 7",
+        BENCH,
+        judges.speed("cbt", "crate", training=False),
+    ),
+    Claim(
+        "pooled first guesses are more accurate than learned ones",
+        "section 3.2",
+        CIFAR,
+        judges.accuracy("cbt", "learned"),
+    ),
+    Claim("with pooling A has its full rank", "Appendix A", CIFAR, judges.ranks("cbt")),
+    Claim("with learned first guesses A has a low rank", "Appendix A", CIFAR, judges.ranks("learned")),
+    Claim("the later half of the layers compresses", "Fig. 5", CIFAR, judges.later_half("cbt")),
+    Claim(
+        "the rates of tokens and representatives fall together (after a step of Eq. 6)",
+        "Fig. 6",
+        CIFAR,
+        judges.together("W - A C"),
+    ),
+    Claim(
+        "the same, with CBSA's output for the tokens after it",
+        "Fig. 6",
+        CIFAR,
+        judges.together("A C"),
+    ),
+    Claim("representatives are nearly as rich as all tokens", "Eq. 4", CIFAR, judges.gap),
+    Claim(
+        "a layer compresses the representatives (in more than 95 % of cases)",
+        "Eq. 6, 7",
+        CIFAR,
+        judges.compresses("cbt", "representatives"),
+    ),
+    Claim(
+        "and by that all tokens (in more than 95 % of cases)",
+        "title",
+        CIFAR,
+        judges.compresses("cbt", "tokens"),
+    ),
+    Claim("of certified steps: every one keeps its guarantee", "ours", CIFAR, judges.certified),
+    Claim(
+        "of certified steps: all tokens are compressed (in more than 95 % of cases)",
+        "ours",
+        CIFAR,
+        judges.compresses("certified", "tokens"),
+    ),
+    Claim("of certified steps: as accurate as the default", "ours", CIFAR, judges.accuracy("certified", "cbt")),
+    Claim(
+        "CBT is as accurate as a ViT with the same stem",
+        "section 4.1",
+        CIFAR,
+        judges.accuracy("cbt", "vit"),
+    ),
+    Claim(
+        "maps of the hybrid segment better than CRATE's",
+        "Tables 5, 6",
+        EMOJI,
+        judges.zero_shot("crate_cbt", "crate"),
+    ),
+    Claim("CRATE's maps segment better than CBT's", "Table 5", EMOJI, judges.zero_shot("crate", "cbt")),
+    Claim("CBT's maps segment better than ToST's", "Table 5", EMOJI, judges.zero_shot("cbt", "tost")),
+    Claim(
+        "an adapted ViT recovers the accuracy of the original, trained as long",
+        "section 4.2",
+        ADAPTED,
+        judges.recovered("cbsa", "original"),
+    ),
+    Claim(
+        "CBSA* is more accurate than CBSA-vee: contraction helps",
+        "section 4.2",
+        ADAPTED,
+        judges.recovered("cbsa", "agent"),
+    ),
+    Claim(
+        "CBSA* is more accurate than linear attention",
+        "section 4.2",
+        ADAPTED,
+        judges.recovered("cbsa", "linear"),
+    ),
+    Claim(
+        "the same, distilled from the original",
+        "section 4.2",
+        ADAPTED,
+        judges.recovered("cbsa", "linear", "distilled"),
+    ),
+    Claim("an adapted ViT takes fewer FLOPs", "Fig. 9", ADAPTED_COST, judges.adapted_cost(518, "flops", False)),
+    Claim(
+        "an adapted ViT is faster on large images",
+        "Fig. 9",
+        ADAPTED_COST,
+        judges.adapted_cost(1022, "images_per_second", True),
+    ),
+    Claim(
+        "CBSA's decoder reaches Segmenter's mean IoU", "ADE20K results", CAMVID, judges.masks("cbsa", "mhsa")
+    ),
+    Claim("and DEPICT's", "ADE20K results", CAMVID, judges.masks("cbsa", "mssa")),
+    Claim(
+        "at a fifth of Segmenter's decoder FLOPs",
+        "ADE20K results",
+        DECODER_COST,
+        judges.decoder_cost("flops", 20),
+    ),
+    Claim(
+        "at 0.06 % of its pairwise similarities",
+        "ADE20K results",
+        DECODER_COST,
+        judges.decoder_cost("similarities", 0.06),
+    ),
+    Claim(
+        "noise of 0.1 on its attention hardly changes it (at most 5 % are lost)",
+        "Fig. 8",
+        CAMVID,
+        judges.immune("cbsa", 0.1, 5),
+    ),
+    Claim(
+        "CBSA keeps more under noise of 0.1 than Segmenter's",
+        "Fig. 8",
+        CAMVID,
+        judges.keeps_more("cbsa", "mhsa", 0.1),
+    ),
+    Claim(
+        "CBSA keeps more under noise of 0.1 than DEPICT's",
+        "Fig. 8",
+        CAMVID,
+        judges.keeps_more("cbsa", "mssa", 0.1),
+    ),
+    Claim(
+        "of certified steps: the decoder reaches the default's mean IoU",
+        "ours",
+        CAMVID,
+        judges.masks("certified", "cbsa"),
+    ),
+)
+
+
+def table() -> str:
+    """The claims, a row each."""
+    rows = []
+    for number, claim in enumerate(CLAIMS, 1):
+        finding = claim.judge() or Finding("not run yet", "cannot be told")
+        rows.append(
+            [str(number), claim.says, claim.where, f"{claim.setup.ran} (`{claim.setup.block}`)", *finding]
+        )
+    return markdown(["", "claim", "paper", "what was run (block)", "figure, 95 %", "verdict"], rows)
+
+
+def write() -> None:
+    """Write the table into the page, and the plots."""
+    begin, end = MARKERS
+    before, rest = DOCS.read_text().split(begin)
+    after = rest.split(end)[1]
+    write_atomically(DOCS, f"{before}{begin}\n{table()}\n{end}{after}".encode())
+    for path in plots.write():
+        print(path)
+    print(DOCS)

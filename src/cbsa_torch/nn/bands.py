@@ -1,0 +1,112 @@
+"""Images whose rows are spread over ranks: what a model of images does at its two ends."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cbsa_torch.nn.stem import check_images
+from cbsa_torch.ops.parallel import ContextParallel, gathered, total
+
+
+class ImageBand(NamedTuple):
+    """Some rows of images, in place of whole images: those that this rank needs, see :func:`pixel_rows`."""
+
+    pixels: Tensor
+    """``(B, C, rows, width)``."""
+    height: int
+    """Of the whole images."""
+
+
+def pixel_rows(model: Any, img_size: tuple[int, int]) -> slice:
+    """The rows of images that this rank needs, with the halo of the stem; ``ImageBand`` is made of these.
+
+    Args:
+        model: what :func:`cbsa_torch.parallel.context_parallel` has prepared.
+        img_size: height and width of the whole images in pixels.
+    """
+    if getattr(model, "ranks", None) is None:
+        raise ValueError("model must be in context parallel: call context_parallel(model, mesh) first")
+    found: slice = model.stem.pixel_rows(_token_rows(model.stem, img_size, model.ranks.group), img_size[0])
+    return found
+
+
+def _token_rows(stem: Any, img_size: tuple[int, int], group: dist.ProcessGroup) -> slice:
+    """About as many rows for each rank; none for some if there are fewer rows than ranks."""
+    height, rank, size = stem.grid_size(img_size)[0], group.rank(), group.size()
+    return slice(height * rank // size, height * (rank + 1) // size)
+
+
+def embed_band(
+    stem: Any, x: Tensor | ImageBand, group: dist.ProcessGroup, num_prefix_tokens: int
+) -> tuple[Tensor, ContextParallel]:
+    """Embed this rank's rows of images, after all ranks have agreed that they can.
+
+    Returns:
+        ``(B, D, rows, width)``, and who has which tokens if the first rank has the prefix tokens, too.
+
+    Raises:
+        ValueError: on every rank, where images do not fit or differ between ranks.
+    """
+    problem, length, grid, rows, height = "", 0, (1, 1), slice(0, 0), 1
+    facts: dict[str, Any] = {}
+    pixels: Any = x.pixels if isinstance(x, ImageBand) else x
+    try:
+        check_images(pixels, stem.in_chans)
+        height = x.height if isinstance(x, ImageBand) else pixels.shape[2]
+        size = (height, pixels.shape[3])
+        grid, rows = stem.grid_size(size), _token_rows(stem, size, group)
+        needed = stem.pixel_rows(rows, height)
+        if not isinstance(x, ImageBand):
+            pixels = pixels[:, :, needed]
+        elif pixels.shape[2] != needed.stop - needed.start:
+            raise ValueError(
+                f"pixels of the ImageBand must be the rows {needed.start} to {needed.stop} of the images, "
+                f"got {pixels.shape[2]} rows"
+            )
+        length = (rows.stop - rows.start) * grid[1] + (num_prefix_tokens if group.rank() == 0 else 0)
+        facts = {"batch size": pixels.shape[0], "dtype": pixels.dtype, "mode (training)": stem.training}
+    except (ValueError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    parallel = ContextParallel.of_slice(group, length, grid_size=grid, problem=problem, **facts)
+    return stem.embed_band(pixels, rows, height, group), parallel
+
+
+def pool_over_ranks(x: Tensor, pool_type: str, num_prefix_tokens: int, group: dist.ProcessGroup) -> Tensor:
+    """One feature per image from the tokens ``(B, n, C)`` of all ranks, the same on every rank.
+
+    Args:
+        x: the tokens of this rank; prefix tokens are on the first.
+        pool_type: "token", "avg", "max" or "avgmax", as in timm.
+        num_prefix_tokens: of the model.
+        group: the ranks.
+    """
+    first = num_prefix_tokens if group.rank() == 0 else 0
+    if pool_type == "token":
+        return total(x[:, : min(first, 1)].sum(1), group)
+    grid = x[:, first:]
+    average = highest = None
+    if pool_type in ("avg", "avgmax"):
+        sums = torch.cat([grid.sum(1), grid.new_full((len(grid), 1), grid.shape[1])], 1)
+        sums = total(sums.to(torch.promote_types(x.dtype, torch.float32)), group)
+        average = (sums[:, :-1] / sums[:, -1:].detach()).to(x.dtype)
+    if pool_type in ("max", "avgmax"):
+        lowest = grid.new_full((len(grid), 1, grid.shape[2]), -torch.inf)  # for a rank without tokens
+        highest = gathered(torch.cat([grid, lowest], 1).amax(1), group).amax(0)
+    if average is None or highest is None:
+        found = highest if average is None else average
+        assert found is not None, "one of the four"
+        return found
+    return 0.5 * (average + highest)
+
+
+def drop_alike(dropout: nn.Module, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Drop the same of ``x`` on every rank: what the first rank draws."""
+    if not (dropout.training and getattr(dropout, "p", False)):
+        undropped: Tensor = dropout(x)
+        return undropped
+    drawn: Tensor = dropout(torch.ones_like(x)).detach()
+    return x * total(drawn if group.rank() == 0 else torch.zeros_like(drawn), group)

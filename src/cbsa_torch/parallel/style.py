@@ -1,0 +1,76 @@
+"""Prepare a model for context parallel."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from cbsa_torch.ops.parallel import Ranks, agree
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> M:
+    """Let the ranks of a group share the tokens of every input of ``model``; in place.
+
+    To be called on every process, before the model is wrapped (DDP, FSDP2, compile). Every rank of a group is
+    then called with the same images, whole or as :class:`ImageBand`, and gets the same logits; every rank has
+    to call backward. Each computes the whole loss, and gradients of parameters are to be averaged over the
+    ranks, as DDP and FSDP2 over all processes do. (They are to be summed where losses are shares, such as those
+    of features.)
+
+    Args:
+        model: what has a method ``set_context_parallel(ranks)``, such as
+            :class:`cbsa_torch.models.WhiteBoxTransformer`.
+        ranks: a dimension of a mesh (``mesh["cp"]``) or a process group; None: the model has all tokens again.
+
+    Raises:
+        ValueError: on every process, where a layer needs all tokens at once, or processes name groups that
+            differ.
+        TypeError: another model.
+    """
+    if not hasattr(model, "set_context_parallel"):
+        raise TypeError(
+            "model must have a method set_context_parallel, as WhiteBoxTransformer has; "
+            f"got {type(model).__name__}"
+        )
+    if ranks is None:
+        model.set_context_parallel(None)  # type: ignore[operator]
+        return model
+    group = _group_of(ranks)
+    groups = agree(None, dist.get_process_group_ranks(group))
+    for rank, members in enumerate(groups):
+        differing = {other: groups[other] for other in members if groups[other] != members}
+        if differing:
+            raise ValueError(
+                f"ranks must be the same group on all its processes: {members} on process {rank}, "
+                f"but {differing}"
+            )
+    model.set_context_parallel(Ranks(group))  # type: ignore[operator]
+    return model
+
+
+def _group_of(ranks: Any) -> dist.ProcessGroup:
+    if isinstance(ranks, DeviceMesh):
+        if ranks.ndim != 1:
+            raise ValueError(f"ranks must be one dimension of a mesh, such as mesh['cp'], got {ranks}")
+        return ranks.get_group()
+    if not isinstance(ranks, dist.ProcessGroup):
+        raise TypeError(
+            f"ranks must be a DeviceMesh or a process group that this process is in, got {type(ranks).__name__}"
+        )
+    return ranks
+
+
+class ContextParallelStyle(ParallelStyle):
+    """:func:`context_parallel` as a style of ``torch.distributed.tensor.parallel.parallelize_module``.
+
+    ``parallelize_module(model, mesh["cp"], ContextParallelStyle())``
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return context_parallel(module, device_mesh)

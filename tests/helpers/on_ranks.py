@@ -1,0 +1,434 @@
+"""Checks that several processes make together, each on its slice of the tokens: the ``main`` of processes.run."""
+
+import contextlib
+import copy
+import datetime
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from cbsa_torch import ops
+from cbsa_torch.models import WhiteBoxTransformer
+from cbsa_torch.nn import CBSA, MSSA, TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.parallel import (
+    ContextParallel,
+    ContextParallelStyle,
+    ImageBand,
+    context_parallel,
+    pixel_rows,
+)
+from cbsa_torch.train.engine.accelerate import synchronize_batch_norm
+from tests.helpers.compare import assert_close
+
+DIM, HEADS, GRID, PREFIX = 12, 3, (7, 5), 2
+N = PREFIX + GRID[0] * GRID[1]
+
+
+def main(names):
+    """Make the checks of these names, one after the other, in one group of processes."""
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    for name in names:
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        globals()[f"check_{name}"](dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def mixers():
+    pool = partial(CBSA, DIM, HEADS, num_representatives=6)
+    return {
+        "softmax": pool(),
+        "exact": pool(contraction="exact", eps=0.8),
+        "none": pool(contraction="none"),
+        "separate": pool(qkv="separate"),
+        "scale norm": pool(scale_norm=True, norm_layer=torch.nn.LayerNorm),
+        "official": pool(layout="official", num_prefix_tokens=PREFIX),
+        "as many as tokens": CBSA(DIM, HEADS, num_representatives=64),
+        "recomputed": pool(recompute=True),
+        "tiled": pool(impl="tiled"),
+        "tiled separate": pool(impl="tiled", qkv="separate"),
+        "certified": pool(step="certified"),
+        "certified tiled": pool(step="certified", impl="tiled"),
+        "certified learned": pool(step="certified", representatives="learned"),
+        "learned": pool(representatives="learned"),
+        "agent": AgentAttention(DIM, HEADS, num_representatives=6),
+        "agent shared": AgentAttention(DIM, HEADS, num_representatives=6, qkv="shared"),
+        "linear": LinearCBSA(DIM, HEADS),
+        "linear eigh sum": LinearCBSA(DIM, HEADS, solver="eigh", average=False),
+        "tssa": TSSA(DIM, HEADS),
+        "channel": TSSA(DIM, HEADS, form="channel"),
+        "channel sum": TSSA(DIM, HEADS, form="channel", average=False),
+    }
+
+
+def partitions(size):
+    """Ways to spread N tokens: about equal, ragged, and with empty ranks."""
+    equal = [N * (i + 1) // size - N * i // size for i in range(size)]
+    ragged = [1, *[3] * (size - 2), N - 1 - 3 * (size - 2)]
+    return [tuple(equal), tuple(ragged), (*[0] * (size - 1), N), (N, *[0] * (size - 1))]
+
+
+def masks():
+    """None, and one with an item without real tokens, a prefix token that is masked, and a ragged border."""
+    real = torch.rand(3, N) > 0.3
+    real[0, PREFIX + 20 :] = False
+    real[1] = False
+    return [None, real]
+
+
+def differentiated(module, x, cotangent, *args, **kwargs):
+    """Output, gradient of the input, and of every parameter by name."""
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    out = module(x, *args, **kwargs)
+    out.backward(cotangent)
+    return out.detach(), x.grad, {name: p.grad for name, p in module.named_parameters()}
+
+
+def close(actual, expected, tolerance):
+    """assert_close of tensors that may be empty."""
+    assert actual.shape == expected.shape
+    if actual.numel():
+        assert_close(actual, expected, tolerance)
+
+
+def summed(gradient):
+    total = gradient.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def check_mixers(group):
+    """Outputs and all gradients are those of one process."""
+    torch.set_default_dtype(torch.float64)
+    for name, mixer in mixers().items():
+        for mask in masks():
+            x, cotangent = torch.randn(3, N, DIM), torch.randn(3, N, DIM)
+            if mask is not None:
+                x = x.masked_fill(~mask[..., None], float("nan"))
+            expected = differentiated(mixer, x, cotangent, GRID, mask)
+            for lengths in partitions(group.size()):
+                assert_as_one(name, mixer, expected, x, cotangent, mask, lengths, group, grid_size=GRID)
+
+
+def assert_as_one(name, module, expected, x, cotangent, mask, lengths, group, **given):
+    parallel = ContextParallel(group, lengths)
+    here = slice(parallel.start, parallel.start + parallel.length)
+    own = None if mask is None else mask[:, here]
+    actual = differentiated(module, x[:, here], cotangent[:, here], token_mask=own, parallel=parallel, **given)
+    with note(f"{name} on {lengths}, rank {parallel.rank}, {'no ' if mask is None else ''}mask"):
+        for own, whole in zip(actual[:2], expected[:2], strict=True):
+            close(own, whole[:, here], 1e-10)
+        for parameter, gradient in expected[2].items():
+            assert_close(summed(actual[2][parameter]), gradient, 1e-10)
+
+
+@contextlib.contextmanager
+def note(text):
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{text}: {error}") from error
+
+
+def check_compiled(group):
+    """A mixer compiles as a whole, exchanges and all."""
+    torch.set_default_dtype(torch.float64)
+    mixer = mixers()["softmax"]
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    parallel = ContextParallel(group, partitions(group.size())[0])
+    x = torch.randn(2, parallel.length, DIM)
+    expected, actual = (
+        differentiated(m, x, torch.ones_like(x), GRID, parallel=parallel) for m in (mixer, compiled)
+    )
+    assert_close(actual[0], expected[0], 1e-12)
+    assert_close(actual[1], expected[1], 1e-12)
+
+
+def check_coordinates(group):
+    """Cells are those of all tokens."""
+    torch.set_default_dtype(torch.float64)
+    for name in ("softmax", "certified", "agent"):
+        mixer = mixers()[name]
+        x, cotangent = torch.randn(2, N, DIM), torch.randn(2, N, DIM)
+        coords = torch.rand(2, N - PREFIX, 2)
+        expected = differentiated(mixer, x, cotangent, coords=coords)
+        for lengths in partitions(group.size()):
+            assert_as_one(name, mixer, expected, x, cotangent, None, lengths, group, coords=coords)
+
+
+def check_operator(group):
+    """What layers do not use: a fresh softmax to broadcast, keys of another length, a 1-D and a 3-D grid."""
+    torch.set_default_dtype(torch.float64)
+    lengths = partitions(group.size())[1]
+    parallel = ContextParallel(group, lengths)
+    here = slice(parallel.start, parallel.start + parallel.length)
+    b, h, p, m = 2, 2, 3, 4
+    tokens, rep = torch.randn(b, h, N, p), torch.randn(b, h, m, p)
+    for options in ({}, {"contraction": "exact"}, {"broadcast": "softmax"}):
+        real = torch.rand(b, N) > 0.4
+        real[1] = False
+        mask = {"token_mask": real}
+        expected = ops.cbsa(tokens, rep, step_representatives=0.7, **options, **mask)
+        own = {"token_mask": real[:, here], "parallel": parallel}
+        actual = ops.cbsa(tokens[:, :, here], rep, step_representatives=0.7, **options, **own)
+        close(actual, expected[:, :, here], 1e-12)
+    count = ContextParallel(group, tuple(24 if r == 1 else 0 for r in range(group.size())))
+    keys = torch.randn(b, h, 24, p)
+    part = keys[:, :, 12 * (parallel.rank) : 12 * (parallel.rank + 1)]  # ranks 2, 3: none
+    rows = tokens[:, :, :24]
+    expected = ops.cbsa(rows, rep, keys=keys, broadcast="softmax")
+    own = rows if parallel.rank == 1 else rows[:, :, :0]
+    actual = ops.cbsa(own, rep, keys=part, broadcast="softmax", parallel=count)
+    close(actual, expected if parallel.rank == 1 else expected[:, :, :0], 1e-12)
+    for grid in ((N,), (3, 2, 6)):
+        for number in (5, 1, 1000):
+            size = torch.Size(grid).numel()
+            expected = ops.pool_representatives(tokens[:, :, N - size :], grid, number)
+            first = {"num_prefix_tokens": N - size, "parallel": parallel}
+            actual = ops.pool_representatives(tokens[:, :, here], grid, number, **first)
+            close(actual.values, expected.values, 1e-12)
+
+
+def whitebox(**options):
+    mixer = options.pop("mixer", partial(CBSA, num_representatives=4))
+    sizes = {"img_size": (64, 48), "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return WhiteBoxTransformer(**{**sizes, "mixer": mixer, **options})
+
+
+def models():
+    """Models, and sizes of images that they get: such that a rank of four has nothing, among others."""
+    return {
+        "conv": (whitebox(), (70, 52)),
+        "conv of few rows": (whitebox(), (33, 48)),
+        "stride 1": (whitebox(patch_size=1, img_size=7), (7, 5)),
+        "average": (whitebox(patch_size=8, global_pool="avg"), (30, 41)),
+        "maximum": (whitebox(patch_size=2, global_pool="avgmax"), (11, 9)),
+        "linear stem": (whitebox(stem="linear"), (80, 48)),
+        "certified": (whitebox(mixer=partial(CBSA, num_representatives=4, step="certified")), (64, 48)),
+        "mlp, mixed": (whitebox(mlp_ratio=2.0, mixer=[TSSA, LinearCBSA]), (64, 48)),
+    }
+
+
+def check_models(group):
+    """Logits, all gradients and batch norm's statistics are those of one process that has the whole image."""
+    torch.set_default_dtype(torch.float64)
+    rank, size = group.rank(), group.size()
+    for name, (model, img_size) in models().items():
+        for training in (True, False):
+            model.train(training).set_grad_checkpointing(name == "conv")
+            state = {key: value.clone() for key, value in model.state_dict().items()}
+            images, cotangent = torch.randn(2, 3, *img_size), torch.randn(2, 3)
+            context_parallel(model, None)
+            expected = differentiated(model, images, cotangent)
+            statistics = {key: value.clone() for key, value in model.state_dict().items()}
+            model.load_state_dict(state)
+            context_parallel(model, group)
+            actual = differentiated(model, images, cotangent)
+            with note(f"{name}, rank {rank}, training {training}"):
+                close(actual[0], expected[0], 1e-10)
+                close(summed(actual[1]) / size, expected[1], 1e-10)
+                for parameter, gradient in expected[2].items():
+                    with note(parameter):
+                        close(summed(actual[2][parameter]) / size, gradient, 1e-10)
+                for key, value in statistics.items():
+                    close(model.state_dict()[key].double(), value.double(), 1e-10)
+                rows = pixel_rows(model, img_size)
+                band = ImageBand(images[:, :, rows], img_size[0])
+                model.load_state_dict(state)
+                assert torch.equal(model(band), actual[0])
+                _, features = model.forward_intermediates(images)
+                assert sum(counts(features[0].shape[2], size)) == model.stem.grid_size(img_size)[0]
+
+
+def counts(own, size):
+    told = [None] * size
+    dist.all_gather_object(told, own)
+    return told
+
+
+# ---- what is exchanged
+
+
+@contextlib.contextmanager
+def counted():
+    """The numbers that this rank contributes to each exchange, in order."""
+    found, originals = [], {}
+
+    def count(name, position):
+        original = originals[name] = getattr(dist, name)
+
+        def wrapped(*args, **kwargs):
+            found.append(args[position].numel())
+            return original(*args, **kwargs)
+
+        setattr(dist, name, wrapped)
+
+    count("all_reduce", 0)
+    count("all_gather", 1)
+    count("all_gather_object", 1)
+    try:
+        yield found
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def check_exchanges(group):
+    """Their number and size, which are independent of N."""
+    b, m = 3, 6
+    c, h, p = DIM, HEADS, DIM // HEADS
+    most = {  # numbers per item: forward, backward
+        "softmax": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "separate": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "tiled": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "exact": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "learned": ([m * (c + h)], [m * (c + h)]),
+        "certified": ([m * c, m * (c + h) + 2 * h * m * m], [m * (c + h), m * c]),
+        "agent": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "linear": ([c * p], [c * p]),
+        "tssa": ([c, c + h], [c + h, c]),
+        "channel": ([c], [c]),
+    }
+    for name, (forward, backward) in most.items():
+        mixer = mixers()[name]
+        for grid in ((7, 5), (14, 10), (70, 50)):
+            n = PREFIX + grid[0] * grid[1]
+            size = group.size()
+            parallel = ContextParallel(group, tuple(n * (i + 1) // size - n * i // size for i in range(size)))
+            x = torch.randn(b, parallel.length, DIM, requires_grad=True)
+            with counted() as sizes:
+                out = mixer(x, grid, parallel=parallel)
+            assert sizes == [b * count for count in forward], name
+            with counted() as sizes:
+                out.sum().backward()
+            assert sizes == [b * count for count in backward], name
+            mask = torch.ones(b, parallel.length, dtype=torch.bool)
+            with counted() as sizes, torch.no_grad():
+                mixer(x, grid, token_mask=mask, parallel=parallel)
+            assert len(sizes) <= 3
+
+
+# ---- errors on every rank
+
+
+def check_errors(group):
+    """Whatever is wrong on one rank or all, every rank raises."""
+    rank, size = group.rank(), group.size()
+    model = whitebox()
+    for build, text in (
+        (partial(whitebox, mixer=partial(CBSA, representatives="tokens")), "AllTokens.* need all tokens"),
+        (partial(whitebox, mixer=MSSA), "MSSA compares every token with every other; use CBSA"),
+    ):
+        with pytest.raises(ValueError, match=rf"blocks.0.attn: parallel must be None.*{text}"):
+            context_parallel(build(), group)
+    with pytest.raises(TypeError, match="set_context_parallel"):
+        context_parallel(torch.nn.Linear(2, 2), group)
+    with pytest.raises(TypeError, match="ranks must be a DeviceMesh or a process group"):
+        context_parallel(model, [0, 1])
+    alone = dist.new_group([1])
+    with pytest.raises(ValueError, match="ranks must be the same group on all its processes"):
+        context_parallel(model, alone if rank == 1 else group)
+    context_parallel(model, group)
+    with pytest.raises(ValueError, match="batch size must be the same on every rank"):
+        model(torch.randn(1 + (rank == 1), 3, 64, 48))
+    with pytest.raises(ValueError, match="grid_size must be the same on every rank"):
+        model(torch.randn(1, 3, 64 + 16 * rank, 48))
+    with pytest.raises(ValueError, match="rank 1: .*pixels of the ImageBand must be the rows"):
+        rows = pixel_rows(model, (64, 48))
+        pixels = torch.randn(1, 3, 64, 48)[:, :, rows]
+        model(ImageBand(pixels[:, :, 1:] if rank == 1 else pixels, 64))
+    with pytest.raises(ValueError, match="rank 0: .*images must have"):
+        model(torch.randn(1, 1 if rank == 0 else 3, 64, 48))
+    with pytest.raises(TypeError, match="cannot be pickled; save its state_dict"):
+        pickle.dumps(model)
+    assert copy.deepcopy(model).ranks is model.ranks
+    assert model(torch.randn(1, 3, 64, 48)).shape == (1, 3)  # and all goes on
+
+    with pytest.raises(ValueError, match="grid_size must be the same on every rank"):
+        ContextParallel.of_slice(group, 4, grid_size=(4, 2 + rank))
+    assert ContextParallel.of_slice(group, 4 + rank, grid_size=(4, 2)).lengths == tuple(
+        4 + r for r in range(size)
+    )
+    for lengths in ((1,) * (size + 1), (0,) * size, (-1,) * size, (1.0,) * size):
+        with pytest.raises(ValueError, match="lengths must hold the tokens of each"):
+            ContextParallel(group, lengths)
+    parallel = ContextParallel(group, (3,) * size)
+    x = torch.randn(1, 3, DIM)
+    with pytest.raises(ValueError, match="x must hold the 3 tokens"):
+        mixers()["softmax"](x[:, 1:], (size, 3), parallel=parallel)
+    with pytest.raises(ValueError, match="grid_size"):
+        mixers()["softmax"](x, (size, 4), parallel=parallel)
+    with pytest.raises(ValueError, match="grid_size .or coords. is needed"):
+        mixers()["softmax"](x, parallel=parallel)
+    with pytest.raises(ValueError, match="not a feature map"):
+        mixers()["softmax"](torch.randn(1, DIM, 3, 1), parallel=parallel)
+    with pytest.raises(ValueError, match="use 'tiled' or 'eager' with parallel"):
+        CBSA(DIM, HEADS, impl="triton")(x, (size, 3), parallel=parallel)
+    heads = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="parallel must be None beside cu_seqlens"):
+        cu = torch.tensor([0, 3])
+        ops.cbsa(heads, heads, cu_seqlens=cu, cu_representatives=cu, parallel=parallel)
+    with pytest.raises(ValueError, match="num_prefix_tokens must be 0 without parallel"):
+        ops.pool_representatives(heads, (3,), 2, num_prefix_tokens=1)
+    with pytest.raises(ValueError, match="no parallel"):
+        CBSA(DIM, HEADS).stages(x, (size, 3), parallel=parallel)
+
+
+# ---- training
+
+
+def trained(model, images, labels, optimizer):
+    losses = []
+    for i in range(5):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images[i]), labels[i])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def check_training(group):
+    """Five steps with data and context parallel, in DDP and FSDP2, are those of one process."""
+    size = group.size()
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "cp"))
+    replicas, replica = size // 2, mesh["dp"].get_local_rank()
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        torch.set_default_dtype(dtype)
+        for wrap in (DistributedDataParallel, sharded):
+            torch.manual_seed(1)
+            model = whitebox()
+            alone = copy.deepcopy(model)
+            images, labels = torch.randn(5, 4, 3, 64, 48), torch.randint(3, (5, 4))
+            expected = trained(alone, images, labels, torch.optim.SGD(alone.parameters(), 0.1))
+            if replicas > 1:  # batch norm then sees the images of all replicas
+                synchronize_batch_norm(model, torch.device("cpu"))
+            wrapped = wrap(parallelize_module(model, mesh["cp"], ContextParallelStyle()))
+            own = slice(4 * replica // replicas, 4 * (replica + 1) // replicas)
+            optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+            losses = trained(wrapped, images[:, own], labels[:, own], optimizer)
+            assert_close(summed(losses) / size, expected, tolerance)
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def check_dropout(group):
+    """What is dropped of the feature is the same on every rank, whatever their seeds."""
+    model = context_parallel(whitebox(drop_rate=0.5, pos_drop_rate=0.1), group)
+    torch.manual_seed(group.rank())
+    logits = model(torch.ones(8, 3, 64, 48))
+    assert all(torch.equal(logits, other) for other in counts(logits.detach(), group.size()))
+    assert not torch.equal(logits[0], logits[1])

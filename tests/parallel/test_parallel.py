@@ -1,0 +1,18 @@
+"""Several processes that share the tokens against one that has them all."""
+
+import pytest
+
+from tests.helpers import on_ranks, processes
+
+
+@pytest.mark.parametrize(
+    ("ranks", "checks"),
+    [
+        (2, "models training dropout coordinates compiled"),
+        (3, "mixers operator exchanges errors"),
+        (4, "models errors training"),
+    ],
+)
+def test_ranks_that_share_tokens_equal_one_process(ranks, checks):
+    result = processes.run(ranks, *checks.split(), main=on_ranks.main, timeout=100)
+    assert result.returncode == 0, result.stderr
