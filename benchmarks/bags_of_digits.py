@@ -55,8 +55,9 @@ def _ours(mixer: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-    "cbsa": ("CBSA, free step", _ours("cbsa", step="free")),
-    "certified": ("CBSA, certified step (default)", _ours("cbsa")),
+    "cbsa": ("CBSA", _ours("cbsa")),
+    "free": ("CBSA, free step", _ours("cbsa", step="free")),
+    "certified": ("CBSA, certified step", _ours("cbsa", step="certified")),
     "agent": ("agent attention", _ours("agent", qkv="shared")),
     "gated": ("gated attention MIL (Ilse et al. 2018)", lambda: GatedAttentionMIL(IN_DIM, 2, DIM)),
     "mean": ("mean pooling", lambda: MeanPooling(IN_DIM, 2, DIM)),

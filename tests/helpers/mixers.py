@@ -75,6 +75,7 @@ MIXERS = {
     "cbsa orthogonal": pooling(orthogonal=True),
     "cbsa tied orthogonal": pooling(tied=True, orthogonal=True, contraction="exact", eps=0.8),
     "cbsa tied orthogonal certified": pooling(step="certified"),
+    "cbsa relative": pooling(step="relative"),
     "cbsa tied orthogonal certified learned": pooling(step="certified", representatives="learned"),
     "cbsa learned": pooling(representatives="learned"),
     "cbsa tokens": of(CBSA, representatives="tokens"),

@@ -63,7 +63,10 @@ def test_every_mixer_is_recorded_in_its_subspaces(name):
         contributions = record.stages.broadcast_attention @ record.stages.contracted
         step = record.stages.step[..., None, None]
         assert_close(record.stages.output, step * contributions, 1e-10)
-        assert record.step_tokens is None or (record.stages.step == record.step_tokens).all()
+        if record.step_tokens is not None:
+            m, n = record.stages.attention.shape[2:]
+            unit = n / m if model[0].step == "relative" else 1
+            assert (record.stages.step == unit * record.step_tokens).all()
     for step in ("step_tokens", "step_representatives"):
         copy, parameter = getattr(record, step), getattr(model[0], step, None)
         assert (copy is None) == (parameter is None)

@@ -183,9 +183,12 @@ def test_tridents_call():
     torch.testing.assert_close(encoder(batch), embedding)
 
 
-@pytest.mark.parametrize(("step", "left"), [({}, (0.5, 2)), ({"step": "free"}, (0, 1 / 32))])
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [({}, (0.5, 2)), ({"step": "certified"}, (0.5, 2)), ({"step": "free"}, (0, 1 / 32))],
+)
 def test_what_reaches_the_class_token_does_not_shrink_with_the_set(step, left):
-    """A free step moves a token by about M / N; the certified one, the default, has a limit that grows with N."""
+    """A free step moves a token by about M / N; the default's is in N / M, and the certified limit grows so."""
     torch.manual_seed(0)
     model = TokenSetTransformer(6, dim=16, depth=1, num_heads=2, num_representatives=4, **step).double()
     layer = model.blocks[0].attn

@@ -23,7 +23,7 @@ class LayerCertificate:
     name: str
     """The layer's name in the model."""
     step: str
-    """``"certified"`` or ``"free"``."""
+    """``"certified"``, ``"free"`` or ``"relative"``."""
     broken: str | None
     """Why the theorem does not apply to a certified step here (its bases are not orthonormal, or the layer puts
     out something else than its step, in any image and head); None if it does, and of a free step."""

@@ -106,7 +106,7 @@ class _Measured:
         self.stream = None
         assert record.stages is not None, "of CBSA layers"
         weights = record.stages.broadcast_attention
-        if layer.step == "free":
+        if layer.step != "certified":
             weights = _all_weights(layer, layer.heads(*args, **kwargs))  # in autocast, as the layer itself
         with no_autocast(output):
             step = self._in_heads(output)

@@ -75,10 +75,8 @@ class TokenSetTransformer(nn.Module):
         recompute: keep only the input of every layer for the backward pass, N * dim numbers, and compute the
             rest again there.
         device, dtype: of the parameters.
-        **mixer_args: of the mixer, e.g. ``num_representatives``. CBSA has ``step="certified"`` here unless
-            told otherwise: the weights of N tokens in a representative add up to 1, so that a free step, of
-            any learned size, moves each token by about M / N, and little reaches the class token of a large
-            set. The limit of the certified step grows with N.
+        **mixer_args: of the mixer, e.g. ``num_representatives``. CBSA has ``step="relative"`` here unless told
+            otherwise: with a free step little reaches the class token of a large set.
 
     Shape:
         ``(B, N, in_dim)`` -> ``(B, num_classes)``, or, with ``cu_seqlens``, ``(1, N_1 + ... + N_B, in_dim)`` ->
@@ -127,7 +125,7 @@ class TokenSetTransformer(nn.Module):
             check_choice("mixer", mixer, tuple(MIXERS))
             mixer = MIXERS[mixer]
         if mixer is CBSA:
-            mixer_args = {"step": "certified", **mixer_args}
+            mixer_args = {"step": "relative", **mixer_args}
         if not callable(mixer):
             raise TypeError(f"mixer must be a name or a constructor, got {mixer!r}")
         self.in_dim = in_dim
@@ -390,7 +388,7 @@ _FAMILIES = {
 }
 """By the part of the name: mixer, its options, arguments of the model."""
 _SUMMARIES = {
-    "cbt": "sets of features: CBSA with the certified step (Eq. 7)",
+    "cbt": "sets of features: CBSA (Eq. 8) with steps in tokens per representative",
     "agent": "sets of features: agent attention with one shared projection",
     "linear_cbt": "sets of features: linear attention along principal directions (Eq. 12)",
     "tost": "sets of features: TSSA",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, exact_eps
@@ -58,11 +59,13 @@ class CBSA(TokenMixer):
             ``"principal"`` (principal directions: with the exact contraction, linear attention (12)),
             ``"basis"`` (the standard basis: channel attention (13)), or a function or module of your own: see
             :mod:`cbsa_torch.nn.representatives`.
-        step: ``"free"``: kappa is learned, any sign. ``"certified"``: for every input and in every head, the
-            coding rate of the representatives provably does not rise, see
-            :func:`cbsa_torch.ops.certified_cbsa`. That needs ``contraction="exact"``, ``tied`` and
-            ``orthogonal``, which are then the defaults, and refuses what would break it (``proj_drop``,
-            ``scale_norm``, ``qkv="separate"``). Autocast has no effect on such a layer.
+        step: ``"free"``: kappa is learned, any sign. ``"relative"``: kappa is learned in units of N / M, tokens
+            per representative, of every item. The weights of N tokens in a representative add up to 1, so that
+            a free step moves a token by about M / N; this one moves it as far in sets of any size.
+            ``"certified"``: for every input and in every head, the coding rate of the representatives provably
+            does not rise, see :func:`cbsa_torch.ops.certified_cbsa`. That needs ``contraction="exact"``,
+            ``tied`` and ``orthogonal``, which are then the defaults, and refuses what would break it
+            (``proj_drop``, ``scale_norm``, ``qkv="separate"``). Autocast has no effect on such a layer.
         contraction: ``"softmax"`` (Eq. 8), ``"exact"`` (Eq. 7), ``"none"``. Default: ``"softmax"``, of a
             certified step ``"exact"``.
         tied: project out by the transpose of the input projection (CBSA-dagger). Default: False, of a
@@ -155,7 +158,7 @@ class CBSA(TokenMixer):
 
     def project(self, source: MixerInput) -> Heads:
         """Into the subspaces; for a certified step by bases that autocast does not round."""
-        if self.step == "free" or not is_autocast(source.x):
+        if self.step != "certified" or not is_autocast(source.x):
             return super().project(source)
         with no_autocast(source.x):
             assert self.step_logit is not None, "of certified steps"
@@ -164,20 +167,25 @@ class CBSA(TokenMixer):
 
     def _represent(self, heads: Heads) -> Representatives:
         """First guesses; for a certified step without autocast in what a strategy does, either."""
-        if self.step == "free":
+        if self.step != "certified":
             return super()._represent(heads)
         with no_autocast(heads.queries):
             return super()._represent(heads)
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.cbsa` or, for a certified step, :func:`cbsa_torch.ops.certified_cbsa`."""
-        return run(self._inputs(heads), self.impl)
+        inputs = self._inputs(heads)
+        mixed = run(inputs, self.impl)
+        if self.step == "relative":
+            mixed = mixed * _tokens_per_representative(inputs).to(mixed.dtype)[:, None, None, None]
+        return mixed
 
     def mix_and_project(self, heads: Heads) -> Tensor:
         """Hand the output projection to the operator where nothing comes between."""
         between = not isinstance(self.norm, nn.Identity) or bool(call_changes(self.norm))
+        between = between or self.step == "relative"
         if between or not (self.proj is None or is_plain_linear(self.proj)):
-            if self.step == "free":
+            if self.step != "certified":
                 return super().mix_and_project(heads)
             with no_autocast(heads.queries):
                 return super().mix_and_project(heads)
@@ -192,13 +200,20 @@ class CBSA(TokenMixer):
 
     def stages_in(self, heads: Heads) -> CBSAStages:
         """:meth:`stages` from the tokens in their subspaces, see :meth:`heads`."""
-        return cbsa_stages(self._inputs(heads))
+        inputs = self._inputs(heads)
+        stages = cbsa_stages(inputs)
+        if self.step == "relative":
+            length = _tokens_per_representative(inputs).to(stages.output.dtype)
+            stages = stages._replace(
+                output=stages.output * length[:, None, None, None], step=stages.step * length[:, None]
+            )
+        return stages
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count making the representatives, extraction, contraction, the limit of a step, and broadcast."""
         chosen = self._represent(heads)
         n, m = heads.queries.shape[2], chosen.values.shape[2]
-        grams = 0 if self.step == "free" else 1 if chosen.token_weights is None else 2
+        grams = 0 if self.step != "certified" else 1 if chosen.token_weights is None else 2
         sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim}
         extracted = self.step_representatives is not None
         counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, grams=grams, **sizes)
@@ -214,6 +229,10 @@ class CBSA(TokenMixer):
                 f"got {'none' if chosen.attention is None else 'one'}"
             )
         parallel = heads.source.parallel
+        if self.step == "relative" and parallel is not None:
+            raise ValueError(
+                "step must be 'free' or 'certified' for tokens spread over processes, got 'relative'"
+            )
         if self.step_logit is not None:
             eta = 1.0 if self.step_representatives is None else self.step_representatives
             return certified_inputs(
@@ -252,6 +271,18 @@ class CBSA(TokenMixer):
         eps = f", eps={self.eps}" if self.contraction == "exact" else ""
         step = "" if self.step == "free" else f", step={self.step!r}"
         return f"{super().extra_repr()}{step}, contraction={self.contraction!r}{eps}, layout={self.layout!r}"
+
+
+def _tokens_per_representative(inputs: CBSAInputs) -> Tensor:
+    """N / M of each item, of those that are real: ``(B,)`` float32."""
+    b, _, m, _ = inputs.representatives.shape
+
+    def count(mask: Tensor | None, number: int) -> Tensor:
+        if mask is None:
+            return inputs.keys.new_full((b,), float(number), dtype=torch.float32)
+        return mask.sum(-1).float()
+
+    return count(inputs.token_mask, inputs.keys.shape[2]) / count(inputs.representative_mask, m).clamp(min=1)
 
 
 def _check_certified(options: dict[str, Any], impl: Impl) -> None:
