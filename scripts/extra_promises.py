@@ -144,6 +144,22 @@ def adapting() -> None:
     assert segmenter(images).shape == (1, 3, 32, 32)
 
 
+# ---- streaming
+
+
+def streaming() -> None:
+    """An image is streamed from an array, with a map and its picture."""
+    import numpy as np
+    import timm
+
+    model = timm.create_model("cbt_pico_patch1_8", **SMALL).eval()
+    image = np.random.default_rng(0).random((12, 9), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        result = cbsa_torch.streaming.stream(model, image, f"{folder}/out", results=["logits", "map"])
+        assert result.files["picture"].exists()
+    torch.testing.assert_close(result.logits, model(torch.from_numpy(image)[None, None]))
+
+
 # ---- interpret
 
 
@@ -260,10 +276,11 @@ MODELS = (families, checkpoints, counting, adapting)
 PROMISES: dict[str, tuple[Callable[[], None], ...]] = {
     "base": (torch_alone, without_models, without_interpret, without_train),
     "models": (*MODELS, without_interpret, without_train),
+    "streaming": (streaming, *MODELS, without_interpret, without_train),
     "interpret": (looking_inside, without_timm, without_models, without_train),
-    "train": (commands, helps, plot_without_interpret, *MODELS, without_interpret),
+    "train": (commands, helps, plot_without_interpret, streaming, *MODELS, without_interpret),
     "slides": (slides, pages, commands, *MODELS),
-    "all": (slides, pages, commands, helps, looking_inside, *MODELS),
+    "all": (slides, pages, commands, helps, looking_inside, streaming, *MODELS),
 }
 
 

@@ -31,6 +31,7 @@ LAYERS = {
     "parallel": Layer("nn ops _core"),
     "images": Layer("_core", "numpy PIL"),
     "models": Layer("nn ops _core", "timm safetensors huggingface_hub"),
+    "streaming": Layer("models nn ops _core", "numpy PIL timm safetensors huggingface_hub"),
     "interpret": Layer("images nn ops _core", "numpy PIL matplotlib jinja2"),
     "bench": Layer("models nn ops _core", "timm matplotlib nystrom_attention"),
     "train": Layer(
@@ -38,7 +39,7 @@ LAYERS = {
         "numpy PIL timm safetensors huggingface_hub torchvision accelerate torchmetrics sklearn scipy yaml rich tyro h5py",
     ),
     "cli": Layer(
-        "bench train interpret images models nn ops _core",
+        "bench train streaming interpret images models nn ops _core",
         "numpy PIL timm safetensors yaml rich tyro matplotlib",
     ),
 }
@@ -120,7 +121,10 @@ def distribution_names(modules):
 
 @pytest.mark.parametrize(
     ("extra", "package"),
-    [("models", "models"), ("interpret", "interpret"), ("train", "train"), ("all", "bench"), ("all", "cli")],
+    [
+        *(("models", "models"), ("streaming", "streaming"), ("interpret", "interpret"), ("train", "train")),
+        *(("all", "bench"), ("all", "cli")),
+    ],
 )
 def test_an_extra_declares_what_its_package_imports(extra, package):
     layers = [package, *LAYERS[package].below.split()]

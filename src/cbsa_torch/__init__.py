@@ -1,8 +1,8 @@
 """cbsa_torch: interpretable, linear-time attention for PyTorch.
 
-The functions (``ops``) and layers (``nn``) need torch alone. ``models``, ``interpret``, ``train`` and
-``adapt_vit`` are imported when they are first used; if a package that they need is missing, an ImportError
-names the extra to install.
+The functions (``ops``) and layers (``nn``) need torch alone. ``models``, ``streaming``, ``interpret``,
+``train`` and ``adapt_vit`` are imported when they are first used; if a package that they need is missing, an
+ImportError names the extra to install.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cbsa_torch import nn, ops
 from cbsa_torch._version import __version__
 from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
 
-_LAZY = ("interpret", "models", "train")
+_LAZY = ("interpret", "models", "streaming", "train")
 _FROM_MODELS = ("adapt_vit",)
 
 

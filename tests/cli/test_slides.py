@@ -69,6 +69,8 @@ def test_commands_that_are_of_images_say_so(run, capsys):
     assert "masks has no effect for the task 'slides'" in capsys.readouterr().err
     assert main(["predict", "--checkpoint", str(run / "run"), str(run / "a.h5")]) == 1
     assert "a.h5" in capsys.readouterr().err
+    assert main(["predict", "--checkpoint", str(run / "run"), "--stream", "a.npy"]) == 1
+    assert "is a TokenSetTransformer, which takes slides" in capsys.readouterr().err
 
 
 def test_eval(run, capsys):

@@ -6,6 +6,7 @@ import importlib.util
 
 EXTRAS = {
     "models": ("timm", "safetensors", "huggingface_hub"),
+    "streaming": ("timm", "safetensors", "huggingface_hub", "numpy", "PIL"),
     "interpret": ("matplotlib", "jinja2", "numpy", "PIL"),
     "train": ("timm", "accelerate", "torchmetrics", "sklearn", "tensorboard", "tyro", "rich", "yaml"),
     "slides": ("h5py",),

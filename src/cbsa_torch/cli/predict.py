@@ -12,13 +12,15 @@ import tyro
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.cli.options import OtherOptions, SizeOptions, open_on, parse, with_data
+from cbsa_torch.cli.streamed import StreamOptions
+from cbsa_torch.cli.streamed import predict as predict_streamed
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.tasks.base import Prediction, PredictOptions, Trained
 
 
 @dataclass
-class _PredictArgs(OtherOptions, SizeOptions, PredictOptions):
+class _PredictArgs(StreamOptions, OtherOptions, SizeOptions, PredictOptions):
     """Classify or segment image files, or classify slides."""
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -37,11 +39,20 @@ class _PredictArgs(OtherOptions, SizeOptions, PredictOptions):
 def run(args: list[str]) -> None:
     """Classify or segment image files, or classify slides."""
     options = parse(_PredictArgs, args, "predict")
-    if not options.images:
+    if not options.images and options.stream is None:
         raise ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
+    if options.images and options.stream is not None:
+        raise ConfigError(f"give image files or --stream, which is one image, not both: {options.images[0]}")
     trained = open_on(options.checkpoint, options)
     if "config" in trained.info and (options.root, options.data) != (None, None):
         raise ConfigError(f"{options.checkpoint} says its classes: leave out --root and --data")
+    if options.stream is not None:
+        if options.changes():
+            raise ConfigError(
+                "--native and --max-image-tokens are not for --stream, which takes the image as it is"
+            )
+        _tell(trained, [predict_streamed(trained.fused(), options.stream, options)], options)
+        return
     trained = with_data(trained, options.changes())
     if not trained.task.takes_images:
         _predict_slides(trained, options)

@@ -74,9 +74,20 @@ class WhiteBoxBlock(nn.Module):
     ) -> Tensor:
         """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
         normed = self.norm1(x)
-        update = self.attn(normed, grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
-        x = (normed if self.residual == "norm" else x) + update
-        del normed, update  # of long sequences, half of what would be held while ISTA runs
+        x = self._add(
+            x, normed, self.attn(normed, grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
+        )
+        del normed  # of long sequences, half of what would be held while ISTA runs
+        return self._feed_forward(x)
+
+    def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
+        """What :meth:`forward` makes of x, norm1(x) and attn(norm1(x))."""
+        return self._feed_forward(self._add(x, normed, update))
+
+    def _add(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
+        return (normed if self.residual == "norm" else x) + update
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return self.ista(self.norm2(x))
 
 
@@ -127,6 +138,13 @@ class ResidualBlock(nn.Module):
     ) -> Tensor:
         """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
         x = x + self.attn(self.norm1(x), grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
+        return self._feed_forward(x)
+
+    def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
+        """What :meth:`forward` makes of x, norm1(x) and attn(norm1(x))."""
+        return self._feed_forward(x + update)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.norm2(x))
 
 

@@ -392,7 +392,11 @@ class TokenMixer(TokenReader, abc.ABC):
 
     def mix_and_project(self, heads: Heads) -> Tensor:
         """:meth:`mix`, and out of the subspaces: ``(B, N, C)``. A mixer may do both at once."""
-        joined = self.norm(self.mix(heads).transpose(1, 2).flatten(2))  # (B, N, H * P)
+        return self.project_out(self.mix(heads), heads)
+
+    def project_out(self, mixed: Tensor, heads: Heads) -> Tensor:
+        """``(B, H, N, P)`` that :meth:`mix` makes of ``heads``, out of the subspaces: ``(B, N, C)``."""
+        joined = self.norm(mixed.transpose(1, 2).flatten(2))  # (B, N, H * P)
         if self.proj is not None:
             return self.proj(joined)
         assert heads.basis is not None, "projections are tied"

@@ -64,15 +64,18 @@ def linear_cbsa(
             gram = total(gram, parallel.group)
         if average:
             gram = gram / count
-        if solver == "eigh":
-            kernel = _SpectralFilter.apply(gram)
-        else:
-            identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-            # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
-            factor, failed = torch.linalg.cholesky_ex(identity + gram)
-            kernel = torch.cholesky_solve(identity.expand_as(gram), factor)
-            kernel = kernel.masked_fill((failed != 0)[..., None, None], float("nan"))
-        return (w @ kernel).to(tokens.dtype)
+        return (w @ spectral_filter(gram, solver)).to(tokens.dtype)
+
+
+def spectral_filter(gram: Tensor, solver: LinearSolver) -> Tensor:
+    """(I + G)^-1 of G = W^T W / eps^2, ``(B, H, P, P)``."""
+    if solver == "eigh":
+        return _SpectralFilter.apply(gram)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
+    factor, failed = torch.linalg.cholesky_ex(identity + gram)
+    kernel = torch.cholesky_solve(identity.expand_as(gram), factor)
+    return kernel.masked_fill((failed != 0)[..., None, None], float("nan"))
 
 
 class _SpectralFilter(torch.autograd.Function):

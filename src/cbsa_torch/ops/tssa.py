@@ -18,7 +18,7 @@ from cbsa_torch.ops.parallel import ContextParallel, total
 
 _NORM_FLOOR = 1e-12
 """Smallest norm of a channel over the tokens, as in torch's ``normalize``."""
-_MEMBERSHIP_FLOOR = 1e-8
+MEMBERSHIP_FLOOR = 1e-8
 """Added to a head's summed memberships, as in the official code."""
 
 
@@ -102,13 +102,13 @@ def tssa(
         energy = squares.sum(-2, keepdim=True)
         if parallel is not None:
             energy = total(energy, parallel.group)
-        membership = _memberships(squares, energy, temperature, token_mask)  # (B, H, N)
+        membership = memberships(squares, energy, temperature, token_mask)  # (B, H, N)
         if parallel is None:
             moment = _shares(membership)[..., None, :] @ squares  # (B, H, 1, P)
         else:
             sums = torch.cat([membership[..., None, :] @ squares, membership.sum(-1)[..., None, None]], -1)
             sums = total(sums, parallel.group)
-            moment = sums[..., :-1] / (sums[..., -1:] + _MEMBERSHIP_FLOOR)
+            moment = sums[..., :-1] / (sums[..., -1:] + MEMBERSHIP_FLOOR)
         return (-w * membership[..., None] / (1 + moment)).to(tokens.dtype)
 
 
@@ -122,14 +122,14 @@ def tssa_memberships(
     with no_autocast(tokens):
         w, _ = real_tokens(tokens, token_mask, compute_dtype(tokens.dtype))
         squares = w.square()
-        membership = _memberships(squares, squares.sum(-2, keepdim=True), temperature, token_mask)
+        membership = memberships(squares, squares.sum(-2, keepdim=True), temperature, token_mask)
         return membership, _shares(membership)
 
 
-def _memberships(
-    squares: Tensor, energy: Tensor, temperature: Tensor | float, token_mask: Tensor | None
+def memberships(
+    squares: Tensor, energy: Tensor, temperature: Tensor | float, token_mask: Tensor | None = None
 ) -> Tensor:
-    """Pi ``(B, H, N)`` from the squares ``(B, H, N, P)`` and their sum over all tokens ``(B, H, 1, P)``."""
+    """Pi of :func:`tssa`, ``(B, H, N)``, from W^2 ``(B, H, N, P)`` and its sum over tokens ``(B, H, 1, P)``."""
     if isinstance(temperature, Tensor):
         temperature = temperature.to(squares.dtype)[:, None]  # (H, 1)
     share = squares / energy.clamp(min=_NORM_FLOOR**2)
@@ -138,4 +138,4 @@ def _memberships(
 
 
 def _shares(membership: Tensor) -> Tensor:
-    return membership / (membership.sum(-1, keepdim=True) + _MEMBERSHIP_FLOOR)
+    return membership / (membership.sum(-1, keepdim=True) + MEMBERSHIP_FLOOR)

@@ -267,7 +267,7 @@ def test_tiles_agree_with_the_equations(kind, grid, sizes, prefix, masked, keep,
 @pytest.mark.parametrize("kind", ["pool", "learned", "weights"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_of_both_orders_with_the_limit_held(kind, masked, monkeypatch):
-    for module in ("reference", "driver"):
+    for module in ("reference", "certified"):
         held = lambda gram, own: gram.new_full(gram.shape[:2], 0.7)  # noqa: E731
         monkeypatch.setattr(sys.modules[f"cbsa_torch.ops.cbsa.{module}"], "limit", held)
     monkeypatch.setattr(tiles, "TILE", 3)

@@ -191,10 +191,13 @@ class MaskTransformerDecoder(nn.Module):
         for layer in self.layers:
             x = layer(x, (height, width))
         x = self.norm(x)
-        similarity = self.similarity(x[:, self.num_classes :], x[:, : self.num_classes])  # (B, h * w, K)
-        masks = self.mask_norm(similarity.to(self.class_embed.dtype)).transpose(1, 2)
+        masks = self.masks(x[:, self.num_classes :], x[:, : self.num_classes]).transpose(1, 2)
         masks = masks.reshape(b, self.num_classes, height, width)
         return masks if size is None else F.interpolate(masks, size=size, mode="bilinear")
+
+    def masks(self, patches: Tensor, classes: Tensor) -> Tensor:
+        """Logits ``(B, N, K)`` of ``(B, N, dim)`` patches and ``(B, K, dim)`` classes, both after the norm."""
+        return self.mask_norm(self.similarity(patches, classes).to(self.class_embed.dtype))
 
 
 class DecoderLayer(nn.Module):
@@ -235,7 +238,10 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, grid_size: GridSize) -> Tensor:
         """Transform ``(B, N, dim)`` tokens, prefix tokens first; same shape."""
         normed = self.norm(x)
-        update = self.attn(normed, grid_size)
+        return self.apply_update(x, normed, self.attn(normed, grid_size))
+
+    def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
+        """What :meth:`forward` makes of x, norm(x) and attn(norm(x))."""
         update = update if self.step is None else self.step * update
         return (normed if self.residual == "norm" else x) + update
 

@@ -76,3 +76,17 @@ class RunningGram:
         if cross is not None and self.cross is not None:
             self.cross = self.cross * before + cross * now
         self.lse = total
+
+    def limit(self, eta: Tensor, of_pi: Tensor | None = None) -> Tensor:
+        """The longest certified step ``(B, H)`` for B = Pi + eta A, of all that was added.
+
+        Args:
+            eta: ``(H, 1, 1)``.
+            of_pi: Pi Pi^T ``(1 or B, 1, M, M)``; None without Pi.
+        """
+        assert self.own is not None, "tokens were added"
+        total = eta.square() * self.own
+        if of_pi is not None and self.cross is not None:
+            cross = eta * self.cross
+            total = total + cross + cross.mT + of_pi
+        return limit(total, self.own)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import CellPooling, Cells, GridPooling
-from cbsa_torch.ops.cbsa.certified import RunningGram, limit
+from cbsa_torch.ops.cbsa.certified import RunningGram
 from cbsa_torch.ops.cbsa.contraction import contract, linearized
 from cbsa_torch.ops.cbsa.tiles import Tiles
 from cbsa_torch.ops.masking import zero_rows
@@ -275,12 +275,11 @@ def _limit(gram: RunningGram, eta: Tensor, problem: Problem, group: slice) -> Te
     if problem.key_mask is not None:
         some = problem.key_mask[group].any(-1, keepdim=True)  # (B, 1)
         real = some.expand(-1, gram.own.shape[2]) if real is None else real & some
-    own = gram.own if real is None else zero_rows(zero_rows(gram.own, real).mT, real)
-    total, weights = eta.square() * own, _token_weights(problem, group)
-    if weights is not None and gram.cross is not None:
-        cross = eta * zero_rows(gram.cross, real)
-        total = total + cross + cross.mT + gram_of_weights(weights, own)
-    return limit(total, own)
+    if real is not None:
+        gram.own = zero_rows(zero_rows(gram.own, real).mT, real)
+        gram.cross = None if gram.cross is None else zero_rows(gram.cross, real)
+    weights = _token_weights(problem, group)
+    return gram.limit(eta, None if weights is None else gram_of_weights(weights, gram.own))
 
 
 def _parts(

@@ -25,6 +25,11 @@ KEEP = 2**23
 them again: 32 MiB in float32, about what a last-level cache holds."""
 
 
+def log_sum_exp(logits: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """That of ``logits`` over the last axis, from their softmax: the largest weight is exp(max S - l)."""
+    return logits.amax(-1).to(dtype) - weights.amax(-1).to(dtype).log_()
+
+
 class Tiles:
     """The passes over the tokens of a few items.
 
@@ -84,8 +89,7 @@ class Tiles:
             parts.append(weights @ values)
             lse = None
             if len(self.places) > 1:
-                # exp(max S - l) is the largest weight, and no less than 1 / T
-                lse = logits.amax(-1) - weights.amax(-1).log_()
+                lse = log_sum_exp(logits, weights, logits.dtype)
                 lses.append(lse)
             if gram is not None:
                 gram.add(weights, lse, place)

@@ -6,12 +6,19 @@ markup, ``:cat:`` no emoji) and control characters as escapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -75,3 +82,27 @@ class Reporter:
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield progress.track(batches, total=total, description=readable(label))
+
+    @contextmanager
+    def work(self) -> Iterator[Callable[[float, float, str], None] | None]:
+        """Show a bar that vanishes when done; yields what advances it, None where nothing is shown.
+
+        That is called with the work done, all work, and what is being done.
+        """
+        if not self.console.is_terminal or self.console.quiet:
+            yield None
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+
+            def advance(done: float, total: float, label: str) -> None:
+                if not progress.tasks:  # begun where an earlier process ended, so that the time left is right
+                    progress.add_task(readable(label), total=total, completed=int(done))
+                progress.update(progress.task_ids[0], completed=done, description=readable(label))
+
+            yield advance

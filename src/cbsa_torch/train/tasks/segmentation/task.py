@@ -84,7 +84,8 @@ class MaskPrediction(NamedTuple):
     mask: str | None = None
     """A picture: the image, the coloured mask, and a legend."""
     labels: str | None = None
-    """A grey PNG of the image's size whose values are the labels; 16 bits from 257 classes on."""
+    """A grey PNG of the image's size whose values are the labels, 16 bits from 257 classes on; of a streamed
+    image an array of NumPy."""
     error: str | None = None
 
     def class_shares(self) -> list[tuple[str, float]]:
