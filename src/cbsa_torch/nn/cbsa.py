@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, exact_eps
 from cbsa_torch._core.linear import call_changes, is_plain_linear
-from cbsa_torch._core.precision import is_autocast, no_autocast
+from cbsa_torch._core.precision import compute_dtype, is_autocast, no_autocast
 from cbsa_torch._core.types import (
     CONTRACTIONS,
     IMPLS,
@@ -274,13 +273,14 @@ class CBSA(TokenMixer):
 
 
 def _tokens_per_representative(inputs: CBSAInputs) -> Tensor:
-    """N / M of each item, of those that are real: ``(B,)`` float32."""
+    """N / M of each item, of those that are real: ``(B,)``, float32 or better."""
     b, _, m, _ = inputs.representatives.shape
+    dtype = compute_dtype(inputs.keys.dtype)
 
     def count(mask: Tensor | None, number: int) -> Tensor:
         if mask is None:
-            return inputs.keys.new_full((b,), float(number), dtype=torch.float32)
-        return mask.sum(-1).float()
+            return inputs.keys.new_full((b,), float(number), dtype=dtype)
+        return mask.sum(-1).to(dtype)
 
     return count(inputs.token_mask, inputs.keys.shape[2]) / count(inputs.representative_mask, m).clamp(min=1)
 
