@@ -42,10 +42,10 @@ def _train(config, fatal, counted):
         events.pass_one()
         return result
 
-    def killed_loss(logits, targets, label_smoothing=0.0):
+    def killed_loss(logits, targets, *options):
         if logits.requires_grad:
             events.pass_one()
-        return loss(logits, targets, label_smoothing)
+        return loss(logits, targets, *options)
 
     files.os.fsync = killed_fsync
     Path.replace = killed_replace

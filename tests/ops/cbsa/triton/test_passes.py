@@ -23,6 +23,8 @@ HALVES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 TOLERANCE_EXACT = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 EPS = 0.5
+NOTHING = (None,) * 6
+"""For projection, bias, and the weights of first guesses: a matrix or cells."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/conftest.py turns the interpreter on
 
 
@@ -66,7 +68,7 @@ def by_kernels(contraction="softmax", key_mask=None, representative_mask=None):
         steps = step_representatives, step_tokens
         masks = key_mask, representative_mask
         return cbsa_op(
-            representatives, keys, values, *steps, *masks, None, None, None, contraction, scale, EPS, "triton"
+            representatives, keys, values, *steps, *masks, *NOTHING, contraction, scale, EPS, "triton"
         )[0]
 
     return f
@@ -195,7 +197,7 @@ def test_layouts(dtype):
     values = torch.randn(2, 2, 20, 40).to(dtype).mT
     learned = torch.randn(2, 7, 20).to(dtype).requires_grad_()
     steps = torch.ones(2), torch.ones(2)
-    function, options = by_kernels(), (None, None, None, "softmax", 20**-0.5, EPS, "triton")
+    function, options = by_kernels(), (*NOTHING, "softmax", 20**-0.5, EPS, "triton")
     output = cbsa_op(learned.expand(2, -1, -1, -1), keys, values, *steps, None, None, *options)[0]
     (found,) = torch.autograd.grad(output.sum(), learned)
     assert output.transpose(1, 2).is_contiguous()
@@ -269,7 +271,7 @@ def test_operators_keep_their_contracts():
     """Fake tensors, aliasing, autograd; and what is returned is what ``tiled`` returns."""
     tensors = problem(b=1, h=1, n=9, m=3, p=4, separate=True)
     leaves = [None if t is None else t.requires_grad_() for t in tensors.values()]
-    mask, options = torch.ones(1, 9, dtype=torch.bool), (None,) * 4 + ("softmax", 0.5, EPS)
+    mask, options = torch.ones(1, 9, dtype=torch.bool), (None, *NOTHING, "softmax", 0.5, EPS)
     arguments = (*leaves, mask, *options, "triton")
     torch.library.opcheck(cbsa_op, arguments)
     returned, expected = cbsa_op(*arguments), cbsa_op(*leaves, mask, *options, "tiled")
