@@ -152,6 +152,9 @@ def streaming() -> None:
     import numpy as np
     import timm
 
+    import cbsa_torch.models
+    import cbsa_torch.streaming
+
     model = timm.create_model("cbt_pico_patch1_8", **SMALL).eval()
     image = np.random.default_rng(0).random((12, 9), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
