@@ -18,7 +18,7 @@ from cbsa_torch._core.checks import check_floating
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops.coordinates import Coordinates, check_coords
-from cbsa_torch.ops.packing import Rows, group_rows, join_rows, read_cu_seqlens, take_rows
+from cbsa_torch.ops.packing import Rows, group_rows, join_rows, read_cu_seqlens, split_rows
 from cbsa_torch.ops.pooling import check_grid
 
 
@@ -95,14 +95,18 @@ class Packing:
                 )
         own = [max(n - (prefix or 0), 0) for n in self.lengths]  # with coordinates
         starts = [0, *itertools.accumulate(own)]
-        self.groups = []
-        for alike in group_rows(ends, starts, device=cu_seqlens.device, keys=grids):
-            count, (length, located) = len(alike.members), alike.lengths
-            places = None
-            if coords is not None:
-                rows = take_rows(coords, alike.rows[1])
-                places = Coordinates(rows.view(count, located, coords.shape[1]))
-            self.groups.append(Group(count, length, alike.rows[0], grids[alike.members[0]], places))
+        found = group_rows(ends, starts, device=cu_seqlens.device, keys=grids)
+        places: list[Coordinates | None] = [None] * len(found)
+        if coords is not None and found:
+            parts = split_rows(coords, [alike.rows[1] for alike in found])
+            places = [
+                Coordinates(part.view(len(alike.members), alike.lengths[1], coords.shape[1]))
+                for part, alike in zip(parts, found, strict=True)
+            ]
+        self.groups = [
+            Group(len(alike.members), alike.lengths[0], alike.rows[0], grids[alike.members[0]], place)
+            for alike, place in zip(found, places, strict=True)
+        ]
 
     def _read_coords(self, coords: Tensor, num_prefix_tokens: int | None) -> tuple[Tensor, int]:
         if isinstance(coords, Tensor) and coords.ndim == 3 and coords.shape[0] == 1:
@@ -123,15 +127,21 @@ class Packing:
 
     def split(self, heads: Heads) -> Iterator[tuple[Group, Heads]]:
         """The heads ``(1, H, tokens, P)`` of the row as dense batches, whose source has their tokens alone."""
-        for group in self.groups:
-            parts: dict[int, Tensor] = {}
-            for part in (heads.queries, heads.keys, heads.values):
-                if id(part) not in parts:
-                    taken = take_rows(part[0].transpose(0, 1), group.rows)  # (tokens, H, P)
-                    parts[id(part)] = taken.unflatten(0, (group.size, group.length)).transpose(1, 2)
-            queries, keys, values = (parts[id(part)] for part in (heads.queries, heads.keys, heads.values))
-            x = take_rows(heads.source.x[0], group.rows).unflatten(0, (group.size, group.length))
-            yield group, Heads(heads.source._replace(x=x), queries, keys, values, heads.basis)
+        parts: dict[int, list[Tensor]] = {}
+        for part in (heads.queries, heads.keys, heads.values):
+            if id(part) not in parts:
+                parts[id(part)] = [rows.transpose(1, 2) for rows in self._batches(part[0].transpose(0, 1))]
+        split = (parts[id(part)] for part in (heads.queries, heads.keys, heads.values))
+        for group, x, *each in zip(self.groups, self._batches(heads.source.x[0]), *split, strict=True):
+            yield group, Heads(heads.source._replace(x=x), *each, heads.basis)
+
+    def _batches(self, row: Tensor) -> list[Tensor]:
+        """The groups' ``(size, length, ...)`` of a row ``(tokens, ...)``."""
+        parts = split_rows(row, [group.rows for group in self.groups]) if self.groups else []
+        return [
+            part.unflatten(0, (group.size, group.length))
+            for part, group in zip(parts, self.groups, strict=True)
+        ]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The row ``(tokens, C)`` of the groups' ``(size, length, C)``."""

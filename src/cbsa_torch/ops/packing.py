@@ -61,9 +61,12 @@ def group_rows(*ends: Sequence[int], device: torch.device, keys: Sequence[Any] |
     ]
 
 
-def take_rows(table: Tensor, rows: Rows) -> Tensor:
-    """Some rows of a table; a view if they follow each other."""
-    return table[rows] if isinstance(rows, slice) else table.index_select(0, rows.to(table.device))
+def split_rows(table: Tensor, rows: Sequence[Rows]) -> list[Tensor]:
+    """Parts of a table, at once: slices taken one by one would each have a gradient as large as the table."""
+    numbers = _numbers(rows, table.device)
+    if not _in_order(rows) or sum(map(len, numbers)) != len(table):
+        table = table.index_select(0, torch.cat(numbers))
+    return list(table.split([len(part) for part in numbers]))
 
 
 def join_rows(parts: Sequence[Tensor], rows: Sequence[Rows]) -> Tensor:
@@ -71,12 +74,21 @@ def join_rows(parts: Sequence[Tensor], rows: Sequence[Rows]) -> Tensor:
     if len(parts) == 1:  # a group that is alone is a slice of everything
         return parts[0]
     joined = torch.cat(list(parts))
-    if all(isinstance(r, slice) for r in rows):
-        starts = [r.start for r in rows if isinstance(r, slice)]
-        if starts == sorted(starts):
-            return joined
-    device = joined.device
-    numbers = [
-        torch.arange(r.start, r.stop, device=device) if isinstance(r, slice) else r.to(device) for r in rows
+    return (
+        joined
+        if _in_order(rows)
+        else joined.index_select(0, torch.cat(_numbers(rows, joined.device)).argsort())
+    )
+
+
+def _in_order(rows: Sequence[Rows]) -> bool:
+    """Whether all are slices, one after the other."""
+    starts = [part.start for part in rows if isinstance(part, slice)]
+    return len(starts) == len(rows) and starts == sorted(starts)
+
+
+def _numbers(rows: Sequence[Rows], device: torch.device) -> list[Tensor]:
+    return [
+        torch.arange(part.start, part.stop, device=device) if isinstance(part, slice) else part.to(device)
+        for part in rows
     ]
-    return joined.index_select(0, torch.cat(numbers).argsort())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.checks import check_shape
-from cbsa_torch.ops.packing import group_rows, join_rows, read_cu_seqlens, take_rows
+from cbsa_torch.ops.packing import group_rows, join_rows, read_cu_seqlens, split_rows
 
 
 @torch.compiler.disable
@@ -41,28 +41,31 @@ def run_packed(
             f"cu_representatives must be of the {len(ends) - 1} sequences of cu_seqlens, got {len(marks) - 1}"
         )
     tables = {"tokens": tokens, "representatives": representatives, **others}
-    rows: dict[str, Tensor | None] = {}
     for name, table in tables.items():
         last, cu = (marks[-1], "cu_representatives") if name == "representatives" else (ends[-1], "cu_seqlens")
         if table is not None:
             check_shape(name, table, (1, None, None, None), f"(1, H, rows, P) beside {cu}")
             if table.shape[2] != last:
                 raise ValueError(f"{cu} must end at the rows of {name} ({table.shape[2]}), got {last}")
-        rows[name] = None if table is None else table[0].transpose(0, 1)  # (rows, H, P)
-    parts, places = [], []
-    for group in group_rows(ends, marks, device=tokens.device):
-        if not group.lengths[1]:
-            raise ValueError("cu_representatives must give every sequence with tokens a representative")
-        given = {}
-        for name, table in rows.items():
-            at, n = (
-                (group.rows[1], group.lengths[1])
-                if name == "representatives"
-                else (group.rows[0], group.lengths[0])
-            )
-            given[name] = None if table is None else take_rows(table, at).unflatten(0, (-1, n)).transpose(1, 2)
-        parts.append(
-            operator(given.pop("tokens"), given.pop("representatives"), **given).transpose(1, 2).flatten(0, 1)
-        )
-        places.append(group.rows[0])
-    return join_rows(parts, places).transpose(0, 1)[None] if parts else torch.zeros_like(tokens)
+    groups = group_rows(ends, marks, device=tokens.device)
+    if any(not group.lengths[1] for group in groups):
+        raise ValueError("cu_representatives must give every sequence with tokens a representative")
+    if not groups:
+        return torch.zeros_like(tokens)
+    batches: dict[str, list[Tensor | None]] = {}
+    for name, table in tables.items():
+        which = 1 if name == "representatives" else 0
+        if table is None:
+            batches[name] = [None] * len(groups)
+            continue
+        parts = split_rows(table[0].transpose(0, 1), [group.rows[which] for group in groups])  # (rows, H, P)
+        batches[name] = [
+            part.unflatten(0, (-1, group.lengths[which])).transpose(1, 2)
+            for part, group in zip(parts, groups, strict=True)
+        ]
+    outputs = []
+    for number in range(len(groups)):
+        given = {name: batch[number] for name, batch in batches.items()}
+        mixed = operator(given.pop("tokens"), given.pop("representatives"), **given)
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))
+    return join_rows(outputs, [group.rows[0] for group in groups]).transpose(0, 1)[None]
