@@ -216,26 +216,3 @@ def test_certified_rates_mark_what_is_guaranteed():
     lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
     assert lines == {"before": [[2, 9], [3, 9]], "after": [[2, 7], [3, 5]], "guaranteed: at most": [[2, 8]]}
     assert [line.get_ydata().tolist() for line in right.lines] == [[81, 81], [72, 72]]
-
-
-def test_tiles_are_drawn_at_their_places():
-    """On a lattice of four columns and three rows with two holes, from far away; two tiles share a place."""
-    places = torch.tensor(
-        [[0, 0], [1, 0], [3, 0], [0, 1], [1, 1], [2, 1], [3, 1], [0, 2], [1, 2], [3, 2], [3, 2]]
-    )
-    coords, values = 512 * places + torch.tensor([90_000, 7_000]), torch.arange(11.0)
-    for tile_size in (512.0, None):  # None: by the nearest neighbours
-        axis, _ = plots.coordinate_map(coords, values, tile_size, title="a < b").axes
-        (image,) = axis.images
-        shown = np.ma.filled(image.get_array(), np.nan)
-        expected = [[0, 1, np.nan, 2], [3, 4, 5, 6], [7, 8, np.nan, 9.5]]
-        np.testing.assert_array_equal(shown, expected)
-        assert image.get_extent() == [90_000, 90_000 + 4 * 512, 7_000 + 3 * 512, 7_000]
-    assert plots.coordinate_map(coords[:1], values[:1]).axes[0].images[0].get_array().shape == (1, 1)
-    for bad, message in (
-        ((coords[:, :1], values), r"coords must have shape \(N, 2\)"),
-        ((coords, values[1:]), r"values must have shape \(11,\)"),
-        ((coords, values / 0), "must be finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plots.coordinate_map(*bad)

@@ -12,7 +12,7 @@ import torch
 from cbsa_torch import CBSA
 from cbsa_torch.interpret import capture, cls_attention_maps
 from cbsa_torch.nn import MHSA, MSSA, TSSA
-from cbsa_torch.streaming import StreamError, parse_bytes, run, stream
+from cbsa_torch.streaming import StreamError, run, stream
 from tests.helpers.memory import Largest
 from tests.helpers.streaming import MEAN, MIXERS, STD, as_batch, classifier, image, segmenter
 
@@ -321,14 +321,6 @@ def test_results_of_others_are_not_replaced(tmp_path):
     (tmp_path / "out" / "logits.npy").write_bytes(b"mine")
     with pytest.raises(StreamError, match=r"logits\.npy is there already"):
         stream(classifier(), image(20, 20), tmp_path / "out")
-
-
-def test_texts_of_bytes():
-    texts = ("1", 7, "2 GiB", "2GiB", "500MB", "1.5KiB", "3tb")
-    assert [parse_bytes(text) for text in texts] == [1, 7, 2**31, 2**31, 5 * 10**8, 1536, 3 * 10**12]
-    for text in ("", "0", "-1", "2 XB", "GiB", True):
-        with pytest.raises(ValueError, match="memory must be"):
-            parse_bytes(text)
 
 
 # ---- within the budget

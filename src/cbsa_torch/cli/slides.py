@@ -12,7 +12,8 @@ import torch
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.interpret import capture, token_attention
-from cbsa_torch.interpret.plots import coordinate_map, to_png
+from cbsa_torch.interpret.plots import to_png
+from cbsa_torch.interpret.tile_maps import coordinate_map
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.tasks.base import Trained
 from cbsa_torch.train.tasks.classification import ClassPrediction

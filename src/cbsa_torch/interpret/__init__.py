@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from cbsa_torch.interpret.pages.compare import ComparedRun, compare
     from cbsa_torch.interpret.pages.maps import Pictures
     from cbsa_torch.interpret.pages.report import report
-    from cbsa_torch.interpret.plots import coordinate_map, overlay
+    from cbsa_torch.interpret.plots import overlay
+    from cbsa_torch.interpret.tile_maps import coordinate_map
     from cbsa_torch.interpret.zero_shot import ZeroShot, zero_shot_iou
 
 __all__ = [
@@ -99,7 +100,7 @@ __all__ = [
     "zero_shot_iou",
 ]
 
-_NEED_EXTRA = ("foreground", "plots", "zero_shot", "pages.maps", "pages.report", "pages.compare")
+_NEED_EXTRA = ("foreground", "plots", "tile_maps", "zero_shot", "pages.maps", "pages.report", "pages.compare")
 """Modules whose names in ``__all__`` are imported at first use."""
 
 

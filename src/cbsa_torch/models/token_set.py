@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cbsa_torch._core.checks import check_bool, check_choice, check_floating, check_mask, check_positive_int
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.types import Residual
+from cbsa_torch.models.head import HeadedTransformer, check_num_classes
 from cbsa_torch.models.registry import FAMILIES, Family, build_entry, mixer_options
 from cbsa_torch.models.whitebox import ISTA_DEFAULT, Mixer
 from cbsa_torch.nn import (
@@ -48,7 +49,7 @@ FOURIER_SCALE = 8.0
 """Standard deviation of the random frequencies of ``positions="fourier"``, in the same unit."""
 
 
-class TokenSetTransformer(nn.Module):
+class TokenSetTransformer(HeadedTransformer):
     """White-box layers over a set of features at coordinates: a bag of tiles to one embedding, and to logits.
 
     A linear layer and a norm embed the features, the code of their coordinates is added, a class token is put
@@ -108,7 +109,7 @@ class TokenSetTransformer(nn.Module):
         super().__init__()
         for name, value in (("in_dim", in_dim), ("dim", dim), ("depth", depth), ("coord_dim", coord_dim)):
             check_positive_int(name, value)
-        _check_num_classes(num_classes)
+        check_num_classes(num_classes)
         check_choice("positions", positions, POSITIONS)
         check_bool("recompute", recompute)
         if coord_dim > 3:
@@ -161,7 +162,7 @@ class TokenSetTransformer(nn.Module):
             self.blocks.append(block)
         self.norm = nn.LayerNorm(dim, **factory_kwargs)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = self._make_head(num_classes)
+        self.head: nn.Module = self.make_head(num_classes)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -181,27 +182,13 @@ class TokenSetTransformer(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Set ``recompute``."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one for ``num_classes`` (0: none); the class token stays what is read."""
-        _check_num_classes(num_classes)
+        check_num_classes(num_classes)
         if global_pool not in (None, "token"):
             raise ValueError(f"global_pool must be 'token', got {global_pool!r}")
         self.num_classes = num_classes
-        self.head = self._make_head(num_classes)
-
-    def _make_head(self, num_classes: int) -> nn.Module:
-        if num_classes == 0:
-            return nn.Identity()
-        like = self.cls_token
-        return nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+        self.head = self.make_head(num_classes)
 
     @property
     def needs_coords(self) -> bool:
@@ -373,11 +360,6 @@ def _in_box(coords: Tensor, token_mask: Tensor | None) -> Tensor:
     side = (high - low).amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     placed = ((wide - low) / side).float()
     return placed if token_mask is None else placed.masked_fill(padding, 0.0)
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-        raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")
 
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}

@@ -20,6 +20,7 @@ from cbsa_torch._core.checks import check_choice, check_positive_int, check_side
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import GridSize, Residual
+from cbsa_torch.models.head import HeadedTransformer, check_num_classes
 from cbsa_torch.models.packed_images import PackedImages, split_map
 from cbsa_torch.models.resize import resize
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, TokenMixer, WhiteBoxBlock
@@ -36,7 +37,7 @@ GLOBAL_POOLS = ("token", "avg", "max", "avgmax", "")
 OUTPUT_FORMATS = ("NCHW", "NLC")
 
 
-class WhiteBoxTransformer(nn.Module):
+class WhiteBoxTransformer(HeadedTransformer):
     """Contract-and-Broadcast Transformer and its relatives (paper, section 4; CRATE's architecture).
 
     Args:
@@ -91,7 +92,7 @@ class WhiteBoxTransformer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive_int("depth", depth)
-        _check_num_classes(num_classes)
+        check_num_classes(num_classes)
         if not callable(mixer) and not isinstance(mixer, (list, tuple)):
             raise TypeError(f"mixer must be a constructor or a sequence of them, got {mixer!r}")
         check_choice("global_pool", global_pool, GLOBAL_POOLS)
@@ -134,7 +135,7 @@ class WhiteBoxTransformer(nn.Module):
         ]
         self.norm: nn.Module = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = self._make_head(num_classes)
+        self.head: nn.Module = self.make_head(num_classes)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -156,28 +157,14 @@ class WhiteBoxTransformer(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in the backward pass instead of storing their activations."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one for ``num_classes`` (0: none)."""
-        _check_num_classes(num_classes)
+        check_num_classes(num_classes)
         if global_pool is not None:
             check_choice("global_pool", global_pool, GLOBAL_POOLS)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        self.head = self._make_head(num_classes)
-
-    def _make_head(self, num_classes: int) -> nn.Module:
-        if num_classes == 0:
-            return nn.Identity()
-        like = self.cls_token
-        return nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+        self.head = self.make_head(num_classes)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None
@@ -396,8 +383,3 @@ class _Embedded(NamedTuple):
             return self.packed.split_maps(x, output_fmt)
         assert self.grid_size is not None, "a batch"
         return split_map(x, self.num_prefix_tokens, self.grid_size, output_fmt)
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-        raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")

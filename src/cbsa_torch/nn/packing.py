@@ -131,9 +131,12 @@ class Packing:
         for part in (heads.queries, heads.keys, heads.values):
             if id(part) not in parts:
                 parts[id(part)] = [rows.transpose(1, 2) for rows in self._batches(part[0].transpose(0, 1))]
-        split = (parts[id(part)] for part in (heads.queries, heads.keys, heads.values))
-        for group, x, *each in zip(self.groups, self._batches(heads.source.x[0]), *split, strict=True):
-            yield group, Heads(heads.source._replace(x=x), *each, heads.basis)
+        row = heads.source.x[0]
+        for number, (group, x) in enumerate(zip(self.groups, self._batches(row), strict=True)):
+            queries, keys, values = (
+                parts[id(part)][number] for part in (heads.queries, heads.keys, heads.values)
+            )
+            yield group, Heads(heads.source._replace(x=x), queries, keys, values, heads.basis)
 
     def _batches(self, row: Tensor) -> list[Tensor]:
         """The groups' ``(size, length, ...)`` of a row ``(tokens, ...)``."""

@@ -4,8 +4,9 @@ from cbsa_torch._core.optional import require
 
 require("streaming")
 
+from cbsa_torch.streaming.accepted import parse_bytes  # noqa: E402
 from cbsa_torch.streaming.files import StreamError  # noqa: E402
 from cbsa_torch.streaming.pixels import SlicedArray, open_array  # noqa: E402
-from cbsa_torch.streaming.run import StreamResult, parse_bytes, stream  # noqa: E402
+from cbsa_torch.streaming.run import StreamResult, stream  # noqa: E402
 
 __all__ = ["SlicedArray", "StreamError", "StreamResult", "open_array", "parse_bytes", "stream"]

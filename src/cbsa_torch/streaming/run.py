@@ -8,33 +8,33 @@ pools the next layer's first guesses.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch._core.linear import call_changes
 from cbsa_torch._core.precision import compute_dtype
-from cbsa_torch.models import Segmenter, WhiteBoxTransformer
-from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
+from cbsa_torch.streaming.accepted import (
+    Result,
+    check_results,
+    model_fingerprint,
+    parse_bytes,
+    parts_of,
+)
 from cbsa_torch.streaming.files import STATE, ArrayFile, Rows, State, StreamError, check_space, differences
 from cbsa_torch.streaming.mixers import Gathered, gathered
 from cbsa_torch.streaming.picture import draw_map
 from cbsa_torch.streaming.pixels import Channels, Embedding, Pixels, SlicedArray, padded_size, rows_of
 
-Result = Literal["logits", "map", "features", "labels"]
-RESULTS: tuple[Result, ...] = ("logits", "map", "features", "labels")
 Progress = Callable[[float, float, str], None]
 """Called after each chunk with the work done, all work, and what is being done."""
 
@@ -47,8 +47,6 @@ MARGIN = 1.5
 TILE = 32
 """The most tokens along the side of a tile of labels."""
 DONE = "result.json"
-_BASES = {"": 1000, "i": 1024}
-_UNITS = {"": 1, "b": 1, **{f"{u}{i}b": b**n for n, u in enumerate("kmgt", 1) for i, b in _BASES.items()}}
 _COST = {"embed": 2.0, "gather": 1.0, "update": 2.0, "labels": 2.0}
 """Of a token in a sweep, for the time that is left."""
 
@@ -145,19 +143,6 @@ def stream(
     return run.run(None if scratch is None else Path(scratch), progress)
 
 
-def parse_bytes(text: int | str) -> int:
-    """A number of bytes, from one or from a text such as ``"500MB"`` or ``"2GiB"``.
-
-    Raises ``ValueError`` for other texts and numbers below 1.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    unit = None if found is None else _UNITS.get(found[2].lower())
-    size = 0 if found is None or unit is None else int(float(found[1]) * unit)
-    if size < 1 or isinstance(text, bool):
-        raise ValueError(f"memory must be a number of bytes or a text such as '2GiB' or '500MB', got {text!r}")
-    return size
-
-
 class _Run:
     """One call of :func:`stream`. All checks are in the constructor."""
 
@@ -175,9 +160,9 @@ class _Run:
         scratch_dtype: torch.dtype | None,
     ) -> None:
         self.model, self.folder = model, folder
-        self.encoder, self.decoder = _parts(model)
+        self.encoder, self.decoder = parts_of(model)
         given = ("logits" if self.decoder is None else "labels",) if results is None else tuple(results)
-        self.wanted = _check_results(given, self.encoder, self.decoder)
+        self.wanted = check_results(given, self.encoder, self.decoder)
         depth = len(self.encoder.blocks)
         if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
             raise ValueError(f"layer must be one of {depth}, -{depth} to {depth - 1}, got {layer!r}")
@@ -208,7 +193,7 @@ class _Run:
             self.sweeps.append(_Sweep("labels"))
         self.pooled: dict[str, Tensor] = {}
         self.fingerprint = {
-            "model": _model_fingerprint(model),
+            "model": model_fingerprint(model),
             "image": self.pixels.fingerprint(),
             "option": repr((sorted(self.wanted), self.map_layer, channels, *mean, "/", *std, self.dtype)),
         }
@@ -602,58 +587,8 @@ class _Masks:
         self.rows.complete()
 
 
-def _parts(model: nn.Module) -> tuple[WhiteBoxTransformer, MaskTransformerDecoder | None]:
-    """Encoder and decoder; raises where a model cannot be streamed."""
-    encoder = model.encoder if type(model) is Segmenter else model
-    decoder = model.decoder if type(model) is Segmenter else None
-    if type(encoder) is not WhiteBoxTransformer or type(decoder) not in (type(None), MaskTransformerDecoder):
-        raise TypeError(
-            "model must be a WhiteBoxTransformer, or a Segmenter of one with a MaskTransformerDecoder, got "
-            + type(model).__name__
-            + (f" of {type(encoder).__name__}" if encoder is not model else "")
-        )
-    for name, part in (("model", model), ("encoder", encoder), ("decoder", decoder)):
-        if part is not None and call_changes(part):
-            raise ValueError(f"{name} cannot be streamed: {call_changes(part)}, which would not act; remove it")
-    if any(part.training for part in model.modules()):
-        raise ValueError("model must be in evaluation mode, for batch norms and dropout: call model.eval()")
-    return encoder, decoder
-
-
-def _check_results(
-    results: tuple[str, ...], encoder: WhiteBoxTransformer, decoder: MaskTransformerDecoder | None
-) -> set[str]:
-    for name in results:
-        check_choice("results", name, RESULTS)
-    if not results:
-        raise ValueError(f"results must name at least one of {', '.join(RESULTS)}")
-    if "labels" in results and (decoder is None or decoder.num_classes == 1):
-        raise ValueError("results: labels need a Segmenter of at least two classes")
-    if "logits" in results and decoder is not None:
-        raise ValueError("results: a Segmenter has no logits of the whole image; ask for labels")
-    if "logits" in results and not encoder.global_pool:
-        raise ValueError("results: logits need a model with a global_pool; ask for features")
-    return set(results)
-
-
 def _widest(block: Any) -> int:
     """Numbers that a layer's projections and feed-forward hold for a token."""
     mixer, mlp = block.attn, getattr(block, "mlp", None)
     inner = 6 * mixer.num_heads * mixer.head_dim * (1 if mixer.shared_qkv else 3)
     return inner + (0 if mlp is None else 2 * int(mlp[0].out_features))
-
-
-def _model_fingerprint(model: nn.Module) -> str:
-    """Of weights, classes of modules and their options."""
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        options = {
-            key: value
-            for key, value in sorted(vars(module).items())
-            if not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple, type(None)))
-        }
-        digest.update(repr((name, type(module).__qualname__, options)).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

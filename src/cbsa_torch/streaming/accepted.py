@@ -1,0 +1,84 @@
+"""What can be streamed, into what, with how much memory; and the fingerprint of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cbsa_torch._core.checks import check_choice
+from cbsa_torch._core.linear import call_changes
+from cbsa_torch.models import Segmenter, WhiteBoxTransformer
+from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
+
+Result = Literal["logits", "map", "features", "labels"]
+RESULTS: tuple[Result, ...] = ("logits", "map", "features", "labels")
+_BASES = {"": 1000, "i": 1024}
+_UNITS = {"": 1, "b": 1, **{f"{u}{i}b": b**n for n, u in enumerate("kmgt", 1) for i, b in _BASES.items()}}
+
+
+def parse_bytes(text: int | str) -> int:
+    """A number of bytes, from one or from a text such as ``"500MB"`` or ``"2GiB"``.
+
+    Raises ``ValueError`` for other texts and numbers below 1.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = None if found is None else _UNITS.get(found[2].lower())
+    size = 0 if found is None or unit is None else int(float(found[1]) * unit)
+    if size < 1 or isinstance(text, bool):
+        raise ValueError(f"memory must be a number of bytes or a text such as '2GiB' or '500MB', got {text!r}")
+    return size
+
+
+def parts_of(model: nn.Module) -> tuple[WhiteBoxTransformer, MaskTransformerDecoder | None]:
+    """Encoder and decoder; raises where a model cannot be streamed."""
+    encoder = model.encoder if type(model) is Segmenter else model
+    decoder = model.decoder if type(model) is Segmenter else None
+    if type(encoder) is not WhiteBoxTransformer or type(decoder) not in (type(None), MaskTransformerDecoder):
+        raise TypeError(
+            "model must be a WhiteBoxTransformer, or a Segmenter of one with a MaskTransformerDecoder, got "
+            + type(model).__name__
+            + (f" of {type(encoder).__name__}" if encoder is not model else "")
+        )
+    for name, part in (("model", model), ("encoder", encoder), ("decoder", decoder)):
+        if part is not None and call_changes(part):
+            raise ValueError(f"{name} cannot be streamed: {call_changes(part)}, which would not act; remove it")
+    if any(part.training for part in model.modules()):
+        raise ValueError("model must be in evaluation mode, for batch norms and dropout: call model.eval()")
+    return encoder, decoder
+
+
+def check_results(
+    results: tuple[str, ...], encoder: WhiteBoxTransformer, decoder: MaskTransformerDecoder | None
+) -> set[str]:
+    """The names of the results; raises for those that the model cannot make."""
+    for name in results:
+        check_choice("results", name, RESULTS)
+    if not results:
+        raise ValueError(f"results must name at least one of {', '.join(RESULTS)}")
+    if "labels" in results and (decoder is None or decoder.num_classes == 1):
+        raise ValueError("results: labels need a Segmenter of at least two classes")
+    if "logits" in results and decoder is not None:
+        raise ValueError("results: a Segmenter has no logits of the whole image; ask for labels")
+    if "logits" in results and not encoder.global_pool:
+        raise ValueError("results: logits need a model with a global_pool; ask for features")
+    return set(results)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of weights, classes of modules and their options."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        options = {
+            key: value
+            for key, value in sorted(vars(module).items())
+            if not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple, type(None)))
+        }
+        digest.update(repr((name, type(module).__qualname__, options)).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
