@@ -166,11 +166,10 @@ def plan() -> list[Run]:
     runs += [Run("animals28", form, seed) for seed in range(5) for form in both]
     runs += [Run("digits", form, seed) for seed in range(3) for form in others]
     runs += [Run("digits", form, seed, depth) for seed in range(3) for depth in (8, 16) for form in both]
-    runs += [Run("animals28", form, seed) for seed in range(3) for form in others]
+    runs += [Run("animals28", form, seed) for seed in range(5) for form in others]
     runs += [Run("cifar", form, 0) for form in FORMS if form not in ("crate", "tost")]
     runs += [Run("cifar", form, seed) for seed in (1, 2) for form in both]
     runs += [Run("digits", form, seed) for seed in range(3, 10) for form in others]
-    runs += [Run("cifar_full", form, 0) for form in both]
     return runs
 
 
