@@ -5,9 +5,10 @@
 Tiles are random features (1,536 numbers each) on a lattice that is mostly empty, as tissue is. Measured are the
 forward pass without gradients of the CBSA model, of layers of Nyström attention, and, at sizes where it is
 still possible, of the CBSA model with fused softmax attention (MSSA) in its layers; and a training step of the
-CBSA model that keeps only the inputs of its layers (``recompute``). Times of models that are compared are
-interleaved. Memory is the most that is allocated at a time beyond what was there before, so without the
-features; the profiler that counts it slows down what it counts, which is not timed.
+CBSA model that keeps only the inputs of its layers (``recompute``). Times that are compared are interleaved:
+those of models at one size, and those of the CBSA model at all sizes. Memory is the most that is allocated at a
+time beyond what was there before, so without the features; the profiler that counts it slows down what it
+counts, which is not timed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Options:
     depth: int = 4
     num_heads: int = 6
     repetitions: int = 3
-    budget: float = 120.0
+    budget: float = 60.0
     """Seconds for the calls of one model at one size."""
     threads: int = 2
     """CPU threads."""
@@ -130,7 +131,7 @@ def measure_size(tiles: int, built: dict[str, nn.Module], options: Options) -> d
     names = [name for name in built if name != "softmax" or tiles <= options.softmax_tiles]
     calls = {name: partial(forward, built[name], features, coords) for name in names}
     times = medians(interleaved(calls, options.device, **given))
-    row: dict[str, Any] = {"tiles": tiles, "features_gib": features.nbytes / GIB}
+    row: dict[str, Any] = {"tiles": tiles, "depth": options.depth, "features_gib": features.nbytes / GIB}
     for name in names:
         row[f"{name}_seconds"] = times[name]
         row[f"{name}_gib"] = memory(calls[name], options.device).peak / GIB
@@ -141,43 +142,55 @@ def measure_size(tiles: int, built: dict[str, nn.Module], options: Options) -> d
     return row
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def growth(model: nn.Module, options: Options) -> dict[int, float]:
+    """Seconds of a forward pass by number of tiles."""
+    calls = {str(tiles): partial(forward, model, *draw(tiles, options)) for tiles in options.tiles}
+    times = interleaved(calls, options.device, repetitions=options.repetitions, budget=options.budget)
+    return {int(tiles): seconds for tiles, seconds in medians(times).items()}
+
+
+def measure(built: dict[str, nn.Module], options: Options) -> list[dict[str, Any]]:
     """All numbers of tiles, as given."""
-    built, rows = models(options), []
+    rows = []
     for tiles in options.tiles:
         rows.append(measure_size(tiles, built, options))
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """t(N) / t(50,000) of the CBSA model, and the shares of its parts."""
-    by_tiles = {row["tiles"]: row for row in rows}
+def ratios(rows: list[dict[str, Any]], seconds: dict[int, float]) -> dict[str, float]:
+    """t(N) / t(50,000) of the CBSA model; what its parts take of the model and of a layer."""
     found = {}
-    for tiles, row in by_tiles.items():
-        whole = row["cbsa_seconds"]
-        found[f"find_cells_share_{tiles}"] = row["find_cells_seconds"] / whole
-        if 50_000 in by_tiles and tiles != 50_000:
-            found[f"t({tiles})/t(50000)"] = whole / by_tiles[50_000]["cbsa_seconds"]
+    for row in rows:
+        tiles, whole = row["tiles"], row["cbsa_seconds"]
+        found[f"find_cells_of_model_{tiles}"] = row["find_cells_seconds"] / whole
+        found[f"pool_of_layer_{tiles}"] = row["pool_seconds"] / whole * row["depth"]
+        if 50_000 in seconds and tiles != 50_000:
+            found[f"t({tiles})/t(50000)"] = seconds[tiles] / seconds[50_000]
     return found
 
 
 def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(options.threads)
-    rows = measure(options)
+    built = models(options)
+    seconds = growth(built["cbsa"], options)
+    rows = measure(built, options)
     columns = ("cbsa", "nystrom", "softmax", "training_step")
     table = Table("tiles", *(f"{name} {unit}" for name in columns for unit in ("s", "GiB")))
     for row in rows:
         cells = [row.get(f"{name}_{unit}") for name in columns for unit in ("seconds", "gib")]
         table.add_row(f"{row['tiles']:,}", *("" if cell is None else f"{cell:.2f}" for cell in cells))
     Console().print(table)
+    for name, value in ratios(rows, seconds).items():
+        print(f"{name}: {value:.3g}")
     record = {
         "date": datetime.date.today().isoformat(),
         "environment": environment(),
         "options": {key: str(value) for key, value in vars(options).items()},
         "rows": rows,
-        "ratios": ratios(rows),
+        "growth_seconds": seconds,
+        "ratios": ratios(rows, seconds),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=2) + "\n")
