@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.claims import street_maps
 from benchmarks.claims.runs import Folders, Measured, Run
 from cbsa_torch import interpret
 from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config, train
@@ -49,8 +50,8 @@ FORMS = {
 
 
 def runs(folders: Folders) -> list[Run]:
-    """Each member on emoji with each seed."""
-    return [
+    """Each member on emoji with each seed; the adapted ViTs on street scenes."""
+    emoji = [
         Run(
             f"inside_emoji_{form}_seed{seed}",
             FORMS[form].minutes,
@@ -60,6 +61,7 @@ def runs(folders: Folders) -> list[Run]:
         for seed in SEEDS
         for form in FORMS
     ]
+    return [*emoji, *street_maps.runs(folders)]
 
 
 def configuration(folders: Folders, name: str, form: str, seed: int) -> TrainConfig:
