@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
     def text(self, sign: str = "") -> str:
         """Value and half-width."""
         half = "" if self.half is None else f" ± {self.half:.2f}"
-        return f"{self.value:{sign}.2f}{half}"
+        return f"{round(self.value, 2) + 0.0:{sign}.2f}{half}"  # no minus zero
 
 
 def mean_of(values: Sequence[float]) -> Estimate:

@@ -183,7 +183,7 @@ def adapted_speed(side: int) -> Callable[[], Finding | None]:
         ours, theirs = rows["adapted_cbsa"], rows["original"]
         figure, verdict = faster(ours, theirs)
         memory = ours["peak_mib"] / theirs["peak_mib"]
-        return Finding(f"{figure}, {memory:.2f} times the memory, at {side} pixels", verdict)
+        return Finding(f"{figure}, {memory:.2f} times the memory", verdict)
 
     return judge
 
@@ -361,13 +361,24 @@ def gap() -> Finding | None:
 
 
 def zero_shot(first: str, second: str) -> Callable[[], Finding | None]:
-    """Foreground IoU of the best head and layer on the outlines of emoji."""
+    """IoU with the outlines of emoji of the head that is best on validation; beside it that of a disc."""
 
     def judge() -> Finding | None:
         groups = [records(f"inside_emoji_{form}_seed?") for form in (first, second)]
-        return compare(groups[0], groups[1], best_map, "points of IoU")
+        found = compare(groups[0], groups[1], outline_iou, "points of IoU")
+        return found and beside(found, f"a disc {100 * groups[0][0]['disc']:.1f} %")
 
     return judge
+
+
+def outline_iou(record: dict[str, Any]) -> float:
+    """With the drawing, of the chosen head."""
+    return float(record["zero_shot"]["chosen"]["foreground"]["iou"])
+
+
+def beside(found: Finding, text: str) -> Finding:
+    """The same with a further figure, which does not matter for the verdict."""
+    return Finding(f"{found.figure}; {text}", found.verdict)
 
 
 def street_maps(first: str, second: str) -> Callable[[], Finding | None]:
@@ -377,9 +388,7 @@ def street_maps(first: str, second: str) -> Callable[[], Finding | None]:
         groups = [records(f"inside_street_{form}_seed?") for form in (first, second)]
         found = compare(groups[0], groups[1], mean_iou, "points of IoU")
         places = records(PLACES)
-        if found is None or not places:
-            return found
-        return Finding(f"{found.figure}; places alone {100 * mean_iou(places[0]):.1f} %", found.verdict)
+        return found and (beside(found, f"places alone {100 * mean_iou(places[0]):.1f} %") if places else found)
 
     return judge
 
@@ -387,11 +396,6 @@ def street_maps(first: str, second: str) -> Callable[[], Finding | None]:
 def mean_iou(record: dict[str, Any]) -> float:
     """Over classes, of maps."""
     return float(record["mean_iou"])
-
-
-def best_map(record: dict[str, Any]) -> float:
-    """Foreground IoU of the best head of the best layer."""
-    return float(max(record["zero_shot"]["best"]["foreground"]))
 
 
 def identity(error: Callable[[], float]) -> Callable[[], Finding]:

@@ -12,7 +12,8 @@ from benchmarks.estimates import markdown
 from cbsa_torch._core.files import write_atomically
 
 DOCS = Path("docs/claims.md")
-MARKERS = ("<!-- claims: begin -->", "<!-- claims: end -->")
+TABLE, PICTURES = ((f"<!-- {part}: begin -->\n", f"\n<!-- {part}: end -->") for part in ("claims", "pictures"))
+"""What parts of the page that are made from records begin and end with."""
 
 
 class Setup(NamedTuple):
@@ -39,7 +40,7 @@ STREET = Setup(
     "class chosen on validation",
     "inside",
 )
-EMOJI = Setup("emoji64, 12 epochs, 64 x 64, 426 test drawings", "inside")
+EMOJI = Setup("emoji64, 12 epochs, 64 x 64, 426 test drawings, head chosen on validation", "inside")
 BENCH = Setup("small models, two CPU threads", "bench")
 ADAPTED = Setup("ViT-S/14, CIFAR-10 (JPEG) at 112 x 112, 1,000 images x 3 epochs, 2,000 test images", "adapted")
 ADAPTED_COST = Setup("ViT-S/14, one thread", "adapted")
@@ -161,7 +162,7 @@ CLAIMS = (
         judges.together("W - A C"),
     ),
     Claim(
-        "the same, with CBSA's output for the tokens after it",
+        "the rates fall together, with CBSA's output for the tokens after the step",
         "Fig. 6",
         CIFAR,
         judges.together("A C"),
@@ -174,7 +175,7 @@ CLAIMS = (
         judges.compresses("cbt", "representatives"),
     ),
     Claim(
-        "and by that all tokens (in more than 95 % of cases)",
+        "a layer compresses all tokens by that (in more than 95 % of cases)",
         "title",
         CIFAR,
         judges.compresses("cbt", "tokens"),
@@ -186,7 +187,7 @@ CLAIMS = (
         judges.certified("scratch_certified_seed?"),
     ),
     Claim(
-        "the same, on digits (`make test-slow` repeats the first run)",
+        "of certified steps: every one keeps its guarantee, on digits (`make test-slow` repeats the first run)",
         "ours",
         SMALL,
         judges.certified("small_digits_seed?"),
@@ -243,19 +244,19 @@ CLAIMS = (
         judges.adapted("cbsa_all_plain_112", "original_all_plain_112"),
     ),
     Claim(
-        "the same, distilled from the original",
+        "distilled from the original, it does",
         "section 4.2",
         ADAPTED,
         judges.adapted("cbsa_all_distilled_112", "original_all_plain_112"),
     ),
     Claim(
-        "the same, adapted in the latter half of the layers",
+        "adapted in the latter half of the layers alone, it does",
         "section 4.2",
         ADAPTED,
         judges.adapted("cbsa_latter_half_plain_112", "original_all_plain_112"),
     ),
     Claim(
-        "the latter half keeps more than all layers",
+        "it is more accurate with the latter half of the layers adapted than with all",
         "section 4.2",
         ADAPTED,
         judges.adapted("cbsa_latter_half_plain_112", "cbsa_all_plain_112"),
@@ -273,46 +274,48 @@ CLAIMS = (
         judges.adapted("cbsa_all_plain_112", "linear_all_plain_112"),
     ),
     Claim(
-        "the same, distilled from the original",
+        "CBSA* is more accurate than linear attention, both distilled",
         "section 4.2",
         ADAPTED,
         judges.adapted("cbsa_all_distilled_112", "linear_all_distilled_112"),
     ),
     Claim(
-        "the same, on larger images",
+        "CBSA* is more accurate than linear attention, on larger images",
         "section 4.2",
         LARGE,
         judges.adapted("cbsa_all_plain_224", "linear_all_plain_224"),
     ),
     Claim(
-        "gamma from 0 is more accurate than from 1",
+        "of CBSA*: gamma from 0 is more accurate than from 1, as published",
         "ours",
         ADAPTED,
         judges.adapted("cbsa_from0_all_plain_112", "cbsa_all_plain_112"),
     ),
     Claim("an adapted ViT takes fewer FLOPs", "Fig. 9", ADAPTED_COST, judges.adapted_flops(518)),
     *(
-        Claim("an adapted ViT is faster", "Fig. 9", ADAPTED_COST, judges.adapted_speed(side))
+        Claim(
+            f"an adapted ViT is faster at {side} x {side}", "Fig. 9", ADAPTED_COST, judges.adapted_speed(side)
+        )
         for side in (224, 518, 1022)
     ),
     Claim(
         "CBSA's decoder reaches Segmenter's mean IoU", "ADE20K results", CAMVID, judges.masks("cbsa", "mhsa")
     ),
-    Claim("and DEPICT's", "ADE20K results", CAMVID, judges.masks("cbsa", "mssa")),
+    Claim("CBSA's decoder reaches DEPICT's mean IoU", "ADE20K results", CAMVID, judges.masks("cbsa", "mssa")),
     Claim(
-        "the first, with the encoder trained along",
+        "CBSA's decoder reaches Segmenter's mean IoU, with the encoder trained along",
         "ADE20K results",
         FINETUNED,
         judges.finetuned("cbsa", "mhsa"),
     ),
     Claim(
-        "at a fifth of Segmenter's decoder FLOPs",
+        "CBSA's decoder takes at most a fifth of Segmenter's FLOPs",
         "ADE20K results",
         DECODER_COST,
         judges.decoder_cost("flops", 20),
     ),
     Claim(
-        "at 0.06 % of its pairwise similarities",
+        "CBSA's decoder takes at most 0.06 % of Segmenter's pairwise similarities",
         "ADE20K results",
         DECODER_COST,
         judges.decoder_cost("similarities", 0.06),
@@ -392,11 +395,12 @@ def table() -> str:
 
 
 def write() -> None:
-    """Write the table into the page, and the plots."""
-    begin, end = MARKERS
-    before, rest = DOCS.read_text().split(begin)
-    after = rest.split(end)[1]
-    write_atomically(DOCS, f"{before}{begin}\n{table()}\n{end}{after}".encode())
+    """Draw the plots; write the table and the plots into the page."""
     for path in plots.write():
         print(path)
+    text = DOCS.read_text()
+    for (begin, end), content in ((TABLE, table()), (PICTURES, plots.pictures())):
+        before, rest = text.split(begin)
+        text = f"{before}{begin}{content}{end}{rest.split(end)[1]}"
+    write_atomically(DOCS, text.encode())
     print(DOCS)
