@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from benchmarks.claims import street_maps
+from benchmarks.claims import inside, street_maps
 from benchmarks.claims.adapted import recovered
 from benchmarks.claims.runs import Folders
 from benchmarks.claims.vit import NAME
@@ -68,3 +68,18 @@ def test_each_seed_needs_its_recovered_vit():
     assert plan["inside_street_hybrid_seed1"].needs == (recovered(street_maps.FORMS["hybrid"], 1),)
     assert plan["inside_street_hybrid_seed1"].needs == ("adapted_cbsa_latter_half_plain_112_seed1",)
     assert plan["inside_street_hybrid_untrained"].needs == ()
+
+
+def test_heads_for_outlines_are_chosen_on_validation(monkeypatch):
+    found = {
+        "val": {"foreground": [[0.1, 0.6], [0.5, 0.2]]},
+        "test": {"foreground": [[0.9, 0.3], [0.4, 0.8]]},
+    }
+    monkeypatch.setattr(inside, "emoji_pairs", lambda _, root, split: split)
+    monkeypatch.setattr(
+        inside.interpret,
+        "zero_shot_iou",
+        lambda model, split: SimpleNamespace(per_head=found[split], images=3, best={}, heads={}),
+    )
+    chosen = inside.zero_shot(SimpleNamespace(model=None), None)["chosen"]
+    assert chosen == {"foreground": {"layer": 0, "head": 1, "iou": 0.3}}
