@@ -381,21 +381,23 @@ def beside(found: Finding, text: str) -> Finding:
     return Finding(f"{found.figure}; {text}", found.verdict)
 
 
-def street_maps(first: str, second: str) -> Callable[[], Finding | None]:
-    """IoU of the adapted ViTs' maps with CamVid's classes, the mean over classes; beside it that of places."""
+def street_maps(first: str, second: str, key: str = "mean_iou") -> Callable[[], Finding | None]:
+    """IoU of the adapted ViTs' maps with CamVid's classes, the mean over classes; beside it that of places.
+
+    Args:
+        first, second: the ViTs.
+        key: of the record, by which heads are chosen from all layers or from the latter half.
+    """
 
     def judge() -> Finding | None:
         groups = [records(f"inside_street_{form}_seed?") for form in (first, second)]
-        found = compare(groups[0], groups[1], mean_iou, "points of IoU")
+        found = compare(groups[0], groups[1], lambda record: float(record[key]), "points of IoU")
         places = records(PLACES)
-        return found and (beside(found, f"places alone {100 * mean_iou(places[0]):.1f} %") if places else found)
+        return found and (
+            beside(found, f"places alone {100 * places[0]['mean_iou']:.1f} %") if places else found
+        )
 
     return judge
-
-
-def mean_iou(record: dict[str, Any]) -> float:
-    """Over classes, of maps."""
-    return float(record["mean_iou"])
 
 
 def identity(error: Callable[[], float]) -> Callable[[], Finding]:

@@ -10,7 +10,7 @@ that ignores the image: how often each place has the class in training masks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,11 +76,19 @@ def measure_form(folders: Folders, form: str, seed: int | None = None) -> Measur
     }  # (images, classes, layers, heads, shares)
     heads = found["val"].shape[2:]
     values: dict[str, Any] = {"form": form, "recovery": "plain" if seed is not None else "untrained"}
+    values["mean_iou_of_layers"] = [mean_iou(found, [layer]) for layer in range(heads[0])]
+    values["mean_iou_latter_half"] = mean_iou(found, range(heads[0] // 2, heads[0]))
     scores, best, lines = judged(*(found[split].flatten(2) for split in ("val", "test")))
     chosen = [[int(place) for place in torch.unravel_index(index, heads)] for index in best]
     values["chosen"] = [[layer, head, SHARES[share]] for layer, head, share in chosen]
     name = f"inside_street_{form}_" + ("untrained" if seed is None else f"seed{seed}")
     return recorded(folders, name, splits, {**values, **scores}, lines)
+
+
+def mean_iou(found: dict[str, Tensor], layers: Sequence[int]) -> float:
+    """That of test images, if heads are chosen from these layers alone."""
+    scores, _, _ = judged(*(found[split][:, :, list(layers)].flatten(2) for split in ("val", "test")))
+    return float(scores["mean_iou"])
 
 
 def measure_places(folders: Folders) -> Measured:

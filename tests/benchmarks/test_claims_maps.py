@@ -27,6 +27,9 @@ def test_each_class_has_the_candidate_that_is_best_on_validation():
     assert scores["mean_iou"] == pytest.approx(0.35)
     assert (scores["val_images"], scores["test_images"]) == (2, 2)
     assert lines.shape == (2, 2)
+    found = {"val": val[..., None, None], "test": test[..., None, None]}  # two layers with a head each
+    assert street_maps.mean_iou(found, [0, 1]) == pytest.approx(0.35)
+    assert street_maps.mean_iou(found, [1]) == pytest.approx((0.3 + 0.5) / 2)
 
 
 def test_a_map_of_a_class_finds_it():
