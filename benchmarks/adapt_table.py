@@ -326,7 +326,8 @@ def costs(options: Options, variants: dict[str, Variant]) -> list[dict[str, Any]
                 images = torch.randn(batch, channels, size, size, device=options.device)
                 functions[name] = partial(measure.forward, model, images)
             times = measure.interleaved(functions, options.device, repetitions=5, budget=options.budget)
-            for name, seconds in measure.medians(times).items():
+            for name, seconds in times.items():
+                low, median, high = measure.quartiles(seconds)
                 with torch.device("meta"):  # softmax attention of a large image would not fit into memory
                     model = _build(base, args, candidates[name])
                     total = count_model(model, (channels, size, size)).total
@@ -337,7 +338,8 @@ def costs(options: Options, variants: dict[str, Variant]) -> list[dict[str, Any]
                         "parameters": total.parameters,
                         "flops": total.counts.flops,
                         "similarities": total.counts.similarities,
-                        "images_per_second": batch / seconds,
+                        "images_per_second": batch / median,
+                        "quartiles": (1000 * low, 1000 * high),  # milliseconds of a batch
                         "peak_mib": measure.memory(functions[name], options.device).peak / 2**20,
                     }
                 )

@@ -1,10 +1,12 @@
 """The paper's claims on real photographs.
 
+    python -m benchmarks.claims small                              # lines and digits, in minutes
     python -m benchmarks.claims scratch  --cifar DIR               # block 1: from scratch on CIFAR-10
+    python -m benchmarks.claims scratch  --only scratch_speed      # its speed, on a quiet machine
     python -m benchmarks.claims adapted  --cifar DIR --vit FILE    # block 2: a pretrained ViT adapted
     python -m benchmarks.claims adapted  --vit FILE --only adapted_cost     # its speed, on a quiet machine
     python -m benchmarks.claims decoders --camvid DIR --vit FILE   # block 3: decoders on CamVid
-    python -m benchmarks.claims inside   --camvid DIR --vit FILE   # block 4: attention maps of those models
+    python -m benchmarks.claims inside   --cifar DIR --camvid DIR --vit FILE    # block 4: attention maps
     python -m benchmarks.claims page                               # docs/claims.md and its plots
 
 Each run has a record of its own in ``benchmarks/results/claims``, written when it is finished: the command can
@@ -21,17 +23,17 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks.claims import adapted, decoders, inside, page, scratch
+from benchmarks.claims import adapted, decoders, inside, page, scratch, small
 from benchmarks.claims.runs import Folders, Run, left_of, work_through
 
-BLOCKS = {"scratch": scratch, "adapted": adapted, "decoders": decoders, "inside": inside}
+BLOCKS = {"small": small, "scratch": scratch, "adapted": adapted, "decoders": decoders, "inside": inside}
 
 
 @dataclass(frozen=True)
 class Options(Folders):
     """The paper's claims on real photographs."""
 
-    block: tyro.conf.Positional[Literal["scratch", "adapted", "decoders", "inside", "page"]] = "page"
+    block: tyro.conf.Positional[Literal["small", "scratch", "adapted", "decoders", "inside", "page"]] = "page"
     only: str = "*"
     """Names of the runs that are meant; * stands for anything. Timings are left out unless named in full."""
     list: bool = False

@@ -150,7 +150,21 @@ def recovery_run(folders: Folders, what: Recovery, seed: int) -> Run:
     minutes = (8 if what.distilled else 6.5) * scale(what)
     measure = partial(measure_recovery, folders, what, seed)
     needs = tuple(trial(what.form, rate) for rate in RATES)
-    return Run(f"{what.name}_seed{seed}", minutes, measure, seed, needs)
+    return Run(recovered(what, seed), minutes, measure, seed, needs)
+
+
+def recovered(what: Recovery, seed: int) -> str:
+    """The name of the run that trains it."""
+    return f"{what.name}_seed{seed}"
+
+
+def open_recovered(folders: Folders, what: Recovery, seed: int) -> Trained:
+    """What a finished run has trained."""
+    name = recovered(what, seed)
+    path = folders.runs / read(name)["weights"]
+    if not path.exists():
+        raise SystemExit(f"{path} is gone: delete the record {name} to train it anew")
+    return open_trained(path)
 
 
 def scale(what: Recovery) -> float:
@@ -247,17 +261,25 @@ def configuration(
     return AdaptTrainConfig(model=adapted_model(folders, what), distill=distill, **common)
 
 
-def measure_untrained(folders: Folders, what: Recovery, name: str) -> Measured:
-    """Before anything is trained but the head."""
+def open_untrained(folders: Folders, what: Recovery) -> Trained:
+    """The original, or one of its adapted copies, as it is."""
     source = original(folders, what.side)
     trained = open_trained(source, data=data_of(folders))
-    values: dict[str, Any] = {"form": what.form, "layers": what.layers, "weights": source.name}
+    if what.form == ORIGINAL:
+        return trained
+    adapted = adapt_original(open_original("model.original", str(source)), adapted_model(folders, what))
+    return trained._replace(model=adapted.model.eval())
+
+
+def measure_untrained(folders: Folders, what: Recovery, name: str) -> Measured:
+    """Before anything is trained but the head."""
+    trained = open_untrained(folders, what)
+    values: dict[str, Any] = {"form": what.form, "layers": what.layers}
+    values["weights"] = original(folders, what.side).name
     if what.form == ORIGINAL:
         values["head"] = trained.info["head"]
     else:
         asked = adapted_model(folders, what)
-        adapted = adapt_original(open_original("model.original", str(source)), asked)
-        trained = trained._replace(model=adapted.model.eval())
         values |= {"mixer": asked.mixer, "mixer_args": asked.args}
     log = folders.runs / f"{name}.json"
     return Measured({**values, **measured(trained, log)}, log)
@@ -285,7 +307,7 @@ def trained_folder(config: TrainConfig) -> RunFolder:
 
 def measure_recovery(folders: Folders, what: Recovery, seed: int) -> Measured:
     """Train, test, count and look inside."""
-    name, rate = f"{what.name}_seed{seed}", best_rate(what.form)
+    name, rate = recovered(what, seed), best_rate(what.form)
     config = configuration(folders, what, name, epochs=EPOCHS, rate=rate, seed=seed)
     folder = trained_folder(config)
     values = {

@@ -76,8 +76,10 @@ FORMS = {
         "CBSA, 10 x 10 first guesses as published", "cbsa", {"num_representatives": [10, 10]}, seeds=3
     ),
 }
-FINETUNED = ("cbsa", "mssa", "mhsa")
-"""Decoders that are also trained together with the encoder; they choose the block, too."""
+CHOOSING = ("cbsa", "mssa", "mhsa")
+"""Decoders that choose the block."""
+FINETUNED = ("cbsa", "mhsa")
+"""Decoders that are also trained together with the encoder."""
 RECIPE = OptimConfig(
     name="adamw", lr=5e-4, weight_decay=0.05, batch_size=8, epochs=8, warmup_epochs=0, schedule="poly"
 )
@@ -108,7 +110,7 @@ def runs(folders: Folders) -> list[Run]:
     first += [
         Run(
             block_run(block),
-            len(FINETUNED) * TRIAL_EPOCHS * EPOCH_MINUTES,
+            len(CHOOSING) * TRIAL_EPOCHS * EPOCH_MINUTES,
             partial(try_block, folders, block),
             seed=0,
             needs=(features_of,),
@@ -381,10 +383,10 @@ def open_decoder(folders: Folders, form: str, seed: int) -> MaskTransformerDecod
 
 
 def try_block(folders: Folders, block: int) -> Measured:
-    """Short runs of all but the variants on the features of a block."""
+    """Short runs of all but the variants of CBSA on the features of a block."""
     splits, folder, miou = open_features(folders, block), folders.runs / block_run(block), {}
     lines = []
-    for form in FINETUNED:
+    for form in CHOOSING:
         recipe = replace(RECIPE, epochs=TRIAL_EPOCHS)
         decoder, log = train_decoder(folder / form, form, block, splits.train, recipe, 0)
         miou[form] = evaluate(decoder, splits.val, splits.class_names).miou

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.claims import street_maps
 from benchmarks.claims.runs import Folders, Measured, Run
 from cbsa_torch import interpret
 from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config, train
@@ -49,8 +50,8 @@ FORMS = {
 
 
 def runs(folders: Folders) -> list[Run]:
-    """Each member on emoji with each seed."""
-    return [
+    """Each member on emoji with each seed; the adapted ViTs on street scenes."""
+    emoji = [
         Run(
             f"inside_emoji_{form}_seed{seed}",
             FORMS[form].minutes,
@@ -60,6 +61,7 @@ def runs(folders: Folders) -> list[Run]:
         for seed in SEEDS
         for form in FORMS
     ]
+    return [*emoji, *street_maps.runs(folders)]
 
 
 def configuration(folders: Folders, name: str, form: str, seed: int) -> TrainConfig:
@@ -85,7 +87,6 @@ def train_form(folders: Folders, form: str, seed: int) -> Measured:
     train(config)
     test = evaluate_checkpoint(config.output, split="test")
     trained = open_trained(config.output)
-    found = interpret.zero_shot_iou(trained.model, emoji_pairs(trained, config.data.root))
     values = {
         "form": form,
         "model": config.model.name,
@@ -93,19 +94,40 @@ def train_form(folders: Folders, form: str, seed: int) -> Measured:
         "epochs": EPOCHS,
         "test_top1": test.top1,
         "test_images": test.images,
-        "zero_shot": {"images": found.images, "best": found.best, "heads": found.heads},
+        "zero_shot": zero_shot(trained, config.data.root),
         "disc": disc_iou(trained, config.data.root),
     }
     return Measured(values, RunFolder(config.output).metrics)
 
 
-def emoji_pairs(trained: Trained, root: str | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Test images as the model is fed, and which pixels belong to the drawing."""
+def zero_shot(trained: Trained, root: str | None) -> dict[str, Any]:
+    """IoU with regions of test images: of the head that is best on validation, and of every layer's best."""
+    val, test = (
+        interpret.zero_shot_iou(trained.model, emoji_pairs(trained, root, split)) for split in ("val", "test")
+    )
+    chosen = {}
+    for region, layers in val.per_head.items():
+        candidates = [
+            (value, layer, head) for layer, row in enumerate(layers) for head, value in enumerate(row)
+        ]
+        _, layer, head = max(candidates)
+        chosen[region] = {"layer": layer, "head": head, "iou": test.per_head[region][layer][head]}
+    return {
+        "images": test.images,
+        "val_images": val.images,
+        "chosen": chosen,
+        "best": test.best,
+        "heads": test.heads,
+    }
+
+
+def emoji_pairs(trained: Trained, root: str | None, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images of a split as the model is fed, and which pixels belong to the drawing."""
     arrays = load("emoji64", root)
     names = [str(name) for name in arrays["category_names"]]
-    dataset: Any = trained.task.open_split(trained.spec.mode, trained.class_names, "test").dataset
+    dataset: Any = trained.task.open_split(trained.spec.mode, trained.class_names, split).dataset
     images, labels = trained.task.sample(dataset, trained.spec, len(dataset))
-    part = arrays["split"] == list(arrays["split_names"]).index("test")
+    part = arrays["split"] == list(arrays["split_names"]).index(split)
     masks = np.concatenate([arrays[vendor][part][..., 3] > OPAQUE for vendor in ("google", "twitter")])
     for image, label, mask in zip(images, labels, masks, strict=True):
         if names[label] not in REPEATED:
@@ -113,9 +135,9 @@ def emoji_pairs(trained: Trained, root: str | None) -> Iterator[tuple[Tensor, Te
 
 
 def disc_iou(trained: Trained, root: str | None) -> float:
-    """Foreground IoU of a centred disc."""
+    """Foreground IoU of a centred disc, on test images."""
     values = []
-    for _, mask in emoji_pairs(trained, root):
+    for _, mask in emoji_pairs(trained, root, "test"):
         rows, columns = (torch.arange(side) - (side - 1) / 2 for side in mask.shape)
         disc = rows[:, None].square() + columns.square() <= DISC**2
         values.append(((disc & mask).sum() / (disc | mask).sum()).item())

@@ -9,11 +9,14 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from benchmarks.claims.runs import RESULTS
-from benchmarks.estimates import Estimate, difference, mean_of
+from benchmarks.claims.street_maps import PLACES
+from benchmarks.estimates import Estimate, mean_of, paired_difference
 from cbsa_torch.ops import counting
 
-LINES = Path("docs/images/lines.json")
+DIGITS = Path("benchmarks/results/digits_family.json")
 MODELS = Path("benchmarks/results/models.json")
+FULL_RANK = 16
+"""Representatives of the models from scratch."""
 TOLERANCE = 1e-12
 """Relative error up to which an equation holds in float64."""
 
@@ -44,19 +47,26 @@ Share = Callable[[dict[str, Any]], float]
 
 
 def compare(first: Records, second: Records, share: Share, unit: str = "points") -> Finding | None:
-    """Whether the first have a larger share than the second, by means over seeds."""
-    if min(len(first), len(second)) < 2:
+    """Whether the first have a larger share than the second, by the seeds that both have."""
+    by_seed = [{record["seed"]: 100 * share(record) for record in group} for group in (first, second)]
+    both = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if not both:
         return None
-    values = [[100 * share(record) for record in group] for group in (first, second)]
-    more = difference(*values)
+    values = [[group[seed] for seed in both] for group in by_seed]
+    more = paired_difference(*values)
     means = " against ".join(f"{mean_of(group).text()} %" for group in values)
-    return Finding(f"{more.text('+')} {unit} ({means}; {seeds(first, second)})", is_positive(more))
+    return Finding(f"{more.text('+')} {unit} ({means}; {seeds(both)})", is_positive(more))
 
 
-def seeds(*groups: Records) -> str:
-    """How many there were of each."""
-    numbers = sorted({len(group) for group in groups})
-    return f"{' and '.join(map(str, numbers))} seeds"
+def above(values: Sequence[float], limit: float = 0.0) -> Verdict:
+    """Whether the interval of the mean is above a limit, below it, or neither."""
+    found = mean_of(values)
+    return is_positive(Estimate(found.value - limit, found.half))
+
+
+def seeds(runs: Sequence[Any]) -> str:
+    """How many there were."""
+    return "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
 def scratch(form: str) -> list[dict[str, Any]]:
@@ -89,18 +99,16 @@ def masks(first: str, second: str) -> Callable[[], Finding | None]:
     return lambda: compare(decoders(first), decoders(second), miou)
 
 
-def recovered(first: str, second: str, recovery: str = "plain") -> Callable[[], Finding | None]:
-    """Test accuracy of two adapted ViTs after recovery."""
+def adapted(first: str, second: str) -> Callable[[], Finding | None]:
+    """Test accuracy of two ViTs after recovery, each FORM_LAYERS_RECOVERY_SIDE."""
+    return lambda: compare(records(f"adapted_{first}_seed?"), records(f"adapted_{second}_seed?"), top1)
 
-    def judge() -> Finding | None:
-        plain = "plain" if second == "original" else recovery  # the original has no teacher
-        return compare(
-            records(f"adapted_{first}_all_{recovery}_112_seed?"),
-            records(f"adapted_{second}_all_{plain}_112_seed?"),
-            top1,
-        )
 
-    return judge
+def finetuned(first: str, second: str) -> Callable[[], Finding | None]:
+    """Mean IoU of two decoders whose encoder was trained along."""
+    return lambda: compare(
+        records(f"decoders_{first}_finetuned"), records(f"decoders_{second}_finetuned"), miou
+    )
 
 
 def decoder_cost(key: str, most: float) -> Callable[[], Finding | None]:
@@ -141,28 +149,50 @@ def immune(form: str, sigma: float, most: float) -> Callable[[], Finding | None]
 
     def judge() -> Finding | None:
         runs = decoders(form)
-        if len(runs) < 2:
+        if not runs:
             return None
-        left = mean_of([100 * kept(sigma)(run) for run in runs])
-        spare = Estimate(left.value - (100 - most), left.half)
-        return Finding(f"{left.text()} % is kept ({seeds(runs)})", is_positive(spare))
+        left = [100 * kept(sigma)(run) for run in runs]
+        return Finding(f"{mean_of(left).text()} % is kept ({seeds(runs)})", above(left, 100 - most))
 
     return judge
 
 
-def adapted_cost(side: int, key: str, larger: bool) -> Callable[[], Finding | None]:
-    """A figure of the adapted ViT in parts of the original's."""
+def adapted_flops(side: int) -> Callable[[], Finding | None]:
+    """FLOPs of the adapted ViT in parts of the original's."""
+
+    def judge() -> Finding | None:
+        found = cost_of_adapted("flops")
+        if not found:
+            return None
+        text = ", ".join(f"{found[one]:.2f}" for one in sorted(found))
+        sides = ", ".join(map(str, sorted(found)))
+        verdict: Verdict = "holds" if found[side] < 1 else "does not hold"
+        return Finding(f"{text} times at {sides} pixels (counted)", verdict)
+
+    return judge
+
+
+def adapted_speed(side: int) -> Callable[[], Finding | None]:
+    """Images/s of the adapted ViT over the original's, with the memory beside it."""
 
     def judge() -> Finding | None:
         found = records("adapted_cost")
         if not found:
             return None
         rows = {row["name"]: row for row in found[0]["rows"] if row["image_size"] == side}
-        ratio = rows["adapted_cbsa"][key] / rows["original"][key]
-        right = ratio > 1 if larger else ratio < 1
-        return Finding(f"{ratio:.2f} times at {side} pixels", "holds" if right else "does not hold")
+        ours, theirs = rows["adapted_cbsa"], rows["original"]
+        figure, verdict = faster(ours, theirs)
+        memory = ours["peak_mib"] / theirs["peak_mib"]
+        return Finding(f"{figure}, {memory:.2f} times the memory", verdict)
 
     return judge
+
+
+def cost_of_adapted(key: str) -> dict[int, float]:
+    """A counted figure of the adapted ViT in parts of the original's, by the side of the image."""
+    rows = [row for record in records("adapted_cost") for row in record["rows"]]
+    at = {(row["name"], row["image_size"]): row[key] for row in rows}
+    return {side: at["adapted_cbsa", side] / at["original", side] for name, side in at if name == "original"}
 
 
 def similarities() -> Finding:
@@ -205,31 +235,47 @@ def speed(first: str, second: str, *, training: bool, size: int = 512) -> Callab
             if row["image_size"] == size and row["training"] is training
         ]
         found = {row["name"].removesuffix("_small_patch16_224"): row for row in rows}
-        ours, theirs = found[first], found[second]
-        low, high = (theirs["quartiles"][place] / ours["quartiles"][1 - place] for place in (0, 1))
-        ratio = ours["images_per_second"] / theirs["images_per_second"]
-        verdict: Verdict = "holds" if low > 1 else "does not hold" if high < 1 else "cannot be told"
-        return Finding(f"{ratio:.2f} times the images/s (quartiles {low:.2f} to {high:.2f})", verdict)
+        return faster(found[first], found[second])
+
+    return judge
+
+
+def faster(ours: dict[str, Any], theirs: dict[str, Any]) -> Finding:
+    """Images/s of one over another's, and quartile over opposite quartile, with rows of a benchmark."""
+    low, high = (theirs["quartiles"][place] / ours["quartiles"][1 - place] for place in (0, 1))
+    ratio = ours["images_per_second"] / theirs["images_per_second"]
+    verdict: Verdict = "holds" if low > 1 else "does not hold" if high < 1 else "cannot be told"
+    return Finding(f"{ratio:.2f} times the images/s (quartiles {low:.2f} to {high:.2f})", verdict)
+
+
+def small_speed(first: str, second: str) -> Callable[[], Finding | None]:
+    """Images/s of inference of one model from scratch over another's."""
+
+    def judge() -> Finding | None:
+        found = records("scratch_speed")
+        if not found:
+            return None
+        rows = {row["form"]: row for row in found[0]["rows"] if not row["training"]}
+        return faster(rows[first], rows[second])
 
     return judge
 
 
 def ranks(form: str) -> Callable[[], Finding | None]:
-    """Effective rank of A over layers and heads, of pooled or learned first guesses."""
+    """Rank of A over layers and heads, of pooled or learned first guesses."""
 
     def judge() -> Finding | None:
         runs = scratch(form)
-        if len(runs) < 2:
+        if not runs:
             return None
-        full = 16
         numeric, effective = (
-            mean_of([mean_over(run["inside"]["ranks"][key]) for run in runs]) for key in ("rank", "effective")
+            [mean_over(run["inside"]["ranks"][key]) for run in runs] for key in ("rank", "effective")
         )
-        text = f"rank {numeric.text()} of {full}, effective {effective.text()} ({seeds(runs)})"
+        text = f"rank {mean_of(numeric).text()} of {FULL_RANK}, effective {mean_of(effective).text()}"
         if form == "learned":
-            half = Estimate(full / 2 - effective.value, effective.half)
-            return Finding(f"{text}; below half: {is_positive(half)}", is_positive(half))
-        return Finding(text, "holds" if numeric.value > full - 0.5 else "does not hold")
+            verdict = above([-rank for rank in effective], -FULL_RANK / 2)
+            return Finding(f"{text} ({seeds(runs)}); low: effective rank below half", verdict)
+        return Finding(f"{text} ({seeds(runs)})", above(numeric, FULL_RANK - 0.5))
 
     return judge
 
@@ -244,16 +290,15 @@ def later_half(form: str) -> Callable[[], Finding | None]:
 
     def judge() -> Finding | None:
         runs = scratch(form)
-        if len(runs) < 2:
+        if not runs:
             return None
         falls = []
         for run in runs:
             rate = run["inside"]["rate"]
             middle = rate[len(rate) // 2 - 1]
             falls.append(100 * (middle - rate[-1]) / middle)
-        fall = mean_of(falls)
-        figure = f"{fall.text()} % lower at the last layer than in the middle ({seeds(runs)})"
-        return Finding(figure, is_positive(fall))
+        figure = f"{mean_of(falls).text()} % lower at the last layer than in the middle ({seeds(runs)})"
+        return Finding(figure, above(falls))
 
     return judge
 
@@ -263,7 +308,7 @@ def together(reading: str) -> Callable[[], Finding | None]:
 
     def judge() -> Finding | None:
         runs = scratch("cbt")
-        if len(runs) < 2:
+        if not runs:
             return None
         correlation = mean_of([run["inside"]["figure_6"][reading] for run in runs])
         return Finding(f"rank correlation {correlation.text('+')} ({seeds(runs)})", is_positive(correlation))
@@ -276,35 +321,37 @@ def compresses(form: str, kind: str) -> Callable[[], Finding | None]:
 
     def judge() -> Finding | None:
         runs = scratch(form)
-        if len(runs) < 2:
+        if not runs:
             return None
         shares = []
         for run in runs:
             layers = [layer[kind] for layer in run["inside"]["step"]["layers"]]
             shares.append(100 * sum(one["fell"] for one in layers) / sum(one["cases"] for one in layers))
-        share = mean_of(shares)
-        most = Estimate(share.value - 95, share.half)
-        return Finding(f"in {share.text()} % of all cases ({seeds(runs)})", is_positive(most))
+        return Finding(f"in {mean_of(shares).text()} % of all cases ({seeds(runs)})", above(shares, 95))
 
     return judge
 
 
-def certified() -> Finding | None:
-    """Whether each step kept its guarantee."""
-    runs = scratch("certified")
-    if not runs:
-        return None
-    found = [run["inside"]["certificates"]["float64"] for run in runs]
-    holding, cases = (sum(one[key] for one in found) for key in ("holding", "cases"))
-    share = fmean(one["share"] for one in found)
-    figure = f"{holding:,} of {cases:,} cases, median step {100 * share:.0f} % of its limit ({seeds(runs)})"
-    return Finding(figure, "holds" if holding == cases else "does not hold")
+def certified(pattern: str) -> Callable[[], Finding | None]:
+    """Whether each step of these runs kept its guarantee."""
+
+    def judge() -> Finding | None:
+        runs = records(pattern)
+        if not runs:
+            return None
+        found = [run["inside"]["certificates"]["float64"] for run in runs]
+        holding, cases = (sum(one[key] for one in found) for key in ("holding", "cases"))
+        share = 100 * fmean(one["share"] for one in found)
+        figure = f"{holding:,} of {cases:,} cases, median step {share:.0f} % of its limit ({seeds(runs)})"
+        return Finding(figure, "holds" if holding == cases else "does not hold")
+
+    return judge
 
 
 def gap() -> Finding | None:
     """|R(Q) - R(Z)| in parts of R(Z), of which Eq. 4 says that it is at most some tau."""
     runs = scratch("cbt")
-    if len(runs) < 2:
+    if not runs:
         return None
     shares = []
     for run in runs:
@@ -314,18 +361,43 @@ def gap() -> Finding | None:
 
 
 def zero_shot(first: str, second: str) -> Callable[[], Finding | None]:
-    """Foreground IoU of the best head and layer on the outlines of emoji."""
+    """IoU with the outlines of emoji of the head that is best on validation; beside it that of a disc."""
 
     def judge() -> Finding | None:
         groups = [records(f"inside_emoji_{form}_seed?") for form in (first, second)]
-        return compare(groups[0], groups[1], best_map, "points of IoU")
+        found = compare(groups[0], groups[1], outline_iou, "points of IoU")
+        return found and beside(found, f"a disc {100 * groups[0][0]['disc']:.1f} %")
 
     return judge
 
 
-def best_map(record: dict[str, Any]) -> float:
-    """Foreground IoU of the best head of the best layer."""
-    return float(max(record["zero_shot"]["best"]["foreground"]))
+def outline_iou(record: dict[str, Any]) -> float:
+    """With the drawing, of the chosen head."""
+    return float(record["zero_shot"]["chosen"]["foreground"]["iou"])
+
+
+def beside(found: Finding, text: str) -> Finding:
+    """The same with a further figure, which does not matter for the verdict."""
+    return Finding(f"{found.figure}; {text}", found.verdict)
+
+
+def street_maps(first: str, second: str, key: str = "mean_iou") -> Callable[[], Finding | None]:
+    """IoU of the adapted ViTs' maps with CamVid's classes, the mean over classes; beside it that of places.
+
+    Args:
+        first, second: the ViTs.
+        key: of the record, by which heads are chosen from all layers or from the latter half.
+    """
+
+    def judge() -> Finding | None:
+        groups = [records(f"inside_street_{form}_seed?") for form in (first, second)]
+        found = compare(groups[0], groups[1], lambda record: float(record[key]), "points of IoU")
+        places = records(PLACES)
+        return found and (
+            beside(found, f"places alone {100 * places[0]['mean_iou']:.1f} %") if places else found
+        )
+
+    return judge
 
 
 def identity(error: Callable[[], float]) -> Callable[[], Finding]:
@@ -338,12 +410,36 @@ def identity(error: Callable[[], float]) -> Callable[[], Finding]:
     return judge
 
 
-def lines() -> Finding:
-    """Points pressed onto their lines (Fig. 4)."""
-    measures = json.loads(LINES.read_text())["measures"]
-    first, last = measures["0"], measures[max(measures, key=int)]
-    figure = (
-        f"{first['angle_to_own_line']:.1f} to {last['angle_to_own_line']:.1f} degrees from the own line, "
-        f"{last['angle_to_nearest_other_line']:.0f} from the nearest other (one draw)"
+def lines() -> Finding | None:
+    """Points pressed onto their lines (Fig. 4): whether these are farther apart than before."""
+    runs = records("small_lines_seed?")
+    if not runs:
+        return None
+    before, after, other = (
+        mean_of([run[when][key] for run in runs])
+        for when, key in (
+            ("before", "angle_to_own_line"),
+            ("after", "angle_to_own_line"),
+            ("after", "angle_to_nearest_other_line"),
+        )
     )
-    return Finding(figure, "holds" if last["separation"] > first["separation"] else "does not hold")
+    figure = (
+        f"{before.text()} to {after.text()} degrees from the own line, {other.text()} from the nearest other "
+        f"({len(runs)} draws)"
+    )
+    return Finding(figure, above([run["after"]["separation"] - run["before"]["separation"] for run in runs]))
+
+
+def tied() -> Finding | None:
+    """Test accuracy of the family's records on digits, output projection of its own against the tied one."""
+    rows = {row["member"]: row["test_top1"] for row in json.loads(DIGITS.read_text())["rows"]}
+    groups = [
+        [{"seed": seed, "test_top1": value} for seed, value in enumerate(rows[member])]
+        for member in ("cbt", "cbt_tied")
+    ]
+    return compare(groups[0], groups[1], top1)
+
+
+def not_run(needs: str) -> Callable[[], Finding]:
+    """A claim that nothing here can tell."""
+    return lambda: Finding(f"not run: {needs}", "cannot be told")

@@ -91,7 +91,9 @@ def work_through(runs: Sequence[Run], locks: Path) -> None:
     for run in left_of(runs):
         missing = [name for name in run.needs if name not in known and not record_of(name).exists()]
         if missing:
-            raise SystemExit(f"{run.name} needs {', '.join(missing)}, which --only leaves out")
+            raise SystemExit(
+                f"{run.name} needs {', '.join(missing)}: not done, and not among the runs asked for"
+            )
     while left := left_of(runs):
         for run in left:
             if all(record_of(name).exists() for name in run.needs) and _do(run, locks, left):

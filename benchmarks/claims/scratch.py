@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import timm
+import torch
+
 from benchmarks.claims.runs import Folders, Measured, Run, read
 from benchmarks.inside import measure
+from cbsa_torch.bench import measure as timing
 from cbsa_torch.models.counting import count_model
 from cbsa_torch.train import TrainConfig, evaluate_checkpoint, load_config, train
 from cbsa_torch.train.evaluate import open_trained
@@ -43,6 +48,8 @@ EPOCHS, TRIAL_EPOCHS = 10, 2
 EPOCH_MINUTES = 2.5
 MEASURED = 500
 """Test images that rates are measured on."""
+TIMED = 64
+"""Images at a time whose speed is measured, as in training."""
 
 
 def runs(folders: Folders) -> list[Run]:
@@ -52,7 +59,7 @@ def runs(folders: Folders) -> list[Run]:
         for form in FORMS
         for rate in RATES
     ]
-    return trials + [
+    trained = [
         Run(
             f"scratch_{form}_seed{seed}",
             EPOCHS * EPOCH_MINUTES + 2,
@@ -63,6 +70,7 @@ def runs(folders: Folders) -> list[Run]:
         for seed in SEEDS
         for form in FORMS
     ]
+    return [*trials, *trained, Run("scratch_speed", 3, partial(measure_speed, folders), quiet=True)]
 
 
 def trial(form: str, rate: float) -> str:
@@ -130,3 +138,37 @@ def train_form(folders: Folders, form: str, seed: int) -> Measured:
         "inside": measure(trained, MEASURED),
     }
     return Measured(values, folder.metrics)
+
+
+def measure_speed(folders: Folders, repetitions: int = 9, budget: float = 20.0) -> Measured:
+    """Images per second of inference and of a training step without optimiser, in turn, on one thread.
+
+    Args:
+        folders: the log goes to that of the runs.
+        repetitions: of each, at most.
+        budget: seconds of timing for each of them.
+    """
+    images = torch.randn(TIMED, 3, 32, 32)
+    models: dict[str, Any] = {
+        name: timm.create_model(f"{form.family}_{SIZE}", num_classes=10, **form.args)
+        for name, form in FORMS.items()
+    }
+    rows = []
+    for training, function in ((False, timing.forward), (True, timing.step)):
+        functions = {name: partial(function, model.train(training), images) for name, model in models.items()}
+        times = timing.interleaved(functions, "cpu", repetitions=repetitions, budget=budget)
+        for name, seconds in times.items():
+            low, median, high = timing.quartiles(seconds)
+            rows.append(
+                {
+                    "form": name,
+                    "training": training,
+                    "images_per_second": TIMED / median,
+                    "quartiles": (1000 * low, 1000 * high),
+                    "repetitions": len(seconds),
+                }
+            )
+    log = folders.runs / "scratch_speed.json"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(json.dumps(rows))
+    return Measured({"model": SIZE, "batch": TIMED, "rows": rows}, log)

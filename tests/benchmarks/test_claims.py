@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.claims import identities, judges, page, runs
+from benchmarks.claims import identities, judges, page, plots, runs
 from benchmarks.claims.runs import Measured, Run
-from benchmarks.estimates import Estimate, difference, mean_of
+from benchmarks.estimates import Estimate, difference, mean_of, paired_difference
 from scipy import stats
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, results, monkeypatch):
 
 def test_a_run_whose_needs_were_left_out_is_refused(tmp_path, results):
     alone = fake("second", [], tmp_path / "log", needs=("first",))
-    with pytest.raises(SystemExit, match="second needs first, which --only leaves out"):
+    with pytest.raises(SystemExit, match="second needs first: not done, and not among"):
         runs.work_through([alone], tmp_path / "locks")
 
 
@@ -82,17 +82,22 @@ def test_intervals_are_students_and_welchs():
     interval = stats.ttest_ind([1, 2, 3], [2, 4, 6], equal_var=False).confidence_interval()
     assert (found.value - found.half, found.value + found.half) == pytest.approx(interval, rel=1e-9)
     assert difference([1.0], [2.0, 3.0]).half is None
+    paired = paired_difference([1.0, 2.0, 4.0], [2.0, 4.0, 5.0])
+    interval = stats.ttest_rel([1, 2, 4], [2, 4, 5]).confidence_interval()
+    assert (paired.value - paired.half, paired.value + paired.half) == pytest.approx(interval, rel=1e-9)
 
 
-def test_a_comparison_needs_seeds_and_says_how_many(results):
-    def seeds(*values):
-        return [{"test_top1": value} for value in values]
+def test_a_comparison_is_of_the_seeds_that_both_have():
+    def seeds(**values):
+        return [{"seed": int(seed[1:]), "test_top1": value} for seed, value in values.items()]
 
-    assert judges.compare(seeds(0.9), seeds(0.8, 0.7), judges.top1) is None
-    found = judges.compare(seeds(0.9, 0.91, 0.92), seeds(0.7, 0.71), judges.top1)
+    assert judges.compare(seeds(s0=0.9), seeds(s1=0.8), judges.top1) is None
+    alone = judges.compare(seeds(s0=0.9), seeds(s0=0.8, s1=0.7), judges.top1)
+    assert alone == ("+10.00 points (90.00 % against 80.00 %; one seed)", "cannot be told")
+    found = judges.compare(seeds(s2=0.93, s1=0.91, s0=0.92), seeds(s1=0.71, s2=0.732), judges.top1)
     assert found.verdict == "holds"
-    assert "+20.50" in found.figure
-    assert "2 and 3 seeds" in found.figure
+    assert found.figure.startswith("+19.90 ± 1.27 points (92.00 ± 12.71 % against 72.10")  # paired
+    assert "2 seeds" in found.figure
 
 
 @pytest.mark.parametrize(
@@ -102,10 +107,11 @@ def test_equations_hold_in_double_precision(name):
     assert getattr(identities, name)() < judges.TOLERANCE
 
 
-def test_the_page_states_the_records():
-    begin, end = page.MARKERS
-    stated = (ROOT / page.DOCS).read_text().split(begin)[1].split(end)[0].strip()
-    assert stated == page.table()
+def test_the_page_states_the_records(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = page.DOCS.read_text()
+    for (begin, end), content in ((page.TABLE, page.table()), (page.PICTURES, plots.pictures())):
+        assert text.split(begin)[1].split(end)[0] == content
     assert len(page.CLAIMS) >= 14
 
 

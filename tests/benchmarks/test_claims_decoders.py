@@ -26,6 +26,7 @@ def folders(tmp_path, monkeypatch):
         "SIZE": (42, 56),
         "BLOCKS": (1, 2),
         "FORMS": {form: decoders.FORMS[form]._replace(seeds=1) for form in ("certified", "mhsa")},
+        "CHOOSING": ("mhsa",),
         "FINETUNED": ("mhsa",),
         "RECIPE": replace(decoders.RECIPE, batch_size=4, epochs=2),
         "FINETUNING": replace(decoders.FINETUNING, batch_size=4, epochs=1),

@@ -123,8 +123,8 @@ def zero_shot_iou(
                 truths = torch.stack(
                     [_region(region, pair.mask, pair.valid, boundary_width) for region in regions]
                 )
-                hot = _threshold(upsample_maps(of_image, tuple(pair.mask.shape)), pair.valid, rule, levels)
-                scores.setdefault(name, []).append(_iou(hot, truths, pair.valid))
+                hot = threshold_maps(upsample_maps(of_image, tuple(pair.mask.shape)), pair.valid, rule, levels)
+                scores.setdefault(name, []).append(region_iou(hot, truths, pair.valid))
         records.clear()  # before the next batch is recorded
     if not scores:
         raise ValueError("pairs must hold at least one image with its mask")
@@ -199,8 +199,8 @@ def _near(mask: Tensor, width: int) -> Tensor:
     return F.max_pool2d(tall, (1, 2 * width + 1), 1, (0, width))[0] > 0
 
 
-def _threshold(maps: Tensor, valid: Tensor | None, rule: str, levels: list[float]) -> Tensor:
-    """``(H, thresholds, pixels)`` bool from maps ``(H, height, width)``."""
+def threshold_maps(maps: Tensor, valid: Tensor | None, rule: str, levels: Sequence[float]) -> Tensor:
+    """``(H, thresholds, pixels)`` bool from maps ``(H, height, width)``, as in :func:`zero_shot_iou`."""
     flat = maps.double().flatten(1).clamp(min=0)  # (H, pixels)
     seen = flat if valid is None else flat[:, valid.flatten()]
     share = torch.tensor(levels, dtype=flat.dtype)
@@ -219,8 +219,8 @@ def _threshold(maps: Tensor, valid: Tensor | None, rule: str, levels: list[float
     return (flat[:, None] >= least[..., None]) & (flat > 0)[:, None]
 
 
-def _iou(hot: Tensor, truths: Tensor, valid: Tensor | None) -> Tensor:
-    """``(regions, H, thresholds)``; NaN for a region that is empty."""
+def region_iou(hot: Tensor, truths: Tensor, valid: Tensor | None) -> Tensor:
+    """``(regions, H, thresholds)`` of what :func:`threshold_maps` gives; NaN for a region that is empty."""
     truth = truths.flatten(1)
     if valid is not None:
         keep = valid.flatten()
