@@ -68,7 +68,7 @@ class SizeOptions:
 
     def changes(self) -> dict[str, Any]:
         """What was given of them."""
-        changes = {"native": self.native or None}
+        changes: dict[str, Any] = {"native": self.native or None}
         changes |= {"max_tokens": self.max_tokens, "max_image_tokens": self.max_image_tokens}
         return {name: value for name, value in changes.items() if value is not None}
 

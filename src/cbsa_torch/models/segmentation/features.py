@@ -62,7 +62,7 @@ def patch_features(encoder: nn.Module, images: Tensor | list[Tensor]) -> Tensor 
     by_size: dict[torch.Size, list[int]] = defaultdict(list)
     for i, image in enumerate(images):
         by_size[image.shape].append(i)
-    found = {}
+    found: dict[int, Tensor] = {}
     for members in by_size.values():
         found |= zip(members, _batch_features(encoder, torch.stack([images[i] for i in members])), strict=True)
     return [found[i] for i in range(len(images))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.checks import check_floating, check_shape
-from cbsa_torch._core.types import CellPooling, Cells, GridPooling, Representatives
+from cbsa_torch._core.types import CellPooling, Cells, Representatives
 from cbsa_torch.ops.packing import Rows, group_rows, join_rows, read_cu_seqlens, split_rows
 
 
@@ -102,10 +102,10 @@ def run_packed_certified(
         chosen = [representatives[i] for i in group.members]
         for i, own in zip(group.members, chosen, strict=True):
             if not isinstance(own, Representatives) or own.values.shape[0] != 1:
-                got = tuple(own.values.shape) if isinstance(own, Representatives) else type(own).__name__
+                given: Any = tuple(own.values.shape) if isinstance(own, Representatives) else type(own).__name__
                 raise ValueError(
                     "representatives must be an ops.Representatives with values (1, H, M, P) for sequence "
-                    f"{i}, got {got}"
+                    f"{i}, got {given}"
                 )
         outputs.append(operator(batch, _stack(chosen)))
     return _join(outputs, rows)
@@ -132,30 +132,31 @@ def _kind(own: Any) -> Any:
     """What representatives of one batch must have in common."""
     if not isinstance(own, Representatives):
         return None
-    values, mask, attention, weights = own
+    weights: Any = own.token_weights
     if isinstance(weights, CellPooling):
         weights = CellPooling, weights.first, tuple(weights.cells.counts.shape)
     elif isinstance(weights, Tensor):
         weights = tuple(weights.shape[-2:])
-    return tuple(values.shape), mask is None, attention is None, weights
+    return tuple(own.values.shape), own.mask is None, own.attention is None, weights
 
 
 def _stack(items: Sequence[Representatives]) -> Representatives:
     """Representatives of one kind, each of one item, as those of a batch."""
     first = items[0]
-    if len(items) == 1:
-        return first
 
     def joined(parts: Sequence[Any]) -> Any:
         return None if parts[0] is None else torch.cat(list(parts))
 
-    weights: Any = first.token_weights
+    all_weights: list[Any] = [own.token_weights for own in items]
+    weights: Any = first.token_weights  # a pooling of a grid is the same for all
     if isinstance(weights, CellPooling):
-        of_all = (own.token_weights.cells for own in items)  # type: ignore[union-attr]
-        cells = Cells(*(torch.cat(parts) for parts in zip(*of_all, strict=True)))
+        cells = Cells(*(torch.cat(parts) for parts in zip(*(own.cells for own in all_weights), strict=True)))
         weights = CellPooling(cells, weights.first)
     elif isinstance(weights, Tensor):
-        own_weights = (own.token_weights for own in items)
-        weights = torch.cat([w if w.ndim == 3 else w[None] for w in own_weights])  # type: ignore[union-attr]
-    assert weights is None or isinstance(weights, (Tensor, GridPooling, CellPooling))
-    return Representatives(*(joined(parts) for parts in list(zip(*items, strict=True))[:3]), weights)
+        weights = torch.cat([own if own.ndim == 3 else own[None] for own in all_weights])
+    return Representatives(
+        torch.cat([own.values for own in items]),
+        joined([own.mask for own in items]),
+        joined([own.attention for own in items]),
+        weights,
+    )
