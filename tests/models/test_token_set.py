@@ -110,9 +110,9 @@ def test_a_model_without_places_needs_none():
         ({"coords": torch.full((1, 9, 2), torch.nan)}, "coords.*(NaN|finite)"),
         ({"features": torch.zeros(1, 9, 5).double()}, "features must be .B, N, in_dim. with in_dim 6"),
         ({"token_mask": torch.ones(1, 8, dtype=torch.bool)}, "token_mask"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens must rise from 0 to the 9 features"),
-        ({"cu_seqlens": torch.tensor([1, 9])}, "cu_seqlens must rise from 0"),
-        ({"cu_seqlens": torch.tensor([0, 6, 4, 9])}, "cu_seqlens must rise from 0"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens must end at the number of features .9., got 4"),
+        ({"cu_seqlens": torch.tensor([1, 9])}, "cu_seqlens must start at 0, got 1"),
+        ({"cu_seqlens": torch.tensor([0, 6, 4, 9])}, "cu_seqlens must not decrease, got 6, 4 for sequence 1"),
         ({"cu_seqlens": torch.tensor([0, 9]), "token_mask": torch.ones(1, 9, dtype=torch.bool)}, "not both"),
     ],
 )  # fmt: skip
@@ -120,6 +120,24 @@ def test_bad_input_is_named(change, message):
     features, coords = bag(9)
     with pytest.raises(ValueError, match=message):
         build()(**{"features": features[None], "coords": coords[None], **change})
+
+
+def test_coordinates_that_are_not_finite_are_named_whatever_the_mixer():
+    features, coords = bag(9)
+    features, coords = features.expand(2, -1, -1), coords.float().expand(2, -1, -1).clone()
+    coords[1, 3, 0] = torch.inf
+    for mixer in ("cbsa", "tssa"):
+        with pytest.raises(ValueError, match="coords must be finite for every real token.* in item 1"):
+            build(mixer=mixer)(features, coords)
+        row = features.reshape(1, 18, -1), coords.reshape(1, 18, 2)
+        with pytest.raises(ValueError, match="coords must be finite, got NaN or infinity in sequence 1"):
+            build(mixer=mixer)(*row, cu_seqlens=torch.tensor([0, 9, 18]))
+        mask = torch.ones(2, 9, dtype=torch.bool)
+        mask[1, 3] = False  # of padding they may be anything
+        assert build(mixer=mixer)(features, coords, mask).isfinite().all()
+        assert build(mixer=mixer)(features, coords, mask & torch.tensor([[True], [False]])).isfinite().all()
+    with pytest.raises(TypeError, match="coords must be a torch.Tensor, got list"):
+        build()(features, coords.tolist())
 
 
 def test_bad_options_are_named():

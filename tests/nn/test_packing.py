@@ -205,6 +205,10 @@ def test_only_empty_sequences():
     out.sum().backward()
 
 
+def jagged(*lengths, width=2):
+    return torch.nested.as_nested_tensor([torch.rand(n, width) for n in lengths], layout=torch.jagged)
+
+
 X, GOOD = torch.randn(14, DIM), torch.tensor([0, 5, 14])
 
 
@@ -231,6 +235,11 @@ X, GOOD = torch.randn(14, DIM), torch.tensor([0, 5, 14])
         ({"cu_seqlens": None, "grid_sizes": [(2, 2)], "x": X[None]}, ValueError, "pass cu_seqlens"),
         ({"cu_seqlens": Packing(GOOD), "coords": torch.rand(12, 2)}, ValueError, "beside a Packing"),
         ({"cu_seqlens": Packing(GOOD)}, ValueError, "not a square grid"),
+        ({"grid_sizes": 4}, ValueError, "grid_sizes must have one grid for each of 2 sequences, got 4"),
+        ({"coords": torch.rand(12, 2).index_fill(0, torch.tensor([7]), torch.inf)}, ValueError, "in sequence 1"),
+        ({"coords": jagged(5, 7)}, ValueError, "coords must have 4 rows for the tokens of sequence 0, got 5"),
+        ({"x": jagged(6, 8, width=DIM)}, ValueError, r"cu_seqlens must be the offsets of the nested x, \[0, 6, 14\]"),
+        ({"x": X.view(2, 7, DIM), "cu_seqlens": None, "coords": jagged(6, 6)}, ValueError, "coords must be a dense tensor for a batch"),
     ],
 )  # fmt: skip
 def test_bad_inputs_are_named(kwargs, kind, message):

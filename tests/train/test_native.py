@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from cbsa_torch import cli
+from cbsa_torch.models import WhiteBoxTransformer
 from cbsa_torch.train import evaluate_checkpoint, open_trained, train
 from cbsa_torch.train.errors import ConfigError
 from tests.helpers import processes
@@ -74,6 +75,40 @@ def test_models_trained_at_one_size_take_others(finished, tmp_path):
     output = tmp_path / "eval.json"
     cli.main(["eval", "--checkpoint", config.output, "--native", "--output", str(output)])
     assert json.loads(output.read_text())["top1"] == 1.0
+
+
+def test_predicted_images_are_packed_within_the_budget_and_are_what_they_are_alone(
+    finished, tmp_path, monkeypatch, capsys
+):
+    checkpoint, images = finished[0].output, []
+    for i, (height, width) in enumerate([(8, 20), (32, 32), (16, 16), (9, 30)]):  # 11, 65, 17 and 25 tokens
+        images.append(str(tmp_path / f"{i}.png"))
+        Image.effect_noise((width, height), 50 * i + 10).convert("RGB").save(images[-1])
+    images.insert(2, str(tmp_path / "bad.png"))
+    Path(images[2]).write_bytes(b"no image")
+
+    def predicted(*options):
+        seen = []
+        forward = WhiteBoxTransformer.forward
+        monkeypatch.setattr(
+            WhiteBoxTransformer, "forward", lambda model, x: seen.append(len(x)) or forward(model, x)
+        )
+        output = tmp_path / "found.json"
+        command = ["predict", "--checkpoint", checkpoint, *options, "--on-bad-image", "skip"]
+        assert cli.main([*command, "--output", str(output), *images]) == 0
+        monkeypatch.undo()
+        return json.loads(output.read_text()), seen
+
+    (alone, one_by_one), (packed, in_parts) = (
+        predicted("--native", "--max-tokens", tokens) for tokens in ("2", "93")
+    )
+    assert (one_by_one, in_parts) == ([1, 1, 1, 1], [3, 1])
+    assert [row["error"] is None for row in packed] == [True, True, False, True, True]
+    for ours, theirs in zip(packed, alone, strict=True):
+        assert (ours["image"], ours["classes"]) == (theirs["image"], theirs["classes"])
+        assert ours["probabilities"] == pytest.approx(theirs["probabilities"], rel=1e-4)
+    assert cli.main(["predict", "--checkpoint", checkpoint, "--max-tokens", "99", images[0]]) == 1
+    assert "max_tokens: only for images at their own size; add native" in capsys.readouterr().err
 
 
 def test_processes_take_the_parts_of_a_step(native, tmp_path):

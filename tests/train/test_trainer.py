@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cbsa_torch import cli
+from cbsa_torch.interpret.pages.report import best_epoch
 from cbsa_torch.models import load_checkpoint
 from cbsa_torch.train import evaluate_checkpoint, load_config, train, trainer
 from cbsa_torch.train.config import ModelConfig, dump_yaml
@@ -105,6 +106,22 @@ def test_the_best_or_the_last_weights_are_kept(config, monkeypatch, keep):
     model, info = load_checkpoint(RunFolder(config.output).weights)
     assert info["epoch"] == {"best": 1, "last": 2}[keep]
     assert (keep == "last") == torch.equal(model.head.weight, last(config)["model"]["head.weight"])
+
+
+def test_of_equal_scores_the_smallest_loss_is_the_best(config, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0])
+    task = classification.Classification
+    original = task.evaluate
+
+    def evaluate(*args, **kwargs):
+        return original(*args, **kwargs)._replace(top1=0.5, loss=next(losses))
+
+    monkeypatch.setattr(task, "evaluate", evaluate)
+    config.optim.epochs = 3
+    assert train(config).best_epoch == 2
+    assert load_checkpoint(RunFolder(config.output).weights)[1]["epoch"] == 2
+    assert best_epoch(rows(config), "val_top1") == (2, 0.5)
+    assert last(config)["progress"]["best_loss"] == 1.0
 
 
 def test_the_same_seed_gives_the_same_run(config, whole, tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from cbsa_torch.cli.options import OtherOptions, SizeOptions, at_least, open_on, parse, with_data
+from cbsa_torch.cli.options import OtherOptions, SizeOptions, at_least, open_on, parse
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_checkpoint
@@ -35,12 +36,13 @@ def run(args: list[str]) -> None:
     at_least(0, max_bad_images=options.max_bad_images)
     at_least(1, batch_size=options.batch_size)
     trained = open_on(options.checkpoint, options, options.split)
-    changes = options.changes()
+    trained = options.applied_to(trained)
     if options.max_bad_images is not None:
         if not trained.task.takes_images:
             raise ConfigError("--max-bad-images is of images, and this model takes slides: leave it out")
-        changes["max_bad_images"] = options.max_bad_images
-    trained = with_data(trained, changes)
+        data: Any = trained.config.data  # of images
+        data = dataclasses.replace(data, max_bad_images=options.max_bad_images)
+        trained = trained._replace(task=trained.task.with_data(data))
     result = evaluate_checkpoint(
         trained.fused(),
         split=options.split,

@@ -55,35 +55,31 @@ class OtherOptions:
 
 @dataclass
 class SizeOptions:
-    """At which size a classifier is fed images."""
+    """At which size images are fed."""
 
     native: bool = False
-    """Classifiers: images at their own size, neither resized nor cropped; as is done without it, if the model
-    was trained so."""
+    """Images at their own size, several at once without padding: classifiers neither resize nor crop them,
+    segmenters see them whole, not by windows; as is done without it, if the model was trained so."""
+    max_tokens: int | None = None
+    """With images at their own size: tokens in a forward pass; changes memory and time, not the result.
+    Default: as in training."""
     max_image_tokens: int | None = None
     """Classifiers: with images at their own size, shrink those of more tokens. Default: as in training."""
 
     def changes(self) -> dict[str, Any]:
-        """The settings of the data that they change."""
-        changes = {"native": self.native or None, "max_image_tokens": self.max_image_tokens}
+        """What was given of them."""
+        changes: dict[str, Any] = {"native": self.native or None}
+        changes |= {"max_tokens": self.max_tokens, "max_image_tokens": self.max_image_tokens}
         return {name: value for name, value in changes.items() if value is not None}
 
-
-def with_data(trained: Trained, changes: dict[str, Any]) -> Trained:
-    """A trained model with other settings of its data; raises ConfigError for those that its task has not."""
-    data: Any = trained.config.data  # of the task
-    fields = {item.name for item in dataclasses.fields(data)}
-    for name in changes:
-        if name not in fields:
-            raise ConfigError(
-                f"{name} has no effect for the task {trained.config.task!r}, which this model was trained for; "
-                "leave it out"
-            )
-    if not changes:
-        return trained
-    changed = trained._replace(task=trained.task.with_data(dataclasses.replace(data, **changes)))
-    changed.task.check()
-    return changed
+    def applied_to(self, trained: Trained) -> Trained:
+        """The same model fed so; raises ConfigError for what cannot work or has no effect."""
+        changes = self.changes()
+        if not changes:
+            return trained
+        task = trained.task.with_native(changes)
+        task.check()
+        return trained._replace(task=task)
 
 
 def parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:

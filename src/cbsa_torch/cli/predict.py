@@ -11,7 +11,7 @@ from typing import Any, cast
 import tyro
 
 from cbsa_torch._core.files import write_atomically
-from cbsa_torch.cli.options import OtherOptions, SizeOptions, open_on, parse, with_data
+from cbsa_torch.cli.options import OtherOptions, SizeOptions, open_on, parse
 from cbsa_torch.cli.streamed import StreamOptions
 from cbsa_torch.cli.streamed import predict as predict_streamed
 from cbsa_torch.train.engine.console import number_table, print_table, say
@@ -49,11 +49,12 @@ def run(args: list[str]) -> None:
     if options.stream is not None:
         if options.changes():
             raise ConfigError(
-                "--native and --max-image-tokens are not for --stream, which takes the image as it is"
+                "--native, --max-tokens and --max-image-tokens are not for --stream, which takes the image as "
+                "it is"
             )
         _tell(trained, [predict_streamed(trained.fused(), options.stream, options)], options)
         return
-    trained = with_data(trained, options.changes())
+    trained = options.applied_to(trained)
     if not trained.task.takes_images:
         _predict_slides(trained, options)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cbsa_torch._core.autodiff import has_values
 from cbsa_torch._core.checks import check_bool, check_choice, check_floating, check_mask, check_positive_int
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.types import Residual
@@ -33,6 +35,8 @@ from cbsa_torch.nn import (
     TokenMixer,
     WhiteBoxBlock,
 )
+from cbsa_torch.ops.coordinates import check_coords
+from cbsa_torch.ops.packing import read_cu_seqlens
 
 MIXERS: dict[str, type[TokenMixer]] = {
     "cbsa": CBSA,
@@ -320,7 +324,9 @@ class TokenSetTransformer(HeadedTransformer):
                     f"coords must be given to this model (positions={self.positions!r}); positions='none' with "
                     "representatives='learned' needs none"
                 )
-        elif tuple(coords.shape) != (*features.shape[:2], self.coord_dim):
+            return
+        check_coords(coords)
+        if tuple(coords.shape) != (*features.shape[:2], self.coord_dim):
             raise ValueError(
                 f"coords must have shape {(*features.shape[:2], self.coord_dim)}, a row of coord_dim for every "
                 f"feature; got {tuple(coords.shape)}"
@@ -329,21 +335,15 @@ class TokenSetTransformer(HeadedTransformer):
 
 def _lengths(cu_seqlens: Tensor, features: Tensor) -> list[int]:
     """The lengths of packed sets; raises ValueError or TypeError unless these cover the one row of features."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {kind}")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or features.shape[0] != 1:
+    ends = read_cu_seqlens("cu_seqlens", cu_seqlens)
+    if len(ends) < 2 or features.shape[0] != 1:
         raise ValueError(
             "cu_seqlens must have shape (B + 1,) beside features (1, sum of N, in_dim), got "
             f"{tuple(cu_seqlens.shape)} and {tuple(features.shape)}"
         )
-    lengths: list[int] = cu_seqlens.diff().tolist()
-    first, last = cu_seqlens[[0, -1]].tolist()
-    if first != 0 or last != features.shape[1] or min(lengths) < 0:
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the {features.shape[1]} features, got {cu_seqlens.tolist()[:20]}"
-        )
-    return lengths
+    if ends[-1] != features.shape[1]:
+        raise ValueError(f"cu_seqlens must end at the number of features ({features.shape[1]}), got {ends[-1]}")
+    return [stop - start for start, stop in itertools.pairwise(ends)]
 
 
 def _in_box(coords: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -357,7 +357,15 @@ def _in_box(coords: Tensor, token_mask: Tensor | None) -> Tensor:
         padding = ~token_mask[..., None]
         low = wide.masked_fill(padding, math.inf).amin(-2, keepdim=True)
         high = wide.masked_fill(padding, -math.inf).amax(-2, keepdim=True)
-    side = (high - low).amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    sides = high - low
+    if has_values(sides):
+        wrong = ~sides.isfinite().all(-1)
+        if token_mask is not None:
+            wrong = wrong & token_mask.any(-1, keepdim=True)
+        if wrong.any():
+            item = "" if wrong.ndim == 1 else f" in item {int(wrong.nonzero()[0, 0])}"
+            raise ValueError(f"coords must be finite for every real token, got NaN or infinity{item}")
+    side = sides.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     placed = ((wide - low) / side).float()
     return placed if token_mask is None else placed.masked_fill(padding, 0.0)
 

@@ -6,6 +6,7 @@ the others go one by one. The input projection is done once for the row.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,7 @@ class Packing:
         grid_sizes: the grid of each sequence, its tokens row-major after its prefix tokens. That of an empty
             sequence is ignored.
         coords: ``(T', k)`` as for :class:`cbsa_torch.nn.Coordinates`, of the tokens after the prefixes, in
-            place of grids; an axis of size 1 may come before.
+            place of grids; an axis of size 1 may come before. Or a nested tensor of ``torch.jagged`` layout.
         num_prefix_tokens: class and register tokens at the beginning of each sequence (not of empty ones).
             Default: what grids or coordinates leave.
 
@@ -75,10 +76,9 @@ class Packing:
         count = len(self.lengths)
         grids: list[GridSize | None] = [None] * count
         if grid_sizes is not None:
-            if len(grid_sizes) != count:
-                raise ValueError(
-                    f"grid_sizes must have one grid for each of {count} sequences, got {len(grid_sizes)}"
-                )
+            if not isinstance(grid_sizes, (list, tuple)) or len(grid_sizes) != count:
+                got = len(grid_sizes) if isinstance(grid_sizes, (list, tuple)) else repr(grid_sizes)
+                raise ValueError(f"grid_sizes must have one grid for each of {count} sequences, got {got}")
             grids = [check_grid(grid) if n else None for grid, n in zip(grid_sizes, self.lengths, strict=True)]
         prefix = num_prefix_tokens
         if coords is not None:
@@ -109,6 +109,10 @@ class Packing:
         ]
 
     def _read_coords(self, coords: Tensor, num_prefix_tokens: int | None) -> tuple[Tensor, int]:
+        lengths = None
+        if isinstance(coords, Tensor) and coords.is_nested:
+            lengths = _offsets("coords", coords).diff().tolist()
+            coords = coords.values()
         if isinstance(coords, Tensor) and coords.ndim == 3 and coords.shape[0] == 1:
             coords = coords[0]
         if isinstance(coords, Tensor) and coords.ndim != 2:
@@ -123,6 +127,14 @@ class Packing:
                 f"coords must have shape (tokens, k) for {self.num_tokens} tokens less {text} prefix tokens of "
                 f"each of {filled} sequences, got {tuple(coords.shape)}"
             )
+        own = [max(n - prefix, 0) for n in self.lengths]
+        for i, (n, given) in enumerate(zip(own, own if lengths is None else lengths, strict=True)):
+            if n != given:
+                raise ValueError(f"coords must have {n} rows for the tokens of sequence {i}, got {given}")
+        bad = ~torch.isfinite(coords).all(1)
+        if bad.any():
+            i = bisect.bisect_right(list(itertools.accumulate(own)), int(bad.nonzero()[0]))
+            raise ValueError(f"coords must be finite, got NaN or infinity in sequence {i}")
         return coords, prefix
 
     def split(self, heads: Heads) -> Iterator[tuple[Group, Heads]]:
@@ -162,12 +174,15 @@ def read_packed(
     """The row ``(T, dim)`` of tokens that a mixer is given, and what is packed in it."""
     check_floating("x", x)
     if x.is_nested:
-        if cu_seqlens is None:
-            cu_seqlens = _offsets("x", x)
+        offsets = _offsets("x", x)
+        given = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Packing) else cu_seqlens
+        if isinstance(given, Tensor) and given.tolist() != offsets.tolist():
+            raise ValueError(
+                f"cu_seqlens must be the offsets of the nested x, {offsets.tolist()[:20]}, got "
+                f"{given.tolist()[:20]}"
+            )
+        cu_seqlens = offsets if cu_seqlens is None else cu_seqlens
         x = x.values()
-        if isinstance(coords, Tensor) and coords.is_nested:
-            _offsets("coords", coords)
-            coords = coords.values()
     rows = x[0] if x.ndim == 3 and x.shape[0] == 1 else x
     if rows.ndim != 2 or rows.shape[1] != dim:
         raise ValueError(

@@ -147,6 +147,8 @@ def check_coords(coords: Tensor) -> None:
         raise TypeError(f"coords must be a torch.Tensor, got {type(coords).__name__}")
     if coords.dtype not in _NUMBERS:
         raise TypeError(f"coords must have an integer or floating-point dtype, got {coords.dtype}")
+    if coords.is_nested:
+        raise ValueError("coords must be a dense tensor for a batch; nested ones are of packed sequences")
     if coords.ndim != 3 or not 1 <= coords.shape[2] <= 3:
         raise ValueError(f"coords must have shape (B, N, k), k = 1, 2 or 3, got {tuple(coords.shape)}")
 

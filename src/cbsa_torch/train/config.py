@@ -153,8 +153,8 @@ class OptimConfig:
     ema_decay: float | None = None
     """Evaluate and keep an exponential moving average of the weights with this decay."""
     keep: Literal["best", "last"] = "best"
-    """The epoch whose weights are kept for use: the best on the validation split, or the last (where that
-    split is too small to choose by)."""
+    """The epoch whose weights are kept for use: the best on the validation split, of equal ones that with the
+    smallest loss, or the last (where that split is too small to choose by)."""
 
 
 @dataclass

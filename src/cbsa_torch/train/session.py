@@ -5,6 +5,7 @@ Every function here is called on every process; only the main one writes files.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,12 @@ class Progress:
     step: int = 0
     """Optimiser steps done."""
     best_epoch: int = 0
-    """The epoch with the best validation score so far; 0 before the first."""
+    """The epoch with the best validation score so far, of equal ones that with the smallest loss; 0 before the
+    first."""
     best_score: float = -1.0
     """That score."""
+    best_loss: float = math.inf
+    """The validation loss of that epoch."""
     batch: int = 0
     """Batches done of the current epoch. All that follows is about these batches."""
     loss: float = 0.0

@@ -125,9 +125,9 @@ def _run_epoch(session: Session, progress: Progress) -> None:
         raise NonFiniteLossError(f"the validation loss became {result.loss} after epoch {epoch}")
 
     task = session.task
-    best = result.score > progress.best_score
+    best = (result.score, -result.loss) > (progress.best_score, -progress.best_loss)
     if best:
-        progress.best_epoch, progress.best_score = epoch, result.score
+        progress.best_epoch, progress.best_score, progress.best_loss = epoch, result.score, result.loss
     seconds = max(progress.seconds, 1e-9)
     row = {
         "epoch": epoch,

@@ -242,3 +242,11 @@ def test_wrong_features_are_named():
         decoder()(torch.zeros(2, 9, 24, dtype=torch.float64))
     with pytest.raises(TypeError, match="features must have a floating-point dtype"):
         decoder()(torch.zeros(2, 24, 3, 3, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"each of a list of features must have shape \(24, h, w\), got \(7, 3"
+    ):
+        decoder()([features(3, 3)[0], features(3, 3, dim=7)[0]])
+    plain = decoder()
+    plain.layers[0].attn = torch.nn.Identity()
+    with pytest.raises(TypeError, match="a batch, not a list, for the mixer Identity"):
+        plain([features(3, 3)[0]])

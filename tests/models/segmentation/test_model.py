@@ -68,6 +68,49 @@ def test_gradients_reach_everything(encoder):
         assert 0 < parameter.grad.norm() < math.inf, name
 
 
+NATIVE = [(50, 70), (9, 40), (17, 33), (9, 40), (64, 48)]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options"),
+    [
+        ("cbt_nano_patch4_64", {}),
+        ("cbt_nano_patch4_64", {"mixer": "mssa", "dim": 24, "learned_step": True}),
+        ("cbt_nano_patch4_64", {"mixer_args": {"step": "certified"}, "head_dim": 4}),
+        ("cbt_nano_patch4_64", {"mixer": "agent", "freeze_encoder": True}),
+        ("vit_tiny_patch16_224", {"mixer": "mhsa"}),
+        ("vit_tiny_patch16_224", {"mixer": "tssa", "num_classes": 1}),
+    ],
+)
+def test_each_image_of_a_list_is_as_it_would_be_alone(encoder, options):
+    model = small(encoder, **options).double().eval()
+    images = [torch.randn(3, *size, dtype=torch.float64, requires_grad=True) for size in NATIVE]
+    packed, alone = model(images), [model(image[None])[0] for image in images]
+    inputs = {} if model.freeze_encoder else {f"image {i}": image for i, image in enumerate(images)}
+    inputs |= {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def gradients(outputs):
+        weighted = [(y * torch.arange(float(y.numel())).view_as(y).cos()).sum() for y in outputs]
+        return torch.autograd.grad(sum(weighted), inputs.values(), allow_unused=True)
+
+    for image, ours, theirs in zip(images, packed, alone, strict=True):
+        assert ours.shape[1:] == image.shape[1:]
+        assert_close(ours.detach(), theirs.detach(), 1e-10)
+    for name, ours, theirs in zip(inputs, gradients(packed), gradients(alone), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:  # timm resamples positions in float32
+            assert_close(ours, theirs, 1e-7 if (encoder[:3], name) == ("vit", "encoder.pos_embed") else 1e-10)
+
+
+def test_lists_are_one_packed_batch(monkeypatch):
+    """Neither padded nor one by one: every layer of encoder and decoder runs once."""
+    model, calls = small("cbt_nano_patch4_64").eval(), []
+    for module in [*model.encoder.blocks, *model.decoder.layers]:
+        module.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
+    model([torch.randn(3, 8, 12), torch.randn(3, 4, 4), torch.randn(3, 16, 4)])
+    assert calls == [6 + 1 + 4 + 3] * 2 + [6 + 1 + 4 + 3 * 5] * 2
+
+
 def test_features_without_intermediates():
     class Plain(nn.Module):
         def __init__(self, inner):
@@ -266,3 +309,17 @@ def test_wrong_images_are_named():
         ValueError, match=r"built for images of \(224, 224\), got \(240, 224\).*dynamic_img_size"
     ):
         model(torch.randn(1, 3, 230, 224))
+    for wrong, kind, message in (
+        ([], ValueError, "images must not be an empty list"),
+        (
+            [torch.zeros(3, 16, 16), torch.zeros(1, 8, 8)],
+            ValueError,
+            r"list of images must have shape \(3, height",
+        ),
+        ([torch.zeros(3, 16, 16), torch.zeros(1, 3, 8, 8)], ValueError, r"got \(1, 3, 8, 8\)"),
+        ([torch.zeros(3, 16, 0)], ValueError, r"got \(3, 16, 0\)"),
+        ([[1.0]], TypeError, "each of a list of images must be a torch.Tensor, got list"),
+    ):
+        for encoder in ("vit_tiny_patch16_224", "cbt_nano_patch4_64"):
+            with pytest.raises(kind, match=message):
+                small(encoder)(wrong)

@@ -87,8 +87,9 @@ def test_sizes_are_those_of_the_images_as_they_are_read(images):
 
 def test_lists_are_cut_into_parts_within_the_budget():
     images = [torch.zeros(3, side, 8) for side in (8, 16, 4, 64, 8)]  # 2, 3, 2, 9 and 2 tokens
-    parts = [[x.shape[1] for x in part] for part in in_parts(images, 8, 8)]
-    assert parts == [[8, 16, 4], [64], [8]]
+    size = NativeSize(8)
+    cut = in_parts(iter(images), lambda image: size.patches(*image.shape[1:]) + 1, 8)
+    assert [[image.shape[1] for image in part] for part in cut] == [[8, 16, 4], [64], [8]]
 
 
 def test_models_of_one_size_are_refused():

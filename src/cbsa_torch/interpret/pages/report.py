@@ -112,7 +112,7 @@ def report(
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]], score: str) -> tuple[int, float] | None:
-    """The epoch of the highest validation score, and that score; None if there is none."""
+    """The epoch of the highest validation score, of equal ones that with the smallest loss, and that score."""
     known = [row for row in history if row.get(score) is not None and math.isfinite(row[score])]
-    best = max(known, key=lambda row: row[score], default=None)
+    best = max(known, key=lambda row: (row[score], -row.get("val_loss", math.inf)), default=None)
     return None if best is None else (best["epoch"], best[score])

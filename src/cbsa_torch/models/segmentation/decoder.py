@@ -8,7 +8,7 @@ in both, so the masks are the same.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from cbsa_torch._core.checks import check_bool, check_choice, check_floating, ch
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import GridSize, Residual
-from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.models.packed_images import PackedImages
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, Packing, TokenMixer
 from cbsa_torch.nn.block import residual_around
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -77,6 +78,8 @@ class MaskTransformerDecoder(nn.Module):
 
     Shape:
         ``(B, encoder_dim, h, w)`` features -> ``(B, K, h, w)`` masks, or ``(B, K, *size)`` if given a size.
+        A list of features ``(encoder_dim, h, w)`` of any grids -> a list of masks: one packed batch without
+        padding, in which each gets what it would get alone. For the mixers of this library.
     """
 
     def __init__(
@@ -167,32 +170,71 @@ class MaskTransformerDecoder(nn.Module):
         for layer in self.layers:
             layer.attn.set_input_size(None, num_classes)  # type: ignore[operator, union-attr]
 
-    def forward(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Masks of ``(B, encoder_dim, h, w)`` features.
+    def forward(self, features: Any, size: Any = None) -> Any:
+        """Masks of ``(B, encoder_dim, h, w)`` features, or of a list of ``(encoder_dim, h, w)``.
 
         Args:
             features: of the patches, any grid.
-            size: ``(height, width)`` to upsample the masks to, bilinearly. Default: the grid.
+            size: ``(height, width)`` to upsample the masks to, bilinearly; of a list a list of them. Default:
+                the grid.
 
         Returns:
-            ``(B, K, h, w)`` or ``(B, K, height, width)`` logits.
+            ``(B, K, h, w)`` or ``(B, K, height, width)`` logits, or a list of them without B.
 
         Raises:
-            ValueError: features of another shape. TypeError: features that are not floating-point.
+            ValueError: features of another shape. TypeError: features that are not floating-point; a list with
+                mixers that do not take packed sequences.
         """
-        check_floating("features", features)
-        if features.ndim != 4 or features.shape[1] != self.encoder_dim:
-            raise ValueError(
-                f"features must have shape (B, {self.encoder_dim}, h, w), got {tuple(features.shape)}"
-            )
+        if isinstance(features, (list, tuple)):
+            return self._forward_list(features, size)
+        self._check("features", features, 4, f"(B, {self.encoder_dim}, h, w)")
+        x, grid_size = self._embed(features)
+        for layer in self.layers:
+            x = layer(x, grid_size)
+        x = self.norm(x)
+        return self._upsampled(x[:, self.num_classes :], x[:, : self.num_classes], grid_size, size)
+
+    def _forward_list(
+        self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None
+    ) -> list[Tensor]:
+        for each in features:
+            self._check("each of a list of features", each, 3, f"({self.encoder_dim}, h, w)")
+        for layer in self.layers:
+            if not isinstance(layer.attn, TokenMixer):
+                raise TypeError(
+                    f"features must be a batch, not a list, for the mixer {type(layer.attn).__name__}: packed "
+                    "sequences are for mixers of cbsa_torch.nn"
+                )
+        packed = PackedImages(
+            features, lambda batches: [self._embed(batch) for batch in batches], self.num_classes
+        )
+        x = packed.row
+        for layer in self.layers:
+            x = layer(x, packed.packing)
+        found = zip(*packed.split_maps(self.norm(x), "NLC"), packed.grids, strict=True)
+        return [
+            self._upsampled(patches[None], classes[None], grid, None if sizes is None else sizes[i])[0]
+            for i, (patches, classes, grid) in enumerate(found)
+        ]
+
+    def _check(self, name: str, features: Tensor, axes: int, shape: str) -> None:
+        check_floating(name, features)
+        if features.ndim != axes or features.shape[-3] != self.encoder_dim:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(features.shape)}")
+
+    def _embed(self, features: Tensor) -> tuple[Tensor, GridSize]:
+        """Features ``(B, encoder_dim, h, w)`` to tokens ``(B, K + h * w, dim)``, the classes first."""
         b, _, height, width = features.shape
         patches = self.input_proj(features.flatten(2).transpose(1, 2))  # (B, h * w, dim)
         x = torch.cat([self.class_embed.expand(b, -1, -1).to(patches.dtype), patches], dim=1)
-        for layer in self.layers:
-            x = layer(x, (height, width))
-        x = self.norm(x)
-        masks = self.masks(x[:, self.num_classes :], x[:, : self.num_classes]).transpose(1, 2)
-        masks = masks.reshape(b, self.num_classes, height, width)
+        return x, (height, width)
+
+    def _upsampled(
+        self, patches: Tensor, classes: Tensor, grid_size: GridSize, size: tuple[int, int] | None
+    ) -> Tensor:
+        """Masks ``(B, K, h, w)`` of patches and classes, or ``(B, K, *size)``."""
+        masks = self.masks(patches, classes).transpose(1, 2)
+        masks = masks.reshape(len(masks), self.num_classes, *grid_size)
         return masks if size is None else F.interpolate(masks, size=size, mode="bilinear")
 
     def masks(self, patches: Tensor, classes: Tensor) -> Tensor:
@@ -205,7 +247,7 @@ class DecoderLayer(nn.Module):
 
     Args:
         dim: channels.
-        attn: a token mixer, called as ``attn(x, grid_size)``.
+        attn: a token mixer, called as ``attn(x, grid_size)``, or with ``cu_seqlens`` for packed images.
         learned_step: whether the step is a parameter.
         residual: as for :class:`MaskTransformerDecoder`.
         device, dtype: of the parameters made here (not of ``attn``).
@@ -235,10 +277,12 @@ class DecoderLayer(nn.Module):
         """The step should not decay."""
         return set() if self.step is None else {"step"}
 
-    def forward(self, x: Tensor, grid_size: GridSize) -> Tensor:
-        """Transform ``(B, N, dim)`` tokens, prefix tokens first; same shape."""
+    def forward(self, x: Tensor, grid_size: GridSize | Packing) -> Tensor:
+        """Transform ``(B, N, dim)`` tokens, prefix tokens first, or packed ones; same shape."""
         normed = self.norm(x)
-        return self.apply_update(x, normed, self.attn(normed, grid_size))
+        packed = isinstance(grid_size, Packing)
+        update = self.attn(normed, cu_seqlens=grid_size) if packed else self.attn(normed, grid_size)
+        return self.apply_update(x, normed, update)
 
     def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
         """What :meth:`forward` makes of x, norm(x) and attn(norm(x))."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.types import GridSize
+from cbsa_torch.models.whitebox import WhiteBoxTransformer
 
 
 def check_encoder(encoder: nn.Module) -> None:
@@ -41,14 +44,31 @@ def strides(encoder: nn.Module) -> tuple[int, int]:
     return int(info["reduction"]), int(info["reduction"])
 
 
-def patch_features(encoder: nn.Module, images: Tensor) -> Tensor:
+def patch_features(encoder: nn.Module, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     """Normalised features ``(B, C, h, w)`` of images whose sides are multiples of the strides.
 
-    Class and register tokens are dropped.
+    Class and register tokens are dropped. A list of images ``(C, height, width)`` of any sizes gives a list.
 
     Raises:
         ValueError: an encoder built for one size, and images of another.
     """
+    if isinstance(images, Tensor):
+        return _batch_features(encoder, images)
+    if isinstance(encoder, WhiteBoxTransformer):  # one packed batch
+        packed: list[Any] = encoder.forward_intermediates(
+            images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return list(packed[-1])
+    by_size: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, image in enumerate(images):
+        by_size[image.shape].append(i)
+    found: dict[int, Tensor] = {}
+    for members in by_size.values():
+        found |= zip(members, _batch_features(encoder, torch.stack([images[i] for i in members])), strict=True)
+    return [found[i] for i in range(len(images))]
+
+
+def _batch_features(encoder: nn.Module, images: Tensor) -> Tensor:
     size = (images.shape[2], images.shape[3])
     fixed = _fixed_size(encoder)
     if fixed not in (None, size):

@@ -36,6 +36,9 @@ class Segmenter(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, num_classes, height, width)`` logits.
+        A list of images ``(in_chans, height, width)`` of any sizes -> a list of logits ``(num_classes, height,
+        width)``: each gets what it would get alone. The decoder, and our own families as encoders, take them
+        as one packed batch without padding; other encoders see those of one size together.
 
     Raises:
         TypeError: an encoder without features. ValueError: a decoder of other features.
@@ -74,28 +77,39 @@ class Segmenter(nn.Module):
             self.encoder.eval()
         return self
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Features ``(B, C, h, w)`` of images, padded to whole patches."""
-        check_floating("images", x)
-        if x.ndim != 4 or x.shape[1] != self.in_chans or 0 in x.shape:
-            raise ValueError(
-                f"images must have shape (B, {self.in_chans}, height, width), got {tuple(x.shape)}"
-            )
-        x = pin_size("height and width of images", x)
-        height, width = self._padded(x)
-        x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+    def forward_features(self, x: Any) -> Any:
+        """Features ``(B, C, h, w)`` of images, padded to whole patches; of a list of images a list."""
+        if isinstance(x, (list, tuple)):
+            for image in x:
+                self._check("each of a list of images", image, 3, f"({self.in_chans}, height, width)")
+            padded: Any = [self._pad(image) for image in x]
+        else:
+            self._check("images", x, 4, f"(B, {self.in_chans}, height, width)")
+            padded = self._pad(pin_size("height and width of images", x))
         with torch.no_grad() if self.freeze_encoder else nullcontext():
-            return patch_features(self.encoder, x)
+            return patch_features(self.encoder, padded)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images to logits of the same height and width."""
+    def forward(self, x: Any) -> Any:
+        """Images to logits of the same height and width; a list of images of any sizes to a list."""
         features = self.forward_features(x)
+        if isinstance(x, (list, tuple)):
+            masks = self.decoder(features, [self._padded(image) for image in x])
+            return [mask[..., : image.shape[1], : image.shape[2]] for mask, image in zip(masks, x, strict=True)]
         return self.decoder(features, self._padded(x))[..., : x.shape[2], : x.shape[3]]
+
+    def _check(self, name: str, images: Tensor, axes: int, shape: str) -> None:
+        check_floating(name, images)
+        if images.ndim != axes or images.shape[-3] != self.in_chans or 0 in images.shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(images.shape)}")
+
+    def _pad(self, x: Tensor) -> Tensor:
+        height, width = self._padded(x)
+        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
     def _padded(self, x: Tensor) -> tuple[int, int]:
         """The next sides that are multiples of the patch; of timm's ViTs two patches wide at least."""
         vertical, horizontal = self.strides
-        rows, columns = -(-x.shape[2] // vertical), -(-x.shape[3] // horizontal)
+        rows, columns = -(-x.shape[-2] // vertical), -(-x.shape[-1] // horizontal)
         if getattr(self.encoder, "dynamic_img_size", False):
             # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
             columns = max(columns, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from cbsa_torch._core.types import (
 )
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs, check_projection
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
-from cbsa_torch.ops.cbsa.packed import run_packed
+from cbsa_torch.ops.cbsa.packed import run_packed, run_packed_certified
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
 from cbsa_torch.ops.cbsa.slices import cbsa_on_slices
 from cbsa_torch.ops.cbsa.triton.limits import refusal
@@ -38,6 +39,7 @@ half as much for the backward pass."""
 LONG_ON_CUDA, MANY_ON_CUDA, LONG_IN_FLOAT32 = 2**14, 2**24, 2**18
 """Tokens N or weights from which ``"auto"`` is ``"triton"`` on CUDA, if 16 bits wide; tokens in float32,
 which has no tensor cores. Measured by ``benchmarks/gpu_check.py``."""
+_NOT_SPREAD = "parallel must be None beside cu_seqlens: spread one sequence over ranks at a time"
 
 
 def cbsa(
@@ -115,9 +117,7 @@ def cbsa(
         if token_mask is not None or key_mask is not None or representative_mask is not None:
             raise ValueError("masks must be None beside cu_seqlens, which leaves no padding")
         if parallel is not None:
-            raise ValueError(
-                "parallel must be None beside cu_seqlens: spread one sequence over ranks at a time"
-            )
+            raise ValueError(_NOT_SPREAD)
         operator = functools.partial(
             cbsa,
             step_representatives=step_representatives,
@@ -195,7 +195,7 @@ def contract_and_broadcast(
 
 def certified_cbsa(
     tokens: Tensor,
-    representatives: Representatives,
+    representatives: Representatives | Sequence[Representatives | None],
     *,
     fraction: Tensor | float,
     eps: float | None = None,
@@ -204,6 +204,7 @@ def certified_cbsa(
     token_mask: Tensor | None = None,
     num_prefix_tokens: int = 0,
     impl: Impl = "auto",
+    cu_seqlens: Tensor | None = None,
     parallel: ContextParallel | None = None,
 ) -> Tensor:
     """CBSA as a gradient step that cannot raise the coding rate of the representatives.
@@ -226,7 +227,8 @@ def certified_cbsa(
         tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z. The projections must be orthonormal bases
             of subspaces orthogonal to each other, and tied, for heads not to disturb each other.
         representatives: first guesses with the weights of the tokens in them, as ``ops.pool_representatives``
-            returns (without weights they count as constant), or representatives with their attention.
+            returns (without weights they count as constant), or representatives with their attention. With
+            ``cu_seqlens`` a list, of each sequence those of a batch of one (of an empty one None will do).
         fraction: kappa in parts of its limit, from 0 to 1: a number or ``(H,)``. The guarantee is for no other.
             A number must be less than 1. A tensor may hold 0 and 1, which a sigmoid rounds to; its values are
             not checked in compiled code, under ``torch.func`` and while a CUDA graph is captured.
@@ -235,6 +237,7 @@ def certified_cbsa(
         scale, token_mask: as for :func:`cbsa`.
         num_prefix_tokens: tokens before those that the first guesses were made of.
         impl: ``"eager"``, ``"tiled"`` or ``"auto"``, as for :func:`cbsa`.
+        cu_seqlens: as for :func:`cbsa`; every sequence begins with its own ``num_prefix_tokens``.
         parallel: who has the other tokens, as for :func:`cbsa`; ``representatives`` are then what
             ``ops.pool_representatives`` makes with it. The limit is that of all tokens together.
 
@@ -246,6 +249,26 @@ def certified_cbsa(
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
     _check_fraction(fraction)
+    if cu_seqlens is not None:
+        if token_mask is not None:
+            raise ValueError("token_mask must be None beside cu_seqlens, which leaves no padding")
+        if parallel is not None:
+            raise ValueError(_NOT_SPREAD)
+        operator = functools.partial(
+            certified_cbsa,
+            fraction=fraction,
+            eps=eps,
+            step_representatives=step_representatives,
+            scale=scale,
+            num_prefix_tokens=num_prefix_tokens,
+            impl=impl,
+        )
+        return run_packed_certified(operator, tokens, representatives, cu_seqlens)
+    if not isinstance(representatives, Representatives):
+        raise TypeError(
+            "representatives must be ops.Representatives, as ops.pool_representatives returns, or with "
+            f"cu_seqlens a list of them; got {type(representatives).__name__}"
+        )
     _check_cells(representatives, token_mask, num_prefix_tokens)
     inputs = certified_inputs(
         tokens,

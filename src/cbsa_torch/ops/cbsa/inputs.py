@@ -179,11 +179,6 @@ def certified_inputs(
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
     """
-    if not isinstance(representatives, Representatives):
-        raise TypeError(
-            "representatives must be ops.Representatives, as ops.pool_representatives returns, "
-            f"got {type(representatives).__name__}"
-        )
     if not isinstance(num_prefix_tokens, int) or isinstance(num_prefix_tokens, bool) or num_prefix_tokens < 0:
         raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
     if not isinstance(fraction, Tensor):

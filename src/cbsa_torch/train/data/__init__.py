@@ -9,7 +9,7 @@ from cbsa_torch.train.data.loader import (
     make_native_loader,
     native_transform,
 )
-from cbsa_torch.train.data.native import TokenBatches, in_parts
+from cbsa_torch.train.data.native import NativeSize, TokenBatches, in_parts
 from cbsa_torch.train.data.seeded import set_epoch
 from cbsa_torch.train.data.splits import OpenedSplit, Splits, class_names_of, open_split, open_splits
 from cbsa_torch.train.data.summary import describe, describe_split
@@ -17,6 +17,7 @@ from cbsa_torch.train.data.summary import describe, describe_split
 __all__ = [
     "IGNORE",
     "InputSpec",
+    "NativeSize",
     "OpenedSplit",
     "Splits",
     "TokenBatches",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from cbsa_torch.images.decode import upright
 from cbsa_torch.train.data.checked_images import CheckedImages, PlainImages
 from cbsa_torch.train.errors import DataError
+
+T = TypeVar("T")
 
 
 class NativeSize(NamedTuple):
@@ -111,16 +113,16 @@ def image_size(dataset: Any, index: int) -> tuple[int, int]:
     return image.height, image.width
 
 
-def in_parts(images: Sequence[Tensor], patch_size: int, max_tokens: int) -> Iterator[list[Tensor]]:
-    """Lists of images that follow each other, each of at most so many tokens, or of one image."""
-    size, tokens = NativeSize(patch_size), 0
-    part: list[Tensor] = []
-    for image in images:
-        more = size.patches(*image.shape[1:]) + 1
+def in_parts(items: Iterable[T], tokens_of: Callable[[T], int], max_tokens: int) -> Iterator[list[T]]:
+    """Lists of items that follow each other, each of at most so many tokens, or of one item."""
+    part: list[T] = []
+    tokens = 0
+    for item in items:
+        more = tokens_of(item)
         if part and tokens + more > max_tokens:
             yield part
             part, tokens = [], 0
-        part.append(image)
+        part.append(item)
         tokens += more
     if part:
         yield part

@@ -172,6 +172,30 @@ class Task(ABC):
         """The same task on other data, given as ``config.data`` is."""
         return type(self)(dataclasses.replace(self.config, data=data))
 
+    def with_native(self, changes: Mapping[str, Any]) -> Task:
+        """The same task with other settings of images at their own size.
+
+        Args:
+            changes: some of ``native``, ``max_tokens`` (of a forward pass) and ``max_image_tokens``.
+
+        Raises:
+            ConfigError: one that has no effect for the task.
+        """
+        raise self.no_effect(next(iter(changes)))
+
+    @staticmethod
+    def check_native(native: bool, changes: Mapping[str, Any]) -> None:
+        """Refuse settings of images at their own size where that is not how they are seen."""
+        if not native:
+            raise ConfigError(f"{', '.join(changes)}: only for images at their own size; add native")
+
+    def no_effect(self, option: str) -> ConfigError:
+        """What to raise where an option was given that the task has no use for."""
+        return ConfigError(
+            f"{option} has no effect for the task {self.config.task!r}, which this model was trained for; "
+            "leave it out"
+        )
+
     @classmethod
     def model_summary(cls, args: Mapping[str, Any], shown: Callable[[object], str]) -> str:
         """What :attr:`own_model` is made of, in Markdown for its card: its arguments, if a task says no more.
@@ -191,10 +215,7 @@ class Task(ABC):
         """Refuse options of evaluation or prediction that have no effect or cannot work; raises ConfigError."""
         for option in dataclasses.fields(options):
             if option.name in self.unused_options and getattr(options, option.name) != option.default:
-                raise ConfigError(
-                    f"{option.name} has no effect for the task {self.config.task!r}, which this model was "
-                    "trained for; leave it out"
-                )
+                raise self.no_effect(option.name)
 
     @abstractmethod
     def open_data(self, mode: str, skipped: Path) -> Splits:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from cbsa_torch.train.config import TrainConfig, check_image_settings
 from cbsa_torch.train.data import (
     IGNORE,
     InputSpec,
+    NativeSize,
     OpenedSplit,
     Splits,
     describe,
@@ -114,6 +116,12 @@ class Classification(Task):
         """Refuse settings of the data that cannot work."""
         check_image_settings(self.config.data)
 
+    def with_native(self, changes: Mapping[str, Any]) -> Task:
+        """The same task with these settings of its data."""
+        data = dataclasses.replace(self.config.data, **changes)
+        self.check_native(data.native, changes)
+        return self.with_data(data)
+
     def open_data(self, mode: str, skipped: Path) -> Splits:
         """Splits of (image, label)."""
         return open_splits(self.config.data, mode, skipped)
@@ -204,7 +212,8 @@ class Classification(Task):
             logits: Tensor = model(images)
             return logits
         bare: Any = model
-        parts = in_parts(images, bare.stem.patch_size, self.config.data.max_tokens)
+        size = NativeSize(bare.stem.patch_size)
+        parts = in_parts(images, lambda image: _tokens(size, image), self.config.data.max_tokens)
         return torch.cat([model(part) for part in parts])
 
     @torch.inference_mode()
@@ -220,15 +229,26 @@ class Classification(Task):
         data = self.config.data
         if data.native:
             transform = native_transform(transform, trained.spec, data, train=False)
+        items = (
+            (path, image if isinstance(image, str) else transform(image).to(device))
+            for path, image in read_images(images, trained.spec.mode, options.on_bad_image)
+        )
+        parts: Iterable[list[tuple[Path, Any]]] = ([item] for item in items)
+        if data.native and trained.spec.patch_size is not None:
+            size = NativeSize(trained.spec.patch_size)
+            parts = in_parts(items, lambda item: _tokens(size, item[1]), data.max_tokens)
         predictions = []
-        for path, image in read_images(images, trained.spec.mode, options.on_bad_image):
-            if isinstance(image, str):
-                predictions.append(ClassPrediction(str(path), [], [], image))
-                continue
-            probabilities = trained.model(transform(image)[None].to(device)).softmax(-1)[0]
-            best = probabilities.topk(min(top, len(trained.class_names)))
-            names = [trained.class_names[i] for i in best.indices.tolist()]
-            predictions.append(ClassPrediction(str(path), names, best.values.tolist()))
+        for part in parts:
+            pixels = [seen for _, seen in part if isinstance(seen, Tensor)]
+            logits = trained.model(pixels if data.native else torch.stack(pixels)) if pixels else []
+            found = iter(logits)
+            for path, seen in part:
+                if isinstance(seen, str):
+                    predictions.append(ClassPrediction(str(path), [], [], seen))
+                    continue
+                best = next(found).softmax(-1).topk(min(top, len(trained.class_names)))
+                names = [trained.class_names[i] for i in best.indices.tolist()]
+                predictions.append(ClassPrediction(str(path), names, best.values.tolist()))
         return predictions
 
     def sample(self, dataset: Any, spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
@@ -248,3 +268,8 @@ class Classification(Task):
         """The class of each image, from logits (images, classes)."""
         classes: list[int] = outputs.argmax(1).tolist()
         return classes
+
+
+def _tokens(size: NativeSize, image: Tensor | str) -> int:
+    """Of an image, class token included; of one that could not be read, none."""
+    return 0 if isinstance(image, str) else size.patches(*image.shape[1:]) + 1

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cbsa_torch.cli import main
-from cbsa_torch.models import load_checkpoint
+from cbsa_torch.models import Segmenter, load_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.segmentation import multi_scale_logits, sliding_logits
 from cbsa_torch.train import (
@@ -123,6 +123,8 @@ def test_an_encoder_of_one_size_is_refused_before_the_folder_is_touched(config):
     sizes = {"embed_dim": 24, "depth": 1, "num_heads": 2}
     config.model.args = {"encoder": "beit_base_patch16_224", "encoder_args": sizes, "dim": 8, "num_heads": 1}
     assert_refused(config, ConfigError, r"data\.crop_size 32 does not fit the model: .* \(224, 224\)")
+    config.data.crop_size, config.windows.native = 224, True
+    assert_refused(config, ConfigError, r"windows\.native does not fit the model: .* \(224, 224\)")
 
 
 def test_weights_of_another_shape_are_refused(config, classifier, monkeypatch):
@@ -259,6 +261,51 @@ def test_evaluation_equals_a_count_by_hand(segmenter, options):
     record = json.loads((Path(segmenter.output) / f"eval_test{several}.json").read_text())
     assert record["miou"] == result.score
     assert list(record["classes"]) == NAMES
+
+
+def test_whole_images_are_packed_within_the_budget_and_are_what_they_are_alone(
+    config, segmenter, tmp_path, monkeypatch, capsys
+):
+    root = Path(config.data.root) / "test"
+    generator = np.random.default_rng(0)
+    images = sorted((root / "images").iterdir())
+    for i, path in enumerate(images):  # 128, 192, 256 and 320 patches, and three classes
+        for folder, shape in (("images", (32, 64 + 32 * i, 3)), ("masks", (32, 64 + 32 * i))):
+            drawn = generator.integers(0, 256 if folder == "images" else 3, shape, dtype=np.uint8)
+            Image.fromarray(drawn).save(root / folder / path.name)
+    config.windows.native, config.windows.max_tokens, config.windows.size = True, 400, 24
+    assert_refused(config, ConfigError, "windows.size must be left out with windows.native, got 24")
+    config.windows.size = None
+    train(config)  # validated so, too
+    seen = []
+    forward = Segmenter.forward
+    monkeypatch.setattr(Segmenter, "forward", lambda model, x: seen.append(len(x)) or forward(model, x))
+    result = evaluate_checkpoint(config.output)
+    assert seen == [2, 1, 1]
+    counts, loss = confusion_by_hand(config, lambda model, image: model.eval()(image[None])[0].detach())
+    assert result.scores.confusion == counts.tolist()
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+
+    seen.clear()  # trained by windows, and told to see images whole
+    command = ["predict", "--checkpoint", segmenter.output, "--native", "--max-tokens", "600", "--masks"]
+    assert main([*command, str(tmp_path / "packed"), *map(str, images)]) == 0
+    assert seen == [3, 1]
+    for path in images:
+        assert main([*command, str(tmp_path / "alone"), str(path)]) == 0
+        ours, theirs = (
+            np.asarray(Image.open(tmp_path / f"{way}/{path.stem}_labels.png")) for way in ("packed", "alone")
+        )
+        np.testing.assert_array_equal(ours, theirs)
+    capsys.readouterr()
+    for options, message in (
+        (["--window", "24"], "window must be left out where images are seen whole, got 24"),
+        (["--flip"], "flip must be left out where images are seen whole, got True"),
+        (["--max-image-tokens", "9"], "max_image_tokens has no effect for the task 'segmentation'"),
+    ):
+        assert main([*command, str(tmp_path / "other"), *options, str(images[0])]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["eval", "--checkpoint", config.output, "--batch-size", "2"]) == 1
+    assert "batch_size is of windows" in capsys.readouterr().err
 
 
 def test_the_command_prints_every_class(segmenter, capsys):

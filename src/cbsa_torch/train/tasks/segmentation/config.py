@@ -78,6 +78,11 @@ class WindowConfig:
     """Pixels from one window to the next. Default: the window."""
     batch: int = 8
     """Windows of an image at a time; changes memory and time, not the result."""
+    native: bool = False
+    """No windows: images are seen whole and at their own size, several of them in a batch without padding."""
+    max_tokens: int = 4096
+    """With native: tokens (patches and classes) in a forward pass; a larger image goes alone. Changes memory
+    and time, not the result."""
 
 
 @dataclass

@@ -7,8 +7,8 @@ exactly what one counts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +17,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch._core.modes import evaluating
 from cbsa_torch.models.segmentation.sliding import multi_scale_logits, sliding_logits
-from cbsa_torch.train.data import IGNORE
+from cbsa_torch.train.data import IGNORE, in_parts
 from cbsa_torch.train.data.workers import ignore_signals_in_workers
 from cbsa_torch.train.engine.accelerate import use_separate_generator
+
+T = TypeVar("T")
 
 
 class ClassScore(NamedTuple):
@@ -157,10 +160,10 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 class Windows(NamedTuple):
-    """How an image is seen: square windows that cover it, averaged where they overlap."""
+    """How an image is seen: square windows that cover it, averaged where they overlap; or whole."""
 
-    size: int
-    """Side in pixels."""
+    size: int | None
+    """Side in pixels; None: images are seen whole, several of them in a packed batch."""
     stride: int | None = None
     """Pixels from one window to the next. Default: the side."""
     batch: int = 8
@@ -169,14 +172,36 @@ class Windows(NamedTuple):
     """Factors that the image is resized by; the mean probability counts."""
     flip: bool = False
     """Also mirrored."""
+    max_tokens: int | None = None
+    """Of whole images, tokens in a forward pass."""
 
-    def logits(self, model: nn.Module, image: Tensor) -> Tensor:
-        """``(C, height, width)`` to ``(classes, height, width)``."""
+    def logits(self, model: nn.Module, images: list[Tensor]) -> list[Tensor]:
+        """``(C, height, width)`` each to ``(classes, height, width)``."""
+        if self.size is None:
+            with evaluating(model):
+                found: list[Tensor] = model(images)
+                return found
         if self.scales == (1.0,) and not self.flip:
-            return sliding_logits(model, image[None], self.size, self.stride, self.batch)[0]
+            return sliding_logits(model, images, self.size, self.stride, self.batch)
         return multi_scale_logits(
-            model, image[None], self.size, self.stride, self.batch, scales=self.scales, flip=self.flip
-        )[0]
+            model, images, self.size, self.stride, self.batch, scales=self.scales, flip=self.flip
+        )
+
+    def parts(
+        self, model: Any, items: Iterable[T], image_of: Callable[[T], Tensor | None]
+    ) -> Iterator[list[T]]:
+        """Items whose images :meth:`logits` is to be given together; some items may have none."""
+        if self.max_tokens is None:
+            return ([item] for item in items)
+
+        def tokens(item: T) -> int:
+            image, (vertical, horizontal) = image_of(item), model.strides
+            if image is None:
+                return 0
+            patches: int = -(-image.shape[1] // vertical) * -(-image.shape[2] // horizontal)
+            return patches + int(model.num_classes)
+
+        return in_parts(items, tokens, self.max_tokens)
 
 
 class SegmentationResult(NamedTuple):

@@ -49,6 +49,7 @@ from cbsa_torch.train.tasks.segmentation.colours import write_coloured_mask
 from cbsa_torch.train.tasks.segmentation.config import (
     SegmentationDataConfig,
     SegmentationTrainConfig,
+    WindowConfig,
     check_data_config,
 )
 from cbsa_torch.train.tasks.segmentation.evaluation import (
@@ -63,7 +64,11 @@ from cbsa_torch.train.tasks.segmentation.splits import (
     open_segmentation,
     open_segmentation_split,
 )
-from cbsa_torch.train.tasks.segmentation.transforms import evaluation_transform, training_transform
+from cbsa_torch.train.tasks.segmentation.transforms import (
+    MaskedTransform,
+    evaluation_transform,
+    training_transform,
+)
 
 PRETRAINED = "pretrained"
 """``model.encoder_from``: the weights that timm has for an encoder."""
@@ -132,6 +137,8 @@ class Segmentation(Task):
         config, names = self.config.windows, ("window", "stride", "batch_size")
         if given is None:
             given, names = WindowOptions(), ("windows.size", "windows.stride", "windows.batch")
+        if config.native:
+            return self._whole(given, batch)
         stride = config.stride if given.stride is None and given.window is None else given.stride
         sizes = given.window, config.size, self.config.data.crop_size
         size = next(size for size in sizes if size is not None)
@@ -143,6 +150,31 @@ class Segmentation(Task):
             (bool(scales) and all(0 < s <= 16 for s in scales), "scales must be numbers in (0, 16]", scales),
         ])  # fmt: skip
         return Windows(size, stride, batch, scales, given.flip)
+
+    def _whole(self, given: WindowOptions, batch: int | None) -> Windows:
+        """Images seen whole; raises ConfigError for what would then have no effect."""
+        config = self.config.windows
+        check_rules([
+            (config.size is None, "windows.size must be left out with windows.native", config.size),
+            (config.stride is None, "windows.stride must be left out with windows.native", config.stride),
+            (config.max_tokens >= 1, "windows.max_tokens must be at least 1", config.max_tokens),
+            (batch is None, "batch_size is of windows: give max_tokens where images are seen whole", batch),
+            *(
+                (value == option.default, f"{option.name} must be left out where images are seen whole", value)
+                for option in dataclasses.fields(WindowOptions)
+                for value in (getattr(given, option.name),)
+            ),
+        ])  # fmt: skip
+        return Windows(None, max_tokens=config.max_tokens)
+
+    def with_native(self, changes: Mapping[str, Any]) -> Task:
+        """The same task that sees images whole, in place of windows."""
+        if "max_image_tokens" in changes:
+            raise self.no_effect("max_image_tokens")
+        kept = {} if changes.get("native") else dataclasses.asdict(self.config.windows)
+        windows = WindowConfig(**{**kept, **changes})
+        self.check_native(windows.native, changes)
+        return type(self)(dataclasses.replace(self.config, windows=windows))
 
     def open_data(self, mode: str, skipped: Path) -> Splits:
         """Splits of (image, mask)."""
@@ -167,7 +199,9 @@ class Segmentation(Task):
         known = input_spec(model)
         size = known.input_size[0], data.crop_size, data.crop_size
         spec = known._replace(input_size=size, crop_pct=1.0)
-        _check_size(model, spec.input_size)
+        _check_size(model, spec.input_size, f"data.crop_size {data.crop_size}")
+        if config.windows.native:  # another size than that, too
+            _check_size(model, (size[0], data.crop_size, 2 * data.crop_size), "windows.native")
         told = [*read, *notes, *changes]
         return TaskSetup(model, args, splits.class_names, spec, splits.train, splits.val, notes=told)
 
@@ -209,15 +243,15 @@ class Segmentation(Task):
         seen, shared = self._windows(windows, batch_size), sharing(accelerator) > 1
         metric = SegmentationMetric(class_names, sync=shared).to(accelerator.device)
         losses: list[tuple[float, int]] = []
-        for sample in batches:
-            if sample is None:
-                continue
-            image, labels = (part.to(accelerator.device) for part in sample)
+        samples = (sample for sample in batches if sample is not None)
+        for part in seen.parts(model, samples, lambda sample: sample[0]):
             with accelerator.autocast():
-                logits = seen.logits(model, image).float()
-            metric.update(logits.argmax(0), labels)
-            total = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE, reduction="sum")
-            losses.append((total.item(), int((labels != IGNORE).sum())))
+                found = seen.logits(model, [image.to(accelerator.device) for image, _ in part])
+            for each, (_, truth) in zip(found, part, strict=True):
+                logits, labels = each.float(), truth.to(accelerator.device)
+                metric.update(logits.argmax(0), labels)
+                total = F.cross_entropy(logits[None], labels[None], ignore_index=IGNORE, reduction="sum")
+                losses.append((total.item(), int((labels != IGNORE).sum())))
         if shared:
             losses = gather_object(losses)
         # exact: any number of processes gives the same sum
@@ -244,12 +278,26 @@ class Segmentation(Task):
         if present and not options.overwrite:
             raise ConfigError(f"{present[0]} is there already; choose another folder (--masks), or --overwrite")
         folder.mkdir(parents=True, exist_ok=True)
-        return [
-            MaskPrediction(str(path), {}, error=image)
-            if isinstance(image, str)
-            else _write_masks(trained, path, image, folder, seen)
+        device, transform = (
+            next(trained.model.parameters()).device,
+            evaluation_transform(trained.spec.mean, trained.spec.std),
+        )
+        items = (
+            (path, image, None if isinstance(image, str) else _pixels(transform, image).to(device))
             for path, image in read_images(images, trained.spec.mode, options.on_bad_image)
-        ]
+        )
+        predictions = []
+        for part in seen.parts(trained.model, items, lambda item: item[2]):
+            pixels = [each for *_, each in part if each is not None]
+            with torch.inference_mode():
+                found = iter(seen.logits(trained.model, pixels) if pixels else [])
+            for path, image, _ in part:
+                if isinstance(image, str):
+                    predictions.append(MaskPrediction(str(path), {}, error=image))
+                else:
+                    labels = next(found).argmax(0).cpu().numpy()
+                    predictions.append(_write_masks(trained.class_names, path, image, labels, folder))
+        return predictions
 
     def sample(self, dataset: Any, spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
         """Squares from the centre of images; they have no single class."""
@@ -299,28 +347,27 @@ def _default(name: str) -> Any:
 
 
 @torch.no_grad()
-def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Let a crop through, before a run touches anything: some encoders take images of one size only."""
+def _check_size(model: nn.Module, input_size: tuple[int, int, int], name: str) -> None:
+    """Let an image through, before a run touches anything: some encoders take images of one size only."""
     model.eval()
     try:
         model(torch.zeros(1, *input_size))
     except ValueError as error:
-        raise ConfigError(f"data.crop_size {input_size[1]} does not fit the model: {error}") from error
+        raise ConfigError(f"{name} does not fit the model: {error}") from error
 
 
 def _mask_files(folder: Path, stem: str) -> tuple[Path, Path]:
     return folder / f"{stem}_mask.png", folder / f"{stem}_labels.png"
 
 
+def _pixels(transform: MaskedTransform, image: Image.Image) -> Tensor:
+    """An image without a mask as a model is fed it."""
+    return transform(image, np.zeros((image.size[1], image.size[0]), dtype=np.int64))[0]
+
+
 def _write_masks(
-    trained: Trained, path: Path, image: Image.Image, folder: Path, windows: Windows
+    names: Sequence[str], path: Path, image: Image.Image, labels: np.ndarray, folder: Path
 ) -> MaskPrediction:
-    names = trained.class_names
-    blank = np.zeros((image.size[1], image.size[0]), dtype=np.int64)
-    pixels, _ = evaluation_transform(trained.spec.mean, trained.spec.std)(image, blank)
-    device = next(trained.model.parameters()).device
-    with torch.inference_mode():
-        labels = windows.logits(trained.model, pixels.to(device)).argmax(0).cpu().numpy()
     mask, raw = _mask_files(folder, path.stem)
     write_coloured_mask(image, labels, names, mask)
     buffer = io.BytesIO()
