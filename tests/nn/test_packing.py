@@ -86,7 +86,7 @@ def test_coordinates(name):
 @pytest.mark.parametrize("kind", ["scattered", "duplicates", "one cell", "collinear", "huge"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_any_coordinates(kind, k):
-    for name in ("cbsa exact", "cbsa tied orthogonal certified"):
+    for name in ("cbsa exact", "cbsa tied orthogonal certified", "adapted shared"):
         layer = MIXERS[name](num_prefix_tokens=1).double()
         x, coords = tokens(), draw_coords(k, kind)
         expected = measured(alone, layer, x, coords)

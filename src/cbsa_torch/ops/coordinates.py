@@ -63,6 +63,24 @@ def find_cells(
     return Cells(*find(coords.detach(), token_mask, sides, not isinstance(number, int)))
 
 
+def place_in_box(coords: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """Coordinates from the corner of the bounding box of each item's real tokens, in its longest side.
+
+    Args:
+        coords, token_mask: as for :func:`find_cells`.
+
+    Returns:
+        ``(B, N, k)`` float32 from 0 to 1, of integers as exact as of small ones; anything for masked tokens.
+        No gradient.
+
+    Raises:
+        ValueError: another shape, NaN or infinity. TypeError: wrong dtypes.
+    """
+    check_coords(coords)
+    place = _place if is_transformed() else _place_op
+    return place(coords.detach(), token_mask)
+
+
 def pool_by_coordinates(
     tokens: Tensor,
     coords: Tensor | Cells,
@@ -288,6 +306,28 @@ def _(
     b, n, _ = coords.shape
     index = coords.new_empty(b, n, dtype=torch.int64)
     return index, coords.new_empty(b, _most(n, sides), dtype=torch.int64), torch.empty_like(index)
+
+
+def _place(coords: Tensor, token_mask: Tensor | None) -> Tensor:
+    if coords.shape[0] * coords.shape[1] == 0:
+        return coords.new_empty(coords.shape, dtype=torch.float32)
+    places, reach = locate(coords, token_mask)
+    longest = reach.amax(-1)
+    placed = places / longest.where(longest > 0, 1.0)[:, None, None]
+    return placed.float().to(coords.device).mT.contiguous()
+
+
+@torch.library.custom_op(
+    "cbsa_torch::place_in_box", mutates_args=(), schema="(Tensor coords, Tensor? token_mask) -> Tensor"
+)
+def _place_op(coords: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Opaque to compilers: whether coordinates are finite depends on data."""
+    return _place(coords, token_mask)
+
+
+@_place_op.register_fake
+def _(coords: Tensor, token_mask: Tensor | None) -> Tensor:
+    return coords.new_empty(coords.shape, dtype=torch.float32)
 
 
 class Coordinates:
