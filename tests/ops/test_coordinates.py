@@ -190,6 +190,7 @@ TOKENS, PLACE = torch.randn(1, 2, 5, 3), torch.rand(1, 5, 2)
         ({"coords": PLACE * float("nan")}, ValueError, "coords must be finite"),
         ({"num_representatives": None}, ValueError, "num_representatives is required"),
         ({"num_representatives": (2, 2, 2)}, ValueError, "one entry for each coordinate"),
+        ({"num_representatives": (2**32, 2**32)}, ValueError, "at most 2.50 cells"),
         ({"num_representatives": 0}, ValueError, "num_representatives must be at least 1"),
         ({"token_mask": torch.ones(1, 4, dtype=torch.bool)}, ValueError, "token_mask must have shape"),
         ({"coords": ops.find_cells(PLACE, 4)}, ValueError, "cannot be given beside cells"),

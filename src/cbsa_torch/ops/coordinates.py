@@ -18,7 +18,7 @@ from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_device, check_floating, check_mask
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import CellPooling, Cells, GridSize, Representatives
-from cbsa_torch.ops.lattice import cell_numbers, fixed_lattices, locate, search_lattices
+from cbsa_torch.ops.lattice import LARGEST, cell_numbers, fixed_lattices, locate, search_lattices
 from cbsa_torch.ops.parallel import ContextParallel, total
 from cbsa_torch.ops.pooling import check_num_representatives
 
@@ -59,6 +59,8 @@ def find_cells(
     if token_mask is not None and coords.shape[1]:
         check_mask("token_mask", token_mask, coords.shape[:2], "(B, N)", "a real token", ("coords", coords))
     sides = [number] if isinstance(number, int) else list(number)
+    if math.prod(sides) > LARGEST:
+        raise ValueError(f"num_representatives must be at most 2^50 cells, got {num_representatives!r}")
     find = _find if is_transformed() else _find_op
     return Cells(*find(coords.detach(), token_mask, sides, not isinstance(number, int)))
 
