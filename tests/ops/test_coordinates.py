@@ -121,6 +121,7 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(lambda r: mean_of_cells(r, cells) ** 3, rows)
     torch.library.opcheck(coordinates._mean_op, (rows, *cells))
     torch.library.opcheck(coordinates._spread_op, (torch.randn(2, 4, 3, requires_grad=True), *cells))
+    torch.library.opcheck(coordinates._place_op, (torch.rand(2, 9, 2), torch.rand(2, 9) > 0.2))
     torch.library.opcheck(coordinates._find_op, (torch.rand(2, 9, 2), torch.rand(2, 9) > 0.2, [4], False))
 
 
