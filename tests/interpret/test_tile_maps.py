@@ -20,6 +20,9 @@ def test_tiles_are_drawn_at_their_places():
         expected = [[0, 1, np.nan, 2], [3, 4, 5, 6], [7, 8, np.nan, 9.5]]
         np.testing.assert_array_equal(shown, expected)
         assert image.get_extent() == [90_000, 90_000 + 4 * 512, 7_000 + 3 * 512, 7_000]
+    rounded = (358.4 * torch.arange(40.0)).long()[:, None].expand(-1, 2)  # pixels, of tiles of no whole number
+    diagonal = coordinate_map(rounded, torch.arange(40.0), 358.4).axes[0].images[0].get_array()
+    np.testing.assert_array_equal(np.ma.filled(diagonal, np.nan).diagonal(), np.arange(40))
     assert coordinate_map(coords[:1], values[:1]).axes[0].images[0].get_array().shape == (1, 1)
     for bad, message in (
         ((coords[:, :1], values), r"coords must have shape \(N, 2\)"),

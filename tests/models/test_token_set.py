@@ -71,6 +71,12 @@ def test_order_unit_and_origin_do_not_matter_but_places_do(positions):
     elsewhere = (coords.double() * 0.25 + torch.tensor([1000.0, -7.0])).float()  # exact in float32
     torch.testing.assert_close(model(features[None], elsewhere[None]), logits, atol=1e-5, rtol=0)
     assert not torch.allclose(model(features[None], coords[order][None]), logits, atol=1e-6, rtol=0)
+    assert model(features[None], coords[None] + 2**60).equal(logits)  # beyond what floating point tells apart
+    code = model.float()._position_code(coords[None], None)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model._position_code(coords[None], None).float(), code, atol=0.02, rtol=0)
+    low = model.bfloat16()._position_code(coords[None], None).float()
+    torch.testing.assert_close(low, code, atol=0.02, rtol=0)
 
 
 def test_cells_are_searched_once_for_all_layers(monkeypatch):
@@ -118,8 +124,9 @@ def test_a_model_without_places_needs_none():
 )  # fmt: skip
 def test_bad_input_is_named(change, message):
     features, coords = bag(9)
-    with pytest.raises(ValueError, match=message):
-        build()(**{"features": features[None], "coords": coords[None], **change})
+    for mixer in ("cbsa", "tssa"):  # the one pools by coordinates, the other only knows positions
+        with pytest.raises(ValueError, match=message):
+            build(mixer=mixer)(**{"features": features[None], "coords": coords[None], **change})
 
 
 def test_coordinates_that_are_not_finite_are_named_whatever_the_mixer():

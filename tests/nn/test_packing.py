@@ -86,7 +86,7 @@ def test_coordinates(name):
 @pytest.mark.parametrize("kind", ["scattered", "duplicates", "one cell", "collinear", "huge"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_any_coordinates(kind, k):
-    for name in ("cbsa exact", "cbsa tied orthogonal certified"):
+    for name in ("cbsa exact", "cbsa tied orthogonal certified", "adapted shared"):
         layer = MIXERS[name](num_prefix_tokens=1).double()
         x, coords = tokens(), draw_coords(k, kind)
         expected = measured(alone, layer, x, coords)
@@ -123,6 +123,9 @@ def test_squares_and_the_grid_of_a_layer():
         torch.cat([layer(x[None, :4])[0], layer(x[None, 4:])[0]]),
         1e-10,
     )
+    named = Packing(torch.tensor([0, 5, 11]), num_prefix_tokens=2)  # 5 = 1 + 2 x 2, too
+    with pytest.raises(ValueError, match="5 tokens, which less 2 prefix tokens is not a square"):
+        layer(x[:11], cu_seqlens=named)
     layer.set_input_size((3, 2))
     assert_close(
         layer(x[:12], cu_seqlens=torch.tensor([0, 6, 12])), layer(x[:12].view(2, 6, DIM)).flatten(0, 1), 1e-10
@@ -234,6 +237,7 @@ X, GOOD = torch.randn(14, DIM), torch.tensor([0, 5, 14])
         ({"x": X.view(2, 7, DIM)}, ValueError, r"x must have shape \(1, T, C\) or \(T, C\) with C=12"),
         ({"cu_seqlens": None, "grid_sizes": [(2, 2)], "x": X[None]}, ValueError, "pass cu_seqlens"),
         ({"cu_seqlens": Packing(GOOD), "coords": torch.rand(12, 2)}, ValueError, "beside a Packing"),
+        ({"cu_seqlens": Packing(GOOD, num_prefix_tokens=2)}, ValueError, "must be the layer's 1, got 2"),
         ({"cu_seqlens": Packing(GOOD)}, ValueError, "not a square grid"),
         ({"grid_sizes": 4}, ValueError, "grid_sizes must have one grid for each of 2 sequences, got 4"),
         ({"coords": torch.rand(12, 2).index_fill(0, torch.tensor([7]), torch.inf)}, ValueError, "in sequence 1"),

@@ -121,6 +121,7 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(lambda r: mean_of_cells(r, cells) ** 3, rows)
     torch.library.opcheck(coordinates._mean_op, (rows, *cells))
     torch.library.opcheck(coordinates._spread_op, (torch.randn(2, 4, 3, requires_grad=True), *cells))
+    torch.library.opcheck(coordinates._place_op, (torch.rand(2, 9, 2), torch.rand(2, 9) > 0.2))
     torch.library.opcheck(coordinates._find_op, (torch.rand(2, 9, 2), torch.rand(2, 9) > 0.2, [4], False))
 
 
@@ -190,6 +191,7 @@ TOKENS, PLACE = torch.randn(1, 2, 5, 3), torch.rand(1, 5, 2)
         ({"coords": PLACE * float("nan")}, ValueError, "coords must be finite"),
         ({"num_representatives": None}, ValueError, "num_representatives is required"),
         ({"num_representatives": (2, 2, 2)}, ValueError, "one entry for each coordinate"),
+        ({"num_representatives": (2**32, 2**32)}, ValueError, "at most 2.50 cells"),
         ({"num_representatives": 0}, ValueError, "num_representatives must be at least 1"),
         ({"token_mask": torch.ones(1, 4, dtype=torch.bool)}, ValueError, "token_mask must have shape"),
         ({"coords": ops.find_cells(PLACE, 4)}, ValueError, "cannot be given beside cells"),

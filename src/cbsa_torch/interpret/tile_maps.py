@@ -14,6 +14,8 @@ from cbsa_torch.interpret import _style
 
 MOST_CELLS = 2000
 """Cells of a map along its longest side."""
+ROUNDED = 0.01
+"""What coordinates may be too small by, in tiles: those of a lattice are often rounded down to pixels."""
 
 
 def coordinate_map(
@@ -45,7 +47,7 @@ def coordinate_map(
     low = places.min(0)
     extent = places.max(0) - low + size
     size = max(size, extent.max() / MOST_CELLS)
-    columns, rows = np.floor((places - low) / size).astype(np.int64).T
+    columns, rows = np.floor((places - low) / size + ROUNDED).astype(np.int64).T
     shape = rows.max() + 1, columns.max() + 1
     flat = rows * shape[1] + columns
     counts = np.bincount(flat, minlength=shape[0] * shape[1])

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cbsa_torch._core.autodiff import has_values
 from cbsa_torch._core.checks import check_bool, check_choice, check_floating, check_mask, check_positive_int
 from cbsa_torch._core.modules import no_weight_decay_inside
+from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import Residual
 from cbsa_torch.models.head import HeadedTransformer, check_num_classes
 from cbsa_torch.models.registry import FAMILIES, Family, build_entry, mixer_options
@@ -35,7 +35,7 @@ from cbsa_torch.nn import (
     TokenMixer,
     WhiteBoxBlock,
 )
-from cbsa_torch.ops.coordinates import check_coords
+from cbsa_torch.ops.coordinates import check_coords, place_in_box
 from cbsa_torch.ops.packing import read_cu_seqlens
 
 MIXERS: dict[str, type[TokenMixer]] = {
@@ -174,6 +174,7 @@ class TokenSetTransformer(HeadedTransformer):
         nn.init.normal_(self.cls_token)
         if self.directions is not None:
             nn.init.normal_(self.directions, std=FOURIER_SCALE)
+            self.directions.copy_(self.directions.bfloat16())  # so that models in bfloat16 have the same
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay."""
@@ -249,7 +250,7 @@ class TokenSetTransformer(HeadedTransformer):
         """The same of packed sets, ``(1, N_1 + ... + N_B + B, dim)``."""
         parts = self.embed(features)[0].split(lengths)
         if coords is not None and self.positions != "none":
-            codes = (self._position_code(own, None) for own in coords[0].split(lengths))
+            codes = (self._position_code(own, None)[0] for own in coords.split(lengths, dim=1))
             parts = tuple(part + code.to(part.dtype) for part, code in zip(parts, codes, strict=True))
         return torch.cat([piece for part in parts for piece in (self.cls_token[0], part)])[None]
 
@@ -263,13 +264,15 @@ class TokenSetTransformer(HeadedTransformer):
         return self.norm(x)
 
     def _position_code(self, coords: Tensor, token_mask: Tensor | None) -> Tensor:
-        """``(..., N, coord_dim)`` to ``(..., N, dim)``, see ``positions``."""
-        placed = _in_box(coords, token_mask)
+        """``(B, N, coord_dim)`` to ``(B, N, dim)``, see ``positions``."""
+        placed = place_in_box(coords, token_mask=token_mask)
         if self.positions == "fourier":
             assert self.directions is not None
             assert self.position_proj is not None
-            angles = 2 * math.pi * (placed.to(self.directions.dtype) @ self.directions)
-            return self.position_proj(torch.cat([angles.sin(), angles.cos()], dim=-1))
+            dtype = compute_dtype(self.directions.dtype)  # in a lower one, tiles would share their angles
+            with no_autocast(placed):
+                angles = 2 * math.pi * (placed.to(dtype) @ self.directions.to(dtype))
+            return self.position_proj(torch.cat([angles.sin(), angles.cos()], -1).to(self.directions.dtype))
         number = self.embed_dim // (2 * self.coord_dim)
         steps = torch.linspace(0, 1, number, device=placed.device)
         angles = 2 * math.pi * placed[..., None] * (LOWEST * (HIGHEST / LOWEST) ** steps)
@@ -344,30 +347,6 @@ def _lengths(cu_seqlens: Tensor, features: Tensor) -> list[int]:
     if ends[-1] != features.shape[1]:
         raise ValueError(f"cu_seqlens must end at the number of features ({features.shape[1]}), got {ends[-1]}")
     return [stop - start for start, stop in itertools.pairwise(ends)]
-
-
-def _in_box(coords: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Coordinates of real tokens in the longest side of their bounding box, from its corner; float32."""
-    wide = coords.double()
-    if wide.shape[-2] == 0:
-        return wide.float()
-    if token_mask is None:
-        low, high = wide.amin(-2, keepdim=True), wide.amax(-2, keepdim=True)
-    else:
-        padding = ~token_mask[..., None]
-        low = wide.masked_fill(padding, math.inf).amin(-2, keepdim=True)
-        high = wide.masked_fill(padding, -math.inf).amax(-2, keepdim=True)
-    sides = high - low
-    if has_values(sides):
-        wrong = ~sides.isfinite().all(-1)
-        if token_mask is not None:
-            wrong = wrong & token_mask.any(-1, keepdim=True)
-        if wrong.any():
-            item = "" if wrong.ndim == 1 else f" in item {int(wrong.nonzero()[0, 0])}"
-            raise ValueError(f"coords must be finite for every real token, got NaN or infinity{item}")
-    side = sides.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    placed = ((wide - low) / side).float()
-    return placed if token_mask is None else placed.masked_fill(padding, 0.0)
 
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}

@@ -137,17 +137,15 @@ def _attention(
     initial: Tensor, keys: Tensor, token_mask: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """A^T of Eq. 5, ``(B, H, M, N)``; zero for tokens and representatives that do not exist."""
-    exists = None if token_mask is None else token_mask[:, None, None, :]
-    if exists is not None and mask is not None:
-        exists = exists & mask[:, None, :, None]
-    return masked_softmax(scale * (initial @ keys.mT), exists)
+    real = None if token_mask is None else token_mask[:, None, None, :]
+    return zero_rows(masked_softmax(scale * (initial @ keys.mT), real), mask)
 
 
-def _balance(attention: Tensor, token_mask: Tensor | None, mask: Tensor | None) -> Tensor | float:
-    """N / M, of those that exist."""
+def _balance(attention: Tensor, token_mask: Tensor | None, mask: Tensor | None) -> Tensor:
+    """N / M, of those that exist: ``(B or 1, 1, 1, 1)``. Cells of coordinates may be empty without any mask."""
+
+    def count(mask: Tensor | None, number: int) -> Tensor:
+        return attention.new_full((1,), number) if mask is None else mask.sum(-1).to(attention.dtype)
+
     m, n = attention.shape[-2:]
-    if token_mask is None:
-        return n / m
-    tokens = token_mask.sum(-1).to(attention.dtype)
-    count = torch.full_like(tokens, m) if mask is None else mask.sum(-1).clamp(min=1).to(attention.dtype)
-    return (tokens / count)[:, None, None, None]
+    return (count(token_mask, n) / count(mask, m).clamp(min=1))[:, None, None, None]

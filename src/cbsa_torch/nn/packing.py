@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cbsa_torch._core.checks import check_floating
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.nn.tokens import Heads
+from cbsa_torch.nn.tokens import Heads, check_num_prefix_tokens
 from cbsa_torch.ops.coordinates import Coordinates, check_coords
 from cbsa_torch.ops.packing import Rows, group_rows, join_rows, read_cu_seqlens, split_rows
 from cbsa_torch.ops.pooling import check_grid
@@ -35,6 +35,8 @@ class Group(NamedTuple):
     grid_size: GridSize | None
     coords: Coordinates | None
     """``(size, length - prefix, k)``."""
+    num_prefix_tokens: int | None
+    """None: what the grid, or the layer, says."""
 
 
 class Packing:
@@ -50,7 +52,7 @@ class Packing:
         coords: ``(T', k)`` as for :class:`cbsa_torch.nn.Coordinates`, of the tokens after the prefixes, in
             place of grids; an axis of size 1 may come before. Or a nested tensor of ``torch.jagged`` layout.
         num_prefix_tokens: class and register tokens at the beginning of each sequence (not of empty ones).
-            Default: what grids or coordinates leave.
+            Default: what grids or coordinates leave, or what the layer has.
 
     Attributes:
         cu_seqlens: as given. lengths: of the sequences. groups: those that are alike.
@@ -69,6 +71,8 @@ class Packing:
     ) -> None:
         if grid_sizes is not None and coords is not None:
             raise ValueError("pass grid_sizes or coords, not both")
+        if num_prefix_tokens is not None:
+            check_num_prefix_tokens(num_prefix_tokens)
         ends = read_cu_seqlens("cu_seqlens", cu_seqlens)
         self.cu_seqlens = cu_seqlens
         self.lengths = [stop - start for start, stop in itertools.pairwise(ends)]
@@ -104,7 +108,7 @@ class Packing:
                 for part, alike in zip(parts, found, strict=True)
             ]
         self.groups = [
-            Group(len(alike.members), alike.lengths[0], alike.rows[0], grids[alike.members[0]], place)
+            Group(len(alike.members), alike.lengths[0], alike.rows[0], grids[alike.members[0]], place, prefix)
             for alike, place in zip(found, places, strict=True)
         ]
 

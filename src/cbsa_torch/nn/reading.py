@@ -16,6 +16,7 @@ from cbsa_torch.nn.packing import Group, Packing
 from cbsa_torch.nn.tokens import (
     MixerInput,
     as_tokens,
+    check_num_prefix_tokens,
     flat_mask,
     read_attn_mask,
     read_coords,
@@ -54,9 +55,7 @@ class TokenReader(nn.Module):
         """Set the grid of token inputs (None: forget it) and, if given, the prefix tokens."""
         self.grid_size = None if grid_size is None else check_grid(grid_size)
         if num_prefix_tokens is not None:
-            whole = isinstance(num_prefix_tokens, int) and not isinstance(num_prefix_tokens, bool)
-            if not whole or num_prefix_tokens < 0:
-                raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {num_prefix_tokens!r}")
+            check_num_prefix_tokens(num_prefix_tokens)
             self.num_prefix_tokens = num_prefix_tokens
 
     @property
@@ -189,30 +188,38 @@ class TokenReader(nn.Module):
         tokens: Tensor,
         map_grid: GridSize | None,
         grid_size: GridSize | None,
+        num_prefix_tokens: int | None = None,
     ) -> tuple[GridSize | None, int]:
         """The grid of the tokens, None if there is none, and the number of prefix tokens before it."""
+        prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
         if map_grid is not None:
             if grid_size is not None and check_grid(grid_size) != map_grid:
                 raise ValueError(f"grid_size {grid_size} differs from the feature map's {map_grid}")
             return map_grid, 0
         grid_size = self.grid_size if grid_size is None else grid_size
         if grid_size is None and not self.needs_grid:
-            return None, self.num_prefix_tokens or 0
+            return None, prefix or 0
         if grid_size is None and not self.assumes_square:
             raise ValueError(
                 f"grid_size is needed: {type(self).__name__} got {tokens.shape[1]} tokens, and assumes no "
                 "square, for it replaced a layer of a model, or was built while the grid hook was removed. "
                 "Call cbsa_torch.nn.follow_grid(model) once, or give coords or grid_size (set_input_size)"
             )
-        return resolve_grid(tokens.shape[1], grid_size, self.num_prefix_tokens)
+        return resolve_grid(tokens.shape[1], grid_size, prefix)
 
     def source_of(self, group: Group, x: Tensor, is_causal: bool) -> MixerInput:
         """What :meth:`read` would read of a batch of sequences that are alike."""
         self._check_coords(group.coords)
+        prefix = group.num_prefix_tokens
+        if None not in (prefix, self.num_prefix_tokens) and prefix != self.num_prefix_tokens:
+            raise ValueError(
+                f"num_prefix_tokens of the packed sequences must be the layer's {self.num_prefix_tokens}, "
+                f"got {prefix}"
+            )
         if group.coords is not None:
-            grid, prefix = None, read_coords(group.coords, x, self.num_prefix_tokens)[1]
+            grid, prefix = None, read_coords(group.coords, x, prefix)[1]
         else:
-            grid, prefix = self._locate(x, None, group.grid_size)
+            grid, prefix = self._locate(x, None, group.grid_size, prefix)
         n = group.length
         attn_mask = torch.ones(n, n, dtype=torch.bool, device=x.device).tril() if is_causal else None
         return MixerInput(x, None, grid, prefix, None, attn_mask, is_causal, None, group.coords)

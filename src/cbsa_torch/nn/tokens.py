@@ -102,6 +102,12 @@ def flat_mask(token_mask: Tensor, x: Tensor, map_grid: GridSize | None) -> Tenso
     return token_mask.flatten(1)
 
 
+def check_num_prefix_tokens(number: int) -> None:
+    """Raise unless it is a number of tokens."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {number!r}")
+
+
 def resolve_grid(
     num_tokens: int, grid_size: GridSize | None, num_prefix_tokens: int | None
 ) -> tuple[GridSize, int]:

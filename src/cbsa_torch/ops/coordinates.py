@@ -18,7 +18,7 @@ from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_device, check_floating, check_mask
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch._core.types import CellPooling, Cells, GridSize, Representatives
-from cbsa_torch.ops.lattice import cell_numbers, fixed_lattices, locate, search_lattices
+from cbsa_torch.ops.lattice import LARGEST, cell_numbers, fixed_lattices, locate, search_lattices
 from cbsa_torch.ops.parallel import ContextParallel, total
 from cbsa_torch.ops.pooling import check_num_representatives
 
@@ -59,8 +59,28 @@ def find_cells(
     if token_mask is not None and coords.shape[1]:
         check_mask("token_mask", token_mask, coords.shape[:2], "(B, N)", "a real token", ("coords", coords))
     sides = [number] if isinstance(number, int) else list(number)
+    if math.prod(sides) > LARGEST:
+        raise ValueError(f"num_representatives must be at most 2^50 cells, got {num_representatives!r}")
     find = _find if is_transformed() else _find_op
     return Cells(*find(coords.detach(), token_mask, sides, not isinstance(number, int)))
+
+
+def place_in_box(coords: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """Coordinates from the corner of the bounding box of each item's real tokens, in its longest side.
+
+    Args:
+        coords, token_mask: as for :func:`find_cells`.
+
+    Returns:
+        ``(B, N, k)`` float32 from 0 to 1, of integers as exact as of small ones; anything for masked tokens.
+        No gradient.
+
+    Raises:
+        ValueError: another shape, NaN or infinity. TypeError: wrong dtypes.
+    """
+    check_coords(coords)
+    place = _place if is_transformed() else _place_op
+    return place(coords.detach(), token_mask)
 
 
 def pool_by_coordinates(
@@ -290,6 +310,28 @@ def _(
     b, n, _ = coords.shape
     index = coords.new_empty(b, n, dtype=torch.int64)
     return index, coords.new_empty(b, _most(n, sides), dtype=torch.int64), torch.empty_like(index)
+
+
+def _place(coords: Tensor, token_mask: Tensor | None) -> Tensor:
+    if coords.shape[0] * coords.shape[1] == 0:
+        return coords.new_empty(coords.shape, dtype=torch.float32)
+    places, reach = locate(coords, token_mask)
+    longest = reach.amax(-1)
+    placed = places / longest.where(longest > 0, 1.0)[:, None, None]
+    return placed.float().to(coords.device).mT.contiguous()
+
+
+@torch.library.custom_op(
+    "cbsa_torch::place_in_box", mutates_args=(), schema="(Tensor coords, Tensor? token_mask) -> Tensor"
+)
+def _place_op(coords: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Opaque to compilers: whether coordinates are finite depends on data."""
+    return _place(coords, token_mask)
+
+
+@_place_op.register_fake
+def _(coords: Tensor, token_mask: Tensor | None) -> Tensor:
+    return coords.new_empty(coords.shape, dtype=torch.float32)
 
 
 class Coordinates:

@@ -43,6 +43,8 @@ def test_batches_hold_every_image_once_within_the_budget(processes):
 def test_batches_hold_no_more_images_than_allowed():
     assert max(map(len, TokenBatches(TOKENS, 10_000, 8, seed=0))) == 8
     assert [len(b) for b in TokenBatches([200] * 5, 200, 8, seed=0)] == [1] * 5  # one fits
+    three = [list(TokenBatches([200] * 5, 200, 8, seed=0, processes=3, process=p)) for p in range(3)]
+    assert sorted(batch for batches in three for batch in batches) == [[0], [0], [1], [2], [3], [4]]
     with pytest.raises(DataError, match=r"1 training images are fewer than one for each of 2 process"):
         TokenBatches([4], 10, 8, seed=0, processes=2)
 

@@ -135,7 +135,8 @@ class TokenBatches(Sampler[list[int]]):
     of each stratum. So every image is seen in every epoch, the K batches have equally many images (some one
     less where K does not divide them) and nearly as many tokens, and none has more than the largest of all
     strata together. K is the smallest number for which these are ``max_tokens`` or fewer. It is the same in
-    every epoch and a multiple of the processes, which take batches in turn.
+    every epoch and a multiple of the processes, which take batches in turn. Where that is more than there are
+    images, the largest are seen twice.
 
     Args:
         tokens: of each image.
@@ -161,8 +162,8 @@ class TokenBatches(Sampler[list[int]]):
         self.order = np.argsort(-np.asarray(tokens), kind="stable")
         self.seed, self.epoch, self.processes, self.process = seed, 0, processes, process
         n, descending = len(tokens), np.asarray(tokens)[self.order]
-        most = n // processes
-        if most == 0:
+        most = -(-n // processes)  # one image in each
+        if n < processes:
             raise DataError(f"{n} training images are fewer than one for each of {processes} process(es)")
         low = min(max(-(-n // (max_images * processes)), 1), most)
         high = most
@@ -186,6 +187,7 @@ class TokenBatches(Sampler[list[int]]):
         generator = np.random.default_rng([self.seed, self.epoch])
         filled = np.full(-(-len(self.order) // self.count) * self.count, -1)
         filled[: len(self.order)] = self.order
+        filled[len(self.order) : self.count] = self.order[: max(self.count - len(self.order), 0)]
         strata = generator.permuted(filled.reshape(-1, self.count), axis=1)
         for batch in strata.T[self.process :: self.processes]:
             yield batch[batch >= 0].tolist()

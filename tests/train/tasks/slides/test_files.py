@@ -42,10 +42,13 @@ def test_other_forms_of_the_same_numbers(drawn, tmp_path):
     slide = read_slide(path)
     torch.testing.assert_close(slide.features, torch.from_numpy(features), atol=1e-2, rtol=1e-2)
     assert (slide.features.dtype, slide.coords.dtype) == (torch.float32, torch.float64)
-    torch.save(torch.from_numpy(features)[None].half(), tmp_path / "b.pt")
-    slide = read_slide(tmp_path / "b.pt")
-    assert (slide.features.shape, slide.features.dtype, slide.coords) == (features.shape, torch.float32, None)
-    assert read_header(tmp_path / "b.pt") == (len(features), WIDTH, False)
+    tensor = torch.from_numpy(features)[None].half().requires_grad_()
+    for zipped in (True, False):  # False: as old versions of PyTorch wrote
+        torch.save(tensor, tmp_path / "b.pt", _use_new_zipfile_serialization=zipped)
+        slide = read_slide(tmp_path / "b.pt")
+        assert (slide.features.shape, slide.features.dtype) == (features.shape, torch.float32)
+        assert (slide.coords, slide.features.requires_grad) == (None, False)
+        assert read_header(tmp_path / "b.pt") == (len(features), WIDTH, False)
 
 
 NAN = np.array([[1.0, 2.0], [np.nan, 1.0]], dtype=np.float32)
@@ -83,6 +86,10 @@ def test_other_files_are_named(tmp_path):
     torch.save(print, tmp_path / "d.pt")  # a pickle that names a function
     with pytest.raises(DataError, match=r"d\.pt holds something other than tensors.*refused"):
         read_slide(tmp_path / "d.pt")
+    with h5py.File(write(tmp_path / "g.h5", features=GOOD), "a") as file:
+        file.create_group("coords")
+    with pytest.raises(DataError, match=r"g\.h5: coords must be a dataset"):
+        read_slide(tmp_path / "g.h5")
     (tmp_path / "e.pt").write_bytes(b"")
     with pytest.raises(DataError, match=r"e\.pt cannot be read as a PyTorch file"):
         read_slide(tmp_path / "e.pt")

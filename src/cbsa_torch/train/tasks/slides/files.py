@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +108,8 @@ def _header(path: Path, file: Any) -> SlideHeader:
     tiles, width = _matrix(path, "features", file["features"].shape)
     if "coords" not in file:
         return SlideHeader(tiles, width, False)
+    if not hasattr(file["coords"], "shape"):
+        raise DataError(f"{path}: coords must be a dataset, got a group")
     given = tuple(file["coords"].shape)
     if given not in ((tiles, 2), (1, tiles, 2)):
         raise DataError(
@@ -164,7 +167,8 @@ def _read(path: Path, file: Any, name: str, dtype: Any) -> np.ndarray:
 def _load(path: Path) -> Tensor:
     """A tensor whose values are read when they are needed."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # the files of old versions of PyTorch are none
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path} holds something other than tensors, which would need executing pickled code; refused"
@@ -174,4 +178,4 @@ def _load(path: Path) -> Tensor:
     if not isinstance(content, Tensor) or not content.is_floating_point():
         kind = content.dtype if isinstance(content, Tensor) else type(content).__name__
         raise DataError(f"{path} must hold one floating-point tensor (N, D), got {kind}")
-    return content
+    return content.detach()

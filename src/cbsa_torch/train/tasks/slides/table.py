@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from cbsa_torch._core.checks import nearest, some_of
 from cbsa_torch.images import SPLIT_NAMES
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.tasks.slides.config import SlidesDataConfig
+from cbsa_torch.train.tasks.slides.files import SUFFIXES
 
 
 class Row(NamedTuple):
@@ -39,8 +41,9 @@ def read_table(config: SlidesDataConfig) -> Table:
     """Read the table of ``config``.
 
     Raises:
-        ConfigError: no ``data.root``. FileNotFoundError: no table. DataError: a column that is not there, a row
-            without slide, label, patient or split, a slide that is there twice, a patient in two splits.
+        ConfigError: no ``data.root``. FileNotFoundError: no table. DataError: a column that is not there, or is
+            there twice, a row without slide, label, patient or split, or of more cells than the heading, a
+            slide that is there twice, a patient in two splits.
     """
     if config.root is None:
         raise ConfigError("data.root must name the folder of the feature files, got None")
@@ -58,15 +61,22 @@ def read_table(config: SlidesDataConfig) -> Table:
     required = {"slide": config.slide_column, "label": config.label_column}
     columns = {**required, "patient": config.patient_column, "split": config.split_column}
     for role, column in columns.items():
-        if column is None and role in there:
-            columns[role] = role
-        elif column is not None and column not in there:
+        if column is None:
+            column = columns[role] = role if role in there else None
+        elif column not in there:
             raise DataError(
                 f"{path} has no column {column!r} (data.{role}_column); it has {some_of(there, 20)}"
                 f"{nearest(column, there)}"
             )
+        if column is not None and there.count(column) > 1:
+            raise DataError(f"{path} has {there.count(column)} columns {column!r} (data.{role}_column)")
     rows = []
     for number, line in lines:
+        if None in line:  # DictReader's key of cells without a column
+            raise DataError(
+                f"{path}, line {number}: more cells than the {len(there)} of the heading; commas inside of a "
+                'cell need quotes ("...") around it'
+            )
         cells = {role: (line[column] or "").strip() for role, column in columns.items() if column is not None}
         empty = [columns[role] for role, cell in cells.items() if not cell]
         if empty:
@@ -88,12 +98,15 @@ def read_table(config: SlidesDataConfig) -> Table:
 
 
 def _check_rows(path: Path, rows: Sequence[Row]) -> None:
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     split_of: dict[str, str | None] = {}
     for row in rows:
-        if row.slide in seen:
-            raise DataError(f"{path}: slide {row.slide!r} is there twice")
-        seen.add(row.slide)
+        suffix = next((suffix for suffix in SUFFIXES if row.slide.endswith(suffix)), "")
+        name = os.path.normpath(row.slide.removesuffix(suffix))
+        if name in seen:
+            also = "" if seen[name] == row.slide else f", also as {seen[name]!r}"
+            raise DataError(f"{path}: slide {row.slide!r} is there twice{also}")
+        seen[name] = row.slide
         other = split_of.setdefault(row.patient, row.split)
         if other != row.split:
             raise DataError(f"{path}: patient {row.patient!r} is in two splits, {other} and {row.split}")
