@@ -133,6 +133,7 @@ class TokenSetTransformer(HeadedTransformer):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.num_prefix_tokens = 1
+        self.global_pool = "token"
         self.positions = positions
         self.coord_dim = coord_dim
         self.grad_checkpointing = recompute
@@ -229,10 +230,28 @@ class TokenSetTransformer(HeadedTransformer):
 
     def _embedded(self, features: Tensor, coords: Tensor | None, token_mask: Tensor | None) -> Tensor:
         """The tokens of a batch before the first layer, ``(B, 1 + N, dim)``."""
-        x = self.embed(features)
-        if coords is not None and self.positions != "none":
-            x = x + self._position_code(coords, token_mask).to(x.dtype)
+        box = None if coords is None else bounding_box(coords, token_mask)
+        x = self.embed_tokens(features, coords, box, token_mask)
         return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+
+    def embed_tokens(
+        self,
+        features: Tensor,
+        coords: Tensor | None,
+        box: tuple[Tensor, Tensor] | None,
+        token_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Some features of sets to tokens, positions added: ``(B, n, in_dim)`` to ``(B, n, dim)``.
+
+        Args:
+            features: any of the sets' features.
+            coords: theirs, ``(B, n, coord_dim)``, and ``box`` the :func:`bounding_box` of all of the sets.
+            token_mask: ``(B, n)``.
+        """
+        x = self.embed(features)
+        if coords is None or box is None or self.positions == "none":
+            return x
+        return x + self._position_code(coords, box, token_mask).to(x.dtype)
 
     def _packed(self, features: Tensor, coords: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         """:meth:`forward_features` of several sets in one row."""
@@ -245,7 +264,7 @@ class TokenSetTransformer(HeadedTransformer):
         """The same of packed sets, ``(1, N_1 + ... + N_B + B, dim)``."""
         parts = self.embed(features)[0].split(lengths)
         if coords is not None and self.positions != "none":
-            codes = (self._position_code(own, None) for own in coords[0].split(lengths))
+            codes = (self._position_code(own, bounding_box(own, None)) for own in coords[0].split(lengths))
             parts = tuple(part + code.to(part.dtype) for part, code in zip(parts, codes, strict=True))
         return torch.cat([piece for part in parts for piece in (self.cls_token[0], part)])[None]
 
@@ -258,9 +277,14 @@ class TokenSetTransformer(HeadedTransformer):
                 x = block(x, **options)
         return self.norm(x)
 
-    def _position_code(self, coords: Tensor, token_mask: Tensor | None) -> Tensor:
-        """``(..., N, coord_dim)`` to ``(..., N, dim)``, see ``positions``."""
-        placed = _in_box(coords, token_mask)
+    def _position_code(
+        self, coords: Tensor, box: tuple[Tensor, Tensor], token_mask: Tensor | None = None
+    ) -> Tensor:
+        """``(..., n, coord_dim)`` to ``(..., n, dim)``, see ``positions``."""
+        corner, side = box
+        placed = ((coords.double() - corner) / side).float()
+        if token_mask is not None:
+            placed = placed.masked_fill(~token_mask[..., None], 0.0)
         if self.positions == "fourier":
             assert self.directions is not None
             assert self.position_proj is not None
@@ -346,20 +370,22 @@ def _lengths(cu_seqlens: Tensor, features: Tensor) -> list[int]:
     return lengths
 
 
-def _in_box(coords: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Coordinates of real tokens in the longest side of their bounding box, from its corner; float32."""
+def bounding_box(coords: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The lowest corner of the box around real tokens ``(..., 1, k)`` and its longest side ``(..., 1, 1)``.
+
+    In float64, from ``(..., N, k)``.
+    """
     wide = coords.double()
     if wide.shape[-2] == 0:
-        return wide.float()
+        corner = wide.new_zeros(*wide.shape[:-2], 1, wide.shape[-1])
+        return corner, corner[..., :1] + 1
     if token_mask is None:
         low, high = wide.amin(-2, keepdim=True), wide.amax(-2, keepdim=True)
     else:
         padding = ~token_mask[..., None]
         low = wide.masked_fill(padding, math.inf).amin(-2, keepdim=True)
         high = wide.masked_fill(padding, -math.inf).amax(-2, keepdim=True)
-    side = (high - low).amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    placed = ((wide - low) / side).float()
-    return placed if token_mask is None else placed.masked_fill(padding, 0.0)
+    return low, (high - low).amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
