@@ -8,8 +8,8 @@ from tests.helpers import on_ranks, processes
 @pytest.mark.parametrize(
     ("ranks", "checks"),
     [
-        (2, "models training dropout coordinates compiled"),
-        (3, "mixers operator exchanges errors"),
+        (2, "models training dropout coordinates compiled sets training_sets errors_of_sets"),
+        (3, "mixers operator exchanges errors sets coordinates"),
         (4, "models errors training"),
     ],
 )
