@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -152,6 +153,16 @@ def check_compiled(group):
     )
     assert_close(actual[0], expected[0], 1e-12)
     assert_close(actual[1], expected[1], 1e-12)
+    # Models in parts: ranks first agree on what they were given.
+    images, features, coords = torch.randn(2, 3, 64, 48), torch.randn(2, 9, 7), torch.rand(2, 9, 2)
+    for model, x, given in ((whitebox(), images, {}), (token_set(), features, {"coords": coords})):
+        context_parallel(model, group)
+        compiled = torch.compile(model, backend="aot_eager")
+        expected, actual = (differentiated(m, x, torch.ones(2, 3), **given) for m in (model, compiled))
+        assert_close(actual[0], expected[0], 1e-12)
+        assert_close(actual[1], expected[1], 1e-12)
+        for name, gradient in expected[2].items():
+            assert_close(actual[2][f"_orig_mod.{name}"], gradient, 1e-12)
 
 
 def check_coordinates(group):
@@ -510,8 +521,11 @@ def trained(model, batches, labels, optimizer):
 def check_training(group):
     """Five steps with data and context parallel, in DDP and FSDP2, are those of one process."""
     size = group.size()
-    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "cp"))
-    replicas, replica = size // 2, mesh["dp"].get_local_rank()
+    mesh = ParallelismConfig(dp_shard_size=size // 2, cp_size=2).build_device_mesh(
+        "cpu"
+    )  # as Accelerate has it
+    replicas, replica = size // 2, group.rank() // 2
+    assert mesh["cp"].get_local_rank() == group.rank() % 2
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         torch.set_default_dtype(dtype)
         for wrap in (DistributedDataParallel, sharded):

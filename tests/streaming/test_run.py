@@ -1,5 +1,6 @@
 """Streams: what they make is what the model makes in memory, however they are cut and interrupted."""
 
+import errno
 import itertools
 import os
 import signal
@@ -12,7 +13,7 @@ import torch
 from cbsa_torch import CBSA
 from cbsa_torch.interpret import capture, cls_attention_maps
 from cbsa_torch.nn import MHSA, MSSA, TSSA
-from cbsa_torch.streaming import StreamError, plan, run, stream, sweeps
+from cbsa_torch.streaming import StreamError, files, picture, plan, run, stream, sweeps
 from tests.helpers.memory import Largest
 from tests.helpers.streaming import MEAN, MIXERS, STD, as_batch, classifier, image, segmenter
 
@@ -314,6 +315,47 @@ def test_hooks_and_training_mode_are_refused(tmp_path):
 def test_options_that_cannot_be(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         stream(classifier(TSSA), image(20, 20), tmp_path / "out", **options)
+
+
+def test_a_disk_that_fills_up_at_any_file_is_told_and_it_goes_on(tmp_path, monkeypatch):
+    """Tokens, results, the state, the picture, the record at the end: each once."""
+    model, pixels = classifier(), image(20, 20)
+    options = {"results": ("logits", "map"), **NORMAL}
+    expected = arrays(stream(model, pixels, tmp_path / "whole", **options))
+    failed = set()
+
+    def full(place, original):
+        def write(*args, **kwargs):
+            if place not in failed:
+                failed.add(place)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*args, **kwargs)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (files.Rows, "write"),
+            (files.ArrayFile, "write"),
+            (files, "write_atomically"),
+            (picture, "write_atomically"),
+            (run, "write_atomically"),
+        ):
+            patch.setattr(owner, name, full((owner, name), getattr(owner, name)))
+        for _ in range(5):
+            with pytest.raises(StreamError, match="the disk is full at .*: make room and call again"):
+                stream(model, pixels, tmp_path / "out", **options)
+        result = stream(model, pixels, tmp_path / "out", **options)
+    for key, value in expected.items():
+        assert arrays(result)[key].tobytes() == value.tobytes(), key
+
+
+def test_a_model_without_a_head_gives_its_feature(tmp_path):
+    model, pixels = classifier(), image(20, 20)
+    model.reset_classifier(0)
+    result = stream(model, pixels, tmp_path / "out", **NORMAL)
+    with torch.no_grad():
+        assert largest_error(result.logits, model(as_batch(pixels))) < 1e-12
 
 
 def test_results_of_others_are_not_replaced(tmp_path):

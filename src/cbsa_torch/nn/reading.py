@@ -141,8 +141,8 @@ class TokenReader(nn.Module):
                 )
         elif (places.token_mask is None) != (token_mask is None) and self.needs_grid:
             raise ValueError(
-                "token_mask, of this rank's tokens, and that of coords, of the tokens of all ranks, must be given "
-                "together: give coords as Coordinates(coords, token_mask), by which cells are found"
+                "token_mask, of this rank's tokens, and that of coords, of the tokens of all ranks, must be "
+                "given together: give coords as Coordinates(coords, token_mask), by which cells are found"
             )
         elif places.token_mask is not None and token_mask is not None and not torch.compiler.is_compiling():
             first = places.coords.shape[1] - parallel.num_tokens + parallel.start  # negative: prefix tokens

@@ -21,7 +21,8 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
     then called with the same inputs, and gets the same logits: whole ones, of which it takes the part that the
     model's plan (``_cp_plan``) says, or :class:`ImageBand` and :class:`SetSlice`. Every rank has to call
     backward. Each computes the whole loss, and gradients of parameters are to be averaged over the ranks, as
-    DDP and FSDP2 over all processes do. (They are to be summed where losses are shares, such as those of features.)
+    DDP and FSDP2 over all processes do. (They are to be summed where losses are shares, such as those of
+    features.)
 
     Args:
         model: what has a plan ``_cp_plan`` and a method ``set_context_parallel(ranks)``, such as

@@ -174,7 +174,8 @@ class EngineConfig:
     fsdp: bool = False
     """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
     context_parallel: int = 1
-    """Processes that share the rows of every training image; their number must divide that of all."""
+    """Processes that share the rows of every training image, or the tiles of every slide; their number must
+    divide that of all."""
     save_steps: int | None = field(default=None, metadata=UNCOMPARED)
     """Save the state also every this many optimiser steps, besides after every epoch."""
     keep_states: int = field(default=2, metadata=UNCOMPARED)
@@ -346,11 +347,6 @@ def check_config(config: RunConfig) -> None:
         (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
         (shared >= 1, "engine.context_parallel must be at least 1", shared),
-        (
-            shared == 1 or not config.engine.compile,
-            "engine.context_parallel must be 1 with engine.compile: both together are not tried yet",
-            shared,
-        ),
         (
             not (native and config.engine.compile),
             "engine.compile must be off with data.native: it would compile every size anew",

@@ -99,11 +99,22 @@ def test_processes_train_and_evaluate_like_one(digits, alone, tmp_path, count):
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
 
 
-def test_processes_that_share_the_rows_of_images_train_like_one(digits, alone, tmp_path):
-    digits.engine.context_parallel = 2
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "sharded"])
+def test_processes_that_share_the_rows_of_images_train_like_one(digits, alone, tmp_path, fsdp):
+    digits.engine.context_parallel, digits.engine.fsdp = 2, fsdp
     processes.train(2, digits)
     assert_same_curve(digits, alone)
     torch.testing.assert_close(last(digits)["model"], last(alone)["model"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_in_processes_that_share_rows(digits, tmp_path):
+    digits.optim.epochs, digits.optim.batch_size = 1, 600
+    plain = elsewhere(digits, tmp_path / "plain")
+    digits.engine.compile, digits.engine.context_parallel = True, 2
+    processes.train(2, digits, timeout=400)
+    train(plain)
+    assert_same_curve(digits, plain, rel=1e-4)
 
 
 def test_context_parallel_that_cannot_work_is_refused_on_every_process(digits):
