@@ -153,7 +153,11 @@ def check_compiled(group):
     )
     assert_close(actual[0], expected[0], 1e-12)
     assert_close(actual[1], expected[1], 1e-12)
-    # Models in parts: ranks first agree on what they were given.
+
+
+def check_compiled_models(group):
+    """In parts: ranks first agree on what they were given."""
+    torch.set_default_dtype(torch.float64)
     images, features, coords = torch.randn(2, 3, 64, 48), torch.randn(2, 9, 7), torch.rand(2, 9, 2)
     for model, x, given in ((whitebox(), images, {}), (token_set(), features, {"coords": coords})):
         context_parallel(model, group)
@@ -442,6 +446,10 @@ def check_errors(group):
     assert ContextParallel.of_slice(group, 4 + rank, grid_size=(4, 2)).lengths == tuple(
         4 + r for r in range(size)
     )
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "cp"))
+    assert ContextParallel.of_slice(mesh["cp"], 3).lengths == (3,) * size
+    with pytest.raises(ValueError, match="one dimension of a mesh"):
+        ContextParallel.of_slice(mesh, 3)
     for lengths in ((1,) * (size + 1), (0,) * size, (-1,) * size, (1.0,) * size):
         with pytest.raises(ValueError, match="lengths must hold the tokens of each"):
             ContextParallel(group, lengths)

@@ -10,6 +10,7 @@ from cbsa_torch.interpret import capture, token_attention
 from cbsa_torch.models import TokenSetTransformer
 from cbsa_torch.nn import MSSA, TSSA, AgentAttention, LinearCBSA
 from cbsa_torch.streaming import StreamError, plan, stream
+from tests.helpers.memory import Largest
 from tests.helpers.streaming import shaken
 
 ALL = ("logits", "map", "features")
@@ -88,6 +89,17 @@ def test_files_of_slides_in_float32_and_half(tmp_path, monkeypatch):
         file["features"], file["coords"] = features[None], coords[None]
         result = stream(model, file["features"], tmp_path / "out", coords=file["coords"], results=ALL, layer=1)
     assert_equal(result, in_memory(model, features.astype(np.float32), coords), 1e-5)
+
+
+def test_no_tensor_is_larger_than_the_budget(tmp_path):
+    """And with a larger one some are: it is used."""
+    model, (features, coords) = model_of(num_representatives=9), drawn(5000)
+    found = {}
+    for memory in (10**6, 10**8):
+        with Largest() as largest:
+            stream(model, features, tmp_path / str(memory), coords=coords, results=ALL, memory=memory)
+        found[memory] = largest.elements * 8
+    assert found[10**6] < 10**6 < found[10**8] < 10**8
 
 
 class InterruptError(Exception):

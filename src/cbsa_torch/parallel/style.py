@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from cbsa_torch.ops.parallel import Ranks, agree
+from cbsa_torch.ops.parallel import Ranks, agree, group_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,7 +42,7 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
     if ranks is None:
         model.set_context_parallel(None)  # type: ignore[operator]
         return model
-    group = _group_of(ranks)
+    group = group_of(ranks)
     groups = agree(None, dist.get_process_group_ranks(group))
     for rank, members in enumerate(groups):
         differing = {other: groups[other] for other in members if groups[other] != members}
@@ -53,18 +53,6 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
             )
     model.set_context_parallel(Ranks(group))  # type: ignore[operator]
     return model
-
-
-def _group_of(ranks: Any) -> dist.ProcessGroup:
-    if isinstance(ranks, DeviceMesh):
-        if ranks.ndim != 1:
-            raise ValueError(f"ranks must be one dimension of a mesh, such as mesh['cp'], got {ranks}")
-        return ranks.get_group()
-    if not isinstance(ranks, dist.ProcessGroup):
-        raise TypeError(
-            f"ranks must be a DeviceMesh or a process group that this process is in, got {type(ranks).__name__}"
-        )
-    return ranks
 
 
 class ContextParallelStyle(ParallelStyle):

@@ -65,12 +65,11 @@ def test_an_interrupted_run_ends_as_one_that_was_not(slides, tmp_path):
     assert_same_run(config, again)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "sharded"])
-def test_processes_that_share_the_tiles_of_slides_train_like_one(fsdp, slides, tmp_path):
+def test_processes_that_share_the_tiles_of_slides_train_like_one(slides, tmp_path):
     config = slides_config(slides, tmp_path / "run")
     alone = other(config, tmp_path / "alone")
     train(copy.deepcopy(alone))
-    config.engine.context_parallel, config.engine.fsdp = 2, fsdp
+    config.engine.context_parallel = 2
     processes.train(2, config)
     for first, second in zip(rows(config), rows(alone), strict=True):
         assert first["step"] == second["step"]
