@@ -9,7 +9,7 @@ from tests.helpers import on_ranks, processes
     ("ranks", "checks"),
     [
         (2, "models training dropout coordinates compiled training_sets errors_of_sets"),
-        (3, "mixers operator exchanges errors sets coordinates"),
+        (3, "mixers operator exchanges errors sets"),
         (4, "models errors training"),
         pytest.param(2, "compiled_models", marks=pytest.mark.slow),
     ],

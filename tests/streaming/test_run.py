@@ -353,6 +353,7 @@ def test_a_disk_that_fills_up_at_any_file_is_told_and_it_goes_on(tmp_path, monke
 def test_a_model_without_a_head_gives_its_feature(tmp_path):
     model, pixels = classifier(), image(20, 20)
     model.reset_classifier(0)
+    model.eval()
     result = stream(model, pixels, tmp_path / "out", **NORMAL)
     with torch.no_grad():
         assert largest_error(result.logits, model(as_batch(pixels))) < 1e-12
