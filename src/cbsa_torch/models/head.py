@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from cbsa_torch.nn import TokenMixer
@@ -26,6 +28,7 @@ class HeadedTransformer(nn.Module):
             ValueError: a layer needs all tokens at once.
         """
         if ranks is not None:
+            block: Any
             for i, block in enumerate(self.blocks):
                 _check_shards(f"blocks.{i}.attn", block.attn)
         self.ranks = ranks

@@ -27,14 +27,21 @@ _COST = {"embed": 2.0, "gather": 1.0, "update": 2.0, "labels": 2.0}
 class Embedding(Protocol):
     """The source and what becomes of it: tokens before the first layer."""
 
-    kind: str
-    """What it is called in errors."""
-    grid_size: tuple[int, ...]
-    """The tokens after the prefix as results have them, ``(h, w)`` or ``(N,)``."""
-    place: Place
-    """The same as mixers see them."""
-    held: int
-    """Bytes that are held all the time."""
+    @property
+    def kind(self) -> str:
+        """What it is called in errors."""
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """The tokens after the prefix as results have them, ``(h, w)`` or ``(N,)``."""
+
+    @property
+    def place(self) -> Place:
+        """The same as mixers see them."""
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held all the time."""
 
     def tiles(self, budget: int, most: int) -> list[slice]:
         """The tokens that are embedded at once; raises where the budget is too small."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,8 @@ class Sweeps:
         decoder, size = self.plan.decoder, self.plan.size
         assert decoder is not None, "checked with the results"
         assert size is not None, "of an image"
-        file, patch, count = self.store.array("labels"), self.plan.encoder.stem.patch_size, decoder.num_classes
+        stem: Any = self.plan.encoder.stem
+        file, patch, count = self.store.array("labels"), stem.patch_size, decoder.num_classes
         (rows, columns), (height, width) = self.plan.grid_size, size
         masks = self.store.rows("masks.bin", count, compute_dtype(self.plan.like.dtype))
         token = int(MARGIN * 2 * count * patch**2 * masks.dtype.itemsize)
@@ -140,8 +142,8 @@ class Sweeps:
                 starts = range(top * columns, bottom * columns, columns)
                 part = torch.cat([masks.read(slice(i + left, i + right)) for i in starts])  # (rows, columns, K)
                 part = part.to(self.plan.like.device)
-                size = [length * patch for length in part.shape[:2]]
-                pixels = F.interpolate(part.permute(2, 0, 1)[None], size=size, mode="bilinear")[0]
+                sides = [length * patch for length in part.shape[:2]]
+                pixels = F.interpolate(part.permute(2, 0, 1)[None], size=sides, mode="bilinear")[0]
                 first = (band.start - top) * patch, (across.start - left) * patch
                 cut = pixels[:, first[0] :, first[1] :][
                     :, : labels.shape[0], : (across.stop - across.start) * patch
