@@ -1,6 +1,7 @@
 """``cbsa predict`` of slides: a table, and maps whose numbers are the class token's attention."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -69,10 +70,33 @@ def test_commands_that_are_of_images_say_so(run, capsys):
     assert "masks has no effect for the task 'slides'" in capsys.readouterr().err
     assert main(["predict", "--checkpoint", str(run / "run"), str(run / "a.h5")]) == 1
     assert "a.h5" in capsys.readouterr().err
-    assert main(["predict", "--checkpoint", str(run / "run"), "--stream", "a.npy"]) == 1
-    assert "is a TokenSetTransformer, which takes slides" in capsys.readouterr().err
+    stream = ["predict", "--checkpoint", str(run / "run"), "--stream", str(run / "features" / "s01.h5")]
+    assert main([*stream, "--stream-channels", "first"]) == 1
+    assert "stream_channels is of images" in capsys.readouterr().err
 
 
 def test_eval(run, capsys):
     assert main(["eval", "--checkpoint", str(run / "run")]) == 0
     assert "balanced accuracy" in capsys.readouterr().out
+
+
+def test_a_slide_that_is_streamed_is_classified_the_same(run, tmp_path, capsys):
+    slide, output = str(run / "features" / "s03.h5"), tmp_path / "out.json"
+    command = ["predict", "--checkpoint", str(run / "run"), "--output", str(output)]
+    rows = []
+    for given in (
+        [slide, "--maps", str(tmp_path / "maps")],
+        ["--stream", slide, "--stream-folder", str(tmp_path / "streamed"), "--stream-results", "map"],
+    ):
+        assert main([*command, *given]) == 0
+        rows += json.loads(output.read_text())
+    whole, streamed = rows
+    assert whole["classes"] == streamed["classes"]
+    assert whole["probabilities"] == pytest.approx(streamed["probabilities"], abs=1e-5)
+    with (tmp_path / "maps" / "s03_map.csv").open() as file:
+        numbers = [float(row["attention"]) for row in csv.DictReader(file)]
+    assert np.load(tmp_path / "streamed" / "map.npy").mean(0) == pytest.approx(numbers, rel=1e-3)
+    with Image.open(tmp_path / "streamed" / "map.png") as picture:
+        assert min(picture.size) > 1
+    assert main([*command, "--stream", slide, "--maps", "maps"]) == 1
+    assert "maps has no effect with stream" in capsys.readouterr().err

@@ -9,18 +9,20 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from cbsa_torch import ops
-from cbsa_torch.models import WhiteBoxTransformer
-from cbsa_torch.nn import CBSA, MSSA, TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.models import TokenSetTransformer, WhiteBoxTransformer
+from cbsa_torch.nn import CBSA, MSSA, TSSA, AgentAttention, Coordinates, LinearCBSA
 from cbsa_torch.parallel import (
     ContextParallel,
     ContextParallelStyle,
     ImageBand,
+    SetSlice,
     context_parallel,
     pixel_rows,
 )
@@ -54,6 +56,7 @@ def mixers():
         "recomputed": pool(recompute=True),
         "tiled": pool(impl="tiled"),
         "tiled separate": pool(impl="tiled", qkv="separate"),
+        "relative": pool(step="relative"),
         "certified": pool(step="certified"),
         "certified tiled": pool(step="certified", impl="tiled"),
         "certified learned": pool(step="certified", representatives="learned"),
@@ -152,16 +155,43 @@ def check_compiled(group):
     assert_close(actual[1], expected[1], 1e-12)
 
 
-def check_coordinates(group):
-    """Cells are those of all tokens."""
+def check_compiled_models(group):
+    """In parts: ranks first agree on what they were given."""
     torch.set_default_dtype(torch.float64)
-    for name in ("softmax", "certified", "agent"):
+    images, features, coords = torch.randn(2, 3, 64, 48), torch.randn(2, 9, 7), torch.rand(2, 9, 2)
+    for model, x, given in ((whitebox(), images, {}), (token_set(), features, {"coords": coords})):
+        context_parallel(model, group)
+        compiled = torch.compile(model, backend="aot_eager")
+        expected, actual = (differentiated(m, x, torch.ones(2, 3), **given) for m in (model, compiled))
+        assert_close(actual[0], expected[0], 1e-12)
+        assert_close(actual[1], expected[1], 1e-12)
+        for name, gradient in expected[2].items():
+            assert_close(actual[2][f"_orig_mod.{name}"], gradient, 1e-12)
+
+
+def check_coordinates(group):
+    """Cells are those of all tokens, of those that are real."""
+    torch.set_default_dtype(torch.float64)
+    for name in ("softmax", "relative", "certified", "agent"):
         mixer = mixers()[name]
-        x, cotangent = torch.randn(2, N, DIM), torch.randn(2, N, DIM)
-        coords = torch.rand(2, N - PREFIX, 2)
-        expected = differentiated(mixer, x, cotangent, coords=coords)
-        for lengths in partitions(group.size()):
-            assert_as_one(name, mixer, expected, x, cotangent, None, lengths, group, coords=coords)
+        for mask in masks():
+            x, cotangent = torch.randn(3, N, DIM), torch.randn(3, N, DIM)
+            coords = torch.rand(3, N - PREFIX, 2)
+            if mask is not None:
+                x, coords = (t.masked_fill(~mask[:, -t.shape[1] :, None], torch.nan) for t in (x, coords))
+            expected = differentiated(mixer, x, cotangent, token_mask=mask, coords=coords)
+            places = Coordinates(coords, None if mask is None else mask[:, PREFIX:])
+            for lengths in partitions(group.size()):
+                assert_as_one(name, mixer, expected, x, cotangent, mask, lengths, group, coords=places)
+    parallel = ContextParallel(group, partitions(group.size())[0])
+    here, real = slice(parallel.start, parallel.start + parallel.length), torch.rand(3, N) > 0.3
+    with pytest.raises(ValueError, match="must be given together"):
+        mixer(x[:, here], token_mask=real[:, here], coords=coords, parallel=parallel)
+    with pytest.raises(ValueError, match="token_mask differs from the part of this rank"):
+        places = Coordinates(coords, real[:, PREFIX:])
+        mixer(x[:, here], token_mask=~real[:, here], coords=places, parallel=parallel)
+    with pytest.raises(ValueError, match="no token_mask of their own without parallel"):
+        mixer(x, coords=places)
 
 
 def check_operator(group):
@@ -248,6 +278,58 @@ def check_models(group):
                 assert sum(counts(features[0].shape[2], size)) == model.stem.grid_size(img_size)[0]
 
 
+def token_set(mixer="cbsa", **options):
+    sizes = {"num_classes": 3, "dim": 16, "depth": 2, "num_heads": 2, "num_representatives": 5}
+    if mixer not in ("cbsa", "agent"):
+        del sizes["num_representatives"]
+    return TokenSetTransformer(7, mixer=mixer, **{**sizes, **options})
+
+
+def sets():
+    """Models of sets."""
+    return {
+        "relative": token_set(),
+        "recomputed": token_set(recompute=True, positions="fourier"),
+        "certified": token_set(step="certified"),
+        "agent": token_set("agent"),
+        "linear": token_set("linear_cbsa", positions="none"),
+        "learned, mlp": token_set(representatives="learned", mlp_ratio=2.0, positions="none"),
+    }
+
+
+def check_sets(group):
+    """Logits and all gradients are those of one process, of whole sets and of slices, ragged and empty ones."""
+    torch.set_default_dtype(torch.float64)
+    rank, size, n = group.rank(), group.size(), 23
+    ragged = [0, 1, *[1 + 2 * r for r in range(1, size - 1)], n]
+    for name, model in sets().items():
+        for mask in (None, torch.rand(2, n) > 0.4):
+            features, coords, cotangent = torch.randn(2, n, 7), torch.rand(2, n, 2), torch.randn(2, 3)
+            if mask is not None:
+                features, coords = (t.masked_fill(~mask[..., None], torch.nan) for t in (features, coords))
+            given = {"coords": coords if model.needs_coords else None, "token_mask": mask}
+            context_parallel(model, None)
+            expected = differentiated(model, features, cotangent, **given)
+            context_parallel(model, group)
+            for bounds in (None, ragged, [0, *[n] * size], [*[0] * size, n]):
+                with note(f"{name}, rank {rank}, bounds {bounds}, {'no ' if mask is None else ''}mask"):
+                    if bounds is None:
+                        actual = differentiated(model, features, cotangent, **given)
+                        close(summed(actual[1]) / size, expected[1], 1e-10)
+                    else:
+                        model.zero_grad()
+                        own = features[:, bounds[rank] : bounds[rank + 1]].clone().requires_grad_()
+                        out = model(SetSlice(own), **given)
+                        out.backward(cotangent)
+                        grads = {key: p.grad for key, p in model.named_parameters()}
+                        actual = out.detach(), own.grad, grads
+                        close(own.grad / size, expected[1][:, bounds[rank] : bounds[rank + 1]], 1e-10)
+                    close(actual[0], expected[0], 1e-10)
+                    for parameter, gradient in expected[2].items():
+                        with note(parameter):
+                            close(summed(actual[2][parameter]) / size, gradient, 1e-10)
+
+
 def counts(own, size):
     told = [None] * size
     dist.all_gather_object(told, own)
@@ -290,6 +372,7 @@ def check_exchanges(group):
         "separate": ([m * c, m * (c + h)], [m * (c + h), m * c]),
         "tiled": ([m * c, m * (c + h)], [m * (c + h), m * c]),
         "exact": ([m * c, m * (c + h)], [m * (c + h), m * c]),
+        "relative": ([m * c, m * (c + h)], [m * (c + h), m * c]),
         "learned": ([m * (c + h)], [m * (c + h)]),
         "certified": ([m * c, m * (c + h) + 2 * h * m * m], [m * (c + h), m * c]),
         "agent": ([m * c, m * (c + h)], [m * (c + h), m * c]),
@@ -313,7 +396,7 @@ def check_exchanges(group):
             mask = torch.ones(b, parallel.length, dtype=torch.bool)
             with counted() as sizes, torch.no_grad():
                 mixer(x, grid, token_mask=mask, parallel=parallel)
-            assert len(sizes) <= 3
+            assert len(sizes) <= 3 + (name == "relative")  # the number of real tokens
 
 
 # ---- errors on every rank
@@ -329,8 +412,12 @@ def check_errors(group):
     ):
         with pytest.raises(ValueError, match=rf"blocks.0.attn: parallel must be None.*{text}"):
             context_parallel(build(), group)
-    with pytest.raises(TypeError, match="set_context_parallel"):
+    with pytest.raises(TypeError, match="must have a _cp_plan and a method set_context_parallel"):
         context_parallel(torch.nn.Linear(2, 2), group)
+    foreign = whitebox()
+    foreign.blocks[1].attn = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"blocks.1.attn: Identity is no token mixer of cbsa_torch"):
+        context_parallel(foreign, group)
     with pytest.raises(TypeError, match="ranks must be a DeviceMesh or a process group"):
         context_parallel(model, [0, 1])
     alone = dist.new_group([1])
@@ -359,6 +446,10 @@ def check_errors(group):
     assert ContextParallel.of_slice(group, 4 + rank, grid_size=(4, 2)).lengths == tuple(
         4 + r for r in range(size)
     )
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "cp"))
+    assert ContextParallel.of_slice(mesh["cp"], 3).lengths == (3,) * size
+    with pytest.raises(ValueError, match="one dimension of a mesh"):
+        ContextParallel.of_slice(mesh, 3)
     for lengths in ((1,) * (size + 1), (0,) * size, (-1,) * size, (1.0,) * size):
         with pytest.raises(ValueError, match="lengths must hold the tokens of each"):
             ContextParallel(group, lengths)
@@ -384,14 +475,51 @@ def check_errors(group):
         CBSA(DIM, HEADS).stages(x, (size, 3), parallel=parallel)
 
 
+def check_errors_of_sets(group):
+    """Whatever does not fit or differs between ranks, every rank raises."""
+    rank = group.rank()
+    features, coords = torch.randn(1, 9, 7), torch.rand(1, 9, 2)
+    with pytest.raises(TypeError, match="features must be whole"):
+        token_set()(SetSlice(features), coords)
+    with pytest.raises(ValueError, match="MSSA compares every token with every other"):
+        context_parallel(token_set("mssa"), group)
+    model = context_parallel(token_set(), group)
+    ours = rank == 1
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    for given, text in (
+        ((features, coords + ours), "coords must be the same on every rank"),
+        ((features, coords, mask if ours else None), "token_mask must be the same on every rank"),
+        ((features, None if ours else coords), "rank 1: ValueError: coords must be given to this model"),
+        (
+            (features[:, :5] if ours else features, coords),
+            r"rank 1: ValueError: coords must have shape \(1, 5, 2",
+        ),
+        ((features[..., :5] if ours else features, coords), "rank 1: ValueError: features must be"),
+        (([[1.0]] if ours else features, coords), "rank 1: TypeError: features must be"),
+        ((torch.cat([features] * 2) if ours else features, coords), "rank 1: ValueError: coords"),
+        ((features.double() if ours else features, coords), "dtype must be the same on every rank"),
+        ((SetSlice(features), coords), "coords must be of the 18 features of all ranks"),
+        ((SetSlice(features[:, :4]), coords[:, :, :1]), "coords must have shape"),
+        ((features, coords.masked_fill(coords == coords.amax(), torch.inf)), "coords must be finite"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            model(*given)
+    with pytest.raises(ValueError, match="cu_seqlens must be None in context parallel"):
+        model(features, coords, cu_seqlens=torch.tensor([0, 4, 9]))
+    model.train(not ours)
+    with pytest.raises(ValueError, match=r"mode \(training\) must be the same on every rank"):
+        model(features, coords)
+    assert model.train()(features, coords).shape == (1, 3)  # and all goes on
+
+
 # ---- training
 
 
-def trained(model, images, labels, optimizer):
+def trained(model, batches, labels, optimizer):
     losses = []
     for i in range(5):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(images[i]), labels[i])
+        loss = torch.nn.functional.cross_entropy(model(*batches[i]), labels[i])
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -401,8 +529,11 @@ def trained(model, images, labels, optimizer):
 def check_training(group):
     """Five steps with data and context parallel, in DDP and FSDP2, are those of one process."""
     size = group.size()
-    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "cp"))
-    replicas, replica = size // 2, mesh["dp"].get_local_rank()
+    mesh = ParallelismConfig(dp_shard_size=size // 2, cp_size=2).build_device_mesh(
+        "cpu"
+    )  # as Accelerate has it
+    replicas, replica = size // 2, group.rank() // 2
+    assert mesh["cp"].get_local_rank() == group.rank() % 2
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         torch.set_default_dtype(dtype)
         for wrap in (DistributedDataParallel, sharded):
@@ -410,13 +541,32 @@ def check_training(group):
             model = whitebox()
             alone = copy.deepcopy(model)
             images, labels = torch.randn(5, 4, 3, 64, 48), torch.randint(3, (5, 4))
-            expected = trained(alone, images, labels, torch.optim.SGD(alone.parameters(), 0.1))
+            batches = [(batch,) for batch in images]
+            expected = trained(alone, batches, labels, torch.optim.SGD(alone.parameters(), 0.1))
             if replicas > 1:  # batch norm then sees the images of all replicas
                 synchronize_batch_norm(model, torch.device("cpu"))
             wrapped = wrap(parallelize_module(model, mesh["cp"], ContextParallelStyle()))
             own = slice(4 * replica // replicas, 4 * (replica + 1) // replicas)
             optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
-            losses = trained(wrapped, images[:, own], labels[:, own], optimizer)
+            losses = trained(wrapped, [(batch[own],) for batch in images], labels[:, own], optimizer)
+            assert_close(summed(losses) / size, expected, tolerance)
+
+
+def check_training_sets(group):
+    """Five steps on one slide, spread over the ranks, are those of one process; in DDP and FSDP2."""
+    size = group.size()
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "cp"))
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        torch.set_default_dtype(dtype)
+        for wrap in (DistributedDataParallel, sharded):
+            torch.manual_seed(1)
+            model = token_set(drop_rate=0.0)
+            alone = copy.deepcopy(model)
+            batches = [(torch.randn(1, 40 + i, 7), torch.randint(99, (1, 40 + i, 2))) for i in range(5)]
+            labels = torch.randint(3, (5, 1))
+            expected = trained(alone, batches, labels, torch.optim.SGD(alone.parameters(), 0.1))
+            wrapped = wrap(parallelize_module(model, mesh["cp"], ContextParallelStyle()))
+            losses = trained(wrapped, batches, labels, torch.optim.SGD(wrapped.parameters(), 0.1))
             assert_close(summed(losses) / size, expected, tolerance)
 
 

@@ -1,13 +1,14 @@
 """Files of a stream: only its own are used, and a disk that is full is told."""
 
 import errno
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cbsa_torch.streaming import StreamError, files
-from cbsa_torch.streaming.files import Rows, State, check_space
+from cbsa_torch.streaming.files import Rows, State, check_space, told_when_full
 
 PARTS = {"model": "a", "image": "b"}
 
@@ -69,3 +70,13 @@ def test_a_disk_that_fills_up(tmp_path):
     rows.file = Full()
     with pytest.raises(StreamError, match=r"the disk is full at .*rows: make room and call again"):
         rows.write(0, torch.zeros(1, 1, 3))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux: every write to it finds a full disk")
+def test_a_full_disk_is_told_by_the_system():
+    rows = Rows(Path("/dev/full"), 3, torch.float32)
+    with pytest.raises(StreamError, match="the disk is full at /dev/full"):
+        rows.write(0, torch.zeros(1, 1, 3))
+    rows.file.close()
+    with pytest.raises(OSError, match="Not a directory"), told_when_full(Path()):
+        list(Path("/dev/null").iterdir())

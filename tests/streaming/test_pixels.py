@@ -75,14 +75,3 @@ def test_a_file_is_mapped_and_known_again(tmp_path):
     assert known == Pixels(open_array(tmp_path / "image.npy"), "last", 3, (), ()).fingerprint()
     np.save(tmp_path / "image.npy", pixels)  # written again: it may be another image
     assert known != Pixels(open_array(tmp_path / "image.npy"), "last", 3, (), ()).fingerprint()
-
-
-def test_files_that_cannot_be_opened(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image at .*none\.npy"):
-        open_array(tmp_path / "none.npy")
-    (tmp_path / "photo.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"must be a \.npy, \.tif, \.h5 or \.zarr file"):
-        open_array(tmp_path / "photo.jpg")
-    np.save(tmp_path / "image.npy", image(4, 4))
-    with pytest.raises(ValueError, match="none called 'a'"):
-        open_array(f"{tmp_path}/image.npy::a")

@@ -1,5 +1,6 @@
 """Streams: what they make is what the model makes in memory, however they are cut and interrupted."""
 
+import errno
 import itertools
 import os
 import signal
@@ -12,7 +13,7 @@ import torch
 from cbsa_torch import CBSA
 from cbsa_torch.interpret import capture, cls_attention_maps
 from cbsa_torch.nn import MHSA, MSSA, TSSA
-from cbsa_torch.streaming import StreamError, run, stream
+from cbsa_torch.streaming import StreamError, files, picture, plan, run, stream, sweeps
 from tests.helpers.memory import Largest
 from tests.helpers.streaming import MEAN, MIXERS, STD, as_batch, classifier, image, segmenter
 
@@ -49,7 +50,7 @@ def test_a_stream_makes_what_the_model_makes(name, tmp_path, monkeypatch):
     model, pixels = classifier(MIXERS[name]), image(39, 53)
     expected = in_memory(model, pixels)
     for chunk in (23, 8192):
-        monkeypatch.setattr(run, "CHUNK", chunk)
+        monkeypatch.setattr(plan, "CHUNK", chunk)
         result = stream(model, pixels, tmp_path / str(chunk), results=ALL, layer=1, **NORMAL)
         assert result.grid_size == (10, 14)
         found = {key: torch.from_numpy(value) for key, value in arrays(result).items()}
@@ -61,7 +62,7 @@ def test_a_stream_makes_what_the_model_makes(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["pooled", "certified", "agent", "linear", "tost"])
 def test_float32_agrees_to_1e_5(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "CHUNK", 50)
+    monkeypatch.setattr(plan, "CHUNK", 50)
     model, pixels = classifier(MIXERS[name], dtype=torch.float32), image(64, 72)
     expected = in_memory(model, pixels, torch.float32)
     found = arrays(stream(model, pixels, tmp_path / "out", results=ALL, layer=1, **NORMAL))
@@ -84,7 +85,7 @@ def test_sizes_stems_and_pools(size, options, tmp_path, monkeypatch):
     with torch.no_grad():
         expected = model(as_batch(pixels))
     for chunk in (17, 100):
-        monkeypatch.setattr(run, "CHUNK", chunk)
+        monkeypatch.setattr(plan, "CHUNK", chunk)
         result = stream(model, pixels, tmp_path / str(chunk), **NORMAL)
         assert largest_error(result.logits, expected) < 1e-12
 
@@ -98,8 +99,8 @@ def test_labels_of_a_segmenter(mixer, tmp_path, monkeypatch):
         features = model.forward_features(as_batch(pixels))[0].permute(1, 2, 0)
     assert len(np.unique(expected)) > 2
     for chunk, tile in ((20, 1), (47, 4), (8192, 32)):
-        monkeypatch.setattr(run, "CHUNK", chunk)
-        monkeypatch.setattr(run, "TILE", tile)
+        monkeypatch.setattr(plan, "CHUNK", chunk)
+        monkeypatch.setattr(sweeps, "TILE", tile)
         found = arrays(stream(model, pixels, tmp_path / str(chunk), results=["labels", "features"], **NORMAL))
         assert found["labels"].dtype == np.uint8
         np.testing.assert_array_equal(found["labels"], expected)
@@ -148,8 +149,8 @@ def interrupted(model, pixels, folder, sweep, **options):
 @pytest.mark.parametrize("kind", ["classifier", "segmenter"])
 def test_what_was_interrupted_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch):
     """In the middle of every sweep in turn, in one stream, which does no finished sweep again."""
-    monkeypatch.setattr(run, "CHUNK", 20)
-    monkeypatch.setattr(run, "TILE", 3)
+    monkeypatch.setattr(plan, "CHUNK", 20)
+    monkeypatch.setattr(sweeps, "TILE", 3)
     pixels = image(37, 50)
     if kind == "classifier":
         model, options = classifier(global_pool="avgmax"), {"results": ALL, "layer": 1, **NORMAL}
@@ -197,7 +198,7 @@ def test_what_a_stream_leaves_that_is_killed_at_its_end_is_removed(tmp_path, mon
 
 def _stream_slowly(folder):
     torch.set_num_threads(1)  # a forked process has no other threads
-    run.CHUNK = 20
+    plan.CHUNK = 20
     stream(classifier(), image(64, 64), folder, **NORMAL, progress=lambda *_: time.sleep(0.002))
 
 
@@ -218,7 +219,7 @@ def test_killed_it_goes_on(tmp_path, monkeypatch):
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    monkeypatch.setattr(run, "CHUNK", 20)
+    monkeypatch.setattr(plan, "CHUNK", 20)
     names = []
     result = stream(
         classifier(), image(64, 64), tmp_path / "out", **NORMAL, progress=lambda *told: names.append(told[2])
@@ -230,10 +231,10 @@ def test_killed_it_goes_on(tmp_path, monkeypatch):
 
 def test_another_budget_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     model, pixels = classifier(), image(37, 50)
-    monkeypatch.setattr(run, "CHUNK", 20)
+    monkeypatch.setattr(plan, "CHUNK", 20)
     with pytest.raises(InterruptError):
         interrupted(model, pixels, tmp_path / "out", 3, **NORMAL)
-    monkeypatch.setattr(run, "CHUNK", 35)
+    monkeypatch.setattr(plan, "CHUNK", 35)
     result = stream(model, pixels, tmp_path / "out", memory="5MB", **NORMAL)
     with torch.no_grad():
         assert largest_error(result.logits, model(as_batch(pixels))) < 1e-12
@@ -247,7 +248,7 @@ def test_another_budget_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     [("model", "begun with another model"), ("image", "another image"), ("layer", "another option")],
 )
 def test_what_changed_between_two_calls_is_refused(changed, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "CHUNK", 20)
+    monkeypatch.setattr(plan, "CHUNK", 20)
     model, pixels, options = classifier(), image(37, 50), {"results": ALL, "layer": 1, **NORMAL}
     with pytest.raises(InterruptError):
         interrupted(model, pixels, tmp_path / "out", 2, **options)
@@ -263,7 +264,7 @@ def test_what_changed_between_two_calls_is_refused(changed, message, tmp_path, m
 
 
 def test_an_image_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "CHUNK", 20)
+    monkeypatch.setattr(plan, "CHUNK", 20)
     pixels = image(37, 50)
 
     def change(*_):
@@ -314,6 +315,48 @@ def test_hooks_and_training_mode_are_refused(tmp_path):
 def test_options_that_cannot_be(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         stream(classifier(TSSA), image(20, 20), tmp_path / "out", **options)
+
+
+def test_a_disk_that_fills_up_at_any_file_is_told_and_it_goes_on(tmp_path, monkeypatch):
+    """Tokens, results, the state, the picture, the record at the end: each once."""
+    model, pixels = classifier(), image(20, 20)
+    options = {"results": ("logits", "map"), **NORMAL}
+    expected = arrays(stream(model, pixels, tmp_path / "whole", **options))
+    failed = set()
+
+    def full(place, original):
+        def write(*args, **kwargs):
+            if place not in failed:
+                failed.add(place)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*args, **kwargs)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (files.Rows, "write"),
+            (files.ArrayFile, "write"),
+            (files, "write_atomically"),
+            (picture, "write_atomically"),
+            (run, "write_atomically"),
+        ):
+            patch.setattr(owner, name, full((owner, name), getattr(owner, name)))
+        for _ in range(5):
+            with pytest.raises(StreamError, match="the disk is full at .*: make room and call again"):
+                stream(model, pixels, tmp_path / "out", **options)
+        result = stream(model, pixels, tmp_path / "out", **options)
+    for key, value in expected.items():
+        assert arrays(result)[key].tobytes() == value.tobytes(), key
+
+
+def test_a_model_without_a_head_gives_its_feature(tmp_path):
+    model, pixels = classifier(), image(20, 20)
+    model.reset_classifier(0)
+    model.eval()
+    result = stream(model, pixels, tmp_path / "out", **NORMAL)
+    with torch.no_grad():
+        assert largest_error(result.logits, model(as_batch(pixels))) < 1e-12
 
 
 def test_results_of_others_are_not_replaced(tmp_path):

@@ -1,4 +1,4 @@
-"""``cbsa predict --stream``: an image that does not fit into memory."""
+"""``cbsa predict --stream``: an image or a slide that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ _ROWS = 1024
 
 @dataclass
 class StreamOptions:
-    """How an image that does not fit into memory is seen."""
+    """How an image or a slide that does not fit into memory is seen."""
 
     stream: str | None = None
-    """An image too large for memory, seen whole and at its own size: .npy, .tif, .h5 or .zarr,
-    with ::NAME for one of several arrays. Killed, the same command goes on from the last finished sweep."""
+    """An image too large for memory, seen whole and at its own size: .npy, .tif, .h5 or .zarr, with ::NAME for
+    one of several arrays; of a model of slides, its file of features and coords (.h5, .zarr) or of features
+    alone. Killed, the same command goes on from the last finished sweep."""
     memory: str = "1GiB"
-    """With --stream: what is held of image and tokens at once, beside the model and the libraries."""
+    """With --stream: what is held of source and tokens at once, beside the model and the libraries."""
     stream_results: tuple[Literal["logits", "map", "features", "labels"], ...] = ()
     """With --stream: what to write: logits, map (class token to all tokens; also a picture), features (of all
     tokens) or labels (of all pixels). Default: labels of segmenters, else logits; which are always written."""
@@ -46,18 +47,13 @@ class StreamOptions:
 
 
 def predict(trained: Trained, source: str, options: Any) -> Prediction:
-    """Stream one image through a trained model.
+    """Stream one image or slide through a trained model.
 
     Args:
         trained: fused or not.
         source: the file.
         options: of both kinds, :class:`StreamOptions` and ``PredictOptions``.
     """
-    if not trained.task.takes_images:
-        raise ConfigError(
-            f"--stream sees an image, and {trained.path} is a {type(trained.model).__name__}, which takes "
-            f"{trained.task.unit}; give their files without --stream"
-        )
     trained.task.check_options(options)
     _refuse(options)
     main: Any = "logits" if trained.task.one_class_per_image else "labels"
@@ -67,13 +63,10 @@ def predict(trained: Trained, source: str, options: Any) -> Prediction:
         with Reporter().work() as progress:
             result = streaming.stream(
                 trained.model,
-                streaming.open_array(source),
-                folder,
+                folder=folder,
+                **_source(trained, source, options),
                 results=tuple(dict.fromkeys((main, *options.stream_results))),
                 layer=options.stream_layer,
-                channels=options.stream_channels,
-                mean=trained.spec.mean,
-                std=trained.spec.std,
                 memory=options.memory,
                 scratch=options.scratch,
                 scratch_dtype=getattr(torch, options.scratch_dtype),
@@ -82,7 +75,7 @@ def predict(trained: Trained, source: str, options: Any) -> Prediction:
     except (streaming.StreamError, ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"--stream {source}: {error}") from error
     written = ", ".join(str(path) for path in result.files.values())
-    say(f"{result.grid_size[0]} x {result.grid_size[1]} tokens; written: {written}")
+    say(f"{' x '.join(map(str, result.grid_size))} tokens; written: {written}")
     if result.logits is None:
         return MaskPrediction(
             source, _shares(result.files["labels"], trained.class_names), None, str(result.files["labels"])
@@ -94,14 +87,26 @@ def predict(trained: Trained, source: str, options: Any) -> Prediction:
     )
 
 
+def _source(trained: Trained, source: str, options: Any) -> dict[str, Any]:
+    """What is streamed, and how it is read."""
+    if trained.task.takes_images:
+        array, spec = streaming.open_array(source), trained.spec
+        return {"source": array, "channels": options.stream_channels, "mean": spec.mean, "std": spec.std}
+    if options.stream_channels != "last":
+        raise ConfigError(f"stream_channels is of images, and {trained.path} takes {trained.task.unit}")
+    features, coords = streaming.open_features(source)
+    fed: Any = trained.spec
+    return {"source": features, "coords": coords if fed.coords else None}
+
+
 def _refuse(options: Any) -> None:
     """Raise where an option has no effect on an image that is seen whole."""
     if options.top is not None and options.top < 1:
         raise ConfigError(f"top must be at least 1, got {options.top}")
-    unused = [*vars(WindowOptions()), "masks", "overwrite", "on_bad_image"]
+    unused = [*vars(WindowOptions()), "masks", "maps", "overwrite", "on_bad_image"]
     for name in unused:
         if getattr(options, name) != getattr(PredictOptions(), name):
-            raise ConfigError(f"{name} has no effect with stream, which sees one image whole; leave it out")
+            raise ConfigError(f"{name} has no effect with stream, which sees its source whole; leave it out")
 
 
 def _shares(path: Path, names: list[str]) -> dict[str, float]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from cbsa_torch.nn import TokenMixer
+from cbsa_torch.ops.parallel import Ranks
 
 
 class HeadedTransformer(nn.Module):
@@ -12,6 +17,21 @@ class HeadedTransformer(nn.Module):
     embed_dim: int
     head: nn.Module
     grad_checkpointing: bool
+    blocks: nn.ModuleList
+    ranks: Ranks | None = None
+    """The processes that share the tokens, in context parallel."""
+
+    def set_context_parallel(self, ranks: Ranks | None) -> None:
+        """Spread the tokens over ranks; :func:`cbsa_torch.parallel.context_parallel` calls this.
+
+        Raises:
+            ValueError: a layer needs all tokens at once.
+        """
+        if ranks is not None:
+            block: Any
+            for i, block in enumerate(self.blocks):
+                _check_shards(f"blocks.{i}.attn", block.attn)
+        self.ranks = ranks
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in the backward pass instead of storing their activations."""
@@ -27,6 +47,20 @@ class HeadedTransformer(nn.Module):
             return nn.Identity()
         like = self.cls_token
         return nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+
+
+def _check_shards(name: str, attn: nn.Module) -> None:
+    """Raise unless a layer's mixer, or the one that a module is around, works on tokens that are spread."""
+    mixers = {below: module for below, module in attn.named_modules() if isinstance(module, TokenMixer)}
+    if not mixers:
+        raise ValueError(
+            f"{name}: {type(attn).__name__} is no token mixer of cbsa_torch, and may need all tokens at once"
+        )
+    for below, module in mixers.items():
+        try:
+            module.check_shards()
+        except ValueError as error:
+            raise ValueError(f"{name}{below and '.' + below}: {error}") from None
 
 
 def check_num_classes(num_classes: int) -> None:

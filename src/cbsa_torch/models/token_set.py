@@ -7,9 +7,10 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +35,14 @@ from cbsa_torch.nn import (
     ResidualBlock,
     TokenMixer,
     WhiteBoxBlock,
+)
+from cbsa_torch.nn.shares import (
+    ContextParallelInput,
+    ContextParallelPlan,
+    SetSlice,
+    drop_alike,
+    pool_over_ranks,
+    take_slice,
 )
 from cbsa_torch.ops.coordinates import check_coords, place_in_box
 from cbsa_torch.ops.packing import read_cu_seqlens
@@ -88,6 +97,10 @@ class TokenSetTransformer(HeadedTransformer):
         ``(B, num_classes)``.
     """
 
+    _cp_plan: ClassVar[ContextParallelPlan] = {
+        "": {"features": ContextParallelInput(split_dim=1, expected_dims=3)}
+    }
+
     def __init__(
         self,
         in_dim: int,
@@ -137,6 +150,7 @@ class TokenSetTransformer(HeadedTransformer):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.num_prefix_tokens = 1
+        self.global_pool = "token"
         self.positions = positions
         self.coord_dim = coord_dim
         self.grad_checkpointing = recompute
@@ -204,7 +218,7 @@ class TokenSetTransformer(HeadedTransformer):
 
     def forward_features(
         self,
-        features: Tensor,
+        features: Tensor | SetSlice,
         coords: Tensor | None = None,
         token_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -213,17 +227,21 @@ class TokenSetTransformer(HeadedTransformer):
 
         Returns:
             ``(B, 1 + N, dim)``; with ``cu_seqlens`` ``(1, N_1 + ... + N_B + B, dim)``, where every set has its
-            class token before it.
+            class token before it. In context parallel the tokens of this rank; the first has the class token.
         """
-        self._check(features, coords)
+        if self.ranks is not None:
+            return self._shared(features, coords, token_mask, cu_seqlens, self.ranks.group)
+        if isinstance(features, SetSlice):
+            raise TypeError(
+                "features must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"
+            )
+        self._check(features, coords, token_mask)
         if cu_seqlens is not None:
             if token_mask is not None:
                 raise ValueError("pass token_mask or cu_seqlens, not both: packed sets have no padding")
             return self._packed(features, coords, cu_seqlens)
         mask = None
         if token_mask is not None:
-            axes = "(B, N)", "a real token", ("features", features)
-            check_mask("token_mask", token_mask, features.shape[:2], *axes)
             mask = F.pad(token_mask, (1, 0), value=True)
             # Padding may hold NaN, which the gradient of the embedding's weight would carry on.
             features = features.masked_fill(~token_mask[..., None], 0.0)
@@ -232,12 +250,57 @@ class TokenSetTransformer(HeadedTransformer):
         # tokens are handed on without a name: a name would keep those before the first layer
         return self._layers(self._embedded(features, coords, token_mask), token_mask=mask, coords=places)
 
+    def _shared(
+        self,
+        features: Tensor | SetSlice,
+        coords: Tensor | None,
+        token_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        """:meth:`forward_features` of this rank's features, after all ranks have agreed that they can."""
+
+        def check(whole: Tensor) -> None:
+            if cu_seqlens is not None:
+                raise ValueError(
+                    "cu_seqlens must be None in context parallel: give a set at a time, or a batch"
+                )
+            self._check(whole, coords, token_mask, is_whole=not isinstance(features, SetSlice))
+
+        plan, prefix = self._cp_plan[""]["features"], self.num_prefix_tokens
+        whole, facts = {"coords": coords, "token_mask": token_mask}, {"mode (training)": self.training}
+        own, parallel = take_slice(features, check, whole, plan, group, prefix, facts)
+        begin, end = (max(0, parallel.start + k - prefix) for k in (0, parallel.length))
+        mask = None if token_mask is None else F.pad(token_mask, (prefix, 0), value=True)
+        if mask is not None and token_mask is not None:
+            mask = mask[:, parallel.start : parallel.start + parallel.length]
+            own = own.masked_fill(~token_mask[:, begin:end, None], 0.0)
+        places = None if coords is None else Coordinates(coords, token_mask)
+        placed = self.placed(coords, token_mask)
+        x = self.embed_tokens(own, None if placed is None else placed[:, begin:end])
+        first = self.cls_token[:, parallel.start : parallel.start + parallel.length].expand(len(x), -1, -1)
+        return self._layers(torch.cat([first, x], 1), token_mask=mask, coords=places, parallel=parallel)
+
     def _embedded(self, features: Tensor, coords: Tensor | None, token_mask: Tensor | None) -> Tensor:
         """The tokens of a batch before the first layer, ``(B, 1 + N, dim)``."""
-        x = self.embed(features)
-        if coords is not None and self.positions != "none":
-            x = x + self._position_code(coords, token_mask).to(x.dtype)
+        x = self.embed_tokens(features, self.placed(coords, token_mask))
         return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+
+    def placed(self, coords: Tensor | None, token_mask: Tensor | None = None) -> Tensor | None:
+        """Of whole sets: coordinates in their bounding box, if the model adds positions."""
+        if coords is None or self.positions == "none":
+            return None
+        return place_in_box(coords, token_mask=token_mask)
+
+    def embed_tokens(self, features: Tensor, placed: Tensor | None) -> Tensor:
+        """Any features of sets to tokens, positions added: ``(B, n, in_dim)`` to ``(B, n, dim)``.
+
+        Args:
+            features: of some tokens.
+            placed: theirs of :meth:`placed`, ``(B, n, coord_dim)``.
+        """
+        x = self.embed(features)
+        return x if placed is None else x + self._position_code(placed).to(x.dtype)
 
     def _packed(self, features: Tensor, coords: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         """:meth:`forward_features` of several sets in one row."""
@@ -250,7 +313,7 @@ class TokenSetTransformer(HeadedTransformer):
         """The same of packed sets, ``(1, N_1 + ... + N_B + B, dim)``."""
         parts = self.embed(features)[0].split(lengths)
         if coords is not None and self.positions != "none":
-            codes = (self._position_code(own, None)[0] for own in coords.split(lengths, dim=1))
+            codes = (self._position_code(place_in_box(own))[0] for own in coords.split(lengths, dim=1))
             parts = tuple(part + code.to(part.dtype) for part, code in zip(parts, codes, strict=True))
         return torch.cat([piece for part in parts for piece in (self.cls_token[0], part)])[None]
 
@@ -263,9 +326,8 @@ class TokenSetTransformer(HeadedTransformer):
                 x = block(x, **options)
         return self.norm(x)
 
-    def _position_code(self, coords: Tensor, token_mask: Tensor | None) -> Tensor:
-        """``(B, N, coord_dim)`` to ``(B, N, dim)``, see ``positions``."""
-        placed = place_in_box(coords, token_mask=token_mask)
+    def _position_code(self, placed: Tensor) -> Tensor:
+        """Places in the box of a set ``(B, n, coord_dim)`` to ``(B, n, dim)``, see ``positions``."""
         if self.positions == "fourier":
             assert self.directions is not None
             assert self.position_proj is not None
@@ -281,6 +343,10 @@ class TokenSetTransformer(HeadedTransformer):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, cu_seqlens: Tensor | None = None) -> Tensor:
         """Tokens of :meth:`forward_features` to logits (or, ``pre_logits``, to the embedding, ``(B, dim)``)."""
+        if self.ranks is not None:
+            embedding = pool_over_ranks(x, "token", self.num_prefix_tokens, self.ranks.group)
+            embedding = drop_alike(self.head_drop, embedding, self.ranks.group)
+            return embedding if pre_logits else self.head(embedding)
         if cu_seqlens is None:
             embedding = x[:, 0]
         else:
@@ -291,15 +357,16 @@ class TokenSetTransformer(HeadedTransformer):
 
     def forward(
         self,
-        features: Tensor,
+        features: Tensor | SetSlice,
         coords: Tensor | None = None,
         token_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Sets of features to logits.
+        """Sets of features to logits; in context parallel on every rank.
 
         Args:
-            features: ``(B, N, in_dim)``, or ``(1, N_1 + ... + N_B, in_dim)`` with ``cu_seqlens``.
+            features: ``(B, N, in_dim)``, or ``(1, N_1 + ... + N_B, in_dim)`` with ``cu_seqlens``. In context
+                parallel, whole sets or a :class:`cbsa_torch.parallel.SetSlice`; the rest is of all ranks.
             coords: ``(B, N, coord_dim)`` the place of every feature in any unit, integer or float. None: for a
                 model that needs none, see :attr:`needs_coords`.
             token_mask: ``(B, N)`` bool, True = a real token; the others have no effect, whatever they hold.
@@ -315,7 +382,10 @@ class TokenSetTransformer(HeadedTransformer):
         x = self.forward_features(features, coords, token_mask, cu_seqlens)
         return self.forward_head(x, cu_seqlens=cu_seqlens)
 
-    def _check(self, features: Tensor, coords: Tensor | None) -> None:
+    def _check(
+        self, features: Tensor, coords: Tensor | None, token_mask: Tensor | None, is_whole: bool = True
+    ) -> None:
+        """Raise unless they fit each other; a rank's features have less rows than there are coordinates."""
         check_floating("features", features)
         if features.ndim != 3 or features.shape[2] != self.in_dim:
             raise ValueError(
@@ -329,11 +399,16 @@ class TokenSetTransformer(HeadedTransformer):
                 )
             return
         check_coords(coords)
-        if tuple(coords.shape) != (*features.shape[:2], self.coord_dim):
+        # of how many tokens in all a rank's features are a part, all ranks say together
+        number = features.shape[1] if is_whole else coords.shape[1]
+        if tuple(coords.shape) != (len(features), number, self.coord_dim):
             raise ValueError(
                 f"coords must have shape {(*features.shape[:2], self.coord_dim)}, a row of coord_dim for every "
                 f"feature; got {tuple(coords.shape)}"
             )
+        if token_mask is not None:
+            size = features.shape[:2] if is_whole else (len(features), None)
+            check_mask("token_mask", token_mask, size, "(B, N)", "a real token", ("features", features))
 
 
 def _lengths(cu_seqlens: Tensor, features: Tensor) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from timm.layers import global_pool_nlc
@@ -23,9 +23,10 @@ from cbsa_torch._core.types import GridSize, Residual
 from cbsa_torch.models.head import HeadedTransformer, check_num_classes
 from cbsa_torch.models.packed_images import PackedImages, split_map
 from cbsa_torch.models.resize import resize
-from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, TokenMixer, WhiteBoxBlock
-from cbsa_torch.nn.bands import ImageBand, drop_alike, embed_band, pool_over_ranks
-from cbsa_torch.ops.parallel import ContextParallel, Ranks
+from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
+from cbsa_torch.nn.bands import ImageBand, embed_band
+from cbsa_torch.nn.shares import ContextParallelInput, ContextParallelPlan, drop_alike, pool_over_ranks
+from cbsa_torch.ops.parallel import ContextParallel
 
 Mixer = Callable[..., nn.Module]
 """Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
@@ -67,6 +68,8 @@ class WhiteBoxTransformer(HeadedTransformer):
     list of them, one for each image; logits are ``(B, num_classes)`` for both. In training, batch norms of the
     stem see the pixels of all images together. ``torch.compile`` leaves the layers as they are then.
     """
+
+    _cp_plan: ClassVar[ContextParallelPlan] = {"": {"x": ContextParallelInput(split_dim=2, expected_dims=4)}}
 
     def __init__(
         self,
@@ -110,7 +113,6 @@ class WhiteBoxTransformer(HeadedTransformer):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
-        self.ranks: Ranks | None = None
 
         self.stem = STEMS[stem](in_chans, embed_dim, patch_size, device=device, dtype=dtype)
         self.grid_size = self.stem.grid_size(check_sides("img_size", img_size))
@@ -189,21 +191,6 @@ class WhiteBoxTransformer(HeadedTransformer):
         patches = resize(patches.mT.reshape(1, -1, *self.grid_size), grid_size, "bicubic")
         return torch.cat([prefix, patches.flatten(2).mT], dim=1)
 
-    def set_context_parallel(self, ranks: Ranks | None) -> None:
-        """Spread the rows of images over ranks; :func:`cbsa_torch.parallel.context_parallel` calls this.
-
-        Raises:
-            ValueError: a layer needs all tokens at once.
-        """
-        if ranks is not None:
-            for name, module in self.named_modules():
-                if isinstance(module, TokenMixer):
-                    try:
-                        module.check_shards()
-                    except ValueError as error:
-                        raise ValueError(f"{name}: {error}") from None
-        self.ranks = ranks
-
     def embed(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int]]:
         """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``.
 
@@ -215,7 +202,8 @@ class WhiteBoxTransformer(HeadedTransformer):
     def _embed_batch(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int], ContextParallel | None]:
         parallel = None
         if self.ranks is not None:
-            maps, parallel = embed_band(self.stem, x, self.ranks.group, self.num_prefix_tokens)
+            plan = self._cp_plan[""]["x"]
+            maps, parallel = embed_band(self.stem, x, self.ranks.group, self.num_prefix_tokens, plan)
         elif isinstance(x, ImageBand):
             raise TypeError(
                 "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"

@@ -1,15 +1,15 @@
-"""Images whose rows are spread over ranks: what a model of images does at its two ends."""
+"""Images whose rows are spread over ranks: which rows a rank has, and their embedding."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from cbsa_torch.nn.shares import ContextParallelInput
 from cbsa_torch.nn.stem import check_images
-from cbsa_torch.ops.parallel import ContextParallel, gathered, total
+from cbsa_torch.ops.parallel import ContextParallel
 
 
 class ImageBand(NamedTuple):
@@ -41,7 +41,11 @@ def _token_rows(stem: Any, img_size: tuple[int, int], group: dist.ProcessGroup) 
 
 
 def embed_band(
-    stem: Any, x: Tensor | ImageBand, group: dist.ProcessGroup, num_prefix_tokens: int
+    stem: Any,
+    x: Tensor | ImageBand,
+    group: dist.ProcessGroup,
+    num_prefix_tokens: int,
+    plan: ContextParallelInput,
 ) -> tuple[Tensor, ContextParallel]:
     """Embed this rank's rows of images, after all ranks have agreed that they can.
 
@@ -66,7 +70,7 @@ def embed_band(
         grid, rows = stem.grid_size(size), _token_rows(stem, size, group)
         needed = stem.pixel_rows(rows, height)
         if not isinstance(x, ImageBand):
-            pixels = pixels[:, :, needed]
+            pixels = plan.part("images", pixels, needed)
         elif pixels.shape[2] != needed.stop - needed.start:
             raise ValueError(
                 f"pixels of the ImageBand must be the rows {needed.start} to {needed.stop} of the images, "
@@ -78,40 +82,3 @@ def embed_band(
         problem = f"{type(error).__name__}: {error}"
     parallel = ContextParallel.of_slice(group, length, grid_size=grid, problem=problem, **facts)
     return stem.embed_band(pixels, rows, height, group), parallel
-
-
-def pool_over_ranks(x: Tensor, pool_type: str, num_prefix_tokens: int, group: dist.ProcessGroup) -> Tensor:
-    """One feature per image from the tokens ``(B, n, C)`` of all ranks, the same on every rank.
-
-    Args:
-        x: the tokens of this rank; prefix tokens are on the first.
-        pool_type: "token", "avg", "max" or "avgmax", as in timm.
-        num_prefix_tokens: of the model.
-        group: the ranks.
-    """
-    first = num_prefix_tokens if group.rank() == 0 else 0
-    if pool_type == "token":
-        return total(x[:, : min(first, 1)].sum(1), group)
-    grid = x[:, first:]
-    average = highest = None
-    if pool_type in ("avg", "avgmax"):
-        sums = torch.cat([grid.sum(1), grid.new_full((len(grid), 1), grid.shape[1])], 1)
-        sums = total(sums.to(torch.promote_types(x.dtype, torch.float32)), group)
-        average = (sums[:, :-1] / sums[:, -1:].detach()).to(x.dtype)
-    if pool_type in ("max", "avgmax"):
-        lowest = grid.new_full((len(grid), 1, grid.shape[2]), -torch.inf)  # for a rank without tokens
-        highest = gathered(torch.cat([grid, lowest], 1).amax(1), group).amax(0)
-    if average is None or highest is None:
-        found = highest if average is None else average
-        assert found is not None, "one of the four"
-        return found
-    return 0.5 * (average + highest)
-
-
-def drop_alike(dropout: nn.Module, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Drop the same of ``x`` on every rank: what the first rank draws."""
-    if not (dropout.training and getattr(dropout, "p", False)):
-        undropped: Tensor = dropout(x)
-        return undropped
-    drawn: Tensor = dropout(torch.ones_like(x)).detach()
-    return x * total(drawn if group.rank() == 0 else torch.zeros_like(drawn), group)

@@ -31,6 +31,7 @@ from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import run, run_and_project
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages
+from cbsa_torch.ops.parallel import total
 
 _CERTIFIED: dict[str, Any] = {
     **{"contraction": "exact", "tied": True, "orthogonal": True, "qkv": "shared"},
@@ -228,10 +229,6 @@ class CBSA(TokenMixer):
                 f"got {'none' if chosen.attention is None else 'one'}"
             )
         parallel = heads.source.parallel
-        if self.step == "relative" and parallel is not None:
-            raise ValueError(
-                "step must be 'free' or 'certified' for tokens spread over processes, got 'relative'"
-            )
         if self.step_logit is not None:
             eta = 1.0 if self.step_representatives is None else self.step_representatives
             return certified_inputs(
@@ -273,16 +270,18 @@ class CBSA(TokenMixer):
 
 
 def _tokens_per_representative(inputs: CBSAInputs) -> Tensor:
-    """N / M of each item, of those that are real: ``(B,)``, float32 or better."""
-    b, _, m, _ = inputs.representatives.shape
-    dtype = compute_dtype(inputs.keys.dtype)
-
-    def count(mask: Tensor | None, number: int) -> Tensor:
-        if mask is None:
-            return inputs.keys.new_full((b,), float(number), dtype=dtype)
-        return mask.sum(-1).to(dtype)
-
-    return count(inputs.token_mask, inputs.keys.shape[2]) / count(inputs.representative_mask, m).clamp(min=1)
+    """N / M of each item, of those that are real, on all ranks: ``(B,)``, float32 or better."""
+    keys, parallel, of_items = inputs.keys, inputs.parallel, inputs.representative_mask
+    dtype = compute_dtype(keys.dtype)
+    if inputs.token_mask is None:
+        length = keys.shape[2] if parallel is None else parallel.num_tokens
+        tokens = keys.new_full((keys.shape[0],), float(length), dtype=dtype)
+    else:
+        tokens = inputs.token_mask.sum(-1).to(dtype)
+        tokens = tokens if parallel is None else total(tokens, parallel.group)
+    if of_items is None:
+        return tokens / inputs.representatives.shape[2]
+    return tokens / of_items.sum(-1).to(dtype).clamp(min=1)
 
 
 def _check_certified(options: dict[str, Any], impl: Impl) -> None:

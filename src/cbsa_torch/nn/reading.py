@@ -114,14 +114,10 @@ class TokenReader(nn.Module):
         if coords is not None:
             if map_grid is not None or grid_size is not None:
                 raise ValueError("pass coords or a grid (grid_size, a feature map), not both")
-            if parallel is not None and token_mask is not None and self.needs_grid:
-                raise ValueError(
-                    "token_mask must be None with coords and parallel: every rank finds the cells of all "
-                    "tokens, but has the mask of its own alone; spread one set of tokens at a time"
-                )
             self._check_coords(coords)
             length = None if parallel is None else parallel.num_tokens
             grid, (places, prefix) = None, read_coords(coords, tokens, self.num_prefix_tokens, length)
+            self._check_place_mask(places, token_mask, parallel)
         elif parallel is None:
             grid, prefix = self._locate(tokens, map_grid, grid_size)
         else:
@@ -132,6 +128,26 @@ class TokenReader(nn.Module):
         return MixerInput(
             tokens, map_grid, grid, prefix, token_mask, attn_mask, is_causal, rope, places, parallel
         )
+
+    def _check_place_mask(
+        self, places: Coordinates, token_mask: Tensor | None, parallel: ContextParallel | None
+    ) -> None:
+        """Raise unless coordinates know the mask of all tokens where ranks have masks of their own."""
+        if parallel is None:
+            if places.token_mask is not None:
+                raise ValueError(
+                    "coords must have no token_mask of their own without parallel: pass it to the layer"
+                )
+        elif (places.token_mask is None) != (token_mask is None) and self.needs_grid:
+            raise ValueError(
+                "token_mask, of this rank's tokens, and that of coords, of the tokens of all ranks, must be "
+                "given together: give coords as Coordinates(coords, token_mask), by which cells are found"
+            )
+        elif places.token_mask is not None and token_mask is not None and not torch.compiler.is_compiling():
+            first = places.coords.shape[1] - parallel.num_tokens + parallel.start  # negative: prefix tokens
+            own = token_mask[:, max(0, -first) :]
+            if not torch.equal(own, places.token_mask[:, max(0, first) :][:, : own.shape[1]]):
+                raise ValueError("token_mask differs from the part of this rank in that of coords")
 
     def check_shards(self) -> None:
         """Raise where what the mixer computes is no sum over tokens that ranks could exchange."""

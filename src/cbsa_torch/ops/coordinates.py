@@ -342,11 +342,16 @@ class Coordinates:
 
     Args:
         coords: ``(B, N, k)`` as for :func:`find_cells`.
+        token_mask: ``(B, N)`` bool, True = a real token. Only for tokens that are spread over processes, each
+            of which knows the mask of its own alone: cells are those of the tokens of all.
     """
 
-    def __init__(self, coords: Tensor) -> None:
+    def __init__(self, coords: Tensor, token_mask: Tensor | None = None) -> None:
         check_coords(coords)
+        if token_mask is not None:
+            check_mask("token_mask", token_mask, coords.shape[:2], "(B, N)", "a real token", ("coords", coords))
         self.coords = coords
+        self.token_mask = token_mask
         self._found: dict[int | GridSize, tuple[Tensor | None, Cells]] = {}
 
     def cells(self, num_representatives: int | Sequence[int], token_mask: Tensor | None = None) -> Cells:
@@ -355,11 +360,16 @@ class Coordinates:
         Args:
             num_representatives: as there.
             token_mask: ``(B, prefix + N)`` bool, of the tokens with those before them that have no coordinates.
+                Default: that of the coordinates.
         """
         number = check_num_representatives(num_representatives)
         if number in self._found and self._found[number][0] is token_mask:
             return self._found[number][1]
-        own = None if token_mask is None else token_mask[:, token_mask.shape[1] - self.coords.shape[1] :]
+        own = (
+            self.token_mask
+            if token_mask is None
+            else token_mask[:, token_mask.shape[1] - self.coords.shape[1] :]
+        )
         cells = find_cells(self.coords, number, token_mask=own)
         self._found[number] = token_mask, cells
         return cells

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 
 from cbsa_torch._core.types import GridSize
 
@@ -71,7 +72,7 @@ class ContextParallel:
     @classmethod
     def of_slice(
         cls,
-        group: dist.ProcessGroup,
+        group: DeviceMesh | dist.ProcessGroup,
         length: int,
         *,
         grid_size: GridSize | None = None,
@@ -81,7 +82,7 @@ class ContextParallel:
         """Let the ranks of ``group`` tell each other how many tokens they hold; every rank is to call it.
 
         Args:
-            group: a process group.
+            group: a dimension of a mesh (``mesh["cp"]``) or a process group.
             length: tokens of this rank, prefix tokens included.
             grid_size: as of the class; the same on every rank.
             problem: what is wrong on this rank, if something is: every rank then raises.
@@ -90,6 +91,7 @@ class ContextParallel:
         Raises:
             ValueError: on every rank, where one has a problem or they differ.
         """
+        group = group_of(group)
         found = agree(group, length, problem, grid_size=grid_size, **same)
         return cls(group, tuple(found), grid_size)
 
@@ -121,6 +123,19 @@ class ContextParallel:
                 f"got {length}"
             )
         return length
+
+
+def group_of(ranks: Any) -> dist.ProcessGroup:
+    """The process group of a dimension of a mesh, or the one that is given; raises for anything else."""
+    if isinstance(ranks, DeviceMesh):
+        if ranks.ndim != 1:
+            raise ValueError(f"ranks must be one dimension of a mesh, such as mesh['cp'], got {ranks}")
+        return ranks.get_group()
+    if not isinstance(ranks, dist.ProcessGroup):
+        raise TypeError(
+            f"ranks must be a DeviceMesh or a process group that this process is in, got {type(ranks).__name__}"
+        )
+    return ranks
 
 
 @torch.compiler.disable

@@ -5,7 +5,17 @@ processes share the tokens, and exchange that state, two or three times per laye
 """
 
 from cbsa_torch.nn.bands import ImageBand, pixel_rows
+from cbsa_torch.nn.shares import ContextParallelInput, ContextParallelPlan, SetSlice
 from cbsa_torch.ops.parallel import ContextParallel
 from cbsa_torch.parallel.style import ContextParallelStyle, context_parallel
 
-__all__ = ["ContextParallel", "ContextParallelStyle", "ImageBand", "context_parallel", "pixel_rows"]
+__all__ = [
+    "ContextParallel",
+    "ContextParallelInput",
+    "ContextParallelPlan",
+    "ContextParallelStyle",
+    "ImageBand",
+    "SetSlice",
+    "context_parallel",
+    "pixel_rows",
+]

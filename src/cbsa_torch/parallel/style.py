@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from cbsa_torch.ops.parallel import Ranks, agree
+from cbsa_torch.ops.parallel import Ranks, agree, group_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -18,14 +18,15 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
     """Let the ranks of a group share the tokens of every input of ``model``; in place.
 
     To be called on every process, before the model is wrapped (DDP, FSDP2, compile). Every rank of a group is
-    then called with the same images, whole or as :class:`ImageBand`, and gets the same logits; every rank has
-    to call backward. Each computes the whole loss, and gradients of parameters are to be averaged over the
-    ranks, as DDP and FSDP2 over all processes do. (They are to be summed where losses are shares, such as those
-    of features.)
+    then called with the same inputs, and gets the same logits: whole ones, of which it takes the part that the
+    model's plan (``_cp_plan``) says, or :class:`ImageBand` and :class:`SetSlice`. Every rank has to call
+    backward. Each computes the whole loss, and gradients of parameters are to be averaged over the ranks, as
+    DDP and FSDP2 over all processes do. (They are to be summed where losses are shares, such as those of
+    features.)
 
     Args:
-        model: what has a method ``set_context_parallel(ranks)``, such as
-            :class:`cbsa_torch.models.WhiteBoxTransformer`.
+        model: what has a plan ``_cp_plan`` and a method ``set_context_parallel(ranks)``, such as
+            :class:`cbsa_torch.models.WhiteBoxTransformer` and :class:`cbsa_torch.models.TokenSetTransformer`.
         ranks: a dimension of a mesh (``mesh["cp"]``) or a process group; None: the model has all tokens again.
 
     Raises:
@@ -33,15 +34,15 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
             differ.
         TypeError: another model.
     """
-    if not hasattr(model, "set_context_parallel"):
+    if not hasattr(model, "_cp_plan") or not hasattr(model, "set_context_parallel"):
         raise TypeError(
-            "model must have a method set_context_parallel, as WhiteBoxTransformer has; "
-            f"got {type(model).__name__}"
+            "model must have a _cp_plan and a method set_context_parallel, as WhiteBoxTransformer and "
+            f"TokenSetTransformer have; got {type(model).__name__}"
         )
     if ranks is None:
         model.set_context_parallel(None)  # type: ignore[operator]
         return model
-    group = _group_of(ranks)
+    group = group_of(ranks)
     groups = agree(None, dist.get_process_group_ranks(group))
     for rank, members in enumerate(groups):
         differing = {other: groups[other] for other in members if groups[other] != members}
@@ -52,18 +53,6 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
             )
     model.set_context_parallel(Ranks(group))  # type: ignore[operator]
     return model
-
-
-def _group_of(ranks: Any) -> dist.ProcessGroup:
-    if isinstance(ranks, DeviceMesh):
-        if ranks.ndim != 1:
-            raise ValueError(f"ranks must be one dimension of a mesh, such as mesh['cp'], got {ranks}")
-        return ranks.get_group()
-    if not isinstance(ranks, dist.ProcessGroup):
-        raise TypeError(
-            f"ranks must be a DeviceMesh or a process group that this process is in, got {type(ranks).__name__}"
-        )
-    return ranks
 
 
 class ContextParallelStyle(ParallelStyle):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.linear import call_changes
-from cbsa_torch.models import Segmenter, WhiteBoxTransformer
+from cbsa_torch.models import Segmenter, TokenSetTransformer, WhiteBoxTransformer
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
 
 Result = Literal["logits", "map", "features", "labels"]
 RESULTS: tuple[Result, ...] = ("logits", "map", "features", "labels")
+MARGIN = 1.5
+"""Of memory: what allocators and kernels take beside the numbers that are counted."""
 _BASES = {"": 1000, "i": 1024}
 _UNITS = {"": 1, "b": 1, **{f"{u}{i}b": b**n for n, u in enumerate("kmgt", 1) for i, b in _BASES.items()}}
 
@@ -33,14 +36,18 @@ def parse_bytes(text: int | str) -> int:
     return size
 
 
-def parts_of(model: nn.Module) -> tuple[WhiteBoxTransformer, MaskTransformerDecoder | None]:
+Encoder = WhiteBoxTransformer | TokenSetTransformer
+
+
+def parts_of(model: nn.Module) -> tuple[Encoder, MaskTransformerDecoder | None]:
     """Encoder and decoder; raises where a model cannot be streamed."""
     encoder = model.encoder if type(model) is Segmenter else model
     decoder = model.decoder if type(model) is Segmenter else None
-    if type(encoder) is not WhiteBoxTransformer or type(decoder) not in (type(None), MaskTransformerDecoder):
+    known = (WhiteBoxTransformer,) if decoder is not None else (WhiteBoxTransformer, TokenSetTransformer)
+    if type(encoder) not in known or type(decoder) not in (type(None), MaskTransformerDecoder):
         raise TypeError(
-            "model must be a WhiteBoxTransformer, or a Segmenter of one with a MaskTransformerDecoder, got "
-            + type(model).__name__
+            "model must be a WhiteBoxTransformer, a TokenSetTransformer, or a Segmenter of a "
+            f"WhiteBoxTransformer with a MaskTransformerDecoder, got {type(model).__name__}"
             + (f" of {type(encoder).__name__}" if encoder is not model else "")
         )
     for name, part in (("model", model), ("encoder", encoder), ("decoder", decoder)):
@@ -48,13 +55,15 @@ def parts_of(model: nn.Module) -> tuple[WhiteBoxTransformer, MaskTransformerDeco
             raise ValueError(f"{name} cannot be streamed: {call_changes(part)}, which would not act; remove it")
     if any(part.training for part in model.modules()):
         raise ValueError("model must be in evaluation mode, for batch norms and dropout: call model.eval()")
-    return encoder, decoder
+    return cast(Encoder, encoder), decoder
 
 
 def check_results(
-    results: tuple[str, ...], encoder: WhiteBoxTransformer, decoder: MaskTransformerDecoder | None
+    results: Sequence[str] | None, encoder: Encoder, decoder: MaskTransformerDecoder | None
 ) -> set[str]:
-    """The names of the results; raises for those that the model cannot make."""
+    """The names of the results, those of the default for None; raises for what the model cannot make."""
+    if results is None:
+        results = ("logits" if decoder is None else "labels",)
     for name in results:
         check_choice("results", name, RESULTS)
     if not results:

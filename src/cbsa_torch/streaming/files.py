@@ -10,7 +10,8 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -108,26 +109,28 @@ def _bytes(data: Any) -> memoryview:
 
 
 def _write(file: Any, path: Path, position: int, data: memoryview) -> None:
-    try:
+    with told_when_full(path):
         file.seek(position)
         while len(data):
             data = data[file.write(data) :]
-    except OSError as error:
-        raise full(path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error from None
 
 
 def _sync(file: Any, path: Path) -> None:
-    try:
+    with told_when_full(path):
         os.fsync(file.fileno())
+
+
+@contextmanager
+def told_when_full(path: Path) -> Iterator[None]:
+    """Raise StreamError where the disk of ``path`` is full."""
+    try:
+        yield
     except OSError as error:
-        raise full(path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error from None
-
-
-def full(path: Path) -> StreamError:
-    """The error of a full disk."""
-    return StreamError(
-        f"the disk is full at {path}: make room and call again, which goes on from the last finished sweep"
-    )
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StreamError(
+            f"the disk is full at {path}: make room and call again, which goes on from the last finished sweep"
+        ) from None
 
 
 class State:
@@ -203,10 +206,8 @@ class State:
         """Note that so many sweeps are done, all or nothing."""
         record = {"fingerprint": json.dumps(self.fingerprint), "finished": str(finished)}
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        try:
+        with told_when_full(self.path):
             write_atomically(self.path, save(own, record))
-        except OSError as error:
-            raise full(self.path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error from None
         self.finished, self.tensors = finished, tensors
 
     def close(self) -> None:

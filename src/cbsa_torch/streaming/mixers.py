@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from cbsa_torch import ops
 from cbsa_torch._core.linear import call_changes
 from cbsa_torch._core.precision import compute_dtype, solve_dtype
-from cbsa_torch._core.types import GridPooling, GridSize
-from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
+from cbsa_torch._core.types import CellPooling, Cells, GridPooling, GridSize
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, Coordinates, LinearCBSA, TokenMixer
 from cbsa_torch.nn.representatives import LearnedRepresentatives, PooledRepresentatives
 from cbsa_torch.nn.tokens import Heads, MixerInput
 from cbsa_torch.ops.cbsa.certified import RunningGram
@@ -28,6 +28,9 @@ from cbsa_torch.ops.linear_cbsa import spectral_filter
 from cbsa_torch.ops.token_weights import columns, gram
 from cbsa_torch.ops.tssa import MEMBERSHIP_FLOOR, memberships
 
+Place = GridSize | Coordinates | None
+"""Where the tokens after the prefix are."""
+
 
 class Gathered(abc.ABC):
     """What a mixer has gathered of the tokens.
@@ -35,15 +38,15 @@ class Gathered(abc.ABC):
     Args:
         mixer: the layer.
         length: all tokens N, prefix tokens included.
-        grid_size: of the tokens after the prefix.
-        num_prefix_tokens: before the grid.
+        place: grid or coordinates of the tokens after the prefix; None: they have neither.
+        num_prefix_tokens: before these.
     """
 
     gathers = 1
     """How often it is told all tokens before it can update them."""
 
-    def __init__(self, mixer: TokenMixer, length: int, grid_size: GridSize, num_prefix_tokens: int) -> None:
-        self.length, self.grid_size, self.num_prefix_tokens = length, grid_size, num_prefix_tokens
+    def __init__(self, mixer: TokenMixer, length: int, place: Place, num_prefix_tokens: int) -> None:
+        self.length = length
         self.saved: dict[str, Tensor] = {}
         self.first_row: Tensor | None = None  # of the map, from token 0
 
@@ -75,6 +78,21 @@ class Gathered(abc.ABC):
         self.saved[name] = self.saved[name] + part if name in self.saved else part
 
 
+def _pooling(
+    strategy: PooledRepresentatives, place: Place, first: int
+) -> tuple[GridPooling | CellPooling, int]:
+    """How tokens are pooled, and into how many representatives."""
+    if isinstance(place, Coordinates):
+        if not first:
+            raise ValueError("coords need layout='standard': 'official' is a way of pooling over grids")
+        index, counts, order = place.cells(strategy.num_representatives)
+        count = int((counts > 0).sum())  # those that do not exist come last
+        return CellPooling(Cells(index, counts[:, :count], order), first), count
+    assert place is not None, "the model needs coordinates"
+    cells = ops.representative_grid(place, strategy.num_representatives)
+    return GridPooling(place, cells, first), math.prod(cells)
+
+
 def _heads(mixer: TokenMixer, x: Tensor) -> Heads:
     return mixer.project(MixerInput(x, None, None, 0))
 
@@ -86,19 +104,16 @@ def _wide(rows: Tensor) -> Tensor:
 class _Represented(Gathered):
     """Mixers with representatives, or agents: they pool them, unless they are learned, and extract."""
 
-    def __init__(
-        self, mixer: CBSA | AgentAttention, length: int, grid_size: GridSize, num_prefix_tokens: int
-    ) -> None:
-        super().__init__(mixer, length, grid_size, num_prefix_tokens)
+    def __init__(self, mixer: CBSA | AgentAttention, length: int, place: Place, num_prefix_tokens: int) -> None:
+        super().__init__(mixer, length, place, num_prefix_tokens)
         strategy = mixer.representatives
         self.scale = mixer.head_dim**-0.5
-        self.pooling: GridPooling | None = None
+        self.pooling: GridPooling | CellPooling | None = None
         self.running: RunningExtraction | None = None
         if type(strategy) is PooledRepresentatives:
-            cells = ops.representative_grid(grid_size, strategy.num_representatives)
             first = num_prefix_tokens if mixer.layout == "standard" else 0
-            self.pooling = GridPooling(grid_size, cells, first)
-            self.gathers, self.count = 2, math.prod(cells)
+            self.pooling, self.count = _pooling(strategy, place, first)
+            self.gathers = 2
         elif type(strategy) is LearnedRepresentatives:
             self.count = strategy.values.shape[1]
         else:
@@ -244,8 +259,8 @@ class GatheredAgents(_Represented):
 class GatheredLinearCBSA(Gathered):
     """LinearCBSA: the Gram matrices of the heads, then a filter."""
 
-    def __init__(self, mixer: LinearCBSA, length: int, grid_size: GridSize, num_prefix_tokens: int) -> None:
-        super().__init__(mixer, length, grid_size, num_prefix_tokens)
+    def __init__(self, mixer: LinearCBSA, length: int, place: Place, num_prefix_tokens: int) -> None:
+        super().__init__(mixer, length, place, num_prefix_tokens)
         self.mixer = mixer
 
     def _tokens(self, x: Tensor) -> tuple[Heads, Tensor]:
@@ -285,8 +300,8 @@ class GatheredLinearCBSA(Gathered):
 class GatheredTSSA(Gathered):
     """TSSA: second moments of channels; as ToST trains it, weighted by memberships, which need a sum first."""
 
-    def __init__(self, mixer: TSSA, length: int, grid_size: GridSize, num_prefix_tokens: int) -> None:
-        super().__init__(mixer, length, grid_size, num_prefix_tokens)
+    def __init__(self, mixer: TSSA, length: int, place: Place, num_prefix_tokens: int) -> None:
+        super().__init__(mixer, length, place, num_prefix_tokens)
         self.mixer = mixer
         self.gathers = 2 if mixer.form == "tost" else 1
 
@@ -352,7 +367,7 @@ _GATHERED: dict[type[nn.Module], type[Gathered]] = {
 _ALL_AT_ONCE = (MSSA, MHSA)
 
 
-def gathered(name: str, mixer: nn.Module, length: int, grid_size: GridSize, num_prefix_tokens: int) -> Gathered:
+def gathered(name: str, mixer: nn.Module, length: int, place: Place, num_prefix_tokens: int) -> Gathered:
     """What ``mixer``, called ``name`` in the model, gathers.
 
     Raises:
@@ -371,6 +386,6 @@ def gathered(name: str, mixer: nn.Module, length: int, grid_size: GridSize, num_
     if change:
         raise ValueError(f"{name} cannot be streamed: {change}, which would not act; remove it")
     try:
-        return _GATHERED[kind](mixer, length, grid_size, num_prefix_tokens)  # type: ignore[arg-type]
+        return _GATHERED[kind](mixer, length, place, num_prefix_tokens)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,85 +18,13 @@ from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.models.resize import resize
 from cbsa_torch.models.whitebox import WhiteBoxTransformer
 from cbsa_torch.nn import ConvStem, LinearStem
+from cbsa_torch.streaming.accepted import MARGIN
+from cbsa_torch.streaming.arrays import SlicedArray, check_array, file_facts, read_part
+from cbsa_torch.streaming.picture import draw_map
 
 Channels = Literal["last", "first"]
 SAMPLES, SAMPLE_WIDTH = 16, 64
 """Pieces of rows, and pixels in each, by which an image is known again."""
-
-
-class SlicedArray(Protocol):
-    """What an image may be: ``numpy.memmap``, datasets of h5py and zarr, a memory map of tifffile, your own."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Three sides, or two for one channel."""
-
-    @property
-    def dtype(self) -> Any:
-        """Of NumPy."""
-
-    def __getitem__(self, index: tuple[slice, ...]) -> Any:
-        """The part that one slice for each axis says, as an array that NumPy can read."""
-
-
-def open_array(path: str | Path) -> SlicedArray:
-    """An image file that can be sliced, by its ending.
-
-    ``.npy`` is mapped, and so are ``.tif`` and ``.tiff`` by tifffile; compressed and tiled ones are read by
-    tifffile and zarr (the first image, at full size). ``.h5`` and ``.hdf5`` are opened by h5py, ``.zarr`` by
-    zarr: they hold one array, or the name of one follows after ``::``.
-
-    Raises:
-        ValueError: another ending, or no one array. FileNotFoundError: no such
-            file. ImportError: the package that reads it is not installed.
-    """
-    name, _, inside = str(path).partition("::")
-    if not Path(name).exists():
-        raise FileNotFoundError(f"no image at {name}")
-    ending = Path(name).suffix.lower()
-    readers = {".npy": "numpy", ".tif": "tifffile", ".tiff": "tifffile", ".h5": "h5py", ".hdf5": "h5py"}
-    package = {**readers, ".zarr": "zarr"}.get(ending)
-    if package is None:
-        raise ValueError(
-            f"stream must be a .npy, .tif, .h5 or .zarr file, which can be read in parts; got {name}"
-        )
-    if inside and package not in ("h5py", "zarr"):
-        raise ValueError(f"{name} holds one array, and none called {inside!r}")
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(
-            f"{name} needs {package!r}, which is not installed; install it with: pip install {package}"
-        )
-    if package == "numpy":
-        return np.load(name, mmap_mode="r", allow_pickle=False)
-    if package == "tifffile":
-        return _tiff(name)
-    return _dataset(name, inside, package)
-
-
-def _tiff(name: str) -> SlicedArray:
-    tifffile: Any = importlib.import_module("tifffile")
-    try:
-        return tifffile.memmap(name, mode="r")
-    except ValueError as error:  # compressed or tiled
-        if importlib.util.find_spec("zarr") is None:
-            raise ImportError(
-                f"{name} cannot be mapped ({error}); to read it by tiles, 'zarr' is needed, which is not "
-                "installed; install it with: pip install zarr"
-            ) from None
-        zarr = importlib.import_module("zarr")
-        return zarr.open(tifffile.imread(name, aszarr=True, level=0), mode="r")
-
-
-def _dataset(name: str, inside: str, package: str) -> SlicedArray:
-    module = importlib.import_module(package)
-    opened = module.File(name, "r") if package == "h5py" else module.open(name, mode="r")
-    if hasattr(opened, "shape") and not inside:
-        return opened
-    names = [inside] if inside else [key for key in opened if hasattr(opened[key], "shape")]
-    if len(names) != 1 or names[0] not in opened:
-        held = ", ".join(opened)
-        raise ValueError(f"{name} must hold one array, or its name must follow after '::'; it holds: {held}")
-    return opened[names[0]]
 
 
 class Pixels:
@@ -119,8 +45,7 @@ class Pixels:
         self, array: SlicedArray, channels: Channels, in_chans: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         check_choice("channels", channels, ("last", "first"))
-        if not hasattr(array, "shape") or not hasattr(array, "dtype") or not hasattr(array, "__getitem__"):
-            raise TypeError(f"source must have a shape and a dtype and take slices, got {type(array).__name__}")
+        kind = check_array("source", array)
         self.array, self.first = array, channels == "first"
         shape = tuple(int(side) for side in array.shape)
         flat = len(shape) == 2
@@ -131,9 +56,6 @@ class Pixels:
                 f"source must have shape ({axes}) with the model's {in_chans} channels, or (height, width) for "
                 f"one; got {shape}"
             )
-        kind = np.dtype(array.dtype).kind
-        if kind not in "uif":
-            raise TypeError(f"source must hold integers or floating-point numbers, got {array.dtype}")
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (0, in_chans):
                 raise ValueError(
@@ -163,23 +85,13 @@ class Pixels:
         index: tuple[slice, ...] = (rows, columns)
         if not self.flat:
             index = (every, *index) if self.first else (*index, every)
-        part = np.array(self.array[index])  # a copy, writable and in memory
-        expected = tuple(side.stop - side.start for side in index)
-        if part.shape != expected:
-            raise ValueError(
-                f"source gave {part.shape} where {expected} was asked for, its rows {rows.start} to {rows.stop}"
-            )
-        return part.astype(part.dtype.newbyteorder("="), copy=False)
+        return read_part("source", self.array, index)
 
     def fingerprint(self) -> str:
         """By which the image is known again: shape, dtype, some of its pixels, size and time of its file."""
         height, width = self.size
         digest = hashlib.sha256(repr((tuple(self.array.shape), str(self.array.dtype), self.first)).encode())
-        holder: Any = getattr(self.array, "file", self.array)  # datasets of h5py have one
-        file = getattr(holder, "filename", None)
-        if isinstance(file, (str, Path)) and Path(file).is_file():
-            stat = Path(file).stat()
-            digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
+        digest.update(repr((self.mean, self.std)).encode() + file_facts(self.array))
         for i in range(SAMPLES):
             row, column = i * (height - 1) // (SAMPLES - 1), i * max(width - SAMPLE_WIDTH, 0) // (SAMPLES - 1)
             part = self._read(slice(row, row + 1), slice(column, min(column + SAMPLE_WIDTH, width)))
@@ -187,7 +99,7 @@ class Pixels:
         return digest.hexdigest()
 
 
-class Embedding:
+class PixelEmbedding:
     """What a white-box Transformer embeds, by rows of tokens: the stem with a halo, and positions.
 
     Args:
@@ -196,11 +108,14 @@ class Embedding:
         padded: its size with zeros at the bottom and on the right, as a segmenter pads it.
 
     Attributes:
-        grid_size: of the tokens.
+        grid_size: of the tokens, the shape of results. place: the same, for mixers.
 
     Raises:
         ValueError: an image that the stem cannot embed, or a stem of another class or with hooks.
     """
+
+    kind = "image"
+    held = 0
 
     def __init__(self, model: WhiteBoxTransformer, pixels: Pixels, padded: tuple[int, int]) -> None:
         self.model, self.pixels, self.padded = model, pixels, padded
@@ -208,7 +123,7 @@ class Embedding:
         if type(stem) not in (ConvStem, LinearStem) or call_changes(stem):
             raise ValueError(f"stem must be ConvStem or LinearStem without hooks, got {type(stem).__name__}")
         self.patch = stem.patch_size
-        self.grid_size = stem.grid_size(padded)
+        self.place = self.grid_size = stem.grid_size(padded)
         # An output row needs 2^k - 1 rows above its patch of 2^k, and none below; without a stride one of each.
         conv = isinstance(stem, ConvStem)
         self.above, self.below = int(conv), int(conv and self.patch == 1)
@@ -219,17 +134,26 @@ class Embedding:
                 for own, side in zip(model.grid_size, self.grid_size, strict=True)
             ]
 
-    @property
-    def numbers_per_token(self) -> int:
-        """About how many numbers the stem holds for a token: pixels; channels that double as sides halve."""
-        return 4 * self.pixels.in_chans * self.patch**2 + 3 * 15 * self.model.embed_dim
+    def tiles(self, budget: int, most: int) -> list[slice]:
+        """The tokens of rows that are embedded at once; about ``most`` tokens: the halo costs, too."""
+        height, width = self.grid_size
+        # pixels; channels that double as sides halve
+        numbers = 4 * self.pixels.in_chans * self.patch**2 + 3 * 15 * self.model.embed_dim
+        row = int(MARGIN * width * numbers * compute_dtype(self.model.cls_token.dtype).itemsize)
+        halo = self.above + self.below
+        least = row * (1 + halo)
+        if budget < least:
+            raise ValueError(f"memory must be at least {least} bytes for a row of {width} tokens, got {budget}")
+        rows = max(1, min(budget // row - halo, most // width, height))
+        return [slice(tile.start * width, tile.stop * width) for tile in rows_of(height, rows)]
 
     def prefix(self) -> Tensor:
         """The class token with its position, ``(1, 1, C)``."""
         return self.model.cls_token + self.model.pos_embed[:, : self.model.num_prefix_tokens]
 
-    def rows(self, rows: slice) -> Tensor:
-        """Rows of tokens ``(1, rows * width, C)``, positions added."""
+    def tokens(self, place: slice) -> Tensor:
+        """Those of whole rows, ``(1, rows * width, C)``, positions added."""
+        rows = slice(place.start // self.grid_size[1], place.stop // self.grid_size[1])
         top, bottom = max(rows.start - self.above, 0), min(rows.stop + self.below, self.grid_size[0])
         height, width = self.pixels.size
         read = slice(top * self.patch, min(bottom * self.patch, height))
@@ -249,6 +173,15 @@ class Embedding:
         grid = own[0, first:].unflatten(0, self.model.grid_size).to(down.dtype)  # (h, w, C)
         strips = torch.einsum("rh,hwc->rwc", down[rows], grid)
         return torch.einsum("sw,rwc->rsc", across, strips).flatten(0, 1)[None].to(own.dtype)
+
+    def fingerprint(self) -> str:
+        """By which the image is known again."""
+        return self.pixels.fingerprint()
+
+    def draw(self, array: Path, picture: Path) -> bool:
+        """Draw a map."""
+        draw_map(array, picture)
+        return True
 
 
 def _resampling(own: int, side: int, like: Tensor) -> Tensor:

@@ -174,7 +174,8 @@ class EngineConfig:
     fsdp: bool = False
     """Shard weights, gradients and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
     context_parallel: int = 1
-    """Processes that share the rows of every training image; their number must divide that of all."""
+    """Processes that share the rows of every training image, or the tiles of every slide; their number must
+    divide that of all."""
     save_steps: int | None = field(default=None, metadata=UNCOMPARED)
     """Save the state also every this many optimiser steps, besides after every epoch."""
     keep_states: int = field(default=2, metadata=UNCOMPARED)
@@ -348,7 +349,7 @@ def check_config(config: RunConfig) -> None:
         (shared >= 1, "engine.context_parallel must be at least 1", shared),
         (
             shared == 1 or not config.engine.compile,
-            "engine.context_parallel must be 1 with engine.compile: both together are not tried yet",
+            "engine.context_parallel must be 1 with engine.compile: inductor is not tested with it",
             shared,
         ),
         (

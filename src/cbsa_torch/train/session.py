@@ -27,7 +27,7 @@ from cbsa_torch.train.engine.accelerate import (
     prepare_for_replicas,
     replicas,
     shard,
-    share_rows,
+    share_tokens,
     synchronize_batch_norm,
     to_channels_last,
     use_separate_generator,
@@ -155,7 +155,7 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
     train_loader = task.training_loader(setup, batch_size)
     use_separate_generator(train_loader)
     _check_loader(train_loader, batch_size, replica.number)
-    share_rows(model, replica)
+    share_tokens(model, replica)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder
     on_main(accelerator, lambda: folder.start(config, reporter.say), (RunFolderError, OSError))

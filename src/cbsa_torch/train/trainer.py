@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cbsa_torch.train.config import RunConfig, check_config
 from cbsa_torch.train.data import IGNORE, read_skipped, set_epoch
-from cbsa_torch.train.engine.accelerate import new_accelerator, whole_images
+from cbsa_torch.train.engine.accelerate import new_accelerator, whole_inputs
 from cbsa_torch.train.engine.tracking import check_tracker, finish_trackers, log, tracker_names
 from cbsa_torch.train.errors import DataError, InterruptedRun, NonFiniteLossError
 from cbsa_torch.train.registry import task_of
@@ -265,7 +265,7 @@ def _validate(session: Session, progress: Progress) -> EvalResult:
 
     with session.reporter.bar("validating", until_stopped(), len(session.val_loader)) as batches:
         names = session.description["class_names"]
-        with whole_images(session.eval_model):
+        with whole_inputs(session.eval_model):
             return session.task.evaluate(session.accelerator, session.eval_model, batches, names)
 
 

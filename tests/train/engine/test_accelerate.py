@@ -99,15 +99,19 @@ def test_processes_train_and_evaluate_like_one(digits, alone, tmp_path, count):
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
 
 
-def test_processes_that_share_the_rows_of_images_train_like_one(digits, alone, tmp_path):
-    digits.engine.context_parallel = 2
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "sharded"])
+def test_processes_that_share_the_rows_of_images_train_like_one(digits, alone, tmp_path, fsdp):
+    digits.engine.context_parallel, digits.engine.fsdp = 2, fsdp
     processes.train(2, digits)
     assert_same_curve(digits, alone)
     torch.testing.assert_close(last(digits)["model"], last(alone)["model"], rtol=1e-4, atol=1e-5)
 
 
 def test_context_parallel_that_cannot_work_is_refused_on_every_process(digits):
-    digits.engine.context_parallel = 2
+    digits.engine.context_parallel, digits.engine.compile = 2, True
+    with pytest.raises(ConfigError, match=r"context_parallel must be 1 with engine.compile"):
+        train(digits)
+    digits.engine.compile = False
     with pytest.raises(ConfigError, match=r"engine.context_parallel \(2\) must divide .* processes, 1"):
         train(digits)
     digits.model = ModelConfig("crate_tiny_patch16_224", image_size=32)

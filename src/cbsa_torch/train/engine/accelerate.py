@@ -80,7 +80,7 @@ def shard(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 class Replicas(NamedTuple):
-    """Groups of processes that see the same images, each process its rows of them (context parallel)."""
+    """Groups of processes that see the same images or slides, each a part of them (context parallel)."""
 
     number: int
     """How many groups there are."""
@@ -108,8 +108,8 @@ def replicas(accelerator: Accelerator, shared: int) -> Replicas:
     return Replicas(processes // shared, accelerator.process_index // shared, mesh["cp"].get_group())
 
 
-def share_rows(model: nn.Module, replica: Replicas) -> None:
-    """Let the processes of a replica share the rows of images.
+def share_tokens(model: nn.Module, replica: Replicas) -> None:
+    """Let the processes of a replica share the rows of images, or the tiles of slides.
 
     Raises:
         ConfigError: the model cannot.
@@ -123,8 +123,8 @@ def share_rows(model: nn.Module, replica: Replicas) -> None:
 
 
 @contextlib.contextmanager
-def whole_images(model: nn.Module) -> Iterator[None]:
-    """Let every process have whole images for a while: evaluation spreads images, not rows."""
+def whole_inputs(model: nn.Module) -> Iterator[None]:
+    """Let every process have whole images or slides for a while: evaluation spreads these, not their parts."""
     ranks = getattr(model, "ranks", None)
     if ranks is None:
         yield

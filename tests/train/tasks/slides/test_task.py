@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from cbsa_torch.train import evaluate_checkpoint, open_trained, predict_images, train
+from cbsa_torch.train.config import dump_yaml
 from cbsa_torch.train.errors import ConfigError, DataError
 from cbsa_torch.train.registry import task_of
 from cbsa_torch.train.tasks.slides.bags import Bags, FeatureSpec, RandomTiles, read_for
 from cbsa_torch.train.tasks.slides.files import Slide
-from tests.helpers.runs import assert_refused, assert_same_run, interrupt_training, rows
+from tests.helpers import processes
+from tests.helpers.runs import assert_refused, assert_same_run, interrupt_training, last, rows
 from tests.helpers.slides import WIDTH, other, slides_config, write_slides, write_trident
 
 
@@ -61,6 +63,29 @@ def test_an_interrupted_run_ends_as_one_that_was_not(slides, tmp_path):
     interrupt_training(again, 17)
     train(copy.deepcopy(again))
     assert_same_run(config, again)
+
+
+def test_processes_that_share_the_tiles_of_slides_train_like_one(slides, tmp_path):
+    config = slides_config(slides, tmp_path / "run")
+    alone = other(config, tmp_path / "alone")
+    train(copy.deepcopy(alone))
+    config.engine.context_parallel = 2
+    processes.train(2, config)
+    for first, second in zip(rows(config), rows(alone), strict=True):
+        assert first["step"] == second["step"]
+        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-4)
+        assert first["val_loss"] == pytest.approx(second["val_loss"], rel=1e-4)
+    torch.testing.assert_close(last(config)["model"], last(alone)["model"], rtol=1e-3, atol=1e-4)
+
+
+def test_several_slides_in_one_pass_cannot_be_shared(slides, tmp_path):
+    config = slides_config(slides, tmp_path / "run")
+    config.engine.context_parallel, config.engine.accumulate = 2, 1
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    result = processes.run(2, "train", "--config", str(path))
+    assert result.returncode != 0
+    assert result.stderr.count("spreads one slide at a time, and a forward pass has 2") == 2
 
 
 def test_several_slides_in_one_pass_are_each_alone(slides, finished):

@@ -158,6 +158,12 @@ class SlideClassification(Task):
 
     def training_loader(self, setup: TaskSetup, batch_size: int) -> DataLoader[Any]:
         """Slides in random order, of each at most ``data.max_tiles`` random tiles."""
+        shared = self.config.engine.context_parallel
+        if shared > 1 and batch_size > 1:
+            raise ConfigError(
+                f"engine.context_parallel ({shared}) spreads one slide at a time, and a forward pass has "
+                f"{batch_size}: raise engine.accumulate"
+            )
         samples, data = SeededSamples(setup.train, self.config.seed), self.config.data
         samples.transform = None if data.max_tiles is None else RandomTiles(data.max_tiles)
         loader = _loader(samples, cast(FeatureSpec, setup.spec), data, batch_size, train=True)
