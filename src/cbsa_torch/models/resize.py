@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.precision import compute_dtype
 
 
@@ -15,6 +17,17 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     # In channels-last memory torch 2.14 gets a width of 1 wrong. Half precision has no such kernel on the CPU.
     exact = maps.contiguous().to(compute_dtype(maps.dtype))
     return F.interpolate(exact, size, mode=mode, antialias=True).to(maps.dtype)
+
+
+@fx_leaf
+def resample_positions(pos_embed: Tensor, grid_size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Position embeddings ``(1, prefix + h * w, C)`` of a grid ``(h, w)`` for another grid, bicubically."""
+    if grid_size[0] == wanted[0] and grid_size[1] == wanted[1]:
+        return pos_embed
+    first = pos_embed.shape[1] - grid_size[0] * grid_size[1]
+    patches = pos_embed[:, first:].mT.reshape(1, -1, grid_size[0], grid_size[1])
+    patches = resize(patches, wanted, "bicubic").flatten(2).mT
+    return torch.cat([pos_embed[:, :first], patches], dim=1)
 
 
 def set_image_size(model: nn.Module, size: int | tuple[int, int]) -> str:

@@ -6,7 +6,6 @@ black-box baseline. Everything else is timm's model surface.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
 from cbsa_torch._core.modules import no_weight_decay_inside
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch._core.types import GridSize, Residual
 from cbsa_torch.models.head import HeadedTransformer, check_num_classes
 from cbsa_torch.models.packed_images import PackedImages, split_map
-from cbsa_torch.models.resize import resize
+from cbsa_torch.models.resize import resample_positions
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, TokenMixer, WhiteBoxBlock
 from cbsa_torch.nn.bands import ImageBand, drop_alike, embed_band, pool_over_ranks
 from cbsa_torch.ops.parallel import ContextParallel, Ranks
@@ -183,11 +182,7 @@ class WhiteBoxTransformer(HeadedTransformer):
         self.grid_size = grid_size
 
     def _resampled_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
-        if grid_size == self.grid_size:
-            return self.pos_embed
-        prefix, patches = self.pos_embed.split([self.num_prefix_tokens, math.prod(self.grid_size)], dim=1)
-        patches = resize(patches.mT.reshape(1, -1, *self.grid_size), grid_size, "bicubic")
-        return torch.cat([prefix, patches.flatten(2).mT], dim=1)
+        return resample_positions(self.pos_embed, self.grid_size, grid_size)
 
     def set_context_parallel(self, ranks: Ranks | None) -> None:
         """Spread the rows of images over ranks; :func:`cbsa_torch.parallel.context_parallel` calls this.
@@ -221,7 +216,7 @@ class WhiteBoxTransformer(HeadedTransformer):
                 "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"
             )
         else:
-            maps = self.stem(pin_size("height and width of images", x))
+            maps = self.stem(pin_image_size(x))
         tokens, grid_size = self._add_positions(maps, parallel)
         return tokens, grid_size, parallel
 

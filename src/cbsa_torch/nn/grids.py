@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.compiler import called_while_tracing
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn.grid_passes import Pass, PassTags, PerThread, Place, ThreadState, Traced
 from cbsa_torch.ops.coordinates import Coordinates
@@ -426,7 +426,7 @@ def _owners(module: nn.Module, kind: type) -> list[Any]:
 def _pin_images(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Hook before an embedding: traces and exports of what the layers make of the grid hold for one size."""
     if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4:
-        return (pin_size("height and width of images", inputs[0]), *inputs[1:])
+        return (pin_image_size(inputs[0]), *inputs[1:])
     return inputs
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_number, check_positive, check_positive_int
+from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch.nn.fused import Fused, check_fusable
 from cbsa_torch.ops.ista import ista_by_matrix
 
@@ -49,6 +50,7 @@ class ISTA(nn.Module):
         """Draw the dictionary anew."""
         nn.init.kaiming_uniform_(self.weight)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Code ``(..., dim)`` tokens; same shape."""
         return ops.ista_step(x, self.weight, step_size=self.step_size, sparsity=self.sparsity)
@@ -84,6 +86,7 @@ class FusedISTA(Fused):
         self.threshold = threshold
         self.hold(matrix=matrix)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Code ``(..., dim)`` tokens; same shape."""
         return ista_by_matrix(x, self.matrix, self.threshold)

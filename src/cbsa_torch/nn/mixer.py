@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
+from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
 from cbsa_torch._core.types import (
     LAYOUTS,
@@ -258,6 +259,7 @@ class TokenMixer(TokenReader, abc.ABC):
         found = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))
         return {name: layer for name, layer in found if is_orthonormal(layer)}
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,

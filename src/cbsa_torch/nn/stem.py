@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cbsa_torch._core.checks import check_floating, check_positive_int
+from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.nn.batch_norm import normalize_together
 from cbsa_torch.nn.fused import FusedConv2d, check_fusable
@@ -84,6 +85,7 @@ class ConvStem(nn.Module):
         height, width = img_size
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
         check_images(x, self.in_chans)
@@ -263,6 +265,7 @@ class LinearStem(nn.Module):
         """Some rows of what :meth:`forward` gives for whole images, see :meth:`ConvStem.embed_band`."""
         return self(x)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
         check_images(x, self.in_chans)

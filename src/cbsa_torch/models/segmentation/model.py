@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_bool, check_floating
 from cbsa_torch._core.modules import no_weight_decay_inside
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
 from cbsa_torch.models.segmentation.features import channels, check_encoder, patch_features, strides
 
@@ -81,7 +81,7 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"images must have shape (B, {self.in_chans}, height, width), got {tuple(x.shape)}"
             )
-        x = pin_size("height and width of images", x)
+        x = pin_image_size(x)
         height, width = self._padded(x)
         x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         with torch.no_grad() if self.freeze_encoder else nullcontext():

@@ -1,0 +1,44 @@
+"""What ``torch.fx`` records as one call: it follows code with proxies, which have no shapes to look at."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from torch.fx import Proxy, Tracer
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def fx_leaf(function: _Function) -> _Function:
+    """Have FX record a call of a function, or of the module whose ``forward`` this is, and not look inside.
+
+    For what decides by shapes or checks its arguments. The module is called with real tensors when the graph
+    runs, and raises what it raises.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tracer = _tracer_of(args, kwargs)
+        if tracer is None:
+            return function(*args, **kwargs)
+        if not isinstance(args[0], nn.Module):
+            return tracer.create_proxy("call_function", function, args, kwargs)
+        module, *given = args
+        if module is tracer.root:
+            raise TypeError(
+                f"{type(module).__name__} is one node of FX graphs and has none inside: trace the model around it"
+            )
+        return tracer.create_proxy("call_module", tracer.path_of_module(module), tuple(given), kwargs)
+
+    return cast(_Function, call)
+
+
+def _tracer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracer | None:
+    """Who traces, if an argument is a proxy."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Proxy):
+            return cast(Tracer, value.tracer)
+    return None
