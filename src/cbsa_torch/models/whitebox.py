@@ -255,6 +255,16 @@ class WhiteBoxTransformer(HeadedTransformer):
             return checkpoint(block, x, *where)
         return block(x, *where)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the model: its FX graph, for batches of images.
+
+        Raises:
+            ValueError: the model is in context parallel. TypeError: a layer that cannot be compiled, and why.
+        """
+        if self.ranks is not None:
+            raise ValueError("model must not be in context parallel: TorchScript has no processes")
+        return torch.fx.symbolic_trace(self)
+
     def forward_intermediates(
         self,
         x: Any,
@@ -352,6 +362,9 @@ class WhiteBoxTransformer(HeadedTransformer):
         """Images, or a list of images of any sizes, to logits; in context parallel on every rank."""
         logits: Tensor = self.forward_head(self.forward_features(x))
         return logits
+
+    # FX writes annotations into its graphs, where these, which are strings, would be no types.
+    forward.__annotations__ = {}
 
 
 class _Embedded(NamedTuple):

@@ -9,6 +9,7 @@ from cbsa_torch import ops
 from cbsa_torch._core.checks import check_number, check_positive, check_positive_int
 from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch.nn.fused import Fused, check_fusable
+from cbsa_torch.nn.scripted import ScriptedFusedISTA, ScriptedISTA
 from cbsa_torch.ops.ista import ista_by_matrix
 
 
@@ -66,6 +67,10 @@ class ISTA(nn.Module):
         check_fusable(self, ISTA)
         return FusedISTA(ops.ista_matrix(self.weight, step_size=self.step_size), self.step_size * self.sparsity)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the layer."""
+        return ScriptedISTA(self.weight, self.step_size, self.sparsity)
+
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
         return f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.sparsity}"
@@ -90,6 +95,10 @@ class FusedISTA(Fused):
     def forward(self, x: Tensor) -> Tensor:
         """Code ``(..., dim)`` tokens; same shape."""
         return ista_by_matrix(x, self.matrix, self.threshold)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the layer."""
+        return ScriptedFusedISTA(self.matrix, self.threshold)
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
 from cbsa_torch._core.fx import fx_leaf
-from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
+from cbsa_torch._core.linear import apply_with_matrix, is_plain_linear, why_not_drawn
 from cbsa_torch._core.types import (
     LAYOUTS,
     QKV,
@@ -36,7 +36,12 @@ from cbsa_torch.nn.grid_hook import has_grid_hook, install_grid_hook_once
 from cbsa_torch.nn.orthonormal import OrthonormalLinear, is_orthonormal
 from cbsa_torch.nn.packing import Packing, read_packed, restore_packed
 from cbsa_torch.nn.reading import TokenReader
-from cbsa_torch.nn.representatives import make_representatives
+from cbsa_torch.nn.representatives import (
+    LearnedRepresentatives,
+    PooledRepresentatives,
+    make_representatives,
+)
+from cbsa_torch.nn.scripted import ScriptedMixer, ScriptedRepresentatives, not_scriptable
 from cbsa_torch.nn.tokens import (
     Heads,
     MixerInput,
@@ -348,6 +353,34 @@ class TokenMixer(TokenReader, abc.ABC):
         rows, packing = read_packed(x, self.dim, cu_seqlens, grid_sizes, coords, self.num_prefix_tokens)
         out = self.proj_drop(self._checkpointed(self._update_packed, rows, packing, is_causal))
         return restore_packed(out, x)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the layer, for whole batches of images.
+
+        Raises:
+            TypeError: it cannot compile such a layer, with the reason.
+        """
+        if self.grid_follower is not None:
+            raise not_scriptable(self, "it is told where tokens are by hooks of the model around it")
+        if self.orthogonal:
+            raise not_scriptable(self, "TorchScript has no parametrisations such as orthogonal=True")
+        if self.proj is None and not is_plain_linear(self.qkv):
+            raise not_scriptable(self, "tied=True needs an ordinary linear layer, without adapters or hooks")
+        return ScriptedMixer(self, self.scripted_operator())
+
+    def scripted_operator(self) -> nn.Module:
+        """:meth:`mix` for TorchScript: called with queries, keys, values and the grid; see ``nn/scripted.py``."""
+        raise not_scriptable(self, "it has no form for TorchScript")
+
+    def _scripted_representatives(self) -> ScriptedRepresentatives:
+        kind, learned, number = self.representatives, None, 0
+        if isinstance(kind, LearnedRepresentatives):
+            learned = kind.values
+        elif isinstance(kind, PooledRepresentatives):
+            number = kind.num_representatives
+        else:
+            raise not_scriptable(self, "representatives must be 'pool' or 'learned'")
+        return ScriptedRepresentatives(learned, number, self.layout == "standard")
 
     def _checkpointed(self, update: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled() and not is_transformed():

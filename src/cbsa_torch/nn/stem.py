@@ -17,6 +17,7 @@ from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.nn.batch_norm import normalize_together
 from cbsa_torch.nn.fused import FusedConv2d, check_fusable
+from cbsa_torch.nn.scripted import ScriptedLinearStem
 
 
 class _Level(NamedTuple):
@@ -168,6 +169,10 @@ class ConvStem(nn.Module):
             )
         return levels
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the stem."""
+        return self.proj
+
     def fuse(self) -> ConvStem:
         """The same stem for inference, batch norms merged into the convolutions; timm's convention.
 
@@ -275,6 +280,10 @@ class LinearStem(nn.Module):
         )  # (B, C, h, p, w, p)
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (B, h, w, p * p * C), channels last within a patch
         return self.norm2(self.proj(self.norm1(x))).permute(0, 3, 1, 2)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the stem."""
+        return ScriptedLinearStem(self)
 
     def forward_list(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Embed batches of several sizes."""
