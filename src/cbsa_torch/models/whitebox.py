@@ -21,7 +21,7 @@ from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch._core.types import GridSize, Residual
 from cbsa_torch.models.head import HeadedTransformer, check_num_classes
 from cbsa_torch.models.packed_images import PackedImages, split_map
-from cbsa_torch.models.resize import resample_positions
+from cbsa_torch.models.resize import record_image_size, resample_positions
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, TokenMixer, WhiteBoxBlock
 from cbsa_torch.nn.bands import ImageBand, drop_alike, embed_band, pool_over_ranks
 from cbsa_torch.ops.parallel import ContextParallel, Ranks
@@ -56,6 +56,8 @@ class WhiteBoxTransformer(HeadedTransformer):
             with ``mlp_ratio``, whose layers add to the input always.
         step_size, sparsity: of ISTA.
         drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
+        drop_path_rate: stochastic depth of the last layer, see ``drop_path`` of the layers; it grows from 0 in the
+            first. Not in context parallel.
         device, dtype: of the parameters.
 
     Shape:
@@ -86,6 +88,7 @@ class WhiteBoxTransformer(HeadedTransformer):
         sparsity: float = ISTA_DEFAULT,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,6 +103,8 @@ class WhiteBoxTransformer(HeadedTransformer):
             raise ValueError("step_size and sparsity are of ISTA, which mlp_ratio replaces by an MLP")
         if mlp_ratio is not None and residual is not None:
             raise ValueError("residual is of layers with ISTA, which mlp_ratio replaces by an MLP")
+        if isinstance(drop_path_rate, bool) or not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {drop_path_rate!r}")
         mixers = [mixer] * depth if callable(mixer) else list(mixer)
         if len(mixers) != depth:
             raise ValueError(f"mixer must be one constructor or depth={depth} of them, got {len(mixers)}")
@@ -120,14 +125,23 @@ class WhiteBoxTransformer(HeadedTransformer):
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         prefix = self.num_prefix_tokens
         self.blocks = nn.ModuleList()
-        for make in mixers:
+        for i, make in enumerate(mixers):
+            drop_path = drop_path_rate * i / max(depth - 1, 1)
             attn = make(embed_dim, num_heads, head_dim=head_dim, num_prefix_tokens=prefix, **factory_kwargs)
             if mlp_ratio is None:
                 block: nn.Module = WhiteBoxBlock(
-                    embed_dim, attn, residual=residual, step_size=step_size, sparsity=sparsity, **factory_kwargs
+                    embed_dim,
+                    attn,
+                    residual=residual,
+                    step_size=step_size,
+                    sparsity=sparsity,
+                    drop_path=drop_path,
+                    **factory_kwargs,
                 )
             else:
-                block = ResidualBlock(embed_dim, attn, mlp_ratio=mlp_ratio, **factory_kwargs)
+                block = ResidualBlock(
+                    embed_dim, attn, mlp_ratio=mlp_ratio, drop_path=drop_path, **factory_kwargs
+                )
             self.blocks.append(block)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
@@ -180,6 +194,7 @@ class WhiteBoxTransformer(HeadedTransformer):
         resampled = self._resampled_pos_embed(grid_size).detach().clone()
         self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         self.grid_size = grid_size
+        record_image_size(self, img_size)
 
     def _resampled_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
         return resample_positions(self.pos_embed, self.grid_size, grid_size)
