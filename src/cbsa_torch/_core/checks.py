@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from cbsa_torch._core.types import DEFAULT_EPS
 
@@ -88,7 +89,8 @@ def exact_eps(eps: float | None, contraction: str) -> float:
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless ``tensor`` is a real floating-point tensor."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        in_fx = "; torch.fx cannot trace what looks at sizes: use torch.export" if isinstance(tensor, Proxy) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{in_fx}")
     if not tensor.is_floating_point():
         raise TypeError(
             f"{name} must have a floating-point dtype, got {tensor.dtype}; convert it with .float()"

@@ -16,7 +16,8 @@ def fx_leaf(function: _Function) -> _Function:
     """Have FX record a call of a function, or of the module whose ``forward`` this is, and not look inside.
 
     For what decides by shapes or checks its arguments. The module is called with real tensors when the graph
-    runs, and raises what it raises.
+    runs, and raises what it raises. What hooks would have told it, which a graph has none of, it is given as the
+    keywords that its ``fx_arguments(tracer)`` returns.
     """
 
     @functools.wraps(function)
@@ -31,9 +32,15 @@ def fx_leaf(function: _Function) -> _Function:
             raise TypeError(
                 f"{type(module).__name__} is one node of FX graphs and has none inside: trace the model around it"
             )
+        if len(given) == 1:
+            kwargs = {**getattr(module, "fx_arguments", _no_arguments)(tracer), **kwargs}
         return tracer.create_proxy("call_module", tracer.path_of_module(module), tuple(given), kwargs)
 
     return cast(_Function, call)
+
+
+def _no_arguments(_: Tracer) -> dict[str, Any]:
+    return {}
 
 
 def _tracer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracer | None:
