@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import copy
 import copyreg
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -362,22 +363,34 @@ class TokenMixer(TokenReader, abc.ABC):
         """
         if self.grid_follower is not None:
             raise not_scriptable(self, "it is told where tokens are by hooks of the model around it")
-        if self.orthogonal:
-            raise not_scriptable(self, "TorchScript has no parametrisations such as orthogonal=True")
+        if is_orthonormal(self.qkv):
+            raise not_scriptable(
+                self, "TorchScript has no parametrisations such as orthogonal=True, but fused layers have none"
+            )
+        if self.grid_size is not None and len(self.grid_size) != 2:
+            raise not_scriptable(self, f"its grid must have two axes, got {self.grid_size}")
         if self.proj is None and not is_plain_linear(self.qkv):
             raise not_scriptable(self, "tied=True needs an ordinary linear layer, without adapters or hooks")
+        # what a subclass computes otherwise is not in the form of its base
+        for kind in itertools.takewhile(lambda kind: "scripted_operator" not in vars(kind), type(self).__mro__):
+            if any(callable(value) and name != "__init__" for name, value in vars(kind).items()):
+                raise not_scriptable(self, "it has methods of its own and no scripted_operator beside them")
         return ScriptedMixer(self, self.scripted_operator())
 
     def scripted_operator(self) -> nn.Module:
         """:meth:`mix` for TorchScript: called with queries, keys, values and the grid; see ``nn/scripted.py``."""
-        raise not_scriptable(self, "it has no form for TorchScript")
+        raise not_scriptable(self, "it has no scripted_operator")
 
     def _scripted_representatives(self) -> ScriptedRepresentatives:
-        kind, learned, number = self.representatives, None, 0
+        kind: Any = self.representatives
+        learned: nn.Parameter | None = None
+        number: int | Sequence[int] = 0
         if isinstance(kind, LearnedRepresentatives):
             learned = kind.values
         elif isinstance(kind, PooledRepresentatives):
             number = kind.num_representatives
+            if isinstance(number, tuple) and len(number) != 2:
+                raise not_scriptable(self, f"the grid of its cells must have two axes, got {number}")
         else:
             raise not_scriptable(self, "representatives must be 'pool' or 'learned'")
         return ScriptedRepresentatives(learned, number, self.layout == "standard")

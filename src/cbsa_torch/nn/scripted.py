@@ -38,6 +38,7 @@ class ScriptedMixer(nn.Module):
 
     def __init__(self, mixer: Any, operator: nn.Module) -> None:
         super().__init__()
+        self.grid_size: Grid = mixer.grid_size
         self.shared, self.num_heads, self.head_dim = mixer.shared_qkv, mixer.num_heads, mixer.head_dim
         self.qkv, self.q_norm, self.k_norm = mixer.qkv, mixer.q_norm, mixer.k_norm
         self.operator = operator
@@ -54,6 +55,9 @@ class ScriptedMixer(nn.Module):
         """Mix ``(B, N, C)`` tokens, prefix tokens first."""
         if token_mask is not None:
             raise ValueError("token_mask must be None in TorchScript: compile the model for whole images")
+        assert x.dim() == 3, "x must be (B, N, C) tokens in TorchScript"
+        if grid_size is None:
+            grid_size = self.grid_size
         b, n = x.shape[0], x.shape[1]
         projected = self.qkv(x)
         if self.shared:
