@@ -33,6 +33,7 @@ from torchvision.models import feature_extraction
 from cbsa_torch import CBSA
 from cbsa_torch.models import adapt_vit
 from cbsa_torch.models.registry import FAMILIES, model_name, names, sizes_of
+from cbsa_torch.nn import TokenMixer
 from tests.helpers.compare import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -174,6 +175,7 @@ def test_fx_forward_and_backward(name):
                 assert_close(found[parameter], gradient, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The TorchScript type system")  # of any graph of FX
 @each_model
 def test_torchscript_at_any_size(name):
     model = small(name, global_pool="avg").eval()
@@ -228,7 +230,8 @@ def test_attention_extract_takes_layers_by_name(name):
 @each_family
 def test_layer_decay(name):
     model = small(name)
-    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
+    spared = model.no_weight_decay()
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=spared, layer_decay=0.5)
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     named = dict(model.named_parameters())
@@ -236,7 +239,6 @@ def test_layer_decay(name):
     matrix = "attn.qkv.weight"
     found = [scales[id(named[n])] for n in ("cls_token", *(f"blocks.{i}.{matrix}" for i in range(3)), "head.weight")]
     assert found == [0.5**k for k in (4, 3, 2, 1, 0)]
-    spared = model.no_weight_decay()
     for parameter_name, parameter in named.items():
         keeps = parameter_name in spared or parameter.ndim < 2
         assert decays[id(parameter)] == (0.0 if keeps else 0.05), parameter_name
@@ -250,9 +252,12 @@ def test_fused_models_keep_these_doors(name):
     with torch.no_grad():
         expected = model(x)
         assert_close(fused(x), expected, 1e-5)
-        graph = create_feature_extractor(fused, ["head", "blocks.1"])
-        assert_close(graph(x)["head"], expected, 1e-5)
         assert_close(torch.jit.script(fused)(x), expected, 1e-5)
+        graph = reparameterize_model(create_feature_extractor(model, ["head", "blocks.1"]).eval())
+        assert_close(graph(x)["head"], expected, 1e-5)
+    assert isinstance(graph.get_submodule("blocks.0.attn"), TokenMixer)
+    with pytest.raises(RuntimeError, match="is fused for inference and cannot be trained"):
+        create_feature_extractor(fused, ["head"])  # which makes a graph for training, too: fuse it afterwards
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.stem.modules()) == ("original" not in name)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from torch.fx import Proxy, Tracer
+from torch.fx import GraphModule, Proxy, Tracer
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -49,3 +49,10 @@ def _tracer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracer | None:
         if isinstance(value, Proxy):
             return cast(Tracer, value.tracer)
     return None
+
+
+class ScriptableGraph(GraphModule):
+    """The FX graph of a model, to be compiled by ``torch.jit.script``: that warns of how its base is written."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, Tracer().trace(model))

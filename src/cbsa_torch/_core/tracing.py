@@ -12,6 +12,12 @@ from torch import Tensor
 from cbsa_torch._core.fx import fx_leaf
 
 
+def is_recorded() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` records what is computed, for programs without our code."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.compiler.is_exporting()
+
+
 def refuse_dynamic(name: str, sizes: Iterable[Any]) -> None:
     """Raise ``ValueError`` where an export declares one of ``sizes``, called ``name``, dynamic.
 

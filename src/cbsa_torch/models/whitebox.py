@@ -16,6 +16,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
+from cbsa_torch._core.fx import ScriptableGraph
 from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch._core.types import GridSize, Residual
@@ -278,7 +279,7 @@ class WhiteBoxTransformer(HeadedTransformer):
         """
         if self.ranks is not None:
             raise ValueError("model must not be in context parallel: TorchScript has no processes")
-        return torch.fx.symbolic_trace(self)
+        return ScriptableGraph(self)
 
     def forward_intermediates(
         self,

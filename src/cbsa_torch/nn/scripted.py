@@ -38,7 +38,7 @@ class ScriptedMixer(nn.Module):
 
     def __init__(self, mixer: Any, operator: nn.Module) -> None:
         super().__init__()
-        self.grid_size: Grid = mixer.grid_size
+        self.grid_size = mixer.grid_size
         self.shared, self.num_heads, self.head_dim = mixer.shared_qkv, mixer.num_heads, mixer.head_dim
         self.qkv, self.q_norm, self.k_norm = mixer.qkv, mixer.q_norm, mixer.k_norm
         self.operator = operator
