@@ -3,9 +3,9 @@
     python examples/timm_training.py --model cbt_nano_patch4_32 --epochs 4
     python examples/timm_training.py --model cbt_nano_patch4_32 --epochs 8 --resume runs/timm/last.pth.tar
 
-Nothing here knows the model but its name; the only line for it imports ``cbsa_torch.models``, which registers the
-names with timm. The images are drawn: noise that is redder or bluer. ``--data`` takes a folder with a folder of
-images for each class.
+Nothing here knows the model but its name; the only line for it imports ``cbsa_torch.models``, which registers
+the names with timm. The images are drawn: noise that is redder or bluer. ``--data`` takes a folder with a
+folder of images for each class.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def train(options: Options, data: Path) -> list[dict[str, float]]:
     optimizer = create_optimizer_v2(
         model, "adamw", lr=options.lr, weight_decay=0.05, layer_decay=options.layer_decay
     )
-    scheduler, _ = create_scheduler_v2(optimizer, sched="step", decay_epochs=30, warmup_epochs=0, num_epochs=300)
+    scheduler, _ = create_scheduler_v2(optimizer, sched="step", decay_epochs=30, num_epochs=300)
     start = 0
     if options.resume is not None:
         start = resume_checkpoint(model, str(options.resume), optimizer)

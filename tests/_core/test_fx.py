@@ -39,12 +39,14 @@ def test_leaves_are_one_call_each_and_decide_when_the_graph_runs():
     assert called == ["call_function", "call_module", "call_module", "call_function"]
     for x in (torch.ones(1), torch.ones(2)):
         first = x if len(x) == 1 else x / 4
-        assert torch.equal(graph(x), (3 * first + 1) + (3 * x + 5))  # the shift is the graph's, unless it is given
+        assert torch.equal(
+            graph(x), (3 * first + 1) + (3 * x + 5)
+        )  # the shift is the graph's, unless it is given
     graph(torch.ones(2)).sum().backward()
     assert model.layer.weight.grad.item() == 2.5
     assert torch.equal(model(torch.ones(2)), torch.full((2,), 0.75 + 3 + 5))
 
 
 def test_a_leaf_alone_is_no_graph():
-    with pytest.raises(TypeError, match="Layer is one node of FX graphs and has none inside"):
+    with pytest.raises(TypeError, match="Layer is one node of FX graphs, with none inside"):
         fx.symbolic_trace(Layer())

@@ -237,7 +237,9 @@ def test_layer_decay(name):
     named = dict(model.named_parameters())
     assert set(scales) == {id(p) for p in named.values()}
     matrix = "attn.qkv.weight"
-    found = [scales[id(named[n])] for n in ("cls_token", *(f"blocks.{i}.{matrix}" for i in range(3)), "head.weight")]
+    found = [
+        scales[id(named[n])] for n in ("cls_token", *(f"blocks.{i}.{matrix}" for i in range(3)), "head.weight")
+    ]
     assert found == [0.5**k for k in (4, 3, 2, 1, 0)]
     for parameter_name, parameter in named.items():
         keeps = parameter_name in spared or parameter.ndim < 2
@@ -258,11 +260,19 @@ def test_fused_models_keep_these_doors(name):
     assert isinstance(graph.get_submodule("blocks.0.attn"), TokenMixer)
     with pytest.raises(RuntimeError, match="is fused for inference and cannot be trained"):
         create_feature_extractor(fused, ["head"])  # which makes a graph for training, too: fuse it afterwards
-    assert any(isinstance(module, nn.BatchNorm2d) for module in model.stem.modules()) == ("original" not in name)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.stem.modules()) == (
+        "original" not in name
+    )
 
 
 def test_arguments_of_create_model():
-    options = {"img_size": (24, 40), "in_chans": 5, "global_pool": "avg", "drop_path_rate": 0.2, "num_classes": 0}
+    options = {
+        "img_size": (24, 40),
+        "in_chans": 5,
+        "global_pool": "avg",
+        "drop_path_rate": 0.2,
+        "num_classes": 0,
+    }
     for name in ("cbt_nano_patch4_32", "stem_vit_nano_patch4_32", "crate_original_tiny_patch16_224"):
         model = timm.create_model(name, depth=3, embed_dim=32, num_heads=2, **{**options, "patch_size": 8})
         assert model.grid_size == (3, 5)

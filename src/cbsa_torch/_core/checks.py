@@ -89,8 +89,9 @@ def exact_eps(eps: float | None, contraction: str) -> float:
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless ``tensor`` is a real floating-point tensor."""
     if not isinstance(tensor, Tensor):
-        in_fx = "; torch.fx cannot trace what looks at sizes: use torch.export" if isinstance(tensor, Proxy) else ""
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{in_fx}")
+        in_fx = "; torch.fx cannot trace what looks at sizes: use torch.export"
+        got = f"{type(tensor).__name__}{in_fx if isinstance(tensor, Proxy) else ''}"
+        raise TypeError(f"{name} must be a torch.Tensor, got {got}")
     if not tensor.is_floating_point():
         raise TypeError(
             f"{name} must have a floating-point dtype, got {tensor.dtype}; convert it with .float()"

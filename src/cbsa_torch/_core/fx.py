@@ -15,9 +15,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def fx_leaf(function: _Function) -> _Function:
     """Have FX record a call of a function, or of the module whose ``forward`` this is, and not look inside.
 
-    For what decides by shapes or checks its arguments. The module is called with real tensors when the graph
-    runs, and raises what it raises. What hooks would have told it, which a graph has none of, it is given as the
-    keywords that its ``fx_arguments(tracer)`` returns.
+    For what decides by shapes or checks its arguments. It is called with real tensors when the graph runs, and
+    raises what it raises. Graphs have no hooks: what these would tell a module, it is given as the keywords
+    that its ``fx_arguments(tracer)`` returns.
     """
 
     @functools.wraps(function)
@@ -30,7 +30,7 @@ def fx_leaf(function: _Function) -> _Function:
         module, *given = args
         if module is tracer.root:
             raise TypeError(
-                f"{type(module).__name__} is one node of FX graphs and has none inside: trace the model around it"
+                f"{type(module).__name__} is one node of FX graphs, with none inside: trace the model around it"
             )
         if len(given) == 1:
             kwargs = {**getattr(module, "fx_arguments", _no_arguments)(tracer), **kwargs}
@@ -52,7 +52,7 @@ def _tracer_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracer | None:
 
 
 class ScriptableGraph(GraphModule):
-    """The FX graph of a model, to be compiled by ``torch.jit.script``: that warns of how its base is written."""
+    """The FX graph of a model, for ``torch.jit.script``, which would warn of how the base class is written."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, Tracer().trace(model))

@@ -13,7 +13,7 @@ from cbsa_torch._core.fx import fx_leaf
 
 
 def is_recorded() -> bool:
-    """Whether ``torch.export`` or ``torch.jit.trace`` records what is computed, for programs without our code."""
+    """Whether ``torch.export`` or ``torch.jit.trace`` records a program, which is to run without our code."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return tracing or torch.compiler.is_exporting()
 

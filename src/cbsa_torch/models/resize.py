@@ -33,7 +33,7 @@ def resample_positions(pos_embed: Tensor, grid_size: tuple[int, int], wanted: tu
 
 
 def fit_positions(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Resample the position embedding of pretrained weights for the grid of the model that timm loads them into.
+    """Resample the position embedding of pretrained weights for the grid of the model that timm loads.
 
     The weights are of images of the size that their configuration names; if their length is another, they are
     left as they are, for loading to refuse.

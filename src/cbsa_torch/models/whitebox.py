@@ -57,8 +57,8 @@ class WhiteBoxTransformer(HeadedTransformer):
             with ``mlp_ratio``, whose layers add to the input always.
         step_size, sparsity: of ISTA.
         drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
-        drop_path_rate: stochastic depth of the last layer, see ``drop_path`` of the layers; it grows from 0 in the
-            first. Not in context parallel.
+        drop_path_rate: stochastic depth, ``drop_path`` of the last layer; it grows from 0 in the first. Not in
+            context parallel.
         device, dtype: of the parameters.
 
     Shape:
@@ -379,8 +379,9 @@ class WhiteBoxTransformer(HeadedTransformer):
         logits: Tensor = self.forward_head(self.forward_features(x))
         return logits
 
-    # FX writes annotations into its graphs, where these, which are strings, would be no types.
-    forward.__annotations__ = {}
+
+# FX writes annotations into its graphs, where these, which are strings, would be no types.
+WhiteBoxTransformer.forward.__annotations__ = {}
 
 
 class _Embedded(NamedTuple):

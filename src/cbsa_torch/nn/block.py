@@ -148,9 +148,7 @@ class ResidualBlock(nn.Module):
     ) -> Tensor:
         """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
         places = _places(coords, cu_seqlens, parallel)
-        x = x + self.drop_path(
-            self.attn(self.norm1(x), grid_size, token_mask, **places), cu_seqlens, parallel
-        )
+        x = x + self.drop_path(self.attn(self.norm1(x), grid_size, token_mask, **places), cu_seqlens, parallel)
         return x + self.drop_path(self.mlp(self.norm2(x)), cu_seqlens, parallel)
 
     def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:

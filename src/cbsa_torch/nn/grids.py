@@ -256,8 +256,8 @@ class GridFollower:
         grid = self.source.threads.state.in_fx
         if grid is None or grid.tracer is not tracer:
             raise ValueError(
-                "FX must trace the whole model: its patch embedding tells the grid that a layer needs; or tell the "
-                "layer its grid (set_input_size)"
+                "FX must trace the whole model, whose patch embedding tells the grid that a layer needs; or "
+                "tell the layer its grid (set_input_size)"
             )
         return grid
 
@@ -446,7 +446,9 @@ def _pin_images(embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
     """Hook before an embedding: traces and exports of what the layers make of the grid hold for one size."""
     if not inputs:
         return inputs
-    in_fx = isinstance(inputs[0], Proxy) and type(embedding).__name__ != "NaFlexEmbeds"  # which gets patches, too
+    in_fx = (
+        isinstance(inputs[0], Proxy) and type(embedding).__name__ != "NaFlexEmbeds"
+    )  # which gets patches, too
     if in_fx or (isinstance(inputs[0], Tensor) and inputs[0].ndim == 4):
         return (pin_image_size(inputs[0]), *inputs[1:])
     return inputs
@@ -458,7 +460,7 @@ def _grid_in_fx(embedding: nn.Module, inputs: tuple[Any, ...], output: Any, trac
     def grid_made(inputs: tuple[Any, ...], output: Any) -> GridSize:
         grid = _grid_made(embedding, inputs, output)
         if grid is None:
-            raise ValueError(f"{type(embedding).__name__} does not tell the grid of its output, which layers need")
+            raise ValueError(f"{type(embedding).__name__} does not tell the grid that layers need")
         return grid
 
     made: Proxy = tracer.create_proxy("call_function", grid_made, (tuple(inputs), output), {})

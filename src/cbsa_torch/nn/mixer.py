@@ -378,7 +378,7 @@ class TokenMixer(TokenReader, abc.ABC):
         return ScriptedMixer(self, self.scripted_operator())
 
     def scripted_operator(self) -> nn.Module:
-        """:meth:`mix` for TorchScript: called with queries, keys, values and the grid; see ``nn/scripted.py``."""
+        """:meth:`mix` for TorchScript: called with queries, keys, values and the grid; ``nn/scripted.py``."""
         raise not_scriptable(self, "it has no scripted_operator")
 
     def _scripted_representatives(self) -> ScriptedRepresentatives:

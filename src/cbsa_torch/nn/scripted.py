@@ -1,12 +1,12 @@
-"""Layers as ``torch.jit.script`` compiles them: their equations, without the arguments that mixers read and check.
+"""Layers as ``torch.jit.script`` compiles them: their equations, without what mixers read and check.
 
-A layer gives its form by ``__prepare_scriptable__``, PyTorch's convention. A form holds the parameters and modules
-of the layer that it stands for. It has images and tokens on one grid, without masks; sizes are free.
+A layer gives its form by ``__prepare_scriptable__``, PyTorch's convention. A form holds the parameters and
+modules of the layer that it stands for. It takes images, or tokens on a grid without masks, of any size.
 """
 
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from torch.nn import functional as F
 from cbsa_torch.ops.ista import ista_equation
 from cbsa_torch.ops.pooling import scripted_pool
 from cbsa_torch.ops.tssa import MEMBERSHIP_FLOOR, NORM_FLOOR
-
-# TorchScript reads annotations as they were before Python 3.9.
-Grid = Optional[Tuple[int, int]]  # noqa: UP006, UP045
 
 
 def not_scriptable(layer: nn.Module, reason: str) -> TypeError:
@@ -49,8 +46,8 @@ class ScriptedMixer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        grid_size: Optional[Tuple[int, int]] = None,  # noqa: UP006, UP045
-        token_mask: Optional[Tensor] = None,  # noqa: UP045
+        grid_size: tuple[int, int] | None = None,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
         """Mix ``(B, N, C)`` tokens, prefix tokens first."""
         if token_mask is not None:
@@ -90,7 +87,9 @@ class ScriptedSoftmaxAttention(nn.Module):
         super().__init__()
         self.dropout = dropout
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: Grid) -> Tensor:
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: tuple[int, int] | None
+    ) -> Tensor:
         """Attend."""
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
@@ -104,7 +103,9 @@ class ScriptedTSSA(nn.Module):
         self.temperature = temperature
         self.norm_floor, self.membership_floor = NORM_FLOOR, MEMBERSHIP_FLOOR  # TorchScript reads no globals
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: Grid) -> Tensor:
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: tuple[int, int] | None
+    ) -> Tensor:
         """Scale channels by their moments."""
         w = queries.to(torch.promote_types(queries.dtype, torch.float32))
         squares = w.square()
@@ -122,7 +123,9 @@ class ScriptedLinearCBSA(nn.Module):
         super().__init__()
         self.step_tokens, self.eps, self.average = step_tokens, eps, average
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: Grid) -> Tensor:
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: tuple[int, int] | None
+    ) -> Tensor:
         """Filter the spectrum."""
         w = queries.to(torch.float64)
         gram = w.mT @ w / self.eps**2  # (B, H, P, P)
@@ -152,7 +155,7 @@ class ScriptedRepresentatives(nn.Module):
         self.cells = number if fixed else (0, 0)
         self.skips_prefix = skips_prefix
 
-    def forward(self, tokens: Tensor, grid_size: Grid) -> Tensor:
+    def forward(self, tokens: Tensor, grid_size: tuple[int, int] | None) -> Tensor:
         """``(B, H, N, P)`` to ``(B, H, M, P)``."""
         learned = self.learned
         if learned is not None:
@@ -169,7 +172,9 @@ class ScriptedAgents(nn.Module):
         super().__init__()
         self.representatives = representatives
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: Grid) -> Tensor:
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: tuple[int, int] | None
+    ) -> Tensor:
         """Attend through the agents."""
         agents = self.representatives(queries, grid_size)
         collected = F.scaled_dot_product_attention(agents, keys, values)
@@ -200,11 +205,14 @@ class ScriptedCBSA(nn.Module):
         self.step_tokens, self.step_representatives = step_tokens, step_representatives
         self.contraction, self.eps, self.relative = contraction, eps, relative
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: Grid) -> Tensor:
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, grid_size: tuple[int, int] | None
+    ) -> Tensor:
         """Extract, contract, broadcast."""
         dtype = torch.promote_types(queries.dtype, torch.float32)
         scale = queries.shape[-1] ** -0.5
-        guess, keys, values = self.representatives(queries, grid_size).to(dtype), keys.to(dtype), values.to(dtype)
+        guess = self.representatives(queries, grid_size).to(dtype)
+        keys, values = keys.to(dtype), values.to(dtype)
         attention = torch.softmax((scale * guess) @ keys.mT, dim=-1)  # (B, H, M, N)
         extracted = guess + self.step_representatives.to(dtype)[:, None, None] * (attention @ values)
         contracted = extracted
@@ -267,6 +275,6 @@ class ScriptedLinearStem(nn.Module):
         """Embed images."""
         p = self.patch_size
         b, c, height, width = x.shape
-        assert height % p == 0 and width % p == 0, "images must have sides that are multiples of patch_size"
-        x = x.view(b, c, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1).flatten(3)
+        assert height % p + width % p == 0, "images must have sides that are multiples of patch_size"
+        x = x.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1).flatten(3)
         return self.norm2(self.proj(self.norm1(x))).permute(0, 3, 1, 2)
