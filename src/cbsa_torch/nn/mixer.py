@@ -383,17 +383,17 @@ class TokenMixer(TokenReader, abc.ABC):
 
     def _scripted_representatives(self) -> ScriptedRepresentatives:
         kind: Any = self.representatives
-        learned: nn.Parameter | None = None
-        number: int | Sequence[int] = 0
+        skips_prefix = self.layout == "standard"
         if isinstance(kind, LearnedRepresentatives):
-            learned = kind.values
-        elif isinstance(kind, PooledRepresentatives):
-            number = kind.num_representatives
-            if isinstance(number, tuple) and len(number) != 2:
-                raise not_scriptable(self, f"the grid of its cells must have two axes, got {number}")
-        else:
+            return ScriptedRepresentatives(kind.values, 0, (0, 0), skips_prefix)
+        if not isinstance(kind, PooledRepresentatives):
             raise not_scriptable(self, "representatives must be 'pool' or 'learned'")
-        return ScriptedRepresentatives(learned, number, self.layout == "standard")
+        number = kind.num_representatives
+        if isinstance(number, int):
+            return ScriptedRepresentatives(None, number, (0, 0), skips_prefix)
+        if len(number) != 2:
+            raise not_scriptable(self, f"the grid of its cells must have two axes, got {number}")
+        return ScriptedRepresentatives(None, 0, (number[0], number[1]), skips_prefix)
 
     def _checkpointed(self, update: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled() and not is_transformed():

@@ -143,17 +143,16 @@ class ScriptedRepresentatives(nn.Module):
 
     Args:
         learned: ``(H, M, P)``, or None to pool.
-        number: of pooled representatives, or the cells along both axes.
+        limit: of the number of pooled ones; 0: there are as many as cells.
+        cells: the grid of pooled ones, if there is no limit.
         skips_prefix: whether pooling begins after the prefix tokens.
     """
 
-    def __init__(self, learned: nn.Parameter | None, number: int | tuple[int, int], skips_prefix: bool) -> None:
+    def __init__(
+        self, learned: nn.Parameter | None, limit: int, cells: tuple[int, int], skips_prefix: bool
+    ) -> None:
         super().__init__()
-        self.learned = learned
-        fixed = isinstance(number, tuple)
-        self.limit = 0 if fixed else number
-        self.cells = number if fixed else (0, 0)
-        self.skips_prefix = skips_prefix
+        self.learned, self.limit, self.cells, self.skips_prefix = learned, limit, cells, skips_prefix
 
     def forward(self, tokens: Tensor, grid_size: tuple[int, int] | None) -> Tensor:
         """``(B, H, N, P)`` to ``(B, H, M, P)``."""
@@ -260,7 +259,7 @@ class ScriptedFusedISTA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Code tokens."""
-        return F.relu(x + F.linear(x, self.matrix) - self.threshold)
+        return F.relu(x + F.linear(x, self.matrix) - self.threshold)  # type: ignore[arg-type]
 
 
 class ScriptedLinearStem(nn.Module):

@@ -236,7 +236,7 @@ def scripted_pool(
                 if cost < lowest:
                     rows, columns, lowest = r, c, cost
     grid = tokens[:, :, first : first + height * width].transpose(2, 3).reshape(b, h * p, height, width)
-    pooled = F.adaptive_avg_pool2d(grid, [rows, columns])
+    pooled = F.adaptive_avg_pool2d(grid, (rows, columns))
     return pooled.view(b, h, p, rows * columns).transpose(2, 3)
 
 
