@@ -192,6 +192,7 @@ def test_torchscript_at_any_size(name):
             assert_close(scripts[0](x), expected, 1e-5)
             (out,) = scripts[1](x).values()
             assert_close(out, expected, 1e-5)
+    assert all(isinstance(block.attn, TokenMixer) for block in model.blocks)  # the model is what it was
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -332,7 +333,18 @@ def test_vits_of_timm_with_our_layers_in_fx(kind):
         torch.fx.symbolic_trace(vit.blocks)
 
 
-def test_models_that_fx_cannot_trace_say_so():
+def test_what_fx_and_torchscript_cannot_take_is_refused_by_name():
     segmenter = timm.create_model("segmenter", encoder="cbt_nano_patch4_32", num_classes=3)
-    with pytest.raises(TypeError, match=r"images must be a torch.Tensor, got Proxy; torch.fx cannot trace"):
-        get_graph_node_names(segmenter)
+    for model in (segmenter, timm.create_model("token_set_cbt_tiny", in_dim=8)):
+        with pytest.raises(TypeError, match=f"torch.jit.script cannot compile {type(model).__name__}: "):
+            torch.jit.script(model)
+        with pytest.raises(
+            TypeError, match=r"must be a torch.Tensor, got Proxy; torch.fx cannot trace what looks"
+        ):
+            torch.fx.symbolic_trace(model)
+    for options, reason in (
+        ({"step": "certified"}, "no parametrisations such as orthogonal=True"),
+        ({"representatives": "basis"}, "representatives must be 'pool' or 'learned'"),
+    ):
+        with pytest.raises(TypeError, match=f"torch.jit.script cannot compile CBSA: .*{reason}"):
+            torch.jit.script(small("cbt_pico_patch1_8", **options))

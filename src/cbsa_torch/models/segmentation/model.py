@@ -14,6 +14,7 @@ from cbsa_torch._core.modules import no_weight_decay_inside
 from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
 from cbsa_torch.models.segmentation.features import channels, check_encoder, patch_features, strides
+from cbsa_torch.nn.scripted import not_scriptable
 
 
 class Segmenter(nn.Module):
@@ -100,6 +101,12 @@ class Segmenter(nn.Module):
             # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
             columns = max(columns, 2)
         return rows * vertical, columns * horizontal
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse TorchScript: ``TypeError``."""
+        raise not_scriptable(
+            self, "its encoder gives features by a method that returns objects of several kinds"
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: what encoder and decoder say."""
