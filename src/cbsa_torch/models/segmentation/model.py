@@ -104,9 +104,7 @@ class Segmenter(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse TorchScript: ``TypeError``."""
-        raise not_scriptable(
-            self, "its encoder gives features by a method that returns objects of several kinds"
-        )
+        raise not_scriptable(self, "its encoder returns objects of several kinds")
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: what encoder and decoder say."""
