@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from examples import compress_lines, native_sizes, point_cloud, sparse_patches
+from examples import compress_lines, native_sizes, point_cloud, sparse_patches, timm_training
 
 from benchmarks import adapt_table, digits_family, segmentation_decoders
 from tests.helpers import processes
@@ -53,6 +53,20 @@ def test_images_of_many_sizes_are_as_they_would_be_alone():
     rows = native_sizes.measure(native_sizes.Options())
     assert [row["tokens"] for row in rows] == [65, 73, 116, 257, 65]
     assert all(row["error"] < 1e-12 for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves the files of images open
+@pytest.mark.parametrize("name", ["cbt_nano_patch4_32", "crate_cbt_nano_patch4_32", "tost_nano_patch4_32"])
+def test_parts_of_timm_train_save_and_resume_our_names(name, tmp_path):
+    data = timm_training.draw_images(tmp_path / "data", count=8)
+    options = timm_training.Options(model=name, epochs=3, output=tmp_path / "whole")
+    whole = timm_training.train(options, data)
+    half = replace(options, epochs=2, output=tmp_path / "half")
+    first = timm_training.train(half, data)
+    rest = timm_training.train(replace(half, epochs=3, resume=half.output / "last.pth.tar"), data)
+    assert first + rest == whole  # to the last bit: weights, averages, optimiser and schedule came back
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert whole[-1]["accuracy"] > 90
 
 
 def test_clouds_of_points_are_learned():

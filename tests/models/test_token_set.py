@@ -74,7 +74,9 @@ def test_order_unit_and_origin_do_not_matter_but_places_do(positions):
     assert model(features[None], coords[None] + 2**60).equal(logits)  # beyond what floating point tells apart
     code = model.float()._position_code(model.placed(coords[None]))
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model._position_code(model.placed(coords[None])).float(), code, atol=0.02, rtol=0)
+        torch.testing.assert_close(
+            model._position_code(model.placed(coords[None])).float(), code, atol=0.02, rtol=0
+        )
     low = model.bfloat16()._position_code(model.placed(coords[None])).float()
     torch.testing.assert_close(low, code, atol=0.02, rtol=0)
 

@@ -193,3 +193,12 @@ def test_products_of_large_cells(grid_size, cells, dtype, tolerance):
     pooled = pooling._pool_by_products(tokens, cells)
     assert pooled.dtype == dtype
     assert_close(pooled.double(), expected, tolerance)
+
+
+@pytest.mark.parametrize("number", [1, 5, 16, 64, (3, 2), (8, 8)])
+def test_the_form_for_torchscript_pools_the_same(number):
+    limit, cells = (0, number) if isinstance(number, tuple) else (number, (0, 0))
+    for grid in ((4, 4), (1, 9), (14, 3), (2, 31), (17, 16)):
+        tokens = torch.randn(2, 3, 2 + math.prod(grid), 4)
+        expected = ops.pool_representatives(tokens[:, :, 2:], grid, number).values
+        assert_close(pooling.scripted_pool(tokens, 2, grid, limit, cells), expected, 1e-6)

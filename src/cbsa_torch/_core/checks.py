@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from cbsa_torch._core.types import DEFAULT_EPS
 
@@ -88,11 +89,17 @@ def exact_eps(eps: float | None, contraction: str) -> float:
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless ``tensor`` is a real floating-point tensor."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(tensor)}")
     if not tensor.is_floating_point():
         raise TypeError(
             f"{name} must have a floating-point dtype, got {tensor.dtype}; convert it with .float()"
         )
+
+
+def _kind(value: object) -> str:
+    """The class of what should be a tensor; of a proxy also what to do."""
+    in_fx = "; torch.fx cannot trace what looks at sizes: use torch.export"
+    return f"{type(value).__name__}{in_fx if isinstance(value, Proxy) else ''}"
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], axes: str) -> None:

@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cbsa_torch._core.fx import fx_leaf
+
+
+def is_recorded() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` records a program, which is to run without our code."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.compiler.is_exporting()
+
 
 def refuse_dynamic(name: str, sizes: Iterable[Any]) -> None:
     """Raise ``ValueError`` where an export declares one of ``sizes``, called ``name``, dynamic.
@@ -42,3 +50,11 @@ def pin_size(name: str, x: Tensor, axes: tuple[int, ...] = (2, 3)) -> Tensor:
         for axis, size in zip(axes, sizes, strict=True):
             (x,) = x.split_with_sizes([size], axis)  # raises unless the sizes add up
     return x
+
+
+@fx_leaf
+def pin_image_size(images: Tensor) -> Tensor:
+    """:func:`pin_size` of images ``(B, C, height, width)``; TorchScript, which decides by size, keeps none."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return pin_size("height and width of images", images)
+    return images

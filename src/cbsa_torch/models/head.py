@@ -42,11 +42,12 @@ class HeadedTransformer(nn.Module):
         return self.head
 
     def make_head(self, num_classes: int) -> nn.Module:
-        """A new head (0 classes: none) on the device and in the dtype of the class token."""
+        """A new head (0 classes: none) on the device, in the dtype of the class token and in the mode."""
         if num_classes == 0:
             return nn.Identity()
         like = self.cls_token
-        return nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+        head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+        return head.train(self.training)
 
 
 def _check_shards(name: str, attn: nn.Module) -> None:

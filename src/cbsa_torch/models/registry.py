@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
+from cbsa_torch.models.resize import fit_positions
 from cbsa_torch.models.whitebox import Mixer, WhiteBoxTransformer
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
 
@@ -160,7 +161,8 @@ def _cfg(family: Family, size: Size) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": (0.5,) if grey else IMAGENET_DEFAULT_MEAN,
         "std": (0.5,) if grey else IMAGENET_DEFAULT_STD,
-        "first_conv": None if family.model_args.get("stem") == "linear" else "stem.proj.0.0",
+        # a linear stem has none that timm could adapt to other channels
+        "first_conv": () if family.model_args.get("stem") == "linear" else "stem.proj.0.0",
         "classifier": "head",
         "fixed_input_size": False,
         "license": "mit",
@@ -209,6 +211,7 @@ def _create(
         variant,
         pretrained,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        pretrained_filter_fn=fit_positions,
         mixer=mixer,
         **model_args,
     )

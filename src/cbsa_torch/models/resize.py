@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cbsa_torch._core.checks import check_sides
+from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.precision import compute_dtype
 
 
@@ -15,6 +19,41 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     # In channels-last memory torch 2.14 gets a width of 1 wrong. Half precision has no such kernel on the CPU.
     exact = maps.contiguous().to(compute_dtype(maps.dtype))
     return F.interpolate(exact, size, mode=mode, antialias=True).to(maps.dtype)
+
+
+@fx_leaf
+def resample_positions(pos_embed: Tensor, grid_size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Position embeddings ``(1, prefix + h * w, C)`` of a grid ``(h, w)`` for another grid, bicubically."""
+    if grid_size[0] == wanted[0] and grid_size[1] == wanted[1]:
+        return pos_embed
+    first = pos_embed.shape[1] - grid_size[0] * grid_size[1]
+    patches = pos_embed[:, first:].mT.reshape(1, -1, grid_size[0], grid_size[1])
+    patches = resize(patches, wanted, "bicubic").flatten(2).mT
+    return torch.cat([pos_embed[:, :first], patches], dim=1)
+
+
+def fit_positions(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Resample the position embedding of pretrained weights for the grid of the model that timm loads.
+
+    The weights are of images of the size that their configuration names; if their length is another, they are
+    left as they are, for loading to refuse.
+    """
+    given = state_dict.get("pos_embed")
+    if given is None or given.shape == model.pos_embed.shape:
+        return state_dict
+    size = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][1:]
+    grid_size = model.stem.grid_size(check_sides("img_size", size))
+    if given.shape[1] != model.num_prefix_tokens + grid_size[0] * grid_size[1]:
+        return state_dict
+    return {**state_dict, "pos_embed": resample_positions(given, grid_size, model.grid_size)}
+
+
+def record_image_size(model: nn.Module, size: int | tuple[int, int]) -> None:
+    """Note a new size where timm looks for it when it saves a model; older versions of timm do not look."""
+    with suppress(ImportError):
+        from timm.models._input import update_model_input_size
+
+        update_model_input_size(model, size)
 
 
 def set_image_size(model: nn.Module, size: int | tuple[int, int]) -> str:

@@ -36,6 +36,7 @@ from cbsa_torch.nn import (
     TokenMixer,
     WhiteBoxBlock,
 )
+from cbsa_torch.nn.scripted import not_scriptable
 from cbsa_torch.nn.shares import (
     ContextParallelInput,
     ContextParallelPlan,
@@ -200,6 +201,10 @@ class TokenSetTransformer(HeadedTransformer):
             "stem": r"^cls_token|^embed|^position_proj",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse TorchScript: ``TypeError``."""
+        raise not_scriptable(self, "what it does with coordinates and packed sets has no form for TorchScript")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one for ``num_classes`` (0: none); the class token stays what is read."""

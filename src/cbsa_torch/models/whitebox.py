@@ -6,7 +6,6 @@ black-box baseline. Everything else is timm's model surface.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,12 +16,13 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
+from cbsa_torch._core.fx import ScriptableGraph
 from cbsa_torch._core.modules import no_weight_decay_inside
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch._core.types import GridSize, Residual
 from cbsa_torch.models.head import HeadedTransformer, check_num_classes
 from cbsa_torch.models.packed_images import PackedImages, split_map
-from cbsa_torch.models.resize import resize
+from cbsa_torch.models.resize import record_image_size, resample_positions
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
 from cbsa_torch.nn.bands import ImageBand, embed_band
 from cbsa_torch.nn.shares import ContextParallelInput, ContextParallelPlan, drop_alike, pool_over_ranks
@@ -58,6 +58,8 @@ class WhiteBoxTransformer(HeadedTransformer):
             with ``mlp_ratio``, whose layers add to the input always.
         step_size, sparsity: of ISTA.
         drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
+        drop_path_rate: stochastic depth, ``drop_path`` of the last layer; it grows from 0 in the first. Not in
+            context parallel.
         device, dtype: of the parameters.
 
     Shape:
@@ -90,6 +92,7 @@ class WhiteBoxTransformer(HeadedTransformer):
         sparsity: float = ISTA_DEFAULT,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,6 +107,8 @@ class WhiteBoxTransformer(HeadedTransformer):
             raise ValueError("step_size and sparsity are of ISTA, which mlp_ratio replaces by an MLP")
         if mlp_ratio is not None and residual is not None:
             raise ValueError("residual is of layers with ISTA, which mlp_ratio replaces by an MLP")
+        if isinstance(drop_path_rate, bool) or not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {drop_path_rate!r}")
         mixers = [mixer] * depth if callable(mixer) else list(mixer)
         if len(mixers) != depth:
             raise ValueError(f"mixer must be one constructor or depth={depth} of them, got {len(mixers)}")
@@ -123,14 +128,23 @@ class WhiteBoxTransformer(HeadedTransformer):
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         prefix = self.num_prefix_tokens
         self.blocks = nn.ModuleList()
-        for make in mixers:
+        for i, make in enumerate(mixers):
+            drop_path = drop_path_rate * i / max(depth - 1, 1)
             attn = make(embed_dim, num_heads, head_dim=head_dim, num_prefix_tokens=prefix, **factory_kwargs)
             if mlp_ratio is None:
                 block: nn.Module = WhiteBoxBlock(
-                    embed_dim, attn, residual=residual, step_size=step_size, sparsity=sparsity, **factory_kwargs
+                    embed_dim,
+                    attn,
+                    residual=residual,
+                    step_size=step_size,
+                    sparsity=sparsity,
+                    drop_path=drop_path,
+                    **factory_kwargs,
                 )
             else:
-                block = ResidualBlock(embed_dim, attn, mlp_ratio=mlp_ratio, **factory_kwargs)
+                block = ResidualBlock(
+                    embed_dim, attn, mlp_ratio=mlp_ratio, drop_path=drop_path, **factory_kwargs
+                )
             self.blocks.append(block)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
@@ -183,13 +197,10 @@ class WhiteBoxTransformer(HeadedTransformer):
         resampled = self._resampled_pos_embed(grid_size).detach().clone()
         self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         self.grid_size = grid_size
+        record_image_size(self, img_size)
 
     def _resampled_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
-        if grid_size == self.grid_size:
-            return self.pos_embed
-        prefix, patches = self.pos_embed.split([self.num_prefix_tokens, math.prod(self.grid_size)], dim=1)
-        patches = resize(patches.mT.reshape(1, -1, *self.grid_size), grid_size, "bicubic")
-        return torch.cat([prefix, patches.flatten(2).mT], dim=1)
+        return resample_positions(self.pos_embed, self.grid_size, grid_size)
 
     def embed(self, x: Tensor | ImageBand) -> tuple[Tensor, tuple[int, int]]:
         """Images to ``(B, 1 + h * w, embed_dim)`` tokens, class token first, and their grid ``(h, w)``.
@@ -209,7 +220,7 @@ class WhiteBoxTransformer(HeadedTransformer):
                 "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"
             )
         else:
-            maps = self.stem(pin_size("height and width of images", x))
+            maps = self.stem(pin_image_size(x))
         tokens, grid_size = self._add_positions(maps, parallel)
         return tokens, grid_size, parallel
 
@@ -247,6 +258,16 @@ class WhiteBoxTransformer(HeadedTransformer):
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, *where)
         return block(x, *where)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the model: its FX graph, for batches of images.
+
+        Raises:
+            ValueError: the model is in context parallel. TypeError: a layer that cannot be compiled, and why.
+        """
+        if self.ranks is not None:
+            raise ValueError("model must not be in context parallel: TorchScript has no processes")
+        return ScriptableGraph(self)
 
     def forward_intermediates(
         self,
@@ -345,6 +366,10 @@ class WhiteBoxTransformer(HeadedTransformer):
         """Images, or a list of images of any sizes, to logits; in context parallel on every rank."""
         logits: Tensor = self.forward_head(self.forward_features(x))
         return logits
+
+
+# FX writes annotations into its graphs, where these, which are strings, would be no types.
+WhiteBoxTransformer.forward.__annotations__ = {}
 
 
 class _Embedded(NamedTuple):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.types import QKV, Layout, RepresentativeKind, Representatives, Strategy
 from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.scripted import ScriptedAgents
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 
@@ -66,6 +67,10 @@ class AgentAttention(TokenMixer):
             agent_mask=agents.mask,
             parallel=heads.source.parallel,
         )
+
+    def scripted_operator(self) -> nn.Module:
+        """Both attentions."""
+        return ScriptedAgents(self._scripted_representatives())
 
     def agents(self, heads: Heads) -> Representatives:
         """The agents that :meth:`mix` uses: values ``(B, H, M, P)`` and which of them exist."""

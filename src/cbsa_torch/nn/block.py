@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive
 from cbsa_torch._core.types import RESIDUALS, GridSize, Residual
+from cbsa_torch.nn.drop_path import DropPath
 from cbsa_torch.nn.ista import ISTA
 from cbsa_torch.nn.packing import Packing
 from cbsa_torch.ops.coordinates import Coordinates
@@ -41,6 +42,7 @@ class WhiteBoxBlock(nn.Module):
             step of ``attn`` is certified (its attribute ``step`` says so: give ``"norm"`` for a module around
             such a mixer), else the input.
         step_size, sparsity: of :class:`cbsa_torch.ISTA`.
+        drop_path: probability, while training, that the mixer's update of an item is left out.
         device, dtype: of the parameters made here (not of ``attn``).
     """
 
@@ -53,6 +55,7 @@ class WhiteBoxBlock(nn.Module):
         residual: Residual | None = None,
         step_size: float = 0.1,
         sparsity: float = 0.1,
+        drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,6 +63,7 @@ class WhiteBoxBlock(nn.Module):
         self.residual = residual_around(attn, residual)
         self.norm1 = norm_layer(dim, device=device, dtype=dtype)
         self.attn = attn
+        self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim, device=device, dtype=dtype)
         self.ista = ISTA(dim, step_size=step_size, sparsity=sparsity, device=device, dtype=dtype)
 
@@ -74,15 +78,18 @@ class WhiteBoxBlock(nn.Module):
     ) -> Tensor:
         """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
         normed = self.norm1(x)
+        places = _places(coords, cu_seqlens, parallel)
         x = self._add(
-            x, normed, self.attn(normed, grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
+            x,
+            normed,
+            self.drop_path(self.attn(normed, grid_size, token_mask, **places), cu_seqlens, parallel),
         )
         del normed  # of long sequences, half of what would be held while ISTA runs
         return self._feed_forward(x)
 
     def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
         """What :meth:`forward` makes of x, norm1(x) and attn(norm1(x))."""
-        return self._feed_forward(self._add(x, normed, update))
+        return self._feed_forward(self._add(x, normed, self.drop_path(update)))
 
     def _add(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
         return (normed if self.residual == "norm" else x) + update
@@ -102,6 +109,7 @@ class ResidualBlock(nn.Module):
         attn: a token mixer such as :class:`cbsa_torch.nn.MHSA`, called as ``attn(x, grid_size, token_mask)``.
         mlp_ratio: hidden over outer channels of the MLP.
         norm_layer: constructor of the two normalisation layers.
+        drop_path: probability, while training, that an update of an item is left out.
         device, dtype: of the parameters made here (not of ``attn``).
     """
 
@@ -112,6 +120,7 @@ class ResidualBlock(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         norm_layer: type[nn.Module] = nn.LayerNorm,
+        drop_path: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -120,6 +129,7 @@ class ResidualBlock(nn.Module):
         hidden = max(int(dim * mlp_ratio), 1)
         self.norm1 = norm_layer(dim, device=device, dtype=dtype)
         self.attn = attn
+        self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim, device=device, dtype=dtype)
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden, device=device, dtype=dtype),
@@ -137,15 +147,14 @@ class ResidualBlock(nn.Module):
         parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Transform ``(B, N, C)`` tokens, or packed ones; same shape. See :meth:`TokenMixer.forward`."""
-        x = x + self.attn(self.norm1(x), grid_size, token_mask, **_places(coords, cu_seqlens, parallel))
-        return self._feed_forward(x)
+        places = _places(coords, cu_seqlens, parallel)
+        x = x + self.drop_path(self.attn(self.norm1(x), grid_size, token_mask, **places), cu_seqlens, parallel)
+        return x + self.drop_path(self.mlp(self.norm2(x)), cu_seqlens, parallel)
 
     def apply_update(self, x: Tensor, normed: Tensor, update: Tensor) -> Tensor:
         """What :meth:`forward` makes of x, norm1(x) and attn(norm1(x))."""
-        return self._feed_forward(x + update)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(update)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def _places(

@@ -26,6 +26,7 @@ from cbsa_torch._core.types import (
 )
 from cbsa_torch.nn.mixer import TokenMixer
 from cbsa_torch.nn.representatives import PrincipalDirections
+from cbsa_torch.nn.scripted import ScriptedCBSA, not_scriptable
 from cbsa_torch.nn.tokens import Heads, MixerInput
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import run, run_and_project
@@ -219,6 +220,14 @@ class CBSA(TokenMixer):
         counts = counting.cbsa(n, m, contraction=self.contraction, extracted=extracted, grams=grams, **sizes)
         count_strategy = getattr(self.representatives, "counts", None)
         return counts if count_strategy is None else counts + count_strategy(n, **sizes)
+
+    def scripted_operator(self) -> nn.Module:
+        """Eq. 5, 7 or 8, and the broadcast."""
+        if self.step_tokens is None or self.step_representatives is None:
+            raise not_scriptable(self, "representatives must be 'pool' or 'learned', the step not certified")
+        steps = self.step_tokens, self.step_representatives
+        made = self._scripted_representatives()
+        return ScriptedCBSA(made, *steps, self.contraction, self.eps, self.step == "relative")
 
     def _inputs(self, heads: Heads) -> CBSAInputs:
         """The operator's inputs: tokens in the heads, representatives, options."""

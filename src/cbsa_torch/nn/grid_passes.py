@@ -14,6 +14,7 @@ import weakref
 from collections import Counter, defaultdict
 
 from torch import Tensor
+from torch.fx import Proxy
 
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.ops.coordinates import Coordinates
@@ -70,6 +71,8 @@ class ThreadState:
         self.blocks: list[tuple[object, Pass | None]] = []
         """Those that are running, from the outside in, and the pass in each."""
         self.traced = Traced()
+        self.in_fx: Proxy | None = None
+        """The grid in the FX graph that was traced last."""
 
     @property
     def running(self) -> Pass | None:

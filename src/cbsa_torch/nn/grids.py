@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
 
 from cbsa_torch._core.compiler import called_while_tracing
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.nn.grid_passes import Pass, PassTags, PerThread, Place, ThreadState, Traced
 from cbsa_torch.ops.coordinates import Coordinates
@@ -132,6 +133,10 @@ class GridSource:
         coords = kwargs.get("patch_coord")
         if coords is not None:  # of each batch others, which are no constants of a graph
             torch.compiler.disable(self._note)(embedding, Coordinates(coords))
+            return
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(first, Proxy):
+            self.threads.state.in_fx = _grid_in_fx(embedding, inputs, output, first.tracer)
             return
         grid, state = _grid_made(embedding, inputs, output), self.threads.state
         if torch.compiler.is_dynamo_compiling():
@@ -241,6 +246,20 @@ class GridFollower:
                     raise self._unknown(x, [note.grid])
                 return note.grid
         return torch.compiler.disable(self._look_up)(x)
+
+    def grid_in_fx(self, tracer: Tracer) -> Proxy:
+        """The grid of the images in the FX graph that is traced.
+
+        Raises:
+            ValueError: the graph embeds none.
+        """
+        grid = self.source.threads.state.in_fx
+        if grid is None or grid.tracer is not tracer:
+            raise ValueError(
+                "FX must trace the whole model, whose patch embedding tells the grid that a layer needs; or "
+                "tell the layer its grid (set_input_size)"
+            )
+        return grid
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the grid of a block's input, for what is inside: its forward pre-hook."""
@@ -423,11 +442,29 @@ def _owners(module: nn.Module, kind: type) -> list[Any]:
     return [owner for owner in owners if isinstance(owner, kind)]
 
 
-def _pin_images(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _pin_images(embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Hook before an embedding: traces and exports of what the layers make of the grid hold for one size."""
-    if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4:
-        return (pin_size("height and width of images", inputs[0]), *inputs[1:])
+    if not inputs:
+        return inputs
+    in_fx = (
+        isinstance(inputs[0], Proxy) and type(embedding).__name__ != "NaFlexEmbeds"
+    )  # which gets patches, too
+    if in_fx or (isinstance(inputs[0], Tensor) and inputs[0].ndim == 4):
+        return (pin_image_size(inputs[0]), *inputs[1:])
     return inputs
+
+
+def _grid_in_fx(embedding: nn.Module, inputs: tuple[Any, ...], output: Any, tracer: Any) -> Proxy:
+    """A call in an FX graph that gives the grid when the graph runs."""
+
+    def grid_made(inputs: tuple[Any, ...], output: Any) -> GridSize:
+        grid = _grid_made(embedding, inputs, output)
+        if grid is None:
+            raise ValueError(f"{type(embedding).__name__} does not tell the grid that layers need")
+        return grid
+
+    made: Proxy = tracer.create_proxy("call_function", grid_made, (tuple(inputs), output), {})
+    return made
 
 
 def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> GridSize | None:

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch._core.checks import check_number, check_positive, check_positive_int
+from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch.nn.fused import Fused, check_fusable
+from cbsa_torch.nn.scripted import ScriptedFusedISTA, ScriptedISTA
 from cbsa_torch.ops.ista import ista_by_matrix
 
 
@@ -49,6 +51,7 @@ class ISTA(nn.Module):
         """Draw the dictionary anew."""
         nn.init.kaiming_uniform_(self.weight)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Code ``(..., dim)`` tokens; same shape."""
         return ops.ista_step(x, self.weight, step_size=self.step_size, sparsity=self.sparsity)
@@ -63,6 +66,10 @@ class ISTA(nn.Module):
         """
         check_fusable(self, ISTA)
         return FusedISTA(ops.ista_matrix(self.weight, step_size=self.step_size), self.step_size * self.sparsity)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the layer."""
+        return ScriptedISTA(self.weight, self.step_size, self.sparsity)
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
@@ -84,9 +91,14 @@ class FusedISTA(Fused):
         self.threshold = threshold
         self.hold(matrix=matrix)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Code ``(..., dim)`` tokens; same shape."""
         return ista_by_matrix(x, self.matrix, self.threshold)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the layer."""
+        return ScriptedFusedISTA(self.matrix, self.threshold)
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""

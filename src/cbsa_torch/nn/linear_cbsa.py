@@ -10,6 +10,7 @@ from cbsa_torch import ops
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive
 from cbsa_torch._core.types import LINEAR_SOLVERS, LinearSolver
 from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.scripted import ScriptedLinearCBSA, not_scriptable
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 
@@ -68,6 +69,12 @@ class LinearCBSA(TokenMixer):
             parallel=heads.source.parallel,
         )
         return self.step_tokens[:, None, None].to(out.dtype) * out
+
+    def scripted_operator(self) -> nn.Module:
+        """The filter, by a linear solve."""
+        if self.solver != "cholesky":
+            raise not_scriptable(self, "solver must be 'cholesky': TorchScript has no autograd functions")
+        return ScriptedLinearCBSA(self.step_tokens, self.eps, self.average)
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count the Gram matrix, its filter, and the filter applied."""

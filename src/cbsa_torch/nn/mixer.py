@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import copy
 import copyreg
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
-from cbsa_torch._core.linear import apply_with_matrix, why_not_drawn
+from cbsa_torch._core.fx import fx_leaf
+from cbsa_torch._core.linear import apply_with_matrix, is_plain_linear, why_not_drawn
 from cbsa_torch._core.types import (
     LAYOUTS,
     QKV,
@@ -35,7 +37,12 @@ from cbsa_torch.nn.grid_hook import has_grid_hook, install_grid_hook_once
 from cbsa_torch.nn.orthonormal import OrthonormalLinear, is_orthonormal
 from cbsa_torch.nn.packing import Packing, read_packed, restore_packed
 from cbsa_torch.nn.reading import TokenReader
-from cbsa_torch.nn.representatives import make_representatives
+from cbsa_torch.nn.representatives import (
+    LearnedRepresentatives,
+    PooledRepresentatives,
+    make_representatives,
+)
+from cbsa_torch.nn.scripted import ScriptedMixer, ScriptedRepresentatives, not_scriptable
 from cbsa_torch.nn.tokens import (
     Heads,
     MixerInput,
@@ -258,6 +265,7 @@ class TokenMixer(TokenReader, abc.ABC):
         found = ((n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear))
         return {name: layer for name, layer in found if is_orthonormal(layer)}
 
+    @fx_leaf
     def forward(
         self,
         x: Tensor,
@@ -346,6 +354,46 @@ class TokenMixer(TokenReader, abc.ABC):
         rows, packing = read_packed(x, self.dim, cu_seqlens, grid_sizes, coords, self.num_prefix_tokens)
         out = self.proj_drop(self._checkpointed(self._update_packed, rows, packing, is_causal))
         return restore_packed(out, x)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the layer, for whole batches of images.
+
+        Raises:
+            TypeError: it cannot compile such a layer, with the reason.
+        """
+        if self.grid_follower is not None:
+            raise not_scriptable(self, "it is told where tokens are by hooks of the model around it")
+        if is_orthonormal(self.qkv):
+            raise not_scriptable(
+                self, "TorchScript has no parametrisations such as orthogonal=True, but fused layers have none"
+            )
+        if self.grid_size is not None and len(self.grid_size) != 2:
+            raise not_scriptable(self, f"its grid must have two axes, got {self.grid_size}")
+        if self.proj is None and not is_plain_linear(self.qkv):
+            raise not_scriptable(self, "tied=True needs an ordinary linear layer, without adapters or hooks")
+        # what a subclass computes otherwise is not in the form of its base
+        for kind in itertools.takewhile(lambda kind: "scripted_operator" not in vars(kind), type(self).__mro__):
+            if any(callable(value) and name != "__init__" for name, value in vars(kind).items()):
+                raise not_scriptable(self, "it has methods of its own and no scripted_operator beside them")
+        return ScriptedMixer(self, self.scripted_operator())
+
+    def scripted_operator(self) -> nn.Module:
+        """:meth:`mix` for TorchScript: called with queries, keys, values and the grid; ``nn/scripted.py``."""
+        raise not_scriptable(self, "it has no scripted_operator")
+
+    def _scripted_representatives(self) -> ScriptedRepresentatives:
+        kind: Any = self.representatives
+        skips_prefix = self.layout == "standard"
+        if isinstance(kind, LearnedRepresentatives):
+            return ScriptedRepresentatives(kind.values, 0, (0, 0), skips_prefix)
+        if not isinstance(kind, PooledRepresentatives):
+            raise not_scriptable(self, "representatives must be 'pool' or 'learned'")
+        number = kind.num_representatives
+        if isinstance(number, int):
+            return ScriptedRepresentatives(None, number, (0, 0), skips_prefix)
+        if len(number) != 2:
+            raise not_scriptable(self, f"the grid of its cells must have two axes, got {number}")
+        return ScriptedRepresentatives(None, 0, (number[0], number[1]), skips_prefix)
 
     def _checkpointed(self, update: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled() and not is_transformed():

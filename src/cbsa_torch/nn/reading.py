@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Tracer
 
 from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import GridSize, Layout, Strategy
@@ -198,6 +199,12 @@ class TokenReader(nn.Module):
         if not self.needs_grid or self.grid_size is not None or self.grid_follower is None:
             return None
         return self.grid_follower.place_of(tokens)
+
+    def fx_arguments(self, tracer: Tracer) -> dict[str, Any]:
+        """What an FX graph hands to the layer besides its tokens: where the model's embedding puts them."""
+        if not self.needs_grid or self.grid_size is not None or self.grid_follower is None:
+            return {}
+        return {"grid_size": self.grid_follower.grid_in_fx(tracer)}
 
     def _locate(
         self,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbsa_torch import ops
 from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.scripted import ScriptedSoftmaxAttention
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 
@@ -27,6 +28,10 @@ class _SoftmaxAttention(TokenMixer):
             attn_mask=heads.source.attn_mask,
             dropout=self.attn_drop if self.training else 0.0,
         )
+
+    def scripted_operator(self) -> nn.Module:
+        """PyTorch's fused attention."""
+        return ScriptedSoftmaxAttention(self.attn_drop)
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count both products with the N x N matrix."""

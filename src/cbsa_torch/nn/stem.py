@@ -13,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from cbsa_torch._core.checks import check_floating, check_positive_int
+from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.nn.batch_norm import normalize_together
 from cbsa_torch.nn.fused import FusedConv2d, check_fusable
+from cbsa_torch.nn.scripted import ScriptedLinearStem
 
 
 class _Level(NamedTuple):
@@ -84,6 +86,7 @@ class ConvStem(nn.Module):
         height, width = img_size
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
         check_images(x, self.in_chans)
@@ -165,6 +168,10 @@ class ConvStem(nn.Module):
                 0, _Level(_scaled(start, stop, stride, side), _scaled(own.start, own.stop, stride, side))
             )
         return levels
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the stem."""
+        return self.proj
 
     def fuse(self) -> ConvStem:
         """The same stem for inference, batch norms merged into the convolutions; timm's convention.
@@ -263,6 +270,7 @@ class LinearStem(nn.Module):
         """Some rows of what :meth:`forward` gives for whole images, see :meth:`ConvStem.embed_band`."""
         return self(x)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Embed images."""
         check_images(x, self.in_chans)
@@ -272,6 +280,10 @@ class LinearStem(nn.Module):
         )  # (B, C, h, p, w, p)
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (B, h, w, p * p * C), channels last within a patch
         return self.norm2(self.proj(self.norm1(x))).permute(0, 3, 1, 2)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of the stem."""
+        return ScriptedLinearStem(self)
 
     def forward_list(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Embed batches of several sizes."""

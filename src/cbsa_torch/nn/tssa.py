@@ -10,6 +10,7 @@ from cbsa_torch import ops
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive
 from cbsa_torch._core.types import TSSA_FORMS, TSSAForm
 from cbsa_torch.nn.mixer import TokenMixer
+from cbsa_torch.nn.scripted import ScriptedTSSA, not_scriptable
 from cbsa_torch.nn.tokens import Heads
 from cbsa_torch.ops import counting
 
@@ -78,6 +79,12 @@ class TSSA(TokenMixer):
             tokens, eps=self.eps, average=self.average, token_mask=mask, parallel=parallel
         )
         return self.step_tokens[:, None, None].to(out.dtype) * out
+
+    def scripted_operator(self) -> nn.Module:
+        """The form of ToST."""
+        if self.temperature is None:
+            raise not_scriptable(self, "form must be 'tost'")
+        return ScriptedTSSA(self.temperature)
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count the weighted means of ``"tost"``; the rest is work per element."""

@@ -209,6 +209,37 @@ def _candidates(grid_size: GridSize, limit: int) -> tuple[GridSize, ...]:
     return _search(grid_size, limit)[1]
 
 
+def scripted_pool(
+    tokens: Tensor, first: int, grid_size: tuple[int, int], limit: int, cells: tuple[int, int]
+) -> Tensor:
+    """Average pooling of images, as TorchScript can compile it.
+
+    Args:
+        tokens: ``(B, H, N, P)``, those of the grid after ``first`` others.
+        first: tokens before the grid.
+        grid_size: height and width.
+        limit: at most as many cells, those of :func:`representative_grid`; 0: as given.
+        cells: along both axes, if there is no limit.
+
+    Returns:
+        ``(B, H, M, P)``.
+    """
+    b, h, _, p = tokens.shape
+    height, width = grid_size
+    rows, columns = min(cells[0], height), min(cells[1], width)
+    if limit > 0:
+        rows, columns, lowest = 1, 1, float("inf")
+        for r in range(1, min(height, limit) + 1):
+            for c in range(1, min(width, limit // r) + 1):
+                a, b_ = r / height, c / width
+                cost = max(a, b_) / min(a, b_) / (r * c) ** 2
+                if cost < lowest:
+                    rows, columns, lowest = r, c, cost
+    grid = tokens[:, :, first : first + height * width].transpose(2, 3).reshape(b, h * p, height, width)
+    pooled = F.adaptive_avg_pool2d(grid, (rows, columns))
+    return pooled.view(b, h, p, rows * columns).transpose(2, 3)
+
+
 @functools.lru_cache(maxsize=1024)
 def _search(grid_size: GridSize, limit: int) -> tuple[GridSize, tuple[GridSize, ...]]:
     """The closest grid, and all that were considered, in fixed order."""

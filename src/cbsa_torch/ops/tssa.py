@@ -16,7 +16,7 @@ from cbsa_torch.ops.directions import check_basis
 from cbsa_torch.ops.masking import check_tokens, real_tokens
 from cbsa_torch.ops.parallel import ContextParallel, total
 
-_NORM_FLOOR = 1e-12
+NORM_FLOOR = 1e-12
 """Smallest norm of a channel over the tokens, as in torch's ``normalize``."""
 MEMBERSHIP_FLOOR = 1e-8
 """Added to a head's summed memberships, as in the official code."""
@@ -132,7 +132,7 @@ def memberships(
     """Pi of :func:`tssa`, ``(B, H, N)``, from W^2 ``(B, H, N, P)`` and its sum over tokens ``(B, H, 1, P)``."""
     if isinstance(temperature, Tensor):
         temperature = temperature.to(squares.dtype)[:, None]  # (H, 1)
-    share = squares / energy.clamp(min=_NORM_FLOOR**2)
+    share = squares / energy.clamp(min=NORM_FLOOR**2)
     membership = torch.softmax(temperature * share.sum(-1), dim=1)  # (B, H, N)
     return membership if token_mask is None else membership.masked_fill(~token_mask[:, None, :], 0.0)
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_bool, check_floating
 from cbsa_torch._core.modules import no_weight_decay_inside
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import pin_image_size
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
 from cbsa_torch.models.segmentation.features import channels, check_encoder, patch_features, strides
+from cbsa_torch.nn.scripted import not_scriptable
 
 
 class Segmenter(nn.Module):
@@ -85,7 +86,7 @@ class Segmenter(nn.Module):
             padded: Any = [self._pad(image) for image in x]
         else:
             self._check("images", x, 4, f"(B, {self.in_chans}, height, width)")
-            padded = self._pad(pin_size("height and width of images", x))
+            padded = self._pad(pin_image_size(x))
         with torch.no_grad() if self.freeze_encoder else nullcontext():
             return patch_features(self.encoder, padded)
 
@@ -114,6 +115,10 @@ class Segmenter(nn.Module):
             # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
             columns = max(columns, 2)
         return rows * vertical, columns * horizontal
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse TorchScript: ``TypeError``."""
+        raise not_scriptable(self, "its encoder returns objects of several kinds")
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: what encoder and decoder say."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from cbsa_torch._core.autodiff import has_values, is_transformed
 from cbsa_torch._core.checks import check_choice, check_floating
 from cbsa_torch._core.compiler import called_while_tracing
+from cbsa_torch._core.tracing import is_recorded
 from cbsa_torch._core.types import (
     DEFAULT_EPS,
     IMPLS,
@@ -96,7 +97,7 @@ def cbsa(
             tokens that require gradients: it keeps half as much then), ``"triton"`` on CUDA from N = 2^14 or
             B H M N = 2^24 on (in float32 from N = 2^18), and ``"eager"`` otherwise: for
             small problems, on other devices, for ``broadcast="softmax"``, under ``torch.func``, and in
-            ``torch.export``.
+            ``torch.export`` and ``torch.jit.trace``.
         cu_seqlens: ``(S + 1,)`` int32 or int64, 0 and where each sequence ends in ``tokens``, ``keys``
             and ``values`` ``(1, H, N, P)``: each is computed as it would be alone, without padding or masks.
         cu_representatives: the same for ``representatives`` ``(1, H, M, P)``; needed beside ``cu_seqlens``.
@@ -382,11 +383,11 @@ def _choose(inputs: CBSAInputs, impl: Impl, out_weight: Tensor | None) -> Impl:
 def fastest(inputs: CBSAInputs, out_weight: Tensor | None) -> Impl:
     """What ``"auto"`` is: tiles on the CPU, kernels on CUDA where the attention is large, else the equations.
 
-    Other devices were not measured. ``torch.export`` should leave no operator of ours in a program, and
+    Other devices were not measured. Exported and traced programs should have no operator of ours, and
     ``torch.func`` and forward-mode differentiation know the equations only.
     """
     given_or_fresh = inputs.attention is not None or inputs.broadcast == "softmax"
-    if given_or_fresh or torch.compiler.is_exporting() or is_transformed():
+    if given_or_fresh or is_recorded() or is_transformed():
         return "eager"
     (b, h, m, _), n = inputs.representatives.shape, inputs.keys.shape[2]
     weights = b * h * m * n
