@@ -54,9 +54,17 @@ def embedding_of(model: nn.Module) -> nn.Module | None:
 class GridSource:
     """The hooks of a model and its patch embedding: it notes the grid of every image that is embedded."""
 
-    def __init__(self, model: nn.Module, embedding: nn.Module, num_prefix_tokens: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module,
+        num_prefix_tokens: int | None,
+        cell: tuple[int, int] = (1, 1),
+    ) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         """None: what the grid leaves."""
+        self.cell = cell
+        """Positions of the embedding's output for each cell of the grid, which is rounded up."""
         self.embedding: weakref.ref[nn.Module] | None = weakref.ref(embedding)
         """None for a copy, until its own embedding is called."""
         self.fixed_size: bool = getattr(embedding, "strict_img_size", False)
@@ -133,13 +141,18 @@ class GridSource:
         if coords is not None:  # of each batch others, which are no constants of a graph
             torch.compiler.disable(self._note)(embedding, Coordinates(coords))
             return
-        grid, state = _grid_made(embedding, inputs, output), self.threads.state
+        grid, state = self._in_cells(_grid_made(embedding, inputs, output)), self.threads.state
         if torch.compiler.is_dynamo_compiling():
             fresh = state.traced.graph != self.graph_before()
             earlier = state.traced if fresh or self._is_waiting() else None
             state.traced = Traced(grid, self._new_graph(), earlier)
             return
         self._note(embedding, grid)
+
+    def _in_cells(self, made: GridSize | None) -> GridSize | None:
+        if made is None or self.cell == (1, 1):
+            return made
+        return -(-made[0] // self.cell[0]), -(-made[1] // self.cell[1])
 
     def _note(self, embedding: nn.Module, place: Place | None) -> None:
         state = self.threads.state
@@ -389,8 +402,29 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
             source.remove()
 
 
+def lead_layers(
+    model: nn.Module, embedding: nn.Module, layers: Collection[nn.Module], num_prefix_tokens: int
+) -> dict[nn.Module, GridFollower]:
+    """A follower for each of the ``layers`` of a model, which may be of any class; for good."""
+    source = next(iter(_owners(embedding, GridSource)), None)
+    if source is None:
+        source = GridSource(model, embedding, num_prefix_tokens)
+    for child in model.children():
+        source.surround(child, layers)
+    followers = {layer: source.follower() for layer in layers}
+    for layer, follower in followers.items():  # what it computes from its tokens is looked up by these
+        layer.register_forward_pre_hook(follower.enter, with_kwargs=True)
+        layer.register_forward_hook(follower.leave, always_call=True)
+    return followers
+
+
 def follow(
-    model: nn.Module, embedding: nn.Module, parts: Iterable[nn.Module], num_prefix_tokens: int | None = None
+    model: nn.Module,
+    embedding: nn.Module,
+    parts: Iterable[nn.Module],
+    num_prefix_tokens: int | None = None,
+    *,
+    cell: tuple[int, int] = (1, 1),
 ) -> int:
     """Let the mixers in the ``parts`` of a model follow; how many there are."""
     parts = list(parts)
@@ -401,7 +435,7 @@ def follow(
     if source is None:
         if not mixers:
             return 0
-        source = GridSource(model, embedding, num_prefix_tokens)
+        source = GridSource(model, embedding, num_prefix_tokens, cell)
     source.num_prefix_tokens = num_prefix_tokens
     if mixers and hasattr(model, "use_key_only_attn_mask"):
         model.use_key_only_attn_mask = True  # type: ignore[assignment]
