@@ -8,6 +8,8 @@ from torch.nn.utils import parametrize
 
 from cbsa_torch.nn.fused import FusedLinear, check_fusable
 
+_REMOVE = "torch.nn.utils.parametrize.remove_parametrizations(layer.qkv, 'weight')"
+
 
 class OrthonormalRows(nn.Module):
     """The orthonormal factor Q^T of a ``(rows, columns)`` parameter V = R^T Q^T, rows <= columns.
@@ -54,8 +56,8 @@ class OrthonormalLinear(nn.Linear):
         """Refuse what would take the place of the computed weight, as quantisers do: ``ValueError``."""
         if name == "weight" and is_orthonormal(self):
             raise ValueError(
-                "weight is computed from a parameter, and nothing else can take its place: fuse the model "
-                "first (timm.utils.reparameterize_model), then quantise it"
+                "weight is computed from a parameter, and nothing else can take its place. Before it is "
+                f"quantised, fuse the model (timm.utils.reparameterize_model), or {_REMOVE}"
             )
         super().register_parameter(name, param)
 
@@ -83,9 +85,9 @@ def check_no_adapter(layer: nn.Module) -> None:
     base = layer._modules.get("base_layer")
     if base is not None and is_orthonormal(base):
         raise ValueError(
-            f"qkv has orthonormal rows (orthogonal=True), and with an adapter ({type(layer).__name__}) it has "
-            "not; merged, the adapter would be lost without a trace. Leave qkv out of target_modules, or train "
-            "it whole (modules_to_save=['qkv'])"
+            f"qkv has orthonormal rows (orthogonal=True), and with an adapter ({type(layer).__name__}) not; "
+            "peft cannot merge it, and loses it silently. Leave qkv out of target_modules, train it whole "
+            f"(modules_to_save), or give up orthonormal rows before the adapter is added: {_REMOVE}"
         )
 
 

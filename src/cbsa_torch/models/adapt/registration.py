@@ -170,7 +170,7 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
 
 def _follow_images(model: nn.Module, _: Any) -> None:
     """Let the attention of a tower that is ours by name follow the grids of its images: a forward pre-hook."""
-    if getattr(model.config, "_attn_implementation", None) not in ATTENTION:
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) not in ATTENTION:
         return
     tower = image_tower(model)
     if tower is None:
