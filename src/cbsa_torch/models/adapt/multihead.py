@@ -57,7 +57,9 @@ class _Multihead(SeparateHeads):
         Raises:
             ValueError: cross-attention (keys of other tokens), or a mask that differs from query to query.
         """
-        source, key, value = self._read(query, key, value, key_padding_mask, attn_mask, is_causal)
+        source, key, value = self._read(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
         out = self._checkpointed(self._update_of, source, key, value)
         if source.token_mask is not None:
             out = out.masked_fill(~source.token_mask[..., None], 0.0)
@@ -65,13 +67,13 @@ class _Multihead(SeparateHeads):
 
     def read(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> MixerInput:  # type: ignore[override]
         """Read the arguments of :meth:`forward`: the record of its queries."""
-        return self._read_called(query, key, value, *args, **kwargs)[0]
+        return self._read(query, key, value, *args, **kwargs)[0]
 
-    def heads(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Heads:  # type: ignore[override]
+    def heads(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Heads:
         """Queries, keys and values, as :meth:`forward` makes them from these arguments."""
-        return self._project(*self._read_called(query, key, value, *args, **kwargs))
+        return self._project(*self._read(query, key, value, *args, **kwargs))
 
-    def _read_called(
+    def _read(
         self,
         query: Tensor,
         key: Tensor,
@@ -81,17 +83,6 @@ class _Multihead(SeparateHeads):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[MixerInput, Tensor, Tensor]:
-        return self._read(query, key, value, key_padding_mask, attn_mask, is_causal)
-
-    def _read(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
     ) -> tuple[MixerInput, Tensor, Tensor]:
         """The record of the queries, keys and values; batch first."""
         if query.is_nested:
@@ -105,12 +96,12 @@ class _Multihead(SeparateHeads):
             raise ValueError("attn_mask must be None: there is no N x N matrix here; use key_padding_mask")
         if not self.batch_first:
             query, key, value = (t if t.ndim != 3 else t.transpose(0, 1) for t in (query, key, value))
-        masks: dict[str, Tensor] = {}
+        token_mask, additive = None, None
         if key_padding_mask is not None and key_padding_mask.dtype == torch.bool:
-            masks["token_mask"] = ~key_padding_mask
+            token_mask = ~key_padding_mask
         elif key_padding_mask is not None:
-            masks["attn_mask"] = key_padding_mask[:, None]  # nn.TransformerEncoderLayer makes it additive
-        source = TokenMixer.read(self, query, is_causal=is_causal, **masks)
+            additive = key_padding_mask[:, None]  # as nn.TransformerEncoderLayer makes it
+        source = TokenMixer.read(self, query, token_mask=token_mask, attn_mask=additive, is_causal=is_causal)
         if source.token_mask is not None:
             hidden = ~source.token_mask[..., None]
             key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)

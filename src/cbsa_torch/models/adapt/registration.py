@@ -189,7 +189,8 @@ def _register_loading() -> None:
     transformers has one place where layers of a model are replaced before weights are loaded: its quantisers.
     This one quantises nothing.
     """
-    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     @register_quantization_config(METHOD)
