@@ -12,7 +12,7 @@ from typing import Any
 
 from cbsa_torch import nn, ops
 from cbsa_torch._version import __version__
-from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA
+from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, CBSABlock, LinearCBSA
 
 _LAZY = ("interpret", "models", "streaming", "train")
 _FROM_MODELS = ("adapt_vit",)
@@ -37,6 +37,7 @@ __all__ = [
     "MSSA",
     "TSSA",
     "AgentAttention",
+    "CBSABlock",
     "LinearCBSA",
     "__version__",
     "nn",

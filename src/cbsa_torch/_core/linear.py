@@ -77,6 +77,11 @@ def apply_with_matrix(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return F.linear(x, weight, layer.bias), weight  # type: ignore[arg-type]
     hooks = _acting_hooks(layer)
+    if any(type(getattr(hook, "__self__", None)).__name__.startswith("GradSampleModule") for hook in hooks):
+        raise ValueError(
+            "a tied projection uses its weight twice, and Opacus, which hooks the layer, would see one half of "
+            "the gradient of each sample; use tied=False, or torch.func (vmap of grad)"
+        )
     comparable = has_values(x) and not _drops(layer)
     if hooks and not (comparable or x.is_meta or _is_distributed(x) or all(map(_sets_weight_only, hooks))):
         raise ValueError(

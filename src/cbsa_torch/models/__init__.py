@@ -6,7 +6,7 @@ require("models")
 
 import cbsa_torch.ops.cbsa.flops  # noqa: E402, F401  (lets torch count the operations of our operators)
 from cbsa_torch.models import registry  # noqa: E402  (registers the models)
-from cbsa_torch.models.adapt import AdaptedModel, AdaptReport, adapt_vit  # noqa: E402
+from cbsa_torch.models.adapt import AdaptedModel, AdaptReport, adapt_vit, register_transformers  # noqa: E402
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402
 from cbsa_torch.models.hub import from_pretrained  # noqa: E402
@@ -35,6 +35,7 @@ __all__ = [
     "load_official",
     "multi_scale_logits",
     "read_tensors",
+    "register_transformers",
     "registry",
     "save_checkpoint",
     "segmenter",

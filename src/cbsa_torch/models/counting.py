@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch._core.linear import is_plain_linear
 from cbsa_torch._core.modes import evaluating
-from cbsa_torch.models.adapt.find import SOFTMAX
+from cbsa_torch.models.adapt.find import SOFTMAX, heads_of
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.models.segmentation.decoder import CosineSimilarity
 from cbsa_torch.models.token_set import TokenSetTransformer
@@ -190,7 +190,7 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
         if _is_read(module):
             counts += counting.linear(n, module.qkv.in_features, module.qkv.out_features)
         return counts * b
-    x: Tensor = args[0]
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
     if isinstance(module, nn.Linear):
         tokens = x.numel() // x.shape[-1]
         return counting.linear(tokens, module.in_features, module.out_features)
@@ -209,8 +209,8 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 def _count_softmax(module: Any, x: Tensor) -> Counts:
     """Softmax attention of others: all but the layers that it calls."""
-    num_heads = getattr(module, "num_heads", None) or module.num_attention_heads
-    inside = counting.softmax_attention(x.shape[1], num_heads=num_heads, head_dim=module.head_dim)
+    num_heads, head_dim = heads_of(module)
+    inside = counting.softmax_attention(x.shape[1], num_heads=num_heads, head_dim=head_dim)
     counts = inside * x.shape[0]
     if getattr(module, "q_bias", None) is None or module.qkv_bias_separate:
         return counts

@@ -29,6 +29,7 @@ from cbsa_torch.models.checkpoint import (
 )
 from cbsa_torch.models.convert import is_official, read_official
 from cbsa_torch.models.foreign import read_foreign
+from cbsa_torch.models.whitebox import WhiteBoxTransformer
 
 WEIGHTS = "model.safetensors"
 PREFIX = "hf-hub:"
@@ -150,10 +151,13 @@ def timm_config(model: nn.Module, info: Mapping[str, Any]) -> dict[str, Any]:
     pretrained |= {
         key: fed[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct") if key in fed
     }
+    args = dict(info["model_args"])
+    if isinstance(model, WhiteBoxTransformer):
+        args.pop("num_classes", None)  # timm has it from above; transformers' TimmWrapper refuses it twice
     config = {
         "architecture": info["model"],
         "num_classes": pretrained["num_classes"],
-        "model_args": dict(info["model_args"]),
+        "model_args": args,
         "pretrained_cfg": pretrained,
     }
     names = info.get("class_names")

@@ -118,7 +118,7 @@ def _imagenet(embed_dim: int, depth: int, num_heads: int) -> Size:
 
 def _small(side: int, in_chans: int, patch_size: int, embed_dim: int, depth: int) -> Size:
     args = {"embed_dim": embed_dim, "depth": depth, "num_heads": 4, "patch_size": patch_size}
-    args |= {"img_size": side, "in_chans": in_chans, "num_classes": 10}
+    args |= {"img_size": side, "in_chans": in_chans}
     # A quarter of the 64 tokens of 8x8 or 32x32 pixels.
     return Size(f"patch{patch_size}_{side}", (in_chans, side, side), 10, args, {"num_representatives": 16})
 

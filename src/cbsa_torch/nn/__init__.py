@@ -9,6 +9,7 @@ from cbsa_torch.nn.grids import follow_grid
 from cbsa_torch.nn.ista import ISTA
 from cbsa_torch.nn.linear_attention import LinearAttention
 from cbsa_torch.nn.linear_cbsa import LinearCBSA
+from cbsa_torch.nn.map_block import CBSABlock
 from cbsa_torch.nn.mixer import TokenMixer
 from cbsa_torch.nn.packing import Packing
 from cbsa_torch.nn.representatives import (
@@ -34,6 +35,7 @@ __all__ = [
     "AgentAttention",
     "AllTokens",
     "BasisDirections",
+    "CBSABlock",
     "ConvStem",
     "Coordinates",
     "Heads",

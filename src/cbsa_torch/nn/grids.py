@@ -55,9 +55,17 @@ def embedding_of(model: nn.Module) -> nn.Module | None:
 class GridSource:
     """The hooks of a model and its patch embedding: it notes the grid of every image that is embedded."""
 
-    def __init__(self, model: nn.Module, embedding: nn.Module, num_prefix_tokens: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        embedding: nn.Module,
+        num_prefix_tokens: int | None,
+        cell: tuple[int, int] = (1, 1),
+    ) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         """None: what the grid leaves."""
+        self.cell = cell
+        """Positions of the embedding's output for each cell of the grid, which is rounded up."""
         self.embedding: weakref.ref[nn.Module] | None = weakref.ref(embedding)
         """None for a copy, until its own embedding is called."""
         self.fixed_size: bool = getattr(embedding, "strict_img_size", False)
@@ -136,15 +144,33 @@ class GridSource:
             return
         first = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(first, Proxy):
-            self.threads.state.in_fx = _grid_in_fx(embedding, inputs, output, first.tracer)
+            self.threads.state.in_fx = self._grid_in_fx(embedding, inputs, output, first.tracer)
             return
-        grid, state = _grid_made(embedding, inputs, output), self.threads.state
+        grid, state = self._in_cells(_grid_made(embedding, inputs, output)), self.threads.state
         if torch.compiler.is_dynamo_compiling():
             fresh = state.traced.graph != self.graph_before()
             earlier = state.traced if fresh or self._is_waiting() else None
             state.traced = Traced(grid, self._new_graph(), earlier)
             return
         self._note(embedding, grid)
+
+    def _grid_in_fx(self, embedding: nn.Module, inputs: tuple[Any, ...], output: Any, tracer: Any) -> Proxy:
+        """A call in an FX graph that gives the grid when the graph runs."""
+        in_cells = self._in_cells
+
+        def grid_made(inputs: tuple[Any, ...], output: Any) -> GridSize:
+            grid = in_cells(_grid_made(embedding, inputs, output))
+            if grid is None:
+                raise ValueError(f"{type(embedding).__name__} does not tell the grid that layers need")
+            return grid
+
+        made: Proxy = tracer.create_proxy("call_function", grid_made, (tuple(inputs), output), {})
+        return made
+
+    def _in_cells(self, made: GridSize | None) -> GridSize | None:
+        if made is None or self.cell == (1, 1):
+            return made
+        return -(-made[0] // self.cell[0]), -(-made[1] // self.cell[1])
 
     def _note(self, embedding: nn.Module, place: Place | None) -> None:
         state = self.threads.state
@@ -408,8 +434,29 @@ def watch_grids(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[dic
             source.remove()
 
 
+def lead_layers(
+    model: nn.Module, embedding: nn.Module, layers: Collection[nn.Module], num_prefix_tokens: int
+) -> dict[nn.Module, GridFollower]:
+    """A follower for each of the ``layers`` of a model, which may be of any class; for good."""
+    source = next(iter(_owners(embedding, GridSource)), None)
+    if source is None:
+        source = GridSource(model, embedding, num_prefix_tokens)
+    for child in model.children():
+        source.surround(child, layers)
+    followers = {layer: source.follower() for layer in layers}
+    for layer, follower in followers.items():  # what it computes from its tokens is looked up by these
+        layer.register_forward_pre_hook(follower.enter, with_kwargs=True)
+        layer.register_forward_hook(follower.leave, always_call=True)
+    return followers
+
+
 def follow(
-    model: nn.Module, embedding: nn.Module, parts: Iterable[nn.Module], num_prefix_tokens: int | None = None
+    model: nn.Module,
+    embedding: nn.Module,
+    parts: Iterable[nn.Module],
+    num_prefix_tokens: int | None = None,
+    *,
+    cell: tuple[int, int] = (1, 1),
 ) -> int:
     """Let the mixers in the ``parts`` of a model follow; how many there are."""
     parts = list(parts)
@@ -420,7 +467,7 @@ def follow(
     if source is None:
         if not mixers:
             return 0
-        source = GridSource(model, embedding, num_prefix_tokens)
+        source = GridSource(model, embedding, num_prefix_tokens, cell)
     source.num_prefix_tokens = num_prefix_tokens
     if mixers and hasattr(model, "use_key_only_attn_mask"):
         model.use_key_only_attn_mask = True  # type: ignore[assignment]
@@ -452,19 +499,6 @@ def _pin_images(embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
     if in_fx or (isinstance(inputs[0], Tensor) and inputs[0].ndim == 4):
         return (pin_image_size(inputs[0]), *inputs[1:])
     return inputs
-
-
-def _grid_in_fx(embedding: nn.Module, inputs: tuple[Any, ...], output: Any, tracer: Any) -> Proxy:
-    """A call in an FX graph that gives the grid when the graph runs."""
-
-    def grid_made(inputs: tuple[Any, ...], output: Any) -> GridSize:
-        grid = _grid_made(embedding, inputs, output)
-        if grid is None:
-            raise ValueError(f"{type(embedding).__name__} does not tell the grid that layers need")
-        return grid
-
-    made: Proxy = tracer.create_proxy("call_function", grid_made, (tuple(inputs), output), {})
-    return made
 
 
 def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> GridSize | None:

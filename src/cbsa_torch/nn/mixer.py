@@ -34,7 +34,7 @@ from cbsa_torch._core.types import (
     Strategy,
 )
 from cbsa_torch.nn.grid_hook import has_grid_hook, install_grid_hook_once
-from cbsa_torch.nn.orthonormal import OrthonormalLinear, is_orthonormal
+from cbsa_torch.nn.orthonormal import OrthonormalLinear, check_no_adapter, is_orthonormal
 from cbsa_torch.nn.packing import Packing, read_packed, restore_packed
 from cbsa_torch.nn.reading import TokenReader
 from cbsa_torch.nn.representatives import (
@@ -418,6 +418,8 @@ class TokenMixer(TokenReader, abc.ABC):
         """Into the subspaces."""
         b, n, _ = source.x.shape
         if self.shared_qkv:
+            if self.orthogonal:
+                check_no_adapter(self.qkv)
             if self.tied:
                 projected, basis = apply_with_matrix(self.qkv, source.x)
             else:

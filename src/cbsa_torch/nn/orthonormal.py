@@ -8,6 +8,8 @@ from torch.nn.utils import parametrize
 
 from cbsa_torch.nn.fused import FusedLinear, check_fusable
 
+_REMOVE = "torch.nn.utils.parametrize.remove_parametrizations(layer.qkv, 'weight')"
+
 
 class OrthonormalRows(nn.Module):
     """The orthonormal factor Q^T of a ``(rows, columns)`` parameter V = R^T Q^T, rows <= columns.
@@ -50,6 +52,15 @@ class OrthonormalLinear(nn.Linear):
         if is_orthonormal(self):  # not in the constructor of nn.Linear
             self.weight = nn.init.orthogonal_(torch.empty_like(self.weight))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse what would take the place of the computed weight, as quantisers do: ``ValueError``."""
+        if name == "weight" and is_orthonormal(self):
+            raise ValueError(
+                "weight is computed from a parameter, and nothing else can take its place. Before it is "
+                f"quantised, fuse the model (timm.utils.reparameterize_model), or {_REMOVE}"
+            )
+        super().register_parameter(name, param)
+
     @torch.no_grad()
     def fuse(self) -> FusedLinear:
         """The same layer for inference, with a weight that is not computed anew; timm's convention.
@@ -67,6 +78,17 @@ def is_orthonormal(module: nn.Module) -> bool:
     if not parametrize.is_parametrized(module, "weight"):
         return False
     return any(isinstance(step, OrthonormalRows) for step in module.parametrizations["weight"])  # type: ignore[index]
+
+
+def check_no_adapter(layer: nn.Module) -> None:
+    """Raise ``ValueError`` where a layer is an adapter (LoRA) around one with orthonormal rows."""
+    base = layer._modules.get("base_layer")
+    if base is not None and is_orthonormal(base):
+        raise ValueError(
+            f"qkv has orthonormal rows (orthogonal=True), and with an adapter ({type(layer).__name__}) not; "
+            "peft cannot merge it, and loses it silently. Leave qkv out of target_modules, train it whole "
+            f"(modules_to_save), or give up orthonormal rows before the adapter is added: {_REMOVE}"
+        )
 
 
 def check_factorable(weight: Tensor) -> None:

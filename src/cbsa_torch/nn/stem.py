@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from cbsa_torch._core.autodiff import is_per_sample
 from cbsa_torch._core.checks import check_floating, check_positive_int
 from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.precision import compute_dtype
@@ -91,6 +92,12 @@ class ConvStem(nn.Module):
         """Embed images."""
         check_images(x, self.in_chans)
         # Channels last is a quarter faster on the CPU. (Under vmap it cannot be asked for by memory_format.)
+        if self.training and is_per_sample(x) and any(map(_writes_statistics, self.modules())):
+            raise ValueError(
+                "x is one sample under torch.func.vmap, and the batch norms of the convolutional stem mix, in "
+                "training, all images of a batch: there is no gradient per sample. Use stem='linear', or put "
+                "the stem into eval mode, where its statistics are constant"
+            )
         return self.proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
     def forward_list(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -303,3 +310,7 @@ def check_images(x: Tensor, in_chans: int) -> None:
             f"images must have shape (B, {in_chans}, height, width), got {tuple(x.shape)}; "
             "in_chans sets the channels of the model"
         )
+
+
+def _writes_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.training and module.running_mean is not None

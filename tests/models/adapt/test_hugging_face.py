@@ -6,10 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    MobileViTConfig,
+    MobileViTModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -20,6 +28,7 @@ from cbsa_torch.models.counting import count_model
 from tests.helpers.compare import assert_close
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+MLP = {**SIZES, "intermediate_size": 64}
 MODELS = {
     "vit": lambda: ViTModel(ViTConfig(**SIZES, intermediate_size=64)),
     "vit classifier": lambda: ViTForImageClassification(ViTConfig(**SIZES, intermediate_size=64)),
@@ -27,7 +36,11 @@ MODELS = {
     "dinov2 registers": lambda: Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(**SIZES, num_register_tokens=4)
     ),
+    "deit": lambda: DeiTModel(DeiTConfig(**MLP)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**MLP)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**MLP)),
 }
+PREFIX = {"dinov2 registers": 5, "deit": 2, "siglip": 0}
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -62,11 +75,11 @@ def test_forward_backward_reload_and_any_size(name, mixer):
                 assert adapted.get_parameter(f"{layer.name}.{part}").grad.abs().sum() > 0
     assert model.state_dict().keys() <= adapted.state_dict().keys()
     again = adapt_vit(built(name), mixer).model
-    torch.nn.init.zeros_(again.get_parameter(f"{report.adapted[0].name}.o_proj.weight"))
+    torch.nn.init.zeros_(again.get_parameter(f"{report.adapted[0].name}.v_proj.weight"))
     again.load_state_dict(adapted.state_dict())
     assert torch.equal(output(again, image), out)
     options = {} if "dinov2" in name else {"interpolate_pos_encoding": True}
-    prefix = 5 if "registers" in name else 1
+    prefix = PREFIX.get(name, 1)
     with interpret.capture(adapted) as records:
         output(adapted, torch.randn(1, 3, 16, 64), **options)
     assert all((r.grid_size, r.num_prefix_tokens) == ((2, 8), prefix) for r in records.values())
@@ -78,7 +91,9 @@ def test_queries_keys_and_values_are_those_of_the_original(name):
     model, called = built(name), {}
     adapted, report = adapt_vit(model, "linear")
     source, layer = (either.get_submodule(report.adapted[-1].name) for either in (model, adapted))
-    source.register_forward_hook(lambda _, args, out: called.update(x=args[0], out=out[0]))
+    source.register_forward_hook(
+        lambda _, args, given, out: called.update(x=(*args, *given.values())[0], out=out[0]), with_kwargs=True
+    )
     output(model, torch.randn(2, 3, 32, 32))
     heads = layer.heads(called["x"])
     mixed = torch.nn.functional.scaled_dot_product_attention(heads.queries, heads.keys, heads.values)
@@ -115,11 +130,13 @@ def test_counted_and_looked_into(name):
     model = built(name)
     for either in (model, adapt_vit(model, num_representatives=4).model):
         counts = count_model(either, (3, 32, 32))
-        assert counts.total.counts.products == counts.torch_flops
+        # The pooling head of SigLIP is not counted.
+        assert name == "siglip" or counts.total.counts.products == counts.torch_flops
     with interpret.capture(either) as records, torch.no_grad():
         either(torch.randn(1, 3, 32, 32))
     assert len(records) == 2
-    assert interpret.cls_attention_maps(next(iter(records.values()))).shape == (1, 2, 4, 4)
+    if name != "siglip":  # it has no class token
+        assert interpret.cls_attention_maps(next(iter(records.values()))).shape == (1, 2, 4, 4)
 
 
 def test_layers_with_hooks_and_mixers_of_one_projection_are_refused():
@@ -175,3 +192,46 @@ def test_threads():
     with ThreadPoolExecutor(4) as pool:
         for i, got in enumerate(pool.map(one, range(30))):
             assert_close(got, expected[i % 3], 1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
+def test_mobilevit_takes_the_grid_of_each_feature_map(mixer):
+    config = MobileViTConfig(
+        hidden_sizes=[16, 24, 32],
+        neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
+        num_attention_heads=2,
+        mlp_ratio=1.0,
+    )
+    torch.manual_seed(0)
+    model = MobileViTModel(config).eval()
+    adapted, report = adapt_vit(model, mixer, **({} if mixer == "linear" else {"num_representatives": 400}))
+    assert len(report.adapted) == 9
+    assert not report.refused
+    image = torch.randn(1, 3, 96, 160)  # maps of 12 x 20, 6 x 10 and 3 x 5, in patches of 2 x 2
+    with interpret.capture(adapted) as records:
+        out = output(adapted, image)
+    out.square().sum().backward()
+    assert out.shape == output(model, image).shape
+    grids = [record.grid_size for record in records.values()]
+    assert mixer == "linear" or sorted(set(grids)) == [(2, 3), (3, 5), (6, 10)]
+    layer = adapted.get_submodule(report.adapted[0].name)
+    source, x = model.get_submodule(report.adapted[0].name), torch.randn(2, 60, 16)
+    heads = layer.heads(x, (6, 10))
+    mixed = torch.nn.functional.scaled_dot_product_attention(heads.queries, heads.keys, heads.values)
+    torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2)), source(x))
+    assert adapted.state_dict().keys() >= model.state_dict().keys()
+
+
+def test_text_towers_and_causal_calls_are_refused():
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = CLIPModel(CLIPConfig(text_config={**text, "vocab_size": 9}, vision_config=MLP, projection_dim=8))
+    _, report = adapt_vit(model, "linear")
+    assert [layer.name for layer in report.refused] == ["text_model.encoder.layers.0.self_attn"]
+    assert "it is in no part of the model that sees images" in report.refused[0].reason
+    with pytest.raises(ValueError, match="it is in no part of the model that sees images"):
+        adapt_vit(CLIPTextModel(CLIPTextConfig(**text, vocab_size=9)), "linear")
+    layer = adapt_vit(built("clip"), "linear").model.encoder.layers[0].self_attn
+    with pytest.raises(ValueError, match="is_causal must be False"):
+        layer(hidden_states=torch.randn(1, 5, 32), is_causal=True)

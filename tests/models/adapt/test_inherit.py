@@ -190,7 +190,7 @@ def test_what_would_be_lost_is_refused(change, reason):
     assert state(model) == before
 
 
-@pytest.mark.parametrize("at", ["inherit", "follow_grid"])
+@pytest.mark.parametrize("at", ["inherit", "follow"])
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch, at):
     model = built().train()
     model.blocks[0].attn.qkv.eval()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from timm.layers import Attention
 from timm.layers.attention import AttentionRope
@@ -15,8 +16,10 @@ from torch.nn.utils import parametrize
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch._core.linear import call_changes, is_offloaded
-from cbsa_torch.models.adapt.hugging_face import is_hugging_face
+from cbsa_torch.models.adapt.hugging_face import is_hugging_face, is_mobile
+from cbsa_torch.models.adapt.multihead import is_multihead, why_not_multihead
 from cbsa_torch.nn import TokenMixer
+from cbsa_torch.nn.grids import GridFollower
 
 STANDARD: tuple[type[nn.Module], ...] = (Attention,)
 """Softmax attention with one ``qkv`` layer for queries, keys and values, as our mixers have it."""
@@ -27,21 +30,24 @@ SOFTMAX = (*STANDARD, *ROTARY)
 
 ADAPTABLE = (
     "the self-attention of timm's ViTs (Attention, AttentionRope, EvaAttention: ViT, DeiT, DeiT-3, DINOv2, "
-    "DINOv3, EVA, CLIP, SigLIP, hybrids) and of transformers' ViTModel and Dinov2Model (5.0 or newer)"
+    "DINOv3, EVA, CLIP, SigLIP, hybrids, MobileViT), nn.MultiheadAttention (torchvision's ViT, OpenCLIP, "
+    "encoders of DETR) and transformers' ViT, DeiT, DINOv2, MobileViT, the vision towers of CLIP and SigLIP "
+    "(5.0 or newer)"
 )
 
 LAYER_CHOICES = ("all", "latter_half")
 Layers = str | Sequence[int]
 
-_POOLS = re.compile(r"AttentionPool|AttnPool|MultiheadAttentionPoolingHead")
+_POOLS = re.compile(r"Attention(?:al)?Pool|AttnPool|MultiheadAttentionPoolingHead")
 _ATTENTION = re.compile(r"Attn|Attention|ParallelScalingBlock")
-_PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "o_proj")
+_PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "o_proj", "out_proj")
 _REASONS = {
     "WindowAttention": "it attends within windows, with a bias by relative position",
     "ParallelScalingBlock": "one layer projects queries, keys, values and the MLP together",
     "DiffParallelScalingBlock": "one layer projects queries, keys, values and the MLP together",
     "DiffAttention": "it is the difference of two softmaxes",
 }
+_DECODES = "its block has another attention, to other tokens: a decoder, whose queries are no patches"
 
 
 class AttentionLayer(NamedTuple):
@@ -57,7 +63,14 @@ class AttentionLayer(NamedTuple):
 
 def find_attention(model: nn.Module) -> list[AttentionLayer]:
     """Every attention layer of ``model`` in order, those that cannot be adapted included."""
-    return list(_search(model, ""))
+    found = list(_search(model, ""))
+    beside = Counter(layer.name.rpartition(".")[0] for layer in found if is_multihead(layer.module))
+    return [
+        layer._replace(incompatibility=_DECODES)
+        if is_multihead(layer.module) and beside[layer.name.rpartition(".")[0]] > 1
+        else layer
+        for layer in found
+    ]
 
 
 def _search(module: nn.Module, name: str) -> Iterator[AttentionLayer]:
@@ -76,7 +89,7 @@ def _search(module: nn.Module, name: str) -> Iterator[AttentionLayer]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    return isinstance(module, (*SOFTMAX, TokenMixer)) or is_hugging_face(module)
+    return isinstance(module, (*SOFTMAX, TokenMixer)) or is_hugging_face(module) or is_multihead(module)
 
 
 def incompatibility(module: nn.Module) -> str:
@@ -86,6 +99,8 @@ def incompatibility(module: nn.Module) -> str:
         return f"it is {kind} of cbsa_torch already"
     if is_hugging_face(module):
         return _changed(module)
+    if is_multihead(module):
+        return why_not_multihead(module) or _changed(module)
     base = next((base for base in SOFTMAX if isinstance(module, base)), None)
     if base is None:
         biased = any("rel" in name and "pos" in name for name, _ in module.named_parameters())
@@ -100,14 +115,31 @@ def incompatibility(module: nn.Module) -> str:
 
 def projections_of(module: nn.Module) -> dict[str, nn.Module]:
     """The projections of a known attention layer by name, that of the output last."""
+    if is_mobile(module):
+        parts = cast(Any, module)
+        attention = parts.attention
+        return {
+            "query": attention.query,
+            "key": attention.key,
+            "value": attention.value,
+            "dense": parts.output.dense,
+        }
     found = {name: module._modules.get(name) for name in _PROJECTIONS}
     return {name: layer for name, layer in found.items() if layer is not None}
+
+
+def heads_of(module: nn.Module) -> tuple[int, int]:
+    """Number of heads of a known attention layer, and their dimension."""
+    held = cast(Any, module).attention if is_mobile(module) else module
+    number: Any = getattr(held, "num_heads", None) or held.num_attention_heads
+    dim: Any = held.attention_head_size if is_mobile(module) else held.head_dim
+    return number, dim
 
 
 def _changed(module: nn.Module) -> str:
     """What was done to a layer after it was built that another could not keep, or nothing."""
     change = call_changes(module)
-    if change:
+    if change and not _is_only_followed(module):
         return f"{change}, which would be lost; remove that first"
     if parametrize.is_parametrized(module):
         return "its parameters are parametrised, which would be lost; remove that first"
@@ -117,9 +149,18 @@ def _changed(module: nn.Module) -> str:
         if is_offloaded(layer):
             return f"the weights of its {name} are offloaded; adapt the model first"
     scale = getattr(module, "scale", getattr(module, "scaling", None))
-    if isinstance(scale, float) and not math.isclose(scale, cast(int, module.head_dim) ** -0.5):
+    if isinstance(scale, float) and not math.isclose(scale, heads_of(module)[1] ** -0.5):
         return f"its logits are scaled by {scale:g}, not by head_dim^-1/2"
     return ""
+
+
+def _is_only_followed(module: nn.Module) -> bool:
+    """Whether all that was done to a layer is to tell it grids, for ``attn_implementation="cbsa"``."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    ours = all(isinstance(getattr(hook, "__self__", None), GridFollower) for hook in hooks)
+    return (
+        ours and "forward" not in vars(module) and not module._backward_hooks and not module._backward_pre_hooks
+    )
 
 
 def select_layers(found: list[AttentionLayer], layers: Layers) -> set[str]:

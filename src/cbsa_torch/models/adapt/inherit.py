@@ -12,8 +12,9 @@ from torch.nn.utils import parametrize
 
 from cbsa_torch._core.checks import check_choice
 from cbsa_torch._core.linear import call_changes, is_plain_linear
-from cbsa_torch.models.adapt.find import ROTARY, projections_of
-from cbsa_torch.models.adapt.hugging_face import HF_MIXERS, is_hugging_face
+from cbsa_torch.models.adapt.find import ROTARY, heads_of, projections_of
+from cbsa_torch.models.adapt.hugging_face import HF_MIXERS, MOBILE_MIXERS, is_hugging_face, is_mobile
+from cbsa_torch.models.adapt.multihead import MULTIHEAD_MIXERS, is_multihead
 from cbsa_torch.models.adapt.report import LayerReport
 from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS, SeparateHeads
 from cbsa_torch.nn import MSSA, TSSA, AdaptedCBSA, AgentAttention, LinearAttention, LinearCBSA, TokenMixer
@@ -104,12 +105,13 @@ def inherit(
     kind = KINDS[mixer]
     projections = projections_of(source)
     first, projection = next(iter(projections.values())), list(projections.values())[-1]
+    num_heads, head_dim = heads_of(source)
     maker = _variants(source).get(kind.mixer, kind.mixer)
     layer = maker(
         cast(int, first.in_features),
-        cast(int, source.num_attention_heads if is_hugging_face(source) else source.num_heads),
+        num_heads,
         **options,
-        head_dim=cast(int, source.head_dim),
+        head_dim=head_dim,
         dim_out=cast(int, projection.out_features),
         device="meta",
     )
@@ -131,8 +133,7 @@ def inherit(
     if kind.shared:
         kept = [f"{key} (values)" if key.startswith("qkv.") else key for key in kept]
         dropped = ["queries and keys of qkv", *dropped]
-    dropout = getattr(source, "attn_drop", None)
-    rate = dropout.p if isinstance(dropout, nn.Dropout) else getattr(source, "attention_dropout", 0.0)
+    rate = _attention_dropout(source)
     if rate and not layer.compares_tokens:
         dropped.append(f"attention dropout of {rate}")
     elif rate:
@@ -144,9 +145,21 @@ def inherit(
 
 def _variants(source: nn.Module) -> Mapping[type[TokenMixer], type[SeparateHeads]]:
     """The forms of our mixers that read their heads and are called as ``source`` is."""
+    if is_multihead(source):
+        return MULTIHEAD_MIXERS
     if is_hugging_face(source):
-        return HF_MIXERS
+        return MOBILE_MIXERS if is_mobile(source) else HF_MIXERS
     return ROTARY_MIXERS if isinstance(source, ROTARY) else {}
+
+
+def _attention_dropout(source: nn.Module) -> float:
+    """The rate at which the original drops attention weights: a layer or a number, of several names."""
+    holder = cast(Any, source).attention if is_mobile(source) else source
+    for name in ("attn_drop", "attention_dropout", "dropout"):
+        dropout = getattr(holder, name, None)
+        if isinstance(dropout, (nn.Dropout, float)):
+            return dropout.p if isinstance(dropout, nn.Dropout) else dropout
+    return 0.0
 
 
 def _like(*modules: nn.Module) -> Tensor:

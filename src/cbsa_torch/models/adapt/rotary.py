@@ -23,7 +23,8 @@ class SeparateHeads(TokenMixer):
         """Take over the layers of ``source``, and how it uses them."""
         self.qkv = None  # type: ignore[assignment]
         for name in self.taken:
-            setattr(self, name, getattr(source, name))
+            if hasattr(source, name):
+                setattr(self, name, getattr(source, name))
         self.q_bias, self.v_bias = getattr(source, "q_bias", None), getattr(source, "v_bias", None)
         self.register_buffer("k_bias", getattr(source, "k_bias", None), persistent=False)
         self.num_kv_heads: int = getattr(source, "num_kv_heads", self.num_heads)
@@ -46,8 +47,9 @@ class SeparateHeads(TokenMixer):
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(B, H, N, P)`` each, keys and values with as many heads as they have."""
         (b, n, _), own = x.shape, cast(Any, self)
-        if own.q_proj is not None:
-            projected = own.q_proj(x), own.k_proj(x), own.v_proj(x)
+        separate = self._separate_projections()
+        if separate is not None:
+            projected = tuple(projection(x) for projection in separate)
         else:
             joint = own.qkv(x)
             if own.q_bias is not None:
@@ -55,6 +57,11 @@ class SeparateHeads(TokenMixer):
             projected = joint.chunk(3, -1)
         queries, keys, values = (t.view(b, n, -1, self.head_dim).transpose(1, 2) for t in projected)
         return queries, keys, values
+
+    def _separate_projections(self) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+        """Those of queries, keys and values; None if there is a joint one."""
+        own = cast(Any, self)
+        return None if own.q_proj is None else (own.q_proj, own.k_proj, own.v_proj)
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
         prefix, grid = x[:, :, : self.num_unrotated], x[:, :, self.num_unrotated :]

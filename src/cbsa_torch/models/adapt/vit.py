@@ -18,11 +18,13 @@ from cbsa_torch.models.adapt.find import (
     find_attention,
     select_layers,
 )
-from cbsa_torch.models.adapt.hugging_face import hugging_face_towers, is_hugging_face
+from cbsa_torch.models.adapt.hugging_face import is_hugging_face, record_adaptation
 from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit, why_not_inherited
+from cbsa_torch.models.adapt.multihead import is_multihead
 from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
-from cbsa_torch.nn import TokenMixer, follow_grid
-from cbsa_torch.nn.grids import EMBEDDING, embedding_of
+from cbsa_torch.models.adapt.towers import find_towers
+from cbsa_torch.nn import TokenMixer
+from cbsa_torch.nn.grids import EMBEDDING, follow
 
 MixerName = Literal["adapted_cbsa", "agent", "linear", "linear_cbsa", "mssa", "tssa"]
 
@@ -55,8 +57,10 @@ def adapt_vit(
     any size and aspect that the model takes.
 
     Args:
-        model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, NaFlexVit, hybrid, ...), a
-            model that holds one, or transformers' ``ViTModel`` or ``Dinov2Model``.
+        model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, NaFlexVit, hybrid,
+            MobileViT, ...), a model with ``nn.MultiheadAttention`` (torchvision's ViT, OpenCLIP's, the encoder
+            of DETR), or a ViT, DeiT, DINOv2, MobileViT, CLIP or SigLIP of transformers; or what holds one. Text
+            towers and decoders stay.
         mixer: ``"adapted_cbsa"`` (CBSA*, :class:`cbsa_torch.nn.AdaptedCBSA`: pooled queries are representatives
             that collect values by the keys, are contracted, and broadcast), ``"agent"`` (CBSA∨,
             :class:`cbsa_torch.AgentAttention`: the same without contraction), ``"linear"``
@@ -106,6 +110,7 @@ def adapt_vit(
             built[layer.name], reports[i] = inherit(model.get_submodule(layer.name), mixer, options, layer.name)
     _swap(model, built)
     asked = layers if isinstance(layers, str) else tuple(layers)
+    record_adaptation(model, mixer, options, asked)
     return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, asked, tuple(reports)))
 
 
@@ -119,12 +124,12 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[LayerReport]:
     if not any(not layer.is_pool for layer in found):
         raise ValueError(f"model has no attention layers: {type(model).__name__}; adapt_vit takes {ADAPTABLE}")
     chosen = select_layers(found, layers)
-    covered = {id(module) for tower, *_ in _towers(model) for module in tower.modules()}
+    covered = {id(module) for tower in find_towers(model) for module in tower.module.modules()}
     held = (part for m in model.modules() for part in (*m._parameters.values(), *m._modules.values()))
     shared = {part for part, holders in Counter(map(id, held)).items() if holders > 1}
     reports = []
     for layer in found:
-        reason = layer.incompatibility or _why_not(layer.module, mixer, id(layer.module) in covered, shared)
+        reason = layer.incompatibility or _why_not(layer.module, mixer, covered, shared)
         asked = layer.name in chosen
         if not asked and not layer.is_pool:
             reason = "not asked for"
@@ -146,42 +151,46 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[LayerReport]:
     return reports
 
 
-def _why_not(module: nn.Module, mixer: str, has_grid: bool, shared: set[int]) -> str:
-    """Why this mixer cannot replace a layer that others can."""
+def _why_not(module: nn.Module, mixer: str, covered: set[int], shared: set[int]) -> str:
+    """Why this mixer cannot replace a layer that others can.
+
+    Args:
+        covered: ids of the modules in the parts of the model that see images.
+        shared: ids of what several modules hold.
+    """
     kind = KINDS[mixer]
-    if kind.shared and (isinstance(module, ROTARY) or is_hugging_face(module)):
+    if kind.shared and (isinstance(module, ROTARY) or is_hugging_face(module) or is_multihead(module)):
         return f"{mixer!r} has one projection, and cannot take rotary embeddings or separate layers"
-    if kind.needs_grid and not has_grid:
+    sees_images = id(module) in covered
+    if not sees_images and (is_hugging_face(module) or (is_multihead(module) and covered)):
+        return "it is in no part of the model that sees images, but in a text tower or a head"
+    if kind.needs_grid and not sees_images:
         return f"{mixer!r} pools over a grid, which no {EMBEDDING} tells here; 'linear' needs none"
     return why_not_inherited(module, mixer, shared)
-
-
-def _towers(model: nn.Module) -> list[tuple[nn.Module, nn.Module, int]]:
-    """The parts of the model with a patch embedding of their own, that, and their numbers of prefix tokens."""
-    towers = hugging_face_towers(model)
-    for module in model.modules():
-        embedding = embedding_of(module)
-        if embedding is not None and _tells_grid(module, embedding):
-            towers.append((module, embedding, getattr(module, "num_prefix_tokens", 0)))
-    return towers
-
-
-def _tells_grid(model: nn.Module, embedding: nn.Module) -> bool:
-    """Whether all layers see its grid: not of several embeddings (CrossViT), nor an odd class token (PiT)."""
-    counted = hasattr(model, "num_prefix_tokens") or not hasattr(model, "cls_token")
-    return counted and not isinstance(embedding, nn.ModuleList)
 
 
 def _swap(model: nn.Module, mixers: dict[str, TokenMixer]) -> None:
     """Put ``mixers`` in the places that their names say and let them follow the grid, or change nothing."""
     before = {name: model.get_submodule(name) for name in mixers}
-    towers = _towers(model)
+    towers = find_towers(model)
     try:
         for name, mixer in mixers.items():
             model.set_submodule(name, mixer)
-        for tower, embedding, prefix in towers:
-            follow_grid(tower, embedding=embedding, num_prefix_tokens=prefix)
+        for tower in towers:
+            parts = tower.module.children()
+            follow(tower.module, tower.embedding, parts, tower.num_prefix_tokens, cell=tower.cell)
     except BaseException:
         for name, module in before.items():
             model.set_submodule(name, module)
         raise
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and not mixers.keys().isdisjoint(
+            _names_in(model, encoder)
+        ):
+            encoder.use_nested_tensor = False  # padded batches stay dense: mixers take a key_padding_mask
+
+
+def _names_in(model: nn.Module, part: nn.Module) -> set[str]:
+    """The names, in the model, of the modules in a part of it."""
+    inside = set(part.modules())
+    return {name for name, module in model.named_modules() if module in inside}

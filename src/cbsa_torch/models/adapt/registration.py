@@ -1,0 +1,231 @@
+"""What transformers is told of us: attention by name, and how adapted models are loaded again."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from cbsa_torch._core.types import Broadcast, Contraction, GridSize
+from cbsa_torch.models.adapt.hugging_face import METHOD, keys_of
+from cbsa_torch.models.adapt.towers import image_tower
+from cbsa_torch.models.adapt.vit import adapt_vit
+from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, MixerInput, TokenMixer
+from cbsa_torch.nn.grids import GridFollower, lead_layers
+from cbsa_torch.nn.tokens import as_token_mask, resolve_grid
+
+ATTENTION: dict[str, type[TokenMixer]] = {
+    "cbsa": AdaptedCBSA,
+    "cbsa_agent": AgentAttention,
+    "linear": LinearAttention,
+}
+_UNSUPPORTED = ("position_bias", "softcap", "s_aux", "sliding_window")
+_PROJECTIONS = ("q_proj", "query")
+
+_followers: weakref.WeakKeyDictionary[nn.Module, GridFollower] = weakref.WeakKeyDictionary()
+
+
+def register_transformers(
+    *,
+    num_representatives: int | Sequence[int] | None = None,
+    contraction: Contraction | None = None,
+    eps: float | None = None,
+    broadcast: Broadcast | None = None,
+) -> None:
+    """Make our attention known to transformers (5.0 or newer), for this process.
+
+    Afterwards ``attn_implementation="cbsa"`` (CBSA*, with the contraction of the paper), ``"cbsa_agent"``
+    (CBSA∨) and ``"linear"`` work for vision models whose attention is called through ``AttentionInterface``:
+    ViT, DeiT, DINOv2, the vision towers of CLIP and SigLIP. They have no parameters of their own: weights stay
+    those of the model, and steps are 1. Models that learn their steps are made by
+    :func:`cbsa_torch.models.adapt_vit`; ``from_pretrained`` loads those again after this call, as
+    ``save_pretrained`` wrote them.
+
+    Representatives are pooled over the grid of patches. Models that are built after this call tell it, for
+    every image; for others give it to the call, ``model(images, grid_size=(14, 14))``, where the model hands
+    arguments on (SigLIP does not).
+
+    Args:
+        num_representatives, contraction, eps, broadcast: of ``"cbsa"``; the first of ``"cbsa_agent"``, too. See
+            :func:`cbsa_torch.models.adapt_vit`. A later call replaces them.
+
+    Raises:
+        ImportError: no transformers. ValueError, TypeError: options that do not fit.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    shared = {} if num_representatives is None else {"num_representatives": num_representatives}
+    given = {"contraction": contraction, "eps": eps, "broadcast": broadcast}
+    options: dict[str, dict[str, Any]] = {
+        "cbsa": shared | {name: value for name, value in given.items() if value is not None},
+        "cbsa_agent": shared,
+        "linear": {},
+    }
+    if contraction != "none":
+        options["cbsa"]["contraction_step"] = 1.0
+    for name, mixer in ATTENTION.items():
+        mixer(8, 1, **options[name], device="meta")  # raises where options do not fit
+    for name, mixer in ATTENTION.items():
+        AttentionInterface.register(name, _attention_function(name, mixer, options[name]))
+        AttentionMaskInterface.register(name, sdpa_mask)
+    _register_once()
+
+
+@functools.cache
+def _register_once() -> None:
+    register_module_module_registration_hook(_on_registration)
+    _register_loading()
+
+
+# --- attention by name
+
+
+def _attention_function(name: str, mixer: type[TokenMixer], options: Mapping[str, Any]) -> Any:
+    layers: dict[tuple[int, int, torch.device], TokenMixer] = {}
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        grid_size: GridSize | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """Mix ``(B, H, N, P)`` into ``(B, N, H, P)``; no attention weights."""
+        b, h, n, p = query.shape
+        which = f"attn_implementation={name!r} of {type(module).__name__}"
+        if is_causal or getattr(module, "is_causal", False):
+            raise ValueError(
+                f"{which}: it is causal, and every token gets a summary of all; set it for the vision tower "
+                f'alone: attn_implementation={{"vision_config": {name!r}}}'
+            )
+        if key.shape != query.shape or value.shape != query.shape:
+            raise ValueError(
+                f"{which}: keys and values must be of the same tokens and heads as queries, got "
+                f"{tuple(query.shape)} and {tuple(key.shape)} (cross-attention, a cache or grouped heads)"
+            )
+        if scaling is not None and not math.isclose(scaling, p**-0.5):
+            raise ValueError(f"{which}: its logits are scaled by {scaling:g}, not by head_dim^-1/2")
+        if dropout:
+            raise ValueError(
+                f"{which}: there are no weights to drop; set its attention dropout ({dropout}) to 0"
+            )
+        unknown = [option for option in _UNSUPPORTED if others.get(option) is not None]
+        if unknown:
+            raise ValueError(f"{which}: {unknown[0]} has no place here")
+        device = query.device
+        if (h, p, device) not in layers:
+            layers[h, p, device] = _without_projections(mixer, h, p, options, device)
+        layer = layers[h, p, device]
+        x = query.transpose(1, 2).flatten(2)
+        keys = keys_of(attention_mask)
+        mask = None if keys is None else as_token_mask(keys, b, n)
+        grid, prefix = None, 0
+        if layer.needs_grid:
+            grid, prefix = resolve_grid(n, _grid_of(module, x, which) if grid_size is None else grid_size, None)
+        mixed = layer.mix(Heads(MixerInput(x, None, grid, prefix, mask), query, key, value))
+        if mask is not None:
+            mixed = mixed.masked_fill(~mask[:, None, :, None], 0.0)
+        return mixed.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _without_projections(
+    mixer: type[TokenMixer], num_heads: int, head_dim: int, options: Mapping[str, Any], device: torch.device
+) -> TokenMixer:
+    """A mixer that is never called, only asked to mix: its own steps are 1, and constant."""
+    layer = mixer(num_heads * head_dim, num_heads, **options, device="meta").eval()
+    for name in layer.step_names():
+        setattr(layer, name, nn.Parameter(torch.ones(num_heads, device=device), requires_grad=False))
+    return layer
+
+
+def _grid_of(module: nn.Module, x: Tensor, which: str) -> GridSize:
+    follower = _followers.get(module)
+    if follower is None:
+        raise ValueError(
+            f"{which}: nothing tells the grid of its {x.shape[1]} tokens. Call register_transformers() before "
+            "the model is built, or give grid_size=(height, width), in patches, to the model's call"
+        )
+    return follower.grid_of(x)
+
+
+def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Hook of all modules: those of transformers that get ``embeddings`` may be towers of images."""
+    if name == "embeddings" and child is not None and type(module).__module__.startswith("transformers."):
+        module.register_forward_pre_hook(_follow_images)
+
+
+def _follow_images(model: nn.Module, _: Any) -> None:
+    """Let the attention of a tower that is ours by name follow the grids of its images: a forward pre-hook."""
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) not in ATTENTION:
+        return
+    tower = image_tower(model)
+    if tower is None:
+        return
+    layers = {m for m in model.modules() if any(name in m._modules for name in _PROJECTIONS)}
+    if any(layer not in _followers for layer in layers):
+        _followers.update(lead_layers(tower.module, tower.embedding, layers, tower.num_prefix_tokens))
+
+
+# --- adapted models, loaded again
+
+
+def _register_loading() -> None:
+    """Have ``from_pretrained`` adapt a model before it reads its weights.
+
+    transformers has one place where layers of a model are replaced before weights are loaded: its quantisers.
+    This one quantises nothing.
+    """
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(METHOD)
+    class AdaptationConfig(QuantizationConfigMixin):
+        """How a model was adapted: arguments of :func:`adapt_vit`, step by step."""
+
+        def __init__(self, adapted: list[dict[str, Any]], quant_method: str = METHOD, **_: Any) -> None:
+            self.quant_method = quant_method  # type: ignore[assignment]
+            self.adapted = adapted
+
+    @register_quantizer(METHOD)
+    class Adapter(HfQuantizer):
+        """Adapts a model that ``from_pretrained`` is about to load weights into."""
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+            config = model.config
+            found, config.quantization_config = config.quantization_config, None
+            for step in self.quantization_config.adapted:  # type: ignore[attr-defined]
+                adapt_vit(model, step["mixer"], layers=step["layers"], inplace=True, **step["options"])
+            config.quantization_config = found
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            """To the rest of transformers it is no quantised model: it trains, and its dtype may be changed."""
+            adapted = model.config.quantization_config
+            self.remove_quantization_config(model)
+            model.config.quantization_config = adapted
+            for module in model.modules():
+                if hasattr(module, "config"):
+                    vars(module.config).pop("_is_quantized", None)
+            return model
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return True

@@ -1,0 +1,69 @@
+"""Our timm models inside transformers: TimmWrapper, Trainer and pipeline, from a local folder."""
+
+import timm
+import torch
+import transformers
+from PIL import Image
+
+import cbsa_torch.models  # noqa: F401  (registers our models)
+from cbsa_torch.models import load_checkpoint, save_checkpoint
+from cbsa_torch.train.hub import save_for_hub
+
+NAME = "cbt_nano_patch4_32"
+SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2, "num_representatives": 4}
+INPUT = {
+    "input_size": [3, 32, 32],
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+}
+PICTURE = Image.new("RGB", (50, 70), (200, 30, 90))
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return {"pixel_values": torch.full((3, 32, 32), i / 8), "labels": i % 3}
+
+
+def test_trained_saved_and_asked_by_a_pipeline(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.TimmWrapperConfig(
+        architecture=NAME, num_labels=3, model_args=SMALL, pretrained_cfg=dict(INPUT)
+    )
+    model = transformers.TimmWrapperForImageClassification(config)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    args = transformers.TrainingArguments(
+        str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    result = transformers.Trainer(model, args, train_dataset=Data()).train()
+    assert result.global_step == 3
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    model.eval().save_pretrained(tmp_path / "model")
+    pipe = transformers.pipeline("image-classification", str(tmp_path / "model"), top_k=3)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(pipe.model(images).logits, model(images).logits, rtol=0, atol=0)
+    pixels = pipe.image_processor(PICTURE, return_tensors="pt")["pixel_values"]
+    expected = model(pixels).logits.softmax(-1)[0]
+    for answer in pipe(PICTURE):
+        index = int(answer["label"].removeprefix("LABEL_"))
+        torch.testing.assert_close(
+            torch.tensor(answer["score"]), expected[index].detach(), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_the_files_we_publish_are_read_by_a_pipeline(tmp_path):
+    torch.manual_seed(0)
+    args = {**SMALL, "num_classes": 3}
+    info = {"model": NAME, "model_args": args, "class_names": ["cat", "dog", "owl"], "input": INPUT}
+    save_checkpoint(tmp_path / "weights.safetensors", timm.create_model(NAME, **args), info)
+    model, info = load_checkpoint(tmp_path / "weights.safetensors")
+    save_for_hub(tmp_path / "published", model, info, card="")
+    pipe = transformers.pipeline("image-classification", str(tmp_path / "published"), top_k=3)
+    assert {answer["label"] for answer in pipe(PICTURE)} == {"cat", "dog", "owl"}
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(pipe.model(images).logits, model.eval()(images), rtol=0, atol=0)

@@ -1,0 +1,59 @@
+"""CBSABlock: norm, attention and residual on maps of one, two and three dimensions."""
+
+import pytest
+import torch
+from torch import nn
+
+from cbsa_torch import CBSABlock
+from tests.helpers.compare import assert_close
+
+
+@pytest.mark.parametrize("grid", [(11,), (5, 9), (1, 1), (3, 4, 6)])
+def test_norm_attention_and_residual_at_any_size(grid):
+    block = CBSABlock(64, num_representatives=8).double()
+    assert block.attn.num_heads == 2
+    x = torch.randn(2, 64, *grid, dtype=torch.float64, requires_grad=True)
+    out = block(x)
+    update = block.attn(block.norm(x.movedim(1, -1)).movedim(-1, 1), token_mask=None)  # as a feature map
+    assert_close(out, x + update, 1e-12)
+    out.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(8, 1), (48, 1), (96, 3), (100, 2), (256, 8)])
+def test_default_heads_divide_the_channels(channels, heads):
+    assert CBSABlock(channels).attn.num_heads == heads
+
+
+def test_masked_positions_are_ignored_and_stay():
+    block = CBSABlock(32, num_representatives=4)
+    x, mask = torch.randn(1, 32, 4, 6), torch.zeros(1, 4, 6, dtype=torch.bool)
+    mask[..., :3] = True
+    out = block(x, mask)
+    other = torch.where(mask[:, None], x, 9.0)
+    hidden = (~mask)[:, None].expand_as(x)
+    torch.testing.assert_close(out[~hidden], block(other, mask)[~hidden])
+    assert torch.equal(out[hidden], x[hidden])
+
+
+def test_memory_formats_autocast_and_compiled():
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, 2), CBSABlock(32, 4, num_representatives=(2, 2))).eval()
+    x = torch.randn(2, 3, 21, 33)
+    expected = net(x)
+    strided = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert_close(strided, expected, 1e-5)
+    assert_close(torch.compile(net, backend="eager", fullgraph=True)(x), expected, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(net(x).float(), expected, 0.05)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"x must be a feature map \(B, 8, \*grid\).*got shape \(2, 4, 8\)"):
+        CBSABlock(8)(torch.randn(2, 4, 8))
+    with pytest.raises(ValueError, match="channels must be"):
+        CBSABlock(0)
+    with pytest.raises(ValueError, match="num_heads"):
+        CBSABlock(10, 3)
+    with pytest.raises(TypeError, match="colour"):
+        CBSABlock(8, colour=1)
