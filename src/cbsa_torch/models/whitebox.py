@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, check_positive_int, check_sides
 from cbsa_torch._core.modules import no_weight_decay_inside
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import is_open, pin_size
 from cbsa_torch._core.types import GridSize, Residual
 from cbsa_torch.models.head import HeadedTransformer, check_num_classes
 from cbsa_torch.models.packed_images import PackedImages, split_map
@@ -183,7 +183,7 @@ class WhiteBoxTransformer(HeadedTransformer):
         self.grid_size = grid_size
 
     def _resampled_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
-        if grid_size == self.grid_size:
+        if not is_open(*grid_size) and grid_size == self.grid_size:
             return self.pos_embed
         prefix, patches = self.pos_embed.split([self.num_prefix_tokens, math.prod(self.grid_size)], dim=1)
         patches = resize(patches.mT.reshape(1, -1, *self.grid_size), grid_size, "bicubic")
@@ -221,7 +221,7 @@ class WhiteBoxTransformer(HeadedTransformer):
                 "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"
             )
         else:
-            maps = self.stem(pin_size("height and width of images", x))
+            maps = self.stem(pin_size(x))
         tokens, grid_size = self._add_positions(maps, parallel)
         return tokens, grid_size, parallel
 

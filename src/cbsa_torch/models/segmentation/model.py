@@ -81,7 +81,7 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"images must have shape (B, {self.in_chans}, height, width), got {tuple(x.shape)}"
             )
-        x = pin_size("height and width of images", x)
+        x = pin_size(x)
         height, width = self._padded(x)
         x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         with torch.no_grad() if self.freeze_encoder else nullcontext():
@@ -98,7 +98,7 @@ class Segmenter(nn.Module):
         rows, columns = -(-x.shape[2] // vertical), -(-x.shape[3] // horizontal)
         if getattr(self.encoder, "dynamic_img_size", False):
             # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
-            columns = max(columns, 2)
+            columns = torch.sym_max(columns, 2)
         return rows * vertical, columns * horizontal
 
     def no_weight_decay(self) -> set[str]:
