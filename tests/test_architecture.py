@@ -30,7 +30,7 @@ LAYERS = {
     "nn": Layer("ops _core"),
     "parallel": Layer("nn ops _core"),
     "images": Layer("_core", "numpy PIL"),
-    "models": Layer("nn ops _core", "timm safetensors huggingface_hub"),
+    "models": Layer("nn ops _core", "timm safetensors huggingface_hub onnxruntime"),
     "streaming": Layer("models nn ops _core", "numpy PIL timm safetensors huggingface_hub"),
     "interpret": Layer("images nn ops _core", "numpy PIL matplotlib jinja2"),
     "bench": Layer("models nn ops _core", "timm matplotlib nystrom_attention"),

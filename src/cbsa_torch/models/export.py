@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -95,8 +96,8 @@ def export_model(
 ) -> ExportReport:
     """Write a model of images, or a layer of feature maps, as a program, and compare the two.
 
-    What is exported is a copy in evaluation mode, in float32 and fused (``timm.utils.reparameterize_model``). The
-    program is run on batches of 1 and 3 images of noise, with ``any_size`` of eight sizes, portrait and
+    What is exported is a copy in evaluation mode, in float32 and fused (``timm.utils.reparameterize_model``).
+    The program is run on batches of 1 and 3 images of noise, with ``any_size`` of eight sizes, portrait and
     landscape: by ONNX Runtime if it is ONNX.
 
     Args:
@@ -337,7 +338,13 @@ def _cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings: of tracing, which the comparison with the model answers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without the exporters' warnings, which the comparison with the model answers."""
+    log = logging.getLogger("onnxscript")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
