@@ -4,8 +4,8 @@
 
 Every family, adapted ViTs and a segmenter in the size "tiny", at random weights, as ONNX graphs of any size:
 the difference from the model at eight sizes in ONNX Runtime and in OpenVINO (the largest difference between
-outputs over the largest output; float32), the file, the graph, and milliseconds per image of one size. Eager and
-compiled code run the model fused, as the graphs are.
+outputs over the largest output; float32), the file, the graph, and milliseconds per image of one size. Eager
+and compiled code run the model fused, as the graphs are.
 """
 
 from __future__ import annotations

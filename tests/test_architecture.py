@@ -132,6 +132,7 @@ def test_an_extra_declares_what_its_package_imports(extra, package):
         "triton",
         "nystrom_attention",
         "h5py",
+        "onnxruntime",
     }  # whoever asks for what needs them is told to install them
     modules = {module for layer in layers for module in LAYERS[layer].others.split()} - where_wanted
     assert distribution_names(modules) <= declared(extra)

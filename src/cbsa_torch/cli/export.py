@@ -27,7 +27,7 @@ class _ExportArgs(OtherOptions):
     parity.json, how far the program is from the model. A program that differs is not written.
     """
 
-    checkpoint: str
+    checkpoint: str = "runs/digits"
     """A run folder or a file of weights."""
     format: ExportFormat = "onnx"
     """"onnx" (model.onnx), or "torch" (model.pt2, for torch.export.load)."""

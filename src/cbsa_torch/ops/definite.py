@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """The factor L of matrices L L^T, ``(..., P, P)``; NaN for one that is not definite or not finite."""
+    """The factor L of matrices L L^T, ``(..., P, P)``; NaN for one that is not definite."""
     # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return factor.masked_fill((failed != 0)[..., None, None], float("nan"))
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """A^-1 R of ``(..., P, P)`` and ``(..., P, K)``; NaN for a matrix that is not definite or not finite."""
+    """A^-1 R of ``(..., P, P)`` and ``(..., P, K)``; NaN for a matrix that is not definite."""
     if has_no_factorisation():
         return eliminated(matrix) @ right
     return torch.cholesky_solve(right, cholesky(matrix))
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """A^-1 of ``(..., P, P)``; NaN for a matrix that is not definite or not finite."""
+    """A^-1 of ``(..., P, P)``; NaN for a matrix that is not definite."""
     if has_no_factorisation():
         return eliminated(matrix)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
