@@ -35,7 +35,7 @@ def test_a_program_with_its_report_and_preprocessing(trained, tmp_path, capsys):
     with torch.no_grad():
         assert_close(open_program(folder / "model.pt2")(images), model(images), 1e-5)
     assert main(command) == 1
-    assert "model.pt2 exists: --overwrite replaces it" in capsys.readouterr().err
+    assert "model.pt2 is there already: --overwrite replaces it" in capsys.readouterr().err
 
 
 def test_what_it_refuses(trained, trained_vit, tmp_path, capsys, monkeypatch):

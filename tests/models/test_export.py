@@ -100,7 +100,7 @@ def test_what_has_no_program_is_refused_before_anything_is_written(tmp_path):
     refused(grid, family("cbt", num_representatives=4), any_size=True)
     fixed = timm.create_model("vit_tiny_patch16_224", **SIZES)
     refused("was built for one: build it with dynamic_img_size=True", fixed, any_size=True)
-    refused("must be one of images", TokenSetTransformer(8, embed_dim=16, depth=1, num_heads=2))
+    refused("must be one of images", TokenSetTransformer(8, dim=16, depth=1, num_heads=2))
     refused("format must be one of 'onnx', 'torch', got 'tflite'", layer(), ValueError, format="tflite")
     # its branch depends on the values
     refused("no program of format 'torch'", _Branching(), format="torch")
