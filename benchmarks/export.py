@@ -113,15 +113,18 @@ def errors(model: nn.Module, run: Callable[[Tensor], Tensor], report: ExportRepo
 def measure_model(options: Options, name: str, folder: Path) -> dict[str, Any]:
     """Everything of one model."""
     torch.manual_seed(options.seed)
-    model = MODELS[name]().eval()
+    model: Any = MODELS[name]().eval()
     file = folder / "model.onnx"
-    size = (model.patch_embed.img_size[0],) * 2 if hasattr(model, "patch_embed") else options.image_size
+    size: tuple[int, int] = options.image_size
+    if hasattr(model, "patch_embed"):  # whole patches only
+        size = model.patch_embed.img_size
     report = export_model(model, file, in_chans=3, image_size=size, any_size=True)
-    fused = reparameterize_model(model).eval()
+    fused: nn.Module = reparameterize_model(model).eval()
+    compiled: Any = torch.compile(fused)
     torch.compiler.reset()
     runs: dict[str, Callable[[Tensor], Tensor]] = {
         "eager": partial(measure.forward, fused),
-        "compiled": partial(measure.forward, torch.compile(fused)),
+        "compiled": partial(measure.forward, compiled),
         "ONNX Runtime": open_onnx(file, options.threads),
         "OpenVINO": open_openvino(file, options.threads),
     }

@@ -325,8 +325,8 @@ def _compare(model: nn.Module, run: _Run, images: Tensor) -> Parity:
             f"the program gives {tuple(output.shape)} for {batch} images of {height} x {width}, the model "
             f"{tuple(expected.shape)}; nothing was written"
         )
-    error = (output - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return Parity(batch, height, width, error.item())
+    largest = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return Parity(batch, height, width, ((output - expected).abs().max() / largest).item())
 
 
 def _cause(error: BaseException) -> BaseException:

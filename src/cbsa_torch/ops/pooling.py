@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -226,7 +226,8 @@ def _cells(grid_size: GridSize, number: int | GridSize) -> GridSize:
             "follows the aspect of the image, and the program would keep that of the example. Build the layers "
             "with a grid, or fix it by cbsa_torch.models.with_fixed_grid; or export for images of one size"
         )
-    return tuple(torch.sym_min(count, side) for count, side in zip(number, grid_size, strict=True))
+    pairs = zip(number, grid_size, strict=True)
+    return tuple(cast(int, torch.sym_min(count, side)) for count, side in pairs)
 
 
 def _like(number: int, axes: int) -> GridSize:

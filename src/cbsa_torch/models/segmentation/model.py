@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class Segmenter(nn.Module):
         rows, columns = -(-x.shape[2] // vertical), -(-x.shape[3] // horizontal)
         if getattr(self.encoder, "dynamic_img_size", False):
             # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
-            columns = torch.sym_max(columns, 2)
+            columns = cast(int, torch.sym_max(columns, 2))  # an expression, where an export leaves it open
         return rows * vertical, columns * horizontal
 
     def no_weight_decay(self) -> set[str]:
