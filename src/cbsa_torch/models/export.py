@@ -200,7 +200,7 @@ def _scaled(side: int, factor: float, step: int, odd: int) -> int:
 def _example_size(image_size: tuple[int, int], steps: tuple[int, int]) -> tuple[int, int]:
     """The size that a program of any size is made with: of no side that the model might know."""
     height, width = (
-        _scaled(side, factor, step, 0)
+        _scaled(side, factor, step, 3)
         for side, factor, step in zip(image_size, (1.5, 1.25), steps, strict=True)
     )
     return height, width + steps[1] * (height == width)

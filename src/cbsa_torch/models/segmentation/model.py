@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_bool, check_floating
 from cbsa_torch._core.modules import no_weight_decay_inside
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import is_open, pin_size
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
 from cbsa_torch.models.segmentation.features import channels, check_encoder, patch_features, strides
 
@@ -83,7 +83,11 @@ class Segmenter(nn.Module):
             )
         x = pin_size(x)
         height, width = self._padded(x)
-        x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+        if is_open(height, width):
+            # by a number that is 0 for the example, PyTorch's exporters may not pad at all
+            x = F.pad(x, (0, 2 * self.strides[1], 0, self.strides[0]))[..., :height, :width]
+        else:
+            x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         with torch.no_grad() if self.freeze_encoder else nullcontext():
             return patch_features(self.encoder, x)
 
