@@ -99,7 +99,8 @@ class Segmenter(nn.Module):
     def _padded(self, x: Tensor) -> tuple[int, int]:
         """The next sides that are multiples of the patch; of timm's ViTs two patches wide at least."""
         vertical, horizontal = self.strides
-        rows, columns = -(-x.shape[2] // vertical), -(-x.shape[3] // horizontal)
+        # of positive numbers: ONNX rounds quotients of negative ones up
+        rows, columns = (x.shape[2] + vertical - 1) // vertical, (x.shape[3] + horizontal - 1) // horizontal
         if getattr(self.encoder, "dynamic_img_size", False):
             # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
             columns = cast(int, torch.sym_max(columns, 2))  # an expression, where an export leaves it open
