@@ -103,7 +103,7 @@ class Segmenter(nn.Module):
         rows, columns = (x.shape[2] + vertical - 1) // vertical, (x.shape[3] + horizontal - 1) // horizontal
         if getattr(self.encoder, "dynamic_img_size", False):
             # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
-            columns = cast(int, torch.sym_max(columns, 2))  # an expression, where an export leaves it open
+            columns = cast(int, torch.sym_max(columns, 2)) if is_open(columns) else max(columns, 2)
         return rows * vertical, columns * horizontal
 
     def no_weight_decay(self) -> set[str]:
