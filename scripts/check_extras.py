@@ -1,6 +1,6 @@
 """Install the built wheel with each extra into a fresh environment, and run there what the extra promises.
 
-    python scripts/check_extras.py [base] [models] [streaming] [interpret] [train] [slides] [all]
+    python scripts/check_extras.py [base] [models] [streaming] [interpret] [train] [slides] [export] [all]
 
 Without arguments every environment is checked. torch and its requirements are linked into the environments from
 the interpreter that runs this script (they take gigabytes); pip installs everything else.
@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENTS = ("base", "models", "streaming", "interpret", "train", "slides", "all")
+ENVIRONMENTS = ("base", "models", "streaming", "interpret", "train", "slides", "export", "all")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 

@@ -258,6 +258,22 @@ def slides() -> None:
     coordinate_map(slide.coords, slide.features[:, 0])
 
 
+# ---- export
+
+
+def onnx_graph() -> None:
+    """A model is written as an ONNX graph of any size, and compared with it."""
+    import timm
+
+    from cbsa_torch.models import export_model
+
+    model = timm.create_model("cbt_nano_patch4_32", **{**SMALL, "num_representatives": (2, 2)})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        report = export_model(model, file, in_chans=3, image_size=32, any_size=True)
+        assert file.stat().st_size == report.num_bytes
+
+
 # ---- all
 
 
@@ -283,7 +299,8 @@ PROMISES: dict[str, tuple[Callable[[], None], ...]] = {
     "interpret": (looking_inside, without_timm, without_models, without_train),
     "train": (commands, helps, plot_without_interpret, streaming, *MODELS, without_interpret),
     "slides": (slides, pages, commands, *MODELS),
-    "all": (slides, pages, commands, helps, looking_inside, streaming, *MODELS),
+    "export": (onnx_graph, *MODELS, without_interpret, without_train),
+    "all": (slides, onnx_graph, pages, commands, helps, looking_inside, streaming, *MODELS),
 }
 
 

@@ -202,3 +202,13 @@ def test_the_form_for_torchscript_pools_the_same(number):
         tokens = torch.randn(2, 3, 2 + math.prod(grid), 4)
         expected = ops.pool_representatives(tokens[:, :, 2:], grid, number).values
         assert_close(pooling.scripted_pool(tokens, 2, grid, limit, cells), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("grid", "cells"), [((14, 14), (8, 8)), ((5, 40), (5, 8)), ((9,), (4,)), ((6, 5, 7), (2, 3, 4))]
+)
+def test_pooling_for_open_sizes_is_the_same(grid, cells):
+    """What an export writes, by matrices that are made of the sizes."""
+    maps = torch.randn(2, *grid, 3)
+    expected = ops.pool_representatives(maps.reshape(2, 1, -1, 3), grid, cells).values
+    assert_close(pooling._pool_any_size(maps, cells).reshape(2, 1, -1, 3), expected, 1e-6)

@@ -10,6 +10,7 @@ EXTRAS = {
     "interpret": ("matplotlib", "jinja2", "numpy", "PIL"),
     "train": ("timm", "accelerate", "torchmetrics", "sklearn", "tensorboard", "tyro", "rich", "yaml"),
     "slides": ("h5py",),
+    "export": ("timm", "onnx", "onnxscript", "onnxruntime"),
 }
 """Import names of the packages that an extra of ``pyproject.toml`` brings."""
 

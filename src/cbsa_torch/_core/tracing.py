@@ -1,9 +1,8 @@
-"""Sizes that a traced or exported graph keeps: what is computed from them is that of the example."""
+"""Sizes of traced and exported graphs: those that stay open, and those that are the example's."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,31 +17,24 @@ def is_recorded() -> bool:
     return tracing or torch.compiler.is_exporting()
 
 
-def refuse_dynamic(name: str, sizes: Iterable[Any]) -> None:
-    """Raise ``ValueError`` where an export declares one of ``sizes``, called ``name``, dynamic.
+def is_open(*sizes: Any) -> bool:
+    """Whether an export leaves one of ``sizes`` open (dynamic): it is then an expression, not a number.
 
-    The graph would hold the pooled grid and the resampled positions of the example, and formats without guards
-    (ONNX) would run it at other sizes: it would be wrong in silence.
+    Not with ``torch.export(strict=True)`` and ``torch.compile``: there grids are numbers, and each has a graph.
     """
-    if not torch.compiler.is_exporting():
-        return
+    if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+        return False
     # an export has loaded it; by itself it takes a second
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    if not all(has_static_value(size) for size in sizes):
-        raise ValueError(
-            f"{name} must not be dynamic when a model is exported: the grid of representatives and the "
-            "positions would be those of the example at any size. Export once for each image size; the batch "
-            "may be dynamic"
-        )
+    return not all(has_static_value(size) for size in sizes)
 
 
-def pin_size(name: str, x: Tensor, axes: tuple[int, ...] = (2, 3)) -> Tensor:
-    """The tensor ``x``, called ``name``, whose sizes along ``axes`` an export or a trace keeps.
+def pin_size(x: Tensor, axes: tuple[int, ...] = (2, 3)) -> Tensor:
+    """The tensor ``x``; in a graph of ``torch.jit.trace`` it keeps its sizes along ``axes``.
 
-    An export that declares them dynamic raises; a graph of ``torch.jit.trace`` raises when it is run at others.
+    What layers make of a grid is that of the example there, so the graph raises when it is run at other sizes.
     """
-    refuse_dynamic(name, (x.shape[axis] for axis in axes))
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
@@ -56,5 +48,5 @@ def pin_size(name: str, x: Tensor, axes: tuple[int, ...] = (2, 3)) -> Tensor:
 def pin_image_size(images: Tensor) -> Tensor:
     """:func:`pin_size` of images ``(B, C, height, width)``; TorchScript, which decides by size, keeps none."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return pin_size("height and width of images", images)
+        return pin_size(images)
     return images

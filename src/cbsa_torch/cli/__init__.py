@@ -22,6 +22,7 @@ COMMANDS = {
     "count": "Count parameters, FLOPs and pairwise similarities of models.",
     "bench": "Time layers or models beside their baselines.",
     "convert": "Convert a released checkpoint of the official code.",
+    "export": "Write a trained model as a program: ONNX or torch.export, of one size or of any.",
     "push": "Upload a trained model to the Hugging Face Hub.",
     "data": "Fetch a data set (animals28, emoji64) from its public packages, or check one of your own.",
     "list": "List our models and recipes.",

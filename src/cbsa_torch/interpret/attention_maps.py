@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -23,6 +22,7 @@ from cbsa_torch.nn import (
     LinearCBSA,
     TokenMixer,
 )
+from cbsa_torch.ops.definite import solve
 from cbsa_torch.ops.masking import masked_softmax, real_tokens
 from cbsa_torch.ops.tssa import tssa_memberships
 
@@ -244,7 +244,5 @@ def _filter_row(record: LayerRecord, token: int, eps: float, average: bool, *, d
         solved = query / (1 + w.square().sum(-2)[..., None])
     else:
         identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-        factor, failed = torch.linalg.cholesky_ex(identity + w.mT @ w)
-        # As the operator: what cannot be factored comes out as NaN.
-        solved = torch.cholesky_solve(query, factor).masked_fill((failed != 0)[..., None, None], math.nan)
+        solved = solve(identity + w.mT @ w, query)
     return (w @ solved)[..., 0].to(compute_dtype(tokens.dtype))

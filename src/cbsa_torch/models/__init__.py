@@ -9,6 +9,7 @@ from cbsa_torch.models import registry  # noqa: E402  (registers the models)
 from cbsa_torch.models.adapt import AdaptedModel, AdaptReport, adapt_vit, register_transformers  # noqa: E402
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402
+from cbsa_torch.models.export import ExportError, ExportReport, export_model, with_fixed_grid  # noqa: E402
 from cbsa_torch.models.hub import from_pretrained  # noqa: E402
 from cbsa_torch.models.segmentation import (  # noqa: E402
     MaskTransformerDecoder,
@@ -24,12 +25,15 @@ from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 __all__ = [
     "AdaptReport",
     "AdaptedModel",
+    "ExportError",
+    "ExportReport",
     "MaskTransformerDecoder",
     "Segmenter",
     "SlideEncoder",
     "TokenSetTransformer",
     "WhiteBoxTransformer",
     "adapt_vit",
+    "export_model",
     "from_pretrained",
     "load_checkpoint",
     "load_official",
@@ -40,4 +44,5 @@ __all__ = [
     "save_checkpoint",
     "segmenter",
     "sliding_logits",
+    "with_fixed_grid",
 ]

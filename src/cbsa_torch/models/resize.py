@@ -12,20 +12,56 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_sides
 from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.precision import compute_dtype
+from cbsa_torch._core.tracing import is_open
+
+_A = -0.5
+"""The parameter of the cubic filter that PyTorch takes for antialiased resizing."""
 
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """``(B, C, h, w)`` to ``(B, C, *size)``, antialiased; ``mode`` is ``"bilinear"`` or ``"bicubic"``."""
     # In channels-last memory torch 2.14 gets a width of 1 wrong. Half precision has no such kernel on the CPU.
     exact = maps.contiguous().to(compute_dtype(maps.dtype))
+    if not torch.jit.is_scripting() and is_open(size[0], size[1]):  # type: ignore[attr-defined]
+        return _resize_any_size(exact, size, mode).to(maps.dtype)
     return F.interpolate(exact, size, mode=mode, antialias=True).to(maps.dtype)
+
+
+def _resize_any_size(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """:func:`resize` to a size that an export leaves open, by a product with a matrix for each axis.
+
+    Other programs would run the operator itself otherwise, and OpenVINO 2026.4 ignores its antialiasing.
+    """
+    rows, columns = (_resampling(old, new, mode, maps) for old, new in zip(maps.shape[2:], size, strict=True))
+    return rows @ maps @ columns.mT
+
+
+def _resampling(old: int, new: int, mode: str, like: Tensor) -> Tensor:
+    """PyTorch's antialiased resampling of one axis as a matrix ``(new, old)``."""
+    factory_kwargs: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    scale = old / torch.full((), new, **factory_kwargs)
+    centre = scale * (torch.arange(new, **factory_kwargs) + 0.5)
+    distance = (torch.arange(old, **factory_kwargs) + 0.5 - centre[:, None]).abs() / scale.clamp(min=1)
+    if mode == "bilinear":
+        weights = (1 - distance).clamp(min=0)
+    else:
+        near = ((_A + 2) * distance - (_A + 3)) * distance.square() + 1
+        far = (((distance - 5) * distance + 8) * distance - 4) * _A
+        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
 
 
 @fx_leaf
 def resample_positions(pos_embed: Tensor, grid_size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Position embeddings ``(1, prefix + h * w, C)`` of a grid ``(h, w)`` for another grid, bicubically."""
+    if not torch.jit.is_scripting() and is_open(wanted[0], wanted[1]):  # type: ignore[attr-defined]
+        return _resampled_positions(pos_embed, grid_size, wanted)
     if grid_size[0] == wanted[0] and grid_size[1] == wanted[1]:
         return pos_embed
+    return _resampled_positions(pos_embed, grid_size, wanted)
+
+
+def _resampled_positions(pos_embed: Tensor, grid_size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     first = pos_embed.shape[1] - grid_size[0] * grid_size[1]
     patches = pos_embed[:, first:].mT.reshape(1, -1, grid_size[0], grid_size[1])
     patches = resize(patches, wanted, "bicubic").flatten(2).mT

@@ -283,7 +283,7 @@ class TokenSetTransformer(HeadedTransformer):
         places = None if coords is None else Coordinates(coords, token_mask)
         placed = self.placed(coords, token_mask)
         x = self.embed_tokens(own, None if placed is None else placed[:, begin:end])
-        first = self.cls_token[:, parallel.start : parallel.start + parallel.length].expand(len(x), -1, -1)
+        first = self.cls_token[:, parallel.start : parallel.start + parallel.length].expand(x.shape[0], -1, -1)
         return self._layers(torch.cat([first, x], 1), token_mask=mask, coords=places, parallel=parallel)
 
     def _embedded(self, features: Tensor, coords: Tensor | None, token_mask: Tensor | None) -> Tensor:
@@ -406,13 +406,13 @@ class TokenSetTransformer(HeadedTransformer):
         check_coords(coords)
         # of how many tokens in all a rank's features are a part, all ranks say together
         number = features.shape[1] if is_whole else coords.shape[1]
-        if tuple(coords.shape) != (len(features), number, self.coord_dim):
+        if tuple(coords.shape) != (features.shape[0], number, self.coord_dim):
             raise ValueError(
                 f"coords must have shape {(*features.shape[:2], self.coord_dim)}, a row of coord_dim for every "
                 f"feature; got {tuple(coords.shape)}"
             )
         if token_mask is not None:
-            size = features.shape[:2] if is_whole else (len(features), None)
+            size = features.shape[:2] if is_whole else (features.shape[0], None)
             check_mask("token_mask", token_mask, size, "(B, N)", "a real token", ("features", features))
 
 

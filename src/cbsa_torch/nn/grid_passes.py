@@ -19,7 +19,15 @@ from torch.fx import Proxy
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.ops.coordinates import Coordinates
 
-Place = GridSize | Coordinates
+
+class OpenGrid:
+    """A grid whose sides an export leaves open. They are expressions, with no hash: this has its own."""
+
+    def __init__(self, sides: GridSize) -> None:
+        self.sides = sides
+
+
+Place = GridSize | OpenGrid | Coordinates
 """Where the tokens of images are: on a grid, or each at its coordinates (NaFlex)."""
 Waiting = defaultdict[int, Counter[Place | None]]
 """What one thread has embedded: for each follower, how many images of which grid have not come to it."""

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 from cbsa_torch._core.compiler import called_while_tracing
-from cbsa_torch._core.tracing import pin_image_size
+from cbsa_torch._core.tracing import is_open, pin_image_size
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.nn.grid_passes import Pass, PassTags, PerThread, Place, ThreadState, Traced
+from cbsa_torch.nn.grid_passes import OpenGrid, Pass, PassTags, PerThread, Place, ThreadState, Traced
 from cbsa_torch.ops.coordinates import Coordinates
 
 EMBEDDING = "patch_embed"
@@ -152,7 +152,7 @@ class GridSource:
             earlier = state.traced if fresh or self._is_waiting() else None
             state.traced = Traced(grid, self._new_graph(), earlier)
             return
-        self._note(embedding, grid)
+        self._note(embedding, OpenGrid(grid) if grid is not None and is_open(*grid) else grid)
 
     def _grid_in_fx(self, embedding: nn.Module, inputs: tuple[Any, ...], output: Any, tracer: Any) -> Proxy:
         """A call in an FX graph that gives the grid when the graph runs."""
@@ -170,7 +170,9 @@ class GridSource:
     def _in_cells(self, made: GridSize | None) -> GridSize | None:
         if made is None or self.cell == (1, 1):
             return made
-        return -(-made[0] // self.cell[0]), -(-made[1] // self.cell[1])
+        # of positive numbers: ONNX rounds quotients of negative ones up
+        rows, columns = ((side + step - 1) // step for side, step in zip(made, self.cell, strict=True))
+        return rows, columns
 
     def _note(self, embedding: nn.Module, place: Place | None) -> None:
         state = self.threads.state
@@ -187,7 +189,8 @@ class GridSource:
 
     def _expect(self, state: ThreadState, place: Place | None, reached: Collection[int] = ()) -> None:
         """Count an image among those that all followers wait for, but for those it has ``reached``."""
-        self.seen.add(None if isinstance(place, Coordinates) else place)
+        if not isinstance(place, OpenGrid):  # of a program, not of an image
+            self.seen.add(None if isinstance(place, Coordinates) else place)
         for follower in range(len(self.followers)):
             if follower not in reached:
                 state.waiting[follower][place] += 1
@@ -201,7 +204,9 @@ class GridSource:
                 return False
             extra = x.shape[1] - place.coords.shape[1]
         else:
-            extra = x.shape[1] - math.prod(place)
+            extra = x.shape[1] - math.prod(place.sides if isinstance(place, OpenGrid) else place)
+            if is_open(extra):
+                return False
         return extra >= 0 if self.num_prefix_tokens is None else extra == self.num_prefix_tokens
 
     def only_grid(self, x: Tensor) -> GridSize | None:
@@ -255,7 +260,7 @@ class GridFollower:
             raise ValueError("x has tokens at coordinates (patch_coord), where a grid is needed: pass images")
         return place
 
-    def place_of(self, x: Tensor) -> Place:
+    def place_of(self, x: Tensor) -> GridSize | Coordinates:
         """The grid or coordinates of ``(B, N, C)`` tokens, those that the layer is called with.
 
         Raises:
@@ -309,14 +314,14 @@ class GridFollower:
         self.source.join_graph(self.number)
         return True
 
-    def _look_up(self, x: Tensor) -> Place:
+    def _look_up(self, x: Tensor) -> GridSize | Coordinates:
         state = self.source.threads.state
         found = self._find(state, x)
         if found is None:
             awaited = self._awaited(state)
             state.waiting = defaultdict(Counter)  # so that the next image goes through
             raise self._unknown(x, {*awaited, *self.source.seen} or {self.source.built_for})
-        return found.place
+        return found.place.sides if isinstance(found.place, OpenGrid) else found.place
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.source.threads.state
@@ -490,7 +495,7 @@ def _owners(module: nn.Module, kind: type) -> list[Any]:
 
 
 def _pin_images(embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Hook before an embedding: traces and exports of what the layers make of the grid hold for one size."""
+    """Hook before an embedding: traces of what the layers make of the grid hold for one size."""
     if not inputs:
         return inputs
     in_fx = (
@@ -506,19 +511,25 @@ def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> Gr
     if isinstance(output, (tuple, list)):  # timm's PatchEmbedWithSize and NaFlexEmbeds: tokens and their grid
         output, *told = output
         if told and isinstance(told[0], tuple):
-            return int(told[0][0]), int(told[0][1])
+            return _sides(told[0])
     if not isinstance(output, Tensor):
         return None
     if output.ndim == 4:
         channels_last = str(getattr(embedding, "output_fmt", "NCHW")).endswith("NHWC")
         height, width = output.shape[1:3] if channels_last else output.shape[2:]
-        return int(height), int(width)
+        return _sides((height, width))
     measure: Callable[..., Any] | None = getattr(embedding, "dynamic_feat_size", None)
     if measure is None or not inputs or inputs[0].ndim != 4:
         grid = getattr(embedding, "grid_size", None)
     else:
         grid = measure(tuple(inputs[0].shape[2:]))
-    return None if grid is None or math.prod(grid) != output.shape[1] else (int(grid[0]), int(grid[1]))
+    return None if grid is None or math.prod(grid) != output.shape[1] else _sides(grid)
+
+
+def _sides(grid: GridSize) -> GridSize:
+    """Height and width as numbers, but for those that an export leaves open."""
+    height, width = (side if is_open(side) else int(side) for side in grid)
+    return height, width
 
 
 def _asks(module: nn.Module) -> bool:

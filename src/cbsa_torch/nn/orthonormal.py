@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cbsa_torch.nn.fused import FusedLinear, check_fusable
+from cbsa_torch.ops.definite import has_no_factorisation
 
 _REMOVE = "torch.nn.utils.parametrize.remove_parametrizations(layer.qkv, 'weight')"
 
@@ -21,8 +22,13 @@ class OrthonormalRows(nn.Module):
     """
 
     def forward(self, parameter: Tensor) -> Tensor:
-        """The weight; ``ValueError`` below float32."""
+        """The weight; ``ValueError`` below float32, and in an export to ONNX."""
         check_factorable(parameter)
+        if has_no_factorisation():
+            raise ValueError(
+                "ONNX has no QR decomposition: export the model fused, "
+                "timm.utils.reparameterize_model(model), where orthogonal projections are computed once"
+            )
         q, r = torch.linalg.qr(parameter.mT)
         return torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -q, q).mT
 

@@ -11,7 +11,6 @@ from torch.fx import Tracer
 
 from cbsa_torch._core.tracing import pin_size
 from cbsa_torch._core.types import GridSize, Layout, Strategy
-from cbsa_torch.nn.grid_passes import Place
 from cbsa_torch.nn.grids import GridFollower
 from cbsa_torch.nn.packing import Group, Packing
 from cbsa_torch.nn.tokens import (
@@ -90,7 +89,7 @@ class TokenReader(nn.Module):
         if parallel is not None:
             self.check_shards()
         if self.needs_grid and coords is None and parallel is None and isinstance(x, Tensor):
-            x = pin_size("height and width (the number of tokens)", x, tuple(range(1, x.ndim)))
+            x = pin_size(x, tuple(range(1, x.ndim)))
         tokens, map_grid = as_tokens(x, self.dim, self.channels_first)
         b, n, _ = tokens.shape
         if parallel is not None:
@@ -194,7 +193,7 @@ class TokenReader(nn.Module):
                 "give them takes_cells = True and num_representatives if they can be made of ops.Cells"
             )
 
-    def _followed(self, tokens: Tensor) -> Place | None:
+    def _followed(self, tokens: Tensor) -> GridSize | Coordinates | None:
         """Where the model has the tokens, for a layer that needs to know and has no grid of its own."""
         if not self.needs_grid or self.grid_size is not None or self.grid_follower is None:
             return None

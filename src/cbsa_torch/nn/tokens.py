@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cbsa_torch._core.autodiff import has_values
 from cbsa_torch._core.checks import check_device, check_floating, check_mask
+from cbsa_torch._core.tracing import is_open
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.ops.coordinates import Coordinates
 from cbsa_torch.ops.parallel import ContextParallel
@@ -119,8 +120,13 @@ def resolve_grid(
     if grid_size is not None:
         grid_size = check_grid(grid_size)
         prefix = num_tokens - math.prod(grid_size)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # a tensor; the sizes are pinned already
-            prefix = int(prefix)
+        if is_open(prefix):
+            raise ValueError(
+                f"grid_size {grid_size} is that of the example, and an export leaves the number of tokens open "
+                "(dynamic): give the layer a feature map, or tokens with a grid_size made of the sizes of its "
+                "input; or keep the number of tokens fixed"
+            )
+        prefix = int(prefix)  # a tensor under torch.jit.trace, where the sizes are pinned already
         if prefix < 0 or num_prefix_tokens not in (None, prefix):
             expected = "" if num_prefix_tokens is None else f" + {num_prefix_tokens} prefix tokens"
             raise ValueError(
@@ -128,6 +134,12 @@ def resolve_grid(
                 f"but x has {num_tokens} tokens"
             )
         return grid_size, prefix
+    if is_open(num_tokens):
+        raise ValueError(
+            "grid_size is needed where an export leaves the number of tokens open (dynamic): the grid would be "
+            "that of the example at any size. Give the layer a feature map, or tokens with a grid_size made of "
+            "the sizes of its input; or keep the number of tokens fixed"
+        )
     for prefix in (0, 1) if num_prefix_tokens is None else (num_prefix_tokens,):
         cells = operator.index(num_tokens - prefix)  # a plain integer, under a compiler too
         side = math.isqrt(max(cells, 0))

@@ -8,6 +8,7 @@ from torch import Tensor
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.types import DEFAULT_EPS
+from cbsa_torch.ops.definite import cholesky
 
 
 def coding_rate(
@@ -61,10 +62,8 @@ def coding_rate(
 def rate_of_gram(gram: Tensor) -> Tensor:
     """1/2 logdet(I + G) of ``(..., q, q)`` Gram matrices G, scaled already; NaN where the identity is lost."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(identity + gram)
     # 1/2 logdet = sum of the logs of the Cholesky diagonal
-    rate = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return rate.masked_fill(failed != 0, float("nan"))
+    return cholesky(identity + gram).diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def compression_rate(

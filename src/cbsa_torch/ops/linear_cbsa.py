@@ -14,6 +14,7 @@ from torch import Tensor
 from cbsa_torch._core.checks import check_choice, check_positive
 from cbsa_torch._core.precision import no_autocast, solve_dtype
 from cbsa_torch._core.types import DEFAULT_EPS, LINEAR_SOLVERS, LinearSolver
+from cbsa_torch.ops.definite import inverse
 from cbsa_torch.ops.masking import check_tokens, real_tokens
 from cbsa_torch.ops.parallel import ContextParallel, total
 from cbsa_torch.ops.spectral import eigh
@@ -71,11 +72,7 @@ def spectral_filter(gram: Tensor, solver: LinearSolver) -> Tensor:
     """(I + G)^-1 of G = W^T W / eps^2, ``(B, H, P, P)``."""
     if solver == "eigh":
         return _SpectralFilter.apply(gram)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
-    factor, failed = torch.linalg.cholesky_ex(identity + gram)
-    kernel = torch.cholesky_solve(identity.expand_as(gram), factor)
-    return kernel.masked_fill((failed != 0)[..., None, None], float("nan"))
+    return inverse(gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
 
 
 class _SpectralFilter(torch.autograd.Function):

@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive_int, check_shape
 from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.tracing import refuse_dynamic
+from cbsa_torch._core.tracing import is_open
 from cbsa_torch._core.types import GridPooling, GridSize, Representatives
 from cbsa_torch.ops.masking import zero_rows
 from cbsa_torch.ops.parallel import ContextParallel, largest, total
@@ -101,23 +101,26 @@ def pool_representatives(
                 f"{parallel.num_tokens} tokens of all ranks"
             )
     b, h, n, p = tokens.shape
+    cells = _cells(grid_size, number)
     if token_mask is not None:
         check_mask("token_mask", token_mask, (b, n), "(B, N)", "a real token", ("tokens", tokens))
     if parallel is not None:
         slab = slab_of(grid_size, num_prefix_tokens - parallel.start, n)
         if token_mask is None:
-            return _pool_slab(tokens, _cells(grid_size, number), slab, parallel, num_prefix_tokens)
+            return _pool_slab(tokens, cells, slab, parallel, num_prefix_tokens)
         return _pool_masked(tokens, grid_size, number, token_mask, slab, parallel)
     if token_mask is not None:
         return _pool_masked(tokens, grid_size, number, token_mask)
-    cells = _cells(grid_size, number)
     weights = GridPooling(grid_size, cells)
-    if cells == grid_size:
+    of_any_size = is_open(*grid_size)
+    if not of_any_size and cells == grid_size:
         return Representatives(tokens, token_weights=weights)
     # Channels last, strides as PyTorch expects them of such: no copy for the heads of a joint projection, and
     # a kernel that is twenty times faster, forward and backward.
     channels_last = tokens.transpose(1, 2).reshape(b, *grid_size, h * p)
-    if tokens.is_cuda and n >= LARGE_CELL * math.prod(cells):
+    if of_any_size:
+        pooled = _pool_any_size(channels_last, cells)
+    elif tokens.is_cuda and n >= LARGE_CELL * math.prod(cells):
         pooled = _pool_by_products(channels_last, cells)
     else:
         pooled = _ADAPTIVE_POOL[len(grid_size)](channels_last.movedim(-1, 1), cells).movedim(1, -1)
@@ -143,6 +146,17 @@ def _pool_by_products(channels_last: Tensor, cells: GridSize) -> Tensor:
         return (pooled.reshape(b, *cells, c) * factor[..., None]).to(dtype)
 
 
+def _pool_any_size(channels_last: Tensor, cells: GridSize) -> Tensor:
+    """:func:`_pool_by_products` for sides that an export leaves open: the matrices are made in the graph."""
+    b, *grid_size, c = channels_last.shape
+    with no_autocast(channels_last):
+        pooled = channels_last.to(compute_dtype(channels_last.dtype))
+        for axis, (side, count) in enumerate(zip(grid_size, cells, strict=True)):
+            rows = pooled.reshape(b * math.prod(cells[:axis]), side, c * math.prod(grid_size[axis + 1 :]))
+            pooled = averages(side, count, pooled) @ rows
+        return pooled.reshape(b, *cells, c).to(channels_last.dtype)
+
+
 def window_members(side: int, count: int, device: torch.device) -> Tensor:
     """Which of ``side`` positions lie in the window of each of ``count`` cells: ``(count, side)`` bool."""
     cell, position = torch.arange(count, device=device), torch.arange(side, device=device)
@@ -159,14 +173,16 @@ def _in_window(cell: Any, position: Tensor, size: Any, count: Any) -> Tensor:
 
 
 def check_grid(grid_size: GridSize) -> GridSize:
-    """Return ``grid_size`` as plain integers; raise ``ValueError`` unless it is one to three positive ones."""
-    refuse_dynamic("height and width (grid_size)", grid_size)
+    """Return ``grid_size`` as plain integers; raise ``ValueError`` unless it is one to three positive ones.
+
+    Sides that an export leaves open stay expressions.
+    """
     try:
         # A grid decides shapes: a compiler that made it symbolic fixes it here.
-        sides = tuple(operator.index(side) for side in grid_size)
+        sides = tuple(side if is_open(side) else operator.index(side) for side in grid_size)
     except TypeError:
         sides = ()
-    if not 1 <= len(sides) <= 3 or min(sides) < 1:
+    if not 1 <= len(sides) <= 3 or any(side < 1 for side in sides):
         raise ValueError(f"grid_size must be a tuple of one to three positive integers, got {grid_size!r}")
     return sides
 
@@ -201,7 +217,22 @@ def check_num_representatives(value: int | Sequence[int], grid_size: GridSize | 
 @called_while_tracing
 def _cells(grid_size: GridSize, number: int | GridSize) -> GridSize:
     """:func:`representative_grid` of checked arguments."""
-    return _search(grid_size, number)[0] if isinstance(number, int) else tuple(map(min, number, grid_size))
+    if not is_open(*grid_size):
+        return _search(grid_size, number)[0] if isinstance(number, int) else tuple(map(min, number, grid_size))
+    if isinstance(number, int):
+        raise ValueError(
+            f"num_representatives must be a grid such as {_like(number, len(grid_size))} where an export "
+            f"leaves height and width open (dynamic), got {number}: of a number the grid of representatives "
+            "follows the aspect of the image, and the program would keep that of the example. Build the layers "
+            "with a grid, or fix it by cbsa_torch.models.with_fixed_grid; or export for images of one size"
+        )
+    pairs = zip(number, grid_size, strict=True)
+    return tuple(cast(int, torch.sym_min(count, side)) for count, side in pairs)
+
+
+def _like(number: int, axes: int) -> GridSize:
+    """The grid of at most ``number`` cells with equal sides."""
+    return _search((number,) * axes, number)[0]
 
 
 @called_while_tracing

@@ -114,8 +114,9 @@ def columns(weights: TokenWeights, place: slice, like: Tensor) -> Tensor:
     after = math.prod(grid)
     for side, count in zip(grid, cells, strict=True):
         after //= side
-        along = averages(side, count, like)[:, rest // after]  # (count, T)
-        rest = rest % after
+        index = rest // after
+        rest = rest - index * after
+        along = averages(side, count, like)[:, index]  # (count, T)
         matrix = (matrix[:, None] * along).flatten(0, 1)
     return matrix[None, None]
 

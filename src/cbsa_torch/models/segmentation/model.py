@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.checks import check_bool, check_floating
 from cbsa_torch._core.modules import no_weight_decay_inside
-from cbsa_torch._core.tracing import pin_image_size
+from cbsa_torch._core.tracing import is_open, pin_image_size
 from cbsa_torch.models.segmentation.decoder import MaskTransformerDecoder
 from cbsa_torch.models.segmentation.features import channels, check_encoder, patch_features, strides
 from cbsa_torch.nn.scripted import not_scriptable
@@ -105,15 +105,20 @@ class Segmenter(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         height, width = self._padded(x)
+        if is_open(height, width):
+            # by a number that is 0 for the example, PyTorch's exporters may not pad at all
+            return F.pad(x, (0, 2 * self.strides[1], 0, self.strides[0]))[..., :height, :width]
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
     def _padded(self, x: Tensor) -> tuple[int, int]:
         """The next sides that are multiples of the patch; of timm's ViTs two patches wide at least."""
         vertical, horizontal = self.strides
-        rows, columns = -(-x.shape[-2] // vertical), -(-x.shape[-1] // horizontal)
+        # of positive numbers: ONNX rounds quotients of negative ones up
+        rows = (x.shape[-2] + vertical - 1) // vertical
+        columns = (x.shape[-1] + horizontal - 1) // horizontal
         if getattr(self.encoder, "dynamic_img_size", False):
             # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
-            columns = max(columns, 2)
+            columns = cast(int, torch.sym_max(columns, 2)) if is_open(columns) else max(columns, 2)
         return rows * vertical, columns * horizontal
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cbsa_torch._core.precision import solve_dtype
 from cbsa_torch.ops.cbsa.reference import contract_exact, contract_softmax, exact_system
+from cbsa_torch.ops.definite import cholesky
 from cbsa_torch.ops.masking import zero_rows
 
 
@@ -48,7 +49,8 @@ def linearized(
         return zero_rows(c, mask), softmax_backward
 
     wide = rep.to(solve_dtype(rep))
-    factor, alpha, by_channels = exact_system(wide, eps, mask)
+    matrix, alpha, by_channels = exact_system(wide, eps, mask)
+    factor = cholesky(matrix)
 
     def solve(rows: Tensor) -> Tensor:
         return torch.cholesky_solve(rows.mT, factor).mT if by_channels else torch.cholesky_solve(rows, factor)

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
+from cbsa_torch._core.tracing import is_open
 from cbsa_torch._core.types import CBSAStages
 from cbsa_torch.ops.cbsa.certified import limit
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs
+from cbsa_torch.ops.definite import solve
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
 from cbsa_torch.ops.token_weights import columns
 
@@ -75,25 +77,26 @@ def contract_exact(representatives: Tensor, eps: float, mask: Tensor | None = No
         The contraction ``(B, H, M, P)``.
     """
     rep = representatives.to(solve_dtype(representatives))
-    factor, _, by_channels = exact_system(rep, eps, mask)
-    solved = torch.cholesky_solve(rep.mT if by_channels else rep, factor)
+    matrix, _, by_channels = exact_system(rep, eps, mask)
+    solved = solve(matrix, rep.mT if by_channels else rep)
     return (solved.mT if by_channels else solved).to(representatives.dtype)
 
 
 def exact_system(rep: Tensor, eps: float, mask: Tensor | None) -> tuple[Tensor, Tensor | float, bool]:
-    """The system of :func:`contract_exact`.
+    """The matrix of :func:`contract_exact`.
 
     Returns:
-        The Cholesky factor of I_P + alpha X^T X, or of I_M + alpha X X^T if M < P; alpha; and whether P <= M.
+        I_P + alpha X^T X, or I_M + alpha X X^T if M < P; alpha; and whether it is the first. It always is where
+        an export leaves M open.
     """
     m, p = rep.shape[-2:]
+    by_channels = is_open(m) or p <= m
     count = m if mask is None else mask.sum(-1).clamp(min=1).to(rep.dtype)[:, None, None, None]  # (B, 1, 1, 1)
     alpha = p / (count * eps**2)
     scaled = alpha * rep
-    identity = torch.eye(min(m, p), dtype=rep.dtype, device=rep.device)
-    # cholesky_ex does not raise: non-finite input comes out as NaN, as it does everywhere else.
-    factor, failed = torch.linalg.cholesky_ex(identity + (rep.mT @ scaled if p <= m else rep @ scaled.mT))
-    return factor.masked_fill((failed != 0)[..., None, None], float("nan")), alpha, p <= m
+    gram = rep.mT @ scaled if by_channels else rep @ scaled.mT
+    identity = torch.eye(p if by_channels else m, dtype=rep.dtype, device=rep.device)
+    return identity + gram, alpha, by_channels
 
 
 def _gram(weights: Tensor) -> Tensor:
