@@ -33,7 +33,7 @@ def assert_exported(name, kind, folder):
     images = torch.randn(2, 3, 24, 88)
     with torch.no_grad():
         assert_close(open_program(file)(images), model(images), 1e-5)
-    return file
+    return model, file, report
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -42,19 +42,21 @@ def test_any_size(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["onnx", "torch"])
-@pytest.mark.parametrize("name", MODELS)
-def test_any_size_of_every_model(name, kind, tmp_path):
-    assert_exported(name, kind, tmp_path)
+@pytest.mark.parametrize("name", [name for name in MODELS if FAST.get(name) != "torch"])
+def test_any_size_of_every_model(name, tmp_path):
+    if name.startswith("segmenter"):  # PyTorch's guards tell images that need padding from those that need none
+        with pytest.raises(ExportError, match="does not run on .* Guard failed"):
+            assert_exported(name, "torch", tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert_exported(name, "torch", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_openvino_agrees(name, tmp_path):
+def test_any_size_of_every_model_in_two_runtimes(name, tmp_path):
     openvino = pytest.importorskip("openvino", reason="of the extra dev")
-    model = stirred(MODELS[name]())
-    file = tmp_path / "model.onnx"
-    report = export_model(model, file, in_chans=3, image_size=32, any_size=True)
+    model, file, report = assert_exported(name, "onnx", tmp_path)
     # in bfloat16 by default, where the processor has it
     program = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for parity in report.parity[::2]:
@@ -127,14 +129,15 @@ def test_a_program_that_differs_is_not_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_rotary_embedding_of_dinov3_fixes_the_grid(tmp_path):
-    """timm makes numbers of height and width; programs of one size are right."""
+def test_the_rotary_embedding_of_dinov3_fixes_the_grid_of_torch_programs(tmp_path):
+    """timm makes numbers of height and width, of which PyTorch's programs keep a guard."""
     model = adapted("vit_small_patch16_dinov3", embed_dim=32, num_representatives=(3, 2))
-    for kind in ("onnx", "torch"):
-        with pytest.raises(ExportError, match="differs from the model|does not run on"):
-            export_model(model, tmp_path / kind, kind, in_chans=3, image_size=32, any_size=True)
+    with pytest.raises(ExportError, match="does not run on .* Guard failed"):
+        export_model(model, tmp_path / "model.pt2", "torch", in_chans=3, image_size=32, any_size=True)
     assert list(tmp_path.iterdir()) == []
-    export_model(model, tmp_path / "model.onnx", in_chans=3, image_size=32)
+    export_model(model, tmp_path / "one.pt2", "torch", in_chans=3, image_size=32)
+    report = export_model(model, tmp_path / "model.onnx", in_chans=3, image_size=32, any_size=True)
+    assert report.worst.error <= 1e-5
 
 
 @torch.no_grad()

@@ -284,7 +284,7 @@ def _tokens_per_representative(inputs: CBSAInputs) -> Tensor:
     dtype = compute_dtype(keys.dtype)
     if inputs.token_mask is None:
         length = keys.shape[2] if parallel is None else parallel.num_tokens
-        tokens = keys.new_full((keys.shape[0],), float(length), dtype=dtype)
+        tokens = length * keys.new_ones(keys.shape[0], dtype=dtype)  # an export may leave the length open
     else:
         tokens = inputs.token_mask.sum(-1).to(dtype)
         tokens = tokens if parallel is None else total(tokens, parallel.group)
