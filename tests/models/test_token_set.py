@@ -8,7 +8,7 @@ from timm.utils import reparameterize_model
 from cbsa_torch.interpret import capture, certificate, measure_rates, token_attention
 from cbsa_torch.models import SlideEncoder, TokenSetTransformer, load_checkpoint, save_checkpoint
 from cbsa_torch.models.counting import count_model
-from cbsa_torch.models.token_set import token_set_names
+from cbsa_torch.models.token_set_registry import token_set_names
 from cbsa_torch.ops import coordinates
 
 WIDTH = 6

@@ -22,7 +22,7 @@ from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
 from cbsa_torch.models.checkpoint import refuse_fetching
 from cbsa_torch.models.counting import LayerCounts, ModelCounts, count_model
-from cbsa_torch.models.token_set import token_set_names
+from cbsa_torch.models.token_set_registry import token_set_names
 from cbsa_torch.nn import CBSA, ISTA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError

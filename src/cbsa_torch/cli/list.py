@@ -8,7 +8,7 @@ from typing import Literal
 
 from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
-from cbsa_torch.models.token_set import token_set_names
+from cbsa_torch.models.token_set_registry import token_set_names
 from cbsa_torch.train.registry import recipe_names
 
 

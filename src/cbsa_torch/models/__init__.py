@@ -5,7 +5,7 @@ from cbsa_torch._core.optional import require
 require("models")
 
 import cbsa_torch.ops.cbsa.flops  # noqa: E402, F401  (lets torch count the operations of our operators)
-from cbsa_torch.models import registry  # noqa: E402  (registers the models)
+from cbsa_torch.models import registry, token_set_registry  # noqa: E402, F401  (register the models)
 from cbsa_torch.models.adapt import AdaptedModel, AdaptReport, adapt_vit, register_transformers  # noqa: E402
 from cbsa_torch.models.checkpoint import load_checkpoint, read_tensors, save_checkpoint  # noqa: E402
 from cbsa_torch.models.convert import load_official  # noqa: E402
@@ -19,7 +19,7 @@ from cbsa_torch.models.segmentation import (  # noqa: E402
     sliding_logits,
 )
 from cbsa_torch.models.slide_encoder import SlideEncoder  # noqa: E402
-from cbsa_torch.models.token_set import TokenSetTransformer  # noqa: E402  (registers its sizes, too)
+from cbsa_torch.models.token_set import TokenSetTransformer  # noqa: E402
 from cbsa_torch.models.whitebox import WhiteBoxTransformer  # noqa: E402
 
 __all__ = [

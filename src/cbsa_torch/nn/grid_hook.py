@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from cbsa_torch.nn.grids import embedding_of, follow, is_embedding, modules_inside
+from cbsa_torch.nn.embeddings import embedding_of, is_embedding
+from cbsa_torch.nn.grids import follow, modules_inside
 
 
 def install_grid_hook() -> None:

@@ -33,23 +33,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 from cbsa_torch._core.compiler import called_while_tracing
-from cbsa_torch._core.tracing import is_open, pin_image_size
+from cbsa_torch._core.tracing import is_open
 from cbsa_torch._core.types import GridSize
+from cbsa_torch.nn.embeddings import EMBEDDING, embedding_of, grid_made_by, pin_images
 from cbsa_torch.nn.grid_passes import OpenGrid, Pass, PassTags, PerThread, Place, ThreadState, Traced
 from cbsa_torch.ops.coordinates import Coordinates
-
-EMBEDDING = "patch_embed"
-"""timm's name of the patch embedding."""
-
-
-def is_embedding(name: str, module: nn.Module | None) -> bool:
-    """Whether a part of this name is a patch embedding: timm's ``patch_embed``, or a NaFlexVit's ``embeds``."""
-    return name == EMBEDDING or (name == "embeds" and type(module).__name__ == "NaFlexEmbeds")
-
-
-def embedding_of(model: nn.Module) -> nn.Module | None:
-    """The patch embedding of a model, None if it has none."""
-    return next((part for name, part in model._modules.items() if is_embedding(name, part)), None)
 
 
 class GridSource:
@@ -79,7 +67,7 @@ class GridSource:
         self.handles = [
             model.register_forward_pre_hook(self.start_afresh),
             model.register_forward_hook(self.start_afresh, always_call=True),
-            embedding.register_forward_pre_hook(_pin_images),
+            embedding.register_forward_pre_hook(pin_images),
             embedding.register_forward_hook(self.note, with_kwargs=True),
         ]
 
@@ -146,7 +134,7 @@ class GridSource:
         if isinstance(first, Proxy):
             self.threads.state.in_fx = self._grid_in_fx(embedding, inputs, output, first.tracer)
             return
-        grid, state = self._in_cells(_grid_made(embedding, inputs, output)), self.threads.state
+        grid, state = self._in_cells(grid_made_by(embedding, inputs, output)), self.threads.state
         if torch.compiler.is_dynamo_compiling():
             fresh = state.traced.graph != self.graph_before()
             earlier = state.traced if fresh or self._is_waiting() else None
@@ -159,7 +147,7 @@ class GridSource:
         in_cells = self._in_cells
 
         def grid_made(inputs: tuple[Any, ...], output: Any) -> GridSize:
-            grid = in_cells(_grid_made(embedding, inputs, output))
+            grid = in_cells(grid_made_by(embedding, inputs, output))
             if grid is None:
                 raise ValueError(f"{type(embedding).__name__} does not tell the grid that layers need")
             return grid
@@ -492,44 +480,6 @@ def _owners(module: nn.Module, kind: type) -> list[Any]:
     """The objects of this kind whose methods are forward hooks of a module."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
     return [owner for owner in owners if isinstance(owner, kind)]
-
-
-def _pin_images(embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Hook before an embedding: traces of what the layers make of the grid hold for one size."""
-    if not inputs:
-        return inputs
-    in_fx = (
-        isinstance(inputs[0], Proxy) and type(embedding).__name__ != "NaFlexEmbeds"
-    )  # which gets patches, too
-    if in_fx or (isinstance(inputs[0], Tensor) and inputs[0].ndim == 4):
-        return (pin_image_size(inputs[0]), *inputs[1:])
-    return inputs
-
-
-def _grid_made(embedding: nn.Module, inputs: tuple[Any, ...], output: Any) -> GridSize | None:
-    """The grid of an embedding's output; None if it does not tell."""
-    if isinstance(output, (tuple, list)):  # timm's PatchEmbedWithSize and NaFlexEmbeds: tokens and their grid
-        output, *told = output
-        if told and isinstance(told[0], tuple):
-            return _sides(told[0])
-    if not isinstance(output, Tensor):
-        return None
-    if output.ndim == 4:
-        channels_last = str(getattr(embedding, "output_fmt", "NCHW")).endswith("NHWC")
-        height, width = output.shape[1:3] if channels_last else output.shape[2:]
-        return _sides((height, width))
-    measure: Callable[..., Any] | None = getattr(embedding, "dynamic_feat_size", None)
-    if measure is None or not inputs or inputs[0].ndim != 4:
-        grid = getattr(embedding, "grid_size", None)
-    else:
-        grid = measure(tuple(inputs[0].shape[2:]))
-    return None if grid is None or math.prod(grid) != output.shape[1] else _sides(grid)
-
-
-def _sides(grid: GridSize) -> GridSize:
-    """Height and width as numbers, but for those that an export leaves open."""
-    height, width = (side if is_open(side) else int(side) for side in grid)
-    return height, width
 
 
 def _asks(module: nn.Module) -> bool:

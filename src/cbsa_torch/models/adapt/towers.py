@@ -9,7 +9,7 @@ from torch import nn
 
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face
 from cbsa_torch.models.adapt.multihead import is_multihead
-from cbsa_torch.nn.grids import embedding_of
+from cbsa_torch.nn.embeddings import embedding_of
 
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token")
 _MOBILE_BLOCKS = ("MobileVitBlock", "MobileViTLayer")

@@ -24,7 +24,8 @@ from cbsa_torch.models.adapt.multihead import is_multihead
 from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
 from cbsa_torch.models.adapt.towers import find_towers
 from cbsa_torch.nn import TokenMixer
-from cbsa_torch.nn.grids import EMBEDDING, follow
+from cbsa_torch.nn.embeddings import EMBEDDING
+from cbsa_torch.nn.grids import follow
 
 MixerName = Literal["adapted_cbsa", "agent", "linear", "linear_cbsa", "mssa", "tssa"]
 

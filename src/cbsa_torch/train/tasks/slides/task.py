@@ -17,7 +17,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassConfusionMatrix
 
 from cbsa_torch._core.checks import check_choice, nearest, some_of
-from cbsa_torch.models.token_set import TokenSetTransformer, token_set_names
+from cbsa_torch.models.token_set import TokenSetTransformer
+from cbsa_torch.models.token_set_registry import token_set_names
 from cbsa_torch.train.build import build_model, draft_model
 from cbsa_torch.train.data import InputSpec, OpenedSplit, Splits, describe
 from cbsa_torch.train.data.seeded import SeededSamples
