@@ -8,7 +8,7 @@ import torch
 from torch.export import Dim
 
 from cbsa_torch.models import TokenSetTransformer, export_model, with_fixed_grid
-from cbsa_torch.models.export import ExportError, checked_sizes, size_steps
+from cbsa_torch.models.export import ExportError, ExportReport, Parity, checked_sizes, size_steps
 from cbsa_torch.nn import CBSA, MSSA, LinearCBSA
 from cbsa_torch.ops import pool_representatives
 from tests.helpers.compare import assert_close
@@ -138,6 +138,12 @@ def test_the_rotary_embedding_of_dinov3_fixes_the_grid_of_torch_programs(tmp_pat
     export_model(model, tmp_path / "one.pt2", "torch", in_chans=3, image_size=32)
     report = export_model(model, tmp_path / "model.onnx", in_chans=3, image_size=32, any_size=True)
     assert report.worst.error <= 1e-5
+
+
+def test_nan_is_the_largest_difference():
+    errors = (1e-7, float("nan"), 1e-3)
+    parity = [Parity(1, 8, 8 + i, error) for i, error in enumerate(errors)]
+    assert ExportReport("onnx", True, (8, 8), (1, 1), 1, 1, 1e-5, parity).worst is parity[1]
 
 
 @torch.no_grad()

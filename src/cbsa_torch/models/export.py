@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -76,8 +77,8 @@ class ExportReport:
 
     @property
     def worst(self) -> Parity:
-        """Where the program differs most from the model."""
-        return max(self.parity, key=lambda parity: parity.error)
+        """Where the program differs most from the model, which is where it is NaN, if it is."""
+        return max(self.parity, key=lambda parity: (math.isnan(parity.error), parity.error))
 
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
