@@ -1,4 +1,4 @@
-"""The plots of docs/claims.md: accuracy against cost, noise on decoders, rates, adapted ViTs."""
+"""The plots of docs/results/claims.md: accuracy against cost, noise on decoders, rates, adapted ViTs."""
 
 from __future__ import annotations
 
