@@ -1,4 +1,4 @@
-"""Roles in docstrings (``:func:`NAME```) become links to the API reference, or code where it has no such name."""
+"""Roles in docstrings (``:func:`NAME```) become links to the API reference, or code if it has no such name."""
 
 from __future__ import annotations
 

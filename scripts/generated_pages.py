@@ -10,7 +10,7 @@ import io
 import os
 import re
 import textwrap
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -59,11 +59,8 @@ class Help(NamedTuple):
 def read_help(*args: str) -> Help:
     """The help of a command; ``args`` are its name and what decides on its options."""
     out = io.StringIO()
-    with patch.dict(os.environ, COLUMNS="110"), redirect_stdout(out):  # wider, tyro makes two columns
-        try:
-            main([*args, "--help"])
-        except SystemExit:
-            pass
+    with patch.dict(os.environ, COLUMNS="110"), redirect_stdout(out), suppress(SystemExit):
+        main([*args, "--help"])  # wider, tyro makes two columns
     lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).splitlines()]
     first = next((i for i, line in enumerate(lines) if RULE.fullmatch(line)), len(lines) + 1) - 1
     head = "\n".join(line for line in lines[:first] if "[-h]" not in line)
@@ -88,16 +85,17 @@ def command_line() -> str:
     """The page of all commands and their options."""
     parts = ["# Command line", "Made from the parsers of the commands: `cbsa COMMAND --help` says the same."]
     for command, summary in COMMANDS.items():
-        parts += [f"## cbsa {command}", summary]
+        variants = VARIANTS.get(command, ((),))
+        parts += [f"## cbsa {command}"] if () in variants else [f"## cbsa {command}", summary]
         usage, seen = "", set[tuple[str, str]]()
-        for args in VARIANTS.get(command, ((),)):
+        for args in variants:
             found = read_help(command, *args)
             new = [option for option in found.options if (option.usage, option.meaning) not in seen]
             if args:
                 parts.append(f"### cbsa {command} {' '.join(args)}")
             if found.usage != usage:
                 parts.append(f"```text\n{found.usage}\n```")
-            parts.append(found.text)
+            parts.append(found.text.replace("<", "\\<"))
             if seen and len(new) < len(found.options):
                 parts.append("Its other options are those above.")
             usage, seen = found.usage, seen | {(option.usage, option.meaning) for option in new}
