@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Commands whose options depend on what they are told first."""
 RULE = re.compile(r" -{5,}")
+DEFAULT = re.compile(r"(.*?) ?(?:\((required|default: [^()]*)\))?")
 OPTION = re.compile(r" {2}([-\[]\S.*?|[A-Z]+)(?: {2,}(.*))?")
 
 
@@ -100,7 +101,8 @@ def command_line() -> str:
                 parts.append("Its other options are those above.")
             usage, seen = found.usage, seen | {(option.usage, option.meaning) for option in new}
             parts.append(_table(new))
-    parts += ["### cbsa data check", inspect.cleandoc(data._CheckArgs.__doc__ or "")]
+        if command == "data":
+            parts += ["### cbsa data check", inspect.cleandoc(data._CheckArgs.__doc__ or "")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,9 +140,9 @@ def _table(options: list[Option]) -> str:
             section = option.section
             if section not in ("options", "positional arguments"):
                 rows.append(f"| **{section}** | | |")
-        meaning, default = re.fullmatch(r"(.*?) ?(?:\((required|default: .*)\))?", option.meaning).groups()
+        meaning, default = DEFAULT.fullmatch(option.meaning).groups()
         default = (default or "").removeprefix("default:").strip()
-        usage, default = (f"`{text}`".replace("|", "\\|") if text else "" for text in (option.usage, default))
+        usage, default = (f"`{text}`" if text else "" for text in (option.usage.replace("{None}|", ""), default))
         meaning = re.sub(r"([|*_<>\\])", r"\\\1", meaning)
         rows.append(f"| {usage} | {meaning} | {default} |")
     return "\n".join(rows)
