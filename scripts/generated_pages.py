@@ -31,7 +31,8 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Commands whose options depend on what they are told first."""
 RULE = re.compile(r" -{5,}")
-DEFAULT = re.compile(r"(.*?) ?(?:\((required|default: [^()]*)\))?")
+DEFAULT = re.compile(r" ?\((?:default: )?(required|(?<=: )[^()]*)\)$")
+SPECIAL = re.compile(r"(`+)[^`]*\1|[|*_<>\\]")  # outside code, to Markdown
 OPTION = re.compile(r" {2}([-\[]\S.*?|[A-Z]+)(?: {2,}(.*))?")
 
 
@@ -140,9 +141,9 @@ def _table(options: list[Option]) -> str:
             section = option.section
             if section not in ("options", "positional arguments"):
                 rows.append(f"| **{section}** | | |")
-        meaning, default = DEFAULT.fullmatch(option.meaning).groups()
-        default = (default or "").removeprefix("default:").strip()
-        usage, default = (f"`{text}`" if text else "" for text in (option.usage.replace("{None}|", ""), default))
-        meaning = re.sub(r"([|*_<>\\])", r"\\\1", meaning)
+        found = DEFAULT.search(option.meaning)
+        default = f"`{found[1]}`" if found and found[1] else ""
+        meaning = SPECIAL.sub(lambda m: m[0] if m[1] else f"\\{m[0]}", DEFAULT.sub("", option.meaning))
+        usage = f"`{option.usage.replace('{None}|', '')}`"
         rows.append(f"| {usage} | {meaning} | {default} |")
     return "\n".join(rows)
