@@ -1,6 +1,9 @@
-"""Every block of Python on every page runs, from top to bottom; every command has the options that pages show."""
+"""Every block of Python on every page runs and prints what it says; every command has the options that pages show."""
 
+import contextlib
+import doctest
 import functools
+import io
 import re
 import shlex
 from types import SimpleNamespace
@@ -111,6 +114,15 @@ PREPARED = {
 """What pages take for granted: files, processes, the Hub."""
 
 
+SLOW = ("docs/use/export.md", "docs/use/interpret.md")
+
+
+def python_pages():
+    for page in PAGES:
+        if read_blocks(page, "python"):
+            yield pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+
+
 @pytest.fixture
 def _no_group_is_left():
     yield
@@ -122,14 +134,20 @@ def _no_group_is_left():
     "ignore:Grad strides do not match bucket view strides"
 )  # DDP says so of one process
 @pytest.mark.usefixtures("_no_group_is_left")
-@pytest.mark.parametrize("page", [page for page in PAGES if read_blocks(page, "python")])
+@pytest.mark.parametrize("page", python_pages())
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     PREPARED.get(page, lambda *_: None)(names, tmp_path, monkeypatch)
     for block in read_blocks(page, "python"):
         code = compile("\n" * (block.line - 1) + block.text, page, "exec")  # errors name the line of the page
-        exec(code, names)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        if block.shown is not None:  # "..." stands for anything
+            assert doctest.OutputChecker().check_output(block.shown, printed.getvalue(), doctest.ELLIPSIS), (
+                f"{page}, the block of line {block.line} prints\n{printed.getvalue()}"
+            )
 
 
 def commands(page):
