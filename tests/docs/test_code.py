@@ -134,7 +134,7 @@ def _no_group_is_left():
     "ignore:Grad strides do not match bucket view strides"
 )  # DDP says so of one process
 @pytest.mark.usefixtures("_no_group_is_left")
-@pytest.mark.parametrize("page", python_pages())
+@pytest.mark.parametrize("page", [*python_pages()])
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
