@@ -22,8 +22,9 @@ def resize(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """``(B, C, h, w)`` to ``(B, C, *size)``, antialiased; ``mode`` is ``"bilinear"`` or ``"bicubic"``."""
     # In channels-last memory torch 2.14 gets a width of 1 wrong. Half precision has no such kernel on the CPU.
     exact = maps.contiguous().to(compute_dtype(maps.dtype))
-    if not torch.jit.is_scripting() and is_open(size[0], size[1]):  # type: ignore[attr-defined]
-        return _resize_any_size(exact, size, mode).to(maps.dtype)
+    if not torch.jit.is_scripting():  # noqa: SIM102 for TorchScript  # type: ignore[attr-defined]
+        if is_open(size[0], size[1]):
+            return _resize_any_size(exact, size, mode).to(maps.dtype)
     return F.interpolate(exact, size, mode=mode, antialias=True).to(maps.dtype)
 
 
@@ -54,8 +55,9 @@ def _resampling(old: int, new: int, mode: str, like: Tensor) -> Tensor:
 @fx_leaf
 def resample_positions(pos_embed: Tensor, grid_size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Position embeddings ``(1, prefix + h * w, C)`` of a grid ``(h, w)`` for another grid, bicubically."""
-    if not torch.jit.is_scripting() and is_open(wanted[0], wanted[1]):  # type: ignore[attr-defined]
-        return _resampled_positions(pos_embed, grid_size, wanted)
+    if not torch.jit.is_scripting():  # noqa: SIM102 for TorchScript  # type: ignore[attr-defined]
+        if is_open(wanted[0], wanted[1]):
+            return _resampled_positions(pos_embed, grid_size, wanted)
     if grid_size[0] == wanted[0] and grid_size[1] == wanted[1]:
         return pos_embed
     return _resampled_positions(pos_embed, grid_size, wanted)

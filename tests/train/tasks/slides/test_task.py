@@ -85,7 +85,7 @@ def test_several_slides_in_one_pass_cannot_be_shared(slides, tmp_path):
     path.write_text(dump_yaml(config))
     result = processes.run(2, "train", "--config", str(path))
     assert result.returncode != 0
-    assert result.stderr.count("spreads one slide at a time, and a forward pass has 2") == 2
+    assert "spreads one slide at a time, and a forward pass has 2" in result.stderr  # torchrun may stop the other
 
 
 def test_several_slides_in_one_pass_are_each_alone(slides, finished):
