@@ -150,9 +150,8 @@ def attention_maps() -> Figure:
         for where, size, offset in ((axis, 4, 0.5), (axes[0], 32, 0.0)):
             corner = (size * column - offset, size * row - offset)
             where.add_patch(Rectangle(corner, size, size, fill=False, color="white", linewidth=1.5))
-        axes[0].text(
-            32 * column + 16, 32 * row + 16, str(head + 1), color="white", ha="center", va="center", fontsize=9
-        )
+        label: dict[str, Any] = {"color": "white", "backgroundcolor": "#00000099", "fontsize": 8}
+        axes[0].text(32 * column + 2, 32 * row - 9, f"head {head + 1}", **label)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
     return figure
