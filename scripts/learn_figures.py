@@ -37,7 +37,7 @@ def rate() -> Figure:
     points = torch.randn(500, 3, dtype=torch.float64)
     extents = {"ball": (1, 1, 1), "disc": (1, 1, 0.02), "line": (1, 0.02, 0.02)}
     colors = dict(zip(extents, HEADS, strict=False))
-    figure = Figure(figsize=(11, 3.0), layout="constrained")
+    figure = Figure(figsize=(9, 2.7), layout="constrained")
     precisions = torch.logspace(0.5, -3, 60)
     curves = figure.add_subplot(1, 4, 4)
     for column, (name, extent) in enumerate(extents.items(), 1):
@@ -66,7 +66,7 @@ def compression() -> Figure:
     torch.randn(500, 3, dtype=torch.float64)  # what the page has drawn before
     x = torch.randn(300, 2, dtype=torch.float64) * torch.tensor([1.0, 0.2])
     alpha = 2 / (300 * 0.3**2)
-    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    figure = Figure(figsize=(9, 2.3), layout="constrained")
     axes = figure.subplots(1, 4)
     panels = dict(zip((0, 20, 60), axes, strict=False))
     rates = []
@@ -121,7 +121,7 @@ def representatives() -> Figure:
     guesses = [pooled(w, cells) for cells in sizes]
     before = torch.stack([ops.coding_rate(guess, eps=EPS) for guess in guesses])
     after = torch.stack([ops.coding_rate(guess + attention(guess, w) @ w, eps=EPS) for guess in guesses])
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    figure = Figure(figsize=(9, 2.5), layout="constrained")
     axes = figure.subplots(1, 4)
     for head, axis in enumerate(axes):
         axis.axhline(ops.coding_rate(w[head], eps=EPS), color="black", linewidth=1, label="all 960 tokens")
@@ -140,7 +140,7 @@ def attention_maps() -> Figure:
     """Page 3: a row of A in three heads; brightness is the root of the weight."""
     photo, w = photograph()
     weights = attention(pooled(w), w).unflatten(2, GRID)
-    figure = Figure(figsize=(11, 2.2), layout="constrained")
+    figure = Figure(figsize=(9, 1.9), layout="constrained")
     axes = figure.subplots(1, 4)
     axes[0].imshow(photo.numpy())
     axes[0].set_title("photograph", fontsize=10)
@@ -206,7 +206,7 @@ def updates() -> Figure:
         "channel attention (13)": ops.channel_attention(w, eps=3.0),
         "CBSA, exact, M = 2": ops.cbsa(w, guess, contraction="exact", eps=0.5),
     }
-    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
     for axis, (name, update) in zip(figure.subplots(1, 4), found.items(), strict=True):
         axis.plot(*w[0, 0].T, ".", color=GREY, markersize=3)
         longest = update[0, 0].norm(dim=-1).max()
@@ -235,7 +235,7 @@ def ista() -> Figure:
         if iteration in (0, 200):
             kept[iteration] = code[shown]
         code = torch.relu(code + 0.1 * (x - code @ dictionary.T) @ dictionary - 0.01)
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    figure = Figure(figsize=(9, 2.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.4])
     left.plot(objectives, color=BLUE)
     left.set(xlabel="step", ylabel="objective")
@@ -265,7 +265,7 @@ def certificate() -> Figure:
     rates = torch.stack([ops.coding_rate(b @ (w - kappa[:, None, None] * back), eps=EPS) for kappa in kappas])
     bound = rates[0] - ALPHA * kappas * (1 - parts[:, None]) * back.square().sum((1, 2))
     assert (rates <= bound + 1e-12).all()
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    figure = Figure(figsize=(9, 2.5), layout="constrained")
     axes = figure.subplots(1, 4)
     for head, axis in enumerate(axes):
         axis.axhline(rates[0, head], color=GREY, linewidth=0.8)
@@ -278,7 +278,8 @@ def certificate() -> Figure:
         axis.title.set_fontsize(10)
         plain(axis)
     axes[0].set_ylabel("rate of the representatives")
-    axes[0].legend(frameon=False, fontsize=8)
+    shown = axes[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
