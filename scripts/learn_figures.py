@@ -45,10 +45,8 @@ def rate() -> Figure:
         x = x / x.square().sum(1).mean().sqrt()
         axis: Any = figure.add_subplot(1, 4, column, projection="3d")
         axis.scatter(*x.T, s=3, color=colors[name], linewidths=0)
-        axis.set(
-            xlim=(-2, 2), ylim=(-2, 2), zlim=(-2, 2), title=f"{name}: {ops.coding_rate(x):.1f} nats at ε = 0.1"
-        )
-        axis.title.set_fontsize(10)
+        axis.set(xlim=(-2, 2), ylim=(-2, 2), zlim=(-2, 2))
+        axis.set_title(f"{name}: {ops.coding_rate(x):.1f} nats at ε = 0.1", fontsize=9, y=0.95)
         axis.set_box_aspect((1, 1, 1), zoom=1.05)
         axis.tick_params(labelbottom=False, labelleft=False)
         rates = [ops.coding_rate(x, eps=eps) for eps in precisions.tolist()]
@@ -244,7 +242,7 @@ def ista() -> Figure:
     right.vlines(range(64), 0, kept[0], color=GREY, linewidth=1.5, label="step 0")
     right.plot(range(64), kept[200], "o", color=BLUE, markersize=4, label="step 200")
     right.plot(atoms, truth[shown, atoms], "x", color=ORANGE, markersize=6, label="the atoms it was made of")
-    right.set(xlabel="entry of one code", ylim=(-0.05, None))
+    right.set(xlabel="entry of one code", ylim=(-0.05, 1.4))
     right.legend(frameon=False, fontsize=8)
     for axis in (left, middle, right):
         plain(axis)
