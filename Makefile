@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow check-extras lint format bench gpu-check docs clean help
+.PHONY: demo test test-slow check-extras lint format bench gpu-check docs docs-serve clean help
 
 help:
 	@echo "make demo          train on real digits (2 minutes), evaluate, write a report page"
@@ -14,7 +14,7 @@ help:
 	@echo "make check-extras  install the wheel with each extra into a fresh environment and try it there"
 	@echo "make lint          ruff and mypy            make format     let ruff format the code"
 	@echo "make bench         time layers and models   make gpu-check  tests and timings on a CUDA device"
-	@echo "make docs          build the documentation into site/"
+	@echo "make docs          build the documentation into site/   make docs-serve   show it at http://127.0.0.1:8000"
 
 demo: $(VENV)/.installed
 	$(BIN)/cbsa train --config digits --model.args step certified --output runs/demo --overwrite
@@ -49,6 +49,9 @@ gpu-check: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

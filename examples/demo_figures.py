@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and of docs/certificate.md, of the model that the demo trains.
+"""Draw the pictures of the README and of docs/reference/certificate.md, of the model that the demo trains.
 
 make demo
 python examples/demo_figures.py runs/demo docs/images

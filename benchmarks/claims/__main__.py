@@ -7,7 +7,7 @@
     python -m benchmarks.claims adapted  --vit FILE --only adapted_cost     # its speed, on a quiet machine
     python -m benchmarks.claims decoders --camvid DIR --vit FILE   # block 3: decoders on CamVid
     python -m benchmarks.claims inside   --cifar DIR --camvid DIR --vit FILE    # block 4: attention maps
-    python -m benchmarks.claims page                               # docs/claims.md and its plots
+    python -m benchmarks.claims page                               # docs/results/claims.md and its plots
 
 Each run has a record of its own in ``benchmarks/results/claims``, written when it is finished: the command can
 be stopped at any time and goes on where it was, and two of them share the work. ``--list`` says what is left

@@ -1,4 +1,4 @@
-"""The table of claims in docs/claims.md, and the plots, from the records."""
+"""The table of claims in docs/results/claims.md, and the plots, from the records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.claims.judges import Finding
 from benchmarks.estimates import markdown
 from cbsa_torch._core.files import write_atomically
 
-DOCS = Path("docs/claims.md")
+DOCS = Path("docs/results/claims.md")
 TABLE, PICTURES = ((f"<!-- {part}: begin -->\n", f"\n<!-- {part}: end -->") for part in ("claims", "pictures"))
 """What parts of the page that are made from records begin and end with."""
 

@@ -1,4 +1,4 @@
-"""The plots of docs/claims.md: accuracy against cost, noise on decoders, rates, adapted ViTs."""
+"""The plots of docs/results/claims.md: accuracy against cost, noise on decoders, rates, adapted ViTs."""
 
 from __future__ import annotations
 
@@ -226,4 +226,4 @@ def write() -> list[Path]:
 def pictures() -> str:
     """The pictures that there are, for the page."""
     found = [(name, plot) for name, plot in PLOTS.items() if (IMAGES / f"{name}.png").exists()]
-    return "\n\n".join(f"![{plot.caption}](images/{name}.png)\n\n*{plot.caption}*" for name, plot in found)
+    return "\n\n".join(f"![{plot.caption}](../images/{name}.png)\n\n*{plot.caption}*" for name, plot in found)

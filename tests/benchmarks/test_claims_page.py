@@ -122,7 +122,7 @@ def test_every_plot_is_drawn(complete, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "IMAGES", tmp_path)
     assert plots.pictures() == ""
     assert [path.stem for path in plots.write()] == list(plots.PLOTS)
-    assert plots.pictures().count("](images/claims_") == len(plots.PLOTS)
+    assert plots.pictures().count("](../images/claims_") == len(plots.PLOTS)
 
 
 def test_without_records_nothing_is_drawn(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Whether every step of a trained model lowered the coding rate of the representatives, as a theorem says.
 
-The theorem, its proof and its limits are in :func:`cbsa_torch.ops.certified_cbsa` and in docs/certificate.md.
+The theorem, its proof and its limits are in :func:`cbsa_torch.ops.certified_cbsa` and in
+docs/reference/certificate.md.
 """
 
 from __future__ import annotations

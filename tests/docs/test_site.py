@@ -1,0 +1,97 @@
+"""The site is built without a warning, asks for nothing outside it, sets its formulas, and fits a phone."""
+
+import os
+import re
+import subprocess
+import sys
+from urllib.parse import unquote
+
+import pytest
+from markdown.extensions.toc import slugify
+
+from tests.helpers.browser import find_browser, visit
+from tests.helpers.doc_pages import ROOT
+
+BROWSER = find_browser()
+USED = """
+const field = document.querySelector("[data-md-component=search-query]");
+document.querySelector("[data-md-toggle=search]").click();
+field.value = "certified";
+field.dispatchEvent(new Event("focus"));
+field.dispatchEvent(new Event("keyup"));
+const found = () => document.querySelectorAll(".md-search-result__item").length;
+for (let i = 0; i < 40 && !found(); i++) await new Promise((go) => setTimeout(go, 100));
+return {
+  found: found(),
+  set: document.querySelectorAll(".arithmatex .katex").length,
+  all: document.querySelectorAll(".arithmatex").length,
+  fonts: [...document.fonts].filter((font) => font.status === "loaded").map((font) => font.family),
+};
+"""
+NARROW = """
+const inside = document.querySelector("iframe").contentDocument;
+return inside.documentElement.scrollWidth;
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder that ``make docs`` makes."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+def test_pages_load_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        tags = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", page.read_text(encoding="utf-8"))
+        assert [tag for tag in tags if re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag)] == []
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_formulas_and_search_work_without_a_request_elsewhere(site):
+    seen = visit(BROWSER, site / "index.html", site, USED)
+    assert seen.problems == []
+    assert seen.console == []
+    assert [address for address in seen.requests if not address.startswith(site.as_uri())] == []
+    assert seen.found["set"] == seen.found["all"] > 0
+    assert seen.found["found"] > 0
+    assert any("KaTeX" in family for family in seen.found["fonts"])
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.parametrize("page", ["index.html", "results/claims.html", "reference/api/layers.html"])
+def test_a_phone_needs_no_horizontal_scrolling(site, page, tmp_path):
+    wrapper = tmp_path / "phone.html"
+    frame = f'<iframe src="{(site / page).as_uri()}" style="width: 390px; height: 800px; border: 0"></iframe>'
+    wrapper.write_text(
+        f'<!doctype html><html><head><link rel="icon" href="data:,"></head><body>{frame}</body></html>'
+    )
+    assert visit(BROWSER, wrapper, tmp_path, NARROW).found <= 390
+
+
+def headings(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {slugify(re.sub(r"[`*]", "", title), "-") for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_links_of_files_outside_the_site_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+        if not re.match(r"https?:|#", link):
+            path, _, heading = unquote(link).partition("#")
+            assert (ROOT / path).exists(), link
+            assert not heading or heading in headings(ROOT / path), link
