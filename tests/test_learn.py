@@ -1,7 +1,5 @@
-"""The pages of docs/learn print what they say, and their pictures can be drawn."""
+"""The pages of docs/learn follow one another, and their pictures can be drawn."""
 
-import contextlib
-import io
 import itertools
 import re
 from pathlib import Path
@@ -11,19 +9,6 @@ from scripts import learn_figures
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/learn").glob("*.md"))
-BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_prints_what_stands_below_its_code(page):
-    blocks = BLOCK.findall(page.read_text())
-    assert len(blocks) > 2
-    scope = {}
-    for code, shown in blocks:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, str(page), "exec"), scope)
-        assert printed.getvalue() == shown, code
 
 
 def test_pages_follow_one_another():
