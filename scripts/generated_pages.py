@@ -1,4 +1,4 @@
-"""Pages of the site that are made when it is built: the command line, the recipes, and the files beside README.
+"""What the site has beside the pages in docs: the command line, the recipes, the files beside README, the notebooks.
 
 A hook of MkDocs, named in mkdocs.yml.
 """
@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import cbsa_torch
 from cbsa_torch.cli import COMMANDS, data, main
@@ -130,7 +131,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{notebook.name}", abs_src_path=str(notebook)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """MkDocs calls this with every page: the folder of the notebooks is beside docs, and in the site within."""
+    return markdown.replace("](../../notebooks/", "](../notebooks/")
 
 
 def _table(options: list[Option]) -> str:
