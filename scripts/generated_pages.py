@@ -1,4 +1,4 @@
-"""What the site has beside the pages in docs: the command line, the recipes, the files beside README, the notebooks.
+"""What the site has beside docs: the command line, the recipes, the files beside README, the notebooks.
 
 A hook of MkDocs, named in mkdocs.yml.
 """

@@ -2,8 +2,8 @@
 
 python scripts/run_notebook.py notebooks/1-five-minutes.ipynb folder
 
-Writes every figure as ``CELL-NUMBER.png`` and every value with a form in HTML as ``CELL.html``. Cells must be plain
-Python: no magics.
+Writes every figure as ``CELL-NUMBER.png``, what has a form in HTML as ``CELL.html``. Cells are plain Python,
+without magics.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def code_cells(path: Path) -> list[tuple[str, str]]:
 
 
 def run_notebook(path: Path) -> Ran:
-    """Run the cells one after the other in one scope; after each, its figures are kept and closed, as in Jupyter."""
+    """Run the cells in one scope; after each, its figures are kept and closed, as in Jupyter."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -63,6 +63,7 @@ def _run_cell(source: str, title: str, names: dict[str, Any]) -> Any:
 
 
 def main(notebook: str, folder: str) -> None:
+    """Run a notebook and write what it shows into a folder."""
     ran = run_notebook(Path(notebook))
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, pictures in ran.figures.items():
