@@ -20,7 +20,12 @@ CLAIMS = {
         n["angles"][0] > 15 and n["angles"][-1] < 2 and n["rates"][-1] < n["rates"][0]
     ),
     "4-adapt-a-vit": lambda n: n["before"] < n["original"] - 10 and n["recovery"][-1][1] > n["original"] - 5,
-    "5-zero-shot-segmentation": lambda n: max(n["found"].best["foreground"]) > 1.5 * n["disc"],
+    "5-zero-shot-segmentation": lambda n: (
+        n["shares"][0] > max(40, 2 * n["shares"][1])
+        and n["bright"]
+        > max(n["found"].best["foreground"])
+        > 1.5 * max(n["disc"], *n["by_chance"].best["foreground"])
+    ),
 }
 """What the words of each notebook say about its variables."""
 
@@ -56,7 +61,9 @@ def test_all_begin_with_the_same_installation(path):
 
 
 def test_links_lead_somewhere(path):
-    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "".join(line for cell in cells if cell["cell_type"] == "markdown" for line in cell["source"])
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
     local = [link.partition("#")[0] for link in links if not link.startswith("https://")]
     assert local
     assert [link for link in local if not (path.parent / link).is_file()] == []
@@ -66,6 +73,8 @@ def test_the_page_shows_it(path):
     assert f"](../../notebooks/{path.name})" in PAGE.read_text(encoding="utf-8")
 
 
+# torch tensors in matplotlib, with NumPy 2; outside tests Python hides it
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_it_runs_and_shows_what_it_says(path, tmp_path, monkeypatch):
     def untrained(*args, pretrained=False, **options):  # the weights of others are not downloaded
         return CREATE(*args, **options)
