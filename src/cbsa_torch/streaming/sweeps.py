@@ -104,7 +104,8 @@ class Sweeps:
             if drawn is not None:
                 self._draw(drawn, layer.gathered.map_row(normed, place), place, stage)
             if not (isinstance(ending, Encoded) and ending.needs_nothing):
-                x = layer.block.apply_update(x, normed, layer.gathered.update(normed, place))
+                update = layer.block.attn.proj_drop(layer.gathered.update(normed, place))
+                x = layer.block.apply_update(x, normed, update)
             if target is not None:
                 self.store.hand_on(target, stage, x, place.start, sweep.layer + 1)
             elif ending is not None:
