@@ -46,7 +46,9 @@ class HeadedTransformer(nn.Module):
             "mode of gradients": torch.is_grad_enabled(),
             "autocast": autocast,
         }
-        return facts if self.ranks_agree else {**facts, "model": model_fingerprint(self)[:16]}
+        return (
+            facts if self.ranks_agree else {**facts, "model (weights, options)": model_fingerprint(self)[:16]}
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in the backward pass instead of storing their activations."""
