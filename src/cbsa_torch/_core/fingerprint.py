@@ -22,6 +22,7 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         if not tensor.is_meta and type(tensor).__name__ != "DTensor":
-            numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            # a copy: FSDP cannot free memory that NumPy has seen
+            numbers = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
             digest.update(numbers.numpy().data)
     return digest.hexdigest()
