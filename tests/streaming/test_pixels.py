@@ -44,6 +44,7 @@ def test_one_channel_needs_no_axis():
         (np.zeros((9, 7)), ValueError, r"3 channels"),
         (np.zeros((0, 7, 3)), ValueError, r"got \(0, 7, 3\)"),
         (np.zeros((9, 7, 3), complex), TypeError, "complex128"),
+        (np.zeros((9, 7, 3), np.longdouble), TypeError, "of at most 64 bits"),
         ([[1.0]], TypeError, "got list"),
     ],
 )
@@ -64,6 +65,8 @@ class Short:
 def test_a_source_that_gives_less_than_it_says(tmp_path):
     with pytest.raises(ValueError, match="source gave"):
         stream(classifier(), Short(), tmp_path / "out")
+    with pytest.raises(ValueError, match="source has masked numbers: fill them first"):
+        stream(classifier(), np.ma.masked_less(image(9, 7), 100), tmp_path / "out")
 
 
 def test_a_file_is_mapped_and_known_again(tmp_path):
