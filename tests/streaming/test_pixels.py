@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cbsa_torch.streaming import open_array, stream
 from cbsa_torch.streaming.pixels import Pixels
@@ -67,6 +68,15 @@ def test_a_source_that_gives_less_than_it_says(tmp_path):
         stream(classifier(), Short(), tmp_path / "out")
     with pytest.raises(ValueError, match="source has masked numbers: fill them first"):
         stream(classifier(), np.ma.masked_less(image(9, 7), 100), tmp_path / "out")
+
+
+def test_numbers_that_are_not_finite_spread_as_in_memory(tmp_path):
+    """And the picture is black."""
+    pixels = image(20, 20).astype(np.float32)
+    pixels[3, 4] = np.nan
+    result = stream(classifier(), pixels, tmp_path / "out", results=["logits", "map"])
+    assert result.logits.isnan().all()
+    assert not np.asarray(Image.open(result.files["picture"])).any()
 
 
 def test_a_file_is_mapped_and_known_again(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -38,9 +40,11 @@ def open_array(path: str | Path) -> SlicedArray:
     """
     name, package, inside = _reader(path)
     if package == "numpy":
-        return np.load(name, mmap_mode="r", allow_pickle=False)
+        with _readable(name):
+            return np.load(name, mmap_mode="r", allow_pickle=False)
     if package == "tifffile":
-        return _tiff(name)
+        with _readable(name):
+            return _tiff(name)
     opened = _group(name, package)
     if hasattr(opened, "shape") and not inside:
         return cast(SlicedArray, opened)
@@ -107,7 +111,19 @@ def _tiff(name: str) -> SlicedArray:
 
 def _group(name: str, package: str) -> Any:
     module = importlib.import_module(package)
-    return module.File(name, "r") if package == "h5py" else module.open(name, mode="r")
+    with _readable(name):
+        return module.File(name, "r") if package == "h5py" else module.open(name, mode="r")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Raise ValueError for what packages raise of their own where a file is none of theirs."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
 
 
 def check_array(name: str, array: Any) -> str:
