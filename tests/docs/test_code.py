@@ -105,11 +105,11 @@ def hub(names, folder, monkeypatch):
 PREPARED = {
     "README.md": no_pretrained_weights,
     "docs/use/adapt.md": no_pretrained_weights,
-    "docs/use/interpret.md": images_with_masks,
+    "docs/reference/report.md": images_with_masks,
+    "docs/reference/segmentation_data.md": ade20k,
     "docs/use/parallel.md": one_process,
-    "docs/use/segmentation_data.md": ade20k,
+    "docs/use/runs.md": hub,
     "docs/use/streaming.md": large_sources,
-    "docs/use/training.md": hub,
 }
 """What pages take for granted: files, processes, the Hub."""
 
