@@ -2,8 +2,8 @@
 
     python -m benchmarks.attention_matrix
 
-Costs are counted, memory is what autograd keeps, abilities are tried out on the layers, exports included; times and
-accuracies are read from the records in ``benchmarks/results``.
+Costs are counted, memory is what autograd keeps, abilities are tried out on the layers, exports included; times
+and accuracies are read from the records in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.estimates import markdown, mean_of
@@ -50,16 +50,20 @@ class Form(NamedTuple):
 
 FORMS = {
     "`CBSA()`": Form(CBSA, {"impl": "tiled"}, "cbsa auto", "digits_default", "cbt"),
-    "`CBSA(contraction=\"exact\")`": Form(CBSA, {"contraction": "exact", "impl": "tiled"}, "", "cbt_exact"),
-    "`CBSA(step=\"certified\")`": Form(
-        CBSA, {"step": "certified", "impl": "tiled"}, "cbsa certified", "digits_certified_norm_gram", "certified"
+    '`CBSA(contraction="exact")`': Form(CBSA, {"contraction": "exact", "impl": "tiled"}, "", "cbt_exact"),
+    '`CBSA(step="certified")`': Form(
+        CBSA,
+        {"step": "certified", "impl": "tiled"},
+        "cbsa certified",
+        "digits_certified_norm_gram",
+        "certified",
     ),
-    "`CBSA(representatives=\"learned\")`": Form(
+    '`CBSA(representatives="learned")`': Form(
         CBSA, {"representatives": "learned", "impl": "tiled"}, "", "cbt_learned", "learned"
     ),
     "`LinearCBSA()`": Form(LinearCBSA, {}, "", "linear_cbt"),
     "`TSSA()`": Form(TSSA, {}, "tssa", "digits_tost", "tost"),
-    "`TSSA(form=\"channel\")`": Form(TSSA, {"form": "channel"}),
+    '`TSSA(form="channel")`': Form(TSSA, {"form": "channel"}),
     "`AgentAttention()`": Form(AgentAttention, {}, "agent", "agent", "agent"),
     "`MSSA()`": Form(MSSA, {}, "mssa", "digits_crate", "crate"),
     "`MHSA()`": Form(MHSA, {}, "mhsa", "stem_vit", "vit"),
@@ -174,7 +178,7 @@ def table() -> str:
         "layer",
         f"GFLOPs, {SHORT:,} tokens",
         f"{LONG:,}",
-        "kept for training, × input",
+        "kept for training, of the input",
         "time of a training step, CBSA = 1",
         "must know of tokens",
         "padding masks",
