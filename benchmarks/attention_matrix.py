@@ -49,17 +49,17 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "`CBSA()`": Form(CBSA, {"impl": "tiled"}, "cbsa auto", "digits_default", "cbt"),
-    '`CBSA(contraction="exact")`': Form(CBSA, {"contraction": "exact", "impl": "tiled"}, "", "cbt_exact"),
+    "`CBSA()`": Form(CBSA, {}, "cbsa auto", "digits_default", "cbt"),
+    '`CBSA(contraction="exact")`': Form(CBSA, {"contraction": "exact"}, "", "cbt_exact"),
     '`CBSA(step="certified")`': Form(
         CBSA,
-        {"step": "certified", "impl": "tiled"},
+        {"step": "certified"},
         "cbsa certified",
         "digits_certified_norm_gram",
         "certified",
     ),
     '`CBSA(representatives="learned")`': Form(
-        CBSA, {"representatives": "learned", "impl": "tiled"}, "", "cbt_learned", "learned"
+        CBSA, {"representatives": "learned"}, "", "cbt_learned", "learned"
     ),
     "`LinearCBSA()`": Form(LinearCBSA, {}, "", "linear_cbt"),
     "`TSSA()`": Form(TSSA, {}, "tssa", "digits_tost", "tost"),
@@ -88,7 +88,7 @@ def operations(form: Form, tokens: int) -> int:
 
 def kept(form: Form) -> float:
     """Numbers that a layer keeps for its backward pass, in parts of its input."""
-    layer = build(form)
+    layer = build(form, **({"impl": "tiled"} if form.make is CBSA else {}))
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     found: dict[int, int] = {}
 
