@@ -146,56 +146,59 @@ def estimate(values: list[float]) -> str:
     return f"{mean_of(values).text()} ({len(values)})" if values else ""
 
 
-def table() -> str:
-    """The table, from the code and the records."""
+def costs() -> str:
+    """What every form costs and reaches, as a table."""
     times = {
         row["name"]: row["milliseconds"]
         for row in json.loads((RESULTS / "layers_short.json").read_text())["rows"]
         if row["training"] and row["tokens"] == SIDE * SIDE + 1
     }
-    causal = torch.ones(16, 16, dtype=torch.bool).tril()
-    rows = []
-    for name, form in FORMS.items():
-        layer = build(form)
-        both = takes(form, is_causal=True) and takes(form, attn_mask=causal)
-        where = "grid or coordinates" if layer.needs_grid else "nothing"
-        rows.append(
-            [
-                name,
-                *(f"{operations(form, tokens) / 1e9:.2f}" for tokens in (SHORT, LONG)),
-                f"{kept(form):.1f}",
-                f"{times[form.timed] / times['cbsa auto']:.1f}" if form.timed else "",
-                where,
-                "yes" if takes(form, token_mask=torch.ones(1, 16, dtype=torch.bool)) else "no",
-                "yes" if both else "no",
-                "yes" if exports(form) else "no",
-                "yes" if getattr(layer, "step", "free") == "certified" else "no",
-                estimate(on_digits(form)),
-                estimate(accuracies(f"claims/scratch_{form.cifar}_seed?.json") if form.cifar else []),
-            ]
-        )
     header = [
         "layer",
-        f"GFLOPs, {SHORT:,} tokens",
-        f"{LONG:,}",
+        *(f"GFLOPs, {tokens:,} tokens" for tokens in (SHORT, LONG)),
         "kept for training, of the input",
-        "time of a training step, CBSA = 1",
-        "must know of tokens",
-        "padding masks",
-        "causal, masks per query",
-        "ONNX, any size",
-        "certificate",
+        "training step, CBSA = 1",
         "digits, % (seeds)",
         "CIFAR-10, % (seeds)",
+    ]
+    rows = [
+        [
+            name,
+            *(f"{operations(form, tokens) / 1e9:.2f}" for tokens in (SHORT, LONG)),
+            f"{kept(form):.1f}",
+            f"{times[form.timed] / times['cbsa auto']:.1f}" if form.timed else "",
+            estimate(on_digits(form)),
+            estimate(accuracies(f"claims/scratch_{form.cifar}_seed?.json") if form.cifar else []),
+        ]
+        for name, form in FORMS.items()
     ]
     filled = [i for i in range(len(header)) if any(row[i] for row in rows)]  # no column of what was not run
     return markdown([header[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
 
+def abilities() -> str:
+    """What every form can do, as a table."""
+    header = ["layer", "pools, so needs a grid or coordinates", "padding masks", "causal, masks per query"]
+    header += ["ONNX, any size", "certificate"]
+    padding, causal = torch.ones(1, 16, dtype=torch.bool), torch.ones(16, 16, dtype=torch.bool).tril()
+    rows = []
+    for name, form in FORMS.items():
+        layer = build(form)
+        able = [
+            layer.needs_grid,
+            takes(form, token_mask=padding),
+            takes(form, is_causal=True) and takes(form, attn_mask=causal),
+            exports(form),
+            getattr(layer, "step", "free") == "certified",
+        ]
+        rows.append([name, *("yes" if each else "no" for each in able)])
+    return markdown(header, rows)
+
+
 def main() -> None:
     """Write the table into its page."""
     before, rest = DOCS.read_text(encoding="utf-8").split(MARKERS[0])
-    text = f"{before}{MARKERS[0]}\n\n{table().strip()}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
+    text = f"{before}{MARKERS[0]}\n\n{costs()}\n\n{abilities()}\n\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
     write_atomically(DOCS, text.encode())
 
 
