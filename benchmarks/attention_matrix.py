@@ -88,7 +88,8 @@ def operations(form: Form, tokens: int) -> int:
 
 def kept(form: Form) -> float:
     """Numbers that a layer keeps for its backward pass, in parts of its input."""
-    layer = build(form, **({"impl": "tiled"} if form.make is CBSA else {}))
+    tiled: dict[str, Any] = {"impl": "tiled"} if form.make is CBSA else {}
+    layer = build(form, **tiled)
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     found: dict[int, int] = {}
 
