@@ -131,8 +131,8 @@ def rank(options: Options, size: int, number: int, folder: str) -> None:
     torch.manual_seed(0)
     group = None
     if size > 1:
-        where = {"init_method": f"file://{folder}/store_{size}", "timeout": timedelta(minutes=5)}
-        dist.init_process_group("gloo", rank=number, world_size=size, **where)
+        store, limit = f"file://{folder}/store_{size}", timedelta(minutes=5)
+        dist.init_process_group("gloo", init_method=store, rank=number, world_size=size, timeout=limit)
         group = dist.group.WORLD
     rows = []
     for name in options.mixers:
