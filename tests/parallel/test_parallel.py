@@ -8,10 +8,10 @@ from tests.helpers import on_ranks, processes
 @pytest.mark.parametrize(
     ("ranks", "checks"),
     [
-        (2, "models training dropout coordinates compiled training_sets errors_of_sets"),
+        (2, "models training dropout drop_path coordinates compiled training_sets errors_of_sets"),
         (3, "mixers operator exchanges errors sets"),
         (4, "models errors training"),
-        pytest.param(2, "compiled_models", marks=pytest.mark.slow),
+        pytest.param(2, "compiled_mixers compiled_models", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_that_share_tokens_equal_one_process(ranks, checks):

@@ -174,6 +174,11 @@ def total(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return summed
 
 
+def of_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the first rank has, on every rank; without gradients."""
+    return total(x.detach() if group.rank() == 0 else torch.zeros_like(x), group)
+
+
 def largest(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The largest over ranks of every element, without gradients."""
     found = x.detach().clone(memory_format=torch.contiguous_format)
