@@ -224,9 +224,9 @@ def merged(
 def _all_reduce(x: Tensor, group: dist.ProcessGroup | None, of_negative: Any = dist.ReduceOp.SUM) -> Tensor:
     """The sum over ranks, or with ``ReduceOp.MIN`` the largest, of every element; ``x`` stays as it is.
 
-    The exchange is in place, and compiled code (inductor, seen in torch 2.14) writes the parts of a concatenation
-    where it is: parts that are needed afterwards would be overwritten. A copy would be optimised away, the
-    negative is not; and it loses nothing.
+    The exchange is in place, and compiled code (inductor, seen in torch 2.14) writes the parts of a
+    concatenation where that is: parts that are needed afterwards would be overwritten. A copy would be
+    optimised away, the negative is not; and it loses nothing.
     """
     negative = x.neg().contiguous()
     dist.all_reduce(negative, of_negative, group=group)
