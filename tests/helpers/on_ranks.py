@@ -197,14 +197,15 @@ def same_gradients(actual, expected):
 
 
 def check_compiled_models(group):
-    """In parts: ranks first agree on what they were given. Of several sizes, trained and evaluated."""
+    """In parts: ranks first agree on what they were given. Of two sizes, each compiled; trained and evaluated."""
     torch.set_default_dtype(torch.float64)
-    for model in (whitebox(), token_set(), token_set(recompute=True)):
+    for model in (whitebox(), token_set(recompute=True)):
         context_parallel(model, group)
-        compiled = torch.compile(model)
+        compiled = torch.compile(model, backend="aot_eager", dynamic=False)
         for training in (True, False):
             model.train(training)
             for n in (9, 12):
+                torch.manual_seed(n)
                 x, given = torch.randn(2, n, 7), {"coords": torch.rand(2, n, 2)}
                 if isinstance(model, WhiteBoxTransformer):
                     x, given = torch.randn(2, 3, 8 * n, 48), {}
