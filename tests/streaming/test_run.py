@@ -355,7 +355,7 @@ def test_a_disk_without_room_is_told_before_anything_is_embedded(tmp_path, monke
     model, pixels = classifier(), image(20, 20)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(StreamError, match=r"scratch needs .* GB, and its disk has"),
+        pytest.raises(StreamError, match=r"out needs .* GB, and its disk has"),
     ):
         patch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         stream(model, pixels, tmp_path / "out", **NORMAL, progress=lambda *_: pytest.fail("it computes"))

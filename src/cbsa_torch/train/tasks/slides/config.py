@@ -82,7 +82,7 @@ def check_slide_settings(config: SlidesTrainConfig) -> None:
         (model.image_size is None, "model.image_size must be left out (slides are features)", model.image_size),
         (
             engine.context_parallel == 1 or not engine.compile,
-            "engine.compile must be off with engine.context_parallel: it would compile every size of slide anew",
+            "engine.compile must be off with engine.context_parallel: every size of slide is compiled anew",
             engine.compile,
         ),
     ])  # fmt: skip
