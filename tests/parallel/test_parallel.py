@@ -15,5 +15,5 @@ from tests.helpers import on_ranks, processes
     ],
 )
 def test_ranks_that_share_tokens_equal_one_process(ranks, checks):
-    result = processes.run(ranks, *checks.split(), main=on_ranks.main, timeout=100)
+    result = processes.run(ranks, *checks.split(), main=on_ranks.main, timeout=300)
     assert result.returncode == 0, result.stderr
