@@ -173,7 +173,7 @@ def compiled_layers(group, names, backend, partitions):
     torch.set_default_dtype(torch.float64)
     for name in names:
         mixer = mixers()[name]
-        compiled = torch.compile(mixer, backend=backend, fullgraph=True)
+        compiled = torch.compile(mixer, backend=backend, fullgraph=True, dynamic=False)
         for mask in masks():
             for lengths in partitions:
                 parallel = ContextParallel(group, lengths)
