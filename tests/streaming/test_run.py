@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -428,6 +429,18 @@ def test_a_disk_that_fills_up_at_any_file_is_told_and_it_goes_on(tmp_path, monke
         result = stream(model, pixels, tmp_path / "out", **options)
     for key, value in expected.items():
         assert arrays(result)[key].tobytes() == value.tobytes(), key
+
+
+def test_a_disk_without_room_is_told_before_anything_is_embedded(tmp_path, monkeypatch):
+    model, pixels = classifier(), image(20, 20)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StreamError, match=r"out needs .* GB, and its disk has"),
+    ):
+        patch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        stream(model, pixels, tmp_path / "out", **NORMAL, progress=lambda *_: pytest.fail("it computes"))
+    assert not list((tmp_path / "out").rglob("*.bin"))
+    stream(model, pixels, tmp_path / "out", **NORMAL)  # room was made
 
 
 def test_a_model_without_a_head_gives_its_feature(tmp_path):

@@ -59,8 +59,7 @@ class WhiteBoxTransformer(HeadedTransformer):
             with ``mlp_ratio``, whose layers add to the input always.
         step_size, sparsity: of ISTA.
         drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
-        drop_path_rate: stochastic depth, ``drop_path`` of the last layer; it grows from 0 in the first. Not in
-            context parallel.
+        drop_path_rate: stochastic depth, ``drop_path`` of the last layer; it grows from 0 in the first.
         device, dtype: of the parameters.
 
     Shape:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cbsa_torch.ops.parallel import ContextParallel, gathered, total
+from cbsa_torch.ops.parallel import ContextParallel, gathered, of_first, total
 
 
 class ContextParallelInput(NamedTuple):
@@ -130,5 +130,4 @@ def drop_alike(dropout: nn.Module, x: Tensor, group: dist.ProcessGroup) -> Tenso
     if not (dropout.training and getattr(dropout, "p", False)):
         undropped: Tensor = dropout(x)
         return undropped
-    drawn: Tensor = dropout(torch.ones_like(x)).detach()
-    return x * total(drawn if group.rank() == 0 else torch.zeros_like(drawn), group)
+    return x * of_first(dropout(torch.ones_like(x)), group)

@@ -348,11 +348,6 @@ def check_config(config: RunConfig) -> None:
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
         (shared >= 1, "engine.context_parallel must be at least 1", shared),
         (
-            shared == 1 or not config.engine.compile,
-            "engine.context_parallel must be 1 with engine.compile: inductor is not tested with it",
-            shared,
-        ),
-        (
             not (native and config.engine.compile),
             "engine.compile must be off with data.native: it would compile every size anew",
             config.engine.compile,

@@ -22,7 +22,13 @@ from cbsa_torch._core.types import (
     Impl,
     Representatives,
 )
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs, check_projection
+from cbsa_torch.ops.cbsa.inputs import (
+    CBSAInputs,
+    cbsa_inputs,
+    certified_inputs,
+    check_projection,
+    tokens_per_representative,
+)
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
 from cbsa_torch.ops.cbsa.packed import run_packed, run_packed_certified
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
@@ -336,22 +342,21 @@ def run_and_project(
     """
     check_projection(inputs, out_weight, out_bias)
     chosen = _choose(inputs, impl, out_weight)
-    tiles = chosen == "tiled" and inputs.parallel is None
+    tiles = chosen == "tiled" and inputs.parallel is None and not inputs.relative
     if tiles and inputs.broadcast == "shared" and folds(inputs, out_weight):
         return cbsa_linear_memory(inputs, "tiled", out_weight, out_bias)
     return project_out(_heads(inputs, chosen), out_weight, out_bias)
 
 
 def _heads(inputs: CBSAInputs, impl: Impl) -> Tensor:
+    dtype = inputs.tokens.dtype
     if inputs.parallel is not None:
-        output = cbsa_on_slices(inputs, tiled=impl == "tiled")
-    elif impl == "eager":
-        output = cbsa_stages(inputs).output
-    elif inputs.broadcast == "softmax":
-        output = two_softmax(inputs)
-    else:
-        output = cbsa_linear_memory(inputs, impl)
-    return output.to(inputs.tokens.dtype)
+        return cbsa_on_slices(inputs, tiled=impl == "tiled").to(dtype)
+    if impl == "eager":
+        return cbsa_stages(inputs).output.to(dtype)
+    output = two_softmax(inputs) if inputs.broadcast == "softmax" else cbsa_linear_memory(inputs, impl)
+    output = output.to(dtype)
+    return output * tokens_per_representative(inputs).to(dtype) if inputs.relative else output
 
 
 def _choose(inputs: CBSAInputs, impl: Impl, out_weight: Tensor | None) -> Impl:
