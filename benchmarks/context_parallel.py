@@ -5,9 +5,9 @@
 
 Bytes are counted by wrapping the collectives (gloo), forward and backward apart. Time is that of forward and
 backward of one layer in the slowest process, the median of some repetitions, one thread per process; memory is
-the largest resident set of any process over that before the first call (Linux). One process is the layer as it
-is. Processes of one machine share its cores and memory bandwidth: figures of time say what the exchange costs,
-not what a cluster gains.
+the most that the process with the most tokens allocates at a time beyond its input. One process is the layer as
+it is. Processes of one machine share its cores and memory bandwidth: figures of time say what the exchange
+costs, not what a cluster gains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ import torch.distributed as dist
 import tyro
 
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch.bench.measure import memory
 from cbsa_torch.nn import CBSA, TSSA, AgentAttention, LinearCBSA
 from cbsa_torch.parallel import ContextParallel
 from cbsa_torch.train.engine.console import number_table, print_table, say
@@ -81,13 +81,6 @@ def counted() -> Iterator[list[int]]:
             setattr(dist, name, original)
 
 
-def resident(line: str) -> int:
-    """Bytes of a line of the status of this process."""
-    found = re.search(rf"^{line}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, "of Linux"
-    return int(found[1]) * 1024
-
-
 def measure(mixer: Any, side: int, options: Options, group: Any) -> dict[str, Any]:
     """One layer on a square grid of ``side`` rows, each rank with its share of the rows."""
     number, size = (0, 1) if group is None else (group.rank(), group.size())
@@ -97,23 +90,25 @@ def measure(mixer: Any, side: int, options: Options, group: Any) -> dict[str, An
     x = torch.randn(1, lengths[number], options.dim, requires_grad=True)
     where: dict[str, Any] = {"grid_size": (side, side)} if parallel is None else {"parallel": parallel}
     exchanged: list[list[int]] = []
-    seconds = []
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts anew
-    before = resident("VmRSS")
-    for _ in range(options.repetitions + 1):  # the first warms up
-        if group is not None:
-            dist.barrier()
-        start = time.perf_counter()
+
+    def step() -> None:
         with counted() as forward:
             out = layer(x, **where)
         with counted() as backward:
             out.sum().backward()
-        exchanged = [forward, backward]
+        exchanged[:] = [forward, backward]
+
+    seconds = []
+    for _ in range(options.repetitions + 1):  # the first warms up
+        if group is not None:
+            dist.barrier()
+        start = time.perf_counter()
+        step()
         seconds.append(time.perf_counter() - start)
-    memory = torch.tensor(float(resident("VmHWM") - before))
+    most = torch.tensor(float(memory(step, "cpu").peak))
     slowest = torch.tensor(statistics.median(seconds[1:]))
     if group is not None:
-        for value in (memory, slowest):
+        for value in (most, slowest):
             dist.all_reduce(value, dist.ReduceOp.MAX)
     return {
         "tokens": side * side,
@@ -121,7 +116,7 @@ def measure(mixer: Any, side: int, options: Options, group: Any) -> dict[str, An
         "bytes_forward": exchanged[0],
         "bytes_backward": exchanged[1],
         "seconds": slowest.item(),
-        "memory_bytes": int(memory),
+        "memory_bytes": int(most),
     }
 
 
@@ -164,7 +159,7 @@ def main() -> None:
     options = tyro.cli(Options)
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for size in options.processes for row in measure_processes(options, size, folder)]
-    table = number_table("mixer", "tokens", "processes", "KiB forward", "backward", "ms", "MiB more", left=1)
+    table = number_table("mixer", "tokens", "processes", "KiB forward", "backward", "ms", "MiB", left=1)
     for row in rows:
         exchanged = [f"{sum(row[f'bytes_{way}']) / 1024:.1f}" for way in ("forward", "backward")]
         cost = f"{1e3 * row['seconds']:.1f}", f"{row['memory_bytes'] / 2**20:.0f}"
