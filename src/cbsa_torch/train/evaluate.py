@@ -15,7 +15,7 @@ from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.hub import open_weights, weights_path
 from cbsa_torch.models.shipped import SHIPPED, results_folder
-from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig
+from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig, usual_workers
 from cbsa_torch.train.data import (
     OpenedSplit,
     class_names_of,
@@ -68,7 +68,9 @@ def open_trained(
         return _with_classes_of(data, split, opened, info, path)
     try:
         fed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["input"].items()}
-        task = task_of(read_config(info["config"], f"{path}: config"))
+        # a published file does not say with how many workers it was trained
+        config = {**info["config"], "data": {"workers": usual_workers(), **info["config"].get("data", {})}}
+        task = task_of(read_config(config, f"{path}: config"))
         return Trained(opened, task.spec_type(**fed), list(info["class_names"]), task, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
