@@ -15,7 +15,6 @@ from cbsa_torch.models.shipped import FOLDER, SHIPPED, WEIGHTS
 from cbsa_torch.nn import MSSA
 from cbsa_torch.train.data.arrays import open_digits
 from cbsa_torch.train.evaluate import evaluate_checkpoint
-from tests.helpers.compare import assert_close
 
 NAME = "cbt_pico_patch1_8.certified_digits"
 each_one = pytest.mark.parametrize("name", SHIPPED)
@@ -26,7 +25,7 @@ def _no_network(monkeypatch):
     connect = socket.socket.connect
 
     def refuse(self, address):
-        assert self.family == socket.AF_UNIX, f"asked the network: {address}"  # workers of a loader use the others
+        assert self.family == socket.AF_UNIX, f"asked the network: {address}"
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -60,7 +59,7 @@ def test_by_timm_it_is_the_same_model():
     model = pretrained()
     with torch.no_grad():
         logits = model(images)
-        assert_close(logits, from_pretrained(NAME)(images))
+        assert torch.equal(logits, from_pretrained(NAME)(images))
     assert (logits.argmax(1) == labels).double().mean() == pytest.approx(
         json.loads((SHIPPED[NAME].folder / "eval_test.json").read_text())["top1"], abs=1e-6
     )
@@ -81,7 +80,6 @@ def test_its_configuration_is_that_of_its_run(name):
     }.items() >= {
         key: info["input"][key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")
     }.items()
-    assert f'from_pretrained("{name}")' in (shipped.folder / "README.md").read_text()
     assert "root" not in info["config"]["data"]  # nothing of the machine
 
 
@@ -158,7 +156,7 @@ def test_other_sizes_get_resampled_positions():
     assert model.pos_embed.shape[1] == 1 + 12 * 12
     assert torch.equal(model.pos_embed[:, :1], pretrained().pos_embed[:, :1])
     larger = torch.nn.functional.interpolate(images, (12, 12), mode="bicubic", antialias=True)
-    assert_close(model(larger), pretrained()(larger))  # which resamples them at every call
+    assert torch.equal(model(larger), pretrained()(larger))  # which resamples them at every call
 
 
 def test_colours_take_the_weights_of_grey_where_timm_can_convert_them():

@@ -177,9 +177,9 @@ _CFGS = {
     for size, spec in sizes_of(family).items()
 }
 default_cfgs = generate_default_cfgs(
-    # the star: a name without a tag is the architecture as it is, whichever tags have weights
-    {f"{name}.untrained*": cfg for name, cfg in _CFGS.items()}
-    | {name: _CFGS[weights.architecture] | weights.timm_config() for name, weights in SHIPPED.items()}
+    {name: _CFGS[weights.architecture] | weights.timm_config() for name, weights in SHIPPED.items()}
+    # the star, last: a name without a tag is the architecture as it is, whichever tags have weights
+    | {f"{name}.untrained*": cfg for name, cfg in _CFGS.items()}
 )
 
 

@@ -29,7 +29,7 @@ class Shipped(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """The record of the run that trained them: weights, card, curve, environment, evaluation."""
+        """The record of the run that trained them: weights, curve, environment, evaluation."""
         return FOLDER / self.name
 
     def timm_config(self) -> dict[str, Any]:
