@@ -2,9 +2,10 @@
 
     python examples/contract_animation.py [--digit 5] [--output docs/images/contract.svg]
 
-In each layer the head is shown whose rate falls most. Its tokens and representatives are seen along the two principal
-directions of the representatives. Everything is as the layer computes it: extraction from the first guesses,
-contraction, broadcast; the rates are those of :func:`cbsa_torch.interpret.certificate`.
+In each layer the head is shown whose rate falls most, in a plane of its subspace: across the principal direction of
+the representatives, upwards the direction at right angles to it in which they are moved most. Everything is as the
+layer computes it: extraction from the first guesses, contraction, broadcast. The rates are those of
+:func:`cbsa_torch.interpret.certificate`.
 """
 
 from __future__ import annotations
@@ -72,13 +73,17 @@ def observe(pixels: Tensor) -> list[Layer]:
         stages, weights = record.stages, record.token_weights[0, head]
         moved = stages.output[0, head]  # what the step adds to every token
         extracted = stages.extracted[0, head]
-        plane = torch.linalg.svd(extracted).Vh[:2].mT  # the two principal directions, as columns
+        contracted = extracted + weights @ moved
+        across = torch.linalg.svd(extracted).Vh[0]
+        change = contracted - extracted
+        upwards = torch.linalg.svd(change - (change @ across)[:, None] * across).Vh[0]
+        plane = torch.stack([across, upwards], dim=1)  # directions as columns
         seen = {
             "tokens": stages.tokens[0, head],
             "tokens_after": stages.tokens[0, head] + moved,
             "guesses": stages.representatives[0, head],
             "extracted": extracted,
-            "contracted": extracted + weights @ moved,
+            "contracted": contracted,
         }
         before, after, fall = (x[0, head].item() for x in (rates.before, rates.after, rates.guaranteed))
         points = {name: values @ plane for name, values in seen.items()}
@@ -114,9 +119,7 @@ def draw(pixels: Tensor, layers: list[Layer]) -> str:
     ink = pixels.flatten().tolist()
     for index, layer in enumerate(layers):
         x, start = LEFT + index * (PANEL + GAP), index * TURN
-        times = {
-            name: tuple(100 * (start + t) / seconds for t in span) for name, span in ACTS.items()
-        }
+        times = {name: tuple(100 * (start + t) / seconds for t in span) for name, span in ACTS.items()}
         style += _keyframes(index, times, layer)
         body.append(_panel(index, layer, ink, x))
     return (
@@ -146,7 +149,9 @@ def _lit(name: str, spans: list[tuple[float, float]], seconds: float) -> str:
     steps = ["0%{opacity:.35}"]
     for begin, end in spans:
         marks = (begin + 0.01, begin + 0.15, end, end + 0.15)
-        steps += [f"{100 * t / seconds:.2f}%{{opacity:{o}}}" for t, o in zip(marks, (0.35, 1, 1, 0.35), strict=True)]
+        steps += [
+            f"{100 * t / seconds:.2f}%{{opacity:{o}}}" for t, o in zip(marks, (0.35, 1, 1, 0.35), strict=True)
+        ]
     return f"@keyframes {name}{{{''.join(steps)}to{{opacity:.35}}}}"
 
 
@@ -210,7 +215,9 @@ def main() -> None:
     pixels = torch.from_numpy(test.pixels[index]).float() / 255
     layers = observe(pixels)
     for number, layer in enumerate(layers, 1):
-        print(f"layer {number}: rate {layer.rate:.2f} to {layer.rate_after:.2f}, at most {layer.at_most:.2f} nats")
+        print(
+            f"layer {number}: rate {layer.rate:.2f} to {layer.rate_after:.2f}, at most {layer.at_most:.2f} nats"
+        )
     options.output.write_text(draw(pixels, layers), encoding="utf-8")
     print(f"{options.output}: {options.output.stat().st_size / 1000:.0f} kB")
 
