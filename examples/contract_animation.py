@@ -1,11 +1,10 @@
-"""Draw the moving picture of the README: what each layer of the model in the package does to one scan of a digit.
+"""Draw the moving picture of the README: what each layer of the model in the package does to a scan of a digit.
 
     python examples/contract_animation.py [--digit 5] [--output docs/images/contract.svg]
 
-In each layer the head is shown whose rate falls most, in a plane of its subspace: across the principal direction of
-the representatives, upwards the direction at right angles to it in which they are moved most. Everything is as the
-layer computes it: extraction from the first guesses, contraction, broadcast. The rates are those of
-:func:`cbsa_torch.interpret.certificate`.
+In each layer the head is shown whose rate falls most. Its tokens and representatives are seen along the two
+principal directions of the representatives. Everything is as the layer computes it: extraction from the first
+guesses, contraction, broadcast; the rates are those of :func:`cbsa_torch.interpret.certificate`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TURN, END = 3.4, 2.6
 """Seconds: what a layer has, and what the last picture stays."""
 ACTS = {"extract": (0.0, 1.1), "contract": (1.3, 2.1), "broadcast": (2.3, 3.1)}
 """Seconds within a layer's turn."""
-INK, ORANGE, GREY = "#1f3b63", "#d9661f", "#8a8f98"
+INK, ORANGE = "#1f3b63", "#d9661f"
 
 
 @dataclass
@@ -73,17 +72,13 @@ def observe(pixels: Tensor) -> list[Layer]:
         stages, weights = record.stages, record.token_weights[0, head]
         moved = stages.output[0, head]  # what the step adds to every token
         extracted = stages.extracted[0, head]
-        contracted = extracted + weights @ moved
-        across = torch.linalg.svd(extracted).Vh[0]
-        change = contracted - extracted
-        upwards = torch.linalg.svd(change - (change @ across)[:, None] * across).Vh[0]
-        plane = torch.stack([across, upwards], dim=1)  # directions as columns
+        plane = torch.linalg.svd(extracted).Vh[:2].mT  # the two principal directions, as columns
         seen = {
             "tokens": stages.tokens[0, head],
             "tokens_after": stages.tokens[0, head] + moved,
             "guesses": stages.representatives[0, head],
             "extracted": extracted,
-            "contracted": contracted,
+            "contracted": extracted + weights @ moved,
         }
         before, after, fall = (x[0, head].item() for x in (rates.before, rates.after, rates.guaranteed))
         points = {name: values @ plane for name, values in seen.items()}
@@ -129,18 +124,28 @@ def draw(pixels: Tensor, layers: list[Layer]) -> str:
 
 
 def _keyframes(index: int, times: dict[str, tuple[float, ...]], layer: Layer) -> list[str]:
-    """How representatives, tokens and the bar of a layer move; in per cent of the whole."""
+    """How representatives, tokens, the bar and the text of a layer change; times in per cent of the whole."""
     (e0, e1), (c0, c1), (b0, b1) = times.values()
-    shown = e0 + 0.25 * (e1 - e0)
-    left = layer.rate_after / layer.rate
+
+    def keyframes(name: str, *steps: str) -> str:
+        return f"@keyframes {name}{index}{{{''.join(steps)}}}"
+
+    def change(name: str, begin: float, end: float, first: str, last: str) -> str:
+        return keyframes(name, f"0%,{begin:.2f}%{{{first}}}", f"{end:.2f}%,98%{{{last}}}", f"to{{{first}}}")
+
     return [
-        f"@keyframes r{index}{{0%,{e0:.2f}%{{translate:var(--g);opacity:0}}{shown:.2f}%{{translate:var(--g);"
-        f"opacity:1}}{e1:.2f}%,{c0:.2f}%{{translate:0 0}}{c1:.2f}%,98%{{translate:var(--c);opacity:1}}"
-        "to{translate:var(--c);opacity:0}}",
-        f"@keyframes t{index}{{0%,{b0:.2f}%{{translate:0 0}}{b1:.2f}%,98%{{translate:var(--d)}}to{{translate:0 0}}}}",
-        f"@keyframes l{index}{{0%,{c0:.2f}%{{scale:1 1}}{c1:.2f}%,98%{{scale:{left:.4f} 1}}to{{scale:1 1}}}}",
-        f"@keyframes n{index}{{0%,{c1 - 0.01:.2f}%{{opacity:0}}{c1:.2f}%,98%{{opacity:1}}to{{opacity:0}}}}",
-        f"@keyframes b{index}{{0%,{c1 - 0.01:.2f}%{{opacity:1}}{c1:.2f}%,98%{{opacity:0}}to{{opacity:1}}}}",
+        keyframes(
+            "r",
+            f"0%,{e0:.2f}%{{translate:var(--g);opacity:0}}",
+            f"{e0 + 0.25 * (e1 - e0):.2f}%{{translate:var(--g);opacity:1}}",
+            f"{e1:.2f}%,{c0:.2f}%{{translate:0 0}}",
+            f"{c1:.2f}%,98%{{translate:var(--c);opacity:1}}",
+            "to{translate:var(--c);opacity:0}",
+        ),
+        change("t", b0, b1, "translate:0 0", "translate:var(--d)"),
+        change("l", c0, c1, "scale:1 1", f"scale:{layer.rate_after / layer.rate:.4f} 1"),
+        change("n", c1 - 0.01, c1, "opacity:0", "opacity:1"),
+        change("b", c1 - 0.01, c1, "opacity:1", "opacity:0"),
     ]
 
 
@@ -169,36 +174,43 @@ def _panel(index: int, layer: Layer, ink: list[float], x: float) -> str:
         f'<rect x="{x:g}" y="{TOP:g}" width="{PANEL:g}" height="{PANEL:g}" fill="#fafbfc" stroke="#d6dae0"/>',
         f'<path d="M{x:g} {centre[1]:g}h{PANEL:g}M{centre[0]:g} {TOP:g}v{PANEL:g}" stroke="#e3e6ea"/>',
     ]
-    pixels = len(ink)
-    moves = place(layer.tokens_after) - place(layer.tokens)
-    for value, (cx, cy), (dx, dy) in zip(
-        ink, place(layer.tokens)[-pixels:].tolist(), moves[-pixels:].tolist(), strict=True
-    ):
-        parts.append(
-            f'<circle class="t" cx="{cx:.1f}" cy="{cy:.1f}" r="2.6" fill="{INK}" fill-opacity="{0.18 + 0.8 * value:.2f}" '
-            f'style="--d:{dx:.1f}px {dy:.1f}px;animation-name:t{index}"/>'
-        )
-    guesses, contracted = (place(p) - place(layer.extracted) for p in (layer.guesses, layer.contracted))
-    for (cx, cy), (gx, gy), (dx, dy) in zip(
-        place(layer.extracted).tolist(), guesses.tolist(), contracted.tolist(), strict=True
-    ):
-        parts.append(
-            f'<circle class="r" cx="{cx:.1f}" cy="{cy:.1f}" r="4.2" style="--g:{gx:.1f}px {gy:.1f}px;'
-            f'--c:{dx:.1f}px {dy:.1f}px;animation-name:r{index}"/>'
-        )
+    pixels = len(ink)  # the tokens after the class token
+    tokens = place(layer.tokens)[-pixels:]
+    moves = place(layer.tokens_after)[-pixels:] - tokens
+    for value, at, move in zip(ink, tokens, moves, strict=True):
+        fill = f'fill="{INK}" fill-opacity="{0.18 + 0.8 * value:.2f}"'
+        parts.append(_circle("t", index, at, 2.6, fill, f"--d:{_pixels(move)}"))
+    extracted = place(layer.extracted)
+    starts, ends = (place(points) - extracted for points in (layer.guesses, layer.contracted))
+    for at, start, end in zip(extracted, starts, ends, strict=True):
+        parts.append(_circle("r", index, at, 4.2, "", f"--g:{_pixels(start)};--c:{_pixels(end)}"))
     bar = TOP + PANEL + 12
+    box = f'x="{x:g}" y="{bar:g}" width="{PANEL:g}" height="7"'
+    text = f'x="{x:g}" y="{bar + 26:g}"'
     most = x + PANEL * layer.at_most / layer.rate
-    parts += [
-        f'<rect x="{x:g}" y="{bar:g}" width="{PANEL:g}" height="7" fill="#edeff2"/>',
-        f'<rect x="{x:g}" y="{bar:g}" width="{PANEL:g}" height="7" fill="{INK}" style="transform-origin:{x:g}px 0;'
-        f'animation-name:l{index}"/>',
-        f'<path d="M{most:.1f} {bar - 3:g}v13" stroke="{ORANGE}" stroke-width="2"/>',
-        f'<text class="b" x="{x:g}" y="{bar + 26:g}" style="animation-name:b{index}">rate {layer.rate:.2f} nats</text>',
-        f'<text x="{x:g}" y="{bar + 26:g}" style="animation-name:n{index}">rate {layer.rate:.2f} to '
-        f"{layer.rate_after:.2f} nats</text>",
-        f'<text class="s" x="{x:g}" y="{bar + 42:g}">theorem: at most {layer.at_most:.2f}</text>',
-    ]
-    return "".join(parts)
+    return "".join(
+        [
+            *parts,
+            f'<rect {box} fill="#edeff2"/>',
+            f'<rect {box} fill="{INK}" style="transform-origin:{x:g}px 0;animation-name:l{index}"/>',
+            f'<path d="M{most:.1f} {bar - 3:g}v13" stroke="{ORANGE}" stroke-width="2"/>',
+            f'<text class="b" {text} style="animation-name:b{index}">rate {layer.rate:.2f} nats</text>',
+            f'<text {text} style="animation-name:n{index}">',
+            f"rate {layer.rate:.2f} to {layer.rate_after:.2f} nats</text>",
+            f'<text class="s" x="{x:g}" y="{bar + 42:g}">theorem: at most {layer.at_most:.2f}</text>',
+        ]
+    )
+
+
+def _circle(kind: str, index: int, at: Tensor, radius: float, fill: str, moves: str) -> str:
+    """A point that moves as the keyframes of its kind and layer say."""
+    x, y = at.tolist()
+    place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}"'
+    return f'<circle class="{kind}" {place} {fill} style="{moves};animation-name:{kind}{index}"/>'
+
+
+def _pixels(move: Tensor) -> str:
+    return " ".join(f"{value:.1f}px" for value in move.tolist())
 
 
 def _png(pixels: Tensor) -> str:

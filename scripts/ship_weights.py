@@ -5,8 +5,8 @@
     make demo
     python scripts/ship_weights.py runs/demo cbt_pico_patch1_8.certified_digits
 
-NAME is one of ``cbsa_torch.models.shipped.SHIPPED``. Its folder gets the weights with their description, without settings
-that tell of a machine, the run's curve and environment, and the evaluation on the test split.
+NAME is one of ``cbsa_torch.models.shipped.SHIPPED``. Its folder gets the weights with their description,
+without settings that tell of a machine, the run's curve and environment, and the evaluation on the test split.
 """
 
 from __future__ import annotations
