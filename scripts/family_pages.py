@@ -26,7 +26,7 @@ from cbsa_torch.nn import TokenMixer
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PAGES = "reference/families/"
-IN_DIM, TOKENS = 1536, 1000
+IN_DIM, TOKENS = 1536, 256
 """What models of sets are counted for."""
 VIT = "vit_small_patch16_224"
 """The black-box model of timm that the others are timed beside."""

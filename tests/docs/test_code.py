@@ -103,7 +103,6 @@ def hub(names, folder, monkeypatch):
 
 
 PREPARED = {
-    "README.md": no_pretrained_weights,
     "docs/use/adapt.md": no_pretrained_weights,
     "docs/use/interpret.md": images_with_masks,
     "docs/use/parallel.md": one_process,
