@@ -62,7 +62,7 @@ ON_DIGITS = """## On digits
 Test accuracy on scikit-learn's digits in per cent, mean and standard deviation over {seeds} seeds, and
 milliseconds of a training step of 64 images. One of the 360 test images is 0.28 %, so differences of half a per
 cent mean nothing. `python benchmarks/digits_family.py` made the record;
-[all members](../../choose/family.md#on-digits).
+[all members](../../results/small_models.md#on-digits).
 
 """
 ON_CPU = """Images per second. Two CPU threads, float32, torch {torch}, {date:.10} (`cbsa bench models`,

@@ -73,7 +73,9 @@ def test_formulas_and_search_work_without_a_request_elsewhere(site):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-@pytest.mark.parametrize("page", ["index.html", "results/claims.html", "reference/api/layers.html"])
+@pytest.mark.parametrize(
+    "page", ["index.html", "choose/index.html", "results/claims.html", "reference/api/layers.html"]
+)
 def test_a_phone_needs_no_horizontal_scrolling(site, page, tmp_path):
     wrapper = tmp_path / "phone.html"
     frame = f'<iframe src="{(site / page).as_uri()}" style="width: 390px; height: 800px; border: 0"></iframe>'

@@ -420,6 +420,20 @@ def check_errors(group):
         context_parallel(foreign, group)
     with pytest.raises(TypeError, match="ranks must be a DeviceMesh or a process group"):
         context_parallel(model, [0, 1])
+    # what one rank alone finds, the others are told
+    for failing, error, text in (
+        (torch.nn.Linear(2, 2), TypeError, "must have a _cp_plan"),
+        (whitebox(mixer=MSSA), ValueError, "MSSA compares every token"),
+    ):
+        with pytest.raises(
+            error if rank == 1 else ValueError, match=("" if rank == 1 else "rank 1: .*") + text
+        ):
+            context_parallel(failing if rank == 1 else model, group)
+    assert model.ranks is None
+    grouped = whitebox()
+    grouped.stem.proj[0][1] = torch.nn.GroupNorm(2, grouped.stem.proj[0][0].out_channels)
+    with pytest.raises(ValueError, match="stem must have convolutions 3 x 3 with batch norms"):
+        context_parallel(grouped, group)
     alone = dist.new_group([1])
     with pytest.raises(ValueError, match="ranks must be the same group on all its processes"):
         context_parallel(model, alone if rank == 1 else group)
@@ -428,6 +442,29 @@ def check_errors(group):
         model(torch.randn(1 + (rank == 1), 3, 64, 48))
     with pytest.raises(ValueError, match="grid_size must be the same on every rank"):
         model(torch.randn(1, 3, 64 + 16 * rank, 48))
+    for height, width in ((64 - rank, 48), (64, 48 - rank)):  # of one grid
+        with pytest.raises(ValueError, match="image size must be the same on every rank"):
+            model(torch.randn(1, 3, height, width))
+    with (
+        torch.set_grad_enabled(rank != 1),
+        pytest.raises(ValueError, match="mode of gradients must be the same on every rank"),
+    ):
+        model(torch.randn(1, 3, 64, 48))
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=rank == 1),
+        pytest.raises(ValueError, match="autocast must be the same on every rank"),
+    ):
+        model(torch.randn(1, 3, 64, 48))
+    others = whitebox(), whitebox(mixer=partial(CBSA, contraction="exact" if rank == 1 else "none"))
+    with torch.no_grad():
+        others[0].head.bias[0] += rank
+    for different in others:
+        context_parallel(different, group)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"model \(weights, options\) must be the same on every rank"):
+                different(torch.randn(1, 3, 64, 48))
+    wrapped = DistributedDataParallel(others[0])  # which makes them the same
+    assert wrapped(torch.randn(1, 3, 64, 48)).shape == (1, 3)
     with pytest.raises(ValueError, match="rank 1: .*pixels of the ImageBand must be the rows"):
         rows = pixel_rows(model, (64, 48))
         pixels = torch.randn(1, 3, 64, 48)[:, :, rows]
@@ -504,6 +541,15 @@ def check_errors_of_sets(group):
     ):
         with pytest.raises(ValueError, match=text):
             model(*given)
+    plain = context_parallel(token_set("tssa", positions="none"), group)
+    for given, text in (
+        ((features[:, : 9 - ours],), "number of features of whole sets must be the same on every rank"),
+        ((SetSlice(features) if ours else features,), "number of features of whole sets"),
+        ((features, None, mask[:, :5] if ours else mask), r"rank 1: ValueError: token_mask must have shape"),
+        ((features, None, mask.float() if ours else mask), "rank 1: TypeError: token_mask must have dtype"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            plain(*given)
     with pytest.raises(ValueError, match="cu_seqlens must be None in context parallel"):
         model(features, coords, cu_seqlens=torch.tensor([0, 4, 9]))
     model.train(not ours)

@@ -15,6 +15,9 @@ def test_files_that_cannot_be_opened(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"must be a \.npy, \.tif, \.h5 or \.zarr file"):
         open_array(tmp_path / "photo.jpg")
+    (tmp_path / "empty.npy").touch()
+    with pytest.raises(ValueError, match=r"empty\.npy cannot be read: "):
+        open_array(tmp_path / "empty.npy")
     np.save(tmp_path / "image.npy", image(4, 4))
     with pytest.raises(ValueError, match="none called 'a'"):
         open_array(f"{tmp_path}/image.npy::a")

@@ -59,7 +59,7 @@ def from_pretrained(
             folder that holds ``model.safetensors``, the name of weights that come with the package
             (``"cbt_pico_patch1_8.certified_digits"``), or a file: one of this library, a released checkpoint of
             the official code (see :func:`cbsa_torch.models.load_official`), or a plain state dict with the
-            names of timm, transformers, torchvision or the DINO hubs (docs/use/training.md).
+            names of timm, transformers, torchvision or the DINO hubs (docs/reference/weights.md).
         model: name in timm of the model that a plain state dict is of; other files say it.
         model_args: constructor arguments beside that name.
         revision: branch, tag or commit of the repository.

@@ -159,7 +159,7 @@ def agree(group: dist.ProcessGroup | None, own: Any, problem: str = "", **same: 
     problems = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(told) if text]
     if problems:
         raise ValueError("; ".join(problems))
-    for name in same:
+    for name in dict.fromkeys(name for _, _, facts in told for name in facts):
         values = [facts.get(name) for _, _, facts in told]
         if any(value != values[0] for value in values):
             raise ValueError(
@@ -268,7 +268,7 @@ class _Merged(torch.autograd.Function):
         shares = torch.softmax(lses, 0)  # (R, B, H, M, 1)
         whole = (shares * parts[..., :p]).sum(0)
         share = shares[group.rank()].clone()
-        any_real = lses.amax(0)[:, :1, :1] > torch.finfo(lse.dtype).min / 2
+        any_real = ~(lses.amax(0)[:, :1, :1] <= torch.finfo(lse.dtype).min / 2)  # NaN is of real tokens
         ctx.mark_non_differentiable(any_real, shares, told)
         ctx.save_for_backward(share, picked, whole)
         ctx.group = group

@@ -101,10 +101,17 @@ def test_processes_train_and_evaluate_like_one(digits, alone, tmp_path, count):
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "sharded"])
 def test_processes_that_share_the_rows_of_images_train_like_one(digits, alone, tmp_path, fsdp):
+    """And one that goes on with the run, in the middle of an epoch."""
     digits.engine.context_parallel, digits.engine.fsdp = 2, fsdp
+    digits.engine.save_steps, digits.engine.keep_states = 3, 9
     processes.train(2, digits)
     assert_same_curve(digits, alone)
     torch.testing.assert_close(last(digits)["model"], last(alone)["model"], rtol=1e-4, atol=1e-5)
+    for path in states(digits)[:-1]:  # keeps that of step 3
+        path.unlink()
+    digits.engine.context_parallel, digits.engine.fsdp, digits.accept_changes = 1, False, True
+    train(digits)
+    assert_same_curve(digits, alone)
 
 
 def test_context_parallel_that_cannot_work_is_refused_on_every_process(digits):
