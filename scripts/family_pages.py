@@ -91,7 +91,14 @@ def generated(page: str) -> str:
     if page == "token_set":
         return sizes_of_sets()
     family = FAMILIES[page]
-    parts = [sizes(page), weights(page), options(family), speed(page), on_digits(page), citation(family.paper)]
+    parts = [
+        sizes(page),
+        weights(page),
+        options(family),
+        speed(page),
+        accuracy_on_digits(page),
+        citation(family.paper),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -171,7 +178,7 @@ def speed(family: str) -> str:
     )
 
 
-def on_digits(family: str) -> str:
+def accuracy_on_digits(family: str) -> str:
     """Accuracy on the digits, from the record; nothing if the family is not in it."""
     record = json.loads((RESULTS / "digits_family.json").read_text())
     name = model_name(family, "pico") if "pico" in sizes_of(family) else None
