@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,7 @@ def crossed(cells: dict[tuple[str, str], str]) -> str:
     return table(["", *columns], ([row, *(cells.get((row, column), "") for column in columns)] for row in rows))
 
 
-def said(arguments: dict[str, Any]) -> str:
+def said(arguments: Mapping[str, Any]) -> str:
     """Arguments as they are written in Python."""
     return ", ".join(f"`{name}={value!r}`" for name, value in arguments.items())
 
