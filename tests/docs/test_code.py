@@ -103,7 +103,6 @@ def hub(names, folder, monkeypatch):
 
 
 PREPARED = {
-    "README.md": no_pretrained_weights,
     "docs/use/adapt.md": no_pretrained_weights,
     "docs/reference/report.md": images_with_masks,
     "docs/reference/segmentation_data.md": ade20k,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,11 @@ class DataSource:
     """Share of the training images held out for validation if there is no val split."""
     workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
     """Processes that read images; 0: the training process itself."""
+
+
+def usual_workers() -> int:
+    """``data.workers`` where nothing says how many: no more than there are cores, which PyTorch warns of."""
+    return min(DataSource.workers, os.cpu_count() or 1)
 
 
 @dataclass
