@@ -28,7 +28,7 @@ RECIPES = Path(cbsa_torch.__file__).parent / "train/recipes"
 VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "train": ((), ("--config", "emoji_scenes"), ("--config", "slides")),
     "bench": (("layers",), ("models",)),
-    "data": (("fetch",),),
+    "data": (("fetch",), ("images",)),
 }
 """Commands whose options depend on what they are told first."""
 RULE = re.compile(r" -{5,}")

@@ -7,10 +7,9 @@ import sys
 from urllib.parse import unquote
 
 import pytest
-from markdown.extensions.toc import slugify
 
 from tests.helpers.browser import find_browser, visit
-from tests.helpers.doc_pages import ROOT
+from tests.helpers.doc_pages import ROOT, headings
 
 BROWSER = find_browser()
 USED = """
@@ -73,7 +72,9 @@ def test_formulas_and_search_work_without_a_request_elsewhere(site):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-@pytest.mark.parametrize("page", ["index.html", "results/claims.html", "reference/api/layers.html"])
+@pytest.mark.parametrize(
+    "page", ["index.html", "choose/index.html", "results/claims.html", "reference/api/layers.html"]
+)
 def test_a_phone_needs_no_horizontal_scrolling(site, page, tmp_path):
     wrapper = tmp_path / "phone.html"
     frame = f'<iframe src="{(site / page).as_uri()}" style="width: 390px; height: 800px; border: 0"></iframe>'
@@ -81,11 +82,6 @@ def test_a_phone_needs_no_horizontal_scrolling(site, page, tmp_path):
         f'<!doctype html><html><head><link rel="icon" href="data:,"></head><body>{frame}</body></html>'
     )
     assert visit(BROWSER, wrapper, tmp_path, NARROW).found <= 390
-
-
-def headings(path):
-    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return {slugify(re.sub(r"[`*]", "", title), "-") for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])

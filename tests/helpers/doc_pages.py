@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from markdown.extensions.toc import slugify
+
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```\n", re.MULTILINE | re.DOTALL)
@@ -34,3 +36,9 @@ def read_blocks(page: str, language: str) -> list[Block]:
             code = re.sub(f"^{fence[1]}", "", fence[3], flags=re.MULTILINE)
             blocks.append(Block(code, text[: fence.start(3)].count("\n") + 1, after[3] if shown else None))
     return blocks
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {slugify(re.sub(r"[`*]", "", title), "-") for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from cbsa_torch.train.config import DataConfig, RunConfig
+from cbsa_torch.train.config import DataConfig, RunConfig, usual_workers
 from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import open_trained
@@ -100,10 +99,8 @@ def open_on(checkpoint: str | Path, other: OtherOptions, split: str | None = Non
         split: the one that will be used.
     """
     root, data = other.root, other.data
-    workers = min(DataConfig.workers, os.cpu_count() or 1)
-    given = (
-        None if root is None and data is None else DataConfig(name=data or "folder", root=root, workers=workers)
-    )
+    none = root is None and data is None
+    given = None if none else DataConfig(name=data or "folder", root=root, workers=usual_workers())
     trained = open_trained(checkpoint, model=other.model, model_args=other.args, data=given, split=split)
     for note in trained.info.get("notes", ()):
         say(note)

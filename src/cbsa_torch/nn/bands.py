@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -46,8 +47,17 @@ def embed_band(
     group: dist.ProcessGroup,
     num_prefix_tokens: int,
     plan: ContextParallelInput,
+    facts: Mapping[str, Any],
 ) -> tuple[Tensor, ContextParallel]:
     """Embed this rank's rows of images, after all ranks have agreed that they can.
+
+    Args:
+        stem: of the model.
+        x: images, or the rows of this rank.
+        group: the ranks.
+        num_prefix_tokens: that the first rank has besides.
+        plan: of the images.
+        facts: what else must be the same on every rank.
 
     Returns:
         ``(B, D, rows, width)``, and who has which tokens if the first rank has the prefix tokens, too.
@@ -56,7 +66,7 @@ def embed_band(
         ValueError: on every rank, where images do not fit or differ between ranks.
     """
     problem, length, grid, rows, height = "", 0, (1, 1), slice(0, 0), 1
-    facts: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     pixels: Any = x.pixels if isinstance(x, ImageBand) else x
     try:
         if isinstance(pixels, (list, tuple)):
@@ -77,8 +87,8 @@ def embed_band(
                 f"got {pixels.shape[2]} rows"
             )
         length = (rows.stop - rows.start) * grid[1] + (num_prefix_tokens if group.rank() == 0 else 0)
-        facts = {"batch size": pixels.shape[0], "dtype": pixels.dtype, "mode (training)": stem.training}
+        told = {"batch size": pixels.shape[0], "dtype": pixels.dtype, "image size": size}
     except (ValueError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    parallel = ContextParallel.of_slice(group, length, grid_size=grid, problem=problem, **facts)
+    parallel = ContextParallel.of_slice(group, length, grid_size=grid, problem=problem, **told, **facts)
     return stem.embed_band(pixels, rows, height, group), parallel

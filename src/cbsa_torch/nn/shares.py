@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cbsa_torch.ops.parallel import ContextParallel, gathered, total
+from cbsa_torch.ops.parallel import ContextParallel, gathered, of_first, total
 
 
 class ContextParallelInput(NamedTuple):
@@ -70,11 +70,12 @@ def take_slice(
     try:
         rows = given.features if isinstance(given, SetSlice) else given
         check(rows)
-        if not isinstance(given, SetSlice):
-            n = rows.shape[plan.split_dim]
+        n = None if isinstance(given, SetSlice) else rows.shape[plan.split_dim]
+        if n is not None:
             rows = plan.part("features", rows, slice(n * rank // size, n * (rank + 1) // size))
         own, length = rows, rows.shape[plan.split_dim]
         told = {"batch size": len(rows), "dtype": rows.dtype, **{k: _digest(v) for k, v in whole.items()}}
+        told["number of features of whole sets"] = n
     except (ValueError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     length += num_prefix_tokens if rank == 0 else 0
@@ -129,5 +130,4 @@ def drop_alike(dropout: nn.Module, x: Tensor, group: dist.ProcessGroup) -> Tenso
     if not (dropout.training and getattr(dropout, "p", False)):
         undropped: Tensor = dropout(x)
         return undropped
-    drawn: Tensor = dropout(torch.ones_like(x)).detach()
-    return x * total(drawn if group.rank() == 0 else torch.zeros_like(drawn), group)
+    return x * of_first(dropout(torch.ones_like(x)), group)

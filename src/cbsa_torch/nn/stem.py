@@ -297,6 +297,24 @@ class LinearStem(nn.Module):
         return [self(x) for x in batches]
 
 
+def check_rows(stem: nn.Module) -> None:
+    """Raise ValueError where a part of a stem was replaced by one that cannot be computed by rows with a halo.
+
+    A group norm would see only the rows that are there, and a larger convolution needs more of them.
+    """
+    layers: Any = stem.proj if isinstance(stem, ConvStem) else ()
+    for i, layer in enumerate(layers):
+        conv, *others = layer if isinstance(layer, nn.Sequential) else [layer]
+        norms = (_BatchNorm, nn.Identity)
+        usual = isinstance(conv, nn.Conv2d) and (conv.kernel_size, conv.padding) == ((3, 3), (1, 1))
+        known = all(isinstance(part, norms) or type(part) is _norm_class(part) for part in others)
+        if not (isinstance(layer, nn.GELU) or (usual and known)):
+            raise ValueError(
+                "stem must have convolutions 3 x 3 with batch norms, and GELU, to be computed by rows; "
+                f"proj.{i} is {layer}"
+            )
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         check_positive_int(name, value)

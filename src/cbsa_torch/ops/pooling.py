@@ -395,11 +395,12 @@ def _bounding_box(
         position, side = torch.arange(line.shape[1], device=real.device), line.shape[1]
         if slab is not None:
             side = slab.grid_size[axis - 1]
-            if axis == 1:  # and a place for slabs without rows
-                position = F.pad(position + slab.rows.start, (0, 1))
-                line = F.pad(line, (0, 1))
-        lows.append(torch.where(line, position, side - 1).amin(-1))
-        highs.append(torch.where(line, position, 0).amax(-1))
+            position = position + (slab.rows.start if axis == 1 else 0)
+        low, high = torch.where(line, position, side - 1), torch.where(line, position, 0)
+        if slab is not None:  # a place for slabs without rows
+            low, high = F.pad(low, (0, 1), value=side - 1), F.pad(high, (0, 1))
+        lows.append(low.amin(-1))
+        highs.append(high.amax(-1))
     low, high = torch.stack(lows, -1), torch.stack(highs, -1)
     if parallel is not None:
         negative, high = largest(torch.stack([-low, high]), parallel.group)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -38,9 +40,11 @@ def open_array(path: str | Path) -> SlicedArray:
     """
     name, package, inside = _reader(path)
     if package == "numpy":
-        return np.load(name, mmap_mode="r", allow_pickle=False)
+        with _readable(name):
+            return np.load(name, mmap_mode="r", allow_pickle=False)
     if package == "tifffile":
-        return _tiff(name)
+        with _readable(name):
+            return _tiff(name)
     opened = _group(name, package)
     if hasattr(opened, "shape") and not inside:
         return cast(SlicedArray, opened)
@@ -107,7 +111,19 @@ def _tiff(name: str) -> SlicedArray:
 
 def _group(name: str, package: str) -> Any:
     module = importlib.import_module(package)
-    return module.File(name, "r") if package == "h5py" else module.open(name, mode="r")
+    with _readable(name):
+        return module.File(name, "r") if package == "h5py" else module.open(name, mode="r")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Raise ValueError for what packages raise of their own where a file is none of theirs."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
 
 
 def check_array(name: str, array: Any) -> str:
@@ -115,17 +131,27 @@ def check_array(name: str, array: Any) -> str:
     if not hasattr(array, "shape") or not hasattr(array, "dtype") or not hasattr(array, "__getitem__"):
         raise TypeError(f"{name} must have a shape and a dtype and take slices, got {type(array).__name__}")
     try:
-        kind = np.dtype(array.dtype).kind
-    except TypeError:
-        kind = ""
-    if kind not in "uif" or not kind:
-        raise TypeError(f"{name} must hold integers or floating-point numbers of NumPy, got {array.dtype}")
-    return kind
+        dtype = np.dtype(array.dtype)
+    except TypeError:  # another library's
+        dtype = np.dtype(object)
+    if dtype.kind not in ("u", "i", "f") or dtype.itemsize > 8:
+        raise TypeError(
+            f"{name} must hold integers or floating-point numbers of NumPy, of at most 64 bits, got "
+            f"{array.dtype}"
+        )
+    return dtype.kind
 
 
 def read_part(name: str, array: SlicedArray, index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
-    """A part as an array of its own, in memory and writable; raises ValueError if it is not all there."""
-    part = np.array(array[index])
+    """A part as an array of its own, in memory and writable.
+
+    Raises:
+        ValueError: it is not all there, or some of it is masked.
+    """
+    given = array[index]
+    if np.ma.is_masked(given):
+        raise ValueError(f"{name} has masked numbers: fill them first, {type(given).__name__}.filled()")
+    part = np.array(given)
     expected = tuple(side.stop - side.start for side in index)
     if part.shape != expected:
         asked = ", ".join(f"{side.start}:{side.stop}" for side in index)

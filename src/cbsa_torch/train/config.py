@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,11 @@ class DataSource:
     """Share of the training images held out for validation if there is no val split."""
     workers: int = field(default=4, metadata=LOCAL | UNCOMPARED)
     """Processes that read images; 0: the training process itself."""
+
+
+def usual_workers() -> int:
+    """``data.workers`` where nothing says how many: no more than there are cores, which PyTorch warns of."""
+    return min(DataSource.workers, os.cpu_count() or 1)
 
 
 @dataclass
@@ -347,11 +353,6 @@ def check_config(config: RunConfig) -> None:
         (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
         (shared >= 1, "engine.context_parallel must be at least 1", shared),
-        (
-            shared == 1 or not config.engine.compile,
-            "engine.context_parallel must be 1 with engine.compile: inductor is not tested with it",
-            shared,
-        ),
         (
             not (native and config.engine.compile),
             "engine.compile must be off with data.native: it would compile every size anew",

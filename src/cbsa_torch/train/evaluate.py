@@ -14,7 +14,8 @@ from cbsa_torch._core.checks import some_of
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.hub import open_weights, weights_path
-from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig
+from cbsa_torch.models.shipped import SHIPPED, results_folder
+from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig, usual_workers
 from cbsa_torch.train.data import (
     OpenedSplit,
     class_names_of,
@@ -40,8 +41,9 @@ def open_trained(
     """Load the weights file of a run folder (the epoch that ``optim.keep`` says), or any weights file.
 
     Args:
-        checkpoint: a run folder or a file. Files that no run wrote (released checkpoints of the official code,
-            plain state dicts) do not say their classes: those are the data's, in their order.
+        checkpoint: a run folder, a file, or the name of weights that come with the package. Files that no run
+            wrote (released checkpoints of the official code, plain state dicts) do not say their classes:
+            those are the data's, in their order.
         model: name in timm of the model that a plain state dict is of; other files say it.
         model_args: its constructor arguments, where they are not the defaults.
         data: the images and classes for a file that no run wrote.
@@ -52,6 +54,10 @@ def open_trained(
             classes, and ``data`` are not given. DataError: data of another number of classes.
     """
     path = weights_path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: `cbsa train` makes one; {', '.join(SHIPPED)} comes with the package"
+        )
     opened, info = open_weights(path, model, model_args)
     if "config" not in info:
         if data is None:
@@ -62,7 +68,9 @@ def open_trained(
         return _with_classes_of(data, split, opened, info, path)
     try:
         fed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["input"].items()}
-        task = task_of(read_config(info["config"], f"{path}: config"))
+        # a published file does not say with how many workers it was trained
+        config = {**info["config"], "data": {"workers": usual_workers(), **info["config"].get("data", {})}}
+        task = task_of(read_config(config, f"{path}: config"))
         return Trained(opened, task.spec_type(**fed), list(info["class_names"]), task, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
@@ -165,8 +173,8 @@ def evaluate_checkpoint(
         batch_size: images (of segmenters: windows) in a forward pass; the result does not depend on it.
             Default: 256, for segmenters as in validation.
         windows: how a segmenter sees whole images. Default: as in validation.
-        output: the JSON file. Default: beside the weights; with several scales or flips its name ends in
-            ``_multi_scale.json``.
+        output: the JSON file. Default: beside the weights (of those that come with the package in
+            ``runs/NAME``); with several scales or flips its name ends in ``_multi_scale.json``.
 
     Returns:
         The task's :class:`~cbsa_torch.train.tasks.base.EvalResult`, e.g. with ``top1`` of a classifier.
@@ -180,7 +188,7 @@ def evaluate_checkpoint(
     windows = WindowOptions() if windows is None else windows
     trained.task.check_options(windows)
     name = f"eval_{split}{'_multi_scale' if windows.multi_scale else ''}.json"
-    output = trained.path.parent / name if output is None else Path(output)
+    output = results_folder(trained.path) / name if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
     opened = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
     return evaluate_split(trained, opened, skipped, batch_size=batch_size, windows=windows, output=output)

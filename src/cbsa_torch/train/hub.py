@@ -15,8 +15,9 @@ from torch import nn
 
 from cbsa_torch._core.text import readable
 from cbsa_torch.models.checkpoint import load_checkpoint, save_checkpoint
-from cbsa_torch.models.hub import WEIGHTS, explained, timm_config, weights_path
+from cbsa_torch.models.hub import explained, timm_config, weights_path
 from cbsa_torch.models.registry import FAMILIES
+from cbsa_torch.models.shipped import WEIGHTS
 from cbsa_torch.models.token_set_registry import token_set_names
 from cbsa_torch.train.config import TrainConfig, flat
 from cbsa_torch.train.registry import TASKS

@@ -210,9 +210,11 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
             optimizer.zero_grad()
         progress.seconds += time.perf_counter() - before
         if accelerator.sync_gradients:
-            progress.loss += total
-            progress.targets += everyone
-            progress.images += images_seen / session.config.engine.context_parallel
+            # processes that share images have counted the same ones; how many do may change when a run goes on
+            shared = session.config.engine.context_parallel
+            progress.loss += total / shared
+            progress.targets += everyone / shared
+            progress.images += images_seen / shared
             progress.lr = optimizer.param_groups[0]["lr"]
             progress.step += 1
             if session.ema is not None:

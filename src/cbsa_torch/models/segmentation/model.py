@@ -117,7 +117,7 @@ class Segmenter(nn.Module):
         rows = (x.shape[-2] + vertical - 1) // vertical
         columns = (x.shape[-1] + horizontal - 1) // horizontal
         if getattr(self.encoder, "dynamic_img_size", False):
-            # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
+            # timm resamples positions as torch 2.14 does, which gets a width of 1 wrong on the CPU.
             columns = cast(int, torch.sym_max(columns, 2)) if is_open(columns) else max(columns, 2)
         return rows * vertical, columns * horizontal
 

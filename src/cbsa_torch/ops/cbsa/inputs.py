@@ -59,6 +59,8 @@ class CBSAInputs(NamedTuple):
     """Pi of a certified step: ``(1 or B, M, N)`` or a pooling; None without."""
     parallel: ContextParallel | None = None
     """Who has the other tokens, if this process does not have all."""
+    relative: bool = False
+    """Whether ``step_tokens`` is in units of tokens per representative, of every item."""
 
 
 def cbsa_inputs(
@@ -216,6 +218,24 @@ def certified_inputs(
         fraction=_per_head("fraction", fraction, tokens),
         token_weights=token_weights,
     )
+
+
+def tokens_per_representative(inputs: CBSAInputs, real: Tensor | None = None) -> Tensor:
+    """N / M of each item, of those that are real: ``(B, 1, 1, 1)``, float32 or better.
+
+    Args:
+        inputs: of the operator.
+        real: ``(B,)`` how many tokens are real on all ranks, where they are spread and masked.
+    """
+    keys, parallel, exists = inputs.keys, inputs.parallel, inputs.representative_mask
+    dtype = compute_dtype(keys.dtype)
+    if real is None and inputs.token_mask is not None:
+        real = inputs.token_mask.sum(-1)
+    if real is None:
+        length = keys.shape[2] if parallel is None else parallel.num_tokens
+        real = length * keys.new_ones(keys.shape[0], dtype=dtype)  # an export may leave the length open
+    number = inputs.representatives.shape[2] if exists is None else exists.sum(-1).to(dtype).clamp(min=1)
+    return (real.to(dtype) / number)[:, None, None, None]
 
 
 def check_projection(inputs: CBSAInputs, out_weight: Tensor, out_bias: Tensor | None) -> None:

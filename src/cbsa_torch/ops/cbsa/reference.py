@@ -14,7 +14,7 @@ from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.tracing import is_open
 from cbsa_torch._core.types import CBSAStages
 from cbsa_torch.ops.cbsa.certified import limit
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, tokens_per_representative
 from cbsa_torch.ops.definite import solve
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
 from cbsa_torch.ops.token_weights import columns
@@ -194,6 +194,8 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
                 gram = _gram(weights)
             weights = weights.mT
             kappa = -(inputs.fraction.to(dtype) * limit(gram, own))[..., None, None]  # (B, H, 1, 1)
+        if inputs.relative:
+            kappa = kappa * tokens_per_representative(inputs)
         output = broadcast(weights, contracted, kappa)
     return CBSAStages(
         tokens,
