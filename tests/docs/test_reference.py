@@ -183,12 +183,13 @@ def templates():
             text = isinstance(node, ast.Constant) and isinstance(node.value, str)
             if text or isinstance(node, (ast.JoinedStr, ast.BinOp)):
                 found = pattern(node)
-                if len(found.replace(".*", "")) >= 20:
+                if len(re.sub(r"\\(.)", r"\1", found.replace(".*", ""))) >= 20:
                     yield found
 
 
 def test_every_message_of_the_index_is_in_the_source():
-    patterns = [re.compile(found, re.DOTALL) for found in set(templates())]
+    # something may stand before what is said of the last training state
+    patterns = [re.compile(f"(?:[^;]*; )?{found}", re.DOTALL) for found in set(templates())]
     quoted = error_messages()
     assert len(quoted) > 80
     assert [text for text in quoted if not any(found.fullmatch(text) for found in patterns)] == []

@@ -1,5 +1,6 @@
 """The site is built without a warning, asks for nothing outside it, sets its formulas, and fits a phone."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from markdown.extensions.toc import slugify
 
 from tests.helpers.browser import find_browser, visit
-from tests.helpers.doc_pages import ROOT
+from tests.helpers.doc_pages import ROOT, error_messages
 
 BROWSER = find_browser()
 USED = """
@@ -28,6 +29,22 @@ return {
   fonts: [...document.fonts].filter((font) => font.status === "loaded").map((font) => font.family),
 };
 """
+MESSAGES = """
+const field = document.querySelector("[data-md-component=search-query]");
+document.querySelector("[data-md-toggle=search]").click();
+field.dispatchEvent(new Event("focus"));
+const pages = [];
+for (const text of TEXTS) {
+  field.value = text;
+  field.dispatchEvent(new Event("keyup"));
+  const found = () => [...document.querySelectorAll(".md-search-result__link")].map((link) => link.href);
+  const right = () => found().some((link) => link.includes("reference/errors.html#"));
+  for (let i = 0; i < 60 && !right(); i++) await new Promise((go) => setTimeout(go, 100));
+  if (!right()) pages.push([text, found()]);
+}
+return pages;
+"""
+"""Searches for TEXTS; those that do not lead to the page of errors, with where they lead."""
 NARROW = """
 const inside = document.querySelector("iframe").contentDocument;
 return inside.documentElement.scrollWidth;
@@ -73,7 +90,21 @@ def test_formulas_and_search_work_without_a_request_elsewhere(site):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-@pytest.mark.parametrize("page", ["index.html", "results/claims.html", "reference/api/layers.html"])
+def test_searching_for_a_message_leads_to_its_remedy(site):
+    texts = [
+        "which less 0 or 1 prefix tokens is not a square grid",
+        "this attention forms no N x N matrix",
+        "no images found in",
+        "the loss became nan in epoch",
+        "does not say of what model it is",
+    ]
+    assert all(any(text in message for message in error_messages()) for text in texts)
+    seen = visit(BROWSER, site / "index.html", site, MESSAGES.replace("TEXTS", json.dumps(texts)))
+    assert seen.found == []
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.parametrize("page", ["index.html", "results/claims.html", "reference/api/layers.html", "reference/errors.html"])
 def test_a_phone_needs_no_horizontal_scrolling(site, page, tmp_path):
     wrapper = tmp_path / "phone.html"
     frame = f'<iframe src="{(site / page).as_uri()}" style="width: 390px; height: 800px; border: 0"></iframe>'

@@ -41,6 +41,8 @@ class Counts(NamedTuple):
         """The same ``number`` times over."""
         return Counts(*(number * count for count in self))
 
+    __rmul__ = __mul__
+
 
 def linear(num_tokens: int, in_features: int, out_features: int) -> Counts:
     """A linear layer over ``num_tokens`` tokens."""
