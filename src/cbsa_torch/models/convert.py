@@ -80,6 +80,12 @@ def load_official(source: str | Path | Mapping[str, Any], *, num_heads: int | No
     Raises:
         FileNotFoundError: no such file. CheckpointError: an unsafe, broken or foreign checkpoint; missing
             and unexpected keys are named, as the official code names them; ``num_heads`` missing or wrong.
+
+    Examples:
+        >>> from cbsa_torch.models import load_official
+        >>> model = load_official("released.pth")
+        >>> model.num_classes, model(torch.randn(1, 3, 64, 64)).shape
+        (5, torch.Size([1, 5]))
     """
     return _read(*_tensors_of(source), num_heads)[0]
 

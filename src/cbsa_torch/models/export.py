@@ -44,7 +44,18 @@ _SHAPES = ((1, 1), (1, 1.5), (1.5, 1), (0.5, 1), (1, 0.5), (0.75, 2), (2, 0.75),
 
 
 class ExportError(ValueError):
-    """A model that has no such program, or one that is not the model; nothing is written then."""
+    """A model that has no such program, or one that is not the model; nothing is written then.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import ExportError, export_model
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1)  # 16 representatives at any aspect
+        >>> try:
+        ...     export_model(model, "model.pt2", "torch", in_chans=1, image_size=8, any_size=True)
+        ... except ExportError as error:
+        ...     print("with_fixed_grid" in str(error))
+        True
+    """
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,16 @@ class Parity:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What :func:`export_model` wrote."""
+    """What :func:`export_model` wrote.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import export_model
+        >>> model = timm.create_model("stem_vit_pico_patch1_8", depth=1)
+        >>> report = export_model(model, "vit.pt2", "torch", in_chans=1, image_size=8)
+        >>> report.image_size, [(parity.batch, parity.height) for parity in report.parity]
+        ((8, 8), [(1, 8), (3, 8)])
+    """
 
     format: str
     any_size: bool
@@ -118,6 +138,14 @@ def export_model(
     Raises:
         ExportError: no such program exists of the model, or it differs from the model. ImportError: ``"onnx"``
             without the extra ``export``. Nothing is written then.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import export_model
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1)
+        >>> report = export_model(model, "model.pt2", "torch", in_chans=1, image_size=8)
+        >>> report.any_size, report.worst.error <= report.tolerance
+        (False, True)
     """
     check_choice("format", format, FORMATS)
     check_positive_int("in_chans", in_chans)
@@ -161,6 +189,13 @@ def with_fixed_grid(model: nn.Module, cells: Sequence[int]) -> nn.Module:
 
     Raises:
         ValueError: cells that are no grid, or a model without pooled representatives.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import with_fixed_grid
+        >>> model = with_fixed_grid(timm.create_model("cbt_pico_patch1_8"), (4, 4))
+        >>> model.blocks[0].attn.representatives
+        PooledRepresentatives(num_representatives=(4, 4))
     """
     number = check_num_representatives(tuple(cells))
     model = copy.deepcopy(model)

@@ -74,6 +74,12 @@ def from_pretrained(
         HubError: no network, no such repository, revision or file, or no permission.
         FileNotFoundError: no weights in that folder. CheckpointError: weights of an unknown kind, or damaged;
             code that a file may hold is never executed.
+
+    Examples:
+        >>> from cbsa_torch.models import from_pretrained
+        >>> model = from_pretrained("runs/photos")  # or "owner/name" on the Hub
+        >>> model.info["class_names"]
+        ['blue', 'green', 'red']
     """
     path = fetch_weights(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only

@@ -98,6 +98,18 @@ class TokenMixer(TokenReader, abc.ABC):
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
         output has the layout of the input.
+
+    Examples:
+        >>> from cbsa_torch.nn import TokenMixer
+        >>> from cbsa_torch.ops.counting import Counts
+        >>> class Mean(TokenMixer):
+        ...     def mix(self, heads):
+        ...         return heads.values.mean(2, keepdim=True).expand_as(heads.values)
+        ...
+        ...     def count_heads(self, heads):
+        ...         return Counts()
+        >>> Mean(64, 4)(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(

@@ -59,6 +59,13 @@ class Packing:
 
     Raises:
         ValueError: sequences, grids or coordinates that do not fit each other. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.nn import Packing
+        >>> packing = Packing(torch.tensor([0, 16, 46]), grid_sizes=[(4, 4), (5, 6)])
+        >>> CBSA(64, 4)(torch.randn(1, 46, 64), cu_seqlens=packing).shape
+        torch.Size([1, 46, 64])
     """
 
     def __init__(

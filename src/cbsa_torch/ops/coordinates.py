@@ -48,6 +48,12 @@ def find_cells(
 
     Raises:
         ValueError: another shape, NaN or infinity, counts below 1. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import find_cells
+        >>> cells = find_cells(torch.tensor([[[0, 0], [0, 1], [9, 9]]]), 2)
+        >>> cells.cell, cells.counts
+        (tensor([[0, 0, 1]]), tensor([[2, 1]]))
     """
     check_coords(coords)
     number = check_num_representatives(num_representatives)
@@ -111,6 +117,12 @@ def pool_by_coordinates(
 
     Raises:
         ValueError: shapes, counts, devices or coordinates that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import pool_by_coordinates
+        >>> coords = torch.tensor([[[0, 0], [0, 1], [9, 9]]])
+        >>> pool_by_coordinates(torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 3, 1), coords, 2).values.flatten()
+        tensor([2., 5.])
     """
     check_floating("tokens", tokens)
     if tokens.ndim != 4:
@@ -344,6 +356,14 @@ class Coordinates:
         coords: ``(B, N, k)`` as for :func:`find_cells`.
         token_mask: ``(B, N)`` bool, True = a real token. Only for tokens that are spread over processes, each
             of which knows the mask of its own alone: cells are those of the tokens of all.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.nn import Coordinates
+        >>> places = Coordinates(torch.rand(1, 500, 2))
+        >>> layers = [CBSA(64, 4) for _ in range(2)]  # search for cells once
+        >>> [layer(torch.randn(1, 500, 64), coords=places).shape for layer in layers]
+        [torch.Size([1, 500, 64]), torch.Size([1, 500, 64])]
     """
 
     def __init__(self, coords: Tensor, token_mask: Tensor | None = None) -> None:

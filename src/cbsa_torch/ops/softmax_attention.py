@@ -39,6 +39,12 @@ def softmax_attention(
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import softmax_attention
+        >>> queries, keys = torch.randn(1, 4, 10, 16), torch.randn(1, 4, 30, 16)
+        >>> softmax_attention(queries, keys, torch.randn(1, 4, 30, 8)).shape
+        torch.Size([1, 4, 10, 8])
     """
     if scale is not None:
         check_number("scale", scale)
@@ -98,6 +104,11 @@ def mssa(
 
     Raises:
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import mssa
+        >>> mssa(torch.randn(2, 4, 196, 16)).shape
+        torch.Size([2, 4, 196, 16])
     """
     check_tokens(tokens, token_mask)
     w, _ = real_tokens(tokens, token_mask, tokens.dtype)

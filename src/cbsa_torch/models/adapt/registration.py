@@ -57,6 +57,15 @@ def register_transformers(
 
     Raises:
         ImportError: no transformers. ValueError, TypeError: options that do not fit.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> from cbsa_torch.models.adapt import register_transformers
+        >>> register_transformers(num_representatives=16)
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> config = ViTConfig(**sizes, image_size=64, patch_size=8, attn_implementation="cbsa")
+        >>> ViTModel(config).eval()(torch.randn(1, 3, 64, 64)).last_hidden_state.shape
+        torch.Size([1, 65, 32])
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -90,6 +90,12 @@ def segmenter(
     Raises:
         ValueError: an encoder that timm does not have, options that fetch weights among ``encoder_args``.
         TypeError: an encoder without features; options that encoder, mixer or model do not have.
+
+    Examples:
+        >>> from cbsa_torch.models import segmenter
+        >>> model = segmenter(encoder="cbt_nano_patch4_32", encoder_args={"depth": 2}, num_classes=5)
+        >>> model(torch.randn(1, 3, 50, 40)).shape
+        torch.Size([1, 5, 50, 40])
     """
     encoder_args = dict(encoder_args or {})
     refuse_fetching(

@@ -92,6 +92,14 @@ def open_segmentation(
 
     Raises:
         ConfigError: an unknown name, or a setting that cannot work. DataError: data that cannot be opened.
+
+    Examples:
+        >>> from cbsa_torch.train import SegmentationDataConfig
+        >>> from cbsa_torch.train.tasks.segmentation import open_segmentation
+        >>> splits = open_segmentation(SegmentationDataConfig(root="scenes"))
+        >>> image, mask = splits.train[0]
+        >>> splits.class_names, mask.shape == (image.height, image.width)
+        (['ground', 'red', 'blue'], True)
     """
     check_data_config(config)
     if config.name not in NAMES:
@@ -137,6 +145,13 @@ def open_segmentation_split(
 
     Raises:
         DataError: other classes, or no such split. Otherwise as :func:`open_segmentation`.
+
+    Examples:
+        >>> from cbsa_torch.train import SegmentationDataConfig
+        >>> from cbsa_torch.train.tasks.segmentation import open_segmentation_split
+        >>> config = SegmentationDataConfig(root="scenes")
+        >>> len(open_segmentation_split(config, "RGB", "val", ["ground", "red", "blue"]).dataset)
+        5
     """
     check_data_config(config)
     check_split(split)
