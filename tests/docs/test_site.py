@@ -104,7 +104,9 @@ def test_searching_for_a_message_leads_to_its_remedy(site):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-@pytest.mark.parametrize("page", ["index.html", "results/claims.html", "reference/api/layers.html", "reference/errors.html"])
+@pytest.mark.parametrize(
+    "page", ["index.html", "results/claims.html", "reference/api/layers.html", "reference/errors.html"]
+)
 def test_a_phone_needs_no_horizontal_scrolling(site, page, tmp_path):
     wrapper = tmp_path / "phone.html"
     frame = f'<iframe src="{(site / page).as_uri()}" style="width: 390px; height: 800px; border: 0"></iframe>'

@@ -232,8 +232,8 @@ class MeanPooling(nn.Module):
 class GatedAttentionMIL(nn.Module):
     """Gated attention pooling (Ilse, Tomczak and Welling 2018, arXiv:1802.04712, Eq. 9).
 
-    Weights softmax_n w^T (tanh(V h_n) * sigmoid(U h_n)) of the embedded features h_n, and a linear head on
-    their weighted mean.
+    Weights softmax_n w^T (tanh(V h_n) * sigmoid(U h_n)), V and U to ``hidden`` channels, of the embedded
+    features h_n, and a linear head on their weighted mean.
 
     Examples:
         >>> from cbsa_torch.bench.baselines import GatedAttentionMIL

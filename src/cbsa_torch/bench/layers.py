@@ -55,9 +55,12 @@ class Row(NamedTuple):
     """
 
     name: str
+    """Of the candidate."""
     batch: int
+    """Items."""
     tokens: int
     training: bool
+    """Whether a training step was measured, or inference."""
     milliseconds: float
     """Median."""
     repetitions: int

@@ -88,7 +88,7 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def memory(function: Callable[[], Any], device: str) -> Memory:
-    """What ``function`` allocates. Its result is kept while the rest is counted.
+    """What ``function`` allocates on ``device``. Its result is kept while the rest is counted.
 
     Examples:
         >>> from cbsa_torch.bench.measure import memory

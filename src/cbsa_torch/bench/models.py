@@ -67,6 +67,7 @@ class ModelRow(NamedTuple):
     """First and third, of the same."""
     repetitions: int
     images_per_second: float
+    """By the median."""
     speedup: float
     """Images per second over those of the first model, as it is, in the same pass."""
     peak_mib: float

@@ -92,7 +92,7 @@ def _read(file: Any, mode: str) -> Image.Image:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """An image of any kind as upright 8-bit grey ("L") or colour ("RGB"); loads all pixels.
+    """An image of any kind as upright 8-bit grey (``mode`` "L") or colour ("RGB"); loads all pixels.
 
     Raises:
         ValueError: values without an agreed scale, or a colour space that Pillow cannot convert.

@@ -272,6 +272,8 @@ def class_folders(folder: Path) -> list[str]:
 def class_samples(folder: Path, class_names: Sequence[str], scan: Scan | None = None) -> list[tuple[Path, int]]:
     """The images of a split with their labels; a class's label is its place in ``class_names``.
 
+    ``scan`` notes what is left out. Default: nobody.
+
     Raises:
         DataError: no images, a class that is not in ``class_names``, images that do not lie directly in a class
             folder, or what :func:`image_files` refuses.

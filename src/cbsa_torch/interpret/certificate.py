@@ -138,6 +138,7 @@ class Certificate:
     layers: list[LayerCertificate]
     """In the order of the model."""
     images: int
+    """How many were measured."""
     left_out: dict[str, str]
     """CBSA layers that cannot be measured, and why."""
 

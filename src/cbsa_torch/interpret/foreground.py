@@ -38,6 +38,10 @@ class SegmentedImage(NamedTuple):
 class ForegroundImages:
     """Images and masks as files, read when asked for. Has a length, and can be iterated over again.
 
+    Args:
+        pairs: the files.
+        transform: as for :func:`read_pairs`.
+
     Raises:
         ValueError: a file that is not there; at iteration, a file that cannot be read, or a mask of another
             size than its image. TypeError: a transform that is no function, or returns no tensor.

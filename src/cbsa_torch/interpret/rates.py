@@ -40,10 +40,13 @@ class LayerRates(NamedTuple):
     normalized: list[float]
     """Mean with every projected token scaled to unit norm."""
     normalized_std: list[float]
+    """Its standard deviation."""
     images: int
+    """How many were measured."""
     per_head: list[list[float]]
     """``[layer][head]``: mean over images of R(U_k^T Z); a layer's heads add up to ``rate``."""
     per_head_normalized: list[list[float]]
+    """The same of ``normalized``."""
 
 
 class ReducedRates(NamedTuple):
@@ -65,19 +68,23 @@ class ReducedRates(NamedTuple):
     layers: list[str]
     tokens: list[list[float]]
     tokens_learned: list[list[float]]
+    """By the step that the layer takes."""
     representatives: list[list[float]]
     step_tokens: list[list[float]]
     """kappa, as learned; of certified steps the mean over images."""
     gap: list[list[float]]
+    """Between the rates of representatives and tokens (Eq. 4)."""
     correlation: float
     """Rank correlation of ``tokens`` with ``representatives``."""
     correlation_learned: float
     """The same for ``tokens_learned``."""
     images: int
     output: list[list[float]]
+    """By the output in place of the tokens."""
     correlation_output: float
     """The same for ``output``."""
     tokens_added: list[list[float]]
+    """By a step the other way."""
     correlation_added: float
     """The same for ``tokens_added``."""
     gap_max: list[list[float]]
@@ -132,6 +139,7 @@ class Rates(NamedTuple):
     """
 
     coding: LayerRates
+    """Of all attention layers."""
     reduced: ReducedRates | None
     """None for a model without CBSA layers."""
 

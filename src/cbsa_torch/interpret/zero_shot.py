@@ -55,6 +55,7 @@ class ZeroShot(NamedTuple):
     best_per_image: dict[str, list[float]]
     """Mean over images of the best IoU of each image, head and threshold chosen anew: an upper bound."""
     images: int
+    """How many were measured."""
     images_with: dict[str, int]
     """Images that have the region at all; the others are left out of its means."""
 

@@ -72,7 +72,7 @@ def load_official(source: str | Path | Mapping[str, Any], *, num_heads: int | No
         source: a ``.pth``, ``.pth.tar`` or ``.safetensors`` file, or a state dict. Files are read as
             tensors only: pickled code is never executed. ``module.`` prefixes are stripped.
         num_heads: of a CRATE of a width that was not published, or a DEPICT whose heads are not of dimension
-            100; the shapes of MSSA do not tell it.
+            100; the shapes of MSSA do not tell it. Default: what names and shapes tell.
 
     Returns:
         The model in eval mode, in the dtype of the weights.

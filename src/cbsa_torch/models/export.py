@@ -83,6 +83,7 @@ class ExportReport:
     """
 
     format: str
+    """``"onnx"`` or ``"torch"``."""
     any_size: bool
     """Whether height and width are open; the batch always is."""
     image_size: tuple[int, int]
@@ -90,10 +91,13 @@ class ExportReport:
     multiple_of: tuple[int, int]
     """What heights and widths must be multiples of, in pixels."""
     num_bytes: int
+    """Of the file."""
     num_nodes: int
     """Operations in the graph, those in the bodies of loops included."""
     tolerance: float
+    """What ``worst`` may differ by."""
     parity: list[Parity]
+    """The program beside the model, at every size."""
 
     @property
     def worst(self) -> Parity:

@@ -59,9 +59,9 @@ def from_pretrained(
             folder that holds ``model.safetensors``, or a file: one of this library, a released checkpoint of
             the official code (see :func:`cbsa_torch.models.load_official`), or a plain state dict with the
             names of timm, transformers, torchvision or the DINO hubs (docs/use/training.md).
-        model: name in timm of the model that a plain state dict is of; other files say it.
+        model: name in timm of the model that a plain state dict is of. Default: what the file says.
         model_args: constructor arguments beside that name.
-        revision: branch, tag or commit of the repository.
+        revision: branch, tag or commit of the repository. Default: main.
         token: of your account, for private repositories. Default: that of ``hf auth login``.
         cache_dir: where downloads are kept. Default: huggingface_hub's.
         local_files_only: use what is in the cache, ask nobody.

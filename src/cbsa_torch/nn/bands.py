@@ -39,6 +39,9 @@ def pixel_rows(model: Any, img_size: tuple[int, int]) -> slice:
         model: what :func:`cbsa_torch.parallel.context_parallel` has prepared.
         img_size: height and width of the whole images in pixels.
 
+    Raises:
+        ValueError: a model that is not in context parallel.
+
     Examples:
         >>> import timm
         >>> import torch.distributed as dist

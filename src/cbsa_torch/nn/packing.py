@@ -48,7 +48,7 @@ class Packing:
     Args:
         cu_seqlens: ``(S + 1,)`` int32 or int64: 0, and where each of S sequences ends. They may be empty.
         grid_sizes: the grid of each sequence, its tokens row-major after its prefix tokens. That of an empty
-            sequence is ignored.
+            sequence is ignored. Default: none, or squares where a layer needs a grid.
         coords: ``(T', k)`` as for :class:`cbsa_torch.nn.Coordinates`, of the tokens after the prefixes, in
             place of grids; an axis of size 1 may come before. Or a nested tensor of ``torch.jagged`` layout.
         num_prefix_tokens: class and register tokens at the beginning of each sequence (not of empty ones).

@@ -104,7 +104,8 @@ def pool_by_coordinates(
         tokens: ``(B, H, N, P)`` tokens that have coordinates (no prefix tokens).
         coords: ``(B, N, k)`` as for :func:`find_cells`, or what that returned for them: then without
             ``num_representatives`` and ``token_mask``, which it knows.
-        num_representatives: the most representatives to make, or the cells along each axis of the lattice.
+        num_representatives: the most representatives to make, or the cells along each axis of the lattice; None
+            beside cells.
         token_mask: ``(B, N)`` bool, True = a real token.
         parallel: which tokens these are, if others are on other ranks: ``tokens`` are then all of this rank,
             and ``coords`` the cells of the tokens of all ranks. Every rank gets the same representatives.

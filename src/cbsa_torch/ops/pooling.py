@@ -48,6 +48,13 @@ def representative_grid(grid_size: GridSize, num_representatives: int | Sequence
     along each axis: with ``(8, 8)``, ``(18, 24)`` gives ``(8, 8)``, and ``(5, 40)`` gives ``(5, 8)``, where
     PyTorch's adaptive pooling to 8 x 8 would repeat tokens.
 
+    Args:
+        grid_size: one to three positive integers.
+        num_representatives: M, or the cells along each axis, of the initial guess of Eq. 5.
+
+    Raises:
+        ValueError: no grid, or cells along other axes. TypeError: counts that are not integers.
+
     Examples:
         >>> from cbsa_torch.ops import representative_grid
         >>> representative_grid((14, 14), 64), representative_grid((10, 40), 64)

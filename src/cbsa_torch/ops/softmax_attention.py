@@ -23,6 +23,8 @@ def softmax_attention(
 ) -> Tensor:
     """Scaled dot-product attention, softmax(scale * Q K^T) V, by PyTorch's fused kernels.
 
+    Vaswani et al., 2017; of subspaces it is :func:`mssa` (Eq. 9).
+
     Args:
         queries: ``(B, H, N, P)``.
         keys: ``(B, H, K, P)``.

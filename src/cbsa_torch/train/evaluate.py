@@ -42,10 +42,10 @@ def open_trained(
     Args:
         checkpoint: a run folder or a file. Files that no run wrote (released checkpoints of the official code,
             plain state dicts) do not say their classes: those are the data's, in their order.
-        model: name in timm of the model that a plain state dict is of; other files say it.
+        model: name in timm of the model that a plain state dict is of. Default: what the file says.
         model_args: its constructor arguments, where they are not the defaults.
-        data: the images and classes for a file that no run wrote.
-        split: the one of ``data`` that will be used: a folder needs no other.
+        data: the images and classes for a file that no run wrote; None for files of runs.
+        split: the one of ``data`` that will be used: a folder needs no other. Default: test, else validation.
 
     Raises:
         FileNotFoundError: nothing is there. CheckpointError: weights of an unknown kind, or damaged, or without

@@ -54,8 +54,8 @@ def adapted_vit(
             ``pretrained_base``.
         base: a ViT of timm.
         mixer, layers: of :func:`adapt_vit`.
-        mixer_args: its other options, e.g. ``{"num_representatives": 36}``.
-        base_args: options of the base, e.g. ``{"dynamic_img_size": True}``.
+        mixer_args: its other options, e.g. ``{"num_representatives": 36}``. Default: none.
+        base_args: options of the base, e.g. ``{"dynamic_img_size": True}``. Default: none.
         pretrained_base: fetch the base's pretrained weights. No checkpoint may ask for it: leave it out of the
             ``model_args`` that you save.
         num_classes, in_chans, img_size, global_pool: of the base. Default: its own.

@@ -52,8 +52,8 @@ def register_transformers(
     arguments on (SigLIP does not).
 
     Args:
-        num_representatives, contraction, eps, broadcast: of ``"cbsa"``; the first of ``"cbsa_agent"``, too. See
-            :func:`cbsa_torch.models.adapt_vit`. A later call replaces them.
+        num_representatives, contraction, eps, broadcast: of ``"cbsa"``; the first of ``"cbsa_agent"``, too. As
+            for :func:`cbsa_torch.models.adapt_vit`, whose defaults they have. A later call replaces them.
 
     Raises:
         ImportError: no transformers. ValueError, TypeError: options that do not fit.

@@ -42,7 +42,9 @@ class AdaptedModel(NamedTuple):
     """
 
     model: nn.Module
+    """The model, or its copy, with the new layers."""
     report: AdaptReport
+    """What became of each layer."""
 
 
 def adapt_vit(

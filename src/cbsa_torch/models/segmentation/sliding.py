@@ -113,6 +113,9 @@ def multi_scale_logits(
         The logarithm of the mean probability of every class, hence logits whose softmax is that mean, in the
         shape of :func:`sliding_logits`. Of one class: the logit of the mean of the sigmoids.
 
+    Raises:
+        ValueError, TypeError: as :func:`sliding_logits`, and scales that are not numbers above 0.
+
     Examples:
         >>> from cbsa_torch.models import multi_scale_logits, segmenter
         >>> model = segmenter(encoder="cbt_nano_patch4_32", encoder_args={"depth": 2}, num_classes=5)

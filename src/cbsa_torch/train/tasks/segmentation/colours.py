@@ -40,7 +40,9 @@ def palette(count: int) -> np.ndarray:
 
 
 def colour_mask(mask: np.ndarray, count: int) -> np.ndarray:
-    """A mask (height, width) of labels as colours (height, width, 3) uint8; ignored pixels are ``IGNORED``.
+    """A mask (height, width) of labels of ``count`` classes as colours (height, width, 3) uint8.
+
+    Ignored pixels are ``IGNORED``.
 
     Examples:
         >>> import numpy as np

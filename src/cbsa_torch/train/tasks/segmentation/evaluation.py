@@ -141,7 +141,7 @@ def scores(confusion: Tensor, class_names: Sequence[str]) -> SegmentationScores:
 
 
 def miou_without(measured: SegmentationScores, dropped: Collection[str]) -> float:
-    """Mean IoU over the classes that are not ``dropped``; each IoU stays what it was.
+    """Mean IoU of ``measured`` over the classes that are not ``dropped``; each IoU stays what it was.
 
     For emoji-scenes: ``miou_without(scores, ("Flags", "Symbols"))``, whose outlines repeat between the splits.
 

@@ -40,7 +40,7 @@ class EmojiScenes(Dataset[Any]):
     """Scenes of one split: samples (image, mask), or what ``transform`` makes of them.
 
     Args:
-        arrays: of emoji64 (:mod:`cbsa_torch.train.data.fetch.emoji64`).
+        arrays: of emoji64: drawings ``(n, 64, 64, 4)`` by vendor, their labels, splits and names.
         split: name of a split there.
         count: how many scenes.
         config: how they are drawn.
@@ -151,6 +151,8 @@ def open_scenes(
     arrays: Mapping[str, np.ndarray], config: ScenesConfig, mode: str = "RGB"
 ) -> tuple[dict[str, EmojiScenes], list[str]]:
     """The splits by name, and the names of the classes: the background and the categories of emoji64.
+
+    ``arrays``, ``config`` and ``mode`` are as for :class:`EmojiScenes`.
 
     Examples:
         >>> import numpy as np

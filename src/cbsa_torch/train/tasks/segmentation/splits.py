@@ -141,7 +141,8 @@ def open_segmentation_split(
 ) -> OpenedSplit:
     """One split for a model trained on ``class_names``; no other split need exist.
 
-    A ``split`` of None is the test split, or the validation split where there is none.
+    ``mode`` and ``skipped`` are as for :func:`open_segmentation`. A ``split`` of None is the test
+    split, or the validation split where there is none.
 
     Raises:
         DataError: other classes, or no such split. Otherwise as :func:`open_segmentation`.

@@ -46,7 +46,9 @@ class MaskedTransform:
 def training_transform(
     config: SegmentationDataConfig, mean: Sequence[float], std: Sequence[float]
 ) -> MaskedTransform:
-    """Samples of ``crop_size``; draws from torch's generator alone, which :mod:`..data.seeded` seeds.
+    """Samples of ``config.crop_size``, normalised by ``mean`` and ``std`` of the channels.
+
+    Draws from torch's generator alone, which the trainer seeds for every sample.
 
     Examples:
         >>> from PIL import Image
@@ -71,7 +73,7 @@ def training_transform(
 
 
 def evaluation_transform(mean: Sequence[float], std: Sequence[float]) -> MaskedTransform:
-    """The whole image at its own size, normalised.
+    """The whole image at its own size, normalised by ``mean`` and ``std`` of the channels.
 
     Examples:
         >>> from PIL import Image
