@@ -166,7 +166,7 @@ def settings() -> str:
         "Every setting of a run and its default; [recipes](recipes.md) set others. `optim.lr` is "
         "`--optim.lr 1e-3` on the [command line](command_line.md), `OptimConfig(lr=1e-3)` in "
         "[Python](api/training.md#settings), and in a YAML file\n\n```yaml\noptim:\n  lr: 1.0e-3\n```",
-        "Where the default is empty, the meaning says what happens then.",
+        "Where the default is empty, the meaning says what happens then. Its first words are what a value may be.",
     ]
     known: set[Setting] = set()
     for task, (config, _) in TASKS.items():
@@ -176,8 +176,8 @@ def settings() -> str:
         parts += ["The other settings are those of classification."] if known else []
         for group in dict.fromkeys(setting.key.rpartition(".")[0] for setting in found):
             own = [setting for setting in found if setting.key.rpartition(".")[0] == group]
-            rows = ["| setting | values | default | meaning |", "|---|---|---|---|"]
-            rows += [f"| `{s.key}` | {s.values} | {s.default} | {_cell(s.meaning)} |" for s in own]
+            rows = ["| setting | default | meaning |", "|---|---|---|"]
+            rows += [f"| `{s.key}` | {s.default} | *{s.values}.* {_cell(s.meaning)} |" for s in own]
             parts += [f"### {group or 'run'} {{ #{task}-{group or 'run'} }}", "\n".join(rows)]
         known |= set(found)
     return "\n\n".join(parts) + "\n"
@@ -209,6 +209,7 @@ def _values(hint: Any) -> str:
 
 def _shown(value: object) -> str:
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = text.lower() if isinstance(value, bool) else text
     return f"`{text}`" if text else ""
 
 
