@@ -166,12 +166,13 @@ def settings() -> str:
         "Every setting of a run and its default; [recipes](recipes.md) set others. `optim.lr` is "
         "`--optim.lr 1e-3` on the [command line](command_line.md), `OptimConfig(lr=1e-3)` in "
         "[Python](api/training.md#settings), and in a YAML file\n\n```yaml\noptim:\n  lr: 1.0e-3\n```",
-        "Where the default is empty, the meaning says what happens then. Its first words are what a value may be.",
+        "Where the default is empty, the meaning says what happens then. Its first words tell what values may be.",
     ]
     known: set[Setting] = set()
     for task, (config, _) in TASKS.items():
         summary = (inspect.getdoc(config) or "").partition("\n")[0]
-        found = [setting for setting in settings_of(config()) if setting not in known]
+        defaults = config()  # type: ignore[call-arg]  # of a task, whose data have defaults
+        found = [setting for setting in settings_of(defaults) if setting not in known]
         parts += [f"## {task.capitalize()}", summary]
         parts += ["The other settings are those of classification."] if known else []
         for group in dict.fromkeys(setting.key.rpartition(".")[0] for setting in found):

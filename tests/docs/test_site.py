@@ -106,7 +106,14 @@ def test_searching_for_a_message_leads_to_its_remedy(site):
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 @pytest.mark.parametrize(
-    "page", ["index.html", "results/claims.html", "reference/api/layers.html", "reference/errors.html"]
+    "page",
+    [
+        "index.html",
+        "choose/index.html",
+        "results/claims.html",
+        "reference/api/layers.html",
+        "reference/errors.html",
+    ],
 )
 def test_a_phone_needs_no_horizontal_scrolling(site, page, tmp_path):
     wrapper = tmp_path / "phone.html"

@@ -107,9 +107,9 @@ class Representatives(NamedTuple):
     attention: Tensor | None = None
     """``(B, H, M, N)`` A^T over all N tokens, in place of the softmax of Eq. 5; None to extract by it."""
     token_weights: Tensor | GridPooling | CellPooling | None = None
-    """Pi, how a first guess is made of the N tokens that the strategy was given: ``values`` is Pi tokens plus
-    what does not depend on them. ``(M, N)`` or ``(B, M, N)``, or a pooling; None: not told. The certified step
-    gives C back to the tokens by its transpose."""
+    """Pi, how an initial guess is made of the N tokens that the strategy was given: ``values`` is Pi tokens
+    plus what does not depend on them. ``(M, N)`` or ``(B, M, N)``, or a pooling; None: not told. The
+    certified step gives C back to the tokens by its transpose."""
 
 
 Strategy = Callable[[Tensor, Any, "Tensor | None"], Representatives]

@@ -58,7 +58,7 @@ def from_pretrained(
         source: ``"owner/name"`` of a repository (``"hf-hub:owner/name"`` if a folder has that name as well), a
             folder that holds ``model.safetensors``, or a file: one of this library, a released checkpoint of
             the official code (see :func:`cbsa_torch.models.load_official`), or a plain state dict with the
-            names of timm, transformers, torchvision or the DINO hubs (docs/use/training.md).
+            names of timm, transformers, torchvision or the DINO hubs (docs/reference/weights.md).
         model: name in timm of the model that a plain state dict is of. Default: what the file says.
         model_args: constructor arguments beside that name.
         revision: branch, tag or commit of the repository. Default: main.

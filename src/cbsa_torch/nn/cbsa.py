@@ -175,7 +175,7 @@ class CBSA(TokenMixer):
             return super().project(source._replace(x=source.x.to(dtype)))
 
     def _represent(self, heads: Heads) -> Representatives:
-        """First guesses; for a certified step without autocast in what a strategy does, either."""
+        """Initial guesses; for a certified step without autocast in what a strategy does, either."""
         if self.step != "certified":
             return super()._represent(heads)
         with no_autocast(heads.queries):

@@ -95,7 +95,7 @@ def cbsa(
 
     ``extracted=False``: the representatives come with their attention, so that nothing is extracted, and
     what that attention costs is not counted here. ``grams``: M x M products of weights over the tokens, which
-    a certified step takes, two if its first guesses are made of tokens, else one.
+    a certified step takes, two if its initial guesses are made of tokens, else one.
 
     Examples:
         >>> from cbsa_torch.ops.counting import cbsa

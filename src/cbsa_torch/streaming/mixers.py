@@ -173,7 +173,7 @@ class _Represented(Gathered):
 
 
 class GatheredCBSA(_Represented):
-    """CBSA: (pooled first guesses,) extracted representatives, contraction, broadcast; certified steps, too."""
+    """CBSA: (pooled initial guesses,) extraction, contraction, broadcast; certified steps, too."""
 
     mixer: CBSA
 

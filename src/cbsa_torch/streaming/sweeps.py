@@ -3,7 +3,7 @@
 The source is embedded tile by tile. Then each layer is told all its tokens, chunk by chunk, as often as its
 mixer needs (:mod:`cbsa_torch.streaming.mixers`), and updates them; the last of these sweeps feeds the first of
 the next layer. So CBSA takes two sweeps per layer: one extracts, one broadcasts, applies the feed-forward and
-pools the next layer's first guesses.
+pools the next layer's initial guesses.
 """
 
 from __future__ import annotations

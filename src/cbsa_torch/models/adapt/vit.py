@@ -63,9 +63,9 @@ def adapt_vit(
     """Replace the attention of a pretrained ViT, and keep its weights (paper, section 4.2).
 
     Queries, keys, values, output projection and norms are inherited under their names; what is new are steps,
-    one number per head, that start so that the model begins close to the original (docs/use/adapt.md).
-    Everything else of the model, its other layers included, stays as it is. The grid of patches is that of
-    every image, of any size and aspect that the model takes.
+    one number per head, that start so that the model begins close to the original
+    (docs/reference/adaptation.md). Everything else of the model, its other layers included, stays as it is. The
+    grid of patches is that of every image, of any size and aspect that the model takes.
 
     Args:
         model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, NaFlexVit, hybrid,

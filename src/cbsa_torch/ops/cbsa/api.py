@@ -225,9 +225,9 @@ def certified_cbsa(
     """CBSA as a gradient step that cannot raise the coding rate of the representatives.
 
     Let W be the tokens of one head and B ``(M, N)`` the weights that make its representatives of them,
-    X = B W + constant: B = Pi + eta A for first guesses Pi W (pooled ones), eta A for those that do not depend
-    on the tokens, A where the attention comes with the representatives. The exact contraction C (Eq. 7) is
-    1 / alpha times the gradient of the coding rate (1) of X, R = 1/2 log det(I + alpha X X^T) with
+    X = B W + constant: B = Pi + eta A for initial guesses Pi W (pooled ones), eta A for those that do not
+    depend on the tokens, A where the attention comes with the representatives. The exact contraction C (Eq. 7)
+    is 1 / alpha times the gradient of the coding rate (1) of X, R = 1/2 log det(I + alpha X X^T) with
     alpha = P / (M eps^2), so that -kappa B^T C is a step against the gradient with respect to W, B held.
 
     Theorem: with G = B B^T and any kappa from 0 to 2 / |G|, its largest eigenvalue, the rate of the
@@ -241,7 +241,7 @@ def certified_cbsa(
     Args:
         tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z. The projections must be orthonormal bases
             of subspaces orthogonal to each other, and tied, for heads not to disturb each other.
-        representatives: first guesses with the weights of the tokens in them, as ``ops.pool_representatives``
+        representatives: initial guesses with the weights of the tokens in them, as ``ops.pool_representatives``
             returns (without weights they count as constant), or representatives with their attention. With
             ``cu_seqlens`` a list, of each sequence those of a batch of one (of an empty one None will do).
         fraction: kappa in parts of its limit, from 0 to 1: a number or ``(H,)``. The guarantee is for no other.
@@ -250,7 +250,7 @@ def certified_cbsa(
         eps: epsilon of the coding rate. Default: the root of P.
         step_representatives: eta, as for :func:`cbsa`.
         scale, token_mask: as for :func:`cbsa`.
-        num_prefix_tokens: tokens before those that the first guesses were made of.
+        num_prefix_tokens: tokens before those that the initial guesses were made of.
         impl: ``"eager"``, ``"tiled"`` or ``"auto"``, as for :func:`cbsa`.
         cu_seqlens: as for :func:`cbsa`; every sequence begins with its own ``num_prefix_tokens``.
         parallel: who has the other tokens, as for :func:`cbsa`; ``representatives`` are then what

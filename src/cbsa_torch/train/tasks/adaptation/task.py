@@ -58,7 +58,7 @@ class AdaptedModelConfig(ModelConfig):
     """File of weights of the timm model that `original` names, instead of timm's pretrained ones: a plain state
     dict with the names of timm, transformers, torchvision or the DINO hubs."""
     mixer: MixerName = "adapted_cbsa"
-    """The attention that it gets; docs/use/adapt.md has a table."""
+    """The attention that it gets; docs/reference/adaptation.md has a table."""
     layers: str = "all"
     """"all", "latter_half", or indices of attention layers with commas between, e.g. "9,10,-1"."""
 
