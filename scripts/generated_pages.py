@@ -166,7 +166,7 @@ def settings() -> str:
         "Every setting of a run and its default; [recipes](recipes.md) set others. `optim.lr` is "
         "`--optim.lr 1e-3` on the [command line](command_line.md), `OptimConfig(lr=1e-3)` in "
         "[Python](api/training.md#settings), and in a YAML file\n\n```yaml\noptim:\n  lr: 1.0e-3\n```",
-        "Where the default is empty, the meaning says what happens then. Its first words tell what values may be.",
+        "Where the default is empty, the meaning says what happens then. It begins with what values may be.",
     ]
     known: set[Setting] = set()
     for task, (config, _) in TASKS.items():

@@ -54,7 +54,9 @@ class Counts(NamedTuple):
         """The same ``number`` times over."""
         return Counts(*(number * count for count in self))
 
-    __rmul__ = __mul__
+    def __rmul__(self, number: int) -> Counts:  # type: ignore[override]
+        """The same; a tuple would repeat its fields."""
+        return self * number
 
 
 def linear(num_tokens: int, in_features: int, out_features: int) -> Counts:
