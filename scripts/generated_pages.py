@@ -166,7 +166,7 @@ def settings() -> str:
         "Every setting of a run and its default; [recipes](recipes.md) set others. `optim.lr` is "
         "`--optim.lr 1e-3` on the [command line](command_line.md), `OptimConfig(lr=1e-3)` in "
         "[Python](api/training.md#settings), and in a YAML file\n\n```yaml\noptim:\n  lr: 1.0e-3\n```",
-        "Where the default is empty, the meaning says what happens then. It begins with what values may be.",
+        "Each begins with what values may be and its default; where none is named, the words tell.",
     ]
     known: set[Setting] = set()
     for task, (config, _) in TASKS.items():
@@ -177,8 +177,8 @@ def settings() -> str:
         parts += ["The other settings are those of classification."] if known else []
         for group in dict.fromkeys(setting.key.rpartition(".")[0] for setting in found):
             own = [setting for setting in found if setting.key.rpartition(".")[0] == group]
-            rows = ["| setting | default | meaning |", "|---|---|---|"]
-            rows += [f"| `{s.key}` | {s.default} | *{s.values}.* {_cell(s.meaning)} |" for s in own]
+            rows = ["| setting | meaning |", "|---|---|"]
+            rows += [f"| `{s.key}` | {_kind(s)} {_cell(s.meaning)} |" for s in own]
             parts += [f"### {group or 'run'} {{ #{task}-{group or 'run'} }}", "\n".join(rows)]
         known |= set(found)
     return "\n\n".join(parts) + "\n"
@@ -206,6 +206,11 @@ def _values(hint: Any) -> str:
     if type(None) in typing.get_args(hint):
         return " or ".join(map(_values, parts))
     return WORDS.get(typing.get_origin(hint) or hint, "text")
+
+
+def _kind(setting: Setting) -> str:
+    """What a value may be, and the default."""
+    return f"*{setting.values}" + (f"; default* {setting.default}." if setting.default else ".*")
 
 
 def _shown(value: object) -> str:

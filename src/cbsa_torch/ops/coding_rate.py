@@ -30,7 +30,7 @@ def coding_rate(
             neither count in N nor in the sum. An item without any has rate 0.
 
     Returns:
-        ``x.shape[:-2]``, in nats; float32 for low-precision inputs, else the dtype of ``x``.
+        ``(...,)``, in nats; float32 for low-precision inputs, else the dtype of ``x``.
 
     Raises:
         ValueError: no vectors, a mask that does not fit, ``eps`` not positive. TypeError: wrong dtypes.
@@ -83,8 +83,7 @@ def compression_rate(
         eps, normalize, token_mask: as in :func:`coding_rate`.
 
     Returns:
-        ``projected.shape[:-3]``, in nats: one number per item. The terms per head are
-        ``coding_rate(projected)``.
+        ``(...,)``, one number per item, in nats. The terms per head are ``coding_rate(projected)``.
 
     Raises:
         ValueError: a shape or mask that does not fit, ``eps`` not positive. TypeError: wrong dtypes.
@@ -123,7 +122,7 @@ def rate_reduction(
         eps, normalize, token_mask: as in :func:`coding_rate`.
 
     Returns:
-        ``tokens.shape[:-2]``, in nats: one number per item.
+        ``(...,)``, one number per item, in nats.
 
     Raises:
         ValueError: leading axes or N of ``tokens`` and ``projected`` that differ, a mask that does not fit,
