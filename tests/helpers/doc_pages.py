@@ -42,3 +42,14 @@ def headings(path: Path) -> set[str]:
     """The anchors of a page's headings."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return {slugify(re.sub(r"[`*]", "", title), "-") for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+def error_messages() -> list[str]:
+    """The messages that the page of errors quotes, without the class or ``cbsa:`` before them."""
+    text = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^``` \{\.text \.message\}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [
+        message.rstrip()
+        for block in blocks
+        for message in re.split(r"^(?:cbsa|\w+Error): ", block, flags=re.MULTILINE)[1:]
+    ]

@@ -84,7 +84,8 @@ class SizeOptions:
 def parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:
     """Read ``args`` into the dataclass ``cls``; its docstring is the command's help."""
     kwargs = {} if default is None else {"default": default}
-    options = tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
+    description = (cls.__doc__ or "").partition("\n\n    Examples:")[0]  # those are of Python
+    options = tyro.cli(cls, args=args, prog=f"cbsa {command}", description=description, **kwargs)
     if isinstance(options, RunConfig):  # what a recipe says stays where the command line says nothing else
         options.model.args = {**default.model.args, **options.model.args}
     return options

@@ -60,9 +60,9 @@ def from_pretrained(
             (``"cbt_pico_patch1_8.certified_digits"``), or a file: one of this library, a released checkpoint of
             the official code (see :func:`cbsa_torch.models.load_official`), or a plain state dict with the
             names of timm, transformers, torchvision or the DINO hubs (docs/reference/weights.md).
-        model: name in timm of the model that a plain state dict is of; other files say it.
+        model: name in timm of the model that a plain state dict is of. Default: what the file says.
         model_args: constructor arguments beside that name.
-        revision: branch, tag or commit of the repository.
+        revision: branch, tag or commit of the repository. Default: main.
         token: of your account, for private repositories. Default: that of ``hf auth login``.
         cache_dir: where downloads are kept. Default: huggingface_hub's.
         local_files_only: use what is in the cache, ask nobody.
@@ -75,6 +75,12 @@ def from_pretrained(
         HubError: no network, no such repository, revision or file, or no permission.
         FileNotFoundError: no weights in that folder. CheckpointError: weights of an unknown kind, or damaged;
             code that a file may hold is never executed.
+
+    Examples:
+        >>> from cbsa_torch.models import from_pretrained
+        >>> model = from_pretrained("runs/photos")  # or "owner/name" on the Hub
+        >>> model.info["class_names"]
+        ['blue', 'green', 'red']
     """
     path = fetch_weights(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only

@@ -2,6 +2,12 @@
 
 A family is a token mixer (and what goes with it), a size is what the paper calls T, S, B or L, or one of ours
 for small images. All are the one :class:`WhiteBoxTransformer`.
+
+Examples:
+    >>> import timm
+    >>> import cbsa_torch.models  # registers them
+    >>> len(timm.list_models("cbt_*")), timm.create_model("crate_pico_patch1_8").num_classes
+    (8, 10)
 """
 
 from __future__ import annotations

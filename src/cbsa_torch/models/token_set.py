@@ -91,6 +91,12 @@ class TokenSetTransformer(HeadedTransformer):
     Shape:
         ``(B, N, in_dim)`` -> ``(B, num_classes)``, or, with ``cu_seqlens``, ``(1, N_1 + ... + N_B, in_dim)`` ->
         ``(B, num_classes)``.
+
+    Examples:
+        >>> from cbsa_torch.models import TokenSetTransformer
+        >>> model = TokenSetTransformer(in_dim=1536, num_classes=2, dim=64, depth=2, num_heads=4)
+        >>> model(torch.randn(1, 300, 1536), torch.rand(1, 300, 2)).shape
+        torch.Size([1, 2])
     """
 
     _cp_plan: ClassVar[ContextParallelPlan] = {

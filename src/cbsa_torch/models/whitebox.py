@@ -69,6 +69,14 @@ class WhiteBoxTransformer(HeadedTransformer):
     padding: every image gets what it would get alone. Where a batch has a result ``(B, ...)``, a list has a
     list of them, one for each image; logits are ``(B, num_classes)`` for both. In training, batch norms of the
     stem see the pixels of all images together. ``torch.compile`` leaves the layers as they are then.
+
+    Examples:
+        >>> from cbsa_torch.models import WhiteBoxTransformer
+        >>> model = WhiteBoxTransformer(32, patch_size=4, num_classes=10, embed_dim=64, depth=2, num_heads=4)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> model([torch.randn(3, 20, 28), torch.randn(3, 32, 12)]).shape  # images of any sizes
+        torch.Size([2, 10])
     """
 
     _cp_plan: ClassVar[ContextParallelPlan] = {"": {"x": ContextParallelInput(split_dim=2, expected_dims=4)}}

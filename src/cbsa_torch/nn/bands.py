@@ -14,7 +14,18 @@ from cbsa_torch.ops.parallel import ContextParallel
 
 
 class ImageBand(NamedTuple):
-    """Some rows of images, in place of whole images: those that this rank needs, see :func:`pixel_rows`."""
+    """Some rows of images, in place of whole images: those that this rank needs, see :func:`pixel_rows`.
+
+    Examples:
+        >>> import timm
+        >>> import torch.distributed as dist
+        >>> from cbsa_torch.parallel import ImageBand, context_parallel, pixel_rows
+        >>> model = timm.create_model("cbt_nano_patch4_32").eval()
+        >>> model = context_parallel(model, dist.group.WORLD)  # under torchrun
+        >>> rows = pixel_rows(model, (64, 64))
+        >>> model(ImageBand(torch.randn(1, 3, rows.stop - rows.start, 64), height=64)).shape
+        torch.Size([1, 10])
+    """
 
     pixels: Tensor
     """``(B, C, rows, width)``."""
@@ -28,6 +39,17 @@ def pixel_rows(model: Any, img_size: tuple[int, int]) -> slice:
     Args:
         model: what :func:`cbsa_torch.parallel.context_parallel` has prepared.
         img_size: height and width of the whole images in pixels.
+
+    Raises:
+        ValueError: a model that is not in context parallel.
+
+    Examples:
+        >>> import timm
+        >>> import torch.distributed as dist
+        >>> from cbsa_torch.parallel import context_parallel, pixel_rows
+        >>> model = context_parallel(timm.create_model("cbt_nano_patch4_32"), dist.group.WORLD)
+        >>> pixel_rows(model, (64, 64))  # one process has all rows
+        slice(0, 64, None)
     """
     if getattr(model, "ranks", None) is None:
         raise ValueError("model must be in context parallel: call context_parallel(model, mesh) first")

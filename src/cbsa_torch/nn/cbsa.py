@@ -94,6 +94,14 @@ class CBSA(TokenMixer):
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
         output has the layout of the input.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> layer = CBSA(384, num_heads=6)
+        >>> layer(torch.randn(2, 1 + 14 * 14, 384)).shape  # a class token before a square grid
+        torch.Size([2, 197, 384])
+        >>> layer(torch.randn(2, 384, 20, 30)).shape  # a feature map
+        torch.Size([2, 384, 20, 30])
     """
 
     shards = True

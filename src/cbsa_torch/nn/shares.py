@@ -14,7 +14,14 @@ from cbsa_torch.ops.parallel import ContextParallel, gathered, of_first, total
 
 
 class ContextParallelInput(NamedTuple):
-    """How whole inputs of a model are split; fields as of diffusers' class of this name."""
+    """How whole inputs of a model are split; fields as of diffusers' class of this name.
+
+    Examples:
+        >>> from cbsa_torch.parallel import ContextParallelInput
+        >>> split = ContextParallelInput(split_dim=1, expected_dims=3)
+        >>> split.part("features", torch.zeros(1, 10, 4), slice(0, 5)).shape
+        torch.Size([1, 5, 4])
+    """
 
     split_dim: int
     """The axis along which ranks share it."""
@@ -36,6 +43,15 @@ class SetSlice(NamedTuple):
     """Some features of sets, in place of all: those of this rank, any number of them, also none.
 
     Ranks hold successive parts. Coordinates and masks beside them are those of all features, on every rank.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> from cbsa_torch.models import TokenSetTransformer
+        >>> from cbsa_torch.parallel import SetSlice, context_parallel
+        >>> model = TokenSetTransformer(32, dim=64, depth=1, num_heads=4)
+        >>> model = context_parallel(model, dist.group.WORLD)  # under torchrun
+        >>> model(SetSlice(torch.randn(1, 50, 32)), torch.rand(1, 50, 2)).shape
+        torch.Size([1, 2])
     """
 
     features: Tensor

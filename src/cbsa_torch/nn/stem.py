@@ -48,6 +48,11 @@ class ConvStem(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, embed_dim, ceil(height / patch), ceil(width / patch))``.
+
+    Examples:
+        >>> from cbsa_torch.nn import ConvStem
+        >>> ConvStem(3, embed_dim=64, patch_size=16)(torch.randn(1, 3, 224, 230)).shape
+        torch.Size([1, 64, 14, 15])
     """
 
     def __init__(
@@ -239,6 +244,11 @@ class LinearStem(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, embed_dim, height / patch, width / patch)``.
+
+    Examples:
+        >>> from cbsa_torch.nn import LinearStem
+        >>> LinearStem(3, embed_dim=64, patch_size=16)(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 64, 14, 14])
     """
 
     def __init__(

@@ -54,6 +54,14 @@ class ContextParallel:
 
     Raises:
         ValueError: another number of lengths than ranks; no tokens at all, or less than the grid has.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.parallel import ContextParallel
+        >>> parallel = ContextParallel.of_slice(dist.group.WORLD, 100, grid_size=(10, 10))  # under torchrun
+        >>> CBSA(64, 4)(torch.randn(1, 100, 64), parallel=parallel).shape  # of this rank's tokens
+        torch.Size([1, 100, 64])
     """
 
     group: dist.ProcessGroup

@@ -33,6 +33,15 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
         ValueError: on every process, where a layer needs all tokens at once, or processes name groups that
             differ.
         TypeError: another model.
+
+    Examples:
+        >>> import timm
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from cbsa_torch.parallel import context_parallel
+        >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))  # under torchrun: of all processes
+        >>> model = context_parallel(timm.create_model("cbt_nano_patch4_32").eval(), mesh["cp"])
+        >>> model(torch.randn(1, 3, 64, 64)).shape  # the same on every rank
+        torch.Size([1, 10])
     """
     if ranks is None:
         _set(model, None)
@@ -78,6 +87,17 @@ class ContextParallelStyle(ParallelStyle):
     """:func:`context_parallel` as a style of ``torch.distributed.tensor.parallel.parallelize_module``.
 
     ``parallelize_module(model, mesh["cp"], ContextParallelStyle())``
+
+    Examples:
+        >>> import timm
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from cbsa_torch.parallel import ContextParallelStyle
+        >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
+        >>> model = timm.create_model("cbt_nano_patch4_32")
+        >>> model = parallelize_module(model, mesh["cp"], ContextParallelStyle())
+        >>> model(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -25,6 +25,11 @@ def parse_bytes(text: int | str) -> int:
     """A number of bytes, from one or from a text such as ``"500MB"`` or ``"2GiB"``.
 
     Raises ``ValueError`` for other texts and numbers below 1.
+
+    Examples:
+        >>> from cbsa_torch.streaming import parse_bytes
+        >>> parse_bytes("2GiB"), parse_bytes("500MB")
+        (2147483648, 500000000)
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     unit = None if found is None else _UNITS.get(found[2].lower())

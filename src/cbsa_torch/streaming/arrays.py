@@ -13,7 +13,16 @@ import numpy as np
 
 
 class SlicedArray(Protocol):
-    """What is read: ``numpy.memmap``, datasets of h5py and zarr, a memory map of tifffile, your own."""
+    """What is read: ``numpy.memmap``, datasets of h5py and zarr, a memory map of tifffile, your own.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cbsa_torch.streaming import SlicedArray
+        >>> def first_row(array: SlicedArray) -> np.ndarray:
+        ...     return np.asarray(array[:1])
+        >>> first_row(np.zeros((64, 96, 3), np.uint8)).shape
+        (1, 96, 3)
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,6 +46,13 @@ def open_array(path: str | Path) -> SlicedArray:
     Raises:
         ValueError: another ending, or no one array. FileNotFoundError: no such
             file. ImportError: the package that reads it is not installed.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cbsa_torch.streaming import open_array
+        >>> np.save("scan.npy", np.zeros((64, 96, 3), np.uint8))
+        >>> open_array("scan.npy")[:8].shape  # a memory map: nothing else is read
+        (8, 96, 3)
     """
     name, package, inside = _reader(path)
     if package == "numpy":
@@ -63,6 +79,12 @@ def open_features(path: str | Path) -> tuple[SlicedArray, SlicedArray | None]:
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as :func:`open_array`, and no array ``features``.
+
+    Examples:
+        >>> from cbsa_torch.streaming import open_features
+        >>> features, coords = open_features("slide.h5")
+        >>> features.shape, coords.shape
+        ((50, 16), (50, 2))
     """
     name, package, inside = _reader(path)
     if inside or package not in ("h5py", "zarr"):

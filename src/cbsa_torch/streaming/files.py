@@ -28,7 +28,19 @@ STATE, LOCK, OWNER = "state.safetensors", "lock", "stream.lock"
 
 
 class StreamError(RuntimeError):
-    """A stream cannot begin or go on: its files, its source or the disk are not as they must be."""
+    """A stream cannot begin or go on: its files, its source or the disk are not as they must be.
+
+    Examples:
+        >>> import numpy as np, timm
+        >>> from cbsa_torch.streaming import StreamError, stream
+        >>> model = timm.create_model("cbt_nano_patch4_32", depth=1).eval()
+        >>> result = stream(model, np.zeros((32, 32, 3), np.uint8), "here")
+        >>> try:
+        ...     stream(model, np.zeros((64, 64, 3), np.uint8), "here")
+        ... except StreamError as error:
+        ...     print("another" in str(error))
+        True
+    """
 
 
 class Rows:

@@ -42,7 +42,16 @@ DONE, PICTURE = "result.json", "map.png"
 
 
 class StreamResult(NamedTuple):
-    """What a stream made."""
+    """What a stream made.
+
+    Examples:
+        >>> import numpy as np, timm
+        >>> from cbsa_torch.streaming import stream
+        >>> model = timm.create_model("cbt_nano_patch4_32", depth=1).eval()
+        >>> result = stream(model, np.zeros((64, 96, 3), np.uint8), "map", results=["map"])
+        >>> result.files["map"].name, np.load(result.files["map"]).shape
+        ('map.npy', (4, 16, 24))
+    """
 
     folder: Path
     """Where the files are."""
@@ -108,6 +117,15 @@ def stream(
     Raises:
         ValueError, TypeError: a model, an image or options that cannot be streamed; nothing is read then.
         StreamError: a disk without room, files of another stream, an image or a model that changed.
+
+    Examples:
+        >>> import numpy as np, timm
+        >>> from cbsa_torch.streaming import stream
+        >>> scan = np.zeros((64, 96, 3), np.uint8)  # or open_array("scan.npy")
+        >>> model = timm.create_model("cbt_nano_patch4_32", depth=1).eval()
+        >>> result = stream(model, scan, "out", memory="100MB")
+        >>> result.grid_size, result.logits.shape
+        ((16, 24), torch.Size([1, 10]))
     """
     encoder, decoder = parts_of(model)
     with no_autocast(encoder.cls_token):

@@ -35,7 +35,14 @@ FOLDERS = ("folder", "", "torch/folder", "torch/image_folder")
 
 @dataclass
 class ModelConfig:
-    """The model."""
+    """The model.
+
+    Examples:
+        >>> from cbsa_torch.train import ModelConfig
+        >>> config = ModelConfig("cbt_small_patch16_224", args={"contraction": "exact"})
+        >>> config.init_from is None  # trained from scratch
+        True
+    """
 
     name: str = "cbt_tiny_patch16_224"
     """A timm model name; `cbsa list` shows ours."""
@@ -90,7 +97,13 @@ class ImageSource(DataSource):
 
 @dataclass
 class DataConfig(ImageSource):
-    """The images and their augmentation."""
+    """The images and their augmentation.
+
+    Examples:
+        >>> from cbsa_torch.train import DataConfig
+        >>> DataConfig(root="photos", crop_scale=(0.5, 1.0)).crop_ratio
+        (0.75, 1.3333)
+    """
 
     name: str = "folder"
     """"digits" (embedded), "animals28" or "emoji64" (`cbsa data fetch`), "folder", "flowers102" or "pets", or a
@@ -128,7 +141,13 @@ class DataConfig(ImageSource):
 
 @dataclass
 class OptimConfig:
-    """The optimiser and its schedule."""
+    """The optimiser and its schedule.
+
+    Examples:
+        >>> from cbsa_torch.train import OptimConfig
+        >>> OptimConfig("adamw", lr=1e-3, epochs=30, warmup_epochs=2).batch_size
+        256
+    """
 
     name: str = "lion"
     """Any timm optimiser, e.g. "lion" (the paper's for ImageNet) or "adamw"."""
@@ -165,7 +184,13 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
-    """How it is computed; Accelerate chooses devices and processes (`accelerate launch`)."""
+    """How it is computed; Accelerate chooses devices and processes (`accelerate launch`).
+
+    Examples:
+        >>> from cbsa_torch.train import EngineConfig
+        >>> EngineConfig(precision="bf16", accumulate=4, tracker="none").keep_states
+        2
+    """
 
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
@@ -217,7 +242,14 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig(RunConfig):
-    """Train an image classifier."""
+    """Train an image classifier.
+
+    Examples:
+        >>> from cbsa_torch.train import DataConfig, TrainConfig
+        >>> config = TrainConfig(output="runs/photos", data=DataConfig(root="photos"))
+        >>> config.optim.name, config.seed
+        ('lion', 0)
+    """
 
     task: ClassVar[str] = "classification"
     """Its name."""

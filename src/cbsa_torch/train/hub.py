@@ -53,6 +53,15 @@ def save_for_hub(
         model: the module.
         info: its description, as of :func:`cbsa_torch.models.load_checkpoint`.
         card: text of the card. Default: made from ``info``.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.models import load_checkpoint
+        >>> from cbsa_torch.train import save_for_hub
+        >>> model, info = load_checkpoint("runs/photos/model.safetensors")
+        >>> save_for_hub("to_upload", model, info)
+        >>> sorted(path.name for path in Path("to_upload").iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
     """
     folder, info = Path(folder), published(info)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +96,11 @@ def push_to_hub(
     Raises:
         HubError: no network, not logged in, no permission, or not a name of a repository.
         FileNotFoundError, CheckpointError: the checkpoint cannot be read.
+
+    Examples:
+        >>> from cbsa_torch.train import push_to_hub
+        >>> push_to_hub("runs/photos", "me/photos", private=True)
+        'https://huggingface.co/me/photos/commit/1'
     """
     path = weights_path(checkpoint)
     model, info = load_checkpoint(path)

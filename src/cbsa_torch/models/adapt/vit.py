@@ -31,10 +31,20 @@ MixerName = Literal["adapted_cbsa", "agent", "linear", "linear_cbsa", "mssa", "t
 
 
 class AdaptedModel(NamedTuple):
-    """What :func:`adapt_vit` returns."""
+    """What :func:`adapt_vit` returns.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import adapt_vit
+        >>> adapted = adapt_vit(timm.create_model("vit_tiny_patch16_224", depth=2), "linear")
+        >>> type(adapted.model.blocks[0].attn).__name__
+        'LinearAttention'
+    """
 
     model: nn.Module
+    """The model, or its copy, with the new layers."""
     report: AdaptReport
+    """What became of each layer."""
 
 
 def adapt_vit(
@@ -87,6 +97,14 @@ def adapt_vit(
     Raises:
         ValueError: no layer can be adapted, a layer asked for by its index cannot, or options that do not fit.
             TypeError: options of the wrong type. After an error the model is as it was.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import adapt_vit
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2)  # pretrained=True
+        >>> model, report = adapt_vit(vit, num_representatives=36, layers="latter_half")
+        >>> model(torch.randn(1, 3, 224, 224)).shape, [layer.name for layer in report.adapted]
+        (torch.Size([1, 1000]), ['blocks.1.attn'])
     """
     given = {
         "num_representatives": num_representatives,

@@ -43,6 +43,14 @@ class Segmenter(nn.Module):
 
     Raises:
         TypeError: an encoder without features. ValueError: a decoder of other features.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import MaskTransformerDecoder, Segmenter
+        >>> encoder = timm.create_model("cbt_nano_patch4_32")
+        >>> model = Segmenter(encoder, MaskTransformerDecoder(num_classes=5, dim=128), freeze_encoder=True)
+        >>> model.strides, model(torch.randn(1, 3, 32, 32)).shape
+        ((4, 4), torch.Size([1, 5, 32, 32]))
     """
 
     def __init__(

@@ -117,6 +117,13 @@ def cbsa(
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import cbsa, pool_representatives
+        >>> tokens = torch.randn(2, 4, 196, 16)
+        >>> guess = pool_representatives(tokens, (14, 14), 64)
+        >>> cbsa(tokens, guess.values, contraction="exact").shape
+        torch.Size([2, 4, 196, 16])
     """
     if cu_seqlens is not None or cu_representatives is not None:
         if cu_seqlens is None or cu_representatives is None:
@@ -184,6 +191,13 @@ def contract_and_broadcast(
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import contract_and_broadcast, mssa
+        >>> tokens = torch.randn(1, 2, 9, 8)
+        >>> output = contract_and_broadcast(tokens, tokens, torch.eye(9).expand(1, 2, 9, 9))
+        >>> torch.allclose(output, mssa(tokens), atol=1e-6)  # Eq. 9
+        True
     """
     check_floating("attention", attention)  # without it, the rest would be read as the arguments of cbsa
     inputs = cbsa_inputs(
@@ -254,6 +268,15 @@ def certified_cbsa(
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import certified_cbsa, coding_rate, pool_representatives
+        >>> tokens = torch.randn(1, 1, 196, 16)
+        >>> guess = pool_representatives(tokens, (14, 14), 64)
+        >>> moved = tokens + certified_cbsa(tokens, guess, fraction=0.5, step_representatives=0)
+        >>> after = pool_representatives(moved, (14, 14), 64)
+        >>> bool(coding_rate(after.values, eps=4) < coding_rate(guess.values, eps=4))
+        True
     """
     _check_fraction(fraction)
     if cu_seqlens is not None:

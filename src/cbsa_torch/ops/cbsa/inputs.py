@@ -31,7 +31,16 @@ from cbsa_torch.ops.token_weights import TokenWeights, check_slice, over_all_tok
 
 
 class CBSAInputs(NamedTuple):
-    """Checked inputs of CBSA, defaults filled in. Made by :func:`cbsa_inputs`."""
+    """Checked inputs of CBSA, defaults filled in. Made by :func:`cbsa_inputs`.
+
+    Fields are those of the arguments of :func:`cbsa_torch.ops.cbsa`, if nothing else is said.
+
+    Examples:
+        >>> from cbsa_torch.ops import cbsa_inputs
+        >>> inputs = cbsa_inputs(torch.randn(1, 2, 16, 8), torch.randn(1, 2, 4, 8), step_tokens=0.5)
+        >>> inputs.step_tokens
+        tensor([0.5000, 0.5000])
+    """
 
     tokens: Tensor
     representatives: Tensor
@@ -83,11 +92,18 @@ def cbsa_inputs(
 ) -> CBSAInputs:
     """Check the arguments of :func:`cbsa_torch.ops.cbsa` and fill in its defaults.
 
-    With ``attention``, those of :func:`cbsa_torch.ops.contract_and_broadcast`: nothing is extracted.
+    Arguments are those of :func:`cbsa_torch.ops.cbsa`. With ``attention``, those of
+    :func:`cbsa_torch.ops.contract_and_broadcast`: nothing is extracted.
 
     Raises:
         ValueError: shapes, options or devices that do not fit; options of the extraction beside ``attention``.
         TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import cbsa_inputs
+        >>> inputs = cbsa_inputs(torch.randn(1, 2, 16, 64), torch.randn(1, 2, 4, 64))
+        >>> inputs.scale, inputs.contraction, inputs.keys is inputs.tokens
+        (0.125, 'softmax', True)
     """
     check_choice("contraction", contraction, CONTRACTIONS)
     check_choice("broadcast", broadcast, BROADCASTS)

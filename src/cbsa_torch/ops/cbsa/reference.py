@@ -139,6 +139,14 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
 
     Raises:
         ValueError: the tokens are spread over processes.
+
+    Examples:
+        >>> from cbsa_torch.ops import cbsa_inputs, cbsa_stages, pool_representatives
+        >>> tokens = torch.randn(1, 2, 16, 8)
+        >>> guess = pool_representatives(tokens, (4, 4), 4)
+        >>> stages = cbsa_stages(cbsa_inputs(tokens, guess.values))
+        >>> stages.attention.shape, stages.contracted.shape
+        (torch.Size([1, 2, 4, 16]), torch.Size([1, 2, 4, 8]))
     """
     if inputs.parallel is not None:
         raise ValueError("stages are of tokens that are all here: the inputs must have no parallel")
