@@ -1,0 +1,106 @@
+"""Adapters, low precision, offloading and per-sample gradients on whole models.
+
+Every family, adapted ViTs and segmenters; of single layers see ``tests/nn/test_adapters.py``.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.compare import assert_close, relative_error
+from tests.helpers.exports import MODELS, stirred
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated:DeprecationWarning",
+    "ignore:torch.quantize_per_tensor:UserWarning",
+    "ignore:There is a performance drop because we have not yet implemented the batching rule:UserWarning",
+)
+WHOLE = [name for name in MODELS if not name.startswith("layer")]
+ORTHOGONAL = ["cbt certified"]
+each_model = pytest.mark.parametrize("name", WHOLE)
+IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+
+
+def built(name):
+    return stirred(MODELS[name]())
+
+
+@each_model
+def test_adapters_act_merge_and_are_saved(name, tmp_path):
+    import peft
+
+    base = built(name)
+    targets = [
+        layer
+        for layer, module in base.named_modules()
+        if isinstance(module, nn.Linear) and ".attn." in layer and not (name in ORTHOGONAL and "qkv" in layer)
+    ]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    out = model(IMAGES)
+    assert relative_error(out, base(IMAGES)) > 1e-3
+    assert_close(copy.deepcopy(model).merge_and_unload()(IMAGES), out, 1e-5)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert_close(again(IMAGES), out, 1e-6)
+
+
+@each_model
+@torch.no_grad()
+def test_int8_of_torchao(name):
+    from torchao import quantization
+
+    base = built(name)
+    for kind in (quantization.Int8WeightOnlyConfig, quantization.Int8DynamicActivationInt8WeightConfig):
+        model = copy.deepcopy(base)
+        if name in ORTHOGONAL:
+            with pytest.raises(ValueError, match="weight is computed from a parameter.*fuse the model"):
+                quantization.quantize_(model, kind())
+            return
+        quantization.quantize_(model, kind())
+        assert 0 < relative_error(model(IMAGES), base(IMAGES)) < 0.05
+
+
+@each_model
+@torch.no_grad()
+def test_dynamic_quantisation_of_torch(name):
+    base = built(name)
+    model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(base), {nn.Linear}, dtype=torch.qint8)
+    assert 0 < relative_error(model(IMAGES), base(IMAGES)) < 0.05
+
+
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+@each_model
+@torch.no_grad()
+def test_offloaded_weights(name, to, tmp_path):
+    import accelerate
+
+    base, device = built(name), torch.device("cpu")
+    model = copy.deepcopy(base)
+    if to == "cpu":
+        accelerate.cpu_offload(model, device)
+    else:
+        accelerate.disk_offload(model, tmp_path, device)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    for _ in range(2):
+        assert_close(model(IMAGES), base(IMAGES), 1e-6)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@each_model
+def test_gradients_per_sample_by_torch_func(name):
+    model, images = built(name).double(), IMAGES.double()
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(values, image):
+        return torch.func.functional_call(model, (values, buffers), (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        alone = torch.autograd.grad(
+            model(image[None]).square().sum(), list(parameters.values()), materialize_grads=True
+        )
+        for key, gradient in zip(parameters, alone, strict=True):
+            assert_close(found[key][i], gradient, 1e-8)
