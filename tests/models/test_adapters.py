@@ -32,11 +32,8 @@ def test_adapters_act_merge_and_are_saved(name, tmp_path):
     import peft
 
     base = built(name)
-    targets = [
-        layer
-        for layer, module in base.named_modules()
-        if isinstance(module, nn.Linear) and ".attn." in layer and not (name in ORTHOGONAL and "qkv" in layer)
-    ]
+    linear = [layer for layer, module in base.named_modules() if isinstance(module, nn.Linear)]
+    targets = ["head"] if name in ORTHOGONAL else [layer for layer in linear if ".attn." in layer]
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(base), config).eval()
     out = model(IMAGES)
@@ -53,14 +50,19 @@ def test_int8_of_torchao(name):
     from torchao import quantization
 
     base = built(name)
-    for kind in (quantization.Int8WeightOnlyConfig, quantization.Int8DynamicActivationInt8WeightConfig):
-        model = copy.deepcopy(base)
-        if name in ORTHOGONAL:
-            with pytest.raises(ValueError, match="weight is computed from a parameter.*fuse the model"):
-                quantization.quantize_(model, kind())
-            return
-        quantization.quantize_(model, kind())
-        assert 0 < relative_error(model(IMAGES), base(IMAGES)) < 0.05
+    model, twin = copy.deepcopy(base), copy.deepcopy(base)
+    if name in ORTHOGONAL:
+        with pytest.raises(ValueError, match="weight is computed from a parameter.*fuse the model"):
+            quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        return
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    for layer, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            twin.get_submodule(layer).weight = nn.Parameter(module.weight.dequantize())
+    assert not torch.equal(model(IMAGES), base(IMAGES))
+    assert_close(model(IMAGES), twin(IMAGES), 1e-4)
+    quantization.quantize_(base, quantization.Int8DynamicActivationInt8WeightConfig())
+    assert_close(base(IMAGES), twin(IMAGES), 0.25)  # small outputs of large tokens
 
 
 @each_model
@@ -68,7 +70,7 @@ def test_int8_of_torchao(name):
 def test_dynamic_quantisation_of_torch(name):
     base = built(name)
     model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(base), {nn.Linear}, dtype=torch.qint8)
-    assert 0 < relative_error(model(IMAGES), base(IMAGES)) < 0.05
+    assert 0 < relative_error(model(IMAGES), base(IMAGES)) < 0.25
 
 
 @pytest.mark.parametrize("to", ["cpu", "disk"])
@@ -77,16 +79,23 @@ def test_dynamic_quantisation_of_torch(name):
 def test_offloaded_weights(name, to, tmp_path):
     import accelerate
 
-    base, device = built(name), torch.device("cpu")
-    model = copy.deepcopy(base)
-    if to == "cpu":
-        accelerate.cpu_offload(model, device)
-    else:
-        accelerate.disk_offload(model, tmp_path, device)
-    assert all(parameter.is_meta for parameter in model.parameters())
+    def offload(**options):
+        model, device = copy.deepcopy(base), torch.device("cpu")
+        if to == "cpu":
+            accelerate.cpu_offload(model, device, **options)
+        else:
+            accelerate.disk_offload(model, tmp_path, device, **options)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        return model
+
+    base, options = built(name), {}
+    if name.startswith("segmenter"):
+        with pytest.raises(ValueError, match="encoder is offloaded.*preload_module_classes"):
+            offload()(IMAGES)
+        options = {"preload_module_classes": ["Segmenter"]}
+    model = offload(**options)
     for _ in range(2):
         assert_close(model(IMAGES), base(IMAGES), 1e-6)
-    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @each_model

@@ -374,9 +374,37 @@ def test_features_of_vits_of_timm_with_our_layers(layer):
         assert_close(maps.flatten(2).mT, traced[:, 1:], 1e-6)
 
 
+def test_models_without_features_say_so():
+    for kind in ("getter", "hook", "fx"):
+        for name, options, message in (
+            ("segmenter", {"encoder": "cbt_nano_patch4_32"}, "gives masks; features are its encoder's"),
+            ("token_set_cbt_tiny", {"in_dim": 8}, "gives one vector for each set"),
+        ):
+            with pytest.raises(ValueError, match=f"features_only must be False: {name} {message}"):
+                timm.create_model(name, features_only=True, feature_cls=kind, **options)
+
+
+@torch.no_grad()
+def test_attention_extract_of_a_segmenter():
+    model = timm.create_model(
+        "segmenter", encoder="cbt_nano_patch4_32", encoder_args={"depth": 1}, depth=1
+    ).eval()
+    x, updates = torch.randn(1, 3, 32, 48), []
+    for layer in (model.encoder.blocks[0].attn, model.decoder.layers[0].attn):
+        layer.register_forward_hook(lambda module, args, out: updates.append(out))
+    model(x)
+    expected = tuple(updates)
+    found = AttentionExtract(model, ["*.attn"], method="hook")(x)
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
+    with pytest.raises(TypeError, match="torch.fx cannot trace what looks at sizes"):
+        AttentionExtract(model, ["*.attn"], method="fx")
+
+
 def test_layers_that_learn_their_grid_from_hooks_are_refused_by_torchscript():
     for layer in ("CBSA", *ADAPTED):
-        with pytest.raises(TypeError, match="torch.jit.script cannot compile .*it is told where tokens are by hooks"):
+        with pytest.raises(
+            TypeError, match="torch.jit.script cannot compile .*it is told where tokens are by hooks"
+        ):
             torch.jit.script(vit(layer))
 
 
@@ -388,7 +416,9 @@ def test_averaged_saved_and_resumed_by_timm(name, tmp_path):
         if name == "adapted_vit":
             model, target = vit("adapted_cbsa", num_classes=5), torch.zeros(2, 5)
         else:
-            model = timm.create_model(name, encoder="cbt_nano_patch4_32", encoder_args={"depth": 1}, num_classes=3)
+            model = timm.create_model(
+                name, encoder="cbt_nano_patch4_32", encoder_args={"depth": 1}, num_classes=3
+            )
             target = torch.zeros(2, 3, 64, 64)
         optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.05)
         return model.train(), optimizer, ModelEmaV3(model, decay=0.5), target
