@@ -354,8 +354,9 @@ def test_vits_of_timm_with_our_layers_in_fx_traced_and_extracted(layer):
         for method in ("fx", "hook"):
             found = AttentionExtract(model, ["*.attn"], method=method)(x)
             assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
-    with pytest.raises(ValueError, match="FX must trace the whole model"):
-        torch.fx.symbolic_trace(model.blocks)
+    if model.blocks[0].attn.needs_grid:
+        with pytest.raises(ValueError, match="FX must trace the whole model"):
+            torch.fx.symbolic_trace(model.blocks)
 
 
 @each_vit

@@ -124,7 +124,7 @@ def test_queries_keys_and_values_are_those_of_the_original(bias, batch_first):
     torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2))[~padding], expected[~padding])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
 @each_mixer
 def test_graphs_of_fx_and_traced(mixer):
     model = adapt_vit(tower(), mixer).model.eval()
