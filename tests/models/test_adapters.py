@@ -113,3 +113,12 @@ def test_gradients_per_sample_by_torch_func(name):
         )
         for key, gradient in zip(parameters, alone, strict=True):
             assert_close(found[key][i], gradient, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["crate_original", "adapted", "adapted agent", "adapted linear"])
+@torch.no_grad()
+def test_compiled_in_one_graph(name):
+    """Other families: ``test_models.py``; segmenters: ``segmentation/test_model.py``."""
+    torch.compiler.reset()
+    model = built(name)
+    assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(IMAGES), model(IMAGES), 1e-5)

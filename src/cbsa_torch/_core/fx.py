@@ -21,7 +21,6 @@ def fx_leaf(function: _Function) -> _Function:
     that its ``fx_arguments(tracer)`` returns, if its caller gives
     no more than it must.
     """
-
     parameters = inspect.signature(function).parameters.values()
     num_required = sum(parameter.default is parameter.empty for parameter in parameters) - 1  # less self
 

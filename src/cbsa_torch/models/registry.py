@@ -229,7 +229,6 @@ def build_entry(
         gives: what the model gives in place of feature maps, which ``features_only`` would ask for.
         **timm_args: of ``build_model_with_cfg``; what that does not know is refused.
     """
-
     if gives and timm_args.get("features_only"):
         raise ValueError(f"features_only must be False: {name} gives {gives}")
 
