@@ -9,7 +9,7 @@ recipe ``digits``, so that no test image was trained on. Every model is trained 
 validation AUC is kept.
 
 With all models the results go to ``benchmarks/results/bags_of_digits.json`` and, as a table, into
-``docs/use/slides.md``; with some, they are printed alone.
+``docs/results/small_models.md``; with some, they are printed alone.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 }
 """By name: a title, and what builds it."""
 RESULTS = Path("benchmarks/results/bags_of_digits.json")
-DOCS = Path("docs/use/slides.md")
+DOCS = Path("docs/results/small_models.md")
 MARKERS = ("<!-- bags of digits: begin -->", "<!-- bags of digits: end -->")
 
 

@@ -8,7 +8,7 @@ validation, 360 test images) and the weights are those of the last epoch, so tha
 Times are measured after all training: steps of all models interleaved, in one process, medians.
 
 With all members the results go to ``benchmarks/results/digits_family.json`` and, as a table, into
-``docs/choose/family.md``; with some, to a file beside the runs.
+``docs/results/small_models.md``; with some, to a file beside the runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
 STEPS = 15
 """Training steps per model that are timed."""
 RESULTS = Path("benchmarks/results/digits_family.json")
-DOCS = Path("docs/choose/family.md")
+DOCS = Path("docs/results/small_models.md")
 MARKERS = ("<!-- digits: begin -->", "<!-- digits: end -->")
 
 

@@ -129,6 +129,8 @@ def measure_model(options: Options, name: str, folder: Path) -> dict[str, Any]:
         "OpenVINO": open_openvino(file, options.threads),
     }
     images = torch.randn(options.batch, 3, *size)
+    for run in runs.values():
+        run(images)  # compiling is no part of any time
     times = measure.interleaved(
         {runtime: partial(run, images) for runtime, run in runs.items()},
         "cpu",

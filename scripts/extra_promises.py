@@ -122,6 +122,16 @@ def checkpoints() -> None:
     torch.testing.assert_close(loaded(images), model(images))
 
 
+def trained_weights() -> None:
+    """The weights that come with the package are loaded."""
+    import timm
+
+    name = "cbt_pico_patch1_8.certified_digits"
+    model = timm.create_model(name, pretrained=True).eval()
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(cbsa_torch.models.from_pretrained(name)(images), model(images))
+
+
 def counting() -> None:
     """Parameters and FLOPs are counted."""
     import timm
@@ -291,7 +301,7 @@ def pages() -> None:
 
 
 EVERYWHERE = (files, operator_and_layers, command)
-MODELS = (families, checkpoints, counting, adapting)
+MODELS = (families, checkpoints, trained_weights, counting, adapting)
 PROMISES: dict[str, tuple[Callable[[], None], ...]] = {
     "base": (torch_alone, without_models, without_interpret, without_train),
     "models": (*MODELS, without_interpret, without_train),

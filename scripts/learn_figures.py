@@ -92,7 +92,7 @@ def photograph() -> tuple[Tensor, Tensor]:
 
 
 def pooled(w: Tensor, cells: tuple[int, int] = CELLS) -> Tensor:
-    """The first guesses, ``(4, M, 16)``."""
+    """The initial guesses, ``(4, M, 16)``."""
     return ops.pool_representatives(w[None], GRID, cells).values[0]
 
 

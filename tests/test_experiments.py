@@ -116,7 +116,7 @@ def test_the_docs_state_the_recorded_digits():
 def test_the_docs_state_the_recorded_decoders():
     record = json.loads((ROOT / segmentation_decoders.Options.results).read_text())
     assert [row["mixer"] for row in record["rows"]] == list(segmentation_decoders.MIXERS)
-    assert segmentation_decoders.markdown(record) in (ROOT / "docs/use/segmentation.md").read_text()
+    assert segmentation_decoders.markdown(record) in (ROOT / "docs/results/segmentation.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["animals28", "emoji64", "cost"])
@@ -126,4 +126,4 @@ def test_the_docs_state_the_recorded_adapted_vits(name):
     record = json.loads((results / f"adapted_{name}.json").read_text())
     table = adapt_table.markdown(record)
     assert (results / f"adapted_{name}.md").read_text() == table
-    assert table.strip() in (ROOT / "docs/use/adapt.md").read_text()
+    assert table.strip() in (ROOT / "docs/results/adaptation.md").read_text()

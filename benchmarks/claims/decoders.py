@@ -73,7 +73,7 @@ FORMS = {
     "mhsa": Form("MHSA (Segmenter)", "mhsa"),
     "certified": Form("CBSA, certified step", "cbsa", {"step": "certified"}),
     "cbsa_lattice": Form(
-        "CBSA, 10 x 10 first guesses as published", "cbsa", {"num_representatives": [10, 10]}, seeds=3
+        "CBSA, 10 x 10 initial guesses as published", "cbsa", {"num_representatives": [10, 10]}, seeds=3
     ),
 }
 CHOOSING = ("cbsa", "mssa", "mhsa")

@@ -262,7 +262,7 @@ def small_speed(first: str, second: str) -> Callable[[], Finding | None]:
 
 
 def ranks(form: str) -> Callable[[], Finding | None]:
-    """Rank of A over layers and heads, of pooled or learned first guesses."""
+    """Rank of A over layers and heads, of pooled or learned initial guesses."""
 
     def judge() -> Finding | None:
         runs = scratch(form)

@@ -147,13 +147,13 @@ CLAIMS = (
         judges.tied,
     ),
     Claim(
-        "pooled first guesses are more accurate than learned ones",
+        "pooled initial guesses are more accurate than learned ones",
         "section 3.2",
         CIFAR,
         judges.accuracy("cbt", "learned"),
     ),
     Claim("with pooling A has its full rank", "Appendix A", CIFAR, judges.ranks("cbt")),
-    Claim("with learned first guesses A has a low rank", "Appendix A", CIFAR, judges.ranks("learned")),
+    Claim("with learned initial guesses A has a low rank", "Appendix A", CIFAR, judges.ranks("learned")),
     Claim("the later half of the layers compresses", "Fig. 5", CIFAR, judges.later_half("cbt")),
     Claim(
         "the rates of tokens and representatives fall together (after a step of Eq. 6)",
@@ -200,7 +200,7 @@ CLAIMS = (
     ),
     Claim("of certified steps: as accurate as the default", "ours", CIFAR, judges.accuracy("certified", "cbt")),
     Claim(
-        "a fixed lattice of 8 x 8 first guesses, as published, is as accurate as our 16",
+        "a fixed lattice of 8 x 8 initial guesses, as published, is as accurate as our 16",
         "ours",
         CIFAR,
         judges.accuracy("cbt_lattice", "cbt"),
@@ -357,7 +357,7 @@ CLAIMS = (
         judges.masks("certified", "cbsa"),
     ),
     Claim(
-        "a fixed lattice of 10 x 10 first guesses, as published: the decoder reaches the default's mean IoU",
+        "a fixed lattice of 10 x 10 initial guesses, as published: the decoder reaches the default's mean IoU",
         "ours",
         CAMVID,
         judges.masks("cbsa_lattice", "cbsa"),

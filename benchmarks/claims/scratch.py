@@ -33,9 +33,9 @@ class Form(NamedTuple):
 
 FORMS = {
     "cbt": Form("cbt", {}, "CBSA (CBT)"),
-    "cbt_lattice": Form("cbt", {"num_representatives": [8, 8]}, "CBSA, 8 x 8 first guesses as published"),
+    "cbt_lattice": Form("cbt", {"num_representatives": [8, 8]}, "CBSA, 8 x 8 initial guesses as published"),
     "certified": Form("cbt", {"step": "certified"}, "CBSA, certified step"),
-    "learned": Form("cbt", {"representatives": "learned"}, "CBSA, learned first guesses"),
+    "learned": Form("cbt", {"representatives": "learned"}, "CBSA, learned initial guesses"),
     "crate": Form("crate", {}, "MSSA (CRATE)"),
     "agent": Form("agent", {}, "Agent"),
     "tost": Form("tost", {}, "TSSA (ToST)"),

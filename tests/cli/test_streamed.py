@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from cbsa_torch.cli import main, streamed
 from cbsa_torch.cli.predict import _PredictArgs
+from cbsa_torch.streaming.sweeps import Sweeps
 from cbsa_torch.train.data import InputSpec
 from cbsa_torch.train.tasks.base import Trained
 from cbsa_torch.train.tasks.segmentation import SegmentationTrainConfig
@@ -36,6 +37,30 @@ def test_it_classifies_and_writes_a_map(trained, large, tmp_path, capsys):
     assert np.load(folder / "map.npy").shape == (2, 24, 32)
     assert main(args) == 0  # it is finished, and says the same
     assert json.loads(output.read_text()) == [row]
+
+
+def test_interrupted_the_same_command_goes_on(trained, large, tmp_path, monkeypatch):
+    """Ctrl-C in the third sweep: the first two are not done again, and the bits are those of an undisturbed run."""
+
+    def run(folder):
+        args = ["predict", "--checkpoint", str(trained), "--stream", str(large), "--memory", "50MB"]
+        return main([*args, "--stream-results", "map", "--stream-folder", str(folder)])
+
+    do, begun = Sweeps.do, []
+
+    def interrupted(self, sweep):
+        begun.append(sweep)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return do(self, sweep)
+
+    assert run(tmp_path / "whole") == 0
+    monkeypatch.setattr(Sweeps, "do", interrupted)
+    assert run(tmp_path / "out") == 130
+    assert run(tmp_path / "out") == 0
+    assert begun[3] == begun[2]
+    for name in ("logits.npy", "map.npy", "map.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_it_counts_the_labels_of_a_segmenter(tmp_path, monkeypatch):

@@ -103,13 +103,12 @@ def hub(names, folder, monkeypatch):
 
 
 PREPARED = {
-    "README.md": no_pretrained_weights,
     "docs/use/adapt.md": no_pretrained_weights,
-    "docs/use/interpret.md": images_with_masks,
+    "docs/reference/report.md": images_with_masks,
+    "docs/reference/segmentation_data.md": ade20k,
     "docs/use/parallel.md": one_process,
-    "docs/use/segmentation_data.md": ade20k,
+    "docs/use/runs.md": hub,
     "docs/use/streaming.md": large_sources,
-    "docs/use/training.md": hub,
 }
 """What pages take for granted: files, processes, the Hub."""
 
@@ -153,8 +152,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
 def commands(page):
     """The words of every ``cbsa ...`` in the blocks of bash of a page."""
     for block in read_blocks(page, "bash"):
+        assert "-m cbsa_torch " not in block.text, f"{page}: the commands are those of cbsa_torch.cli"
         for line in block.text.replace("\\\n", " ").splitlines():
-            match = re.search(r"(?:\bcbsa|-m cbsa_torch(?:\.cli)?) (.*)", line)
+            match = re.search(r"(?:\bcbsa|-m cbsa_torch\.cli) (.*)", line)
             if match and not line.lstrip().startswith("#"):
                 yield shlex.split(match[1].rstrip("'"), comments=True)
 

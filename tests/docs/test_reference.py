@@ -1,12 +1,22 @@
-"""The API reference has every public name, once."""
+"""The reference has every public name, once, and says what is to be known of it; what its pages quote is true."""
 
+import ast
+import dataclasses
 import importlib
 import inspect
 import re
+import textwrap
+import typing
+from typing import NamedTuple, Protocol
 
 import pytest
+import torch
+from scripts.generated_pages import field_docs, recipes, settings, settings_of
 
-from tests.helpers.doc_pages import ROOT
+from cbsa_torch.train.config import settings as all_settings
+from cbsa_torch.train.registry import TASKS, recipe_names
+from tests.helpers.doc_pages import ROOT, error_messages
+from tests.helpers.reference import ENTRIES, PAGES, VALUES, find
 
 PACKAGES = [
     "cbsa_torch",
@@ -20,27 +30,6 @@ PACKAGES = [
     "cbsa_torch.streaming",
     "cbsa_torch.train",
     "cbsa_torch.train.tasks.segmentation",
-]
-
-
-def find(path):
-    """The object at a dotted path."""
-    for end in range(path.count(".") + 1, 0, -1):
-        parts = path.split(".")
-        try:
-            found = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[end:]:
-            found = getattr(found, part)
-        return found
-    raise AssertionError(path)
-
-
-ENTRIES = [
-    path
-    for page in sorted((ROOT / "docs/reference/api").glob("*.md"))
-    for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
 ]
 
 
@@ -61,5 +50,156 @@ def test_every_public_name_is_documented(package):
     assert missing == []
 
 
-def test_every_entry_says_what_it_is():
-    assert [path for path in ENTRIES if callable(find(path)) and not inspect.getdoc(find(path))] == []
+# ---- what an entry says
+
+
+SHAPE = re.compile(r"``\(.*?\)``|\((?:height|B|N|images|rows)\b|square|number")
+REFERRED = re.compile(
+    r"\b(?:as (?:for|in|of|there|given)|see|of :\w+:|those of|what .* returned|inputs of the model)\b"
+)
+ALL_REFERRED = re.compile(r"(?:Arguments|Fields)\b[^.]*\bare those of")
+SOURCE = re.compile(r"Eq\. \d|\(\d{1,2}\)|section \d|Appendix|Fig\. \d|arXiv|et al\.|, \d{4}\)|:func:|:class:")
+MAY_BE_NONE = re.compile(r"[Dd]efault|None|if |perhaps|beside|needed|any ")
+UNDERSTOOD = {"token_mask", "key_mask", "agent_mask", "representative_mask", "attn_mask"}
+UNDERSTOOD |= {"cu_seqlens", "cu_representatives", "parallel", "grid_size", "coords"}
+"""None of these is nothing given; docs/reference/api/index.md says so."""
+NAMES = {"dim", "in_dim", "num_heads", "num_classes", "num_representatives", "num_landmarks", "device", "dtype"}
+"""What needs no word in an entry, as it is always the same; that page says what."""
+
+
+def described(doc, name):
+    """What a docstring says of an argument: its lines under Args, or all of it if it has none for it."""
+    match = re.search(rf"^ +(?:[\w*]+, )*\**{name}(?:, \w+)*: .*(?:\n {{8,}}.*)*", doc, re.MULTILINE)
+    return match[0] if match else doc
+
+
+def raises_itself(function):
+    """Whether a function raises, or calls what checks its arguments."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = [getattr(call, "id", getattr(call, "attr", "")) for call in calls]
+    return any(isinstance(node, ast.Raise) for node in ast.walk(tree)) or any(
+        n.startswith("check_") for n in names
+    )
+
+
+def faults(path, entry):
+    """What the docstring of a function or class leaves out."""
+    doc = inspect.cleandoc(entry.__doc__ or "")
+    fields = getattr(entry, "_fields", None) or getattr(entry, "__dataclass_fields__", None)
+    if fields is not None:
+        texts = field_docs(entry)
+        nested = {n for n, hint in typing.get_type_hints(entry).items() if dataclasses.is_dataclass(hint)}
+        left = [n for n in fields if n not in {*texts, *nested} and not re.search(rf"\b{n}\b", doc)]
+        return [] if ALL_REFERRED.search(doc) else [f"{path}.{n} is not explained" for n in left]
+    if isinstance(entry, type) and issubclass(entry, (Exception, Protocol)):
+        return []
+    found = []
+    parameters = {} if ALL_REFERRED.search(doc) else dict(inspect.signature(entry).parameters)
+    for name, parameter in parameters.items():
+        text, kind = described(doc, name), str(parameter.annotation)
+        if name in NAMES or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if len(parameters) > 1 and not re.search(rf"\b{name}\b", doc):  # of one alone, all is said
+            found.append(f"{path}: {name} is not explained")
+        elif re.search(r"\bTensor\b|ndarray", kind) and not (SHAPE.search(text) or REFERRED.search(text)):
+            found.append(f"{path}: no shape of {name}")
+        elif (
+            parameter.default is None
+            and name not in UNDERSTOOD
+            and not (MAY_BE_NONE.search(text) or REFERRED.search(text))
+        ):
+            found.append(f"{path}: what None stands for as {name}")
+    if not isinstance(entry, type) and raises_itself(entry) and not re.search("[Rr]aises", doc):
+        found.append(f"{path}: its errors")
+    if path.startswith("cbsa_torch.ops.") and "counting" not in path and not SOURCE.search(doc):
+        found.append(f"{path}: its equation or source")
+    return found
+
+
+CALLED = [path for path in ENTRIES if path not in VALUES and callable(find(path))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_arguments_shapes_defaults_errors_and_sources_are_told(page):
+    told = [fault for path in PAGES[page] if path in CALLED for fault in faults(path, find(path))]
+    assert told == []
+
+
+def test_what_is_left_out_is_found():
+    def scaled(tokens: torch.Tensor, factor: float | None = None, offset: float = 0.0) -> torch.Tensor:
+        """Tokens times a factor.
+
+        Args:
+            tokens: what is scaled.
+            factor: the scale.
+        """
+        if factor == 0:
+            raise ValueError
+        return tokens * factor + offset
+
+    class Pair(NamedTuple):
+        """The first one, and another."""
+
+        first: int
+        second: int
+
+    found = [fault.removeprefix("cbsa_torch.ops.scaled: ") for fault in faults("cbsa_torch.ops.scaled", scaled)]
+    assert found == [
+        "no shape of tokens",
+        "what None stands for as factor",
+        "offset is not explained",
+        "its errors",
+        "its equation or source",
+    ]
+    assert faults("pair", Pair) == ["pair.second is not explained"]
+
+
+# ---- pages that are made from the code, and what pages quote of it
+
+
+def test_every_recipe_and_setting_is_there():
+    made, known = settings(), set()
+    for config, _ in TASKS.values():
+        found = [*settings_of(config())]
+        assert [setting.key for setting in found] == [key for key, *_ in all_settings(config())]
+        assert [setting.key for setting in found if not setting.meaning or not setting.values] == []
+        known |= {setting.key for setting in found}
+    assert set(re.findall(r"^\| `([\w.]+)` \|", made, re.MULTILINE)) == known
+    assert set(re.findall(r"^## (\w+) ", recipes(), re.MULTILINE)) == set(recipe_names())
+
+
+def test_the_tests_that_hold_the_promises_exist():
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (ROOT / "docs/reference/determinism.md").read_text())
+    assert len(named) > 50
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+
+
+def templates():
+    """Every text in the source that may be a message, as a pattern: what is filled in is anything."""
+
+    def pattern(node):
+        if isinstance(node, ast.Constant):
+            return re.escape(str(node.value))
+        if isinstance(node, ast.JoinedStr):
+            return "".join(pattern(part) for part in node.values)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return pattern(node.left) + pattern(node.right)
+        return ".*"
+
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if text or isinstance(node, (ast.JoinedStr, ast.BinOp)):
+                found = pattern(node)
+                if len(re.sub(r"\\(.)", r"\1", found.replace(".*", ""))) >= 20:
+                    yield found
+
+
+def test_every_message_of_the_index_is_in_the_source():
+    # something may stand before what is said of the last training state
+    patterns = [re.compile(f"(?:[^;]*; )?{found}", re.DOTALL) for found in set(templates())]
+    quoted = error_messages()
+    assert len(quoted) > 80
+    assert [text for text in quoted if not any(found.fullmatch(text) for found in patterns)] == []

@@ -1,5 +1,6 @@
 """The site is built without a warning, asks for nothing outside it, sets its formulas, and fits a phone."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from markdown.extensions.toc import slugify
 
 from tests.helpers.browser import find_browser, visit
-from tests.helpers.doc_pages import ROOT
+from tests.helpers.doc_pages import ROOT, error_messages
 
 BROWSER = find_browser()
 USED = """
@@ -28,6 +29,23 @@ return {
   fonts: [...document.fonts].filter((font) => font.status === "loaded").map((font) => font.family),
 };
 """
+MESSAGES = """
+const field = document.querySelector("[data-md-component=search-query]");
+document.querySelector("[data-md-toggle=search]").click();
+field.dispatchEvent(new Event("focus"));
+const missed = {};
+for (const [text, heading] of Object.entries(TEXTS)) {
+  field.value = text;
+  field.dispatchEvent(new Event("keyup"));
+  const links = () => [...document.querySelectorAll(".md-search-result__link")].map((link) => new URL(link.href));
+  const here = () => links().some((link) => link.hash === "#" + heading);
+  const right = () => here() && links()[0].pathname.endsWith("reference/errors.html");
+  for (let i = 0; i < 8 && !right(); i++) await new Promise((go) => setTimeout(go, 100));
+  if (!right()) missed[text] = links().map((link) => link.pathname.split("/").pop() + link.hash);
+}
+return missed;
+"""
+"""Searches for TEXTS: those for which the page of errors is not the first, with the heading; and what is found."""
 NARROW = """
 const inside = document.querySelector("iframe").contentDocument;
 return inside.documentElement.scrollWidth;
@@ -73,7 +91,30 @@ def test_formulas_and_search_work_without_a_request_elsewhere(site):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-@pytest.mark.parametrize("page", ["index.html", "results/claims.html", "reference/api/layers.html"])
+def test_searching_for_a_message_leads_to_its_remedy(site):
+    texts = {
+        "which less 0 or 1 prefix tokens is not a square grid": "the-tokens-are-no-square-grid",
+        "this attention forms no N x N matrix": "a-mask-from-query-to-query",
+        "no images found in": "no-images-no-classes-no-splits",
+        "the loss became nan in epoch": "the-loss-becomes-nan",
+        "does not say of what model it is": "the-file-says-too-little",
+    }
+    assert all(any(text in message for message in error_messages()) for text in texts)
+    seen = visit(BROWSER, site / "index.html", site, MESSAGES.replace("TEXTS", json.dumps(texts)))
+    assert seen.found == {}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.parametrize(
+    "page",
+    [
+        "index.html",
+        "choose/index.html",
+        "results/claims.html",
+        "reference/api/layers.html",
+        "reference/errors.html",
+    ],
+)
 def test_a_phone_needs_no_horizontal_scrolling(site, page, tmp_path):
     wrapper = tmp_path / "phone.html"
     frame = f'<iframe src="{(site / page).as_uri()}" style="width: 390px; height: 800px; border: 0"></iframe>'

@@ -34,3 +34,14 @@ def read_blocks(page: str, language: str) -> list[Block]:
             code = re.sub(f"^{fence[1]}", "", fence[3], flags=re.MULTILINE)
             blocks.append(Block(code, text[: fence.start(3)].count("\n") + 1, after[3] if shown else None))
     return blocks
+
+
+def error_messages() -> list[str]:
+    """The messages that the page of errors quotes, without the class or ``cbsa:`` before them."""
+    text = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^``` \{\.text \.message\}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [
+        message.rstrip()
+        for block in blocks
+        for message in re.split(r"^(?:cbsa|\w+Error): ", block, flags=re.MULTILINE)[1:]
+    ]

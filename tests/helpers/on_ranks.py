@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cbsa_torch import ops
 from cbsa_torch.models import TokenSetTransformer, WhiteBoxTransformer
 from cbsa_torch.nn import CBSA, MSSA, TSSA, AgentAttention, Coordinates, LinearCBSA
+from cbsa_torch.ops.parallel import merged, total
 from cbsa_torch.parallel import (
     ContextParallel,
     ContextParallelStyle,
@@ -142,31 +143,77 @@ def note(text):
 
 
 def check_compiled(group):
-    """A mixer compiles as a whole, exchanges and all."""
-    torch.set_default_dtype(torch.float64)
-    mixer = mixers()["softmax"]
-    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    """Layers compile as a whole, exchanges and all; what is exchanged in place is not what is needed afterwards."""
+    compiled_layers(group, ["softmax"], "aot_eager", partitions(group.size())[2:3])
     parallel = ContextParallel(group, partitions(group.size())[0])
-    x = torch.randn(2, parallel.length, DIM)
-    expected, actual = (
-        differentiated(m, x, torch.ones_like(x), GRID, parallel=parallel) for m in (mixer, compiled)
-    )
-    assert_close(actual[0], expected[0], 1e-12)
-    assert_close(actual[1], expected[1], 1e-12)
+
+    def exchanged(x):
+        a = x.sin()
+        summed_up = total(torch.cat([a, x.cos()], -1), group)
+        share, picked, _ = merged(summed_up[..., 0], a, parallel)
+        return share * picked * summed_up[..., :5]
+
+    x, cotangent = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    found = []
+    for function in (exchanged, torch.compile(exchanged, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        out.backward(cotangent)
+        found.append((out, leaf.grad))
+    for actual, expected in zip(found[1], found[0], strict=True):
+        assert_close(actual, expected, 1e-12)
+
+
+def check_compiled_mixers(group):
+    """Compiled for the CPU, on ranks with a token and with the others, and with none."""
+    compiled_layers(group, ["softmax", "tssa"], "inductor", partitions(group.size())[1:3])
+
+
+def compiled_layers(group, names, backend, partitions):
+    torch.set_default_dtype(torch.float64)
+    for name in names:
+        mixer = mixers()[name]
+        compiled = torch.compile(mixer, backend=backend, fullgraph=True, dynamic=False)
+        for mask in masks():
+            for lengths in partitions:
+                parallel = ContextParallel(group, lengths)
+                here = slice(parallel.start, parallel.start + parallel.length)
+                x, own = torch.randn(3, N, DIM)[:, here], None if mask is None else mask[:, here]
+                cotangent = torch.randn(3, N, DIM)[:, here]
+                expected, actual = (
+                    differentiated(m, x, cotangent, GRID, own, parallel=parallel) for m in (mixer, compiled)
+                )
+                with note(f"{name} on {lengths}, rank {parallel.rank}, {'no ' if mask is None else ''}mask"):
+                    same_gradients(actual, expected)
+
+
+def same_gradients(actual, expected):
+    """Those of a compiled module and of the module itself."""
+    close(actual[0], expected[0], 1e-12)
+    close(actual[1], expected[1], 1e-12)
+    for name, gradient in expected[2].items():
+        with note(name):
+            close(actual[2][f"_orig_mod.{name}"], gradient, 1e-12)
 
 
 def check_compiled_models(group):
-    """In parts: ranks first agree on what they were given."""
+    """In parts: ranks first agree on what they were given. Of two sizes, each compiled; trained and evaluated."""
     torch.set_default_dtype(torch.float64)
-    images, features, coords = torch.randn(2, 3, 64, 48), torch.randn(2, 9, 7), torch.rand(2, 9, 2)
-    for model, x, given in ((whitebox(), images, {}), (token_set(), features, {"coords": coords})):
+    for model in (whitebox(), token_set(recompute=True)):
         context_parallel(model, group)
-        compiled = torch.compile(model, backend="aot_eager")
-        expected, actual = (differentiated(m, x, torch.ones(2, 3), **given) for m in (model, compiled))
-        assert_close(actual[0], expected[0], 1e-12)
-        assert_close(actual[1], expected[1], 1e-12)
-        for name, gradient in expected[2].items():
-            assert_close(actual[2][f"_orig_mod.{name}"], gradient, 1e-12)
+        compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+        for training in (True, False):
+            model.train(training)
+            for n in (9, 12):
+                torch.manual_seed(n)
+                x, given = torch.randn(2, n, 7), {"coords": torch.rand(2, n, 2)}
+                if isinstance(model, WhiteBoxTransformer):
+                    x, given = torch.randn(2, 3, 8 * n, 48), {}
+                found = []
+                for called in (model, compiled):
+                    torch.manual_seed(group.rank())
+                    found.append(differentiated(called, x, torch.ones(2, 3), **given))
+                same_gradients(found[1], found[0])
 
 
 def check_coordinates(group):
@@ -394,9 +441,12 @@ def check_exchanges(group):
                 out.sum().backward()
             assert sizes == [b * count for count in backward], name
             mask = torch.ones(b, parallel.length, dtype=torch.bool)
-            with counted() as sizes, torch.no_grad():
-                mixer(x, grid, token_mask=mask, parallel=parallel)
-            assert len(sizes) <= 3 + (name == "relative")  # the number of real tokens
+            with counted() as sizes:
+                out = mixer(x, grid, token_mask=mask, parallel=parallel)
+            assert len(sizes) <= 3, name
+            with counted() as sizes:
+                out.sum().backward()
+            assert len(sizes) <= 2, name
 
 
 # ---- errors on every rank
@@ -420,6 +470,20 @@ def check_errors(group):
         context_parallel(foreign, group)
     with pytest.raises(TypeError, match="ranks must be a DeviceMesh or a process group"):
         context_parallel(model, [0, 1])
+    # what one rank alone finds, the others are told
+    for failing, error, text in (
+        (torch.nn.Linear(2, 2), TypeError, "must have a _cp_plan"),
+        (whitebox(mixer=MSSA), ValueError, "MSSA compares every token"),
+    ):
+        with pytest.raises(
+            error if rank == 1 else ValueError, match=("" if rank == 1 else "rank 1: .*") + text
+        ):
+            context_parallel(failing if rank == 1 else model, group)
+    assert model.ranks is None
+    grouped = whitebox()
+    grouped.stem.proj[0][1] = torch.nn.GroupNorm(2, grouped.stem.proj[0][0].out_channels)
+    with pytest.raises(ValueError, match="stem must have convolutions 3 x 3 with batch norms"):
+        context_parallel(grouped, group)
     alone = dist.new_group([1])
     with pytest.raises(ValueError, match="ranks must be the same group on all its processes"):
         context_parallel(model, alone if rank == 1 else group)
@@ -428,6 +492,29 @@ def check_errors(group):
         model(torch.randn(1 + (rank == 1), 3, 64, 48))
     with pytest.raises(ValueError, match="grid_size must be the same on every rank"):
         model(torch.randn(1, 3, 64 + 16 * rank, 48))
+    for height, width in ((64 - rank, 48), (64, 48 - rank)):  # of one grid
+        with pytest.raises(ValueError, match="image size must be the same on every rank"):
+            model(torch.randn(1, 3, height, width))
+    with (
+        torch.set_grad_enabled(rank != 1),
+        pytest.raises(ValueError, match="mode of gradients must be the same on every rank"),
+    ):
+        model(torch.randn(1, 3, 64, 48))
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=rank == 1),
+        pytest.raises(ValueError, match="autocast must be the same on every rank"),
+    ):
+        model(torch.randn(1, 3, 64, 48))
+    others = whitebox(), whitebox(mixer=partial(CBSA, contraction="exact" if rank == 1 else "none"))
+    with torch.no_grad():
+        others[0].head.bias[0] += rank
+    for different in others:
+        context_parallel(different, group)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"model \(weights, options\) must be the same on every rank"):
+                different(torch.randn(1, 3, 64, 48))
+    wrapped = DistributedDataParallel(others[0])  # which makes them the same
+    assert wrapped(torch.randn(1, 3, 64, 48)).shape == (1, 3)
     with pytest.raises(ValueError, match="rank 1: .*pixels of the ImageBand must be the rows"):
         rows = pixel_rows(model, (64, 48))
         pixels = torch.randn(1, 3, 64, 48)[:, :, rows]
@@ -504,6 +591,15 @@ def check_errors_of_sets(group):
     ):
         with pytest.raises(ValueError, match=text):
             model(*given)
+    plain = context_parallel(token_set("tssa", positions="none"), group)
+    for given, text in (
+        ((features[:, : 9 - ours],), "number of features of whole sets must be the same on every rank"),
+        ((SetSlice(features) if ours else features,), "number of features of whole sets"),
+        ((features, None, mask[:, :5] if ours else mask), r"rank 1: ValueError: token_mask must have shape"),
+        ((features, None, mask.float() if ours else mask), "rank 1: TypeError: token_mask must have dtype"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            plain(*given)
     with pytest.raises(ValueError, match="cu_seqlens must be None in context parallel"):
         model(features, coords, cu_seqlens=torch.tensor([0, 4, 9]))
     model.train(not ours)
@@ -584,3 +680,24 @@ def check_dropout(group):
     logits = model(torch.ones(8, 3, 64, 48))
     assert all(torch.equal(logits, other) for other in counts(logits.detach(), group.size()))
     assert not torch.equal(logits[0], logits[1])
+
+
+def check_drop_path(group):
+    """Updates that are left out are, on every rank, those that one process with the seed of the first leaves out."""
+    torch.set_default_dtype(torch.float64)
+    models = [whitebox(drop_path_rate=0.6), whitebox(drop_path_rate=0.6, mlp_ratio=2.0)]
+    models[1].set_grad_checkpointing()
+    images, cotangent = torch.randn(8, 3, 64, 48), torch.randn(8, 3)
+    for model in models:
+        torch.manual_seed(5)
+        expected = differentiated(model, images, cotangent)
+        context_parallel(model, group)
+        torch.manual_seed(5 + group.rank())
+        actual = differentiated(model, images, cotangent)
+        close(actual[0], expected[0], 1e-10)
+        for parameter, gradient in expected[2].items():
+            with note(parameter):
+                close(summed(actual[2][parameter]) / group.size(), gradient, 1e-10)
+        for block in model.blocks:
+            block.drop_path.rate = 0.0
+        assert (model(images) - actual[0]).abs().amax() > 1e-3  # some were left out

@@ -248,7 +248,7 @@ def test_layer_decay(name):
 
 
 @each_family
-def test_fused_models_keep_these_doors(name):
+def test_fused_models_in_torchscript_and_fx(name):
     model = small(name).eval()
     fused = reparameterize_model(model)
     x = images(model, height=5, width=7)

@@ -131,6 +131,14 @@ def test_bad_input_is_named(change, message):
             build(mixer=mixer)(**{"features": features[None], "coords": coords[None], **change})
 
 
+def test_masks_are_checked_without_coordinates_too():
+    model, features = build(mixer="tssa", positions="none"), torch.zeros(2, 9, 6)
+    with pytest.raises(ValueError, match=r"token_mask must have shape \(B, N\) = \(2, 9\)"):
+        model(features, token_mask=torch.ones(1, 9, dtype=torch.bool))
+    with pytest.raises(TypeError, match="token_mask must have dtype torch.bool"):
+        model(features, token_mask=torch.ones(2, 9))
+
+
 def test_coordinates_that_are_not_finite_are_named_whatever_the_mixer():
     features, coords = bag(9)
     features, coords = features.expand(2, -1, -1), coords.float().expand(2, -1, -1).clone()

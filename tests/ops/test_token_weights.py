@@ -1,4 +1,4 @@
-"""The weights of tokens in first guesses: as matrices, spread, summed up; against pooling itself."""
+"""The weights of tokens in initial guesses: as matrices, spread, summed up; against pooling itself."""
 
 import math
 

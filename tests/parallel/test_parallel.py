@@ -8,12 +8,12 @@ from tests.helpers import on_ranks, processes
 @pytest.mark.parametrize(
     ("ranks", "checks"),
     [
-        (2, "models training dropout coordinates compiled training_sets errors_of_sets"),
+        (2, "models training dropout drop_path coordinates compiled training_sets errors_of_sets"),
         (3, "mixers operator exchanges errors sets"),
         (4, "models errors training"),
-        pytest.param(2, "compiled_models", marks=pytest.mark.slow),
+        pytest.param(2, "compiled_mixers compiled_models", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_that_share_tokens_equal_one_process(ranks, checks):
-    result = processes.run(ranks, *checks.split(), main=on_ranks.main, timeout=100)
+    result = processes.run(ranks, *checks.split(), main=on_ranks.main, timeout=300)
     assert result.returncode == 0, result.stderr

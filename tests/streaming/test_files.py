@@ -30,6 +30,7 @@ def test_the_state_is_of_one_stream(tmp_path):
     again = State(tmp_path / "scratch", PARTS)
     assert again.finished == 2
     assert torch.equal(again.tensors["layer.picked"], torch.arange(3.0))
+    again.close()
     with pytest.raises(StreamError, match="begun with another image"):
         State(tmp_path / "scratch", {**PARTS, "image": "c"})
     again.remove([])

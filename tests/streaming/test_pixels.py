@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cbsa_torch.streaming import open_array, stream
 from cbsa_torch.streaming.pixels import Pixels
@@ -44,6 +45,7 @@ def test_one_channel_needs_no_axis():
         (np.zeros((9, 7)), ValueError, r"3 channels"),
         (np.zeros((0, 7, 3)), ValueError, r"got \(0, 7, 3\)"),
         (np.zeros((9, 7, 3), complex), TypeError, "complex128"),
+        (np.zeros((9, 7, 3), np.longdouble), TypeError, "of at most 64 bits"),
         ([[1.0]], TypeError, "got list"),
     ],
 )
@@ -64,6 +66,17 @@ class Short:
 def test_a_source_that_gives_less_than_it_says(tmp_path):
     with pytest.raises(ValueError, match="source gave"):
         stream(classifier(), Short(), tmp_path / "out")
+    with pytest.raises(ValueError, match="source has masked numbers: fill them first"):
+        stream(classifier(), np.ma.masked_less(image(9, 7), 100), tmp_path / "out")
+
+
+def test_numbers_that_are_not_finite_spread_as_in_memory(tmp_path):
+    """And the picture is black."""
+    pixels = image(20, 20).astype(np.float32)
+    pixels[3, 4] = np.nan
+    result = stream(classifier(), pixels, tmp_path / "out", results=["logits", "map"])
+    assert result.logits.isnan().all()
+    assert not np.asarray(Image.open(result.files["picture"])).any()
 
 
 def test_a_file_is_mapped_and_known_again(tmp_path):

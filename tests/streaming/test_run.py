@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from cbsa_torch import CBSA
 from cbsa_torch.interpret import capture, cls_attention_maps
-from cbsa_torch.nn import MHSA, MSSA, TSSA
+from cbsa_torch.nn import MHSA, MSSA, TSSA, WhiteBoxBlock
 from cbsa_torch.streaming import StreamError, files, picture, plan, run, stream, sweeps
 from tests.helpers.memory import Largest
 from tests.helpers.streaming import MEAN, MIXERS, STD, as_batch, classifier, image, segmenter
@@ -75,6 +76,7 @@ def test_float32_agrees_to_1e_5(name, tmp_path, monkeypatch):
     [
         ((24, 24), {}),  # the model's own grid
         ((3, 61), {"global_pool": "max"}),  # less than a row of patches
+        ((61, 3), {"global_pool": "avgmax"}),  # less than a column of them
         ((70, 9), {"global_pool": "avg", "patch_size": 8, "num_heads": 4}),  # positions are averaged
         ((40, 52), {"stem": "linear", "mlp_ratio": 2.0, "global_pool": "avgmax"}),
         ((11, 13), {"patch_size": 1, "global_pool": "avg"}),  # a halo on both sides
@@ -125,6 +127,19 @@ def test_bfloat16_scratch_is_half_as_large_and_close(tmp_path):
     half = stream(model, pixels, tmp_path / "half", scratch_dtype=torch.bfloat16, **NORMAL)
     assert 2 * half.scratch_bytes == full.scratch_bytes == 2 * 257 * 16 * 4
     assert 0 < largest_error(half.logits, full.logits) < 0.1
+
+
+def test_hooks_and_autocast_act_as_in_memory(tmp_path, monkeypatch):
+    """Also hooks that are not linear, and those on modules that only pass tokens on; autocast does not act."""
+    monkeypatch.setattr(plan, "CHUNK", 20)
+    model, pixels = classifier(), image(20, 28)
+    model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, out: out.relu())
+    model.blocks[1].attn.proj_drop.register_forward_hook(lambda module, args, out: 2 * out)
+    model.pos_drop.register_forward_hook(lambda module, args, out: 2 * out)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = stream(model, pixels, tmp_path / "out", **NORMAL)
+    with torch.no_grad():
+        assert largest_error(result.logits, model(as_batch(pixels))) < 1e-12
 
 
 # ---- repeated and continued
@@ -180,6 +195,9 @@ def test_a_finished_stream_is_not_done_again(tmp_path):
     assert torch.equal(first.logits, second.logits)
     with pytest.raises(StreamError, match="results of another image"):
         stream(model, 255 - pixels, tmp_path / "out", **NORMAL)
+    first.files["logits"].unlink()
+    with pytest.raises(StreamError, match=r"logits\.npy was made and is gone"):
+        stream(model, pixels, tmp_path / "out", **NORMAL)
 
 
 def test_what_a_stream_leaves_that_is_killed_at_its_end_is_removed(tmp_path, monkeypatch):
@@ -238,6 +256,44 @@ def test_another_budget_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     result = stream(model, pixels, tmp_path / "out", memory="5MB", **NORMAL)
     with torch.no_grad():
         assert largest_error(result.logits, model(as_batch(pixels))) < 1e-12
+
+
+def cut(model, pixels, folder, scratch, sweep=4):
+    with pytest.raises(InterruptError):
+        interrupted(model, pixels, folder, sweep, scratch=scratch, results=("logits", "map"), layer=0, **NORMAL)
+
+
+def test_results_are_those_of_one_stream_wherever_its_scratch_is(tmp_path, monkeypatch):
+    """A stream does not go on in another folder, nor where another one was begun since or is at work."""
+    monkeypatch.setattr(plan, "CHUNK", 20)
+    model, pixels = classifier(), image(37, 50)
+    one, other, scratch = tmp_path / "one", tmp_path / "other", tmp_path / "scratch"
+    given = {"results": ("logits", "map"), "layer": 0, **NORMAL}
+    expected = arrays(stream(model, pixels, tmp_path / "whole", **given))
+    cut(model, pixels, one, scratch)
+    assert (one / "map.npy").exists()
+    with pytest.raises(StreamError, match="are of a stream into another folder than .*other"):
+        stream(model, pixels, other, scratch=scratch, **given)
+    with pytest.raises(StreamError, match=r"map\.npy is there already"):
+        stream(model, pixels, one, scratch=tmp_path / "scratch2", **given)
+    found = arrays(stream(model, pixels, one, scratch=scratch, **given))
+    for key, value in expected.items():
+        assert found[key].tobytes() == value.tobytes(), key
+    assert sorted(path.name for path in one.iterdir()) == ["logits.npy", "map.npy", "map.png", "result.json"]
+
+    cut(model, pixels, other, tmp_path / "first", sweep=1)
+    cut(classifier(TSSA), pixels, other, tmp_path / "second", sweep=1)
+    with pytest.raises(StreamError, match="or one that was begun there later"):
+        stream(model, pixels, other, scratch=tmp_path / "first", **given)
+
+    def begin_another(*_):
+        for place in ({"folder": tmp_path / "busy"}, {"folder": tmp_path / "new", "scratch": tmp_path / "a"}):
+            with pytest.raises(StreamError, match="another stream writes to"):
+                stream(model, pixels, **{"scratch": tmp_path / "b", **place}, **given)
+        raise InterruptError
+
+    with pytest.raises(InterruptError):
+        stream(model, pixels, tmp_path / "busy", scratch=tmp_path / "a", progress=begin_another, **given)
 
 
 # ---- refused
@@ -300,9 +356,34 @@ def test_hooks_and_training_mode_are_refused(tmp_path):
         stream(torch.nn.Linear(2, 2), pixels, tmp_path / "out")
 
 
+class OtherBlock(WhiteBoxBlock):
+    pass
+
+
+def test_parts_that_were_replaced_by_others_are_refused(tmp_path):
+    """They may need all tokens or pixels at once, or are passed by."""
+    block = classifier()
+    block.blocks[1].__class__ = OtherBlock
+    first_guess = classifier()
+    first_guess.blocks[0].attn.representatives.register_forward_hook(lambda *_: None)
+    grouped, own = classifier(), classifier()
+    grouped.stem.proj[0][1] = torch.nn.GroupNorm(2, grouped.stem.proj[0][0].out_channels)
+    norm = own.stem.proj[0][1]
+    own.stem.proj[0][1] = torch.nn.BatchNorm2d(norm.num_features, track_running_stats=False)
+    for model, message in (
+        (block, r"blocks\.1 is OtherBlock, which cannot be streamed"),
+        (first_guess, r"blocks\.0\.attn cannot be streamed: of PooledRepresentatives it has hooks"),
+        (grouped, r"convolutions 3 x 3 with batch norms, and GELU, to be computed by rows; proj\.0"),
+        (own, "batch norms with running statistics"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream(model.eval(), image(20, 20), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"std": (0.5, 0.0, 0.5)}, "std must be finite and positive"),
         ({"results": ["labels"]}, "labels need a Segmenter"),
         ({"results": []}, "at least one"),
         ({"results": ["mask"]}, "mask"),
@@ -350,6 +431,18 @@ def test_a_disk_that_fills_up_at_any_file_is_told_and_it_goes_on(tmp_path, monke
         assert arrays(result)[key].tobytes() == value.tobytes(), key
 
 
+def test_a_disk_without_room_is_told_before_anything_is_embedded(tmp_path, monkeypatch):
+    model, pixels = classifier(), image(20, 20)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StreamError, match=r"out needs .* GB, and its disk has"),
+    ):
+        patch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        stream(model, pixels, tmp_path / "out", **NORMAL, progress=lambda *_: pytest.fail("it computes"))
+    assert not list((tmp_path / "out").rglob("*.bin"))
+    stream(model, pixels, tmp_path / "out", **NORMAL)  # room was made
+
+
 def test_a_model_without_a_head_gives_its_feature(tmp_path):
     model, pixels = classifier(), image(20, 20)
     model.reset_classifier(0)
@@ -364,6 +457,10 @@ def test_results_of_others_are_not_replaced(tmp_path):
     (tmp_path / "out" / "logits.npy").write_bytes(b"mine")
     with pytest.raises(StreamError, match=r"logits\.npy is there already"):
         stream(classifier(), image(20, 20), tmp_path / "out")
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "map.png").write_bytes(b"mine")
+    with pytest.raises(StreamError, match=r"map\.png is there already"):
+        stream(classifier(), image(20, 20), tmp_path / "drawn", results=["map"])
 
 
 # ---- within the budget

@@ -145,6 +145,7 @@ def test_what_changed_is_refused(tmp_path, monkeypatch):
         ({"coords": None}, ValueError, r"coords must be given to this model \(positions='sincos'\)"),
         ({"coords": np.zeros((5, 2))}, ValueError, r"coords must have shape \(130, 2\)"),
         ({"coords": np.full((130, 2), np.nan)}, ValueError, "coords must be finite"),
+        ({"coords": np.full((130, 2), 2**63, np.uint64)}, ValueError, r"coords must be below 2\^63"),
         ({"coords": np.zeros((130, 2), bool)}, TypeError, "coords must hold integers or floating-point"),
         ({"mean": (0.5,)}, ValueError, "channels, mean and std are of images"),
         ({"memory": 10_000}, ValueError, "memory must be at least 24960 bytes for the coordinates"),

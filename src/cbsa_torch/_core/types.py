@@ -36,7 +36,13 @@ DEFAULT_EPS = 0.1
 
 
 class GridPooling(NamedTuple):
-    """Average pooling of a grid of tokens into a grid of cells: a matrix that is not written out."""
+    """Average pooling of a grid of tokens into a grid of cells: a matrix that is not written out.
+
+    Examples:
+        >>> from cbsa_torch.ops import pool_representatives
+        >>> pool_representatives(torch.randn(1, 2, 196, 8), (14, 14), 64).token_weights
+        GridPooling(grid_size=(14, 14), cells=(8, 8), first=0)
+    """
 
     grid_size: GridSize
     cells: GridSize
@@ -48,6 +54,12 @@ class Cells(NamedTuple):
     """Which cell of a coarse lattice every token is in; only cells that hold a token, in row-major order.
 
     Made by ``ops.find_cells``.
+
+    Examples:
+        >>> from cbsa_torch.ops import find_cells
+        >>> cells = find_cells(torch.tensor([[[0.0], [0.1], [1.0]]]), 2)
+        >>> cells.counts, cells.mask
+        (tensor([[2, 1]]), tensor([[True, True]]))
     """
 
     cell: Tensor
@@ -64,7 +76,14 @@ class Cells(NamedTuple):
 
 
 class CellPooling(NamedTuple):
-    """Means of the tokens in cells: a matrix with one entry for each token, that is not written out."""
+    """Means of the tokens in cells: a matrix with one entry for each token, that is not written out.
+
+    Examples:
+        >>> from cbsa_torch.ops import pool_by_coordinates
+        >>> guess = pool_by_coordinates(torch.randn(1, 2, 50, 8), torch.rand(1, 50, 2), 16)
+        >>> type(guess.token_weights).__name__, guess.token_weights.first
+        ('CellPooling', 0)
+    """
 
     cells: Cells
     first: int = 0
@@ -72,7 +91,14 @@ class CellPooling(NamedTuple):
 
 
 class Representatives(NamedTuple):
-    """What a strategy returns: an initial guess to extract from, or the representatives themselves."""
+    """What a strategy returns: an initial guess to extract from, or the representatives themselves.
+
+    Examples:
+        >>> from cbsa_torch.ops import Representatives
+        >>> constant = Representatives(torch.zeros(1, 4, 16, 8))  # what a strategy of your own may return
+        >>> constant.mask is None
+        True
+    """
 
     values: Tensor
     """``(B, H, M, P)`` Q_ini, or U_k^T Q if ``attention`` says how tokens make them up."""
@@ -81,9 +107,9 @@ class Representatives(NamedTuple):
     attention: Tensor | None = None
     """``(B, H, M, N)`` A^T over all N tokens, in place of the softmax of Eq. 5; None to extract by it."""
     token_weights: Tensor | GridPooling | CellPooling | None = None
-    """Pi, how a first guess is made of the N tokens that the strategy was given: ``values`` is Pi tokens plus
-    what does not depend on them. ``(M, N)`` or ``(B, M, N)``, or a pooling; None: not told. The certified step
-    gives C back to the tokens by its transpose."""
+    """Pi, how an initial guess is made of the N tokens that the strategy was given: ``values`` is Pi tokens
+    plus what does not depend on them. ``(M, N)`` or ``(B, M, N)``, or a pooling; None: not told. The
+    certified step gives C back to the tokens by its transpose."""
 
 
 Strategy = Callable[[Tensor, Any, "Tensor | None"], Representatives]
@@ -95,6 +121,12 @@ class CBSAStages(NamedTuple):
     """Every intermediate of one CBSA evaluation, in the order it is computed.
 
     Shapes: B batch, H heads, M representatives, N tokens (keys), P head dimension.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> stages = CBSA(64, 4, num_representatives=16).stages(torch.randn(2, 64, 8, 8))
+        >>> stages.attention.shape, stages.extracted.shape, stages.output.shape
+        (torch.Size([2, 4, 16, 64]), torch.Size([2, 4, 16, 16]), torch.Size([2, 4, 64, 16]))
     """
 
     tokens: Tensor

@@ -15,6 +15,16 @@ class NaiveCBSA(nn.Module):
 
     Plain PyTorch without regard to memory layout; no part of the library is used. The parameters have the names
     and shapes of :class:`cbsa_torch.CBSA`'s, so that each loads the other's.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.bench.baselines import NaiveCBSA
+        >>> naive, x = NaiveCBSA(64, 4), torch.randn(2, 65, 64)
+        >>> ours = CBSA(64, 4)
+        >>> ours.load_state_dict(naive.state_dict())
+        <All keys matched successfully>
+        >>> torch.allclose(ours(x), naive(x), atol=1e-5)
+        True
     """
 
     def __init__(self, dim: int, num_heads: int, num_representatives: int = 64) -> None:
@@ -47,6 +57,11 @@ class NaiveISTA(nn.Module):
     """relu(x + eta (D^T x - D^T D x) - eta lambda), eta = lambda = 0.1.
 
     By two products with every token, D^T (x - D x), or by three as in the official code, D^T x and D^T (D x).
+
+    Examples:
+        >>> from cbsa_torch.bench.baselines import NaiveISTA
+        >>> NaiveISTA(64, products=2)(torch.randn(2, 65, 64)).shape
+        torch.Size([2, 65, 64])
     """
 
     def __init__(self, dim: int, products: int) -> None:
@@ -93,6 +108,12 @@ class NaiveCBT(nn.Module):
         in_chans, num_classes: image channels, logits.
         embed_dim, depth, num_heads, num_representatives: sizes.
         ista_products: products of :class:`NaiveISTA`, 2 or 3.
+
+    Examples:
+        >>> from cbsa_torch.bench.baselines import NaiveCBT
+        >>> naive = NaiveCBT(32, 4, in_chans=3, num_classes=10, embed_dim=64, depth=1, num_heads=4)
+        >>> naive(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -136,6 +157,11 @@ class Nystrom(nn.Module):
     """Nystroem attention of the package ``nystrom-attention`` in the place of timm's; float32 only.
 
     Its own defaults, but for the landmarks, which are as many as CBSA has representatives.
+
+    Examples:
+        >>> from cbsa_torch.bench.baselines import Nystrom
+        >>> Nystrom(64, 4, num_landmarks=16)(torch.randn(2, 65, 64)).shape
+        torch.Size([2, 65, 64])
     """
 
     def __init__(self, dim: int, num_heads: int, num_landmarks: int = 64) -> None:
@@ -155,6 +181,11 @@ class LowerBound(nn.Module):
 
     4 N d^2 + 4 N M d FLOPs, without pooling, softmax, contraction or broadcast. The mean of the extracted
     representatives is added to the output, so that the backward pass computes the gradients of all products.
+
+    Examples:
+        >>> from cbsa_torch.bench.baselines import LowerBound
+        >>> LowerBound(64, 4)(torch.randn(2, 197, 64)).shape
+        torch.Size([2, 197, 64])
     """
 
     def __init__(self, dim: int, num_heads: int, num_representatives: int = 64) -> None:
@@ -174,7 +205,13 @@ class LowerBound(nn.Module):
 
 
 class MeanPooling(nn.Module):
-    """A bag of features to logits: a linear layer with GELU, the mean over the bag, a linear head."""
+    """A bag of features to logits: a linear layer with GELU, the mean over the bag, a linear head.
+
+    Examples:
+        >>> from cbsa_torch.bench.baselines import MeanPooling
+        >>> MeanPooling(32, num_classes=2, dim=64)(torch.randn(1, 500, 32)).shape
+        torch.Size([1, 2])
+    """
 
     def __init__(self, in_dim: int, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -195,8 +232,13 @@ class MeanPooling(nn.Module):
 class GatedAttentionMIL(nn.Module):
     """Gated attention pooling (Ilse, Tomczak and Welling 2018, arXiv:1802.04712, Eq. 9).
 
-    Weights softmax_n w^T (tanh(V h_n) * sigmoid(U h_n)) of the embedded features h_n, and a linear head on
-    their weighted mean.
+    Weights softmax_n w^T (tanh(V h_n) * sigmoid(U h_n)), V and U to ``hidden`` channels, of the embedded
+    features h_n, and a linear head on their weighted mean.
+
+    Examples:
+        >>> from cbsa_torch.bench.baselines import GatedAttentionMIL
+        >>> GatedAttentionMIL(32, num_classes=2, dim=64)(torch.randn(1, 500, 32)).shape
+        torch.Size([1, 2])
     """
 
     def __init__(self, in_dim: int, num_classes: int, dim: int, hidden: int = 128) -> None:
@@ -223,6 +265,11 @@ class NystromAggregator(nn.Module):
 
     As in TransMIL (Shao et al. 2021, arXiv:2106.00908), without its convolutions over a square that the bag is
     repeated to fill. float32 only.
+
+    Examples:
+        >>> from cbsa_torch.bench.baselines import NystromAggregator
+        >>> NystromAggregator(32, num_classes=2, dim=64, depth=1, num_heads=4)(torch.randn(1, 500, 32)).shape
+        torch.Size([1, 2])
     """
 
     def __init__(

@@ -45,12 +45,22 @@ QUADRATIC = ("mssa", "mhsa")
 
 
 class Row(NamedTuple):
-    """One candidate at one size in one pass."""
+    """One candidate at one size in one pass.
+
+    Examples:
+        >>> from cbsa_torch.bench.layers import Size, compare
+        >>> row = compare([], forward_sizes=[Size(1, 4)], dim=32, num_heads=2, repetitions=1, only=[])[0]
+        >>> row.tokens, row.over_lower_bound
+        (17, 1.0)
+    """
 
     name: str
+    """Of the candidate."""
     batch: int
+    """Items."""
     tokens: int
     training: bool
+    """Whether a training step was measured, or inference."""
     milliseconds: float
     """Median."""
     repetitions: int
@@ -64,7 +74,13 @@ class Row(NamedTuple):
 
 
 class Size(NamedTuple):
-    """A batch of square grids with a class token."""
+    """A batch of square grids with a class token.
+
+    Examples:
+        >>> from cbsa_torch.bench.layers import Size
+        >>> Size(batch=8, side=14).tokens
+        197
+    """
 
     batch: int
     side: int
@@ -104,6 +120,12 @@ def compare(
             as many for inference.
         only: names of candidates beside the lower bound. Default: all that run on the device.
         progress: is told what comes next.
+
+    Examples:
+        >>> from cbsa_torch.bench.layers import Size, compare
+        >>> rows = compare([Size(batch=1, side=4)], dim=32, num_heads=2, repetitions=1, only=["CBSA"])
+        >>> [(row.name, row.training) for row in rows]
+        [('lower_bound', False), ('lower_bound', True)]
     """
     runs = [n for n in CANDIDATES if n != "cbsa triton" or device.startswith("cuda")]
     names = [n for n in runs if n == LOWER_BOUND or only is None or n in only]

@@ -14,7 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Memory(NamedTuple):
-    """Bytes that were allocated while a function ran."""
+    """Bytes that were allocated while a function ran.
+
+    Examples:
+        >>> from cbsa_torch.bench.measure import memory
+        >>> used = memory(lambda: (torch.zeros(1000) + 1).sum(), "cpu")
+        >>> used.peak, used.left
+        (8012, 4)
+    """
 
     peak: int
     """At the worst moment, beyond what was there before."""
@@ -34,6 +41,12 @@ def interleaved(
         device: "cuda" waits for the device.
         repetitions: counted calls of each, fewer where they take long, at least one.
         budget: seconds for the calls of one function.
+
+    Examples:
+        >>> from cbsa_torch.bench.measure import interleaved
+        >>> times = interleaved({"sum": lambda: sum(range(100))}, "cpu", repetitions=3, budget=1.0)
+        >>> len(times["sum"])
+        3
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     left = dict.fromkeys(functions, repetitions)
@@ -51,19 +64,37 @@ def interleaved(
 
 
 def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The median of each."""
+    """The median of each.
+
+    Examples:
+        >>> from cbsa_torch.bench.measure import medians
+        >>> medians({"ours": [1.0, 5.0, 2.0]})
+        {'ours': 2.0}
+    """
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third."""
+    """First quartile, median, third.
+
+    Examples:
+        >>> from cbsa_torch.bench.measure import quartiles
+        >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
+        (2.0, 3.0, 4.0)
+    """
     at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     first, median, third = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
     return first, median, third
 
 
 def memory(function: Callable[[], Any], device: str) -> Memory:
-    """What ``function`` allocates. Its result is kept while the rest is counted."""
+    """What ``function`` allocates on ``device``. Its result is kept while the rest is counted.
+
+    Examples:
+        >>> from cbsa_torch.bench.measure import memory
+        >>> memory(lambda: torch.zeros(1000), "cpu").left
+        4000
+    """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

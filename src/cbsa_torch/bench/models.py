@@ -32,7 +32,13 @@ MODELS = (
 
 
 class ModelSize(NamedTuple):
-    """A batch of square images."""
+    """A batch of square images.
+
+    Examples:
+        >>> from cbsa_torch.bench.models import ModelSize
+        >>> ModelSize(batch=32, side=224)
+        ModelSize(batch=32, side=224)
+    """
 
     batch: int
     side: int
@@ -40,7 +46,15 @@ class ModelSize(NamedTuple):
 
 
 class ModelRow(NamedTuple):
-    """One model at one size in one pass."""
+    """One model at one size in one pass.
+
+    Examples:
+        >>> from cbsa_torch.bench.models import ModelSize, compare
+        >>> size = ModelSize(batch=2, side=8)
+        >>> row = compare(["cbt_pico_patch1_8"], sizes=[], step_sizes=[size], repetitions=1, budget=0.01)[0]
+        >>> row.image_size, row.training
+        (8, True)
+    """
 
     name: str
     """``fused`` and ``compiled`` after it say what was done to the model."""
@@ -53,6 +67,7 @@ class ModelRow(NamedTuple):
     """First and third, of the same."""
     repetitions: int
     images_per_second: float
+    """By the median."""
     speedup: float
     """Images per second over those of the first model, as it is, in the same pass."""
     peak_mib: float
@@ -88,6 +103,13 @@ def compare(
         repetitions: calls that count, at most.
         budget: seconds for one model in one pass.
         progress: is told what comes next.
+
+    Examples:
+        >>> from cbsa_torch.bench.models import ModelSize, compare
+        >>> size = ModelSize(batch=2, side=8)
+        >>> rows = compare(["cbt_pico_patch1_8"], sizes=[], step_sizes=[size], repetitions=1, budget=0.01)
+        >>> rows[0].name, rows[0].speedup
+        ('cbt_pico_patch1_8', 1.0)
     """
     rows = []
     for training, size in [
@@ -145,7 +167,15 @@ COMPARISONS = (
 
 
 def ratios(rows: Sequence[ModelRow]) -> dict[ModelSize, list[float | None]]:
-    """At every size the ratios of :data:`COMPARISONS`; None where one of the two was not measured."""
+    """At every size the ratios of :data:`COMPARISONS`; None where one of the two was not measured.
+
+    Examples:
+        >>> from cbsa_torch.bench.models import ModelSize, compare, ratios
+        >>> size = ModelSize(batch=2, side=8)
+        >>> rows = compare(["cbt_pico_patch1_8"], sizes=[], step_sizes=[size], repetitions=1, budget=0.01)
+        >>> ratios(rows)[size][0] is None  # of two that were not measured
+        True
+    """
 
     def milliseconds(size: ModelSize, training: bool, model: str) -> float | None:
         family, _, variant = model.partition(" ")

@@ -24,7 +24,7 @@ COMMANDS = {
     "convert": "Convert a released checkpoint of the official code.",
     "export": "Write a trained model as a program: ONNX or torch.export, of one size or of any.",
     "push": "Upload a trained model to the Hugging Face Hub.",
-    "data": "Fetch a data set (animals28, emoji64) from its public packages, or check one of your own.",
+    "data": "Fetch a data set (animals28, emoji64), write one as files (digits), or check one of yours.",
     "list": "List our models and recipes.",
 }
 """Commands and what they do; their modules are imported when they are called."""

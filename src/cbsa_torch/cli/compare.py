@@ -13,6 +13,7 @@ from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import PageOptions, parse
 from cbsa_torch.interpret import ComparedRun, compare
 from cbsa_torch.models.counting import count_model
+from cbsa_torch.models.shipped import results_folder
 from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_split
@@ -25,7 +26,7 @@ class _CompareArgs(PageOptions):
     """Write a self-contained page that shows several runs on the same images side by side."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Two or more run folders, trained on the same data."""
+    """Two or more run folders, or names of weights that come with the package, trained on the same data."""
     output: str = "runs/comparison"
     """The folder of the page, its numbers and its figures."""
     shown: int = 4
@@ -72,7 +73,7 @@ def compare_runs(
     names = _short_names(checkpoints)
     compared = []
     for checkpoint, trained in opened.items():
-        folder = trained.path.parent
+        folder = results_folder(trained.path)
         skipped = folder / "eval_report.skipped.txt"
         opened_split = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
         split = opened_split.name
@@ -90,7 +91,7 @@ def compare_runs(
                 architecture=trained.info["model"],
                 flops=count_model(trained.model, trained.spec.input_size).total.counts.flops,
                 accuracy=evaluation.score,
-                history=RunFolder(folder).read_metrics(print),
+                history=RunFolder(trained.path.parent).read_metrics(print),
             )
         )
     reference = opened[checkpoints[0]]

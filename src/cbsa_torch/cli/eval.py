@@ -18,7 +18,7 @@ class _EvalArgs(OtherOptions, SizeOptions, WindowOptions):
     """Evaluate a trained model; writes eval_<split>.json beside the checkpoint."""
 
     checkpoint: str = "runs/digits"
-    """A run folder or a file of weights."""
+    """A run folder, a file of weights, or the name of weights that come with the package (`cbsa list`)."""
     split: Literal["train", "val", "test"] = "test"
     """The images to evaluate on."""
     max_bad_images: int | None = None

@@ -8,6 +8,7 @@ from typing import Literal
 
 from cbsa_torch.cli.options import parse
 from cbsa_torch.models import registry
+from cbsa_torch.models.shipped import SHIPPED
 from cbsa_torch.models.token_set_registry import token_set_names
 from cbsa_torch.train.registry import recipe_names
 
@@ -28,5 +29,8 @@ def run(args: list[str]) -> None:
             {**registry.names(), **token_set_names()}.items(), key=lambda item: item[1]
         ):
             print(f"{family}\n  " + "\n  ".join(name for name, _ in names))
+        print("weights that come with the package")
+        for weights in SHIPPED.values():
+            print(f"  {weights.name}: {weights.description}")
     if "recipes" in kinds:
         print("recipes: " + ", ".join(recipe_names()))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from cbsa_torch.train.config import DataConfig, RunConfig
+from cbsa_torch.train.config import DataConfig, RunConfig, usual_workers
 from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import open_trained
@@ -85,7 +84,8 @@ class SizeOptions:
 def parse(cls: type[Any], args: list[str], command: str, default: Any = None) -> Any:
     """Read ``args`` into the dataclass ``cls``; its docstring is the command's help."""
     kwargs = {} if default is None else {"default": default}
-    options = tyro.cli(cls, args=args, prog=f"cbsa {command}", description=cls.__doc__, **kwargs)
+    description = (cls.__doc__ or "").partition("\n\n    Examples:")[0]  # those are of Python
+    options = tyro.cli(cls, args=args, prog=f"cbsa {command}", description=description, **kwargs)
     if isinstance(options, RunConfig):  # what a recipe says stays where the command line says nothing else
         options.model.args = {**default.model.args, **options.model.args}
     return options
@@ -100,10 +100,8 @@ def open_on(checkpoint: str | Path, other: OtherOptions, split: str | None = Non
         split: the one that will be used.
     """
     root, data = other.root, other.data
-    workers = min(DataConfig.workers, os.cpu_count() or 1)
-    given = (
-        None if root is None and data is None else DataConfig(name=data or "folder", root=root, workers=workers)
-    )
+    none = root is None and data is None
+    given = None if none else DataConfig(name=data or "folder", root=root, workers=usual_workers())
     trained = open_trained(checkpoint, model=other.model, model_args=other.args, data=given, split=split)
     for note in trained.info.get("notes", ()):
         say(note)

@@ -26,7 +26,7 @@ class _PredictArgs(StreamOptions, OtherOptions, SizeOptions, PredictOptions):
     images: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files; of a model of slides, their files of features (.h5, .pt)."""
     checkpoint: str = "runs/digits"
-    """A run folder or a file of weights."""
+    """A run folder, a file of weights, or the name of weights that come with the package (`cbsa list`)."""
     root: str | None = None
     """The folder of data that says the classes of weights that no run wrote (a released checkpoint, a plain
     state dict); in alphabetical order they are its outputs."""

@@ -13,6 +13,7 @@ import tyro
 from cbsa_torch.cli import runs
 from cbsa_torch.cli.options import OtherOptions, PageOptions, parse
 from cbsa_torch.interpret import report
+from cbsa_torch.models.shipped import results_folder
 from cbsa_torch.train.engine.console import say
 from cbsa_torch.train.errors import ConfigError
 from cbsa_torch.train.evaluate import evaluate_split
@@ -26,7 +27,8 @@ class _ReportArgs(OtherOptions, PageOptions):
     files: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files that get attention maps, too."""
     checkpoint: str = "runs/digits"
-    """A run folder, or a file of weights, which the page is then written beside."""
+    """A run folder, or a file of weights, which the page is then written beside; or the name of weights that
+    come with the package (`cbsa list`), whose page goes into runs/NAME."""
 
 
 def run(args: list[str]) -> None:
@@ -61,7 +63,7 @@ def report_run(
     """Evaluate a run's weights on its test split (or, without one, on validation) and write its page.
 
     Args:
-        checkpoint: a run folder, or a file of weights.
+        checkpoint: a run folder, a file of weights, or the name of weights that come with the package.
         files: images that get attention maps besides those of the split.
         other: the model that a plain state dict is of, and other data than the run's.
         images: how many images measure the coding rates.
@@ -73,17 +75,17 @@ def report_run(
             raise ConfigError(f"{file} is a folder, not an image; a run is named by --checkpoint {file}")
     trained = runs.open_run(checkpoint, other)
     given, given_titles = runs.read_inputs(trained, files)  # a bad file stops before anything takes time
-    folder = RunFolder(trained.path.parent)
-    skipped = folder.path / "eval_report.skipped.txt"
+    folder, output = RunFolder(trained.path.parent), results_folder(trained.path)
+    skipped = output / "eval_report.skipped.txt"
     opened = trained.task.open_split(trained.spec.mode, trained.class_names, None, skipped)
     split = opened.name
     inputs, labels = trained.task.sample(opened.dataset, trained.spec, images)
-    result = evaluate_split(trained.fused(), opened, skipped, output=folder.path / f"eval_{split}.json")
+    result = evaluate_split(trained.fused(), opened, skipped, output=output / f"eval_{split}.json")
     titles = [*given_titles, *runs.titles(trained, inputs[:shown], labels[:shown])]
     written = report(
         trained.model,
         inputs,
-        folder.path,
+        output,
         title=f"{trained.info['model']} on {trained.config.data.name}",
         facts=runs.facts(trained, folder),
         history=folder.read_metrics(print),

@@ -52,6 +52,14 @@ def read_image_file(file: Any, mode: str) -> Image.Image:
 
     Raises:
         UnreadableImageError: whatever is wrong with the file, or that it is not there.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from cbsa_torch.images import read_image_file
+        >>> Image.new("RGBA", (8, 6)).save("clear.png")
+        >>> image = read_image_file("clear.png", "RGB")
+        >>> image.size, image.getpixel((0, 0))  # transparency over mid-grey
+        ((8, 6), (128, 128, 128))
     """
     try:
         if isinstance(file, (str, Path)):
@@ -84,10 +92,16 @@ def _read(file: Any, mode: str) -> Image.Image:
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """An image of any kind as upright 8-bit grey ("L") or colour ("RGB"); loads all pixels.
+    """An image of any kind as upright 8-bit grey (``mode`` "L") or colour ("RGB"); loads all pixels.
 
     Raises:
         ValueError: values without an agreed scale, or a colour space that Pillow cannot convert.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from cbsa_torch.images import convert
+        >>> convert(Image.new("I;16", (8, 6), 65535), "L").getpixel((0, 0))  # the high byte
+        255
     """
     converted = _to_mode(upright(image), mode)
     converted.info = {}  # what it says of orientation and transparency was done

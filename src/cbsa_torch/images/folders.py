@@ -48,6 +48,14 @@ class Scan:
 
     Args:
         root: the folder; paths are reported as seen from there.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.images import Scan, class_splits
+        >>> scan = Scan(Path("photos"))
+        >>> splits = class_splits(Path("photos"), "auto", scan)
+        >>> scan.left_out()  # nothing
+        []
     """
 
     def __init__(self, root: Path) -> None:
@@ -118,6 +126,12 @@ def find_splits(root: Path) -> dict[str, Path]:
 
     Raises:
         DataError: ``root`` is not a folder, a file is called like a split, or two folders have names of one.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.images import find_splits
+        >>> sorted(find_splits(Path("photos")))
+        ['test', 'train', 'val']
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
@@ -165,6 +179,12 @@ def class_splits(root: Path, splits: str, scan: Scan) -> dict[str, Path]:
 
     Raises:
         DataError: ``root`` is not a folder, two folders of one split, or one that may be either.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.images import Scan, class_splits
+        >>> sorted(class_splits(Path("photos"), "auto", Scan(Path("photos"))))
+        ['test', 'train', 'val']
     """
     found = find_splits(root) if splits != "none" else {}
     if not found and splits != "folders":
@@ -233,6 +253,12 @@ def class_folders(folder: Path) -> list[str]:
 
     Raises:
         DataError: there are none.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.images import class_folders
+        >>> class_folders(Path("photos/train"))
+        ['blue', 'green', 'red']
     """
     names = [path.name for path in visible_folders(folder)]
     if not names:
@@ -246,9 +272,18 @@ def class_folders(folder: Path) -> list[str]:
 def class_samples(folder: Path, class_names: Sequence[str], scan: Scan | None = None) -> list[tuple[Path, int]]:
     """The images of a split with their labels; a class's label is its place in ``class_names``.
 
+    ``scan`` notes what is left out. Default: nobody.
+
     Raises:
         DataError: no images, a class that is not in ``class_names``, images that do not lie directly in a class
             folder, or what :func:`image_files` refuses.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.images import class_samples
+        >>> path, label = class_samples(Path("photos/val"), ["blue", "green", "red"])[0]
+        >>> path.name, label
+        ('blue_0.png', 0)
     """
     scan = Scan(folder) if scan is None else scan
     strange = [name for name in class_folders(folder) if name not in class_names]

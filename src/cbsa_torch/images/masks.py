@@ -31,6 +31,13 @@ def read_mask_file(path: str | Path) -> np.ndarray:
 
     Raises:
         UnreadableImageError: whatever is wrong with the file, in one line without its name.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from cbsa_torch.images import read_mask_file
+        >>> Image.new("L", (3, 2), 7).save("mask.png")
+        >>> read_mask_file("mask.png").tolist()
+        [[7, 7, 7], [7, 7, 7]]
     """
     return _read(path)[0]
 
@@ -44,6 +51,14 @@ def read_foreground(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
 
     Raises:
         UnreadableImageError: whatever is wrong with the file, in one line without its name.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from cbsa_torch.images import read_foreground
+        >>> Image.new("L", (3, 2), 255).save("mask.png")
+        >>> foreground, valid = read_foreground("mask.png")
+        >>> foreground.all(), valid is None
+        (np.True_, True)
     """
     values, is_palette = _read(path)
     if not is_palette:
@@ -111,6 +126,12 @@ class LabelMap:
     Args:
         labels: value to label; ``IGNORE`` for values that stand for no class. Others are unknown.
         own: the masks are the user's own, and errors say which settings give their values a meaning.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cbsa_torch.images import IGNORE, LabelMap
+        >>> LabelMap({0: 0, 128: 1, 255: IGNORE})(np.array([0, 128, 255]))
+        array([ 0,  1, -1])
     """
 
     def __init__(self, labels: Mapping[int, int], *, own: bool = False) -> None:
@@ -173,6 +194,13 @@ def labels_from_colours(
 
     Raises:
         DataError: a colour that is not listed, or a label that does not fit.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from cbsa_torch.images import labels_from_colours
+        >>> mask = labels_from_colours(Image.new("RGB", (2, 2), (255, 0, 0)), {(0, 0, 0): 0, (255, 0, 0): 1})
+        >>> mask.getpixel((0, 0))  # then mask.save("mask.png")
+        1
     """
     picture = mask if isinstance(mask, Image.Image) else Image.open(mask)
     pixels = np.asarray(upright(picture).convert("RGB")).astype(np.int64)

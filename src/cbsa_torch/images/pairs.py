@@ -14,7 +14,14 @@ from cbsa_torch.images.folders import Scan, image_files
 
 
 class Pair(NamedTuple):
-    """An image and its mask; whether the files are there shows when they are read."""
+    """An image and its mask; whether the files are there shows when they are read.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.images import Pair
+        >>> Pair(Path("cat.jpg"), Path("cat.png")).mask.suffix
+        '.png'
+    """
 
     image: Path
     mask: Path
@@ -37,6 +44,13 @@ def pair_folders(
     Raises:
         DataError: not a folder, no files at all, two files of one name but for the suffix, or an image that is
             there twice by a link (a mask may be).
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.images import pair_folders
+        >>> pairs = pair_folders(Path("scenes/val/images"), Path("scenes/val/masks"))
+        >>> len(pairs), pairs[0].mask.name
+        (5, '0.png')
     """
     scan = Scan(images) if scan is None else scan
     image_ends, mask_ends = ends or (None, None)
@@ -65,6 +79,13 @@ def check_pairs(pairs: Sequence[Pair], split: str, most: int, notes: Sequence[st
 
     Raises:
         DataError: more than that, or no pair is whole.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.images import check_pairs, pair_folders
+        >>> pairs = pair_folders(Path("scenes/val/images"), Path("scenes/val/masks"))
+        >>> check_pairs(pairs, "val", most=0)  # all fit
+        []
     """
     no_mask = [pair for pair in pairs if not pair.mask.exists()]
     no_image = [pair for pair in pairs if not pair.image.exists()]
@@ -87,7 +108,16 @@ def check_pairs(pairs: Sequence[Pair], split: str, most: int, notes: Sequence[st
 
 
 def check_size(pair: Pair, image: Image.Image, mask: np.ndarray) -> None:
-    """Refuse a mask (height, width) of another size than its image; raises UnreadableImageError."""
+    """Refuse a mask (height, width) of another size than its image; raises UnreadableImageError.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from cbsa_torch.images import Pair, check_size
+        >>> pair = Pair(Path("cat.jpg"), Path("cat.png"))
+        >>> check_size(pair, Image.new("RGB", (3, 2)), np.zeros((2, 3)))  # fits
+    """
     height, width = mask.shape
     if (width, height) != image.size:
         turned = (

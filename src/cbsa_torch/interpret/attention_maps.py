@@ -68,6 +68,15 @@ def token_attention(record: LayerRecord, token: int = 0) -> Tensor:
     Raises:
         ValueError: the layer is a mixer of your own. IndexError: no such token. TypeError: ``token`` is not an
             int.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import capture, token_attention
+        >>> model = timm.create_model("crate_pico_patch1_8", depth=1).eval()
+        >>> with capture(model) as records:
+        ...     logits = model(torch.randn(2, 1, 8, 8))
+        >>> token_attention(records["blocks.0.attn"], token=-1).shape
+        torch.Size([2, 4, 64])
     """
     n = record.tokens.shape[2]
     if isinstance(token, bool) or not isinstance(token, int):
@@ -93,6 +102,15 @@ def cls_attention_maps(record: LayerRecord, token: int = 0) -> Tensor:
 
     Raises:
         ValueError: the record has no grid. Also what :func:`token_attention` raises.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import capture, cls_attention_maps
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> with capture(model) as records:
+        ...     logits = model(torch.randn(2, 1, 8, 6))
+        >>> cls_attention_maps(records["blocks.0.attn"]).shape
+        torch.Size([2, 4, 8, 6])
     """
     grid = _grid(record)
     return token_attention(record, token).unflatten(-1, grid)
@@ -112,6 +130,15 @@ def receptive_fields(record: LayerRecord) -> Tensor:
 
     Raises:
         ValueError: another layer, or a record without a grid.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import capture, receptive_fields
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> with capture(model) as records:
+        ...     logits = model(torch.randn(2, 1, 8, 8))
+        >>> receptive_fields(records["blocks.0.attn"]).shape
+        torch.Size([2, 4, 16, 8, 8])
     """
     grid = _grid(record)
     if record.stages is None and record.agents is None:
@@ -134,6 +161,11 @@ def upsample_maps(maps: Tensor, size: tuple[int, ...]) -> Tensor:
 
     Raises:
         ValueError: sizes that do not fit. TypeError: ``maps`` is not a floating-point tensor.
+
+    Examples:
+        >>> from cbsa_torch.interpret import upsample_maps
+        >>> upsample_maps(torch.tensor([0.0, 4.0]), (4,))
+        tensor([0., 1., 3., 4.])
     """
     check_floating("maps", maps)
     sides = tuple(size) if isinstance(size, (tuple, list)) else ()

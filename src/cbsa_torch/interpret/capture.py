@@ -31,6 +31,16 @@ class LayerRecord(NamedTuple):
 
     Of the learned parameters only the steps are copied: what is computed later from ``layer``, such as TSSA's
     temperature, is as it is then.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import capture
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> with capture(model) as records:
+        ...     logits = model(torch.randn(2, 1, 8, 8))
+        >>> record = records["blocks.0.attn"]
+        >>> record.tokens.shape, record.grid_size, record.num_prefix_tokens
+        (torch.Size([2, 4, 65, 24]), (8, 8), 1)
     """
 
     name: str
@@ -95,6 +105,15 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
     Raises:
         ValueError: no such layer name, no layer asked for, or a model without any. IndexError: an index out
             of range. TypeError: ``layers`` is not a sequence of names and indices.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import capture
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> with capture(model, layers=[-1]) as records:
+        ...     logits = model(torch.randn(2, 1, 8, 8))
+        >>> records["blocks.0.attn"].stages.attention.shape
+        torch.Size([2, 4, 16, 65])
     """
     chosen = choose_layers(attention_layers(model), layers)
     modules = dict(named_modules(model))

@@ -18,6 +18,14 @@ class LayerCertificate:
     X = B W + constant their M representatives with the weights B, and W+ = W + U_k^T y the tokens with the
     output y that the layer really put out. Rates are at the layer's epsilon. One image and head is a case; an
     image without any real token is none.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import certificate
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1, step="certified").eval()
+        >>> layer = certificate(model, torch.randn(2, 1, 8, 8)).layers[0]
+        >>> layer.broken is None, layer.guaranteed.shape, bool(layer.holds.all())
+        (True, torch.Size([2, 4]), True)
     """
 
     name: str
@@ -116,11 +124,21 @@ class LayerCertificate:
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """What every CBSA layer of a model did to every image; ``print`` shows it as a table."""
+    """What every CBSA layer of a model did to every image; ``print`` shows it as a table.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import certificate
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1, step="certified").eval()
+        >>> found = certificate(model, torch.randn(2, 1, 8, 8))
+        >>> len(found.certified), found.void, round(found.share, 2)
+        (1, 0, 0.48)
+    """
 
     layers: list[LayerCertificate]
     """In the order of the model."""
     images: int
+    """How many were measured."""
     left_out: dict[str, str]
     """CBSA layers that cannot be measured, and why."""
 

@@ -51,6 +51,14 @@ def certificate(model: nn.Module, images: Tensor | Iterable[Tensor], *, batch_si
     Raises:
         ValueError: a model without a CBSA layer that has one basis for queries, keys and values; no image.
         TypeError: a batch is not a tensor.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import certificate
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1, step="certified").eval()
+        >>> found = certificate(model, torch.randn(2, 1, 8, 8))
+        >>> found.cases, found.holding
+        (8, 8)
     """
     check_positive_int("batch_size", batch_size)
     batches = images.split(batch_size) if isinstance(images, Tensor) else images

@@ -18,7 +18,14 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class SegmentedImage(NamedTuple):
-    """An image for the model, and which of its pixels are foreground."""
+    """An image for the model, and which of its pixels are foreground.
+
+    Examples:
+        >>> from cbsa_torch.interpret import SegmentedImage
+        >>> image = SegmentedImage(torch.rand(3, 64, 64), torch.ones(64, 64, dtype=torch.bool))
+        >>> image.valid is None  # every pixel counts
+        True
+    """
 
     image: Tensor
     """``(C, height, width)`` as the model wants it."""
@@ -31,9 +38,20 @@ class SegmentedImage(NamedTuple):
 class ForegroundImages:
     """Images and masks as files, read when asked for. Has a length, and can be iterated over again.
 
+    Args:
+        pairs: the files.
+        transform: as for :func:`read_pairs`.
+
     Raises:
         ValueError: a file that is not there; at iteration, a file that cannot be read, or a mask of another
             size than its image. TypeError: a transform that is no function, or returns no tensor.
+
+    Examples:
+        >>> from torchvision.transforms import ToTensor
+        >>> from cbsa_torch.interpret import read_pairs
+        >>> images = read_pairs("scenes/val/images", "scenes/val/masks", ToTensor())
+        >>> sum(bool(each.mask.any()) for each in images) == len(images)
+        True
     """
 
     def __init__(self, pairs: list[Pair], transform: Transform) -> None:
@@ -85,6 +103,14 @@ def read_pairs(images: str | Path, masks: str | Path, transform: Transform) -> F
 
     Raises:
         ValueError: a folder that is not there or holds no images, or files without a partner.
+
+    Examples:
+        >>> from torchvision.transforms import ToTensor
+        >>> from cbsa_torch.interpret import read_pairs
+        >>> pairs = read_pairs("scenes/val/images", "scenes/val/masks", ToTensor())  # 0.png with 0.png, ...
+        >>> image, mask, valid = next(iter(pairs))
+        >>> len(pairs), mask.dtype
+        (5, torch.bool)
     """
     return ForegroundImages(pair_folders(Path(images), Path(masks)), transform)
 
@@ -99,5 +125,12 @@ def read_voc(root: str | Path, transform: Transform, split: str = "val") -> Fore
 
     Raises:
         ValueError: no such folder, list or file, or an empty list.
+
+    Examples:
+        >>> from torchvision.transforms import ToTensor
+        >>> from cbsa_torch.interpret import read_voc
+        >>> pairs = read_voc("VOCdevkit/VOC2012", ToTensor(), split="val")
+        >>> next(iter(pairs)).valid.dtype
+        torch.bool
     """
     return ForegroundImages(voc_pairs(Path(root), split), transform)

@@ -228,6 +228,12 @@ def overlay(
 
     Raises:
         ValueError: shapes, values or names that do not fit.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cbsa_torch.interpret import overlay
+        >>> overlay(np.zeros((64, 48)), np.eye(8)).shape
+        (64, 48, 3)
     """
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:
         raise ValueError(f"image must be (height, width) or (height, width, 3), got shape {image.shape}")

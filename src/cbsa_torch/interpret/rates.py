@@ -21,7 +21,16 @@ from cbsa_torch.ops.masking import real_tokens
 
 
 class LayerRates(NamedTuple):
-    """The compression term R^c(Z | U) at every attention layer, in nats; lists run over layers."""
+    """The compression term R^c(Z | U) at every attention layer, in nats; lists run over layers.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import coding_rates
+        >>> model = timm.create_model("crate_pico_patch1_8", depth=1).eval()
+        >>> rates = coding_rates(model, [torch.randn(4, 1, 8, 8)])
+        >>> abs(sum(rates.per_head[0]) - rates.rate[0]) < 1e-3
+        True
+    """
 
     layers: list[str]
     rate: list[float]
@@ -31,10 +40,13 @@ class LayerRates(NamedTuple):
     normalized: list[float]
     """Mean with every projected token scaled to unit norm."""
     normalized_std: list[float]
+    """Its standard deviation."""
     images: int
+    """How many were measured."""
     per_head: list[list[float]]
     """``[layer][head]``: mean over images of R(U_k^T Z); a layer's heads add up to ``rate``."""
     per_head_normalized: list[list[float]]
+    """The same of ``normalized``."""
 
 
 class ReducedRates(NamedTuple):
@@ -43,24 +55,36 @@ class ReducedRates(NamedTuple):
     Lists of lists are ``[layer][head]``, means over images of the field of that name. Correlations are
     Spearman's rank correlation of a reduction of the tokens with that of the representatives, over layers and
     heads; NaN where it is undefined.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import reduced_rates
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> rates = reduced_rates(model, [torch.randn(4, 1, 8, 8)])
+        >>> -1 <= rates.correlation <= 1
+        True
     """
 
     layers: list[str]
     tokens: list[list[float]]
     tokens_learned: list[list[float]]
+    """By the step that the layer takes."""
     representatives: list[list[float]]
     step_tokens: list[list[float]]
     """kappa, as learned; of certified steps the mean over images."""
     gap: list[list[float]]
+    """Between the rates of representatives and tokens (Eq. 4)."""
     correlation: float
     """Rank correlation of ``tokens`` with ``representatives``."""
     correlation_learned: float
     """The same for ``tokens_learned``."""
     images: int
     output: list[list[float]]
+    """By the output in place of the tokens."""
     correlation_output: float
     """The same for ``output``."""
     tokens_added: list[list[float]]
+    """By a step the other way."""
     correlation_added: float
     """The same for ``tokens_added``."""
     gap_max: list[list[float]]
@@ -73,6 +97,14 @@ class ImageRates(NamedTuple):
     W = U_k^T Z are the tokens in the subspace of head k, A is the attention of Eq. 5 (of a certified step all
     weights B of the tokens in the representatives), Q are the extracted representatives in the subspace and C
     their contraction (Eq. 7 or 8). A negative reduction is an increase.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import image_rates
+        >>> model = timm.create_model("tost_pico_patch1_8", depth=1).eval()
+        >>> rates = image_rates(model, [torch.randn(4, 1, 8, 8)])
+        >>> rates["blocks.0.attn"].tokens is None  # of TSSA, no reduction is measured
+        True
     """
 
     rate: Tensor
@@ -96,9 +128,18 @@ class ImageRates(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What :func:`coding_rates` and :func:`reduced_rates` measure, of one pass."""
+    """What :func:`coding_rates` and :func:`reduced_rates` measure, of one pass.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import measure_rates
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+        >>> measure_rates(vit, [torch.randn(2, 3, 32, 32)]).reduced is None  # no CBSA
+        True
+    """
 
     coding: LayerRates
+    """Of all attention layers."""
     reduced: ReducedRates | None
     """None for a model without CBSA layers."""
 
@@ -119,6 +160,14 @@ def coding_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = DE
     Raises:
         TypeError: a batch is not a tensor. ValueError: no batch, a model without attention layers, ``eps``
             not positive.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import coding_rates
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> rates = coding_rates(model, [torch.randn(4, 1, 8, 8)])
+        >>> rates.layers
+        ['blocks.0.attn']
     """
     return _layer_rates(_per_image(model, batches, eps, reduced=False))
 
@@ -152,6 +201,14 @@ def reduced_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = D
     Raises:
         TypeError: a batch is not a tensor. ValueError: no batch, a model without CBSA layers, ``eps`` not
             positive.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import reduced_rates
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> rates = reduced_rates(model, [torch.randn(4, 1, 8, 8)])
+        >>> len(rates.tokens), len(rates.tokens[0])
+        (1, 4)
     """
     if not any(isinstance(module, CBSA) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no CBSA layer, whose steps the reduced rates are of")
@@ -166,6 +223,14 @@ def measure_rates(model: nn.Module, batches: Iterable[Tensor], *, eps: float = D
 
     It takes less time than the two one after the other, and ``batches`` may be an iterator. Arguments and
     errors are those of :func:`coding_rates`.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import measure_rates
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> rates = measure_rates(model, [torch.randn(4, 1, 8, 8)])
+        >>> rates.coding.images, len(rates.coding.rate), len(rates.reduced.tokens[0])
+        (4, 1, 4)
     """
     per_image = _per_image(model, batches, eps)
     return Rates(_layer_rates(per_image), _reduced_rates(model, per_image))
@@ -182,6 +247,14 @@ def image_rates(
         ``(images, layers, H)``.
 
     Arguments and errors are those of :func:`coding_rates`.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import image_rates
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> rates = image_rates(model, [torch.randn(4, 1, 8, 8)])
+        >>> rates["blocks.0.attn"].rate.shape
+        torch.Size([4, 4])
     """
     return _per_image(model, batches, eps)
 

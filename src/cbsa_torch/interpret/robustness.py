@@ -19,7 +19,15 @@ SIGMAS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 class Robustness(NamedTuple):
-    """A metric under noise."""
+    """A metric under noise.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import robustness
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> robustness(model, lambda noisy: 1.0, sigmas=[0.1], seeds=[0, 1], layers=[0])
+        Robustness(sigmas=[0.1], values=[[1.0, 1.0]], clean=1.0, layers=['blocks.0.attn'])
+    """
 
     sigmas: list[float]
     values: list[list[float]]
@@ -50,6 +58,14 @@ def noisy_copy(
         ValueError: ``sigma`` negative or not finite, no such layer, an orthogonal layer that is fused for
             inference. TypeError: ``sigma`` not a number, ``seed`` not an int. IndexError: no layer of that
             index.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.interpret import noisy_copy
+        >>> model = torch.nn.Sequential(CBSA(64, 4))
+        >>> noisy = noisy_copy(model, 0.1)
+        >>> round((noisy[0].qkv.weight - model[0].qkv.weight).std().item(), 2)
+        0.1
     """
     _check("sigma", sigma, "seed", seed)
     noisy = copy.deepcopy(model)
@@ -93,6 +109,15 @@ def robustness(
         ValueError: no sigmas or seeds, a ``sigma`` that is negative or not finite, no such layer.
         TypeError: ``metric`` cannot be called or does not return a number, a wrong type of sigma or seed.
             IndexError: no layer of that index.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import robustness
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> images = torch.randn(8, 1, 8, 8)
+        >>> found = robustness(model, lambda noisy: noisy(images).mean().item(), sigmas=[0, 0.1], seeds=[0])
+        >>> len(found.values), found.values[0][0] == found.clean
+        (2, True)
     """
     if not callable(metric):
         raise TypeError(f"metric must be callable, metric(model) -> float, got {type(metric).__name__}")

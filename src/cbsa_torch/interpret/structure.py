@@ -21,6 +21,14 @@ class AttentionRanks(NamedTuple):
     """Ranks of the attention matrices A of CBSA layers, of certified steps of B; ``[layer][head]``.
 
     Means over images. B are all weights of the tokens in the representatives.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import attention_ranks
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> ranks = attention_ranks(model, [torch.randn(4, 1, 8, 8)])
+        >>> ranks.effective_rank[0][0] <= 16  # of 16 representatives
+        True
     """
 
     layers: list[str]
@@ -32,7 +40,16 @@ class AttentionRanks(NamedTuple):
 
 
 class Sparsity(NamedTuple):
-    """How sparse the codes are; the list runs over ISTA layers."""
+    """How sparse the codes are; the list runs over ISTA layers.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import ista_sparsity
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> found = ista_sparsity(model, [torch.randn(4, 1, 8, 8)])
+        >>> found.layers[0], found.images
+        ('blocks.0.ista', 4)
+    """
 
     layers: list[str]
     zeros: list[float]
@@ -60,6 +77,16 @@ def subspace_coherence(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a model without such layers.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.interpret import subspace_coherence
+        >>> coherence = subspace_coherence(torch.nn.Sequential(CBSA(64, 4, orthogonal=True)))
+        >>> coherence["0"].round(decimals=3).abs()
+        tensor([[1., 0., 0., 0.],
+                [0., 1., 0., 0.],
+                [0., 0., 1., 0.],
+                [0., 0., 0., 1.]], dtype=torch.float64)
     """
     return {name: _coherence(layer) for name, layer in attention_layers(model).items()}
 
@@ -114,6 +141,14 @@ def attention_ranks(model: nn.Module, batches: Iterable[Tensor]) -> AttentionRan
 
     Raises:
         TypeError: a batch is not a tensor. ValueError: no batch, or a model without CBSA layers.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import attention_ranks
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> ranks = attention_ranks(model, [torch.randn(4, 1, 8, 8)])
+        >>> len(ranks.rank), ranks.images
+        (1, 4)
     """
     if not any(isinstance(module, CBSA) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no CBSA layer, whose attention to take the rank of")
@@ -158,6 +193,12 @@ def ista_sparsity(model: nn.Module, batches: Iterable[Tensor]) -> Sparsity:
 
     Raises:
         TypeError: a batch is not a tensor. ValueError: no batch, or a model without ISTA layers.
+
+    Examples:
+        >>> from cbsa_torch import ISTA
+        >>> from cbsa_torch.interpret import ista_sparsity
+        >>> ista_sparsity(torch.nn.Sequential(ISTA(64)), [torch.zeros(2, 10, 64)]).zeros
+        [1.0]
     """
     found = {name: module for name, module in named_modules(model) if isinstance(module, (ISTA, FusedISTA))}
     if not found:

@@ -35,6 +35,12 @@ def coordinate_map(
 
     Raises:
         ValueError: shapes that do not fit, no tile, or values that are not finite.
+
+    Examples:
+        >>> from cbsa_torch.interpret import coordinate_map
+        >>> coords = 512 * torch.tensor([[0, 0], [1, 0], [1, 1]])
+        >>> figure = coordinate_map(coords, torch.rand(3), label="attention")
+        >>> figure.savefig("map.png")
     """
     places, numbers = coords.detach().double().cpu().numpy(), values.detach().double().cpu().numpy()
     if places.ndim != 2 or places.shape[1] != 2 or 0 in places.shape:

@@ -30,7 +30,17 @@ _EQUAL = 1e-6
 
 
 class ZeroShot(NamedTuple):
-    """IoU of attention maps with regions of the masks; outer lists run over layers, dicts over regions."""
+    """IoU of attention maps with regions of the masks; outer lists run over layers, dicts over regions.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import zero_shot_iou
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> pairs = [(torch.randn(1, 8, 8), torch.eye(8, dtype=torch.bool))]
+        >>> found = zero_shot_iou(model, pairs, thresholds=[0.4, 0.6])
+        >>> found.regions, found.thresholds["foreground"][0] in (0.4, 0.6)
+        (['foreground', 'background', 'boundary'], True)
+    """
 
     layers: list[str]
     regions: list[str]
@@ -45,6 +55,7 @@ class ZeroShot(NamedTuple):
     best_per_image: dict[str, list[float]]
     """Mean over images of the best IoU of each image, head and threshold chosen anew: an upper bound."""
     images: int
+    """How many were measured."""
     images_with: dict[str, int]
     """Images that have the region at all; the others are left out of its means."""
 
@@ -94,6 +105,16 @@ def zero_shot_iou(
     Raises:
         ValueError: values or sizes that do not fit, no pairs, a region that no mask has, maps with NaN.
         TypeError: wrong types.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import zero_shot_iou
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> mask = torch.zeros(8, 8, dtype=torch.bool)
+        >>> mask[2:5, 2:5] = True
+        >>> found = zero_shot_iou(model, [(torch.randn(1, 8, 8), mask)], regions=["foreground"])
+        >>> len(found.best["foreground"]), found.images
+        (1, 1)
     """
     check_choice("rule", rule, RULES)
     check_bool("resized", resized)

@@ -68,6 +68,15 @@ def save_checkpoint(path: str | Path, model: nn.Module, info: dict[str, Any]) ->
         CheckpointError: ``info`` does not name a timm model and its arguments, the weights are not of that
             model, the model is fused, or ``path`` has another suffix; nothing is written. TypeError: ``info``
             is not JSON.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import load_checkpoint, save_checkpoint
+        >>> model = timm.create_model("cbt_pico_patch1_8", num_classes=3)
+        >>> info = {"model": "cbt_pico_patch1_8", "model_args": {"num_classes": 3}}
+        >>> save_checkpoint("mine.safetensors", model, info)
+        >>> load_checkpoint("mine.safetensors")[0].num_classes
+        3
     """
     fused = [name for name, module in model.named_modules() if isinstance(module, Fused)]
     if fused:
@@ -122,6 +131,12 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: not such a file, truncated, or of another model.
+
+    Examples:
+        >>> from cbsa_torch.models import load_checkpoint
+        >>> model, info = load_checkpoint("runs/photos/model.safetensors")
+        >>> info["model"], info["class_names"]
+        ('cbt_nano_patch4_32', ['blue', 'green', 'red'])
     """
     path = Path(path)
     tensors = read_tensors(path)
@@ -211,6 +226,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: unreadable, unsafe, or without tensors.
+
+    Examples:
+        >>> from cbsa_torch.models import read_tensors
+        >>> read_tensors("runs/photos/model.safetensors")["head.weight"].shape
+        torch.Size([3, 16])
     """
     path = Path(path)
     if not path.is_file():

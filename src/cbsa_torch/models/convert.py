@@ -72,7 +72,7 @@ def load_official(source: str | Path | Mapping[str, Any], *, num_heads: int | No
         source: a ``.pth``, ``.pth.tar`` or ``.safetensors`` file, or a state dict. Files are read as
             tensors only: pickled code is never executed. ``module.`` prefixes are stripped.
         num_heads: of a CRATE of a width that was not published, or a DEPICT whose heads are not of dimension
-            100; the shapes of MSSA do not tell it.
+            100; the shapes of MSSA do not tell it. Default: what names and shapes tell.
 
     Returns:
         The model in eval mode, in the dtype of the weights.
@@ -80,6 +80,12 @@ def load_official(source: str | Path | Mapping[str, Any], *, num_heads: int | No
     Raises:
         FileNotFoundError: no such file. CheckpointError: an unsafe, broken or foreign checkpoint; missing
             and unexpected keys are named, as the official code names them; ``num_heads`` missing or wrong.
+
+    Examples:
+        >>> from cbsa_torch.models import load_official
+        >>> model = load_official("released.pth")
+        >>> model.num_classes, model(torch.randn(1, 3, 64, 64)).shape
+        (5, torch.Size([1, 5]))
     """
     return _read(*_tensors_of(source), num_heads)[0]
 

@@ -27,7 +27,15 @@ from cbsa_torch.ops.counting import Counts
 
 
 class LayerCounts(NamedTuple):
-    """One part of a model."""
+    """One part of a model.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models.counting import count_model
+        >>> counts = count_model(timm.create_model("cbt_pico_patch1_8"), (1, 8, 8))
+        >>> counts.layers[1].name, counts.layers[1].kind
+        ('stem', 'ConvStem')
+    """
 
     name: str
     """Name of the part: ``stem``, ``blocks.0.attn``, ... or ``total``."""
@@ -40,7 +48,15 @@ class LayerCounts(NamedTuple):
 
 
 class ModelCounts(NamedTuple):
-    """Every part of a model, and all of it."""
+    """Every part of a model, and all of it.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models.counting import count_model
+        >>> counts = count_model(timm.create_model("cbt_pico_patch1_8"), (1, 8, 8))
+        >>> counts.layers[0].name, counts.total.counts.products == counts.torch_flops
+        ('(model)', True)
+    """
 
     layers: list[LayerCounts]
     total: LayerCounts
@@ -72,6 +88,13 @@ def count_model(model: nn.Module, input_size: tuple[int, ...]) -> ModelCounts:
 
     Raises:
         ValueError: an input size that is not three (of sets two) positive integers, or that the model refuses.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models.counting import count_model
+        >>> total = count_model(timm.create_model("cbt_small_patch16_224"), (3, 224, 224)).total
+        >>> total.parameters, total.counts.flops
+        (6667048, 4026390528)
     """
     takes_sets = isinstance(model, TokenSetTransformer)
     if len(input_size) != (2 if takes_sets else 3):

@@ -44,7 +44,18 @@ _SHAPES = ((1, 1), (1, 1.5), (1.5, 1), (0.5, 1), (1, 0.5), (0.75, 2), (2, 0.75),
 
 
 class ExportError(ValueError):
-    """A model that has no such program, or one that is not the model; nothing is written then."""
+    """A model that has no such program, or one that is not the model; nothing is written then.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import ExportError, export_model
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1)  # 16 representatives at any aspect
+        >>> try:
+        ...     export_model(model, "model.pt2", "torch", in_chans=1, image_size=8, any_size=True)
+        ... except ExportError as error:
+        ...     print("with_fixed_grid" in str(error))
+        True
+    """
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,19 @@ class Parity:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What :func:`export_model` wrote."""
+    """What :func:`export_model` wrote.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import export_model
+        >>> model = timm.create_model("stem_vit_pico_patch1_8", depth=1)
+        >>> report = export_model(model, "vit.pt2", "torch", in_chans=1, image_size=8)
+        >>> report.image_size, [(parity.batch, parity.height) for parity in report.parity]
+        ((8, 8), [(1, 8), (3, 8)])
+    """
 
     format: str
+    """``"onnx"`` or ``"torch"``."""
     any_size: bool
     """Whether height and width are open; the batch always is."""
     image_size: tuple[int, int]
@@ -70,10 +91,13 @@ class ExportReport:
     multiple_of: tuple[int, int]
     """What heights and widths must be multiples of, in pixels."""
     num_bytes: int
+    """Of the file."""
     num_nodes: int
     """Operations in the graph, those in the bodies of loops included."""
     tolerance: float
+    """What ``worst`` may differ by."""
     parity: list[Parity]
+    """The program beside the model, at every size."""
 
     @property
     def worst(self) -> Parity:
@@ -118,6 +142,14 @@ def export_model(
     Raises:
         ExportError: no such program exists of the model, or it differs from the model. ImportError: ``"onnx"``
             without the extra ``export``. Nothing is written then.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import export_model
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1)
+        >>> report = export_model(model, "model.pt2", "torch", in_chans=1, image_size=8)
+        >>> report.any_size, report.worst.error <= report.tolerance
+        (False, True)
     """
     check_choice("format", format, FORMATS)
     check_positive_int("in_chans", in_chans)
@@ -161,6 +193,13 @@ def with_fixed_grid(model: nn.Module, cells: Sequence[int]) -> nn.Module:
 
     Raises:
         ValueError: cells that are no grid, or a model without pooled representatives.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import with_fixed_grid
+        >>> model = with_fixed_grid(timm.create_model("cbt_pico_patch1_8"), (4, 4))
+        >>> model.blocks[0].attn.representatives
+        PooledRepresentatives(num_representatives=(4, 4))
     """
     number = check_num_representatives(tuple(cells))
     model = copy.deepcopy(model)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from cbsa_torch._core.fingerprint import model_fingerprint
+from cbsa_torch._core.precision import is_autocast
 from cbsa_torch.nn import TokenMixer
 from cbsa_torch.ops.parallel import Ranks
 
@@ -20,6 +23,8 @@ class HeadedTransformer(nn.Module):
     blocks: nn.ModuleList
     ranks: Ranks | None = None
     """The processes that share the tokens, in context parallel."""
+    ranks_agree: bool = False
+    """Whether these have found, in a forward pass, that they have the same model."""
 
     def set_context_parallel(self, ranks: Ranks | None) -> None:
         """Spread the tokens over ranks; :func:`cbsa_torch.parallel.context_parallel` calls this.
@@ -31,7 +36,19 @@ class HeadedTransformer(nn.Module):
             block: Any
             for i, block in enumerate(self.blocks):
                 _check_shards(f"blocks.{i}.attn", block.attn)
-        self.ranks = ranks
+        self.ranks, self.ranks_agree = ranks, False
+
+    def shared_facts(self) -> dict[str, Any]:
+        """What must be the same on every rank in a forward pass, whatever the input: once also the weights."""
+        autocast = torch.get_autocast_dtype(self.cls_token.device.type) if is_autocast(self.cls_token) else None
+        facts = {
+            "mode (training)": self.training,
+            "mode of gradients": torch.is_grad_enabled(),
+            "autocast": autocast,
+        }
+        return (
+            facts if self.ranks_agree else {**facts, "model (weights, options)": model_fingerprint(self)[:16]}
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in the backward pass instead of storing their activations."""

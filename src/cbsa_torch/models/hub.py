@@ -29,9 +29,9 @@ from cbsa_torch.models.checkpoint import (
 )
 from cbsa_torch.models.convert import is_official, read_official
 from cbsa_torch.models.foreign import read_foreign
+from cbsa_torch.models.shipped import SHIPPED, WEIGHTS
 from cbsa_torch.models.whitebox import WhiteBoxTransformer
 
-WEIGHTS = "model.safetensors"
 PREFIX = "hf-hub:"
 """Marks a repository where a path is allowed, too; as in timm."""
 CLIENT_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
@@ -56,12 +56,13 @@ def from_pretrained(
 
     Args:
         source: ``"owner/name"`` of a repository (``"hf-hub:owner/name"`` if a folder has that name as well), a
-            folder that holds ``model.safetensors``, or a file: one of this library, a released checkpoint of
+            folder that holds ``model.safetensors``, the name of weights that come with the package
+            (``"cbt_pico_patch1_8.certified_digits"``), or a file: one of this library, a released checkpoint of
             the official code (see :func:`cbsa_torch.models.load_official`), or a plain state dict with the
-            names of timm, transformers, torchvision or the DINO hubs (docs/use/training.md).
-        model: name in timm of the model that a plain state dict is of; other files say it.
+            names of timm, transformers, torchvision or the DINO hubs (docs/reference/weights.md).
+        model: name in timm of the model that a plain state dict is of. Default: what the file says.
         model_args: constructor arguments beside that name.
-        revision: branch, tag or commit of the repository.
+        revision: branch, tag or commit of the repository. Default: main.
         token: of your account, for private repositories. Default: that of ``hf auth login``.
         cache_dir: where downloads are kept. Default: huggingface_hub's.
         local_files_only: use what is in the cache, ask nobody.
@@ -74,6 +75,12 @@ def from_pretrained(
         HubError: no network, no such repository, revision or file, or no permission.
         FileNotFoundError: no weights in that folder. CheckpointError: weights of an unknown kind, or damaged;
             code that a file may hold is never executed.
+
+    Examples:
+        >>> from cbsa_torch.models import from_pretrained
+        >>> model = from_pretrained("runs/photos")  # or "owner/name" on the Hub
+        >>> model.info["class_names"]
+        ['blue', 'green', 'red']
     """
     path = fetch_weights(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -135,8 +142,10 @@ def fetch_weights(source: str | Path, **download: Any) -> Path:
 
 
 def weights_path(checkpoint: str | Path) -> Path:
-    """The file of weights in a folder, or the file itself."""
+    """The file of weights in a folder, that of weights of the package by their name, or the file itself."""
     path = Path(checkpoint)
+    if not path.exists() and str(checkpoint) in SHIPPED:
+        path = SHIPPED[str(checkpoint)].folder
     if not path.is_dir():
         return path
     if not (path / WEIGHTS).is_file():

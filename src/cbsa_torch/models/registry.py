@@ -2,6 +2,12 @@
 
 A family is a token mixer (and what goes with it), a size is what the paper calls T, S, B or L, or one of ours
 for small images. All are the one :class:`WhiteBoxTransformer`.
+
+Examples:
+    >>> import timm
+    >>> import cbsa_torch.models  # registers them
+    >>> len(timm.list_models("cbt_*")), timm.create_model("crate_pico_patch1_8").num_classes
+    (8, 10)
 """
 
 from __future__ import annotations
@@ -10,16 +16,17 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from cbsa_torch._core.checks import nearest
 from cbsa_torch.models.resize import fit_positions
+from cbsa_torch.models.shipped import SHIPPED, Shipped
 from cbsa_torch.models.whitebox import Mixer, WhiteBoxTransformer
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
 
@@ -170,12 +177,15 @@ def _cfg(family: Family, size: Size) -> dict[str, Any]:
     }
 
 
+_CFGS = {
+    model_name(family, size): _cfg(FAMILIES[family], spec)
+    for family in FAMILIES
+    for size, spec in sizes_of(family).items()
+}
 default_cfgs = generate_default_cfgs(
-    {
-        f"{model_name(family, size)}.untrained": _cfg(FAMILIES[family], spec)
-        for family in FAMILIES
-        for size, spec in sizes_of(family).items()
-    }
+    {name: _CFGS[weights.architecture] | weights.timm_config() for name, weights in SHIPPED.items()}
+    # the star, last: a name without a tag is the architecture as it is, whichever tags have weights
+    | {f"{name}.untrained*": cfg for name, cfg in _CFGS.items()}
 )
 
 
@@ -190,6 +200,11 @@ def _create(
     **model_args: Any,
 ) -> WhiteBoxTransformer:
     """Build a model; options of its mixer go to the mixer."""
+    shipped = _shipped(variant, pretrained, model_args)
+    if shipped is not None:
+        if pretrained:
+            _check_form(shipped, {"mixer": mixer, **model_args})
+        model_args = {**({} if mixer is not None else shipped.form), **model_args}
     names = mixer_options(family.mixer) | (mixer_options(family.first) if family.first else set())
     _check_names(model_args, names)
     own = {name: model_args.pop(name) for name in names if name in model_args}
@@ -237,9 +252,44 @@ def build_entry(
             raise TypeError(f"{name} has no option {', '.join(sorted(unknown))}")
         return build()
 
+    _shipped(name, pretrained, timm_args)
     # timm passes these defaults of the configuration on; the entry point has read its own already
     defaults = ("num_classes", "global_pool", "in_chans")
     return build_model_with_cfg(make, name, pretrained, kwargs_filter=defaults, **timm_args)
+
+
+def _shipped(name: str, pretrained: bool, timm_args: Mapping[str, Any]) -> Shipped | None:
+    """The weights of the package that a model was asked for by its tag.
+
+    Args:
+        name: of the architecture.
+        pretrained: whether there must be weights, these or others.
+        timm_args: with ``pretrained_cfg``, by which timm says the tag.
+
+    Raises:
+        RuntimeError: there are none, as timm raises it.
+    """
+    given = [timm_args.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")]
+    cfg = resolve_pretrained_cfg(name, *given)
+    if pretrained and not (cfg.has_weights or cfg.state_dict):
+        raise RuntimeError(
+            f"pretrained=True: there are no trained weights of {name}. With the package come those of "
+            f"{', '.join(SHIPPED)}; cbsa_torch.models.from_pretrained opens others (the authors' checkpoints, "
+            "runs of cbsa train, the Hugging Face Hub); pretrained=False makes an untrained model"
+        )
+    return SHIPPED.get(f"{name}.{cfg.tag}")
+
+
+def _check_form(weights: Shipped, given: Mapping[str, Any]) -> None:
+    """Refuse arguments with which weights would be loaded into another model than they were trained in."""
+    if given["mixer"] is not None:
+        raise ValueError(f"mixer must be left out beside the weights {weights.name}, which are of their own")
+    for name, value in weights.form.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"{name} must be {value!r} or left out beside the weights {weights.name}, which were trained "
+                f"with it; got {given[name]!r}"
+            )
 
 
 def _number_of_first_layers(family: Family, given: int | None, depth: int) -> int:

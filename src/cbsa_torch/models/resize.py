@@ -20,12 +20,15 @@ _A = -0.5
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """``(B, C, h, w)`` to ``(B, C, *size)``, antialiased; ``mode`` is ``"bilinear"`` or ``"bicubic"``."""
-    # In channels-last memory torch 2.14 gets a width of 1 wrong. Half precision has no such kernel on the CPU.
+    # Half precision has no such kernel on the CPU.
     exact = maps.contiguous().to(compute_dtype(maps.dtype))
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         any_size = is_open(size[0], size[1])  # by itself, for TorchScript reads what stands beside is_scripting
         if any_size:
             return _resize_any_size(exact, size, mode).to(maps.dtype)
+    if size[1] == 1:  # torch 2.14 repeats the first row on the CPU; a height of 1 it gets right
+        upright = F.interpolate(exact.mT.contiguous(), (1, size[0]), mode=mode, antialias=True)
+        return upright.mT.to(maps.dtype)
     return F.interpolate(exact, size, mode=mode, antialias=True).to(maps.dtype)
 
 

@@ -18,6 +18,12 @@ class SlideEncoder(nn.Module):
         model: whose class token, before the head, is the embedding.
         enc_name: the name that TRIDENT calls the encoder by.
         precision: what TRIDENT runs the model in: float32, or another dtype for autocast.
+
+    Examples:
+        >>> from cbsa_torch.models import SlideEncoder, TokenSetTransformer
+        >>> encoder = SlideEncoder(TokenSetTransformer(in_dim=1536, dim=64, depth=2, num_heads=4))
+        >>> encoder({"features": torch.randn(1, 300, 1536), "coords": torch.rand(1, 300, 2)}).shape
+        torch.Size([1, 64])
     """
 
     def __init__(

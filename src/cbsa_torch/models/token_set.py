@@ -91,6 +91,12 @@ class TokenSetTransformer(HeadedTransformer):
     Shape:
         ``(B, N, in_dim)`` -> ``(B, num_classes)``, or, with ``cu_seqlens``, ``(1, N_1 + ... + N_B, in_dim)`` ->
         ``(B, num_classes)``.
+
+    Examples:
+        >>> from cbsa_torch.models import TokenSetTransformer
+        >>> model = TokenSetTransformer(in_dim=1536, num_classes=2, dim=64, depth=2, num_heads=4)
+        >>> model(torch.randn(1, 300, 1536), torch.rand(1, 300, 2)).shape
+        torch.Size([1, 2])
     """
 
     _cp_plan: ClassVar[ContextParallelPlan] = {
@@ -268,8 +274,9 @@ class TokenSetTransformer(HeadedTransformer):
             self._check(whole, coords, token_mask, is_whole=not isinstance(features, SetSlice))
 
         plan, prefix = self._cp_plan[""]["features"], self.num_prefix_tokens
-        whole, facts = {"coords": coords, "token_mask": token_mask}, {"mode (training)": self.training}
+        whole, facts = {"coords": coords, "token_mask": token_mask}, self.shared_facts()
         own, parallel = take_slice(features, check, whole, plan, group, prefix, facts)
+        self.ranks_agree = True
         begin, end = (max(0, parallel.start + k - prefix) for k in (0, parallel.length))
         mask = None if token_mask is None else F.pad(token_mask, (prefix, 0), value=True)
         if mask is not None and token_mask is not None:
@@ -391,6 +398,9 @@ class TokenSetTransformer(HeadedTransformer):
             raise ValueError(
                 f"features must be (B, N, in_dim) with in_dim {self.in_dim}, got shape {tuple(features.shape)}"
             )
+        if token_mask is not None:
+            size = features.shape[:2] if is_whole else (features.shape[0], None)
+            check_mask("token_mask", token_mask, size, "(B, N)", "a real token", ("features", features))
         if coords is None:
             if self.needs_coords:
                 raise ValueError(
@@ -406,9 +416,6 @@ class TokenSetTransformer(HeadedTransformer):
                 f"coords must have shape {(*features.shape[:2], self.coord_dim)}, a row of coord_dim for every "
                 f"feature; got {tuple(coords.shape)}"
             )
-        if token_mask is not None:
-            size = features.shape[:2] if is_whole else (features.shape[0], None)
-            check_mask("token_mask", token_mask, size, "(B, N)", "a real token", ("features", features))
 
 
 def _lengths(cu_seqlens: Tensor, features: Tensor) -> list[int]:

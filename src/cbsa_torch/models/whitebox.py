@@ -26,7 +26,8 @@ from cbsa_torch.models.resize import record_image_size, resample_positions
 from cbsa_torch.nn import CBSA, ConvStem, LinearStem, ResidualBlock, WhiteBoxBlock
 from cbsa_torch.nn.bands import ImageBand, embed_band
 from cbsa_torch.nn.shares import ContextParallelInput, ContextParallelPlan, drop_alike, pool_over_ranks
-from cbsa_torch.ops.parallel import ContextParallel
+from cbsa_torch.nn.stem import check_rows
+from cbsa_torch.ops.parallel import ContextParallel, Ranks
 
 Mixer = Callable[..., nn.Module]
 """Called as ``mixer(dim, num_heads, head_dim=..., num_prefix_tokens=1, device=..., dtype=...)``."""
@@ -58,8 +59,7 @@ class WhiteBoxTransformer(HeadedTransformer):
             with ``mlp_ratio``, whose layers add to the input always.
         step_size, sparsity: of ISTA.
         drop_rate: dropout before the head. pos_drop_rate: after the position embedding.
-        drop_path_rate: stochastic depth, ``drop_path`` of the last layer; it grows from 0 in the first. Not in
-            context parallel.
+        drop_path_rate: stochastic depth, ``drop_path`` of the last layer; it grows from 0 in the first.
         device, dtype: of the parameters.
 
     Shape:
@@ -69,6 +69,14 @@ class WhiteBoxTransformer(HeadedTransformer):
     padding: every image gets what it would get alone. Where a batch has a result ``(B, ...)``, a list has a
     list of them, one for each image; logits are ``(B, num_classes)`` for both. In training, batch norms of the
     stem see the pixels of all images together. ``torch.compile`` leaves the layers as they are then.
+
+    Examples:
+        >>> from cbsa_torch.models import WhiteBoxTransformer
+        >>> model = WhiteBoxTransformer(32, patch_size=4, num_classes=10, embed_dim=64, depth=2, num_heads=4)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> model([torch.randn(3, 20, 28), torch.randn(3, 32, 12)]).shape  # images of any sizes
+        torch.Size([2, 10])
     """
 
     _cp_plan: ClassVar[ContextParallelPlan] = {"": {"x": ContextParallelInput(split_dim=2, expected_dims=4)}}
@@ -199,6 +207,16 @@ class WhiteBoxTransformer(HeadedTransformer):
         self.grid_size = grid_size
         record_image_size(self, img_size)
 
+    def set_context_parallel(self, ranks: Ranks | None) -> None:
+        """Spread the rows of images over ranks; :func:`cbsa_torch.parallel.context_parallel` calls this.
+
+        Raises:
+            ValueError: a layer needs all tokens at once, or the stem all rows.
+        """
+        if ranks is not None:
+            check_rows(self.stem)
+        super().set_context_parallel(ranks)
+
     def _resampled_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
         return resample_positions(self.pos_embed, self.grid_size, grid_size)
 
@@ -214,7 +232,9 @@ class WhiteBoxTransformer(HeadedTransformer):
         parallel = None
         if self.ranks is not None:
             plan = self._cp_plan[""]["x"]
-            maps, parallel = embed_band(self.stem, x, self.ranks.group, self.num_prefix_tokens, plan)
+            group, facts = self.ranks.group, self.shared_facts()
+            maps, parallel = embed_band(self.stem, x, group, self.num_prefix_tokens, plan, facts)
+            self.ranks_agree = True
         elif isinstance(x, ImageBand):
             raise TypeError(
                 "images must be whole: call cbsa_torch.parallel.context_parallel(model, mesh) first"

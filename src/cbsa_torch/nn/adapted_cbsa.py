@@ -45,6 +45,12 @@ class AdaptedCBSA(AgentAttention):
 
     Attributes:
         step_tokens: kappa, ``(H,)``. step_contraction: gamma, ``(H,)``, None without contraction. Both learned.
+
+    Examples:
+        >>> from cbsa_torch.nn import AdaptedCBSA
+        >>> layer = AdaptedCBSA(384, num_heads=6, qkv_bias=True)
+        >>> layer.step_tokens.tolist(), layer.step_contraction.tolist()
+        ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     """
 
     shards = False

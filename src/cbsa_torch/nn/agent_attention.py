@@ -32,6 +32,11 @@ class AgentAttention(TokenMixer):
         layout: ``"official"`` pools as the research code's adapted ViTs do, see :class:`cbsa_torch.CBSA`.
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` need
             ``qkv="shared"``.
+
+    Examples:
+        >>> from cbsa_torch import AgentAttention
+        >>> AgentAttention(384, num_heads=6, num_representatives=49)(torch.randn(2, 384, 14, 14)).shape
+        torch.Size([2, 384, 14, 14])
     """
 
     shards = True

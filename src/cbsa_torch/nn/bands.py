@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -13,7 +14,18 @@ from cbsa_torch.ops.parallel import ContextParallel
 
 
 class ImageBand(NamedTuple):
-    """Some rows of images, in place of whole images: those that this rank needs, see :func:`pixel_rows`."""
+    """Some rows of images, in place of whole images: those that this rank needs, see :func:`pixel_rows`.
+
+    Examples:
+        >>> import timm
+        >>> import torch.distributed as dist
+        >>> from cbsa_torch.parallel import ImageBand, context_parallel, pixel_rows
+        >>> model = timm.create_model("cbt_nano_patch4_32").eval()
+        >>> model = context_parallel(model, dist.group.WORLD)  # under torchrun
+        >>> rows = pixel_rows(model, (64, 64))
+        >>> model(ImageBand(torch.randn(1, 3, rows.stop - rows.start, 64), height=64)).shape
+        torch.Size([1, 10])
+    """
 
     pixels: Tensor
     """``(B, C, rows, width)``."""
@@ -27,6 +39,17 @@ def pixel_rows(model: Any, img_size: tuple[int, int]) -> slice:
     Args:
         model: what :func:`cbsa_torch.parallel.context_parallel` has prepared.
         img_size: height and width of the whole images in pixels.
+
+    Raises:
+        ValueError: a model that is not in context parallel.
+
+    Examples:
+        >>> import timm
+        >>> import torch.distributed as dist
+        >>> from cbsa_torch.parallel import context_parallel, pixel_rows
+        >>> model = context_parallel(timm.create_model("cbt_nano_patch4_32"), dist.group.WORLD)
+        >>> pixel_rows(model, (64, 64))  # one process has all rows
+        slice(0, 64, None)
     """
     if getattr(model, "ranks", None) is None:
         raise ValueError("model must be in context parallel: call context_parallel(model, mesh) first")
@@ -46,8 +69,17 @@ def embed_band(
     group: dist.ProcessGroup,
     num_prefix_tokens: int,
     plan: ContextParallelInput,
+    facts: Mapping[str, Any],
 ) -> tuple[Tensor, ContextParallel]:
     """Embed this rank's rows of images, after all ranks have agreed that they can.
+
+    Args:
+        stem: of the model.
+        x: images, or the rows of this rank.
+        group: the ranks.
+        num_prefix_tokens: that the first rank has besides.
+        plan: of the images.
+        facts: what else must be the same on every rank.
 
     Returns:
         ``(B, D, rows, width)``, and who has which tokens if the first rank has the prefix tokens, too.
@@ -56,7 +88,7 @@ def embed_band(
         ValueError: on every rank, where images do not fit or differ between ranks.
     """
     problem, length, grid, rows, height = "", 0, (1, 1), slice(0, 0), 1
-    facts: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     pixels: Any = x.pixels if isinstance(x, ImageBand) else x
     try:
         if isinstance(pixels, (list, tuple)):
@@ -77,8 +109,8 @@ def embed_band(
                 f"got {pixels.shape[2]} rows"
             )
         length = (rows.stop - rows.start) * grid[1] + (num_prefix_tokens if group.rank() == 0 else 0)
-        facts = {"batch size": pixels.shape[0], "dtype": pixels.dtype, "mode (training)": stem.training}
+        told = {"batch size": pixels.shape[0], "dtype": pixels.dtype, "image size": size}
     except (ValueError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    parallel = ContextParallel.of_slice(group, length, grid_size=grid, problem=problem, **facts)
+    parallel = ContextParallel.of_slice(group, length, grid_size=grid, problem=problem, **told, **facts)
     return stem.embed_band(pixels, rows, height, group), parallel

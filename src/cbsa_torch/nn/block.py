@@ -44,6 +44,13 @@ class WhiteBoxBlock(nn.Module):
         step_size, sparsity: of :class:`cbsa_torch.ISTA`.
         drop_path: probability, while training, that the mixer's update of an item is left out.
         device, dtype: of the parameters made here (not of ``attn``).
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.nn import WhiteBoxBlock
+        >>> block = WhiteBoxBlock(64, CBSA(64, 4, step="certified"))
+        >>> block.residual, block(torch.randn(2, 65, 64)).shape
+        ('norm', torch.Size([2, 65, 64]))
     """
 
     def __init__(
@@ -111,6 +118,11 @@ class ResidualBlock(nn.Module):
         norm_layer: constructor of the two normalisation layers.
         drop_path: probability, while training, that an update of an item is left out.
         device, dtype: of the parameters made here (not of ``attn``).
+
+    Examples:
+        >>> from cbsa_torch.nn import MHSA, ResidualBlock
+        >>> ResidualBlock(64, MHSA(64, 4))(torch.randn(2, 65, 64)).shape
+        torch.Size([2, 65, 64])
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.checks import check_choice, exact_eps
 from cbsa_torch._core.linear import call_changes, is_plain_linear
-from cbsa_torch._core.precision import compute_dtype, is_autocast, no_autocast
+from cbsa_torch._core.precision import is_autocast, no_autocast
 from cbsa_torch._core.types import (
     CONTRACTIONS,
     IMPLS,
@@ -32,7 +32,6 @@ from cbsa_torch.ops import counting
 from cbsa_torch.ops.cbsa.api import run, run_and_project
 from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs
 from cbsa_torch.ops.cbsa.reference import cbsa_stages
-from cbsa_torch.ops.parallel import total
 
 _CERTIFIED: dict[str, Any] = {
     **{"contraction": "exact", "tied": True, "orthogonal": True, "qkv": "shared"},
@@ -95,6 +94,14 @@ class CBSA(TokenMixer):
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
         output has the layout of the input.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> layer = CBSA(384, num_heads=6)
+        >>> layer(torch.randn(2, 1 + 14 * 14, 384)).shape  # a class token before a square grid
+        torch.Size([2, 197, 384])
+        >>> layer(torch.randn(2, 384, 20, 30)).shape  # a feature map
+        torch.Size([2, 384, 20, 30])
     """
 
     shards = True
@@ -167,7 +174,7 @@ class CBSA(TokenMixer):
             return super().project(source._replace(x=source.x.to(dtype)))
 
     def _represent(self, heads: Heads) -> Representatives:
-        """First guesses; for a certified step without autocast in what a strategy does, either."""
+        """Initial guesses; for a certified step without autocast in what a strategy does, either."""
         if self.step != "certified":
             return super()._represent(heads)
         with no_autocast(heads.queries):
@@ -175,16 +182,11 @@ class CBSA(TokenMixer):
 
     def mix(self, heads: Heads) -> Tensor:
         """Apply :func:`cbsa_torch.ops.cbsa` or, for a certified step, :func:`cbsa_torch.ops.certified_cbsa`."""
-        inputs = self._inputs(heads)
-        mixed = run(inputs, self.impl)
-        if self.step == "relative":
-            mixed = mixed * _tokens_per_representative(inputs).to(mixed.dtype)[:, None, None, None]
-        return mixed
+        return run(self._inputs(heads), self.impl)
 
     def mix_and_project(self, heads: Heads) -> Tensor:
         """Hand the output projection to the operator where nothing comes between."""
         between = not isinstance(self.norm, nn.Identity) or bool(call_changes(self.norm))
-        between = between or self.step == "relative"
         if between or not (self.proj is None or is_plain_linear(self.proj)):
             if self.step != "certified":
                 return super().mix_and_project(heads)
@@ -201,14 +203,7 @@ class CBSA(TokenMixer):
 
     def stages_in(self, heads: Heads) -> CBSAStages:
         """:meth:`stages` from the tokens in their subspaces, see :meth:`heads`."""
-        inputs = self._inputs(heads)
-        stages = cbsa_stages(inputs)
-        if self.step == "relative":
-            length = _tokens_per_representative(inputs).to(stages.output.dtype)
-            stages = stages._replace(
-                output=stages.output * length[:, None, None, None], step=stages.step * length[:, None]
-            )
-        return stages
+        return cbsa_stages(self._inputs(heads))
 
     def count_heads(self, heads: Heads) -> counting.Counts:
         """Count making the representatives, extraction, contraction, the limit of a step, and broadcast."""
@@ -260,37 +255,18 @@ class CBSA(TokenMixer):
             "parallel": parallel,
         }
         if chosen.attention is not None:
-            return cbsa_inputs(heads.queries, chosen.values, attention=chosen.attention, **options)
-        assert self.step_representatives is not None
-        return cbsa_inputs(
-            heads.queries,
-            chosen.values,
-            keys=heads.keys,
-            values=heads.values,
-            step_representatives=self.step_representatives,
-            **options,
-        )
+            options["attention"] = chosen.attention
+        else:
+            options |= {"keys": heads.keys, "values": heads.values}
+            options["step_representatives"] = self.step_representatives
+        inputs = cbsa_inputs(heads.queries, chosen.values, **options)
+        return inputs._replace(relative=self.step == "relative")
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
         eps = f", eps={self.eps}" if self.contraction == "exact" else ""
         step = "" if self.step == "free" else f", step={self.step!r}"
         return f"{super().extra_repr()}{step}, contraction={self.contraction!r}{eps}, layout={self.layout!r}"
-
-
-def _tokens_per_representative(inputs: CBSAInputs) -> Tensor:
-    """N / M of each item, of those that are real, on all ranks: ``(B,)``, float32 or better."""
-    keys, parallel, of_items = inputs.keys, inputs.parallel, inputs.representative_mask
-    dtype = compute_dtype(keys.dtype)
-    if inputs.token_mask is None:
-        length = keys.shape[2] if parallel is None else parallel.num_tokens
-        tokens = length * keys.new_ones(keys.shape[0], dtype=dtype)  # an export may leave the length open
-    else:
-        tokens = inputs.token_mask.sum(-1).to(dtype)
-        tokens = tokens if parallel is None else total(tokens, parallel.group)
-    if of_items is None:
-        return tokens / inputs.representatives.shape[2]
-    return tokens / of_items.sum(-1).to(dtype).clamp(min=1)
 
 
 def _check_certified(options: dict[str, Any], impl: Impl) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cbsa_torch.nn.packing import Packing
-from cbsa_torch.ops.parallel import ContextParallel
+from cbsa_torch.ops.parallel import ContextParallel, of_first
 
 
 class DropPath(nn.Module):
@@ -31,18 +31,13 @@ class DropPath(nn.Module):
     ) -> Tensor:
         """Drop updates ``(B, N, C)``, or of packed sequences ``(1, T, C)``.
 
-        Raises:
-            ValueError: while training tokens that are spread over processes, which would draw each for itself.
+        Where tokens are spread over processes, what the first one draws is for all.
         """
         if not self.training or self.rate == 0:
             return update
-        if parallel is not None:
-            raise ValueError(
-                f"drop_path must be 0 to train tokens spread over processes, got {self.rate}: each would "
-                "drop others"
-            )
         if cu_seqlens is None:
-            return update * self._draw(update, update.shape[0])
+            kept = self._draw(update, update.shape[0])
+            return update * (kept if parallel is None else of_first(kept, parallel.group))
         ends = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, Packing) else cu_seqlens
         kept = self._draw(update, len(ends) - 1).repeat_interleave(ends.diff(), 0, output_size=update.shape[-2])
         return update * kept[:, 0]

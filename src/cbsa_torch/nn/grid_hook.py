@@ -20,6 +20,10 @@ def install_grid_hook() -> None:
     """Have every mixer that timm builds into a model follow its grid (once per process).
 
     The first mixer installs the hook, unless it was removed.
+
+    Examples:
+        >>> from cbsa_torch.nn import install_grid_hook
+        >>> install_grid_hook()  # again, after remove_grid_hook()
     """
     if not _installed:
         _installed.append(register_module_module_registration_hook(_on_registration))
@@ -35,6 +39,11 @@ def remove_grid_hook() -> None:
     Layers that are built without the hook assume no square: those that need a grid raise until they have one.
     Models and layers that are built already go on as they are: such a layer, put into a model after this, still
     assumes a square.
+
+    Examples:
+        >>> from cbsa_torch.nn import install_grid_hook, remove_grid_hook
+        >>> remove_grid_hook()  # models that are built now need follow_grid(model)
+        >>> install_grid_hook()
     """
     install_grid_hook_once()  # now, so that no mixer does it
     while _installed:

@@ -390,6 +390,18 @@ def follow_grid(
 
     Raises:
         ValueError: no patch embedding.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.nn import follow_grid
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
+        >>> for block in vit.blocks:
+        ...     block.attn = CBSA(192, 3)
+        >>> follow_grid(vit)
+        2
+        >>> vit(torch.randn(1, 3, 96, 160)).shape
+        torch.Size([1, 1000])
     """
     embedding = embedding_of(model) if embedding is None else embedding
     if embedding is None:

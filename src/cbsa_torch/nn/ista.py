@@ -25,6 +25,12 @@ class ISTA(nn.Module):
 
     Attributes:
         weight: the dictionary D, ``(dim, dim)``, Kaiming uniform (gain sqrt(2)).
+
+    Examples:
+        >>> from cbsa_torch import ISTA
+        >>> code = ISTA(384)(torch.randn(2, 197, 384))
+        >>> code.shape, bool((code >= 0).all())
+        (torch.Size([2, 197, 384]), True)
     """
 
     def __init__(

@@ -26,6 +26,11 @@ class LinearAttention(TokenMixer):
 
     Attributes:
         temperature: ``(H,)``, learned, 1 at first: how sharply heads attend.
+
+    Examples:
+        >>> from cbsa_torch.nn import LinearAttention
+        >>> LinearAttention(384, num_heads=6)(torch.randn(2, 197, 384)).shape
+        torch.Size([2, 197, 384])
     """
 
     def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:

@@ -31,6 +31,11 @@ class LinearCBSA(TokenMixer):
 
     Attributes:
         step_tokens: kappa, ``(H,)``, learned, any sign, standard normal at first.
+
+    Examples:
+        >>> from cbsa_torch import LinearCBSA
+        >>> LinearCBSA(384, num_heads=6)(torch.randn(2, 197, 384)).shape
+        torch.Size([2, 197, 384])
     """
 
     shards = True

@@ -31,6 +31,11 @@ class CBSABlock(nn.Module):
 
     Shape:
         ``(B, C, L)``, ``(B, C, height, width)`` or ``(B, C, depth, height, width)``; the output's is the same.
+
+    Examples:
+        >>> from cbsa_torch import CBSABlock
+        >>> CBSABlock(64)(torch.randn(2, 64, 20, 30)).shape
+        torch.Size([2, 64, 20, 30])
     """
 
     def __init__(

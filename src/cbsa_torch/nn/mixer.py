@@ -76,7 +76,7 @@ class TokenMixer(TokenReader, abc.ABC):
         grid_size: the tokens' grid, if inputs are tokens of one known size; see :meth:`set_input_size`.
         channels_first: how to read a 3-D input: True = ``(B, C, L)``, False = ``(B, N, C)``, None = tokens
             if its last axis is ``dim``, else a 1-D feature map.
-        attn_head_dim: timm's name for ``head_dim``.
+        attn_head_dim: timm's name for ``head_dim``. Default: that.
         dim_out: output channels. Default: ``dim``.
         qkv_bias, proj_bias: biases of the projections.
         qk_norm: normalise queries and keys per head with ``norm_layer``; needs separate projections.
@@ -84,7 +84,8 @@ class TokenMixer(TokenReader, abc.ABC):
         gated: not supported; raises.
         attn_drop: dropout rate of attention weights; only for mixers that compare tokens with tokens.
         proj_drop: dropout rate after the output projection.
-        norm_layer: constructor of normalisation layers, for ``qk_norm`` and ``scale_norm``.
+        norm_layer: constructor of normalisation layers, for ``qk_norm`` and ``scale_norm``, which
+            need it. Default: none.
         recompute: keep only the input for the backward pass, N * dim numbers, and compute the rest again there:
             a training step takes about a third longer. Without effect under ``torch.func``.
         device, dtype: of the parameters.
@@ -98,6 +99,18 @@ class TokenMixer(TokenReader, abc.ABC):
     Shape:
         ``(B, N, C)`` tokens, prefix tokens first, or ``(B, C, *grid)`` with a 1-, 2- or 3-D grid; the
         output has the layout of the input.
+
+    Examples:
+        >>> from cbsa_torch.nn import TokenMixer
+        >>> from cbsa_torch.ops.counting import Counts
+        >>> class Mean(TokenMixer):
+        ...     def mix(self, heads):
+        ...         return heads.values.mean(2, keepdim=True).expand_as(heads.values)
+        ...
+        ...     def count_heads(self, heads):
+        ...         return Counts()
+        >>> Mean(64, 4)(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class Packing:
     Args:
         cu_seqlens: ``(S + 1,)`` int32 or int64: 0, and where each of S sequences ends. They may be empty.
         grid_sizes: the grid of each sequence, its tokens row-major after its prefix tokens. That of an empty
-            sequence is ignored.
+            sequence is ignored. Default: none, or squares where a layer needs a grid.
         coords: ``(T', k)`` as for :class:`cbsa_torch.nn.Coordinates`, of the tokens after the prefixes, in
             place of grids; an axis of size 1 may come before. Or a nested tensor of ``torch.jagged`` layout.
         num_prefix_tokens: class and register tokens at the beginning of each sequence (not of empty ones).
@@ -59,6 +59,13 @@ class Packing:
 
     Raises:
         ValueError: sequences, grids or coordinates that do not fit each other. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.nn import Packing
+        >>> packing = Packing(torch.tensor([0, 16, 46]), grid_sizes=[(4, 4), (5, 6)])
+        >>> CBSA(64, 4)(torch.randn(1, 46, 64), cu_seqlens=packing).shape
+        torch.Size([1, 46, 64])
     """
 
     def __init__(

@@ -86,6 +86,11 @@ class PooledRepresentatives(nn.Module):
 
     Attributes:
         num_representatives: as given, a sequence as a tuple.
+
+    Examples:
+        >>> from cbsa_torch.nn import PooledRepresentatives
+        >>> PooledRepresentatives(64)(torch.randn(1, 2, 196, 8), (14, 14)).values.shape
+        torch.Size([1, 2, 64, 8])
     """
 
     needs_grid = True
@@ -124,6 +129,12 @@ class LearnedRepresentatives(nn.Module):
 
     Initialised with standard deviation P^-1/2. The paper found this form less accurate than pooling: its
     attention matrix collapses to a low rank (Appendix A).
+
+    Examples:
+        >>> from cbsa_torch.nn import LearnedRepresentatives
+        >>> make = LearnedRepresentatives(num_heads=2, num_representatives=16, head_dim=8)
+        >>> make(torch.randn(3, 2, 50, 8)).values.shape
+        torch.Size([3, 2, 16, 8])
     """
 
     needs_grid = False
@@ -173,6 +184,11 @@ class AllTokens(nn.Module):
 
     For comparison with :class:`cbsa_torch.MSSA`, which computes the same by fused kernels: this one forms
     matrices of N x N.
+
+    Examples:
+        >>> from cbsa_torch.nn import AllTokens
+        >>> AllTokens()(torch.randn(1, 2, 50, 8)).attention.shape
+        torch.Size([1, 2, 50, 50])
     """
 
     gives_attention = True
@@ -192,6 +208,11 @@ class PrincipalDirections(nn.Module):
     For comparison with :class:`cbsa_torch.LinearCBSA`, and without contraction. Its gradient exists where the
     P eigenvalues of a head's Gram matrix are distinct, hence only for N >= P. The signs of the directions are
     arbitrary, and the softmax contraction depends on them: a mixer refuses it.
+
+    Examples:
+        >>> from cbsa_torch.nn import PrincipalDirections
+        >>> PrincipalDirections()(torch.randn(1, 2, 50, 8)).values.shape
+        torch.Size([1, 2, 8, 8])
     """
 
     gives_attention = True
@@ -212,6 +233,11 @@ class BasisDirections(nn.Module):
 
     Args:
         basis: ``(P, P)`` or ``(H, P, P)``, orthonormal columns; kept as a buffer. Default: the identity.
+
+    Examples:
+        >>> from cbsa_torch.nn import BasisDirections
+        >>> BasisDirections()(torch.randn(1, 2, 50, 8)).values.shape
+        torch.Size([1, 2, 8, 8])
     """
 
     gives_attention = True

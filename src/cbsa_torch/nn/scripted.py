@@ -139,7 +139,7 @@ class ScriptedLinearCBSA(nn.Module):
 
 
 class ScriptedRepresentatives(nn.Module):
-    """First guesses, pooled over the grid or learned.
+    """Initial guesses, pooled over the grid or learned.
 
     Args:
         learned: ``(H, M, P)``, or None to pool.
@@ -184,7 +184,7 @@ class ScriptedCBSA(nn.Module):
     """:func:`cbsa_torch.ops.cbsa` with one attention matrix: Eq. 5, 7 or 8, and the broadcast.
 
     Args:
-        representatives: first guesses.
+        representatives: initial guesses.
         step_tokens, step_representatives: kappa and eta, ``(H,)``.
         contraction, eps: as of the layer.
         relative: whether kappa is in units of tokens per representative.

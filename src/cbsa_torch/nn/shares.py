@@ -10,11 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cbsa_torch.ops.parallel import ContextParallel, gathered, total
+from cbsa_torch.ops.parallel import ContextParallel, gathered, of_first, total
 
 
 class ContextParallelInput(NamedTuple):
-    """How whole inputs of a model are split; fields as of diffusers' class of this name."""
+    """How whole inputs of a model are split; fields as of diffusers' class of this name.
+
+    Examples:
+        >>> from cbsa_torch.parallel import ContextParallelInput
+        >>> split = ContextParallelInput(split_dim=1, expected_dims=3)
+        >>> split.part("features", torch.zeros(1, 10, 4), slice(0, 5)).shape
+        torch.Size([1, 5, 4])
+    """
 
     split_dim: int
     """The axis along which ranks share it."""
@@ -36,6 +43,15 @@ class SetSlice(NamedTuple):
     """Some features of sets, in place of all: those of this rank, any number of them, also none.
 
     Ranks hold successive parts. Coordinates and masks beside them are those of all features, on every rank.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> from cbsa_torch.models import TokenSetTransformer
+        >>> from cbsa_torch.parallel import SetSlice, context_parallel
+        >>> model = TokenSetTransformer(32, dim=64, depth=1, num_heads=4)
+        >>> model = context_parallel(model, dist.group.WORLD)  # under torchrun
+        >>> model(SetSlice(torch.randn(1, 50, 32)), torch.rand(1, 50, 2)).shape
+        torch.Size([1, 2])
     """
 
     features: Tensor
@@ -70,11 +86,12 @@ def take_slice(
     try:
         rows = given.features if isinstance(given, SetSlice) else given
         check(rows)
-        if not isinstance(given, SetSlice):
-            n = rows.shape[plan.split_dim]
+        n = None if isinstance(given, SetSlice) else rows.shape[plan.split_dim]
+        if n is not None:
             rows = plan.part("features", rows, slice(n * rank // size, n * (rank + 1) // size))
         own, length = rows, rows.shape[plan.split_dim]
         told = {"batch size": len(rows), "dtype": rows.dtype, **{k: _digest(v) for k, v in whole.items()}}
+        told["number of features of whole sets"] = n
     except (ValueError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     length += num_prefix_tokens if rank == 0 else 0
@@ -129,5 +146,4 @@ def drop_alike(dropout: nn.Module, x: Tensor, group: dist.ProcessGroup) -> Tenso
     if not (dropout.training and getattr(dropout, "p", False)):
         undropped: Tensor = dropout(x)
         return undropped
-    drawn: Tensor = dropout(torch.ones_like(x)).detach()
-    return x * total(drawn if group.rank() == 0 else torch.zeros_like(drawn), group)
+    return x * of_first(dropout(torch.ones_like(x)), group)

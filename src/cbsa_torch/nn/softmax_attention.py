@@ -49,6 +49,11 @@ class MSSA(_SoftmaxAttention):
         dim: channels of input and output.
         num_heads: number of subspaces H.
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`.
+
+    Examples:
+        >>> from cbsa_torch import MSSA
+        >>> MSSA(384, num_heads=6)(torch.randn(2, 197, 384)).shape
+        torch.Size([2, 197, 384])
     """
 
     def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
@@ -64,6 +69,11 @@ class MHSA(_SoftmaxAttention):
         dim: channels of input and output.
         num_heads: number of heads H.
         **options: of every mixer, see :class:`cbsa_torch.nn.TokenMixer`; ``tied`` and ``orthogonal`` raise.
+
+    Examples:
+        >>> from cbsa_torch import MHSA
+        >>> MHSA(384, num_heads=6, qkv_bias=True)(torch.randn(2, 197, 384)).shape
+        torch.Size([2, 197, 384])
     """
 
     def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:

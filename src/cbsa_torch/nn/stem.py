@@ -48,6 +48,11 @@ class ConvStem(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, embed_dim, ceil(height / patch), ceil(width / patch))``.
+
+    Examples:
+        >>> from cbsa_torch.nn import ConvStem
+        >>> ConvStem(3, embed_dim=64, patch_size=16)(torch.randn(1, 3, 224, 230)).shape
+        torch.Size([1, 64, 14, 15])
     """
 
     def __init__(
@@ -239,6 +244,11 @@ class LinearStem(nn.Module):
 
     Shape:
         ``(B, in_chans, height, width)`` -> ``(B, embed_dim, height / patch, width / patch)``.
+
+    Examples:
+        >>> from cbsa_torch.nn import LinearStem
+        >>> LinearStem(3, embed_dim=64, patch_size=16)(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 64, 14, 14])
     """
 
     def __init__(
@@ -295,6 +305,24 @@ class LinearStem(nn.Module):
     def forward_list(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Embed batches of several sizes."""
         return [self(x) for x in batches]
+
+
+def check_rows(stem: nn.Module) -> None:
+    """Raise ValueError where a part of a stem was replaced by one that cannot be computed by rows with a halo.
+
+    A group norm would see only the rows that are there, and a larger convolution needs more of them.
+    """
+    layers: Any = stem.proj if isinstance(stem, ConvStem) else ()
+    for i, layer in enumerate(layers):
+        conv, *others = layer if isinstance(layer, nn.Sequential) else [layer]
+        norms = (_BatchNorm, nn.Identity)
+        usual = isinstance(conv, nn.Conv2d) and (conv.kernel_size, conv.padding) == ((3, 3), (1, 1))
+        known = all(isinstance(part, norms) or type(part) is _norm_class(part) for part in others)
+        if not (isinstance(layer, nn.GELU) or (usual and known)):
+            raise ValueError(
+                "stem must have convolutions 3 x 3 with batch norms, and GELU, to be computed by rows; "
+                f"proj.{i} is {layer}"
+            )
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -26,7 +26,14 @@ HIDDEN = -1e4
 
 
 class MixerInput(NamedTuple):
-    """What a mixer reads from the arguments of ``forward``: all that it does starts from this record."""
+    """What a mixer reads from the arguments of ``forward``: all that it does starts from this record.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> source = CBSA(64, 4).heads(torch.randn(2, 64, 8, 6)).source
+        >>> source.x.shape, source.map_grid, source.num_prefix_tokens
+        (torch.Size([2, 48, 64]), (8, 6), 0)
+    """
 
     x: Tensor
     """``(B, N, C)`` the tokens, prefix tokens first; zeros where ``token_mask`` is False."""
@@ -57,7 +64,14 @@ class MixerInput(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What the projections make of an input: the tokens in the subspaces of the heads."""
+    """What the projections make of an input: the tokens in the subspaces of the heads.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> heads = CBSA(64, 4).heads(torch.randn(2, 64, 8, 6))
+        >>> heads.queries.shape, heads.keys is heads.queries
+        (torch.Size([2, 4, 48, 16]), True)
+    """
 
     source: MixerInput
     """What was projected."""

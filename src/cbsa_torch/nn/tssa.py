@@ -33,6 +33,11 @@ class TSSA(TokenMixer):
     Attributes:
         temperature: ``(H,)``, ones at first; None for ``"channel"``.
         step_tokens: kappa, ``(H,)``, standard normal at first; None for ``"tost"``.
+
+    Examples:
+        >>> from cbsa_torch import TSSA
+        >>> TSSA(384, num_heads=6)(torch.randn(2, 197, 384)).shape
+        torch.Size([2, 197, 384])
     """
 
     shards = True

@@ -45,6 +45,13 @@ def agent_attention(
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import agent_attention, pool_representatives
+        >>> tokens = torch.randn(1, 4, 64, 16)
+        >>> agents = pool_representatives(tokens, (8, 8), 16).values
+        >>> agent_attention(tokens, agents, tokens, tokens).shape
+        torch.Size([1, 4, 64, 16])
     """
     check_floating("queries", queries)
     length = None if parallel is None else parallel.length

@@ -30,10 +30,17 @@ def coding_rate(
             neither count in N nor in the sum. An item without any has rate 0.
 
     Returns:
-        ``x.shape[:-2]``, in nats; float32 for low-precision inputs, else the dtype of ``x``.
+        ``(...,)``, in nats; float32 for low-precision inputs, else the dtype of ``x``.
 
     Raises:
         ValueError: no vectors, a mask that does not fit, ``eps`` not positive. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import coding_rate
+        >>> coding_rate(torch.eye(4))  # four directions: 1/2 log(1 + 4 / (4 * 0.1^2)) each
+        tensor(9.2302)
+        >>> coding_rate(torch.ones(4, 4))  # four times the same one
+        tensor(3.6892)
     """
     check_floating("x", x)
     check_positive("eps", eps)
@@ -76,11 +83,16 @@ def compression_rate(
         eps, normalize, token_mask: as in :func:`coding_rate`.
 
     Returns:
-        ``projected.shape[:-3]``, in nats: one number per item. The terms per head are
-        ``coding_rate(projected)``.
+        ``(...,)``, one number per item, in nats. The terms per head are ``coding_rate(projected)``.
 
     Raises:
         ValueError: a shape or mask that does not fit, ``eps`` not positive. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import compression_rate
+        >>> projected = torch.stack([torch.eye(4), torch.zeros(4, 4)])  # the second head sees nothing
+        >>> compression_rate(projected)
+        tensor(9.2302)
     """
     check_floating("projected", projected)
     if projected.ndim < 3 or 0 in projected.shape:
@@ -110,11 +122,17 @@ def rate_reduction(
         eps, normalize, token_mask: as in :func:`coding_rate`.
 
     Returns:
-        ``tokens.shape[:-2]``, in nats: one number per item.
+        ``(...,)``, one number per item, in nats.
 
     Raises:
         ValueError: leading axes or N of ``tokens`` and ``projected`` that differ, a mask that does not fit,
             ``eps`` not positive. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import rate_reduction
+        >>> tokens = torch.eye(4)  # the first two lie in one subspace, the others in another
+        >>> rate_reduction(tokens, torch.stack([tokens[:, :2], tokens[:, 2:]]))
+        tensor(1.3666)
     """
     check_floating("tokens", tokens)
     check_floating("projected", projected)

@@ -48,6 +48,12 @@ def find_cells(
 
     Raises:
         ValueError: another shape, NaN or infinity, counts below 1. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import find_cells
+        >>> cells = find_cells(torch.tensor([[[0, 0], [0, 1], [9, 9]]]), 2)
+        >>> cells.cell, cells.counts
+        (tensor([[0, 0, 1]]), tensor([[2, 1]]))
     """
     check_coords(coords)
     number = check_num_representatives(num_representatives)
@@ -98,7 +104,8 @@ def pool_by_coordinates(
         tokens: ``(B, H, N, P)`` tokens that have coordinates (no prefix tokens).
         coords: ``(B, N, k)`` as for :func:`find_cells`, or what that returned for them: then without
             ``num_representatives`` and ``token_mask``, which it knows.
-        num_representatives: the most representatives to make, or the cells along each axis of the lattice.
+        num_representatives: the most representatives to make, or the cells along each axis of the lattice; None
+            beside cells.
         token_mask: ``(B, N)`` bool, True = a real token.
         parallel: which tokens these are, if others are on other ranks: ``tokens`` are then all of this rank,
             and ``coords`` the cells of the tokens of all ranks. Every rank gets the same representatives.
@@ -111,6 +118,12 @@ def pool_by_coordinates(
 
     Raises:
         ValueError: shapes, counts, devices or coordinates that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import pool_by_coordinates
+        >>> coords = torch.tensor([[[0, 0], [0, 1], [9, 9]]])
+        >>> pool_by_coordinates(torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 3, 1), coords, 2).values.flatten()
+        tensor([2., 5.])
     """
     check_floating("tokens", tokens)
     if tokens.ndim != 4:
@@ -344,6 +357,14 @@ class Coordinates:
         coords: ``(B, N, k)`` as for :func:`find_cells`.
         token_mask: ``(B, N)`` bool, True = a real token. Only for tokens that are spread over processes, each
             of which knows the mask of its own alone: cells are those of the tokens of all.
+
+    Examples:
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.nn import Coordinates
+        >>> places = Coordinates(torch.rand(1, 500, 2))
+        >>> layers = [CBSA(64, 4) for _ in range(2)]  # search for cells once
+        >>> [layer(torch.randn(1, 500, 64), coords=places).shape for layer in layers]
+        [torch.Size([1, 500, 64]), torch.Size([1, 500, 64])]
     """
 
     def __init__(self, coords: Tensor, token_mask: Tensor | None = None) -> None:

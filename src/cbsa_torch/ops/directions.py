@@ -43,6 +43,12 @@ def principal_directions(tokens: Tensor, *, token_mask: Tensor | None = None) ->
 
     Raises:
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import principal_directions
+        >>> directions = principal_directions(torch.randn(1, 2, 30, 8))
+        >>> directions.values.shape, directions.attention.shape
+        (torch.Size([1, 2, 8, 8]), torch.Size([1, 2, 8, 30]))
     """
     check_tokens(tokens, token_mask)
     with no_autocast(tokens):
@@ -69,6 +75,12 @@ def basis_directions(
 
     Raises:
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import basis_directions
+        >>> directions = basis_directions(torch.randn(1, 2, 30, 8))
+        >>> directions.values.shape, directions.attention.shape
+        (torch.Size([1, 2, 8, 8]), torch.Size([1, 2, 8, 30]))
     """
     check_tokens(tokens, token_mask)
     with no_autocast(tokens):

@@ -32,6 +32,11 @@ def ista_step(tokens: Tensor, dictionary: Tensor, *, step_size: float = 0.1, spa
 
     Raises:
         ValueError: ``dictionary`` is not ``(D, D)`` for tokens of D channels. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import ista_step
+        >>> ista_step(torch.tensor([[1.0, -1.0]]), torch.eye(2))  # x is its own code: only the threshold acts
+        tensor([[0.9900, 0.0000]])
     """
     check_floating("tokens", tokens)
     check_floating("dictionary", dictionary)
@@ -54,6 +59,12 @@ def ista_matrix(dictionary: Tensor, *, step_size: float = 0.1) -> Tensor:
 
     Raises:
         ValueError: ``dictionary`` is not ``(D, D)``. TypeError: wrong dtype.
+
+    Examples:
+        >>> from cbsa_torch.ops import ista_matrix
+        >>> ista_matrix(2 * torch.eye(2))  # 0.1 (2 - 4)
+        tensor([[-0.2000,  0.0000],
+                [ 0.0000, -0.2000]])
     """
     check_floating("dictionary", dictionary)
     dim = dictionary.shape[-1] if dictionary.ndim else None

@@ -39,6 +39,12 @@ def linear_attention(
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import linear_attention
+        >>> queries, keys = torch.randn(1, 4, 10, 16), torch.randn(1, 4, 30, 16)
+        >>> linear_attention(queries, keys, torch.randn(1, 4, 30, 8)).shape
+        torch.Size([1, 4, 10, 8])
     """
     check_attention(queries, keys, values, key_mask)
     check_per_head("temperature", temperature, "queries", queries)

@@ -54,6 +54,12 @@ def linear_cbsa(
 
     Raises:
         ValueError: shapes or options that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import linear_cbsa
+        >>> linear_cbsa(torch.eye(2).view(1, 1, 2, 2), eps=1.0)  # I (I + I)^-1
+        tensor([[[[0.5000, 0.0000],
+                  [0.0000, 0.5000]]]])
     """
     check_choice("solver", solver, LINEAR_SOLVERS)
     check_positive("eps", eps)

@@ -54,6 +54,14 @@ class ContextParallel:
 
     Raises:
         ValueError: another number of lengths than ranks; no tokens at all, or less than the grid has.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> from cbsa_torch import CBSA
+        >>> from cbsa_torch.parallel import ContextParallel
+        >>> parallel = ContextParallel.of_slice(dist.group.WORLD, 100, grid_size=(10, 10))  # under torchrun
+        >>> CBSA(64, 4)(torch.randn(1, 100, 64), parallel=parallel).shape  # of this rank's tokens
+        torch.Size([1, 100, 64])
     """
 
     group: dist.ProcessGroup
@@ -159,7 +167,7 @@ def agree(group: dist.ProcessGroup | None, own: Any, problem: str = "", **same: 
     problems = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(told) if text]
     if problems:
         raise ValueError("; ".join(problems))
-    for name in same:
+    for name in dict.fromkeys(name for _, _, facts in told for name in facts):
         values = [facts.get(name) for _, _, facts in told]
         if any(value != values[0] for value in values):
             raise ValueError(
@@ -174,11 +182,14 @@ def total(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return summed
 
 
+def of_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the first rank has, on every rank; without gradients."""
+    return total(x.detach() if group.rank() == 0 else torch.zeros_like(x), group)
+
+
 def largest(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The largest over ranks of every element, without gradients."""
-    found = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return found
+    return _all_reduce(x.detach(), group, dist.ReduceOp.MIN)
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -218,6 +229,18 @@ def merged(
     return share, whole, Others(*others)
 
 
+def _all_reduce(x: Tensor, group: dist.ProcessGroup | None, of_negative: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum over ranks, or with ``ReduceOp.MIN`` the largest, of every element; ``x`` stays as it is.
+
+    The exchange is in place, and compiled code (inductor, seen in torch 2.14) writes the parts of a
+    concatenation where that is: parts that are needed afterwards would be overwritten. A copy would be
+    optimised away, the negative is not; and it loses nothing.
+    """
+    negative = x.neg().contiguous()
+    dist.all_reduce(negative, of_negative, group=group)
+    return negative.neg()
+
+
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = x.new_empty(group.size(), *x.shape)
     dist.all_gather(list(parts), x.contiguous(), group=group)
@@ -230,9 +253,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
-        summed = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed, group=group)
-        return summed
+        return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -268,7 +289,7 @@ class _Merged(torch.autograd.Function):
         shares = torch.softmax(lses, 0)  # (R, B, H, M, 1)
         whole = (shares * parts[..., :p]).sum(0)
         share = shares[group.rank()].clone()
-        any_real = lses.amax(0)[:, :1, :1] > torch.finfo(lse.dtype).min / 2
+        any_real = ~(lses.amax(0)[:, :1, :1] <= torch.finfo(lse.dtype).min / 2)  # NaN is of real tokens
         ctx.mark_non_differentiable(any_real, shares, told)
         ctx.save_for_backward(share, picked, whole)
         ctx.group = group
@@ -279,8 +300,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, d_share: Tensor, d_whole: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
         share, picked, whole = ctx.saved_tensors
         weighted = share * d_share
-        sums = torch.cat([d_whole, weighted], -1)
-        dist.all_reduce(sums, group=ctx.group)
+        sums = _all_reduce(torch.cat([d_whole, weighted], -1), ctx.group)
         d_whole, over_ranks = sums[..., :-1], sums[..., -1:]
         d_lse = weighted - share * over_ranks + share * (d_whole * (picked - whole)).sum(-1, keepdim=True)
         return d_lse[..., 0], share * d_whole, None, None

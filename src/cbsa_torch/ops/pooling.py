@@ -47,6 +47,20 @@ def representative_grid(grid_size: GridSize, num_representatives: int | Sequence
     A sequence gives that grid whatever the aspect, as in the official code, but at most one cell per token
     along each axis: with ``(8, 8)``, ``(18, 24)`` gives ``(8, 8)``, and ``(5, 40)`` gives ``(5, 8)``, where
     PyTorch's adaptive pooling to 8 x 8 would repeat tokens.
+
+    Args:
+        grid_size: one to three positive integers.
+        num_representatives: M, or the cells along each axis, of the initial guess of Eq. 5.
+
+    Raises:
+        ValueError: no grid, or cells along other axes. TypeError: counts that are not integers.
+
+    Examples:
+        >>> from cbsa_torch.ops import representative_grid
+        >>> representative_grid((14, 14), 64), representative_grid((10, 40), 64)
+        ((8, 8), (4, 16))
+        >>> representative_grid((5, 40), (8, 8))
+        (5, 8)
     """
     grid_size = check_grid(grid_size)
     return _cells(grid_size, check_num_representatives(num_representatives, grid_size))
@@ -81,6 +95,12 @@ def pool_representatives(
         ValueError: a grid that is not one to three positive integers or does not fit ``tokens``, a mask of
             another shape, a count below 1, cells along other axes than those of the grid. TypeError: wrong
             dtypes, counts that are not integers.
+
+    Examples:
+        >>> from cbsa_torch.ops import pool_representatives
+        >>> tokens = torch.arange(16.0).view(1, 1, 16, 1)  # a grid of 4 x 4
+        >>> pool_representatives(tokens, (4, 4), 4).values.flatten()
+        tensor([ 2.5000,  4.5000, 10.5000, 12.5000])
     """
     check_floating("tokens", tokens)
     grid_size = check_grid(grid_size)
@@ -395,11 +415,12 @@ def _bounding_box(
         position, side = torch.arange(line.shape[1], device=real.device), line.shape[1]
         if slab is not None:
             side = slab.grid_size[axis - 1]
-            if axis == 1:  # and a place for slabs without rows
-                position = F.pad(position + slab.rows.start, (0, 1))
-                line = F.pad(line, (0, 1))
-        lows.append(torch.where(line, position, side - 1).amin(-1))
-        highs.append(torch.where(line, position, 0).amax(-1))
+            position = position + (slab.rows.start if axis == 1 else 0)
+        low, high = torch.where(line, position, side - 1), torch.where(line, position, 0)
+        if slab is not None:  # a place for slabs without rows
+            low, high = F.pad(low, (0, 1), value=side - 1), F.pad(high, (0, 1))
+        lows.append(low.amin(-1))
+        highs.append(high.amax(-1))
     low, high = torch.stack(lows, -1), torch.stack(highs, -1)
     if parallel is not None:
         negative, high = largest(torch.stack([-low, high]), parallel.group)

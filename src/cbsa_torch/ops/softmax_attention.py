@@ -23,6 +23,8 @@ def softmax_attention(
 ) -> Tensor:
     """Scaled dot-product attention, softmax(scale * Q K^T) V, by PyTorch's fused kernels.
 
+    Vaswani et al., 2017; of subspaces it is :func:`mssa` (Eq. 9).
+
     Args:
         queries: ``(B, H, N, P)``.
         keys: ``(B, H, K, P)``.
@@ -39,6 +41,12 @@ def softmax_attention(
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import softmax_attention
+        >>> queries, keys = torch.randn(1, 4, 10, 16), torch.randn(1, 4, 30, 16)
+        >>> softmax_attention(queries, keys, torch.randn(1, 4, 30, 8)).shape
+        torch.Size([1, 4, 10, 8])
     """
     if scale is not None:
         check_number("scale", scale)
@@ -98,6 +106,11 @@ def mssa(
 
     Raises:
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import mssa
+        >>> mssa(torch.randn(2, 4, 196, 16)).shape
+        torch.Size([2, 4, 196, 16])
     """
     check_tokens(tokens, token_mask)
     w, _ = real_tokens(tokens, token_mask, tokens.dtype)

@@ -1,4 +1,4 @@
-"""Pi, the weights by which tokens make up a first guess of the representatives.
+"""Pi, the weights by which tokens make up an initial guess of the representatives.
 
 Three forms are worked with: matrices ``(1 or B, M, N)`` over all tokens, with zeros for what does not exist;
 average pooling of a grid, whose matrix is the Kronecker product of one small matrix per axis; and means over

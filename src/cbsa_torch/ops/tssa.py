@@ -49,6 +49,12 @@ def channel_attention(
 
     Raises:
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import channel_attention
+        >>> channel_attention(torch.eye(2).view(1, 1, 2, 2), eps=1.0)  # f(1) = 1 / (1 + 1) in every channel
+        tensor([[[[0.5000, 0.0000],
+                  [0.0000, 0.5000]]]])
     """
     check_positive("eps", eps)
     check_tokens(tokens, token_mask, parallel)
@@ -93,6 +99,11 @@ def tssa(
 
     Raises:
         ValueError: shapes that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import tssa
+        >>> tssa(torch.randn(2, 4, 196, 16)).shape
+        torch.Size([2, 4, 196, 16])
     """
     check_tokens(tokens, token_mask, parallel)
     check_per_head("temperature", temperature, "tokens", tokens)

@@ -33,17 +33,47 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
         ValueError: on every process, where a layer needs all tokens at once, or processes name groups that
             differ.
         TypeError: another model.
+
+    Examples:
+        >>> import timm
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from cbsa_torch.parallel import context_parallel
+        >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))  # under torchrun: of all processes
+        >>> model = context_parallel(timm.create_model("cbt_nano_patch4_32").eval(), mesh["cp"])
+        >>> model(torch.randn(1, 3, 64, 64)).shape  # the same on every rank
+        torch.Size([1, 10])
     """
+    if ranks is None:
+        _set(model, None)
+        return model
+    own, members = None, list[int]()
+    try:
+        group = group_of(ranks)
+        members = dist.get_process_group_ranks(group)
+        _set(model, group)
+    except (TypeError, ValueError) as error:
+        own = error  # which the others, who wait, are told first
+    try:
+        _check_groups(agree(None, members, "" if own is None else f"{type(own).__name__}: {own}"))
+    except ValueError:
+        if own is not None:
+            raise own from None
+        _set(model, None)
+        raise
+    return model
+
+
+def _set(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     if not hasattr(model, "_cp_plan") or not hasattr(model, "set_context_parallel"):
         raise TypeError(
             "model must have a _cp_plan and a method set_context_parallel, as WhiteBoxTransformer and "
             f"TokenSetTransformer have; got {type(model).__name__}"
         )
-    if ranks is None:
-        model.set_context_parallel(None)  # type: ignore[operator]
-        return model
-    group = group_of(ranks)
-    groups = agree(None, dist.get_process_group_ranks(group))
+    model.set_context_parallel(None if group is None else Ranks(group))  # type: ignore[operator]
+
+
+def _check_groups(groups: list[list[int]]) -> None:
+    """Raise unless the processes of every group name that group."""
     for rank, members in enumerate(groups):
         differing = {other: groups[other] for other in members if groups[other] != members}
         if differing:
@@ -51,14 +81,23 @@ def context_parallel(model: M, ranks: DeviceMesh | dist.ProcessGroup | None) -> 
                 f"ranks must be the same group on all its processes: {members} on process {rank}, "
                 f"but {differing}"
             )
-    model.set_context_parallel(Ranks(group))  # type: ignore[operator]
-    return model
 
 
 class ContextParallelStyle(ParallelStyle):
     """:func:`context_parallel` as a style of ``torch.distributed.tensor.parallel.parallelize_module``.
 
     ``parallelize_module(model, mesh["cp"], ContextParallelStyle())``
+
+    Examples:
+        >>> import timm
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from cbsa_torch.parallel import ContextParallelStyle
+        >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
+        >>> model = timm.create_model("cbt_nano_patch4_32")
+        >>> model = parallelize_module(model, mesh["cp"], ContextParallelStyle())
+        >>> model(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

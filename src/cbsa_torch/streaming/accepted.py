@@ -1,13 +1,11 @@
-"""What can be streamed, into what, with how much memory; and the fingerprint of a model."""
+"""What can be streamed, into what, with how much memory."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from typing import Literal, cast
 
-import torch
 from torch import nn
 
 from cbsa_torch._core.checks import check_choice
@@ -27,6 +25,11 @@ def parse_bytes(text: int | str) -> int:
     """A number of bytes, from one or from a text such as ``"500MB"`` or ``"2GiB"``.
 
     Raises ``ValueError`` for other texts and numbers below 1.
+
+    Examples:
+        >>> from cbsa_torch.streaming import parse_bytes
+        >>> parse_bytes("2GiB"), parse_bytes("500MB")
+        (2147483648, 500000000)
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     unit = None if found is None else _UNITS.get(found[2].lower())
@@ -75,19 +78,3 @@ def check_results(
     if "logits" in results and not encoder.global_pool:
         raise ValueError("results: logits need a model with a global_pool; ask for features")
     return set(results)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Of weights, classes of modules and their options."""
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        options = {
-            key: value
-            for key, value in sorted(vars(module).items())
-            if not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple, type(None)))
-        }
-        digest.update(repr((name, type(module).__qualname__, options)).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -11,7 +13,16 @@ import numpy as np
 
 
 class SlicedArray(Protocol):
-    """What is read: ``numpy.memmap``, datasets of h5py and zarr, a memory map of tifffile, your own."""
+    """What is read: ``numpy.memmap``, datasets of h5py and zarr, a memory map of tifffile, your own.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cbsa_torch.streaming import SlicedArray
+        >>> def first_row(array: SlicedArray) -> np.ndarray:
+        ...     return np.asarray(array[:1])
+        >>> first_row(np.zeros((64, 96, 3), np.uint8)).shape
+        (1, 96, 3)
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,12 +46,21 @@ def open_array(path: str | Path) -> SlicedArray:
     Raises:
         ValueError: another ending, or no one array. FileNotFoundError: no such
             file. ImportError: the package that reads it is not installed.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cbsa_torch.streaming import open_array
+        >>> np.save("scan.npy", np.zeros((64, 96, 3), np.uint8))
+        >>> open_array("scan.npy")[:8].shape  # a memory map: nothing else is read
+        (8, 96, 3)
     """
     name, package, inside = _reader(path)
     if package == "numpy":
-        return np.load(name, mmap_mode="r", allow_pickle=False)
+        with _readable(name):
+            return np.load(name, mmap_mode="r", allow_pickle=False)
     if package == "tifffile":
-        return _tiff(name)
+        with _readable(name):
+            return _tiff(name)
     opened = _group(name, package)
     if hasattr(opened, "shape") and not inside:
         return cast(SlicedArray, opened)
@@ -59,6 +79,12 @@ def open_features(path: str | Path) -> tuple[SlicedArray, SlicedArray | None]:
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as :func:`open_array`, and no array ``features``.
+
+    Examples:
+        >>> from cbsa_torch.streaming import open_features
+        >>> features, coords = open_features("slide.h5")
+        >>> features.shape, coords.shape
+        ((50, 16), (50, 2))
     """
     name, package, inside = _reader(path)
     if inside or package not in ("h5py", "zarr"):
@@ -107,7 +133,19 @@ def _tiff(name: str) -> SlicedArray:
 
 def _group(name: str, package: str) -> Any:
     module = importlib.import_module(package)
-    return module.File(name, "r") if package == "h5py" else module.open(name, mode="r")
+    with _readable(name):
+        return module.File(name, "r") if package == "h5py" else module.open(name, mode="r")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Raise ValueError for what packages raise of their own where a file is none of theirs."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
 
 
 def check_array(name: str, array: Any) -> str:
@@ -115,17 +153,27 @@ def check_array(name: str, array: Any) -> str:
     if not hasattr(array, "shape") or not hasattr(array, "dtype") or not hasattr(array, "__getitem__"):
         raise TypeError(f"{name} must have a shape and a dtype and take slices, got {type(array).__name__}")
     try:
-        kind = np.dtype(array.dtype).kind
-    except TypeError:
-        kind = ""
-    if kind not in "uif" or not kind:
-        raise TypeError(f"{name} must hold integers or floating-point numbers of NumPy, got {array.dtype}")
-    return kind
+        dtype = np.dtype(array.dtype)
+    except TypeError:  # another library's
+        dtype = np.dtype(object)
+    if dtype.kind not in ("u", "i", "f") or dtype.itemsize > 8:
+        raise TypeError(
+            f"{name} must hold integers or floating-point numbers of NumPy, of at most 64 bits, got "
+            f"{array.dtype}"
+        )
+    return dtype.kind
 
 
 def read_part(name: str, array: SlicedArray, index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
-    """A part as an array of its own, in memory and writable; raises ValueError if it is not all there."""
-    part = np.array(array[index])
+    """A part as an array of its own, in memory and writable.
+
+    Raises:
+        ValueError: it is not all there, or some of it is masked.
+    """
+    given = array[index]
+    if np.ma.is_masked(given):
+        raise ValueError(f"{name} has masked numbers: fill them first, {type(given).__name__}.filled()")
+    part = np.array(given)
     expected = tuple(side.stop - side.start for side in index)
     if part.shape != expected:
         asked = ", ".join(f"{side.start}:{side.stop}" for side in index)

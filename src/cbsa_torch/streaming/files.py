@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -23,11 +24,23 @@ from torch import Tensor
 
 from cbsa_torch._core.files import remove_temporary_files, write_atomically
 
-STATE, LOCK = "state.safetensors", "lock"
+STATE, LOCK, OWNER = "state.safetensors", "lock", "stream.lock"
 
 
 class StreamError(RuntimeError):
-    """A stream cannot begin or go on: its files, its source or the disk are not as they must be."""
+    """A stream cannot begin or go on: its files, its source or the disk are not as they must be.
+
+    Examples:
+        >>> import numpy as np, timm
+        >>> from cbsa_torch.streaming import StreamError, stream
+        >>> model = timm.create_model("cbt_nano_patch4_32", depth=1).eval()
+        >>> result = stream(model, np.zeros((32, 32, 3), np.uint8), "here")
+        >>> try:
+        ...     stream(model, np.zeros((64, 64, 3), np.uint8), "here")
+        ... except StreamError as error:
+        ...     print("another" in str(error))
+        True
+    """
 
 
 class Rows:
@@ -133,6 +146,76 @@ def told_when_full(path: Path) -> Iterator[None]:
         ) from None
 
 
+class Lock:
+    """A file that one stream holds at a time, also of those of one process; where the disk has no locks, all.
+
+    Args:
+        path: of the file, created where there is none. What is in it stays.
+
+    Raises:
+        StreamError: another stream holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("a+b", buffering=0)
+        try:
+            fcntl: Any = importlib.import_module("fcntl")
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+            self.close()
+            raise StreamError(f"another stream writes to {path.parent}; wait until it ends") from None
+
+    def close(self) -> None:
+        """Let others have it."""
+        self.file.close()
+
+    def remove(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+
+class Owner(Lock):
+    """Whose results a folder holds while they are made: the stream that began last.
+
+    Streams with scratch files in several folders may be told to write to one, and a stream that goes on to
+    write to another than before.
+
+    Args:
+        folder: of the results.
+        state: of the stream.
+
+    Raises:
+        StreamError: they are those of another stream, which may be at work.
+    """
+
+    def __init__(self, folder: Path, state: State) -> None:
+        super().__init__(folder / OWNER)
+        try:
+            self._own(state)
+        except BaseException:
+            self.close()
+            raise
+
+    def _own(self, state: State) -> None:
+        if state.finished == 0:  # nothing was written
+            self.file.truncate(0)
+            _write(self.file, self.path, 0, memoryview(state.name.encode()))
+            return
+        self.file.seek(0)
+        if self.file.read() != state.name.encode():
+            raise StreamError(
+                f"the scratch files in {state.folder} are of a stream into another folder than "
+                f"{self.path.parent}, or one that was begun there later; give that folder, or another scratch"
+            )
+
+
 class State:
     """What a stream goes on from, in a folder of scratch files that is its own.
 
@@ -144,14 +227,16 @@ class State:
 
     Attributes:
         finished: sweeps that are done. tensors: what the next ones need beside the tokens.
+        name: of this stream alone, by which its results are known.
 
     Raises:
-        StreamError: a folder that is not its own, or that another process writes to.
+        StreamError: a folder that is not its own, or that another stream writes to.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, str]) -> None:
         self.folder, self.fingerprint = folder, fingerprint
         self.finished, self.tensors = 0, dict[str, Tensor]()
+        self.name = uuid.uuid4().hex
         self.path = folder / STATE
         if folder.exists() and not folder.is_dir():
             raise StreamError(f"scratch must be a folder, and {folder} is a file")
@@ -162,8 +247,7 @@ class State:
                 f"scratch must be an empty folder, or one of this stream; {folder} holds {others[0]}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = (folder / LOCK).open("ab")
-        self._lock()
+        self.lock = Lock(folder / LOCK)
         try:
             if self.path.is_file():
                 remove_temporary_files(folder)
@@ -174,17 +258,6 @@ class State:
             self.close()
             raise
 
-    def _lock(self) -> None:
-        try:
-            fcntl: Any = importlib.import_module("fcntl")
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise StreamError(f"another process streams into {self.folder}; wait until it ends") from None
-
     def _load(self) -> None:
         data = self.path.read_bytes()
         try:
@@ -192,6 +265,7 @@ class State:
             length = int.from_bytes(data[:8], "little")
             record = json.loads(data[8 : 8 + length])["__metadata__"]
             theirs, finished = json.loads(record["fingerprint"]), int(record["finished"])
+            self.name = str(record["name"])
         except Exception as error:  # whatever is wrong with a file that another program wrote
             raise StreamError(f"{self.path} is not the state of a stream ({error}); remove it") from None
         differ = differences(theirs, self.fingerprint)
@@ -204,7 +278,11 @@ class State:
 
     def save(self, finished: int, tensors: dict[str, Tensor]) -> None:
         """Note that so many sweeps are done, all or nothing."""
-        record = {"fingerprint": json.dumps(self.fingerprint), "finished": str(finished)}
+        record = {
+            "fingerprint": json.dumps(self.fingerprint),
+            "finished": str(finished),
+            "name": self.name,
+        }
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         with told_when_full(self.path):
             write_atomically(self.path, save(own, record))
@@ -218,8 +296,7 @@ class State:
         """Remove the folder, with these files of it."""
         for path in (*files, self.path):
             path.unlink(missing_ok=True)
-        (self.folder / LOCK).unlink(missing_ok=True)
-        self.close()
+        self.lock.remove()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 

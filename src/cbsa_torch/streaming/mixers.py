@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch import ops
-from cbsa_torch._core.linear import call_changes
+from cbsa_torch._core.linear import call_changes, is_plain_linear
 from cbsa_torch._core.precision import compute_dtype, solve_dtype
 from cbsa_torch._core.types import CellPooling, Cells, GridPooling, GridSize
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, Coordinates, LinearCBSA, TokenMixer
@@ -110,6 +110,7 @@ class _Represented(Gathered):
         self.scale = mixer.head_dim**-0.5
         self.pooling: GridPooling | CellPooling | None = None
         self.running: RunningExtraction | None = None
+        self.dtype: torch.dtype | None = None  # of what is pooled
         if type(strategy) is PooledRepresentatives:
             first = num_prefix_tokens if mixer.layout == "standard" else 0
             self.pooling, self.count = _pooling(strategy, place, first)
@@ -122,14 +123,15 @@ class _Represented(Gathered):
                 "they may need all tokens at once; 'pool' and 'learned' do not"
             )
         self.mixer: CBSA | AgentAttention = mixer
-        # Averages and linear layers commute: tokens are pooled, then projected.
-        self.pools_queries = not isinstance(mixer.q_norm, nn.Identity)
+        # Averages and linear layers commute: tokens are pooled, then projected. What hooks and adapters make of
+        # a layer need not be linear.
+        self.pools_queries = not (isinstance(mixer.q_norm, nn.Identity) and is_plain_linear(mixer.qkv))
 
     def add(self, x: Tensor, place: slice) -> None:
         """First pool, then extract."""
         if self.pooling is not None and "representatives" not in self.saved:
             rows = _heads(self.mixer, x).queries.transpose(1, 2).flatten(2) if self.pools_queries else x
-            rows = _wide(rows)
+            self.dtype, rows = rows.dtype, _wide(rows)
             self._sum("pooled", columns(self.pooling, place, rows)[0] @ rows)
             return
         heads = _heads(self.mixer, x)
@@ -142,7 +144,7 @@ class _Represented(Gathered):
     def finish(self) -> None:
         """Keep the pooled representatives, or what was extracted."""
         if self.running is None:
-            pooled = self.saved.pop("pooled").to(next(self.mixer.parameters()).dtype)
+            pooled = self.saved.pop("pooled").to(dtype=self.dtype)
             if self.pools_queries:
                 queries = pooled.unflatten(-1, (self.mixer.num_heads, -1)).transpose(1, 2)
             else:
@@ -173,7 +175,7 @@ class _Represented(Gathered):
 
 
 class GatheredCBSA(_Represented):
-    """CBSA: (pooled first guesses,) extracted representatives, contraction, broadcast; certified steps, too."""
+    """CBSA: (pooled initial guesses,) extraction, contraction, broadcast; certified steps, too."""
 
     mixer: CBSA
 
@@ -382,9 +384,12 @@ def gathered(name: str, mixer: nn.Module, length: int, place: Place, num_prefix_
     if kind not in _GATHERED:
         known = ", ".join(known.__name__ for known in _GATHERED)
         raise ValueError(f"{name} is {kind.__name__}, which cannot be streamed; these can: {known}")
-    change = call_changes(mixer)
-    if change:
-        raise ValueError(f"{name} cannot be streamed: {change}, which would not act; remove it")
+    for part in (mixer, getattr(mixer, "representatives", None)):
+        change = "" if part is None else call_changes(part)
+        if change:
+            raise ValueError(
+                f"{name} cannot be streamed: of {type(part).__name__} {change}, which would not act; remove it"
+            )
     try:
         return _GATHERED[kind](mixer, length, place, num_prefix_tokens)  # type: ignore[arg-type]
     except ValueError as error:

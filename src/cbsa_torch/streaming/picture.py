@@ -58,11 +58,11 @@ def draw_places(array: Path, coords: np.ndarray[Any, Any], picture: Path) -> Non
 
 
 def _write(values: np.ndarray[Any, Any], picture: Path, there: np.ndarray[Any, Any] | None = None) -> None:
-    """In grey, from black (the lowest percent) to white (the highest), black where nothing is there."""
-    low, high = np.percentile(values if there is None else values[there], [1, 99])
+    """In grey, from black (the lowest percent) to white (the highest), black where nothing is there, or NaN."""
+    there = np.isfinite(values) if there is None else there & np.isfinite(values)
+    low, high = np.percentile(values[there], [1, 99]) if there.any() else (0.0, 1.0)
     grey = np.clip((values - low) / max(high - low, np.finfo(np.float64).tiny), 0, 1)
-    if there is not None:
-        grey = np.where(there, grey, 0)
+    grey = np.where(there, grey, 0)
     image = Image.fromarray((255 * grey).round().astype(np.uint8))
     larger = max(1, LARGEST // (2 * max(image.size)))
     image = image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)

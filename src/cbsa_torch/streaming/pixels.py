@@ -18,6 +18,7 @@ from cbsa_torch._core.precision import compute_dtype
 from cbsa_torch.models.resize import resize
 from cbsa_torch.models.whitebox import WhiteBoxTransformer
 from cbsa_torch.nn import ConvStem, LinearStem
+from cbsa_torch.nn.stem import check_rows
 from cbsa_torch.streaming.accepted import MARGIN
 from cbsa_torch.streaming.arrays import SlicedArray, check_array, file_facts, read_part
 from cbsa_torch.streaming.picture import draw_map
@@ -61,10 +62,12 @@ class Pixels:
                 raise ValueError(
                     f"{name} must have one number for each of {in_chans} channels, got {len(values)}"
                 )
+            if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
+                raise ValueError(f"{name} must be finite{' and positive' * (name == 'std')}, got {values}")
         self.size = (sides[0], sides[1])
         self.in_chans, self.flat = in_chans, flat
         self.largest = 1.0 if kind == "f" else float(np.iinfo(array.dtype).max)
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
 
     def read(self, rows: slice, like: Tensor) -> Tensor:
         """``(1, in_chans, rows, width)`` in the dtype and on the device of ``like``."""
@@ -122,6 +125,11 @@ class PixelEmbedding:
         stem = model.stem
         if type(stem) not in (ConvStem, LinearStem) or call_changes(stem):
             raise ValueError(f"stem must be ConvStem or LinearStem without hooks, got {type(stem).__name__}")
+        check_rows(stem)
+        if any(getattr(part, "running_mean", part) is None for part in stem.modules()):
+            raise ValueError(
+                "stem must have batch norms with running statistics: others take those of the whole image"
+            )
         self.patch = stem.patch_size
         self.place = self.grid_size = stem.grid_size(padded)
         # An output row needs 2^k - 1 rows above its patch of 2^k, and none below; without a stride one of each.
@@ -149,7 +157,9 @@ class PixelEmbedding:
 
     def prefix(self) -> Tensor:
         """The class token with its position, ``(1, 1, C)``."""
-        return self.model.cls_token + self.model.pos_embed[:, : self.model.num_prefix_tokens]
+        return self.model.pos_drop(
+            self.model.cls_token + self.model.pos_embed[:, : self.model.num_prefix_tokens]
+        )
 
     def tokens(self, place: slice) -> Tensor:
         """Those of whole rows, ``(1, rows * width, C)``, positions added."""
@@ -162,7 +172,7 @@ class PixelEmbedding:
             missing = min(bottom * self.patch, self.padded[0]) - read.stop
             image = torch.nn.functional.pad(image, (0, self.padded[1] - width, 0, missing))
         tokens = self.model.stem(image)[:, :, rows.start - top :][:, :, : rows.stop - rows.start]
-        return tokens.flatten(2).transpose(1, 2) + self._positions(rows)
+        return self.model.pos_drop(tokens.flatten(2).transpose(1, 2) + self._positions(rows))
 
     def _positions(self, rows: slice) -> Tensor:
         first, width = self.model.num_prefix_tokens, self.grid_size[1]

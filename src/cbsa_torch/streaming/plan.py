@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cbsa_torch._core.fingerprint import model_fingerprint
 from cbsa_torch._core.linear import call_changes
 from cbsa_torch._core.precision import compute_dtype
-from cbsa_torch.streaming.accepted import MARGIN, check_results, model_fingerprint, parts_of
+from cbsa_torch.models.segmentation.decoder import DecoderLayer
+from cbsa_torch.nn import ResidualBlock, WhiteBoxBlock
+from cbsa_torch.streaming.accepted import MARGIN, check_results, parts_of
 from cbsa_torch.streaming.mixers import Gathered, Place, gathered
 
 CHUNK = 8192
 """The most tokens in a chunk: more would not be faster."""
 TILE_CHUNKS = 4
 """The most chunks that are embedded at once."""
+_BLOCKS = (WhiteBoxBlock, ResidualBlock, DecoderLayer)
 _COST = {"embed": 2.0, "gather": 1.0, "update": 2.0, "labels": 2.0}
 """Of a token in a sweep, for the time that is left."""
 
@@ -152,10 +156,15 @@ class Plan:
         length = prefix + math.prod(self.grid_size)
         layers = []
         for i, block in enumerate(blocks):
+            if type(block) not in _BLOCKS:
+                known = ", ".join(kind.__name__ for kind in _BLOCKS)
+                raise ValueError(
+                    f"{name}.{i} is {type(block).__name__}, which cannot be streamed; these can: {known}"
+                )
             change = call_changes(block)
             if change:
                 raise ValueError(f"{name}.{i} cannot be streamed: {change}, which would not act; remove it")
-            norm = block.norm if hasattr(block, "norm") else block.norm1
+            norm = block.norm if type(block) is DecoderLayer else block.norm1
             part = gathered(f"{name}.{i}.attn", block.attn, length, self.embedding.place, prefix)
             layers.append(Layer(block, norm, part))
         numbers = max(10 * dim + _widest(each.block) + each.gathered.numbers_per_token for each in layers)

@@ -14,10 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_torch._core.files import write_atomically
+from cbsa_torch._core.precision import no_autocast
 from cbsa_torch.models import TokenSetTransformer
 from cbsa_torch.streaming.accepted import Result, parse_bytes, parts_of
 from cbsa_torch.streaming.arrays import SlicedArray
-from cbsa_torch.streaming.files import STATE, State, StreamError, check_space, differences, told_when_full
+from cbsa_torch.streaming.files import (
+    OWNER,
+    STATE,
+    Lock,
+    Owner,
+    State,
+    StreamError,
+    check_space,
+    differences,
+    told_when_full,
+)
 from cbsa_torch.streaming.pixels import Channels, PixelEmbedding, Pixels, padded_size
 from cbsa_torch.streaming.plan import Plan
 from cbsa_torch.streaming.sets import FeatureEmbedding
@@ -27,11 +38,20 @@ from cbsa_torch.streaming.sweeps import Sweeps
 Progress = Callable[[float, float, str], None]
 """Called after each chunk with the work done, all work, and what is being done."""
 
-DONE = "result.json"
+DONE, PICTURE = "result.json", "map.png"
 
 
 class StreamResult(NamedTuple):
-    """What a stream made."""
+    """What a stream made.
+
+    Examples:
+        >>> import numpy as np, timm
+        >>> from cbsa_torch.streaming import stream
+        >>> model = timm.create_model("cbt_nano_patch4_32", depth=1).eval()
+        >>> result = stream(model, np.zeros((64, 96, 3), np.uint8), "map", results=["map"])
+        >>> result.files["map"].name, np.load(result.files["map"]).shape
+        ('map.npy', (4, 16, 24))
+    """
 
     folder: Path
     """Where the files are."""
@@ -97,33 +117,43 @@ def stream(
     Raises:
         ValueError, TypeError: a model, an image or options that cannot be streamed; nothing is read then.
         StreamError: a disk without room, files of another stream, an image or a model that changed.
+
+    Examples:
+        >>> import numpy as np, timm
+        >>> from cbsa_torch.streaming import stream
+        >>> scan = np.zeros((64, 96, 3), np.uint8)  # or open_array("scan.npy")
+        >>> model = timm.create_model("cbt_nano_patch4_32", depth=1).eval()
+        >>> result = stream(model, scan, "out", memory="100MB")
+        >>> result.grid_size, result.logits.shape
+        ((16, 24), torch.Size([1, 10]))
     """
     encoder, decoder = parts_of(model)
-    budget, size = parse_bytes(memory), None
-    embedding: PixelEmbedding | FeatureEmbedding
-    if isinstance(encoder, TokenSetTransformer):
-        if channels != "last" or mean or std:
-            raise ValueError("channels, mean and std are of images, and the model takes sets of features")
-        embedding = FeatureEmbedding(encoder, source, coords, budget)
-    else:
-        if coords is not None:
-            raise ValueError("coords are of sets of features, and the model takes images")
-        pixels = Pixels(source, channels, encoder.in_chans, mean, std)
-        size = pixels.size
-        padded = size if decoder is None else padded_size(size, encoder.stem.patch_size)
-        embedding = PixelEmbedding(encoder, pixels, padded)
-    plan = Plan(
-        model,
-        embedding,
-        size=size,
-        results=results,
-        layer=layer,
-        budget=budget,
-        scratch_dtype=scratch_dtype,
-    )
-    folder = Path(folder)
-    run = _Run(plan, folder, folder / "scratch" if scratch is None else Path(scratch))
-    return run.run(progress)
+    with no_autocast(encoder.cls_token):
+        budget, size = parse_bytes(memory), None
+        embedding: PixelEmbedding | FeatureEmbedding
+        if isinstance(encoder, TokenSetTransformer):
+            if channels != "last" or mean or std:
+                raise ValueError("channels, mean and std are of images, and the model takes sets of features")
+            embedding = FeatureEmbedding(encoder, source, coords, budget)
+        else:
+            if coords is not None:
+                raise ValueError("coords are of sets of features, and the model takes images")
+            pixels = Pixels(source, channels, encoder.in_chans, mean, std)
+            size = pixels.size
+            padded = size if decoder is None else padded_size(size, encoder.stem.patch_size)
+            embedding = PixelEmbedding(encoder, pixels, padded)
+        plan = Plan(
+            model,
+            embedding,
+            size=size,
+            results=results,
+            layer=layer,
+            budget=budget,
+            scratch_dtype=scratch_dtype,
+        )
+        folder = Path(folder)
+        run = _Run(plan, folder, folder / "scratch" if scratch is None else Path(scratch))
+        return run.run(progress)
 
 
 class _Run:
@@ -151,9 +181,12 @@ class _Run:
         plan, state = self.plan, State(self.scratch, self.plan.fingerprint)
         files.callback(state.close)
         outputs = [self.folder / f"{name}.npy" for name in self.arrays]
-        taken = [path for path in outputs if path.exists()]
+        drawn = [self.folder / PICTURE] if "map" in self.arrays else []
+        taken = [path for path in (*outputs, *drawn) if path.exists()]
         if taken and state.finished == 0:
             raise StreamError(f"{taken[0]} is there already; give another folder for the results")
+        owner = Owner(self.folder, state)
+        files.callback(owner.close)
         size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.arrays.values())
         parts = [path.with_name(f"{path.name}.part") for path in outputs]
         scratch = self.scratch, sum(self.paths.values()), self.paths
@@ -170,7 +203,7 @@ class _Run:
                     progress(min(work, total), total, name)
             state.save(i + 1, sweeps.to_save(i + 1))
         if "map" in self.arrays:
-            plan.embedding.draw(self.folder / "map.npy", self.folder / "map.png")
+            plan.embedding.draw(self.folder / "map.npy", self.folder / PICTURE)
         record = {
             "fingerprint": plan.fingerprint,
             "grid_size": plan.grid_size,
@@ -178,12 +211,15 @@ class _Run:
         }
         write_atomically(self.folder / DONE, json.dumps(record, indent=2).encode())
         state.remove(self.paths)
+        owner.remove()
 
     def _clean(self) -> None:
         """Remove what a process left that was killed at its very end."""
         with suppress(StreamError):  # another stream's by now
             if (self.scratch / STATE).is_file():
                 State(self.scratch, self.plan.fingerprint).remove(self.paths)
+            if (self.folder / OWNER).is_file():
+                Lock(self.folder / OWNER).remove()
 
     def _finished(self) -> StreamResult | None:
         """What was made before, if all of it was."""
@@ -199,8 +235,11 @@ class _Run:
             differ = " and ".join(differences(theirs, self.plan.fingerprint))
             raise StreamError(f"{self.folder} holds results of another {differ}; give another folder")
         files = {name: self.folder / f"{name}.npy" for name in self.arrays}
+        missing = [path for path in files.values() if not path.exists()]
+        if missing:
+            raise StreamError(f"{missing[0]} was made and is gone; remove {path}, or give another folder")
         logits = torch.from_numpy(np.load(files["logits"])) if "logits" in files else None
-        picture = self.folder / "map.png"
+        picture = self.folder / PICTURE
         if "map" in files and picture.exists():
             files["picture"] = picture
         return StreamResult(self.folder, self.plan.grid_size, logits, files, record["scratch_bytes"])

@@ -88,6 +88,8 @@ class FeatureEmbedding:
         assert self.coords is not None, "given"
         index = tuple(slice(0, int(side)) for side in self.coords.shape)
         numbers = read_part("coords", self.coords, index).reshape(self.length, -1)
+        if numbers.dtype.kind == "u" and numbers.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"coords must be below 2^63, got {numbers.max()}")
         return numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64)
 
     def _rows(self, place: slice) -> np.ndarray[Any, Any]:

@@ -3,7 +3,7 @@
 The source is embedded tile by tile. Then each layer is told all its tokens, chunk by chunk, as often as its
 mixer needs (:mod:`cbsa_torch.streaming.mixers`), and updates them; the last of these sweeps feeds the first of
 the next layer. So CBSA takes two sweeps per layer: one extracts, one broadcasts, applies the feed-forward and
-pools the next layer's first guesses.
+pools the next layer's initial guesses.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Sweeps:
             if drawn is not None:
                 self._draw(drawn, layer.gathered.map_row(normed, place), place, stage)
             if not (isinstance(ending, Encoded) and ending.needs_nothing):
-                x = layer.block.apply_update(x, normed, layer.gathered.update(normed, place))
+                update = layer.block.attn.proj_drop(layer.gathered.update(normed, place))
+                x = layer.block.apply_update(x, normed, update)
             if target is not None:
                 self.store.hand_on(target, stage, x, place.start, sweep.layer + 1)
             elif ending is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,14 @@ FOLDERS = ("folder", "", "torch/folder", "torch/image_folder")
 
 @dataclass
 class ModelConfig:
-    """The model."""
+    """The model.
+
+    Examples:
+        >>> from cbsa_torch.train import ModelConfig
+        >>> config = ModelConfig("cbt_small_patch16_224", args={"contraction": "exact"})
+        >>> config.init_from is None  # trained from scratch
+        True
+    """
 
     name: str = "cbt_tiny_patch16_224"
     """A timm model name; `cbsa list` shows ours."""
@@ -68,6 +76,11 @@ class DataSource:
     """Processes that read images; 0: the training process itself."""
 
 
+def usual_workers() -> int:
+    """``data.workers`` where nothing says how many: no more than there are cores, which PyTorch warns of."""
+    return min(DataSource.workers, os.cpu_count() or 1)
+
+
 @dataclass
 class ImageSource(DataSource):
     """The settings that every kind of images has."""
@@ -84,7 +97,13 @@ class ImageSource(DataSource):
 
 @dataclass
 class DataConfig(ImageSource):
-    """The images and their augmentation."""
+    """The images and their augmentation.
+
+    Examples:
+        >>> from cbsa_torch.train import DataConfig
+        >>> DataConfig(root="photos", crop_scale=(0.5, 1.0)).crop_ratio
+        (0.75, 1.3333)
+    """
 
     name: str = "folder"
     """"digits" (embedded), "animals28" or "emoji64" (`cbsa data fetch`), "folder", "flowers102" or "pets", or a
@@ -122,7 +141,13 @@ class DataConfig(ImageSource):
 
 @dataclass
 class OptimConfig:
-    """The optimiser and its schedule."""
+    """The optimiser and its schedule.
+
+    Examples:
+        >>> from cbsa_torch.train import OptimConfig
+        >>> OptimConfig("adamw", lr=1e-3, epochs=30, warmup_epochs=2).batch_size
+        256
+    """
 
     name: str = "lion"
     """Any timm optimiser, e.g. "lion" (the paper's for ImageNet) or "adamw"."""
@@ -159,7 +184,13 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
-    """How it is computed; Accelerate chooses devices and processes (`accelerate launch`)."""
+    """How it is computed; Accelerate chooses devices and processes (`accelerate launch`).
+
+    Examples:
+        >>> from cbsa_torch.train import EngineConfig
+        >>> EngineConfig(precision="bf16", accumulate=4, tracker="none").keep_states
+        2
+    """
 
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
@@ -211,7 +242,14 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig(RunConfig):
-    """Train an image classifier."""
+    """Train an image classifier.
+
+    Examples:
+        >>> from cbsa_torch.train import DataConfig, TrainConfig
+        >>> config = TrainConfig(output="runs/photos", data=DataConfig(root="photos"))
+        >>> config.optim.name, config.seed
+        ('lion', 0)
+    """
 
     task: ClassVar[str] = "classification"
     """Its name."""
@@ -347,11 +385,6 @@ def check_config(config: RunConfig) -> None:
         (threads is None or 1 <= threads <= 4096, "engine.threads must be in [1, 4096]", threads),
         (config.engine.accumulate >= 1, "engine.accumulate must be at least 1", config.engine.accumulate),
         (shared >= 1, "engine.context_parallel must be at least 1", shared),
-        (
-            shared == 1 or not config.engine.compile,
-            "engine.context_parallel must be 1 with engine.compile: inductor is not tested with it",
-            shared,
-        ),
         (
             not (native and config.engine.compile),
             "engine.compile must be off with data.native: it would compile every size anew",

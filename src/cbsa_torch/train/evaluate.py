@@ -14,7 +14,8 @@ from cbsa_torch._core.checks import some_of
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.models.hub import open_weights, weights_path
-from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig
+from cbsa_torch.models.shipped import SHIPPED, results_folder
+from cbsa_torch.train.config import DataConfig, DataSource, ModelConfig, TrainConfig, usual_workers
 from cbsa_torch.train.data import (
     OpenedSplit,
     class_names_of,
@@ -40,18 +41,29 @@ def open_trained(
     """Load the weights file of a run folder (the epoch that ``optim.keep`` says), or any weights file.
 
     Args:
-        checkpoint: a run folder or a file. Files that no run wrote (released checkpoints of the official code,
-            plain state dicts) do not say their classes: those are the data's, in their order.
-        model: name in timm of the model that a plain state dict is of; other files say it.
+        checkpoint: a run folder, a file, or the name of weights that come with the package. Files that no run
+            wrote (released checkpoints of the official code, plain state dicts) do not say their classes:
+            those are the data's, in their order.
+        model: name in timm of the model that a plain state dict is of. Default: what the file says.
         model_args: its constructor arguments, where they are not the defaults.
-        data: the images and classes for a file that no run wrote.
-        split: the one of ``data`` that will be used: a folder needs no other.
+        data: the images and classes for a file that no run wrote; None for files of runs.
+        split: the one of ``data`` that will be used: a folder needs no other. Default: test, else validation.
 
     Raises:
         FileNotFoundError: nothing is there. CheckpointError: weights of an unknown kind, or damaged, or without
             classes, and ``data`` are not given. DataError: data of another number of classes.
+
+    Examples:
+        >>> from cbsa_torch.train import open_trained
+        >>> trained = open_trained("runs/photos")
+        >>> trained.class_names, trained.model(torch.randn(1, 3, 32, 32)).shape
+        (['blue', 'green', 'red'], torch.Size([1, 3]))
     """
     path = weights_path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: `cbsa train` makes one; {', '.join(SHIPPED)} comes with the package"
+        )
     opened, info = open_weights(path, model, model_args)
     if "config" not in info:
         if data is None:
@@ -62,7 +74,9 @@ def open_trained(
         return _with_classes_of(data, split, opened, info, path)
     try:
         fed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["input"].items()}
-        task = task_of(read_config(info["config"], f"{path}: config"))
+        # a published file does not say with how many workers it was trained
+        config = {**info["config"], "data": {"workers": usual_workers(), **info["config"].get("data", {})}}
+        task = task_of(read_config(config, f"{path}: config"))
         return Trained(opened, task.spec_type(**fed), list(info["class_names"]), task, info, path)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by a training run: no {error} in it") from error
@@ -165,14 +179,24 @@ def evaluate_checkpoint(
         batch_size: images (of segmenters: windows) in a forward pass; the result does not depend on it.
             Default: 256, for segmenters as in validation.
         windows: how a segmenter sees whole images. Default: as in validation.
-        output: the JSON file. Default: beside the weights; with several scales or flips its name ends in
-            ``_multi_scale.json``.
+        output: the JSON file. Default: beside the weights (of those that come with the package in
+            ``runs/NAME``); with several scales or flips its name ends in ``_multi_scale.json``.
 
     Returns:
         The task's :class:`~cbsa_torch.train.tasks.base.EvalResult`, e.g. with ``top1`` of a classifier.
 
     Raises:
         ConfigError, DataError, CheckpointError, FileNotFoundError: what was asked for cannot work.
+
+    Examples:
+        >>> from cbsa_torch.train import evaluate_checkpoint
+        >>> measured = evaluate_checkpoint("runs/photos", split="test")
+        test: 12 images (blue 4, green 4, red 4)
+        train is photos/train
+        val is photos/val
+        test is photos/test
+        >>> measured.images, 0 <= measured.top1 <= 1
+        (12, True)
     """
     trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint).fused()
     if data is not None:
@@ -180,7 +204,7 @@ def evaluate_checkpoint(
     windows = WindowOptions() if windows is None else windows
     trained.task.check_options(windows)
     name = f"eval_{split}{'_multi_scale' if windows.multi_scale else ''}.json"
-    output = trained.path.parent / name if output is None else Path(output)
+    output = results_folder(trained.path) / name if output is None else Path(output)
     skipped = output.with_suffix(".skipped.txt")
     opened = trained.task.open_split(trained.spec.mode, trained.class_names, split, skipped)
     return evaluate_split(trained, opened, skipped, batch_size=batch_size, windows=windows, output=output)
@@ -217,6 +241,12 @@ def predict_images(
     Raises:
         ConfigError: options that cannot work or have no effect for the model, two images of one name, masks
             that are there already; nothing was written then. DataError: an image that cannot be read.
+
+    Examples:
+        >>> from cbsa_torch.train import predict_images
+        >>> (prediction,) = predict_images("runs/photos", ["photos/test/red/red_0.png"], top=2)
+        >>> len(prediction.classes), prediction.probabilities[0] >= prediction.probabilities[1]
+        (2, True)
     """
     trained = checkpoint if isinstance(checkpoint, Trained) else open_trained(checkpoint).fused()
     seen = WindowOptions() if windows is None else windows

@@ -15,8 +15,9 @@ from torch import nn
 
 from cbsa_torch._core.text import readable
 from cbsa_torch.models.checkpoint import load_checkpoint, save_checkpoint
-from cbsa_torch.models.hub import WEIGHTS, explained, timm_config, weights_path
+from cbsa_torch.models.hub import explained, timm_config, weights_path
 from cbsa_torch.models.registry import FAMILIES
+from cbsa_torch.models.shipped import WEIGHTS
 from cbsa_torch.models.token_set_registry import token_set_names
 from cbsa_torch.train.config import TrainConfig, flat
 from cbsa_torch.train.registry import TASKS
@@ -52,6 +53,15 @@ def save_for_hub(
         model: the module.
         info: its description, as of :func:`cbsa_torch.models.load_checkpoint`.
         card: text of the card. Default: made from ``info``.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cbsa_torch.models import load_checkpoint
+        >>> from cbsa_torch.train import save_for_hub
+        >>> model, info = load_checkpoint("runs/photos/model.safetensors")
+        >>> save_for_hub("to_upload", model, info)
+        >>> sorted(path.name for path in Path("to_upload").iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
     """
     folder, info = Path(folder), published(info)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +96,11 @@ def push_to_hub(
     Raises:
         HubError: no network, not logged in, no permission, or not a name of a repository.
         FileNotFoundError, CheckpointError: the checkpoint cannot be read.
+
+    Examples:
+        >>> from cbsa_torch.train import push_to_hub
+        >>> push_to_hub("runs/photos", "me/photos", private=True)
+        'https://huggingface.co/me/photos/commit/1'
     """
     path = weights_path(checkpoint)
     model, info = load_checkpoint(path)

@@ -59,7 +59,13 @@ def cross_entropy(
 
 @dataclass
 class DistillConfig:
-    """What the adapted model learns from the original besides the labels. The loss is the weighted sum."""
+    """What the adapted model learns from the original besides the labels. The loss is the weighted sum.
+
+    Examples:
+        >>> from cbsa_torch.train import DistillConfig
+        >>> DistillConfig(labels=0.5, logits=0.5).wanted
+        True
+    """
 
     labels: float = 1.0
     """Weight of the cross-entropy against the labels; 0: only the teacher counts."""

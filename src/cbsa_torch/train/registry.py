@@ -71,6 +71,12 @@ def load_config(source: str | Path, task: str | None = None) -> Any:
 
     Raises:
         ConfigError: there is none, it cannot be read, or it is of another task.
+
+    Examples:
+        >>> from cbsa_torch.train import load_config
+        >>> config = load_config("digits")
+        >>> config.model.name, config.optim.epochs
+        ('cbt_pico_patch1_8', 80)
     """
     if str(source) in recipe_names():
         content, name = (RECIPES / f"{source}.yaml").read_bytes(), f"recipe {source}"

@@ -168,7 +168,8 @@ def prepare(task: Task, folder: RunFolder, accelerator: Accelerator, stop: StopR
     if config.optim.ema_decay is not None:
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True, device=accelerator.device)
     if config.engine.compile:
-        model.compile()
+        # torch (2.14) cannot compile the exchanges of context parallel with sizes left open
+        model.compile(dynamic=None if replica.group is None else False)
     parameters = sum(p.numel() for p in model.parameters())
     reporter.say(
         f"{config.model.name}: {parameters:,} parameters; {config.data.name}: "

@@ -27,7 +27,13 @@ from cbsa_torch.train.tasks.base import EvalResult
 
 
 class TrainResult(NamedTuple):
-    """The outcome of a run."""
+    """The outcome of a run.
+
+    Examples:
+        >>> from cbsa_torch.train import TrainResult
+        >>> TrainResult(folder="runs/new", best_epoch=3, best_score=0.98).best_score  # as train(config) returns
+        0.98
+    """
 
     folder: Path
     best_epoch: int
@@ -45,6 +51,20 @@ def train(config: RunConfig) -> TrainResult:
         ConfigError, DataError, RunFolderError, CheckpointError: what was asked for cannot work.
         NonFiniteLossError: the loss became NaN or infinite; the last training state is from before.
         InterruptedRun: SIGINT or SIGTERM came; the state was saved, and calling again goes on from there.
+
+    Examples:
+        >>> from cbsa_torch.train import DataConfig, ModelConfig, OptimConfig, TrainConfig, train
+        >>> config = TrainConfig(
+        ...     output="runs/new",
+        ...     model=ModelConfig("cbt_pico_patch1_8", args={"depth": 1}),
+        ...     data=DataConfig(root="photos", workers=0),
+        ...     optim=OptimConfig("adamw", batch_size=12, epochs=1, warmup_epochs=0),
+        ... )
+        >>> train(config).folder
+        classes: 3 (blue, green, red)
+        ...
+        best validation accuracy: ... in epoch 1
+        PosixPath('runs/new')
     """
     check_config(config)
     task = task_of(config)
@@ -210,9 +230,11 @@ def train_one_epoch(session: Session, progress: Progress, batches: Iterable[Any]
             optimizer.zero_grad()
         progress.seconds += time.perf_counter() - before
         if accelerator.sync_gradients:
-            progress.loss += total
-            progress.targets += everyone
-            progress.images += images_seen / session.config.engine.context_parallel
+            # processes that share images have counted the same ones; how many do may change when a run goes on
+            shared = session.config.engine.context_parallel
+            progress.loss += total / shared
+            progress.targets += everyone / shared
+            progress.images += images_seen / shared
             progress.lr = optimizer.param_groups[0]["lr"]
             progress.step += 1
             if session.ema is not None:

@@ -1,4 +1,4 @@
-"""Folders of any layout are read by the rules that docs/use/training.md states, or refused: these rules, written again."""
+"""Folders of any layout are read by the rules that docs/reference/data.md states, or refused: these rules, written again."""
 
 from __future__ import annotations
 

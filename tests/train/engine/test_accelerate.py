@@ -101,17 +101,21 @@ def test_processes_train_and_evaluate_like_one(digits, alone, tmp_path, count):
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["copies", "sharded"])
 def test_processes_that_share_the_rows_of_images_train_like_one(digits, alone, tmp_path, fsdp):
+    """And one that goes on with the run, in the middle of an epoch."""
     digits.engine.context_parallel, digits.engine.fsdp = 2, fsdp
+    digits.engine.save_steps, digits.engine.keep_states = 3, 9
     processes.train(2, digits)
     assert_same_curve(digits, alone)
     torch.testing.assert_close(last(digits)["model"], last(alone)["model"], rtol=1e-4, atol=1e-5)
+    for path in states(digits)[:-1]:  # keeps that of step 3
+        path.unlink()
+    digits.engine.context_parallel, digits.engine.fsdp, digits.accept_changes = 1, False, True
+    train(digits)
+    assert_same_curve(digits, alone)
 
 
 def test_context_parallel_that_cannot_work_is_refused_on_every_process(digits):
-    digits.engine.context_parallel, digits.engine.compile = 2, True
-    with pytest.raises(ConfigError, match=r"context_parallel must be 1 with engine.compile"):
-        train(digits)
-    digits.engine.compile = False
+    digits.engine.context_parallel = 2
     with pytest.raises(ConfigError, match=r"engine.context_parallel \(2\) must divide .* processes, 1"):
         train(digits)
     digits.model = ModelConfig("crate_tiny_patch16_224", image_size=32)
@@ -199,10 +203,11 @@ def bases_with_a_certificate(config, kind):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_in_two_processes(digits, tmp_path):
+@pytest.mark.parametrize("shared", [1, 2], ids=["whole images", "rows shared"])
+def test_a_compiled_model_trains_in_two_processes(digits, tmp_path, shared):
     digits.optim.epochs, digits.optim.batch_size = 1, 600
     plain = elsewhere(digits, tmp_path / "plain")
-    digits.engine.compile = True
+    digits.engine.compile, digits.engine.context_parallel = True, shared
     processes.train(2, digits)
     processes.train(2, plain)
     assert last(digits)["model"].keys() == last(plain)["model"].keys()

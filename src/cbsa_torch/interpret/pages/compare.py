@@ -35,7 +35,16 @@ NOTHING = "\N{EN DASH}"
 
 
 class ComparedRun(NamedTuple):
-    """A model, what it is fed, and what is known of it."""
+    """A model, what it is fed, and what is known of it.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import ComparedRun
+        >>> model = timm.create_model("cbt_pico_patch1_8").eval()
+        >>> run = ComparedRun("ours", model, torch.rand(8, 1, 8, 8), accuracy=0.98)
+        >>> run.labels is None, run.history
+        (True, ())
+    """
 
     name: str
     """What the page calls the run; no two may have the same."""
@@ -100,6 +109,15 @@ def compare(
         ValueError: fewer than two runs, two of one name, different numbers of images, labels of some runs only
             or different ones, or for one of the models what :func:`cbsa_torch.interpret.report` raises.
         TypeError: numbers of images that are not ints.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import ComparedRun, compare
+        >>> images = torch.rand(8, 1, 8, 8)
+        >>> names = ["cbt_pico_patch1_8", "crate_pico_patch1_8"]
+        >>> runs = [ComparedRun(name, timm.create_model(name, depth=1).eval(), images) for name in names]
+        >>> compare(runs, "page", robustness_images=0).page.name
+        'compare.html'
     """
     _check_runs(runs)
     title = f"{len(runs)} models" if title is None else title

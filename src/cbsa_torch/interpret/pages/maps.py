@@ -27,7 +27,13 @@ FIELD_BUDGET = 300_000
 
 
 class Pictures(NamedTuple):
-    """Images whose attention maps are shown; :meth:`of` makes them from the model's inputs."""
+    """Images whose attention maps are shown; :meth:`of` makes them from the model's inputs.
+
+    Examples:
+        >>> from cbsa_torch.interpret import Pictures
+        >>> Pictures.of(torch.randn(2, 3, 32, 32), ["first", "second"]).images.shape
+        (2, 32, 32, 3)
+    """
 
     inputs: Tensor
     """``(B, C, height, width)`` what the model is fed."""

@@ -65,6 +65,14 @@ def report(
         ValueError: a model without layers to capture, labels or pictures that do not fit, images that cannot
             be shown while ``pictures`` is not given, a batch size below 1 or a negative number of images.
         TypeError: numbers of images that are not ints.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.interpret import report
+        >>> model = timm.create_model("cbt_pico_patch1_8", depth=1).eval()
+        >>> files = report(model, torch.rand(8, 1, 8, 8), "page", robustness_images=0)
+        >>> files.page.name
+        'report.html'
     """
     title = type(model).__name__ if title is None else title
     pictures = Pictures.of(images[:MOST_PICTURES]) if pictures is None else pictures

@@ -54,8 +54,8 @@ def adapted_vit(
             ``pretrained_base``.
         base: a ViT of timm.
         mixer, layers: of :func:`adapt_vit`.
-        mixer_args: its other options, e.g. ``{"num_representatives": 36}``.
-        base_args: options of the base, e.g. ``{"dynamic_img_size": True}``.
+        mixer_args: its other options, e.g. ``{"num_representatives": 36}``. Default: none.
+        base_args: options of the base, e.g. ``{"dynamic_img_size": True}``. Default: none.
         pretrained_base: fetch the base's pretrained weights. No checkpoint may ask for it: leave it out of the
             ``model_args`` that you save.
         num_classes, in_chans, img_size, global_pool: of the base. Default: its own.
@@ -67,6 +67,14 @@ def adapted_vit(
     Raises:
         ValueError: a base that timm does not have or that cannot be adapted, options that fetch weights among
             ``base_args``. TypeError: options that the base or :func:`adapt_vit` do not have.
+
+    Examples:
+        >>> import timm
+        >>> import cbsa_torch.models
+        >>> options = {"base": "vit_tiny_patch16_224", "base_args": {"depth": 2}}
+        >>> model = timm.create_model("adapted_vit", **options, num_classes=5)
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 5])
     """
     args = dict(base_args or {})
     refuse_fetching("base_args", args, "use pretrained_base=True, or load weights into the model")

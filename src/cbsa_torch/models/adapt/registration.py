@@ -52,11 +52,20 @@ def register_transformers(
     arguments on (SigLIP does not).
 
     Args:
-        num_representatives, contraction, eps, broadcast: of ``"cbsa"``; the first of ``"cbsa_agent"``, too. See
-            :func:`cbsa_torch.models.adapt_vit`. A later call replaces them.
+        num_representatives, contraction, eps, broadcast: of ``"cbsa"``; the first of ``"cbsa_agent"``, too. As
+            for :func:`cbsa_torch.models.adapt_vit`, whose defaults they have. A later call replaces them.
 
     Raises:
         ImportError: no transformers. ValueError, TypeError: options that do not fit.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> from cbsa_torch.models.adapt import register_transformers
+        >>> register_transformers(num_representatives=16)
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> config = ViTConfig(**sizes, image_size=64, patch_size=8, attn_implementation="cbsa")
+        >>> ViTModel(config).eval()(torch.randn(1, 3, 64, 64)).last_hidden_state.shape
+        torch.Size([1, 65, 32])
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -8,7 +8,15 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One attention layer of the model."""
+    """One attention layer of the model.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import adapt_vit
+        >>> model, report = adapt_vit(timm.create_model("vit_tiny_patch16_224", depth=2))
+        >>> report.layers[0].before, report.layers[0].after, report.layers[0].new
+        ('Attention', 'AdaptedCBSA', ('step_tokens = 1', 'step_contraction = 0'))
+    """
 
     name: str
     """E.g. ``blocks.3.attn``."""
@@ -35,7 +43,15 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptReport:
-    """What :func:`cbsa_torch.models.adapt_vit` did to a model. ``print`` shows a table."""
+    """What :func:`cbsa_torch.models.adapt_vit` did to a model. ``print`` shows a table.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import adapt_vit
+        >>> model, report = adapt_vit(timm.create_model("vit_tiny_patch16_224", depth=2), "agent")
+        >>> report.mixer, len(report.layers), report.refused
+        ('agent', 2, ())
+    """
 
     model: str
     """Class of the model."""

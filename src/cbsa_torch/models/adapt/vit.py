@@ -31,10 +31,20 @@ MixerName = Literal["adapted_cbsa", "agent", "linear", "linear_cbsa", "mssa", "t
 
 
 class AdaptedModel(NamedTuple):
-    """What :func:`adapt_vit` returns."""
+    """What :func:`adapt_vit` returns.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import adapt_vit
+        >>> adapted = adapt_vit(timm.create_model("vit_tiny_patch16_224", depth=2), "linear")
+        >>> type(adapted.model.blocks[0].attn).__name__
+        'LinearAttention'
+    """
 
     model: nn.Module
+    """The model, or its copy, with the new layers."""
     report: AdaptReport
+    """What became of each layer."""
 
 
 def adapt_vit(
@@ -53,9 +63,9 @@ def adapt_vit(
     """Replace the attention of a pretrained ViT, and keep its weights (paper, section 4.2).
 
     Queries, keys, values, output projection and norms are inherited under their names; what is new are steps,
-    one number per head, that start so that the model begins close to the original (docs/use/adapt.md).
-    Everything else of the model, its other layers included, stays as it is. The grid of patches is that of
-    every image, of any size and aspect that the model takes.
+    one number per head, that start so that the model begins close to the original
+    (docs/reference/adaptation.md). Everything else of the model, its other layers included, stays as it is. The
+    grid of patches is that of every image, of any size and aspect that the model takes.
 
     Args:
         model: a timm ViT (ViT, DeiT, DeiT-3, DINOv2, DINOv3, EVA, CLIP, SigLIP, NaFlexVit, hybrid,
@@ -87,6 +97,14 @@ def adapt_vit(
     Raises:
         ValueError: no layer can be adapted, a layer asked for by its index cannot, or options that do not fit.
             TypeError: options of the wrong type. After an error the model is as it was.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import adapt_vit
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2)  # pretrained=True
+        >>> model, report = adapt_vit(vit, num_representatives=36, layers="latter_half")
+        >>> model(torch.randn(1, 3, 224, 224)).shape, [layer.name for layer in report.adapted]
+        (torch.Size([1, 1000]), ['blocks.1.attn'])
     """
     given = {
         "num_representatives": num_representatives,

@@ -80,6 +80,12 @@ class MaskTransformerDecoder(nn.Module):
         ``(B, encoder_dim, h, w)`` features -> ``(B, K, h, w)`` masks, or ``(B, K, *size)`` if given a size.
         A list of features ``(encoder_dim, h, w)`` of any grids -> a list of masks: one packed batch without
         padding, in which each gets what it would get alone. For the mixers of this library.
+
+    Examples:
+        >>> from cbsa_torch.models import MaskTransformerDecoder
+        >>> decoder = MaskTransformerDecoder(num_classes=5, dim=64, num_heads=2, head_dim=32)
+        >>> decoder(torch.randn(1, 64, 8, 6)).shape, decoder(torch.randn(1, 64, 8, 6), (32, 24)).shape
+        (torch.Size([1, 5, 8, 6]), torch.Size([1, 5, 32, 24]))
     """
 
     def __init__(

@@ -77,9 +77,10 @@ def segmenter(
         num_classes, depth, num_heads, head_dim, learned_step, residual: of :class:`MaskTransformerDecoder`; the
             defaults are the paper's.
         dim: of the decoder. Default: the encoder's.
-        mixer_args: options of the mixer, e.g. ``{"tied": True}``.
-        encoder_args: options of the encoder, e.g. ``{"drop_path_rate": 0.1}``.
+        mixer_args: options of the mixer, e.g. ``{"tied": True}``. Default: none.
+        encoder_args: options of the encoder, e.g. ``{"drop_path_rate": 0.1}``. Default: none.
         encoder_norm_eps: epsilon of the encoder's layer norms (1e-5 in the official code; timm's ViT: 1e-6).
+            Default: its own.
         pretrained_encoder: fetch the encoder's pretrained weights. No checkpoint may ask for it: leave it out
             of the ``model_args`` that you save.
         freeze_encoder: see :class:`Segmenter`.
@@ -90,6 +91,12 @@ def segmenter(
     Raises:
         ValueError: an encoder that timm does not have, options that fetch weights among ``encoder_args``.
         TypeError: an encoder without features; options that encoder, mixer or model do not have.
+
+    Examples:
+        >>> from cbsa_torch.models import segmenter
+        >>> model = segmenter(encoder="cbt_nano_patch4_32", encoder_args={"depth": 2}, num_classes=5)
+        >>> model(torch.randn(1, 3, 50, 40)).shape
+        torch.Size([1, 5, 50, 40])
     """
     encoder_args = dict(encoder_args or {})
     refuse_fetching(

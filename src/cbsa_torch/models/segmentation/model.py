@@ -43,6 +43,14 @@ class Segmenter(nn.Module):
 
     Raises:
         TypeError: an encoder without features. ValueError: a decoder of other features.
+
+    Examples:
+        >>> import timm
+        >>> from cbsa_torch.models import MaskTransformerDecoder, Segmenter
+        >>> encoder = timm.create_model("cbt_nano_patch4_32")
+        >>> model = Segmenter(encoder, MaskTransformerDecoder(num_classes=5, dim=128), freeze_encoder=True)
+        >>> model.strides, model(torch.randn(1, 3, 32, 32)).shape
+        ((4, 4), torch.Size([1, 5, 32, 32]))
     """
 
     def __init__(
@@ -117,7 +125,7 @@ class Segmenter(nn.Module):
         rows = (x.shape[-2] + vertical - 1) // vertical
         columns = (x.shape[-1] + horizontal - 1) // horizontal
         if getattr(self.encoder, "dynamic_img_size", False):
-            # timm resamples positions in channels-last memory, where torch 2.14 gets a width of 1 wrong.
+            # timm resamples positions as torch 2.14 does, which gets a width of 1 wrong on the CPU.
             columns = cast(int, torch.sym_max(columns, 2)) if is_open(columns) else max(columns, 2)
         return rows * vertical, columns * horizontal
 

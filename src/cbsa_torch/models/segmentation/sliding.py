@@ -56,6 +56,12 @@ def sliding_logits(
     Raises:
         ValueError: sizes below 1, a stride above the window, images or logits of another shape.
         TypeError: images that are not floating-point tensors.
+
+    Examples:
+        >>> from cbsa_torch.models import segmenter, sliding_logits
+        >>> model = segmenter(encoder="cbt_nano_patch4_32", encoder_args={"depth": 2}, num_classes=5)
+        >>> sliding_logits(model, torch.randn(1, 3, 80, 48), window=32, stride=24).shape
+        torch.Size([1, 5, 80, 48])
     """
     sides = check_sides("window", window)
     steps = sides if stride is None else check_sides("stride", stride)
@@ -106,6 +112,15 @@ def multi_scale_logits(
     Returns:
         The logarithm of the mean probability of every class, hence logits whose softmax is that mean, in the
         shape of :func:`sliding_logits`. Of one class: the logit of the mean of the sigmoids.
+
+    Raises:
+        ValueError, TypeError: as :func:`sliding_logits`, and scales that are not numbers above 0.
+
+    Examples:
+        >>> from cbsa_torch.models import multi_scale_logits, segmenter
+        >>> model = segmenter(encoder="cbt_nano_patch4_32", encoder_args={"depth": 2}, num_classes=5)
+        >>> multi_scale_logits(model, torch.randn(1, 3, 48, 32), window=32, scales=(0.75, 1.0)).shape
+        torch.Size([1, 5, 48, 32])
     """
     if not isinstance(scales, Sequence) or not scales:
         raise ValueError(f"scales must be a sequence of numbers above 0, got {scales!r}")

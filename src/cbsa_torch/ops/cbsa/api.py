@@ -22,7 +22,13 @@ from cbsa_torch._core.types import (
     Impl,
     Representatives,
 )
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs, cbsa_inputs, certified_inputs, check_projection
+from cbsa_torch.ops.cbsa.inputs import (
+    CBSAInputs,
+    cbsa_inputs,
+    certified_inputs,
+    check_projection,
+    tokens_per_representative,
+)
 from cbsa_torch.ops.cbsa.library import cbsa_linear_memory
 from cbsa_torch.ops.cbsa.packed import run_packed, run_packed_certified
 from cbsa_torch.ops.cbsa.reference import cbsa_stages, project_out
@@ -111,6 +117,13 @@ def cbsa(
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import cbsa, pool_representatives
+        >>> tokens = torch.randn(2, 4, 196, 16)
+        >>> guess = pool_representatives(tokens, (14, 14), 64)
+        >>> cbsa(tokens, guess.values, contraction="exact").shape
+        torch.Size([2, 4, 196, 16])
     """
     if cu_seqlens is not None or cu_representatives is not None:
         if cu_seqlens is None or cu_representatives is None:
@@ -178,6 +191,13 @@ def contract_and_broadcast(
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import contract_and_broadcast, mssa
+        >>> tokens = torch.randn(1, 2, 9, 8)
+        >>> output = contract_and_broadcast(tokens, tokens, torch.eye(9).expand(1, 2, 9, 9))
+        >>> torch.allclose(output, mssa(tokens), atol=1e-6)  # Eq. 9
+        True
     """
     check_floating("attention", attention)  # without it, the rest would be read as the arguments of cbsa
     inputs = cbsa_inputs(
@@ -211,9 +231,9 @@ def certified_cbsa(
     """CBSA as a gradient step that cannot raise the coding rate of the representatives.
 
     Let W be the tokens of one head and B ``(M, N)`` the weights that make its representatives of them,
-    X = B W + constant: B = Pi + eta A for first guesses Pi W (pooled ones), eta A for those that do not depend
-    on the tokens, A where the attention comes with the representatives. The exact contraction C (Eq. 7) is
-    1 / alpha times the gradient of the coding rate (1) of X, R = 1/2 log det(I + alpha X X^T) with
+    X = B W + constant: B = Pi + eta A for initial guesses Pi W (pooled ones), eta A for those that do not
+    depend on the tokens, A where the attention comes with the representatives. The exact contraction C (Eq. 7)
+    is 1 / alpha times the gradient of the coding rate (1) of X, R = 1/2 log det(I + alpha X X^T) with
     alpha = P / (M eps^2), so that -kappa B^T C is a step against the gradient with respect to W, B held.
 
     Theorem: with G = B B^T and any kappa from 0 to 2 / |G|, its largest eigenvalue, the rate of the
@@ -227,7 +247,7 @@ def certified_cbsa(
     Args:
         tokens: ``(B, H, N, P)`` tokens in each subspace, U_k^T Z. The projections must be orthonormal bases
             of subspaces orthogonal to each other, and tied, for heads not to disturb each other.
-        representatives: first guesses with the weights of the tokens in them, as ``ops.pool_representatives``
+        representatives: initial guesses with the weights of the tokens in them, as ``ops.pool_representatives``
             returns (without weights they count as constant), or representatives with their attention. With
             ``cu_seqlens`` a list, of each sequence those of a batch of one (of an empty one None will do).
         fraction: kappa in parts of its limit, from 0 to 1: a number or ``(H,)``. The guarantee is for no other.
@@ -236,7 +256,7 @@ def certified_cbsa(
         eps: epsilon of the coding rate. Default: the root of P.
         step_representatives: eta, as for :func:`cbsa`.
         scale, token_mask: as for :func:`cbsa`.
-        num_prefix_tokens: tokens before those that the first guesses were made of.
+        num_prefix_tokens: tokens before those that the initial guesses were made of.
         impl: ``"eager"``, ``"tiled"`` or ``"auto"``, as for :func:`cbsa`.
         cu_seqlens: as for :func:`cbsa`; every sequence begins with its own ``num_prefix_tokens``.
         parallel: who has the other tokens, as for :func:`cbsa`; ``representatives`` are then what
@@ -248,6 +268,15 @@ def certified_cbsa(
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import certified_cbsa, coding_rate, pool_representatives
+        >>> tokens = torch.randn(1, 1, 196, 16)
+        >>> guess = pool_representatives(tokens, (14, 14), 64)
+        >>> moved = tokens + certified_cbsa(tokens, guess, fraction=0.5, step_representatives=0)
+        >>> after = pool_representatives(moved, (14, 14), 64)
+        >>> bool(coding_rate(after.values, eps=4) < coding_rate(guess.values, eps=4))
+        True
     """
     _check_fraction(fraction)
     if cu_seqlens is not None:
@@ -336,22 +365,21 @@ def run_and_project(
     """
     check_projection(inputs, out_weight, out_bias)
     chosen = _choose(inputs, impl, out_weight)
-    tiles = chosen == "tiled" and inputs.parallel is None
+    tiles = chosen == "tiled" and inputs.parallel is None and not inputs.relative
     if tiles and inputs.broadcast == "shared" and folds(inputs, out_weight):
         return cbsa_linear_memory(inputs, "tiled", out_weight, out_bias)
     return project_out(_heads(inputs, chosen), out_weight, out_bias)
 
 
 def _heads(inputs: CBSAInputs, impl: Impl) -> Tensor:
+    dtype = inputs.tokens.dtype
     if inputs.parallel is not None:
-        output = cbsa_on_slices(inputs, tiled=impl == "tiled")
-    elif impl == "eager":
-        output = cbsa_stages(inputs).output
-    elif inputs.broadcast == "softmax":
-        output = two_softmax(inputs)
-    else:
-        output = cbsa_linear_memory(inputs, impl)
-    return output.to(inputs.tokens.dtype)
+        return cbsa_on_slices(inputs, tiled=impl == "tiled").to(dtype)
+    if impl == "eager":
+        return cbsa_stages(inputs).output.to(dtype)
+    output = two_softmax(inputs) if inputs.broadcast == "softmax" else cbsa_linear_memory(inputs, impl)
+    output = output.to(dtype)
+    return output * tokens_per_representative(inputs).to(dtype) if inputs.relative else output
 
 
 def _choose(inputs: CBSAInputs, impl: Impl, out_weight: Tensor | None) -> Impl:

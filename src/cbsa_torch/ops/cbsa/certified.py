@@ -14,7 +14,7 @@ from torch import Tensor
 
 SMALLEST = 0.01
 """The bound is never less than this part of that of A alone. Else the step would grow as 1 / eta where the
-first guess is constant, and without limit where Pi and eta A cancel."""
+initial guess is constant, and without limit where Pi and eta A cancel."""
 MARGIN = 1e-4
 """Steps stay this part below the limit: the sigmoid of a large logit is 1 in float32, and rounding would then
 take a step beyond the limit where the bound is the eigenvalue itself."""

@@ -31,7 +31,16 @@ from cbsa_torch.ops.token_weights import TokenWeights, check_slice, over_all_tok
 
 
 class CBSAInputs(NamedTuple):
-    """Checked inputs of CBSA, defaults filled in. Made by :func:`cbsa_inputs`."""
+    """Checked inputs of CBSA, defaults filled in. Made by :func:`cbsa_inputs`.
+
+    Fields are those of the arguments of :func:`cbsa_torch.ops.cbsa`, if nothing else is said.
+
+    Examples:
+        >>> from cbsa_torch.ops import cbsa_inputs
+        >>> inputs = cbsa_inputs(torch.randn(1, 2, 16, 8), torch.randn(1, 2, 4, 8), step_tokens=0.5)
+        >>> inputs.step_tokens
+        tensor([0.5000, 0.5000])
+    """
 
     tokens: Tensor
     representatives: Tensor
@@ -59,6 +68,8 @@ class CBSAInputs(NamedTuple):
     """Pi of a certified step: ``(1 or B, M, N)`` or a pooling; None without."""
     parallel: ContextParallel | None = None
     """Who has the other tokens, if this process does not have all."""
+    relative: bool = False
+    """Whether ``step_tokens`` is in units of tokens per representative, of every item."""
 
 
 def cbsa_inputs(
@@ -81,11 +92,18 @@ def cbsa_inputs(
 ) -> CBSAInputs:
     """Check the arguments of :func:`cbsa_torch.ops.cbsa` and fill in its defaults.
 
-    With ``attention``, those of :func:`cbsa_torch.ops.contract_and_broadcast`: nothing is extracted.
+    Arguments are those of :func:`cbsa_torch.ops.cbsa`. With ``attention``, those of
+    :func:`cbsa_torch.ops.contract_and_broadcast`: nothing is extracted.
 
     Raises:
         ValueError: shapes, options or devices that do not fit; options of the extraction beside ``attention``.
         TypeError: wrong dtypes.
+
+    Examples:
+        >>> from cbsa_torch.ops import cbsa_inputs
+        >>> inputs = cbsa_inputs(torch.randn(1, 2, 16, 64), torch.randn(1, 2, 4, 64))
+        >>> inputs.scale, inputs.contraction, inputs.keys is inputs.tokens
+        (0.125, 'softmax', True)
     """
     check_choice("contraction", contraction, CONTRACTIONS)
     check_choice("broadcast", broadcast, BROADCASTS)
@@ -216,6 +234,24 @@ def certified_inputs(
         fraction=_per_head("fraction", fraction, tokens),
         token_weights=token_weights,
     )
+
+
+def tokens_per_representative(inputs: CBSAInputs, real: Tensor | None = None) -> Tensor:
+    """N / M of each item, of those that are real: ``(B, 1, 1, 1)``, float32 or better.
+
+    Args:
+        inputs: of the operator.
+        real: ``(B,)`` how many tokens are real on all ranks, where they are spread and masked.
+    """
+    keys, parallel, exists = inputs.keys, inputs.parallel, inputs.representative_mask
+    dtype = compute_dtype(keys.dtype)
+    if real is None and inputs.token_mask is not None:
+        real = inputs.token_mask.sum(-1)
+    if real is None:
+        length = keys.shape[2] if parallel is None else parallel.num_tokens
+        real = length * keys.new_ones(keys.shape[0], dtype=dtype)  # an export may leave the length open
+    number = inputs.representatives.shape[2] if exists is None else exists.sum(-1).to(dtype).clamp(min=1)
+    return (real.to(dtype) / number)[:, None, None, None]
 
 
 def check_projection(inputs: CBSAInputs, out_weight: Tensor, out_bias: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from cbsa_torch._core.precision import compute_dtype, no_autocast, solve_dtype
 from cbsa_torch._core.tracing import is_open
 from cbsa_torch._core.types import CBSAStages
 from cbsa_torch.ops.cbsa.certified import limit
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, tokens_per_representative
 from cbsa_torch.ops.definite import solve
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
 from cbsa_torch.ops.token_weights import columns
@@ -139,6 +139,14 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
 
     Raises:
         ValueError: the tokens are spread over processes.
+
+    Examples:
+        >>> from cbsa_torch.ops import cbsa_inputs, cbsa_stages, pool_representatives
+        >>> tokens = torch.randn(1, 2, 16, 8)
+        >>> guess = pool_representatives(tokens, (4, 4), 4)
+        >>> stages = cbsa_stages(cbsa_inputs(tokens, guess.values))
+        >>> stages.attention.shape, stages.contracted.shape
+        (torch.Size([1, 2, 4, 16]), torch.Size([1, 2, 4, 8]))
     """
     if inputs.parallel is not None:
         raise ValueError("stages are of tokens that are all here: the inputs must have no parallel")
@@ -194,6 +202,8 @@ def cbsa_stages(inputs: CBSAInputs) -> CBSAStages:
                 gram = _gram(weights)
             weights = weights.mT
             kappa = -(inputs.fraction.to(dtype) * limit(gram, own))[..., None, None]  # (B, H, 1, 1)
+        if inputs.relative:
+            kappa = kappa * tokens_per_representative(inputs)
         output = broadcast(weights, contracted, kappa)
     return CBSAStages(
         tokens,

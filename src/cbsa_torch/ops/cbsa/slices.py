@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from cbsa_torch._core.precision import compute_dtype, no_autocast
 from cbsa_torch.ops.cbsa.certified import limit
 from cbsa_torch.ops.cbsa.contraction import contract
-from cbsa_torch.ops.cbsa.inputs import CBSAInputs
+from cbsa_torch.ops.cbsa.inputs import CBSAInputs, tokens_per_representative
 from cbsa_torch.ops.masking import masked_softmax, zero_rows
 from cbsa_torch.ops.parallel import merged
 from cbsa_torch.ops.softmax_attention import softmax_attention
@@ -48,8 +48,16 @@ def cbsa_on_slices(inputs: CBSAInputs, tiled: bool) -> Tensor:
         if inputs.values is not inputs.keys:
             values = zero_rows(inputs.values.to(dtype), key_mask).contiguous()
         attention = (TiledAttention if tiled else StoredAttention)(scale * rep, keys, values, key_mask)
-        sums = None if inputs.fraction is None else _grams(inputs, attention)
+        sums = None
+        if inputs.fraction is not None:
+            sums = _grams(inputs, attention)
+        elif inputs.relative and inputs.token_mask is not None:
+            real = inputs.token_mask.sum(-1).to(dtype)
+            sums = real[:, None, None, None].expand(*attention.lse.shape, 1)
         share, picked, others = merged(attention.lse, attention.picked, parallel, sums)
+        if inputs.relative:
+            everywhere = None if sums is None else others.sums.sum(0)[:, 0, 0, 0]
+            kappa = kappa * tokens_per_representative(inputs, everywhere)
         extracted = zero_rows(rep + eta * picked, exists)
         contracted = contract(extracted, inputs.contraction, scale, inputs.eps, exists)
         if inputs.broadcast == "softmax":

@@ -9,8 +9,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from cbsa_torch._core.checks import nearest
 from cbsa_torch.images.decode import MID_GREY
-from cbsa_torch.train.data.fetch import load
+from cbsa_torch.images.errors import DataError
+from cbsa_torch.train.data.fetch import DATA_SETS, load
 
 DIGITS_SIZES = {"train": 1257, "val": 180, "test": 360}
 """Sizes of the fixed stratified split (seed 0), whatever the seed of the run."""
@@ -71,6 +73,34 @@ def open_fetched(name: str, root: str | Path | None, mode: str) -> tuple[dict[st
         class_names = arrays["category_names"]
     opened = {s: ArrayImages(pixels, labels, mode) for s, (pixels, labels) in splits.items()}
     return opened, [str(class_name) for class_name in class_names]
+
+
+def write_images(name: str, output: str | Path, root: str | Path | None = None) -> dict[str, int]:
+    """Write a data set as files ``OUTPUT/SPLIT/CLASS/NUMBER.png``, as training on a folder reads them.
+
+    Args:
+        name: "digits", or a data set that was fetched.
+        output: a folder, new or empty.
+        root: the folder of the ``.npz`` file of a fetched one.
+
+    Returns:
+        The number of images of each split.
+
+    Raises:
+        DataError: unknown name, a folder that is not empty, or a data set that was not fetched.
+    """
+    known, output = ("digits", *DATA_SETS), Path(output)
+    if name not in known:
+        raise DataError(f"no data set {name!r}{nearest(name, known)} (there are: {', '.join(known)})")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} is there already: give another folder, or remove it")
+    splits, class_names = open_digits("L") if name == "digits" else open_fetched(name, root, "RGB")
+    for split, images in splits.items():
+        for class_name in class_names:
+            (output / split / class_name).mkdir(parents=True, exist_ok=True)
+        for i, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
+            Image.fromarray(pixels).save(output / split / class_names[label] / f"{i:04}.png")
+    return {split: len(images) for split, images in splits.items()}
 
 
 def over_grey(drawings: np.ndarray) -> np.ndarray:

@@ -95,7 +95,13 @@ class Prediction(Protocol):
 
 @dataclass
 class WindowOptions:
-    """How a segmenter sees whole images; classifiers refuse all but the defaults."""
+    """How a segmenter sees whole images; classifiers refuse all but the defaults.
+
+    Examples:
+        >>> from cbsa_torch.train import WindowOptions
+        >>> WindowOptions(scales=(0.75, 1.0, 1.25), flip=True).multi_scale
+        True
+    """
 
     window: int | None = None
     """Segmenters: side of the windows in pixels. Default: as in validation."""

@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 TOLERANCE_EXACT = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 EPS = 0.5
 NOTHING = (None,) * 6
-"""For projection, bias, and the weights of first guesses: a matrix or cells."""
+"""For projection, bias, and the weights of initial guesses: a matrix or cells."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests/conftest.py turns the interpreter on
 
 

@@ -1,4 +1,4 @@
-"""Folders of images and masks of any content are paired by the rules of docs/use/segmentation_data.md, or refused."""
+"""Folders of images and masks of any content are paired by the rules of docs/reference/segmentation_data.md, or refused."""
 
 from __future__ import annotations
 

@@ -80,6 +80,10 @@ def test_processes_that_share_the_tiles_of_slides_train_like_one(slides, tmp_pat
 
 def test_several_slides_in_one_pass_cannot_be_shared(slides, tmp_path):
     config = slides_config(slides, tmp_path / "run")
+    config.engine.context_parallel, config.engine.compile = 2, True
+    with pytest.raises(ConfigError, match=r"engine\.compile must be off with engine\.context_parallel"):
+        train(copy.deepcopy(config))
+    config.engine.compile = False
     config.engine.context_parallel, config.engine.accumulate = 2, 1
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(config))

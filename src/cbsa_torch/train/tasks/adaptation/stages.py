@@ -27,6 +27,20 @@ def recover(config: AdaptTrainConfig, stage_epochs: int | None = None) -> TrainR
 
     Raises:
         What :func:`cbsa_torch.train.train` raises.
+
+    Examples:
+        >>> from cbsa_torch.train import AdaptTrainConfig, AdaptedModelConfig, DataConfig, OptimConfig, recover
+        >>> config = AdaptTrainConfig(
+        ...     output="runs/adapted",
+        ...     model=AdaptedModelConfig(original="vit.safetensors", args={"num_representatives": 4}),
+        ...     data=DataConfig(root="photos", workers=0),
+        ...     optim=OptimConfig("adamw", batch_size=12, epochs=1, warmup_epochs=0),
+        ... )
+        >>> recover(config).best_epoch
+        classes: 3 (blue, green, red)
+        ...
+        best validation accuracy: ... in epoch 1
+        1
     """
     runs = [config] if stage_epochs is None else stages(config, stage_epochs)
     for stage in runs:  # before the first is trained

@@ -40,7 +40,13 @@ ENTRY = "adapted_vit"
 
 @dataclass
 class AdaptedModelConfig(ModelConfig):
-    """What is adapted; args are options of the mixer, e.g. num_representatives 36 contraction_step 1."""
+    """What is adapted; args are options of the mixer, e.g. num_representatives 36 contraction_step 1.
+
+    Examples:
+        >>> from cbsa_torch.train import AdaptedModelConfig
+        >>> AdaptedModelConfig(original="vit_small_patch16_224", layers="9,10,-1").layers_asked()
+        [9, 10, -1]
+    """
 
     name: str = ENTRY
     """The model of timm that rebuilds an adapted one."""
@@ -52,7 +58,7 @@ class AdaptedModelConfig(ModelConfig):
     """File of weights of the timm model that `original` names, instead of timm's pretrained ones: a plain state
     dict with the names of timm, transformers, torchvision or the DINO hubs."""
     mixer: MixerName = "adapted_cbsa"
-    """The attention that it gets; docs/use/adapt.md has a table."""
+    """The attention that it gets; docs/reference/adaptation.md has a table."""
     layers: str = "all"
     """"all", "latter_half", or indices of attention layers with commas between, e.g. "9,10,-1"."""
 
@@ -83,7 +89,15 @@ def paper_optimiser() -> OptimConfig:
 
 @dataclass(kw_only=True)
 class AdaptTrainConfig(TrainConfig):
-    """Adapt a pretrained ViT and recover its accuracy."""
+    """Adapt a pretrained ViT and recover its accuracy.
+
+    Examples:
+        >>> from cbsa_torch.train import AdaptedModelConfig, AdaptTrainConfig
+        >>> model = AdaptedModelConfig(original="vit_small_patch16_224")
+        >>> config = AdaptTrainConfig(model=model, tune="attention")
+        >>> config.new_lr, config.distill.wanted
+        (0.01, False)
+    """
 
     task: ClassVar[str] = "adaptation"
     """Its name."""

@@ -26,6 +26,11 @@ def palette(count: int) -> np.ndarray:
 
     Bit i of a label becomes bit 7 - i // 3 of the colour's channel i % 3. Label 0, often the background, is
     black; a class keeps its colour as others are added.
+
+    Examples:
+        >>> from cbsa_torch.train.tasks.segmentation import palette
+        >>> palette(3).tolist()
+        [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
     """
     labels = np.arange(count) % 255
     colours = np.zeros((count, 3), dtype=np.uint8)
@@ -35,7 +40,16 @@ def palette(count: int) -> np.ndarray:
 
 
 def colour_mask(mask: np.ndarray, count: int) -> np.ndarray:
-    """A mask (height, width) of labels as colours (height, width, 3) uint8; ignored pixels are ``IGNORED``."""
+    """A mask (height, width) of labels of ``count`` classes as colours (height, width, 3) uint8.
+
+    Ignored pixels are ``IGNORED``.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cbsa_torch.train.tasks.segmentation import colour_mask
+        >>> colour_mask(np.array([[0, 1]]), 2).tolist()
+        [[[0, 0, 0], [128, 0, 0]]]
+    """
     colours = np.concatenate([palette(count), np.array([IGNORED], dtype=np.uint8)])
     return colours[np.where(mask == IGNORE, count, mask)]
 
@@ -53,6 +67,13 @@ def write_coloured_mask(
 
     Raises:
         ValueError: a mask of another size, or labels without a class.
+
+    Examples:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from cbsa_torch.train.tasks.segmentation import write_coloured_mask
+        >>> image, mask = Image.new("RGB", (64, 48)), np.ones((48, 64), int)
+        >>> write_coloured_mask(image, mask, ["ground", "cat"], "shown.png")
     """
     labels = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if labels.shape != image.size[::-1]:

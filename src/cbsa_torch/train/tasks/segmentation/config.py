@@ -18,7 +18,13 @@ from cbsa_torch.train.config import (
 
 @dataclass
 class ScenesConfig:
-    """How the scenes of ``emoji-scenes`` are drawn. Another seed or setting is another data set."""
+    """How the scenes of ``emoji-scenes`` are drawn. Another seed or setting is another data set.
+
+    Examples:
+        >>> from cbsa_torch.train import ScenesConfig
+        >>> ScenesConfig(size=64).emoji
+        (2, 6)
+    """
 
     seed: int = 0
     """Seed of the data set, not of the run: all runs see the same scenes."""
@@ -42,7 +48,13 @@ class ScenesConfig:
 
 @dataclass
 class SegmentationDataConfig(ImageSource):
-    """The images, their masks and the augmentation."""
+    """The images, their masks and the augmentation.
+
+    Examples:
+        >>> from cbsa_torch.train import SegmentationDataConfig
+        >>> SegmentationDataConfig(root="scenes", mask_values=(0, 255)).crop_size
+        512
+    """
 
     name: str = "folder"
     """"folder", "ade20k", "voc", "pascal_context", "pascal_context_59", "cityscapes" or "emoji-scenes"."""
@@ -69,7 +81,13 @@ class SegmentationDataConfig(ImageSource):
 
 @dataclass
 class WindowConfig:
-    """How whole images are seen in validation and evaluation: by windows, averaged where they overlap."""
+    """How whole images are seen in validation and evaluation: by windows, averaged where they overlap.
+
+    Examples:
+        >>> from cbsa_torch.train import WindowConfig
+        >>> WindowConfig(size=512, stride=341).batch
+        8
+    """
 
     size: int | None = None
     """Side of the square windows in pixels; a shorter side of an image is taken whole.
@@ -87,7 +105,13 @@ class WindowConfig:
 
 @dataclass
 class SegmentationModelConfig(ModelConfig):
-    """The model; its args are those of `cbsa_torch.models.segmenter`: encoder, mixer, dim ..."""
+    """The model; its args are those of `cbsa_torch.models.segmenter`: encoder, mixer, dim ...
+
+    Examples:
+        >>> from cbsa_torch.train import SegmentationModelConfig
+        >>> SegmentationModelConfig(args={"encoder": "vit_small_patch16_224"}, encoder_from="pretrained").name
+        'segmenter'
+    """
 
     name: str = "segmenter"
     """The model of timm that has an encoder and a decoder of masks."""
@@ -99,7 +123,14 @@ class SegmentationModelConfig(ModelConfig):
 
 @dataclass(kw_only=True)
 class SegmentationTrainConfig(RunConfig):
-    """Train a segmenter: an encoder of images and a decoder of masks."""
+    """Train a segmenter: an encoder of images and a decoder of masks.
+
+    Examples:
+        >>> from cbsa_torch.train import SegmentationDataConfig, SegmentationTrainConfig
+        >>> config = SegmentationTrainConfig(output="runs/scenes", data=SegmentationDataConfig(root="scenes"))
+        >>> config.model.name, config.data.crop_size
+        ('segmenter', 512)
+    """
 
     task: ClassVar[str] = "segmentation"
     """Its name."""

@@ -62,6 +62,14 @@ class SegmentationMetric(MulticlassConfusionMatrix):
     Args:
         class_names: in the order of the labels.
         sync: sum over the processes in ``compute``. Off where every process has seen all images.
+
+    Examples:
+        >>> from cbsa_torch.train.tasks.segmentation import SegmentationMetric
+        >>> metric = SegmentationMetric(["ground", "cat"])
+        >>> metric.update(torch.tensor([[[0, 1], [0, 1]]]), torch.tensor([[[0, 1], [1, 1]]]))
+        >>> scores = metric.compute()
+        >>> scores.pixel_accuracy, round(scores.classes["cat"].iou, 4)
+        (0.75, 0.6667)
     """
 
     def __init__(self, class_names: Sequence[str], *, sync: bool = True) -> None:
@@ -133,12 +141,19 @@ def scores(confusion: Tensor, class_names: Sequence[str]) -> SegmentationScores:
 
 
 def miou_without(measured: SegmentationScores, dropped: Collection[str]) -> float:
-    """Mean IoU over the classes that are not ``dropped``; each IoU stays what it was.
+    """Mean IoU of ``measured`` over the classes that are not ``dropped``; each IoU stays what it was.
 
     For emoji-scenes: ``miou_without(scores, ("Flags", "Symbols"))``, whose outlines repeat between the splits.
 
     Raises:
         ValueError: a name that is no class.
+
+    Examples:
+        >>> from cbsa_torch.train.tasks.segmentation import SegmentationMetric, miou_without
+        >>> metric = SegmentationMetric(["ground", "cat"])
+        >>> metric.update(torch.tensor([[[0, 1], [0, 1]]]), torch.tensor([[[0, 1], [1, 1]]]))
+        >>> miou_without(metric.compute(), ["cat"])
+        0.5
     """
     for name in dropped:
         if name not in measured.classes:
@@ -150,7 +165,15 @@ def miou_without(measured: SegmentationScores, dropped: Collection[str]) -> floa
 
 
 def to_record(measured: SegmentationScores) -> dict[str, Any]:
-    """The scores as plain values, for JSON."""
+    """The scores as plain values, for JSON.
+
+    Examples:
+        >>> from cbsa_torch.train.tasks.segmentation import SegmentationMetric, to_record
+        >>> metric = SegmentationMetric(["ground", "cat"])
+        >>> metric.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 1]]]))
+        >>> to_record(metric.compute())["miou"]
+        1.0
+    """
     return {**measured._asdict(), "classes": {name: c._asdict() for name, c in measured.classes.items()}}
 
 

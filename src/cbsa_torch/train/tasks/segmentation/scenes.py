@@ -40,7 +40,7 @@ class EmojiScenes(Dataset[Any]):
     """Scenes of one split: samples (image, mask), or what ``transform`` makes of them.
 
     Args:
-        arrays: of emoji64 (:mod:`cbsa_torch.train.data.fetch.emoji64`).
+        arrays: of emoji64: drawings ``(n, 64, 64, 4)`` by vendor, their labels, splits and names.
         split: name of a split there.
         count: how many scenes.
         config: how they are drawn.
@@ -48,6 +48,15 @@ class EmojiScenes(Dataset[Any]):
 
     Raises:
         DataError: a category has no emoji in this split.
+
+    Examples:
+        >>> from cbsa_torch.train import ScenesConfig
+        >>> from cbsa_torch.train.tasks.segmentation import EmojiScenes
+        >>> import numpy as np
+        >>> scenes = EmojiScenes(np.load("emoji64.npz"), "train", count=10, config=ScenesConfig(size=48))
+        >>> image, mask = scenes[0]
+        >>> len(scenes), image.size, mask.shape
+        (10, (48, 48), (48, 48))
     """
 
     def __init__(
@@ -141,7 +150,18 @@ def paste(canvas: np.ndarray, mask: np.ndarray, drawing: np.ndarray, top: int, l
 def open_scenes(
     arrays: Mapping[str, np.ndarray], config: ScenesConfig, mode: str = "RGB"
 ) -> tuple[dict[str, EmojiScenes], list[str]]:
-    """The splits by name, and the names of the classes: the background and the categories of emoji64."""
+    """The splits by name, and the names of the classes: the background and the categories of emoji64.
+
+    ``arrays``, ``config`` and ``mode`` are as for :class:`EmojiScenes`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cbsa_torch.train import ScenesConfig
+        >>> from cbsa_torch.train.tasks.segmentation import open_scenes
+        >>> splits, class_names = open_scenes(np.load("emoji64.npz"), ScenesConfig(size=48, val=20))
+        >>> len(splits["val"]), class_names[0]
+        (20, 'background')
+    """
     counts = {"train": config.train, "val": config.val, "test": config.test}
     scenes = {split: EmojiScenes(arrays, split, count, config, mode) for split, count in counts.items()}
     return scenes, scenes["train"].class_names

@@ -92,6 +92,14 @@ def open_segmentation(
 
     Raises:
         ConfigError: an unknown name, or a setting that cannot work. DataError: data that cannot be opened.
+
+    Examples:
+        >>> from cbsa_torch.train import SegmentationDataConfig
+        >>> from cbsa_torch.train.tasks.segmentation import open_segmentation
+        >>> splits = open_segmentation(SegmentationDataConfig(root="scenes"))
+        >>> image, mask = splits.train[0]
+        >>> splits.class_names, mask.shape == (image.height, image.width)
+        (['ground', 'red', 'blue'], True)
     """
     check_data_config(config)
     if config.name not in NAMES:
@@ -133,10 +141,18 @@ def open_segmentation_split(
 ) -> OpenedSplit:
     """One split for a model trained on ``class_names``; no other split need exist.
 
-    A ``split`` of None is the test split, or the validation split where there is none.
+    ``mode`` and ``skipped`` are as for :func:`open_segmentation`. A ``split`` of None is the test
+    split, or the validation split where there is none.
 
     Raises:
         DataError: other classes, or no such split. Otherwise as :func:`open_segmentation`.
+
+    Examples:
+        >>> from cbsa_torch.train import SegmentationDataConfig
+        >>> from cbsa_torch.train.tasks.segmentation import open_segmentation_split
+        >>> config = SegmentationDataConfig(root="scenes")
+        >>> len(open_segmentation_split(config, "RGB", "val", ["ground", "red", "blue"]).dataset)
+        5
     """
     check_data_config(config)
     check_split(split)

@@ -46,7 +46,20 @@ class MaskedTransform:
 def training_transform(
     config: SegmentationDataConfig, mean: Sequence[float], std: Sequence[float]
 ) -> MaskedTransform:
-    """Samples of ``crop_size``; draws from torch's generator alone, which :mod:`..data.seeded` seeds."""
+    """Samples of ``config.crop_size``, normalised by ``mean`` and ``std`` of the channels.
+
+    Draws from torch's generator alone, which the trainer seeds for every sample.
+
+    Examples:
+        >>> from PIL import Image
+        >>> import numpy as np
+        >>> from cbsa_torch.train import SegmentationDataConfig
+        >>> from cbsa_torch.train.tasks.segmentation import training_transform
+        >>> transform = training_transform(SegmentationDataConfig(crop_size=64), (0.5,) * 3, (0.5,) * 3)
+        >>> image, mask = transform(Image.new("RGB", (90, 70)), np.zeros((70, 90), np.int64))
+        >>> image.shape, mask.shape
+        (torch.Size([3, 64, 64]), torch.Size([64, 64]))
+    """
     base = config.crop_size if config.base_size is None else config.base_size
     smallest, largest = (max(1, round(base * scale)) for scale in config.scale)
     steps: list[v2.Transform] = [
@@ -60,7 +73,17 @@ def training_transform(
 
 
 def evaluation_transform(mean: Sequence[float], std: Sequence[float]) -> MaskedTransform:
-    """The whole image at its own size, normalised."""
+    """The whole image at its own size, normalised by ``mean`` and ``std`` of the channels.
+
+    Examples:
+        >>> from PIL import Image
+        >>> import numpy as np
+        >>> from cbsa_torch.train.tasks.segmentation import evaluation_transform
+        >>> transform = evaluation_transform((0.5,) * 3, (0.5,) * 3)
+        >>> image, mask = transform(Image.new("RGB", (90, 70)), np.zeros((70, 90), np.int64))
+        >>> image.shape, image.min()
+        (torch.Size([3, 70, 90]), tensor(-1.))
+    """
     return MaskedTransform([], mean, std)
 
 

@@ -74,10 +74,15 @@ class SlidesTrainConfig(RunConfig):
 
 def check_slide_settings(config: SlidesTrainConfig) -> None:
     """Refuse values that cannot work; raises ConfigError."""
-    data, model = config.data, config.model
+    data, model, engine = config.data, config.model, config.engine
     check_rules([
         *data_rules(data),
         (0 <= data.test_fraction < 1, "data.test_fraction must be in [0, 1)", data.test_fraction),
         (data.max_tiles is None or data.max_tiles >= 1, "data.max_tiles must be at least 1", data.max_tiles),
         (model.image_size is None, "model.image_size must be left out (slides are features)", model.image_size),
+        (
+            engine.context_parallel == 1 or not engine.compile,
+            "engine.compile must be off with engine.context_parallel: every size of slide is compiled anew",
+            engine.compile,
+        ),
     ])  # fmt: skip

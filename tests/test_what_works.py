@@ -76,7 +76,7 @@ TABLE = {
         [TIMM + "test_attention_extract_of_a_segmenter"],
     ),
     "timm: `reparameterize_model`": (
-        [TIMM + "test_fused_models_keep_these_doors[{smallest}]"],
+        [TIMM + "test_fused_models_in_torchscript_and_fx[{smallest}]"],
         [ADAPTERS + "test_fused[{mixer}]"],
         ["models/test_fused.py::test_a_fused_model_computes_the_same[adapted cbsa]"],
         ["models/test_fused.py::test_a_fused_model_computes_the_same[segmenter of a ViT]"],
@@ -207,7 +207,7 @@ TABLE = {
         None,
     ),
 }
-"""Doors, and the tests of models of images, single layers, adapted ViTs and segmenters; None where there is none."""
+"""Tools, and the tests of models of images, single layers, adapted ViTs and segmenters; None where there is none."""
 COMPARES = r"assert_close|assert_same|torch\.equal|assert_exported|_error\(|== whole"
 
 
@@ -249,7 +249,7 @@ def every_test():
 
 
 def read_table():
-    """Door to the texts of its cells."""
+    """Tool to the texts of its cells."""
     section = PAGE.read_text(encoding="utf-8").partition("## What works where")[2].partition("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -259,11 +259,11 @@ def read_table():
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-def test_the_page_has_these_doors_and_cells():
+def test_the_page_has_these_rows_and_cells():
     table = read_table()
     assert list(table) == list(TABLE)
-    for door, texts in table.items():
-        assert [text == "\N{EN DASH}" for text in texts] == [names is None for names in TABLE[door]], door
+    for tool, texts in table.items():
+        assert [text == "\N{EN DASH}" for text in texts] == [names is None for names in TABLE[tool]], tool
 
 
 def test_every_test_exists(collected):
@@ -271,8 +271,8 @@ def test_every_test_exists(collected):
 
 
 def test_tests_compare_values_or_expect_an_error_as_the_cell_says(collected):
-    for door, texts in read_table().items():
-        for text, names in zip(texts, TABLE[door], strict=True):
+    for tool, texts in read_table().items():
+        for text, names in zip(texts, TABLE[tool], strict=True):
             code = "".join(inspect.getsource(collected[next(expanded(name))].function) for name in names or ())
-            assert not text.startswith(("equal", "within")) or re.search(COMPARES, code), (door, text)
-            assert "refused" not in text or "pytest.raises" in code, (door, text)
+            assert not text.startswith(("equal", "within")) or re.search(COMPARES, code), (tool, text)
+            assert "refused" not in text or "pytest.raises" in code, (tool, text)
