@@ -9,7 +9,7 @@ from torch.export import Dim
 
 from cbsa_torch.models import TokenSetTransformer, export_model, with_fixed_grid
 from cbsa_torch.models.export import ExportError, ExportReport, Parity, checked_sizes, size_steps
-from cbsa_torch.nn import CBSA, MSSA, LinearCBSA
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, LinearAttention, LinearCBSA
 from cbsa_torch.ops import pool_representatives
 from tests.helpers.compare import assert_close
 from tests.helpers.exports import MODELS, SIZES, adapted, family, layer, open_program, segmenter, stirred
@@ -42,7 +42,7 @@ def test_any_size(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MODELS if FAST.get(name) != "torch"])
+@pytest.mark.parametrize("name", MODELS)
 def test_any_size_of_every_model(name, tmp_path):
     if name.startswith("segmenter"):  # PyTorch's guards tell images that need padding from those that need none
         with pytest.raises(ExportError, match="does not run on .* Guard failed"):
@@ -220,9 +220,10 @@ def test_a_dynamic_batch_is_exported(build):
     assert_close(exported(more), model(more), 1e-5)
 
 
+@pytest.mark.parametrize("mixer", [LinearCBSA, LinearAttention, MSSA, MHSA, TSSA])
 @torch.no_grad()
-def test_layers_without_a_grid_take_a_dynamic_number_of_tokens():
-    model, tokens = MSSA(16, 2).eval(), torch.randn(2, 17, 16)
+def test_layers_without_a_grid_take_a_dynamic_number_of_tokens(mixer):
+    model, tokens = mixer(16, 2).eval(), torch.randn(2, 17, 16)
     exported = torch.export.export(model, (tokens,), dynamic_shapes=({1: Dim.DYNAMIC},)).module()
     more = torch.randn(2, 30, 16)
     assert_close(exported(more), model(more), 1e-5)

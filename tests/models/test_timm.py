@@ -22,18 +22,18 @@ from timm.models import (
     get_graph_node_names,
     get_notrace_functions,
     get_notrace_modules,
+    load_checkpoint,
+    resume_checkpoint,
 )
 from timm.models._hub import save_for_hf
 from timm.models._manipulate import group_parameters
-from timm.optim import param_groups_layer_decay
-from timm.utils import AttentionExtract, reparameterize_model
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.utils import AttentionExtract, CheckpointSaver, ModelEmaV3, reparameterize_model
 from torch import nn
 from torchvision.models import feature_extraction
 
-from cbsa_torch import CBSA
-from cbsa_torch.models import adapt_vit
 from cbsa_torch.models.registry import FAMILIES, model_name, names, sizes_of
-from cbsa_torch.nn import TokenMixer
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearCBSA, TokenMixer
 from tests.helpers.compare import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -248,7 +248,7 @@ def test_layer_decay(name):
 
 
 @each_family
-def test_fused_models_keep_these_doors(name):
+def test_fused_models_in_torchscript_and_fx(name):
     model = small(name).eval()
     fused = reparameterize_model(model)
     x = images(model, height=5, width=7)
@@ -310,27 +310,138 @@ def test_saved_by_timm_after_changes_and_loaded_for_other_images(name, tmp_path)
             timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
 
 
+VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "dynamic_img_size": True, "img_size": 64}
+LAYERS = {
+    "CBSA": CBSA.with_options(num_representatives=4),
+    "AgentAttention": AgentAttention.with_options(num_representatives=4),
+    **{mixer.__name__: mixer for mixer in (LinearCBSA, MSSA, MHSA, TSSA)},
+}
+ADAPTED = ("adapted_cbsa", "agent", "linear")
+each_vit = pytest.mark.parametrize("layer", [*LAYERS, *ADAPTED])
+
+
+def vit(layer, **options):
+    """A ViT of timm with our layers: built in, or adapted."""
+    if layer in LAYERS:
+        return timm.create_model("vit_tiny_patch16_224", attn_layer=LAYERS[layer], **VIT, **options).eval()
+    return timm.create_model(
+        "adapted_vit", base="vit_tiny_patch16_224", mixer=layer, base_args=VIT, **options
+    ).eval()
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("kind", ["attn_layer", "adapted"])
-def test_vits_of_timm_with_our_layers_in_fx(kind):
-    options = {"depth": 2, "embed_dim": 48, "num_heads": 3, "dynamic_img_size": True, "img_size": 64}
-    if kind == "adapted":
-        vit = adapt_vit(timm.create_model("vit_tiny_patch16_224", **options), "adapted_cbsa").model.eval()
-    else:
-        layer = CBSA.with_options(num_representatives=4)
-        vit = timm.create_model("vit_tiny_patch16_224", attn_layer=layer, **options).eval()
-    graph = create_feature_extractor(vit, ["head"])
+@each_vit
+def test_vits_of_timm_with_our_layers_in_fx_traced_and_extracted(layer):
+    model = vit(layer, num_classes=5)
+    graph = create_feature_extractor(model, ["head"])
+    for size in ((32, 128), (128, 32), (64, 64)):
+        x = torch.randn(2, 3, *size)
+        (out, expected), (same, found) = gradients(model, x), gradients(graph, x)
+        assert_close(same, out, 1e-6)
+        assert all(torch.allclose(found[name], gradient, 1e-4, 1e-4) for name, gradient in expected.items())
     with torch.no_grad():
-        for size in ((32, 128), (128, 32), (64, 64)):
-            x = torch.randn(2, 3, *size)
-            assert_close(graph(x)["head"], vit(x), 1e-6)
         x = torch.randn(2, 3, 32, 128)
-        traced = torch.jit.trace(graph, (x,), strict=False)
-        assert_close(traced(x)["head"], vit(x), 1e-6)
-        with pytest.raises(RuntimeError, match="split_with_sizes expects"):
-            traced(x.mT)
-    with pytest.raises(ValueError, match="FX must trace the whole model"):
-        torch.fx.symbolic_trace(vit.blocks)
+        for traced in (torch.jit.trace(graph, (x,), strict=False), torch.jit.trace(model, (x,))):
+            out = traced(x)
+            assert_close(out["head"] if isinstance(out, dict) else out, model(x), 1e-6)
+            with pytest.raises(RuntimeError, match="split_with_sizes expects"):
+                traced(x.mT)
+        updates = []
+        for block in model.blocks:
+            block.attn.register_forward_hook(lambda module, args, out: updates.append(out))
+        model(x)
+        expected = tuple(updates)
+        for method in ("fx", "hook"):
+            found = AttentionExtract(model, ["*.attn"], method=method)(x)
+            assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
+    if model.blocks[0].attn.needs_grid:
+        with pytest.raises(ValueError, match="FX must trace the whole model"):
+            torch.fx.symbolic_trace(model.blocks)
+
+
+@each_vit
+@torch.no_grad()
+def test_features_of_vits_of_timm_with_our_layers(layer):
+    x, found = torch.randn(2, 3, 32, 128), {}
+    for kind in ("getter", "hook", "fx"):
+        torch.manual_seed(3)
+        found[kind] = vit(layer, features_only=True, feature_cls=kind, out_indices=(0, 1))(x)
+    torch.manual_seed(3)
+    plain = vit(layer).forward_intermediates(x, intermediates_only=True)
+    for maps, hooked, traced, expected in zip(*found.values(), plain, strict=True):
+        assert torch.equal(maps, expected)
+        assert maps.shape[2:] == (2, 8)
+        assert torch.equal(hooked, traced)
+        assert_close(maps.flatten(2).mT, traced[:, 1:], 1e-6)
+
+
+def test_models_without_features_say_so():
+    for kind in ("getter", "hook", "fx"):
+        for name, options, message in (
+            ("segmenter", {"encoder": "cbt_nano_patch4_32"}, "gives masks; features are its encoder's"),
+            ("token_set_cbt_tiny", {"in_dim": 8}, "gives one vector for each set"),
+        ):
+            with pytest.raises(ValueError, match=f"features_only must be False: {name} {message}"):
+                timm.create_model(name, features_only=True, feature_cls=kind, **options)
+
+
+@torch.no_grad()
+def test_attention_extract_of_a_segmenter():
+    model = timm.create_model(
+        "segmenter", encoder="cbt_nano_patch4_32", encoder_args={"depth": 1}, depth=1
+    ).eval()
+    x, updates = torch.randn(1, 3, 32, 48), []
+    for layer in (model.encoder.blocks[0].attn, model.decoder.layers[0].attn):
+        layer.register_forward_hook(lambda module, args, out: updates.append(out))
+    model(x)
+    expected = tuple(updates)
+    found = AttentionExtract(model, ["*.attn"], method="hook")(x)
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
+    with pytest.raises(TypeError, match="torch.fx cannot trace what looks at sizes"):
+        AttentionExtract(model, ["*.attn"], method="fx")
+
+
+def test_layers_that_learn_their_grid_from_hooks_are_refused_by_torchscript():
+    for layer in ("CBSA", *ADAPTED):
+        with pytest.raises(
+            TypeError, match="torch.jit.script cannot compile .*it is told where tokens are by hooks"
+        ):
+            torch.jit.script(vit(layer))
+
+
+@pytest.mark.parametrize("name", ["adapted_vit", "segmenter"])
+def test_averaged_saved_and_resumed_by_timm(name, tmp_path):
+    """Others train in examples/timm_training.py and test_timm_script.py."""
+
+    def start():
+        if name == "adapted_vit":
+            model, target = vit("adapted_cbsa", num_classes=5), torch.zeros(2, 5)
+        else:
+            model = timm.create_model(
+                name, encoder="cbt_nano_patch4_32", encoder_args={"depth": 1}, num_classes=3
+            )
+            target = torch.zeros(2, 3, 64, 64)
+        optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.05)
+        return model.train(), optimizer, ModelEmaV3(model, decay=0.5), target
+
+    def step(model, optimizer, ema, target):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        ema.update(model)
+
+    x = torch.randn(2, 3, 64, 64)
+    model, optimizer, ema, target = start()
+    saver = CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=tmp_path)
+    step(model, optimizer, ema, target)
+    saver.save_checkpoint(0, metric=1.0)
+    again, its_optimizer, its_ema, _ = start()
+    assert resume_checkpoint(again, tmp_path / "last.pth.tar", its_optimizer) == 1
+    load_checkpoint(its_ema.module, tmp_path / "last.pth.tar", use_ema=True)
+    step(model, optimizer, ema, target)
+    step(again, its_optimizer, its_ema, target)
+    for left, right in ((model, again), (ema.module, its_ema.module)):
+        assert torch.equal(left(x), right(x))
 
 
 def test_what_fx_and_torchscript_cannot_take_is_refused_by_name():

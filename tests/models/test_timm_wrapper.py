@@ -1,13 +1,15 @@
 """Our timm models inside transformers: TimmWrapper, Trainer and pipeline, from a local folder."""
 
+import pytest
 import timm
 import torch
 import transformers
 from PIL import Image
 
-import cbsa_torch.models  # noqa: F401  (registers our models)
 from cbsa_torch.models import load_checkpoint, save_checkpoint
+from cbsa_torch.models.registry import FAMILIES, model_name
 from cbsa_torch.train.hub import save_for_hub
+from tests.helpers.exports import SIZES
 
 NAME = "cbt_nano_patch4_32"
 SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2, "num_representatives": 4}
@@ -19,6 +21,18 @@ INPUT = {
     "crop_pct": 1.0,
 }
 PICTURE = Image.new("RGB", (50, 70), (200, 30, 90))
+BASE = {key: value for key, value in SIZES.items() if key != "img_size"}
+MODELS = {
+    **{family: (model_name(family, "tiny"), SIZES) for family in FAMILIES},
+    "adapted": ("adapted_vit", {"base": "vit_tiny_patch16_224", "img_size": 32, "base_args": BASE}),
+}
+
+
+def wrapped(architecture, args):
+    config = transformers.TimmWrapperConfig(
+        architecture=architecture, num_labels=3, model_args=dict(args), pretrained_cfg=dict(INPUT)
+    )
+    return transformers.TimmWrapperForImageClassification(config)
 
 
 class Data(torch.utils.data.Dataset):
@@ -31,10 +45,7 @@ class Data(torch.utils.data.Dataset):
 
 def test_trained_saved_and_asked_by_a_pipeline(tmp_path):
     torch.manual_seed(0)
-    config = transformers.TimmWrapperConfig(
-        architecture=NAME, num_labels=3, model_args=SMALL, pretrained_cfg=dict(INPUT)
-    )
-    model = transformers.TimmWrapperForImageClassification(config)
+    model = wrapped(NAME, SMALL)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     args = transformers.TrainingArguments(
         str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
@@ -54,6 +65,26 @@ def test_trained_saved_and_asked_by_a_pipeline(tmp_path):
         torch.testing.assert_close(
             torch.tensor(answer["score"]), expected[index].detach(), rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_saved_and_loaded(name, tmp_path):
+    model = wrapped(*MODELS[name]).eval()
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    logits = again(images).logits
+    assert torch.equal(logits, model(images).logits)
+    assert torch.equal(logits, model.timm_model(images))
+
+
+def test_masks_are_no_classes(tmp_path):
+    args = {"encoder": "cbt_tiny_patch16_224", "encoder_args": SIZES, "depth": 1, "num_heads": 2}
+    wrapped("segmenter", args).save_pretrained(tmp_path)
+    pipe = transformers.pipeline("image-classification", str(tmp_path))
+    with pytest.raises(ValueError, match="can only convert an array of size 1"):
+        pipe(PICTURE)
 
 
 def test_the_files_we_publish_are_read_by_a_pipeline(tmp_path):

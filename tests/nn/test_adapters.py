@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -122,7 +123,6 @@ def test_int8_of_torchao(name, kind):
 
 @pytest.mark.parametrize("name", ORTHOGONAL)
 def test_int8_of_orthonormal_bases_is_refused_until_they_are_fused(name):
-    from timm.utils import reparameterize_model
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     base = built(name)
@@ -140,15 +140,25 @@ def test_dynamic_quantisation_of_torch(name):
     assert update_error(model, base) < 0.05  # orthonormal bases stay as they are
 
 
+@pytest.mark.parametrize("to", ["cpu", "disk"])
 @each_name
-def test_offloaded_weights(name):
-    from accelerate import cpu_offload
+def test_offloaded_weights(name, to, tmp_path):
+    import accelerate
 
-    base = built(name)
+    base, device = built(name), torch.device("cpu")
     model = copy.deepcopy(base)
-    cpu_offload(model, torch.device("cpu"))
+    if to == "cpu":
+        accelerate.cpu_offload(model, device)
+    else:
+        accelerate.disk_offload(model, tmp_path, device)
     assert all(parameter.is_meta for parameter in model.attn.qkv.parameters())
     assert_close(model(X), base(X), 1e-6)
+
+
+@each_name
+def test_fused(name):
+    base = built(name)
+    assert_close(reparameterize_model(base)(X), base(X), 1e-5)
 
 
 # --- gradients per sample

@@ -95,6 +95,23 @@ def test_options_of_cbsa(options):
     assert_close(torch.jit.script(layer)(x, *grid), layer(x, *grid), 2e-6)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_in_graphs_of_fx_and_traced(name):
+    layer = MIXERS[name]()
+    model = nn.Sequential(layer)
+    graph = torch.fx.symbolic_trace(model)
+    for tokens in (16, 9):
+        x = torch.randn(2, tokens, DIM)
+        out, expected = graph(x), model(x)
+        assert_close(out, expected, 1e-6)
+        found, wanted = (torch.autograd.grad(y.square().sum(), layer.qkv.parameters()) for y in (out, expected))
+        for gradient, each in zip(found, wanted, strict=True):
+            assert_close(gradient, each, 1e-5)
+    traced, x = torch.jit.trace(model, (torch.randn(2, 16, DIM),)), torch.randn(3, 16, DIM)
+    assert_close(traced(x), model(x), 1e-5)
+
+
 def test_dropout_is_that_of_the_mode():
     scripted = torch.jit.script(MSSA(DIM, HEADS, attn_drop=0.5))
     x = torch.randn(1, 16, DIM)

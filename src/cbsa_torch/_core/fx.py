@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -17,8 +18,11 @@ def fx_leaf(function: _Function) -> _Function:
 
     For what decides by shapes or checks its arguments. It is called with real tensors when the graph runs, and
     raises what it raises. Graphs have no hooks: what these would tell a module, it is given as the keywords
-    that its ``fx_arguments(tracer)`` returns.
+    that its ``fx_arguments(tracer)`` returns, if its caller gives
+    no more than it must.
     """
+    parameters = inspect.signature(function).parameters.values()
+    num_required = sum(parameter.default is parameter.empty for parameter in parameters) - 1  # less self
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -32,7 +36,7 @@ def fx_leaf(function: _Function) -> _Function:
             raise TypeError(
                 f"{type(module).__name__} is one node of FX graphs, with none inside: trace the model around it"
             )
-        if len(given) == 1:
+        if len(given) <= num_required:
             kwargs = {**getattr(module, "fx_arguments", _no_arguments)(tracer), **kwargs}
         return tracer.create_proxy("call_module", tracer.path_of_module(module), tuple(given), kwargs)
 

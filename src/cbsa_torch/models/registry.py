@@ -232,15 +232,20 @@ def _create(
     )
 
 
-def build_entry(name: str, build: Callable[[], nn.Module], pretrained: bool, **timm_args: Any) -> Any:
+def build_entry(
+    name: str, build: Callable[[], nn.Module], pretrained: bool, *, gives: str = "", **timm_args: Any
+) -> Any:
     """``build_model_with_cfg`` of an entry point that has read its own arguments, and refuses all others.
 
     Args:
         name: of the entry point.
         build: makes the model.
         pretrained: whether timm loads its weights.
+        gives: what the model gives in place of feature maps, which ``features_only`` would ask for.
         **timm_args: of ``build_model_with_cfg``; what that does not know is refused.
     """
+    if gives and timm_args.get("features_only"):
+        raise ValueError(f"features_only must be False: {name} gives {gives}")
 
     def make(**unknown: Any) -> nn.Module:
         if unknown:

@@ -67,7 +67,7 @@ def _create(
     def build() -> TokenSetTransformer:
         return TokenSetTransformer(**own, mixer=family.mixer, **mixer_args)
 
-    model: TokenSetTransformer = build_entry(name, build, pretrained, **others)
+    model: TokenSetTransformer = build_entry(name, build, pretrained, gives="one vector for each set", **others)
     model.pretrained_cfg["num_classes"] = model.num_classes  # type: ignore[index, operator]
     return model
 

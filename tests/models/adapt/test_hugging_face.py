@@ -100,6 +100,15 @@ def test_queries_keys_and_values_are_those_of_the_original(name):
     torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2)), called["out"])
 
 
+@torch.no_grad()
+def test_exported_masks_are_checked_when_the_program_runs():
+    model = adapt_vit(built("vit"), num_representatives=4).model
+    image, mask = torch.randn(2, 3, 32, 32), torch.ones(2, 17, dtype=torch.int64)
+    program = torch.export.export(model, (image,), {"attention_mask": mask}).module()
+    mask[:, 9:] = 0
+    assert_close(program(image, attention_mask=mask)[0], output(model, image, attention_mask=mask), 1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import VisionTransformer
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from cbsa_torch import adapt_vit, interpret
 from cbsa_torch.models.counting import count_model
@@ -121,6 +122,27 @@ def test_queries_keys_and_values_are_those_of_the_original(bias, batch_first):
     expected = source(*args, key_padding_mask=padding)[0]
     expected = expected if batch_first else expected.transpose(0, 1)
     torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2))[~padding], expected[~padding])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@each_mixer
+def test_graphs_of_fx_and_traced(mixer):
+    model = adapt_vit(tower(), mixer).model.eval()
+    if mixer != "linear":  # FX calls no hooks of a convolution
+        with pytest.raises(ValueError, match=r"FX must trace the whole model.* or tell the layer its grid"):
+            create_feature_extractor(model, ["heads"])
+        for layer in model.encoder.layers:
+            layer.self_attention.set_input_size((4, 4))
+    graph = create_feature_extractor(model, ["heads"])
+    images = torch.randn(3, 3, 32, 32)
+    out, expected = graph(images)["heads"], model(images)
+    assert_close(out, expected, 1e-6)
+    weight = model.encoder.layers[0].self_attention.in_proj_weight
+    first, second = (torch.autograd.grad(y.square().sum(), weight)[0] for y in (out, expected))
+    assert_close(first, second, 1e-5)
+    assert_close(torch.jit.trace(model, (images[:2],))(images), expected, 1e-6)
+    with pytest.raises(TypeError, match="it is told where tokens are by hooks"):
+        torch.jit.script(model)
 
 
 @each_mixer

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from cbsa_torch.models import adapt_vit, register_transformers
+from tests.helpers.compare import assert_close
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 INTERPOLATE = {"interpolate_pos_encoding": True}
@@ -36,7 +37,7 @@ def registered():
 
 def built(name, **options):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
     return getattr(transformers, f"{name}Model")(config).eval()
 
 
@@ -99,6 +100,40 @@ def test_masks_are_honoured(attention):
     torch.testing.assert_close(first, second)
 
 
+@torch.no_grad()
+@each_attention
+def test_compiled_and_exported(attention):
+    torch.compiler.reset()
+    for _ in range(2):  # what is known of one model is not in the graph of another
+        model = built("ViT", attn_implementation=attention, num_hidden_layers=1)
+        images = IMAGES[..., :32]
+        assert_close(torch.compile(model, backend="eager")(images)[0], model(images)[0], 1e-5)
+    assert_close(torch.export.export(model, (images,)).module()(images)[0], model(images)[0], 1e-5)
+
+
+@torch.no_grad()
+def test_names_that_have_no_effect_or_would_be_wrong_are_refused():
+    model = transformers.TimmWrapperModel(
+        transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224")
+    ).eval()
+    model.set_attn_implementation("cbsa")
+    with pytest.raises(ValueError, match="'cbsa' has no effect on TimmWrapperModel: layers of timm"):
+        model(IMAGES)
+    sizes = {**SIZES, "image_size": 32}
+    shuffling = transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes, mask_ratio=0.0)).eval()
+    shuffling.set_attn_implementation("cbsa")
+    with pytest.raises(ValueError, match="nothing tells the grid of its 17 tokens"):
+        shuffling(IMAGES[..., :32])
+    biased = transformers.BeitModel(transformers.BeitConfig(**sizes, use_relative_position_bias=True)).eval()
+    for parameter in biased.parameters():
+        parameter.add_(torch.randn_like(parameter))
+    biased.set_attn_implementation("cbsa")
+    with pytest.raises(ValueError, match="must be the same for every query"):
+        biased(IMAGES[..., :32])
+    with pytest.raises(ValueError, match='attn_implementation="cbsaa"` is not supported'):
+        built("ViT", attn_implementation="cbsaa")
+
+
 def test_refusals():
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
     config = transformers.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=8)
@@ -147,6 +182,21 @@ def test_adapted_models_survive_save_and_from_pretrained(name, tmp_path):
     torch.testing.assert_close(again(IMAGES, **call)[0], expected, rtol=0, atol=0)
     assert again.half().dtype == torch.float16
     assert not getattr(again, "is_quantized", False)
+
+
+@torch.no_grad()
+def test_backbones_which_keep_outputs_by_hooks(tmp_path):
+    config = transformers.Dinov2Config(**SIZES, out_features=["stage1", "stage2"])
+    model = transformers.Dinov2Backbone(config).eval()
+    adapted = adapt_vit(model, num_representatives=4, contraction_step=1.0).model
+    adapted.save_pretrained(tmp_path)
+    again = transformers.Dinov2Backbone.from_pretrained(tmp_path)
+    model.set_attn_implementation("cbsa")
+    found = [each(IMAGES).feature_maps for each in (adapted, again, model)]
+    for first, second, third in zip(*found, strict=True):
+        assert first.shape == (2, 32, 4, 8)
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
 
 
 def test_a_quantised_model_is_told_that_it_cannot_be_saved():

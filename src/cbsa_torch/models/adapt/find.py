@@ -139,7 +139,7 @@ def heads_of(module: nn.Module) -> tuple[int, int]:
 def _changed(module: nn.Module) -> str:
     """What was done to a layer after it was built that another could not keep, or nothing."""
     change = call_changes(module)
-    if change and not _is_only_followed(module):
+    if change and not _is_only_watched(module):
         return f"{change}, which would be lost; remove that first"
     if parametrize.is_parametrized(module):
         return "its parameters are parametrised, which would be lost; remove that first"
@@ -154,12 +154,23 @@ def _changed(module: nn.Module) -> str:
     return ""
 
 
-def _is_only_followed(module: nn.Module) -> bool:
-    """Whether all that was done to a layer is to tell it grids, for ``attn_implementation="cbsa"``."""
+def _is_only_watched(module: nn.Module) -> bool:
+    """Whether a layer has only hooks that change nothing.
+
+    Ours tell it grids, for ``attn_implementation="cbsa"``; those of transformers keep outputs, in backbones and
+    once a model was called with ``output_hidden_states=True``.
+    """
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    ours = all(isinstance(getattr(hook, "__self__", None), GridFollower) for hook in hooks)
+    watch = all(
+        isinstance(getattr(hook, "__self__", None), GridFollower)
+        or getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+        for hook in hooks
+    )
     return (
-        ours and "forward" not in vars(module) and not module._backward_hooks and not module._backward_pre_hooks
+        watch
+        and "forward" not in vars(module)
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
     )
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cbsa_torch._core.fx import fx_leaf
+from cbsa_torch._core.types import GridSize
 from cbsa_torch.models.adapt.rotary import SeparateHeads
 from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, MixerInput, TokenMixer
 from cbsa_torch.ops import counting
@@ -41,6 +43,7 @@ class _Multihead(SeparateHeads):
         """The output projection, which has another name there."""
         return cast(nn.Linear, self._modules["out_proj"])
 
+    @fx_leaf
     def forward(  # type: ignore[override]
         self,
         query: Tensor,
@@ -51,6 +54,7 @@ class _Multihead(SeparateHeads):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        grid_size: GridSize | None = None,
     ) -> tuple[Tensor, None]:
         """Mix ``(B, N, C)`` tokens, or ``(N, B, C)`` without ``batch_first``.
 
@@ -58,7 +62,15 @@ class _Multihead(SeparateHeads):
             ValueError: cross-attention (keys of other tokens), or a mask that differs from query to query.
         """
         source, key, value = self._read(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            grid_size,
         )
         out = self._checkpointed(self._update_of, source, key, value)
         if source.token_mask is not None:
@@ -83,6 +95,7 @@ class _Multihead(SeparateHeads):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        grid_size: GridSize | None = None,
     ) -> tuple[MixerInput, Tensor, Tensor]:
         """The record of the queries, keys and values; batch first."""
         if query.is_nested:
@@ -101,7 +114,9 @@ class _Multihead(SeparateHeads):
             token_mask = ~key_padding_mask
         elif key_padding_mask is not None:
             additive = key_padding_mask[:, None]  # as nn.TransformerEncoderLayer makes it
-        source = TokenMixer.read(self, query, token_mask=token_mask, attn_mask=additive, is_causal=is_causal)
+        source = TokenMixer.read(
+            self, query, grid_size, token_mask=token_mask, attn_mask=additive, is_causal=is_causal
+        )
         if source.token_mask is not None:
             hidden = ~source.token_mask[..., None]
             key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,8 @@ ATTENTION: dict[str, type[TokenMixer]] = {
 _UNSUPPORTED = ("position_bias", "softcap", "s_aux", "sliding_window")
 _PROJECTIONS = ("q_proj", "query")
 
-_followers: weakref.WeakKeyDictionary[nn.Module, GridFollower] = weakref.WeakKeyDictionary()
+_FOLLOWER = "_cbsa_grid_follower"
+"""The attribute of an attention layer of transformers that tells its grid."""
 
 
 def register_transformers(
@@ -151,6 +151,7 @@ def _attention_function(name: str, mixer: type[TokenMixer], options: Mapping[str
     return attention
 
 
+@torch.compiler.disable  # compiled code calls it, the first time, and does not build it
 def _without_projections(
     mixer: type[TokenMixer], num_heads: int, head_dim: int, options: Mapping[str, Any], device: torch.device
 ) -> TokenMixer:
@@ -162,7 +163,7 @@ def _without_projections(
 
 
 def _grid_of(module: nn.Module, x: Tensor, which: str) -> GridSize:
-    follower = _followers.get(module)
+    follower: GridFollower | None = getattr(module, _FOLLOWER, None)
     if follower is None:
         raise ValueError(
             f"{which}: nothing tells the grid of its {x.shape[1]} tokens. Call register_transformers() before "
@@ -173,8 +174,23 @@ def _grid_of(module: nn.Module, x: Tensor, which: str) -> GridSize:
 
 def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
     """Hook of all modules: those of transformers that get ``embeddings`` may be towers of images."""
-    if name == "embeddings" and child is not None and type(module).__module__.startswith("transformers."):
+    if child is None or not type(module).__module__.startswith("transformers."):
+        return
+    if name == "embeddings":
         module.register_forward_pre_hook(_follow_images)
+    elif name == "timm_model":
+        module.register_forward_pre_hook(_refuse_timm)
+
+
+def _refuse_timm(model: nn.Module, _: Any) -> None:
+    """A model of timm does not ask transformers how to attend: a forward pre-hook."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if name in ATTENTION:
+        raise ValueError(
+            f"attn_implementation={name!r} has no effect on {type(model).__name__}: layers of timm do not call "
+            "AttentionInterface. Use cbsa_torch.adapt_vit(model.timm_model, inplace=True), or the architecture "
+            "adapted_vit"
+        )
 
 
 def _follow_images(model: nn.Module, _: Any) -> None:
@@ -185,8 +201,11 @@ def _follow_images(model: nn.Module, _: Any) -> None:
     if tower is None:
         return
     layers = {m for m in model.modules() if any(name in m._modules for name in _PROJECTIONS)}
-    if any(layer not in _followers for layer in layers):
-        _followers.update(lead_layers(tower.module, tower.embedding, layers, tower.num_prefix_tokens))
+    if all(hasattr(layer, _FOLLOWER) for layer in layers):
+        return
+    found = lead_layers(tower.module, tower.embedding, layers, tower.num_prefix_tokens)
+    for layer, follower in found.items():
+        setattr(layer, _FOLLOWER, follower)
 
 
 # --- adapted models, loaded again

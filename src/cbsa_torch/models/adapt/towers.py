@@ -33,9 +33,14 @@ def find_towers(model: nn.Module) -> list[Tower]:
 
 
 def image_tower(module: nn.Module) -> Tower | None:
-    """The tower that a model of transformers is, if its ``embeddings`` have a convolution for patches."""
+    """The tower that a model of transformers is, if its ``embeddings`` have a convolution for patches.
+
+    Not of ViTMAE, which shuffles them, also where it masks none.
+    """
     embeddings = module._modules.get("embeddings")
     if embeddings is None or not type(module).__module__.startswith("transformers."):
+        return None
+    if hasattr(embeddings, "random_masking"):
         return None
     inner = embeddings._modules.get("patch_embeddings")
     projection = (

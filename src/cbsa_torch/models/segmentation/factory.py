@@ -126,7 +126,13 @@ def segmenter(
         )
         return Segmenter(made, decoder, freeze_encoder=freeze_encoder)
 
-    model: Segmenter = build_entry("segmenter", build, pretrained, **timm_args)
+    model: Segmenter = build_entry(
+        "segmenter",
+        build,
+        pretrained,
+        gives=f"masks; features are its encoder's, timm.create_model({encoder!r}, features_only=True)",
+        **timm_args,
+    )
     known = getattr(model.encoder, "pretrained_cfg", None) or {}
     cfg: Any = model.pretrained_cfg
     cfg |= {key: known[key] for key in _FROM_ENCODER if key in known}

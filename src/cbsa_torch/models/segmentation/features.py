@@ -50,8 +50,13 @@ def patch_features(encoder: nn.Module, images: Tensor | list[Tensor]) -> Tensor 
     Class and register tokens are dropped. A list of images ``(C, height, width)`` of any sizes gives a list.
 
     Raises:
-        ValueError: an encoder built for one size, and images of another.
+        ValueError: an encoder built for one size, and images of another; one whose own weights are offloaded.
     """
+    if any(p.is_meta and not images[0].is_meta for p in encoder.parameters(recurse=False)):
+        raise ValueError(
+            "encoder is offloaded, and Accelerate loads its position embeddings for its forward alone, where a "
+            'segmenter calls forward_intermediates: offload with preload_module_classes=["Segmenter"]'
+        )
     if isinstance(images, Tensor):
         return _batch_features(encoder, images)
     if isinstance(encoder, WhiteBoxTransformer):  # one packed batch
