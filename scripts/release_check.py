@@ -4,8 +4,8 @@
 
 The wheel is built from the sdist. Metadata, contents and, with ``--tag``, version and changelog are checked.
 Each environment gets the wheel with the extra ``all``: ``oldest`` with every requirement at its lower bound in
-pyproject.toml, ``newest`` with what pip takes by itself. PYTHON is its interpreter, by default this one. What is
-tried there is in :func:`try_out`. One environment exists at a time: it takes about 7 GB.
+pyproject.toml, ``newest`` with what pip takes by itself. PYTHON is its interpreter, by default this one. What
+is tried there is in :func:`try_out`. One environment exists at a time: it takes about 7 GB.
 """
 
 from __future__ import annotations
