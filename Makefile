@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# The interpreters of the environments of release-check.
+OLDEST ?= $(PYTHON)
+NEWEST ?= $(PYTHON)
 
-.PHONY: demo test test-slow check-extras lint format bench gpu-check docs docs-serve clean help
+.PHONY: demo test pytest test-slow check-extras release-check lint format bench gpu-check docs docs-serve clean help
 
 help:
 	@echo "make demo          train on real digits (2 minutes), evaluate, write a report page"
 	@echo "make test          lint and all tests but the slow ones"
 	@echo "make test-slow     the slow tests (accuracy over three seeds, ...)"
 	@echo "make check-extras  install the wheel with each extra into a fresh environment and try it there"
+	@echo "make release-check  build the release and try it with the oldest and the newest PyTorch (OLDEST=, NEWEST=python3.x)"
 	@echo "make lint          ruff and mypy            make format     let ruff format the code"
 	@echo "make bench         time layers and models   make gpu-check  tests and timings on a CUDA device"
 	@echo "make docs          build the documentation into site/   make docs-serve   show it at http://127.0.0.1:8000"
@@ -20,7 +24,9 @@ demo: $(VENV)/.installed
 	$(BIN)/cbsa train --config digits --model.args step certified --output runs/demo --overwrite
 	$(BIN)/cbsa report --checkpoint runs/demo
 
-test: lint
+test: lint pytest
+
+pytest: $(VENV)/.installed-dev
 	$(PYTEST)
 
 test-slow: $(VENV)/.installed-dev
@@ -28,6 +34,9 @@ test-slow: $(VENV)/.installed-dev
 
 check-extras: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check_extras.py
+
+release-check: $(VENV)/.installed-dev
+	$(BIN)/python scripts/release_check.py $(if $(TAG),--tag $(TAG)) oldest=$(OLDEST) newest=$(NEWEST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ def main(names: list[str]) -> int:
     failed = []
     with tempfile.TemporaryDirectory(prefix="cbsa_extras_") as temporary:
         folder = Path(temporary)
-        wheel = build_wheel(folder)
+        _, wheel = build(folder / "dist")
         print(f"built {wheel.name}")
         linked = link_torch(folder / "torch")
         print(f"shared by all environments: torch and {linked - 1} distributions that it requires")
@@ -50,15 +50,13 @@ def main(names: list[str]) -> int:
     return 1 if failed else 0
 
 
-def build_wheel(folder: Path) -> Path:
-    """Build the wheel from a copy of the sources: an older ``build/`` beside them would add deleted modules."""
-    source = folder / "source"
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    if call([*PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source], folder):
-        raise SystemExit("the wheel could not be built")
-    return next(folder.glob("*.whl"))
+def build(folder: Path) -> tuple[Path, Path]:
+    """Build the sdist, and from it the wheel, into a folder that is emptied first; returns both."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if call([sys.executable, "-m", "build", "--outdir", folder, ROOT], ROOT):
+        raise SystemExit("the sdist or the wheel could not be built")
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
 
 
 def requirements(name: str, extras: frozenset[str] = frozenset()) -> dict[str, importlib.metadata.Distribution]:

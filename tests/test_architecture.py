@@ -177,6 +177,21 @@ def test_without_extras_the_core_works_and_the_rest_says_what_to_install():
         assert f"pip install 'cbsa-torch[{extra}]'" in message
 
 
+LOADS = """
+import sys, torch
+before = set(sys.modules)
+import cbsa_torch
+print(*set(sys.modules) - before)
+"""
+
+
+def test_importing_loads_nothing_but_torch():
+    """Nor gives a warning. How long it takes: ``scripts/import_time.py``."""
+    loaded = {name.partition(".")[0] for name in run("-W", "error", "-c", LOADS).split()}
+    assert "cbsa_torch" in loaded
+    assert loaded - sys.stdlib_module_names <= {"cbsa_torch", "torch"}
+
+
 def test_importing_changes_nothing_outside():
     """But timm's registry and torch's counter of FLOPs, which is what importing the models is for."""
     ours = sorted(name for name in MODULES if not name.endswith("__main__"))

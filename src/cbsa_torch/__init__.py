@@ -8,7 +8,7 @@ ImportError names the extra to install.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cbsa_torch import nn, ops
 from cbsa_torch._version import __version__
@@ -18,12 +18,20 @@ _LAZY = ("interpret", "models", "streaming", "train")
 _FROM_MODELS = ("adapt_vit",)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _FROM_MODELS:
-        return getattr(importlib.import_module("cbsa_torch.models"), name)
-    if name in _LAZY:
-        return importlib.import_module(f"cbsa_torch.{name}")
-    raise AttributeError(f"module 'cbsa_torch' has no attribute {name!r}")
+if TYPE_CHECKING:  # a checker of types knows these, and no others: it does not see __getattr__
+    from cbsa_torch import interpret as interpret
+    from cbsa_torch import models as models
+    from cbsa_torch import streaming as streaming
+    from cbsa_torch import train as train
+    from cbsa_torch.models import adapt_vit as adapt_vit
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _FROM_MODELS:
+            return getattr(importlib.import_module("cbsa_torch.models"), name)
+        if name in _LAZY:
+            return importlib.import_module(f"cbsa_torch.{name}")
+        raise AttributeError(f"module 'cbsa_torch' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -36,7 +36,7 @@ _LARGEST_DEVIATION = 0.25
 
 def call_changes(module: nn.Module) -> str:
     """What was done to a module that acts when it is called, for an error message; empty if nothing was."""
-    if "forward" in vars(module):
+    if "forward" in module.__dict__:
         return "its forward was replaced"
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
@@ -138,7 +138,7 @@ def why_not_drawn(module: nn.Module) -> str:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether parameters in a module are elsewhere between its calls: on meta, and a ``forward`` loads them."""
     return any(
-        "forward" in vars(part) and any(parameter.is_meta for parameter in part.parameters())
+        "forward" in part.__dict__ and any(parameter.is_meta for parameter in part.parameters())
         for part in module.modules()
     )
 
@@ -155,7 +155,7 @@ def _is_hooked_linear(layer: nn.Module) -> bool:
     return (
         isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward
-        and "forward" not in vars(layer)
+        and "forward" not in layer.__dict__
         and all(is_readable(parameter) for parameter in held)
         and not any(map(_is_distributed, held))  # a hook gathers the weight for the time of the call
     )

@@ -103,14 +103,15 @@ __all__ = [
 _NEED_EXTRA = ("foreground", "plots", "tile_maps", "zero_shot", "pages.maps", "pages.report", "pages.compare")
 """Modules whose names in ``__all__`` are imported at first use."""
 
+if not TYPE_CHECKING:  # so that a checker of types reports names that do not exist
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        require("interpret")
-        for module in (importlib.import_module(f"cbsa_torch.interpret.{module}") for module in _NEED_EXTRA):
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module 'cbsa_torch.interpret' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            require("interpret")
+            for module in (importlib.import_module(f"cbsa_torch.interpret.{module}") for module in _NEED_EXTRA):
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module 'cbsa_torch.interpret' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

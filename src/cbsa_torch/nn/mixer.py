@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbsa_torch._core.autodiff import is_transformed
 from cbsa_torch._core.checks import check_bool, check_choice, check_positive_int
+from cbsa_torch._core.compiler import not_compiled
 from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.linear import apply_with_matrix, is_plain_linear, why_not_drawn
 from cbsa_torch._core.types import (
@@ -352,7 +353,7 @@ class TokenMixer(TokenReader, abc.ABC):
             out = out.masked_fill(~source.token_mask[..., None], 0.0)  # the biases, too
         return source.restore(out)
 
-    @torch.compiler.disable
+    @not_compiled
     def _forward_packed(
         self,
         x: Tensor,

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cbsa_torch._core.compiler import not_compiled
 from cbsa_torch.ops.parallel import ContextParallel, gathered, of_first, total
 
 
@@ -104,7 +105,7 @@ def take_slice(
     return own, parallel
 
 
-@torch.compiler.disable
+@not_compiled
 def _digest(x: Tensor | None) -> str | None:
     """Of shape and values, by which ranks see that they have the same."""
     if x is None:

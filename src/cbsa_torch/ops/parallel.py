@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from cbsa_torch._core.compiler import not_compiled
 from cbsa_torch._core.types import GridSize
 
 
@@ -146,7 +147,7 @@ def group_of(ranks: Any) -> dist.ProcessGroup:
     return ranks
 
 
-@torch.compiler.disable
+@not_compiled
 def agree(group: dist.ProcessGroup | None, own: Any, problem: str = "", **same: Any) -> list[Any]:
     """Tell the other ranks something, and make sure that all can go on; every rank is to call it.
 

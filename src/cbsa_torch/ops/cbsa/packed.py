@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from cbsa_torch._core.checks import check_floating, check_shape
+from cbsa_torch._core.compiler import not_compiled
 from cbsa_torch._core.types import CellPooling, Cells, Representatives
 from cbsa_torch.ops.packing import Rows, group_rows, join_rows, read_cu_seqlens, split_rows
 
 
-@torch.compiler.disable
+@not_compiled
 def run_packed(
     operator: Callable[..., Tensor],
     tokens: Tensor,
@@ -64,7 +65,7 @@ def run_packed(
     return _join(outputs, rows)
 
 
-@torch.compiler.disable
+@not_compiled
 def run_packed_certified(
     operator: Callable[[Tensor, Representatives], Tensor],
     tokens: Tensor,
