@@ -71,7 +71,9 @@ def test_any_image_size_and_aspect(family, size):
     x = torch.randn(1, 3, *size)
     grid = (-(-size[0] // 16), -(-size[1] // 16))
     learned = model.pos_embed[:, 1:].mT.reshape(1, 32, 14, 14)
-    positions = nn.functional.interpolate(learned, grid, mode="bicubic", antialias=True)
+    # transposed, as PyTorch 2.14 resizes wrongly to a width of 1
+    turned = nn.functional.interpolate(learned.mT.contiguous(), grid[::-1], mode="bicubic", antialias=True)
+    positions = turned.mT
     tokens = (model.stem(x) + positions).flatten(2).mT
     tokens = torch.cat([model.cls_token + model.pos_embed[:, :1], tokens], dim=1)
     for block in model.blocks:
