@@ -53,7 +53,7 @@ def main(names: list[str]) -> int:
 def build(folder: Path) -> tuple[Path, Path]:
     """Build the sdist, and from it the wheel, into a folder that is emptied first; returns both."""
     shutil.rmtree(folder, ignore_errors=True)
-    if call([sys.executable, "-m", "build", "--outdir", folder, ROOT], ROOT):
+    if call([sys.executable, "-m", "build", "--quiet", "--outdir", folder, ROOT], ROOT):
         raise SystemExit("the sdist or the wheel could not be built")
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return sdist, wheel

@@ -30,6 +30,19 @@ ENVIRONMENTS = ("oldest", "newest")
 TESTS = ("tests/_core", "tests/ops", "tests/nn", "tests/models/test_models.py", "tests/models/test_timm.py")
 """Of the sdist, run on the installed wheel; they need no other packages than these."""
 FOR_TESTS = ("pytest", "hypothesis")
+WITH_PACKAGES_OF_DEV = ("tests/_core/test_linear.py", "tests/nn/test_adapters.py")
+"""Of :data:`TESTS`, those that need more: peft, torchao."""
+NOT_ON_OLDEST = (
+    "tests/ops/cbsa/triton",  # Triton's interpreter converts arrays in a way that NumPy warns of
+    "tests/nn/test_cbsa.py::test_every_implementation_is_the_same_layer",  # likewise
+    "tests/nn/test_cbsa.py::test_onnx",  # onnxscript: "The model contains functions"
+    "tests/nn/test_grids.py::test_exported_models",  # PyTorch: "exactly one guard export"
+    "tests/nn/test_reading.py::test_compiled_in_one_graph",  # PyTorch cannot tell the type of a field
+    "tests/nn/test_representatives.py::test_a_fixed_grid_of_representatives_in_every_layer",  # another error
+    "tests/nn/test_mixer.py::test_options_for_what_takes_a_class",  # looks at a model as timm 1.0.31 has it
+    "tests/models/test_timm.py::test_saved_by_timm_after_changes_and_loaded_for_other_images",  # timm 1.0.31
+)
+"""What the oldest packages cannot do, with the reason; docs/contribute/releasing.md tells users."""
 
 
 def main(argv: list[str]) -> int:
@@ -106,7 +119,10 @@ def try_out(name: str, interpreter: str, sdist: Path, wheel: Path, folder: Path)
     mypy = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", folder / "mypy"]
     run([*mypy, "--python-executable", python, scripts / "typed_user.py"], folder)
     run([python, scripts / "typed_user.py"], folder)
-    run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS], unpacked)
+    left_out = [f"--ignore={path}" for path in WITH_PACKAGES_OF_DEV]
+    if name == "oldest":
+        left_out += [f"--deselect={test}" for test in NOT_ON_OLDEST]
+    run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *left_out, *TESTS], unpacked)
 
 
 def lower_bounds(wheel: Path) -> list[str]:
