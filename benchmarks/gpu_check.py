@@ -38,7 +38,6 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.types import CONTRACTIONS
 
-BEGIN = time.monotonic()
 CASES = [  # B, H, N, M, P, masked, separate keys and values
     (4, 6, 197, 64, 64, False, False),
     (1, 2, 4097, 64, 64, False, False),
@@ -64,14 +63,15 @@ class Check:
     """What was found so far, and the device it was found on."""
 
     def __init__(self, path: Path, minutes: float, quick: bool) -> None:
-        self.path, self.end, self.quick = path, BEGIN + 60 * minutes, quick
+        self.path, self.quick, self.begin = path, quick, time.monotonic()
+        self.end = self.begin + 60 * minutes
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.rows: list[dict[str, Any]] = []
         self.bytes_per_second, self.operations_per_second = 1e10, 1e11
 
     def add(self, kind: str, **values: Any) -> None:
         """Print and keep a result."""
-        row = {"kind": kind, "second": round(time.monotonic() - BEGIN, 1), **values}
+        row = {"kind": kind, "second": round(time.monotonic() - self.begin, 1), **values}
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)

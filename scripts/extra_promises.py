@@ -147,9 +147,9 @@ def adapting() -> None:
     import timm
 
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3)
-    adapted = cbsa_torch.adapt_vit(vit)
+    adapted, _ = cbsa_torch.adapt_vit(vit)
     images = torch.randn(1, 3, 32, 32)
-    assert getattr(adapted, "model", adapted)(images).shape == (1, 3)
+    assert adapted(images).shape == (1, 3)
     segmenter = cbsa_torch.models.segmenter(encoder_args={"depth": 1}, img_size=32, num_classes=3, depth=1)
     assert segmenter(images).shape == (1, 3, 32, 32)
 

@@ -107,7 +107,7 @@ def try_out(name: str, interpreter: str, sdist: Path, wheel: Path, folder: Path)
     python = folder / "environment" / "bin" / "python"
     pins = folder / "constraints.txt"
     pins.write_text("".join(f"{pin}\n" for pin in lower_bounds(wheel)) if name == "oldest" else "")
-    install = [*PIP, "--python", python, "install", "--quiet", "--constraint", pins]
+    install: list[str | Path] = [*PIP, "--python", python, "install", "--quiet", "--constraint", pins]
     run([*install, f"{wheel}[all]", *FOR_TESTS], folder)
     print(f"{name}: {versions(python)}", flush=True)
     with tarfile.open(sdist) as archive:
@@ -116,7 +116,15 @@ def try_out(name: str, interpreter: str, sdist: Path, wheel: Path, folder: Path)
     scripts = unpacked / "scripts"
     run([python, scripts / "import_time.py"], folder)
     run([python, scripts / "extra_promises.py", "all"], folder)
-    mypy = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", folder / "mypy"]
+    mypy: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--cache-dir",
+        folder / "mypy",
+    ]
     run([*mypy, "--python-executable", python, scripts / "typed_user.py"], folder)
     run([python, scripts / "typed_user.py"], folder)
     left_out = [f"--ignore={path}" for path in WITH_PACKAGES_OF_DEV]

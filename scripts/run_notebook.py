@@ -57,9 +57,13 @@ def run_notebook(path: Path) -> Ran:
 def _run_cell(source: str, title: str, names: dict[str, Any]) -> Any:
     """The value of the last line, if it is an expression."""
     tree = ast.parse(source, title)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1]
+    if not isinstance(last, ast.Expr):
+        exec(compile(tree, title, "exec"), names)
+        return None
+    del tree.body[-1]
     exec(compile(tree, title, "exec"), names)
-    return eval(compile(ast.Expression(last.value), title, "eval"), names) if last else None
+    return eval(compile(ast.Expression(last.value), title, "eval"), names)
 
 
 def main(notebook: str, folder: str) -> None:
