@@ -35,7 +35,6 @@ WITH_PACKAGES_OF_DEV = ("tests/_core/test_linear.py", "tests/nn/test_adapters.py
 NOT_ON_OLDEST = (
     "tests/ops/cbsa/triton",  # Triton's interpreter converts arrays in a way that NumPy warns of
     "tests/nn/test_cbsa.py::test_every_implementation_is_the_same_layer",  # likewise
-    "tests/nn/test_cbsa.py::test_onnx",  # onnxscript: "The model contains functions"
     "tests/nn/test_grids.py::test_exported_models",  # PyTorch: "exactly one guard export"
     "tests/nn/test_reading.py::test_compiled_in_one_graph",  # PyTorch cannot tell the type of a field
     "tests/nn/test_representatives.py::test_a_fixed_grid_of_representatives_in_every_layer",  # another error
