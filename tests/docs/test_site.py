@@ -1,5 +1,6 @@
 """The site is built without a warning, asks for nothing outside it, sets its formulas, and fits a phone."""
 
+import fcntl
 import json
 import os
 import re
@@ -53,20 +54,27 @@ return inside.documentElement.scrollWidth;
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder that ``make docs`` makes."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "WARNING" not in done.stderr
+    """The folder that ``make docs`` makes, once for all processes of a run of the tests."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, warned = shared / "site", shared / "site.log"
+    with (shared / "site.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not warned.exists():
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            warned.write_text(done.stderr)
+    assert "WARNING" not in warned.read_text()
     return folder
 
 
