@@ -21,7 +21,7 @@ field.value = "certified";
 field.dispatchEvent(new Event("focus"));
 field.dispatchEvent(new Event("keyup"));
 const found = () => document.querySelectorAll(".md-search-result__item").length;
-for (let i = 0; i < 40 && !found(); i++) await new Promise((go) => setTimeout(go, 100));
+for (let i = 0; i < 300 && !found(); i++) await new Promise((go) => setTimeout(go, 100));
 return {
   found: found(),
   set: document.querySelectorAll(".arithmatex .katex").length,
@@ -40,7 +40,7 @@ for (const [text, heading] of Object.entries(TEXTS)) {
   const links = () => [...document.querySelectorAll(".md-search-result__link")].map((link) => new URL(link.href));
   const here = () => links().some((link) => link.hash === "#" + heading);
   const right = () => here() && links()[0].pathname.endsWith("reference/errors.html");
-  for (let i = 0; i < 8 && !right(); i++) await new Promise((go) => setTimeout(go, 100));
+  for (let i = 0; i < 60 && !right(); i++) await new Promise((go) => setTimeout(go, 100));
   if (!right()) missed[text] = links().map((link) => link.pathname.split("/").pop() + link.hash);
 }
 return missed;

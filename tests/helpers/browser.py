@@ -76,7 +76,7 @@ def visit(browser: str, page: Path, folder: Path, script: str, *, size: str = "1
         f"--user-data-dir={folder / 'profile'}",
         f"--log-net-log={log}",
         f"--window-size={size}",
-        "--virtual-time-budget=5000",
+        "--virtual-time-budget=60000",
         "--dump-dom",
         copy.resolve().as_uri(),
     ]
