@@ -260,7 +260,8 @@ class CBSA(TokenMixer):
             options |= {"keys": heads.keys, "values": heads.values}
             options["step_representatives"] = self.step_representatives
         inputs = cbsa_inputs(heads.queries, chosen.values, **options)
-        return inputs._replace(relative=self.step == "relative")
+        # PyTorch 2.8 does not compile _replace: only where it is needed.
+        return inputs._replace(relative=True) if self.step == "relative" else inputs
 
     def extra_repr(self) -> str:
         """Show the options when the module is printed."""
