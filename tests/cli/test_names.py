@@ -65,6 +65,7 @@ def test_predict_names_a_file_that_is_missing(kind, named, tmp_path, capsys):
     assert FILE_SHOWN[kind] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_report_and_compare(kind, named, tmp_path, capsys):
     file = tmp_path / "images" / FILE[kind]
     file.parent.mkdir()

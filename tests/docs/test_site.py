@@ -78,6 +78,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # building the site takes half a minute
 def test_pages_load_nothing_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 30
@@ -86,6 +87,7 @@ def test_pages_load_nothing_from_elsewhere(site):
         assert [tag for tag in tags if re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag)] == []
 
 
+@pytest.mark.slow  # building the site takes half a minute
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 def test_formulas_and_search_work_without_a_request_elsewhere(site):
     seen = visit(BROWSER, site / "index.html", site, USED)
@@ -97,6 +99,7 @@ def test_formulas_and_search_work_without_a_request_elsewhere(site):
     assert any("KaTeX" in family for family in seen.found["fonts"])
 
 
+@pytest.mark.slow  # building the site takes half a minute
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 def test_searching_for_a_message_leads_to_its_remedy(site):
     texts = {
@@ -111,6 +114,7 @@ def test_searching_for_a_message_leads_to_its_remedy(site):
     assert seen.found == {}
 
 
+@pytest.mark.slow  # building the site takes half a minute
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 @pytest.mark.parametrize(
     "page",

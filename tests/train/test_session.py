@@ -322,7 +322,7 @@ def assert_same_everything(first, second):
     assert (info["epoch"], info["val_top1"]) == (others_info["epoch"], others_info["val_top1"])
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, PARTS))])
 def test_killed_anywhere_a_run_goes_on_exactly(killed_config, tmp_path, part):
     whole = elsewhere(killed_config, tmp_path / "whole")
     moments = train_and_kill(whole)
