@@ -167,7 +167,8 @@ def settings() -> str:
         "Every setting of a run and its default; [recipes](recipes.md) set others. `optim.lr` is "
         "`--optim.lr 1e-3` on the [command line](command_line.md), `OptimConfig(lr=1e-3)` in "
         "[Python](api/training.md#settings), and in a YAML file\n\n```yaml\noptim:\n  lr: 1.0e-3\n```",
-        "Each begins with what values may be and its default; where none is named, the words tell.",
+        "Each meaning begins with the kind of value and the default; where none is named, the text says "
+        "what happens.",
     ]
     known: set[Setting] = set()
     for task, (config, _) in TASKS.items():
