@@ -70,6 +70,8 @@ def test_grids_found_given_and_unknown():
     assert not torch.equal(model(IMAGES, grid_size=(2, 16), **INTERPOLATE)[0], given)
     with pytest.raises(ValueError, match="grid_size"):
         model(IMAGES, grid_size=(7, 8), **INTERPOLATE)
+    with pytest.raises(ValueError, match=r"grid_size \(2, 8\) has 16 cells \+ 1 prefix tokens, but x has 33"):
+        found(IMAGES, grid_size=(2, 8), **INTERPOLATE)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch._core.autodiff import has_values
+from cbsa_torch._core.autodiff import check_values
 from cbsa_torch._core.types import GridSize
 from cbsa_torch.models.adapt.rotary import SeparateHeads
 from cbsa_torch.nn import AdaptedCBSA, AgentAttention, LinearAttention, MixerInput, TokenMixer
@@ -87,25 +87,17 @@ def keys_of(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.ndim != 4:
         return mask
     keys = mask[:, :, :1]
-    _check(
+    check_values(
         (mask == keys).all(), "attention_mask must be the same for every query: there is no N x N matrix here"
     )
     if keys.dtype == torch.bool:
         return keys
     hidden = keys <= -1e4
-    _check(
+    check_values(
         ((keys == 0) | hidden).all(),
         "attention_mask must keep keys (0) or hide them (the lowest number), got others",
     )
     return ~hidden
-
-
-def _check(holds: Tensor, message: str) -> None:
-    """Raise ``ValueError`` unless a condition holds; in an exported program when it runs."""
-    if not has_values(holds):
-        torch._assert_async(holds, message)
-    elif not holds:
-        raise ValueError(message)
 
 
 class HFAdaptedCBSA(_HFAttention, AdaptedCBSA):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from cbsa_torch._core.tracing import pin_sides, pin_size
 from cbsa_torch._core.types import Broadcast, Contraction, GridSize
 from cbsa_torch.models.adapt.hugging_face import METHOD, keys_of
 from cbsa_torch.models.adapt.towers import image_tower
@@ -142,7 +143,11 @@ def _attention_function(name: str, mixer: type[TokenMixer], options: Mapping[str
         mask = None if keys is None else as_token_mask(keys, b, n)
         grid, prefix = None, 0
         if layer.needs_grid:
-            grid, prefix = resolve_grid(n, _grid_of(module, x, which) if grid_size is None else grid_size, None)
+            follower: GridFollower | None = getattr(module, _FOLLOWER, None)
+            known = None if follower is None else follower.source.num_prefix_tokens
+            query = pin_sides(pin_size(query, (2,)), grid_size)
+            place = _grid_of(follower, x, which) if grid_size is None else grid_size
+            grid, prefix = resolve_grid(n, place, known)
         mixed = layer.mix(Heads(MixerInput(x, None, grid, prefix, mask), query, key, value))
         if mask is not None:
             mixed = mixed.masked_fill(~mask[:, None, :, None], 0.0)
@@ -162,8 +167,7 @@ def _without_projections(
     return layer
 
 
-def _grid_of(module: nn.Module, x: Tensor, which: str) -> GridSize:
-    follower: GridFollower | None = getattr(module, _FOLLOWER, None)
+def _grid_of(follower: GridFollower | None, x: Tensor, which: str) -> GridSize:
     if follower is None:
         raise ValueError(
             f"{which}: nothing tells the grid of its {x.shape[1]} tokens. Call register_transformers() before "
