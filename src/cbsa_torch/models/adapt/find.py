@@ -60,6 +60,11 @@ class AttentionLayer(NamedTuple):
     is_pool: bool = False
     """Whether it pools tokens in a head: not one of the layers to choose from."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is of a decoder."""
+        return self.incompatibility == _DECODES
+
 
 def find_attention(model: nn.Module) -> list[AttentionLayer]:
     """Every attention layer of ``model`` in order, those that cannot be adapted included."""
@@ -174,13 +179,12 @@ def _is_only_watched(module: nn.Module) -> bool:
     )
 
 
-def select_layers(found: list[AttentionLayer], layers: Layers) -> set[str]:
+def select_layers(names: Sequence[str], layers: Layers) -> set[str]:
     """The names of the layers that ``layers`` asks for.
 
     Raises:
         ValueError, TypeError: not ``"all"``, ``"latter_half"`` or distinct indices that exist.
     """
-    names = [layer.name for layer in found if not layer.is_pool]
     count = len(names)
     if isinstance(layers, str):
         if layers not in LAYER_CHOICES:

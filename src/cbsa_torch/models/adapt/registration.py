@@ -238,11 +238,13 @@ def _register_loading() -> None:
         """Adapts a model that ``from_pretrained`` is about to load weights into."""
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-            config = model.config
-            found, config.quantization_config = config.quantization_config, None
+            configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+            records = {key: vars(config).pop("quantization_config", None) for key, config in configs.items()}
             for step in self.quantization_config.adapted:  # type: ignore[attr-defined]
                 adapt_vit(model, step["mixer"], layers=step["layers"], inplace=True, **step["options"])
-            config.quantization_config = found
+            for key, record in records.items():
+                if record is not None:
+                    configs[key].quantization_config = record
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
