@@ -79,5 +79,8 @@ def test_errors():
         CBSABlock(0)
     with pytest.raises(ValueError, match="num_heads"):
         CBSABlock(10, 3)
+    for norm in (nn.BatchNorm1d, nn.InstanceNorm1d, nn.BatchNorm2d):
+        with pytest.raises(ValueError, match="norm_layer must norm the last axis.*got .*Norm"):
+            CBSABlock(8, norm_layer=norm)
     with pytest.raises(TypeError, match="colour"):
         CBSABlock(8, colour=1)

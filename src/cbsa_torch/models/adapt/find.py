@@ -83,6 +83,11 @@ def _search(module: nn.Module, name: str) -> Iterator[AttentionLayer]:
     # The model itself may have attention in its name.
     if name and _is_known(module):
         yield AttentionLayer(name, module, incompatibility(module))
+    elif name and is_multihead(module._modules.get("base_layer")):
+        reason = (
+            f"it is an adapter ({type(module).__module__}) that works on the weights inside it: merge it first"
+        )
+        yield AttentionLayer(name, module, reason)
     elif name and _POOLS.search(kind):
         reason = "attention pooling of a head has queries of its own"
         yield AttentionLayer(name, module, reason, is_pool=True)
