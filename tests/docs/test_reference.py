@@ -231,7 +231,7 @@ TELLING = re.compile(
     r"\b(must|needs?|needed|required|allowed|there are|is of|are of|beside|exclude|cannot have both|which one"
     r"|did you mean|is not a (folder|file)|add|append|ask|begin anew|build|call|choose|drop|fill|fuse|get it|give"
     r"|install|keep|leave|list|load|log in|lower|make|mend|move|name|offload|pass|put|raise|remove|rename|resize|resume|save"
-    r"|set|subclass|trace|train|use|wait|cbsa \w+ (works?|knows))\b|--\w",
+    r"|set|subclass|trace|train|use|wait|write|cbsa \w+ (works?|knows))\b|--\w",
     re.IGNORECASE,
 )
 """Words by which a message says what is allowed, or what to do."""

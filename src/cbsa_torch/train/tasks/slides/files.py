@@ -56,8 +56,8 @@ def find_file(root: Path, name: str) -> Path:
     there = [path for suffix in SUFFIXES if (path := root / f"{name}{suffix}").is_file()]
     if not there:
         raise DataError(
-            f"slide {name!r}: neither {name}.h5 nor {name}.pt is in {root}; features of its tiles are needed, not "
-            "its picture"
+            f"slide {name!r}: neither {name}.h5 nor {name}.pt is in {root}; features of its tiles are needed, "
+            "not its picture"
         )
     if len(there) > 1:
         raise DataError(f"slide {name!r}: both {name}.h5 and {name}.pt are in {root}; write the suffix, too")
