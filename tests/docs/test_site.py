@@ -36,7 +36,7 @@ field.dispatchEvent(new Event("focus"));
 const missed = {};
 for (const [text, heading] of Object.entries(TEXTS)) {
   field.value = text;
-  field.dispatchEvent(new Event("keyup"));
+  field.dispatchEvent(new InputEvent("input", { inputType: "insertFromPaste", bubbles: true }));
   const links = () => [...document.querySelectorAll(".md-search-result__link")].map((link) => new URL(link.href));
   const here = () => links().some((link) => link.hash === "#" + heading);
   const right = () => here() && links()[0].pathname.endsWith("reference/errors.html");
