@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,13 @@ def speed(family: str) -> str:
     if all(row["name"] == VIT for row in timed):
         return "## Speed\n\nThis family has not been timed."
     cells = {
-        (f"`{row['name']}`", f"{_batch(row)}{', training' if row['training'] else ''}"): (
+        (f"{_batch(row)}{', training' if row['training'] else ''}", f"`{row['name']}`"): (
             f"{row['images_per_second']:.3g}"
         )
         for row in timed
     }
     gpu_cells = {
-        (f"`{row['name']}`", _batch(row)): (
+        (_batch(row), f"`{row['name']}`"): (
             f"{row['forward_images_per_second']:,.0f} / {row['training_images_per_second']:,.0f}"
         )
         for row in on_gpu
@@ -201,6 +202,7 @@ def citation(paper: str) -> str:
     """The BibTeX entry of the paper behind a family, from CITATION.cff."""
     entry = references()[paper]
     authors = " and ".join(f"{a['family-names']}, {a['given-names']}" for a in entry["authors"])
+    authors = textwrap.fill(authors, 72).replace("\n", f"\n{' ' * 15}")
     key = f"{_ascii(entry['authors'][0]['family-names'])}{entry['year']}"
     lines = [
         f"@inproceedings{{{key},",

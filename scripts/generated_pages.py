@@ -104,7 +104,7 @@ def command_line() -> str:
             if args:
                 parts.append(f"### cbsa {command} {' '.join(args)}")
             if found.usage != usage:
-                parts.append(f"```text\n{found.usage}\n```")
+                parts.append(f"``` {{.text .message}}\n{found.usage}\n```")
             parts.append(found.text.replace("<", "\\<"))
             if seen and len(new) < len(found.options):
                 parts.append("Its other options are those above.")
@@ -255,6 +255,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """MkDocs calls this with every page: the folder of the notebooks is beside docs, and in the site within."""
     return markdown.replace("](../../notebooks/", "](../notebooks/")
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """MkDocs calls this with every page as HTML.
+
+    The name of a test may begin a line, below that of its file. In tables, what is beside ± or x stays there.
+    """
+    html = re.sub(r"<td>.*?</td>", lambda cell: re.sub(r" ([±x]) (?=\d)", r"&nbsp;\1&nbsp;", cell[0]), html)
+    return html.replace(".py::", ".py::<wbr>")
 
 
 def _table(options: list[Option]) -> str:
