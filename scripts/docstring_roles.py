@@ -40,5 +40,7 @@ class Roles(griffe.Extension):
             obj.docstring.value = ROLE.sub(self._link, text)
 
     def _link(self, role: re.Match[str]) -> str:
-        path = self._documented.get(role[1].rpartition(".")[2])
-        return f"`{role[1]}`" if path is None else f"[`{role[1]}`][{path}]"
+        name, last = role[1].lstrip("~"), role[1].rpartition(".")[2]
+        shown = last if name != role[1] else name
+        path = self._documented.get(last)
+        return f"`{shown}`" if path is None else f"[`{shown}`][{path}]"

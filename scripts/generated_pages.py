@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
 RULE = re.compile(r" -{5,}")
 DEFAULT = re.compile(r" ?\((?:default: )?(required|(?<=: )[^()]*)\)$")
 SPECIAL = re.compile(r"(`+)[^`]*\1|[|*_<>\\]")  # outside code, to Markdown
+TIMES = re.compile(r" ([±x\u00d7]) (?=\d)")  # between numbers
 WORDS = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", dict: "names and values"}
 """Types of settings, in words."""
 OPTION = re.compile(r" {2}([-\[]\S.*?|[A-Z]+)(?: {2,}(.*))?")
@@ -260,23 +261,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """MkDocs calls this with every page as HTML.
 
-    The name of a test may begin a line, below that of its file. In tables, what is beside ± or x stays there.
+    Long names of tests may be broken. In tables, ± and times stay with their numbers.
     """
-    html = re.sub(r"<td>.*?</td>", lambda cell: re.sub(r" ([±x]) (?=\d)", r"&nbsp;\1&nbsp;", cell[0]), html)
-    return html.replace(".py::", ".py::<wbr>")
+    html = re.sub(
+        r"<td>.*?</td>", lambda cell: re.sub(r" ([±x\u00d7]) (?=\d)", r"&nbsp;\1&nbsp;", cell[0]), html
+    )
+    return re.sub(r"\b[\w/]+\.py::\w+", lambda name: re.sub(r"([/_]|::)", r"\1<wbr>", name[0]), html)
 
 
 def _table(options: list[Option]) -> str:
-    rows = ["| option | meaning | default |", "|---|---|---|"]
+    rows = ["| option | meaning |", "|---|---|"]
     section = ""
     for option in options:
         if option.section != section:
             section = option.section
             if section not in ("options", "positional arguments"):
-                rows.append(f"| **{section}** | | |")
+                rows.append(f"| **{section}** | |")
         found = DEFAULT.search(option.meaning)
-        default = f"`{found[1]}`" if found and found[1] else ""
-        meaning = _cell(DEFAULT.sub("", option.meaning))
+        value = found[1] if found else "None"  # then the text says what happens
+        default = {"None": "", "": "", "required": " *Required.*"}.get(value, f" *Default* `{value}`.")
         usage = f"`{option.usage.replace('{None}|', '')}`"
-        rows.append(f"| {usage} | {meaning} | {default} |")
+        rows.append(f"| {usage} | {_cell(DEFAULT.sub('', option.meaning))}{default} |")
     return "\n".join(rows)
