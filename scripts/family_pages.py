@@ -202,12 +202,11 @@ def citation(paper: str) -> str:
     """The BibTeX entry of the paper behind a family, from CITATION.cff."""
     entry = references()[paper]
     authors = " and ".join(f"{a['family-names']}, {a['given-names']}" for a in entry["authors"])
-    authors = textwrap.fill(authors, 72).replace("\n", f"\n{' ' * 15}")
     key = f"{_ascii(entry['authors'][0]['family-names'])}{entry['year']}"
     lines = [
         f"@inproceedings{{{key},",
-        f"  title     = {{{entry['title']}}},",
-        f"  author    = {{{authors}}},",
+        f"  title     = {{{_in_lines(entry['title'])}}},",
+        f"  author    = {{{_in_lines(authors)}}},",
         f"  booktitle = {{{entry['conference']['name']}}},",
         f"  year      = {{{entry['year']}}},",
         f"  note      = {{arXiv:{paper}}}",
@@ -260,6 +259,11 @@ def _batch(row: dict[str, Any]) -> str:
 
 def _short(entry: dict[str, Any]) -> str:
     return f"{entry['authors'][0]['family-names']} et al., {entry['year']}"
+
+
+def _in_lines(text: str) -> str:
+    """The value of a field of BibTeX."""
+    return textwrap.fill(text, 72).replace("\n", f"\n{' ' * 15}")
 
 
 def _ascii(name: str) -> str:

@@ -39,7 +39,10 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
 RULE = re.compile(r" -{5,}")
 DEFAULT = re.compile(r" ?\((?:default: )?(required|(?<=: )[^()]*)\)$")
 SPECIAL = re.compile(r"(`+)[^`]*\1|[|*_<>\\]")  # outside code, to Markdown
-TIMES = re.compile(r" ([±x\u00d7]) (?=\d)")  # between numbers
+TOGETHER = re.compile(
+    r"<pre.*?</pre>|<code>.*?</code>|class=\"arithmatex\">.*?</|(?<=\d) %|(?<=\d) [±\u00d7x/] (?=\d)", re.DOTALL
+)
+"""What stays on one line, beside what is not touched."""
 WORDS = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", dict: "names and values"}
 """Types of settings, in words."""
 OPTION = re.compile(r" {2}([-\[]\S.*?|[A-Z]+)(?: {2,}(.*))?")
@@ -261,11 +264,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """MkDocs calls this with every page as HTML.
 
-    Long names of tests may be broken. In tables, ± and times stay with their numbers.
+    Long names of tests may be broken; %, ± and the like stay with their numbers.
     """
-    html = re.sub(
-        r"<td>.*?</td>", lambda cell: re.sub(r" ([±x\u00d7]) (?=\d)", r"&nbsp;\1&nbsp;", cell[0]), html
-    )
+    html = TOGETHER.sub(lambda found: found[0].replace(" ", "&nbsp;") if found[0][0] == " " else found[0], html)
     return re.sub(r"\b[\w/]+\.py::\w+", lambda name: re.sub(r"([/_]|::)", r"\1<wbr>", name[0]), html)
 
 

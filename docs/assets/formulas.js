@@ -14,4 +14,20 @@ document.addEventListener("DOMContentLoaded", () => {
       after.data = after.data.slice(mark.length);
     }
   }
+  // Results of the search hold text alone.
+  const results = document.querySelector("[data-md-component=search-result]");
+  new MutationObserver(() => {
+    const walker = document.createTreeWalker(results, NodeFilter.SHOW_TEXT);
+    const found = [];
+    while (walker.nextNode()) if (/\\\(.*?\\\)/s.test(walker.currentNode.data)) found.push(walker.currentNode);
+    for (const text of found) {
+      const parts = text.data.split(/\\\((.*?)\\\)/s).map((part, index) => {
+        if (index % 2 === 0) return part;
+        const element = document.createElement("span");
+        katex.render(part, element, { throwOnError: false });
+        return element;
+      });
+      text.replaceWith(...parts);
+    }
+  }).observe(results, { childList: true, subtree: true });
 });
