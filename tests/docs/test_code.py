@@ -19,6 +19,7 @@ from scripts.generated_pages import read_help
 import cbsa_torch.models.hub
 import cbsa_torch.train.hub
 from cbsa_torch.cli import COMMANDS
+from cbsa_torch.models import save_checkpoint
 from tests.helpers.doc_pages import PAGES, read_blocks
 from tests.helpers.hub import INFO, write_weights
 from tests.helpers.slides import write_trident
@@ -87,6 +88,10 @@ def slides_as_pictures(names, folder, monkeypatch):
     pixels[:, 256:512] = 240  # glass
     (folder / "slides").mkdir()
     tifffile.imwrite(folder / "slides/a.tif", pixels, photometric="rgb")
+    (folder / "runs/slides").mkdir(parents=True)
+    info = {"model": "token_set_cbt_tiny", "model_args": {"in_dim": 384, "depth": 1, "num_classes": 2}}
+    model = CREATE(info["model"], **info["model_args"])
+    save_checkpoint(folder / "runs/slides/model.safetensors", model, info)
     (folder / "maps").mkdir()
     (folder / "maps/a_map.csv").write_text("tile,x,y,attention\n0,0,0,0.1\n1,0,256,0.3\n")
 
