@@ -108,6 +108,9 @@ def test_searching_for_a_message_leads_to_its_remedy(site):
         "no images found in": "no-images-no-classes-no-splits",
         "the loss became nan in epoch": "the-loss-becomes-nan",
         "does not say of what model it is": "the-file-says-too-little",
+        # with characters that the search takes for operators
+        "such as torch.linalg.qr(basis).Q; B^T B differs from I by": "an-option-that-takes-others-with-it",
+        "go on with: cbsa train --output runs/photos --resume": "the-run-was-interrupted",
     }
     assert all(any(text in message for message in error_messages()) for text in texts)
     seen = visit(BROWSER, site / "index.html", site, MESSAGES.replace("TEXTS", json.dumps(texts)))
