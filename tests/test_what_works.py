@@ -51,7 +51,10 @@ TABLE = {
             GRAPHS + "test_every_mixer_in_graphs_of_fx_and_traced[{mixer}]",
             TIMM + "test_vits_of_timm_with_our_layers_in_fx_traced_and_extracted[{built in}]",
         ],
-        [TIMM + "test_vits_of_timm_with_our_layers_in_fx_traced_and_extracted[{inherits}]"],
+        [
+            TIMM + "test_vits_of_timm_with_our_layers_in_fx_traced_and_extracted[{inherits}]",
+            "models/adapt/test_multihead.py::test_graphs_of_fx_and_traced[{inherits}]",
+        ],
         NO_GRAPH,
     ),
     "`torch.jit.trace`": (
