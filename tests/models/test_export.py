@@ -13,7 +13,7 @@ from cbsa_torch.models.export import ExportError, ExportReport, Parity, checked_
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, LinearAttention, LinearCBSA
 from cbsa_torch.ops import pool_representatives
 from tests.helpers.compare import assert_close
-from tests.helpers.exports import MODELS, SIZES, adapted, family, layer, open_program, segmenter, stirred
+from tests.helpers.exports import GRID, MODELS, SIZES, adapted, family, layer, open_program, segmenter, stirred
 
 FAST = {
     **dict.fromkeys(("cbt", "cbt certified", "linear_cbt", "tost", "adapted", "segmenter", "layer"), "onnx"),
@@ -64,6 +64,17 @@ def test_any_size_of_every_model_in_two_runtimes(name, tmp_path):
         images = torch.randn(2, 3, parity.height, parity.width)
         with torch.no_grad():
             assert_close(torch.from_numpy(program([images.numpy()])[0]), model(images), 1e-4)
+
+
+def test_a_square_matrix_that_is_used_transposed_too(tmp_path):
+    """OpenVINO takes one for the other where both are one constant of the graph."""
+    openvino = pytest.importorskip("openvino", reason="of the extra dev")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 192, 8, 8), CBSA(192, 3, step="certified", **GRID)).eval()
+    export_model(model, tmp_path / "model.onnx", in_chans=3, image_size=32, any_size=True)
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    program = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", settings)
+    with torch.no_grad():
+        assert_close(torch.from_numpy(program([x.numpy()])[0]), model(x), 1e-5)
 
 
 def test_sides_are_multiples_of_the_patch_where_they_must_be(tmp_path):

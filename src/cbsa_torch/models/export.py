@@ -317,6 +317,7 @@ def _write_torch(model: nn.Module, example: Tensor, any_size: bool) -> tuple[byt
 
 def _write_onnx(model: nn.Module, example: Tensor, any_size: bool) -> tuple[bytes, int, _Run]:
     import onnxruntime
+    from onnxscript.optimizer import fold_constants
 
     names = {0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"}
     with _OpenResizing():
@@ -330,6 +331,9 @@ def _write_onnx(model: nn.Module, example: Tensor, any_size: bool) -> tuple[byte
             verbose=False,
         )
     assert program is not None, "of dynamo=True"
+    # OpenVINO 2026.4 takes a square matrix that is used both as it is and transposed for one of the two, in
+    # silence. PyTorch leaves transposed weights of more than 8 KiB to the program: here they become constants.
+    fold_constants(program.model, should_fold=lambda node: True if node.op_type == "Transpose" else None)
     with tempfile.TemporaryDirectory() as folder:  # the runtime reads what was written
         file = Path(folder) / FILES["onnx"]
         program.save(file, external_data=False)
