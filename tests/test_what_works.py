@@ -142,7 +142,10 @@ TABLE = {
             ADAPTERS + "test_adapters_act_merge_and_are_saved[{plain}-dora]",
             ADAPTERS + "test_an_adapter_on_orthonormal_bases_is_refused[{orthogonal}]",
         ],
-        [WHOLE + "test_adapters_act_merge_and_are_saved[{adapted}]"],
+        [
+            WHOLE + "test_adapters_act_merge_and_are_saved[{adapted}]",
+            "models/adapt/test_multihead.py::test_adapters_of_peft_act_and_merge[{inherits}]",
+        ],
         [WHOLE + "test_adapters_act_merge_and_are_saved[{segmenter}]"],
     ),
     "torchao: int8": (
@@ -168,13 +171,21 @@ TABLE = {
         [WHOLE + "test_offloaded_weights[{segmenter}-{place}]"],
     ),
     "Opacus": (
-        None,
+        [
+            WHOLE + "test_gradients_per_sample_by_opacus[{family}]",
+            WHOLE + "test_what_opacus_does_not_take[cbt]",
+        ],
         [
             ADAPTERS + "test_gradients_per_sample_by_opacus[cbsa]",
             ADAPTERS + "test_opacus_on_tied_projections_is_refused_where_it_sees_half_the_gradient[mssa tied]",
         ],
-        None,
-        None,
+        [
+            WHOLE + "test_gradients_per_sample_by_opacus[adapted]",
+            WHOLE + "test_gradients_per_sample_by_opacus[adapted agent]",
+            WHOLE + "test_gradients_per_sample_by_opacus[adapted linear]",
+            WHOLE + "test_what_opacus_does_not_take[adapted eva]",
+        ],
+        [WHOLE + "test_what_opacus_does_not_take[segmenter]"],
     ),
     "`torch.func`: gradients per sample": (
         [WHOLE + "test_gradients_per_sample_by_torch_func[{family}]"],

@@ -180,6 +180,32 @@ def test_the_fast_path_and_nested_tensors_of_pytorch_do_not_pass_the_mixer_by():
         )
 
 
+@each_mixer
+def test_adapters_of_peft_act_and_merge(mixer):
+    """On the output projection of adapted layers, and on the whole of the original ones, as peft takes them."""
+    import peft
+
+    def lora(model, target):
+        config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        return peft.get_peft_model(copy.deepcopy(model), config).eval()
+
+    images, model = IMAGE[..., :32], tower().eval()
+    adapted = adapt_vit(model, mixer).model
+    wrapped = lora(adapted, "out_proj")
+    out = wrapped(images)
+    assert not torch.allclose(out, adapted(images), atol=1e-2)
+    assert_close(copy.deepcopy(wrapped).merge_and_unload()(images), out, 1e-5)
+
+    original = lora(model, "self_attention")
+    later, report = adapt_vit(original, mixer)
+    assert (len(report.adapted), report.refused) == (2, ())
+    merged = copy.deepcopy(original).merge_and_unload()  # no layer of ours is in it
+    assert_close(merged(images), original(images), 1e-5)
+    expected = adapt_vit(merged, mixer).model(images)
+    assert_close(later(images), expected, 1e-5)
+    assert_close(copy.deepcopy(later).merge_and_unload()(images), expected, 1e-5)
+
+
 def test_refusals():
     _, report = adapt_vit(Detr(), "linear")
     refused = {layer.name: layer.reason for layer in report.refused}
