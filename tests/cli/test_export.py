@@ -69,10 +69,11 @@ def test_runs_of_other_tasks(tmp_path):
     assert told["class_names"] == [str(i) for i in range(10)]
     images = torch.randn(2, 1, 8, 8)
     assert_close(program(images), open_trained(adapted).model.eval()(images), 1e-5)
-    program, told = exported(segmenter, tmp_path / "masks", "--any-size", "--num-representatives", "2", "2")
+    # its own rounding in float32 is above 1e-5: the norm of its masks divides by what tells classes apart
+    program, told = exported(segmenter, tmp_path / "masks", "--tolerance", "1e-4")
     assert (told["task"], told["class_names"]) == ("segmentation", NAMES)
-    images = torch.randn(1, 3, 40, 29)
-    assert program(images).shape == (1, 3, 40, 29)
+    images = torch.randn(2, 3, told["input"]["height"], told["input"]["width"])
+    assert_close(program(images), open_trained(segmenter).model.eval()(images), 1e-4)
 
 
 def test_what_it_refuses(trained, trained_vit, tmp_path, capsys, monkeypatch):
