@@ -1,4 +1,4 @@
-"""The table "What works where" of docs/use/packages.md: every cell is a test, which must exist and do what it says."""
+"""The table "What works where" of docs/reference/packages.md: every cell is a test, which must exist and do what it says."""
 
 import contextlib
 import inspect
@@ -13,7 +13,7 @@ from tests.helpers.doc_pages import ROOT
 from tests.helpers.exports import MODELS
 from tests.helpers.mixers import MIXERS, ORTHOGONAL
 
-PAGE = ROOT / "docs/use/packages.md"
+PAGE = ROOT / "docs/reference/packages.md"
 EXPANDED = {
     "{family}": [*FAMILIES],
     "{smallest}": [model_name(family, "pico" if "pico" in sizes_of(family) else "tiny") for family in FAMILIES],

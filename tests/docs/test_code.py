@@ -107,6 +107,7 @@ PREPARED = {
     "docs/reference/report.md": images_with_masks,
     "docs/reference/segmentation_data.md": ade20k,
     "docs/use/parallel.md": one_process,
+    "docs/reference/parallel.md": one_process,
     "docs/use/runs.md": hub,
     "docs/use/streaming.md": large_sources,
 }
