@@ -9,8 +9,10 @@ from torchvision.models import VisionTransformer
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from cbsa_torch import adapt_vit, interpret
+from cbsa_torch.models import export_model
 from cbsa_torch.models.counting import count_model
 from tests.helpers.compare import assert_close
+from tests.helpers.exports import open_program
 
 each_mixer = pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
 IMAGE = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
@@ -143,6 +145,24 @@ def test_graphs_of_fx_and_traced(mixer):
     assert_close(torch.jit.trace(model, (images[:2],))(images), expected, 1e-6)
     with pytest.raises(TypeError, match="it is told where tokens are by hooks"):
         torch.jit.script(model)
+
+
+@each_mixer
+@torch.no_grad()
+def test_compiled_exported_and_offloaded(mixer, tmp_path):
+    import accelerate
+
+    torch.compiler.reset()
+    model = adapt_vit(tower().eval(), mixer).model
+    images = torch.randn(3, 3, 32, 32)
+    expected = model(images)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(images), expected, 1e-5)
+    file = tmp_path / "model.pt2"
+    export_model(model, file, "torch", in_chans=3, image_size=32)
+    assert_close(open_program(file)(images), expected, 1e-5)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert_close(model(images), expected, 1e-6)
 
 
 @each_mixer
