@@ -119,11 +119,11 @@ def read(options: Options, name: str) -> dict[str, Any]:
 
 def draw(options: Options) -> Figure:
     """Accuracy on each data set, and images/s against the size of the image."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, name in zip(panels, EPOCHS, strict=False):
         draw_accuracies(axes, read(options, name)["accuracy"])
-        axes.set_title(f"{name}: {EPOCHS[name]} epochs of recovery")
+        axes.set_title(f"{name}: {EPOCHS[name]} epochs of recovery", fontsize=10)
     rows = read(options, "cost")["cost"]
     for name, label in NAMES.items():
         own = [row for row in rows if row["name"] == name]
@@ -132,9 +132,10 @@ def draw(options: Options) -> Figure:
     panels[2].set(xscale="log", yscale="log", xlabel="side of the image (pixels)", ylabel="images/s")
     panels[2].set_xticks(options.image_sizes, [str(size) for size in options.image_sizes])
     panels[2].minorticks_off()
-    panels[2].set_title(f"Speed of {options.cost_of}")
+    panels[2].set_title(f"Speed of {options.cost_of}", fontsize=10)
     panels[2].grid(alpha=0.3)
-    panels[2].legend()
+    for axes in panels[[0, 2]]:
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -155,8 +156,8 @@ def draw_accuracies(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.plot([], [], mark, color="black", mfc="none" if key == "plain" else None, label=label)
     axes.set_xticks(range(len(rows)), [NAMES[row["name"]].replace(", ", "\n") for row in rows])
     axes.set_ylabel("test accuracy (%)")
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
 
 
 def main() -> None:

@@ -292,7 +292,7 @@ def percent(value: dict[str, float | None]) -> str:
 
 def draw(record: dict[str, Any]) -> Figure:
     """Noise, FLOPs, similarities."""
-    figure = Figure(figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     noise, flops, similarities = figure.subplots(1, 3)
     for row in record["rows"]:
         name, colour = MIXERS[row["mixer"]], COLOURS[row["mixer"]]
@@ -318,11 +318,11 @@ def draw(record: dict[str, Any]) -> Figure:
             )
     noise.set(
         xscale="log",
-        xlabel="standard deviation of the noise on the decoder's attention",
+        xlabel="standard deviation of the noise\non the decoder's attention",
         ylabel="mean IoU on test scenes (%)",
         title="Noise on the parameters",
     )
-    noise.set_xticks([SIGMAS[0] / 3, 1e-3, 1e-2, 1e-1, 1], ["none", "0.001", "0.01", "0.1", "1"])
+    noise.set_xticks([SIGMAS[0] / 3, 1e-2, 1e-1, 1], ["none", "0.01", "0.1", "1"])
     noise.minorticks_off()
     flops.set(ylabel="GFLOPs", title="Decoder FLOPs")
     similarities.set(ylabel="millions", title="Pairwise similarities")
@@ -332,7 +332,8 @@ def draw(record: dict[str, Any]) -> Figure:
         axes.minorticks_off()
     for axes in (noise, flops, similarities):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.title.set_fontsize(10)
+    figure.legend(*noise.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

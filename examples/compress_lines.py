@@ -85,7 +85,7 @@ def measure(points: Tensor, directions: Tensor) -> dict[str, float]:
 
 def draw(states: dict[int, Tensor], measures: dict[int, dict[str, float]]) -> Figure:
     """One panel per state, coloured by class."""
-    figure = Figure(figsize=(2.6 * len(states), 3.0), layout="constrained")
+    figure = Figure(figsize=(2.25 * len(states), 2.8), layout="constrained")
     for column, (iteration, points) in enumerate(states.items()):
         axis: Any = figure.add_subplot(1, len(states), column + 1, projection="3d")
         for label, of_class in enumerate(points[0]):
@@ -93,7 +93,7 @@ def draw(states: dict[int, Tensor], measures: dict[int, dict[str, float]]) -> Fi
         angle = measures[iteration]["angle_to_own_line"]
         axis.set_title(f"{iteration} iterations\n{angle:.1f}° from the true line", fontsize=9)
         axis.set(xlim=(-2, 2), ylim=(-2, 2), zlim=(-2, 2))
-        axis.set_box_aspect((1, 1, 1), zoom=1.4)
+        axis.set_box_aspect((1, 1, 1), zoom=1.3)
         axis.set_axis_off()
     return figure
 

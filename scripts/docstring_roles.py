@@ -1,4 +1,8 @@
-"""Roles in docstrings (``:func:`NAME```) become links to the API reference, or code if it has no such name."""
+"""What docstrings become in the API reference.
+
+Roles (``:func:`NAME```) become links, or code if the reference has no such name. Errors that share a line of
+"Raises" get lines of their own. "Returns" begins with the type: what is before a colon would be taken for it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import griffe
 
 PAGES = Path(__file__).parents[1] / "docs/reference/api"
 ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`([^`]+)`")
+RAISES = re.compile(r"^Raises:\n(?: +.*\n?)+", re.MULTILINE)
+NEXT_ERROR = re.compile(r"\.\s+((?:[A-Z]\w*Error, )*[A-Z]\w*Error):\s+")
 
 
 def documented() -> dict[str, str]:
@@ -28,8 +34,13 @@ class Roles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for every module, class, function and attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(self._link, obj.docstring.value)
+            text = RAISES.sub(lambda found: NEXT_ERROR.sub(r".\n    \1: ", found[0]), obj.docstring.value)
+            if isinstance(obj, griffe.Function) and obj.returns is not None:
+                text = text.replace("\nReturns:\n    ", f"\nReturns:\n    {obj.returns}: ")
+            obj.docstring.value = ROLE.sub(self._link, text)
 
     def _link(self, role: re.Match[str]) -> str:
-        path = self._documented.get(role[1].rpartition(".")[2])
-        return f"`{role[1]}`" if path is None else f"[`{role[1]}`][{path}]"
+        name, last = role[1].lstrip("~"), role[1].rpartition(".")[2]
+        shown = last if name != role[1] else name
+        path = self._documented.get(last)
+        return f"`{shown}`" if path is None else f"[`{shown}`][{path}]"

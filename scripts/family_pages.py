@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,13 @@ def speed(family: str) -> str:
     if all(row["name"] == VIT for row in timed):
         return "## Speed\n\nThis family has not been timed."
     cells = {
-        (f"`{row['name']}`", f"{_batch(row)}{', training' if row['training'] else ''}"): (
+        (f"{_batch(row)}{', training' if row['training'] else ''}", f"`{row['name']}`"): (
             f"{row['images_per_second']:.3g}"
         )
         for row in timed
     }
     gpu_cells = {
-        (f"`{row['name']}`", _batch(row)): (
+        (_batch(row), f"`{row['name']}`"): (
             f"{row['forward_images_per_second']:,.0f} / {row['training_images_per_second']:,.0f}"
         )
         for row in on_gpu
@@ -204,8 +205,8 @@ def citation(paper: str) -> str:
     key = f"{_ascii(entry['authors'][0]['family-names'])}{entry['year']}"
     lines = [
         f"@inproceedings{{{key},",
-        f"  title     = {{{entry['title']}}},",
-        f"  author    = {{{authors}}},",
+        f"  title     = {{{_in_lines(entry['title'])}}},",
+        f"  author    = {{{_in_lines(authors)}}},",
         f"  booktitle = {{{entry['conference']['name']}}},",
         f"  year      = {{{entry['year']}}},",
         f"  note      = {{arXiv:{paper}}}",
@@ -258,6 +259,11 @@ def _batch(row: dict[str, Any]) -> str:
 
 def _short(entry: dict[str, Any]) -> str:
     return f"{entry['authors'][0]['family-names']} et al., {entry['year']}"
+
+
+def _in_lines(text: str) -> str:
+    """The value of a field of BibTeX."""
+    return textwrap.fill(text, 72).replace("\n", f"\n{' ' * 15}")
 
 
 def _ascii(name: str) -> str:

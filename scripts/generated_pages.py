@@ -39,6 +39,10 @@ VARIANTS: dict[str, tuple[tuple[str, ...], ...]] = {
 RULE = re.compile(r" -{5,}")
 DEFAULT = re.compile(r" ?\((?:default: )?(required|(?<=: )[^()]*)\)$")
 SPECIAL = re.compile(r"(`+)[^`]*\1|[|*_<>\\]")  # outside code, to Markdown
+TOGETHER = re.compile(
+    r"<pre.*?</pre>|<code>.*?</code>|class=\"arithmatex\">.*?</|(?<=\d) %|(?<=\d) [±\u00d7x/] (?=\d)", re.DOTALL
+)
+"""What stays on one line, beside what is not touched."""
 WORDS = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", dict: "names and values"}
 """Types of settings, in words."""
 OPTION = re.compile(r" {2}([-\[]\S.*?|[A-Z]+)(?: {2,}(.*))?")
@@ -104,7 +108,7 @@ def command_line() -> str:
             if args:
                 parts.append(f"### cbsa {command} {' '.join(args)}")
             if found.usage != usage:
-                parts.append(f"```text\n{found.usage}\n```")
+                parts.append(f"``` {{.text .message}}\n{found.usage}\n```")
             parts.append(found.text.replace("<", "\\<"))
             if seen and len(new) < len(found.options):
                 parts.append("Its other options are those above.")
@@ -257,17 +261,26 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return markdown.replace("](../../notebooks/", "](../notebooks/")
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """MkDocs calls this with every page as HTML.
+
+    Long names of tests may be broken; %, ± and the like stay with their numbers.
+    """
+    html = TOGETHER.sub(lambda found: found[0].replace(" ", "&nbsp;") if found[0][0] == " " else found[0], html)
+    return re.sub(r"\b[\w/]+\.py::\w+", lambda name: re.sub(r"([/_]|::)", r"\1<wbr>", name[0]), html)
+
+
 def _table(options: list[Option]) -> str:
-    rows = ["| option | meaning | default |", "|---|---|---|"]
+    rows = ["| option | meaning |", "|---|---|"]
     section = ""
     for option in options:
         if option.section != section:
             section = option.section
             if section not in ("options", "positional arguments"):
-                rows.append(f"| **{section}** | | |")
+                rows.append(f"| **{section}** | |")
         found = DEFAULT.search(option.meaning)
-        default = f"`{found[1]}`" if found and found[1] else ""
-        meaning = _cell(DEFAULT.sub("", option.meaning))
+        value = found[1] if found else "None"  # then the text says what happens
+        default = {"None": "", "": "", "required": " *Required.*"}.get(value, f" *Default* `{value}`.")
         usage = f"`{option.usage.replace('{None}|', '')}`"
-        rows.append(f"| {usage} | {meaning} | {default} |")
+        rows.append(f"| {usage} | {_cell(DEFAULT.sub('', option.meaning))}{default} |")
     return "\n".join(rows)

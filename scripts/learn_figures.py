@@ -46,7 +46,7 @@ def rate() -> Figure:
         axis: Any = figure.add_subplot(1, 4, column, projection="3d")
         axis.scatter(*x.T, s=3, color=colors[name], linewidths=0)
         axis.set(xlim=(-2, 2), ylim=(-2, 2), zlim=(-2, 2))
-        axis.set_title(f"{name}: {ops.coding_rate(x):.1f} nats at ε = 0.1", fontsize=9, y=0.95)
+        axis.set_title(f"{name}: {ops.coding_rate(x):.1f} nats at ε = 0.1", fontsize=9, y=1.02)
         axis.set_box_aspect((1, 1, 1), zoom=1.05)
         axis.tick_params(labelbottom=False, labelleft=False)
         rates = [ops.coding_rate(x, eps=eps) for eps in precisions.tolist()]
@@ -138,7 +138,7 @@ def attention_maps() -> Figure:
     """Page 3: a row of A in three heads; brightness is the root of the weight."""
     photo, w = photograph()
     weights = attention(pooled(w), w).unflatten(2, GRID)
-    figure = Figure(figsize=(9, 1.9), layout="constrained")
+    figure = Figure(figsize=(9, 1.6), layout="constrained")
     axes = figure.subplots(1, 4)
     axes[0].imshow(photo.numpy())
     axes[0].set_title("photograph", fontsize=10)

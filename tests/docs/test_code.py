@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 from PIL import Image
@@ -80,6 +81,16 @@ def large_sources(names, folder, monkeypatch):
     names["slide_model"] = CREATE("token_set_cbt_tiny", in_dim=16, depth=1)
 
 
+def slides_as_pictures(names, folder, monkeypatch):
+    no_pretrained_weights(names, folder, monkeypatch)
+    pixels = np.random.default_rng(0).integers(0, 200, (600, 520, 3), dtype=np.uint8)
+    pixels[:, 256:512] = 240  # glass
+    (folder / "slides").mkdir()
+    tifffile.imwrite(folder / "slides/a.tif", pixels, photometric="rgb")
+    (folder / "maps").mkdir()
+    (folder / "maps/a_map.csv").write_text("tile,x,y,attention\n0,0,0,0.1\n1,0,256,0.3\n")
+
+
 def hub(names, folder, monkeypatch):
     (folder / "runs/photos").mkdir(parents=True)
     write_weights(folder / "runs/photos", {**INFO, "val_top1": 0.9})
@@ -109,6 +120,7 @@ PREPARED = {
     "docs/use/parallel.md": one_process,
     "docs/reference/parallel.md": one_process,
     "docs/use/runs.md": hub,
+    "docs/use/slides.md": slides_as_pictures,
     "docs/use/streaming.md": large_sources,
 }
 """What pages take for granted: files, processes, the Hub."""

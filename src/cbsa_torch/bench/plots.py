@@ -9,7 +9,14 @@ from cbsa_torch._core.optional import require
 require("interpret")
 
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter, StrMethodFormatter  # noqa: E402
+from matplotlib.ticker import (  # noqa: E402
+    FixedLocator,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+    StrMethodFormatter,
+)
 
 from cbsa_torch.bench.layers import LOWER_BOUND, NAIVE, Row  # noqa: E402
 from cbsa_torch.bench.models import ModelRow  # noqa: E402
@@ -51,7 +58,7 @@ def of_models(rows: Sequence[ModelRow], title: str) -> Figure:
 
     Of several batches of one image size, the first that was measured.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots(1, 2)
     sides = sorted({row.image_size for row in rows})
     for axis, training in zip(axes, (False, True), strict=True):
@@ -70,21 +77,24 @@ def of_models(rows: Sequence[ModelRow], title: str) -> Figure:
         axis.xaxis.set_major_locator(FixedLocator(sides))
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-        axis.tick_params(axis="y", which="both", labelsize=7)
+        axis.tick_params(axis="y", which="both", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6, which="both")
     axes[0].set_ylabel("images / s")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7, handlelength=4)
+    figure.legend(
+        handles, labels, loc="outside lower center", frameon=False, fontsize=8, handlelength=4, ncols=3
+    )
     figure.suptitle(title, fontsize=10)
     return figure
 
 
 def against_tokens(rows: Sequence[Row], title: str) -> Figure:
     """Time and peak memory per token, inference and training step; flat is linear."""
-    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
+    figure = Figure(figsize=(9, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True)
     for column, training in zip(grid.T, (False, True), strict=True):
         for name, (label, color, line, width) in LOOK.items():
@@ -105,7 +115,8 @@ def against_tokens(rows: Sequence[Row], title: str) -> Figure:
             axis.grid(alpha=0.25, linewidth=0.6, which="both")
     grid[0][0].set_ylabel("µs per token")
     grid[1][0].set_ylabel("peak memory / input")
-    grid[0][1].legend(frameon=False, fontsize=7)
+    handles, labels = grid[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     for axis in grid[1]:
         axis.yaxis.set_major_locator(FixedLocator([2, 3, 4, 6, 8, 10]))
         axis.yaxis.set_major_formatter(ScalarFormatter())

@@ -97,10 +97,10 @@ def capture(model: nn.Module, layers: Sequence[str | int] | None = None) -> Iter
             layers have when nothing is compiled.
 
     Yields:
-        A dictionary that each forward pass fills, in the order of evaluation: layer name to
-        :class:`LayerRecord`. Records are recomputed eagerly from the layer's input, whatever
-        implementation the layer runs; a compiled model runs uncompiled meanwhile. A layer that is called
-        more than once keeps its last call.
+        A dictionary of layer names to :class:`LayerRecord`, which each forward pass fills in the order of
+        evaluation. Records are recomputed eagerly from the layer's input, whatever implementation the layer
+        runs; a compiled model runs uncompiled meanwhile. A layer that is called more than once keeps its last
+        call.
 
     Raises:
         ValueError: no such layer name, no layer asked for, or a model without any. IndexError: an index out

@@ -286,7 +286,10 @@ class _WholePatches(nn.Module):
                 (images,) = images.split_with_sizes([images.shape[axis] // step * step], axis)
         output = self.model(images)
         if not isinstance(output, Tensor):
-            raise TypeError(f"model must return a tensor, got {type(output).__name__}")
+            raise TypeError(
+                f"model must return a tensor, got {type(output).__name__}; wrap it in a module that returns "
+                "one, such as its logits"
+            )
         return output
 
 

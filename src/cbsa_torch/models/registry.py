@@ -295,7 +295,9 @@ def _check_form(weights: Shipped, given: Mapping[str, Any]) -> None:
 def _number_of_first_layers(family: Family, given: int | None, depth: int) -> int:
     if family.first is None:
         if given is not None:
-            raise TypeError("num_first_layers splits a hybrid; this model has one mixer in all layers")
+            raise TypeError(
+                "num_first_layers must be left out: it splits a hybrid, and all layers have one mixer here"
+            )
         return 0
     number = depth // 2 if given is None else given
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= depth:

@@ -84,10 +84,11 @@ class CBSA(TokenMixer):
             :class:`cbsa_torch.nn.TokenMixer`.
 
     Attributes:
-        qkv: the input projection. proj: the output projection (None if tied).
-        step_tokens: kappa, ``(H,)`` (None if the step is certified); step_representatives: eta, ``(H,)`` (None
-            for representatives that bring their attention with them). Both learned, any sign, drawn from a
-            standard normal as in the official code.
+        qkv: the input projection.
+        proj: the output projection (None if tied).
+        step_tokens: kappa, ``(H,)``, learned, any sign, drawn from a standard normal as in the official code
+            (None if the step is certified).
+        step_representatives: eta, likewise (None for representatives that bring their attention with them).
         step_logit: ``(H,)``, learned, 0 at first: its sigmoid is kappa in parts of the certified limit. None if
             the step is free.
 

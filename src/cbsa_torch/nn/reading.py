@@ -147,7 +147,10 @@ class TokenReader(nn.Module):
             first = places.coords.shape[1] - parallel.num_tokens + parallel.start  # negative: prefix tokens
             own = token_mask[:, max(0, -first) :]
             if not torch.equal(own, places.token_mask[:, max(0, first) :][:, : own.shape[1]]):
-                raise ValueError("token_mask differs from the part of this rank in that of coords")
+                raise ValueError(
+                    "token_mask must be the part of this rank of the mask in coords, "
+                    "Coordinates(coords, token_mask), which is of the tokens of all ranks; they differ"
+                )
 
     def check_shards(self) -> None:
         """Raise where what the mixer computes is no sum over tokens that ranks could exchange."""

@@ -141,7 +141,8 @@ def resolve_grid(
                 "input; or keep the number of tokens fixed"
             )
         prefix = int(prefix)  # a tensor under torch.jit.trace, where the sizes are pinned already
-        if prefix < 0 or num_prefix_tokens not in (None, prefix):
+        # not "not in (None, prefix)": PyTorch 2.8 traces that wrongly once two threads have compiled at once
+        if prefix < 0 or (num_prefix_tokens is not None and num_prefix_tokens != prefix):
             expected = "" if num_prefix_tokens is None else f" + {num_prefix_tokens} prefix tokens"
             raise ValueError(
                 f"grid_size {grid_size} has {math.prod(grid_size)} cells{expected}, "
@@ -174,7 +175,7 @@ def read_coords(
     check_device("coords", coords.coords, "x", tokens)
     b, n, shape = tokens.shape[0], tokens.shape[1] if n is None else n, coords.coords.shape
     prefix = n - shape[1]
-    if shape[0] != b or prefix < 0 or num_prefix_tokens not in (None, prefix):
+    if shape[0] != b or prefix < 0 or (num_prefix_tokens is not None and num_prefix_tokens != prefix):
         less = "at most N" if num_prefix_tokens is None else f"N less {num_prefix_tokens} prefix tokens"
         raise ValueError(
             f"coords must have shape (B, N, k) with B={b} and coordinates for {less} tokens, where x has "

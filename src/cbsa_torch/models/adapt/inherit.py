@@ -55,12 +55,13 @@ _TAKEN_SHARED = ("proj", "norm", "proj_drop")
 def check_options(mixer: str, options: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless ``mixer`` is known, takes the options and can be built with them."""
     check_choice("mixer", mixer, MIXERS)
+    own = ", ".join(KINDS[mixer].options) or "none"
     for name in options:
         if name not in KINDS[mixer].options:
             takers = ", ".join(repr(kind) for kind in MIXERS if name in KINDS[kind].options)
             if not takers:
-                raise ValueError(f"{name} is no option of any mixer")
-            raise ValueError(f"{name} is an option of mixer={takers}, not of {mixer!r}")
+                raise ValueError(f"{name} is no option of any mixer: leave it out; {mixer!r} has {own}")
+            raise ValueError(f"{name} is an option of mixer={takers}: leave it out; {mixer!r} has {own}")
     KINDS[mixer].mixer(8, 1, **options, device="meta")
 
 

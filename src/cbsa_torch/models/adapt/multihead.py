@@ -99,7 +99,10 @@ class _Multihead(SeparateHeads):
     ) -> tuple[MixerInput, Tensor, Tensor]:
         """The record of the queries, keys and values; batch first."""
         if query.is_nested:
-            raise ValueError("query must be a dense tensor, got a nested one: set enable_nested_tensor=False")
+            raise ValueError(
+                "query must be a dense tensor, got a nested one: build nn.TransformerEncoder with "
+                "enable_nested_tensor=False"
+            )
         if key.shape != query.shape or value.shape != query.shape:
             raise ValueError(
                 f"key and value must be of the same tokens as query, shape {tuple(query.shape)}, got "

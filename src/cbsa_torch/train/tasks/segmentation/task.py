@@ -272,7 +272,7 @@ class Segmentation(Task):
             other = taken.setdefault(path.stem, path)
             if other is not path:
                 raise ConfigError(
-                    f"{other} and {path} would both be written as {path.stem}_mask.png in {folder}"
+                    f"{other} and {path} would both be written as {path.stem}_mask.png in {folder}; rename one"
                 )
         present = [path for stem in taken for path in _mask_files(folder, stem) if path.exists()]
         if present and not options.overwrite:
