@@ -306,7 +306,7 @@ def test_layers_that_cannot_be_adapted_say_why():
         ({"layers": [True]}, TypeError, "layers must hold ints, got True"),
         ({"layers": 3}, TypeError, "layers must be 'all', 'latter_half' or a sequence"),
         ({"num_representatives": 0}, ValueError, "num_representatives must be at least 1, got 0"),
-        ({"mixer": "linear", "num_representatives": 4}, ValueError, "of mixer='adapted_cbsa', 'agent', not"),
+        ({"mixer": "linear", "num_representatives": 4}, ValueError, "of mixer='adapted_cbsa', 'agent': leave"),
         ({"mixer": "agent", "contraction": "exact"}, ValueError, "contraction is .* of mixer='adapted_cbsa'"),
         ({"contraction": "none", "contraction_step": 1.0}, ValueError, "contraction_step is of a contraction"),
         ({"mixer": "agent", "broadcast": "shared"}, ValueError, "broadcast is .* of mixer='adapted_cbsa'"),
