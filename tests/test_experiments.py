@@ -169,17 +169,6 @@ def test_the_docs_state_the_recorded_decoders():
     assert segmentation_decoders.markdown(record) in (ROOT / "docs/results/segmentation.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["export", "export_torch"])
-def test_the_docs_state_the_recorded_exports(name):
-    pytest.importorskip("openvino", reason="of the extra dev")
-    from benchmarks import export
-
-    record = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    page = (ROOT / "docs/results/export.md").read_text()
-    rows = [f"| {' | '.join(export.cells_of(row))} |" for row in record["rows"]]
-    assert [row for row in rows if row not in page] == []
-
-
 @pytest.mark.parametrize("name", ["animals28", "emoji64", "cost"])
 def test_the_docs_state_the_recorded_adapted_vits(name):
     """The record, its table, and the page hold the same."""
