@@ -8,7 +8,7 @@ import torch
 from torch.export import Dim
 
 from cbsa_torch import CBSABlock
-from cbsa_torch.models import TokenSetTransformer, export_model, with_fixed_grid
+from cbsa_torch.models import TokenSetTransformer, export, export_model, with_fixed_grid
 from cbsa_torch.models.export import ExportError, ExportReport, Parity, checked_sizes, size_steps
 from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, LinearAttention, LinearCBSA
 from cbsa_torch.ops import pool_representatives
@@ -145,6 +145,27 @@ def test_the_rotary_embedding_of_dinov3_fixes_the_grid_of_torch_programs(tmp_pat
     export_model(model, tmp_path / "one.pt2", "torch", in_chans=3, image_size=32)
     report = export_model(model, tmp_path / "model.onnx", in_chans=3, image_size=32, any_size=True)
     assert report.worst.error <= 1e-5
+
+
+def test_outputs_near_zero_are_held_to_the_largest_of_all(tmp_path, monkeypatch):
+    """Of a single logit that is 0, rounding would be infinitely much."""
+
+    class Single(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((1, 2, 3)) * (images.shape[0] - 1)
+
+    rounded = (b"", 1, lambda images: Single()(images) + 1e-7)
+    monkeypatch.setitem(export._WRITERS, "torch", lambda *_: rounded)
+    report = export_model(Single(), tmp_path / "model.pt2", "torch", in_chans=3, image_size=8)
+    assert 0 < report.worst.error <= 1e-5
+
+
+def test_offloaded_weights_are_refused(tmp_path):
+    import accelerate
+
+    model = accelerate.cpu_offload(family("tost"), torch.device("cpu"))
+    with pytest.raises(ExportError, match="some are on meta: load those that are offloaded first"):
+        export_model(model, tmp_path / "model.pt2", "torch", in_chans=3, image_size=32)
 
 
 def test_nan_is_the_largest_difference():

@@ -248,3 +248,21 @@ def test_refusals():
         layer(x, x, x, attn_mask=torch.zeros(6, 6))
     with pytest.raises(ValueError, match="is_causal must be False"):
         layer(x, x, x, is_causal=True)
+
+
+@torch.no_grad()
+def test_adapters_of_the_output_act_and_those_around_the_layer_are_refused():
+    """peft's adapter of the whole layer merges its weights and calls it, which a mixer in its place is not for."""
+    import peft
+
+    def adapter(model, targets):
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval()
+
+    original, images = tower().eval(), IMAGE[..., :32]
+    with pytest.raises(ValueError, match=r"it is an adapter \(peft.*merge it first"):
+        adapt_vit(adapter(copy.deepcopy(original), ["self_attention"]), "linear")
+    model = adapter(adapt_vit(original, "linear").model, ["out_proj"])
+    out = model(images)
+    assert not torch.allclose(out, adapt_vit(original, "linear").model(images))
+    assert_close(model.merge_and_unload()(images), out, 1e-5)

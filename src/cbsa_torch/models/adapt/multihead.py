@@ -16,7 +16,7 @@ from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
 
 
-def is_multihead(module: nn.Module) -> bool:
+def is_multihead(module: nn.Module | None) -> bool:
     """Whether it is PyTorch's multi-head attention."""
     return isinstance(module, nn.MultiheadAttention)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from cbsa_torch._core.tracing import pin_sides, pin_size
 from cbsa_torch._core.types import Broadcast, Contraction, GridSize
 from cbsa_torch.models.adapt.hugging_face import METHOD, keys_of
 from cbsa_torch.models.adapt.towers import image_tower
@@ -144,7 +145,11 @@ def _attention_function(name: str, mixer: type[TokenMixer], options: Mapping[str
         mask = None if keys is None else as_token_mask(keys, b, n)
         grid, prefix = None, 0
         if layer.needs_grid:
-            grid, prefix = resolve_grid(n, _grid_of(module, x, which) if grid_size is None else grid_size, None)
+            follower: GridFollower | None = getattr(module, _FOLLOWER, None)
+            known = None if follower is None else follower.source.num_prefix_tokens
+            query = pin_sides(pin_size(query, (2,)), grid_size)
+            place = _grid_of(follower, x, which) if grid_size is None else grid_size
+            grid, prefix = resolve_grid(n, place, known)
         mixed = layer.mix(Heads(MixerInput(x, None, grid, prefix, mask), query, key, value))
         if mask is not None:
             mixed = mixed.masked_fill(~mask[:, None, :, None], 0.0)
@@ -164,8 +169,7 @@ def _without_projections(
     return layer
 
 
-def _grid_of(module: nn.Module, x: Tensor, which: str) -> GridSize:
-    follower: GridFollower | None = getattr(module, _FOLLOWER, None)
+def _grid_of(follower: GridFollower | None, x: Tensor, which: str) -> GridSize:
     if follower is None:
         raise ValueError(
             f"{which}: nothing tells the grid of its {x.shape[1]} tokens. Call register_transformers() before "
@@ -256,11 +260,13 @@ def _register_loading() -> None:
         """Adapts a model that ``from_pretrained`` is about to load weights into."""
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-            config = model.config
-            found, config.quantization_config = config.quantization_config, None
+            configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+            records = {key: vars(config).pop("quantization_config", None) for key, config in configs.items()}
             for step in self.quantization_config.adapted:  # type: ignore[attr-defined]
                 adapt_vit(model, step["mixer"], layers=step["layers"], inplace=True, **step["options"])
-            config.quantization_config = found
+            for key, record in records.items():
+                if record is not None:
+                    configs[key].quantization_config = record
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
