@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.autodiff import has_values
+from cbsa_torch._core.autodiff import check_values, has_values
 from cbsa_torch._core.checks import check_device, check_floating, check_mask
 from cbsa_torch._core.tracing import is_open
 from cbsa_torch._core.types import GridSize
@@ -232,10 +232,9 @@ def as_token_mask(attn_mask: Tensor, b: int, n: int) -> Tensor:
         )
     keys = attn_mask.detach().reshape(-1, n)
     if keys.dtype != torch.bool:
-        wrong = "attn_mask must keep keys (0) or hide them (-10,000 or less): here are no weights; got others"
-        if not has_values(keys):
-            torch._assert_async(_keeps_or_hides(keys), wrong)
-        elif not _keeps_or_hides(keys):
-            raise ValueError(wrong)
+        check_values(
+            _keeps_or_hides(keys),
+            "attn_mask must keep keys (0) or hide them (-10,000 or less): here are no weights; got others",
+        )
         keys = keys == 0
     return keys.expand(b, n)

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.models.adapt.rotary import SeparateHeads
+from cbsa_torch.models.adapt.separate import SeparateHeads
 from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, MixerInput, TokenMixer
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
 
 
-def is_multihead(module: nn.Module) -> bool:
+def is_multihead(module: nn.Module | None) -> bool:
     """Whether it is PyTorch's multi-head attention."""
     return isinstance(module, nn.MultiheadAttention)
 

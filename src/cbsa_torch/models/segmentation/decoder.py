@@ -240,7 +240,8 @@ class MaskTransformerDecoder(nn.Module):
         self, patches: Tensor, classes: Tensor, grid_size: GridSize, size: tuple[int, int] | None
     ) -> Tensor:
         """Masks ``(B, K, h, w)`` of patches and classes, or ``(B, K, *size)``."""
-        masks = self.masks(patches, classes).transpose(1, 2).unflatten(2, grid_size)
+        # interpolation takes twice as long with the classes last
+        masks = self.masks(patches, classes).transpose(1, 2).unflatten(2, grid_size).contiguous()
         return masks if size is None else F.interpolate(masks, size=size, mode="bilinear")
 
     def masks(self, patches: Tensor, classes: Tensor) -> Tensor:

@@ -299,6 +299,14 @@ class Segmentation(Task):
                     predictions.append(_write_masks(trained.class_names, path, image, labels, folder))
         return predictions
 
+    def geometry(self, spec: InputSpec) -> dict[str, Any]:
+        """No pixel is resized: windows cover the image, their logits are averaged; or it is seen whole."""
+        seen = self._windows(None, None)
+        if seen.size is None:
+            return {"own_size": {"sides_are_multiples_of": 1, "at_most_patches": None}}
+        stride = seen.size if seen.stride is None else seen.stride
+        return {"windows": {"side": seen.size, "stride": stride, "overlap": "mean of the outputs"}}
+
     def sample(self, dataset: Any, spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
         """Squares from the centre of images; they have no single class."""
         transform = eval_transform(spec)
