@@ -201,8 +201,9 @@ def test_the_fast_path_and_nested_tensors_of_pytorch_do_not_pass_the_mixer_by():
 
 
 @each_mixer
+@torch.no_grad()
 def test_adapters_of_peft_act_and_merge(mixer):
-    """On the output projection of adapted layers, and on the whole of the original ones, as peft takes them."""
+    """On the output projection. That of a whole nn.MultiheadAttention, which merges into it at every call, first."""
     import peft
 
     def lora(model, target):
@@ -214,16 +215,17 @@ def test_adapters_of_peft_act_and_merge(mixer):
     wrapped = lora(adapted, "out_proj")
     out = wrapped(images)
     assert not torch.allclose(out, adapted(images), atol=1e-2)
-    assert_close(copy.deepcopy(wrapped).merge_and_unload()(images), out, 1e-5)
+    assert_close(wrapped.merge_and_unload()(images), out, 1e-5)
 
     original = lora(model, "self_attention")
-    later, report = adapt_vit(original, mixer)
-    assert (len(report.adapted), report.refused) == (2, ())
-    merged = copy.deepcopy(original).merge_and_unload()  # no layer of ours is in it
-    assert_close(merged(images), original(images), 1e-5)
-    expected = adapt_vit(merged, mixer).model(images)
-    assert_close(later(images), expected, 1e-5)
-    assert_close(copy.deepcopy(later).merge_and_unload()(images), expected, 1e-5)
+    with pytest.raises(ValueError, match=r"it is an adapter \(peft.*merge it first"):
+        adapt_vit(original, mixer)
+    out = original(images)
+    merged = (
+        original.merge_and_unload()
+    )  # there is no layer of ours in it, but the hook that tells grids sees it
+    assert_close(merged(images), out, 1e-5)
+    assert len(adapt_vit(merged, mixer).report.adapted) == 2
 
 
 def test_refusals():
@@ -248,21 +250,3 @@ def test_refusals():
         layer(x, x, x, attn_mask=torch.zeros(6, 6))
     with pytest.raises(ValueError, match="is_causal must be False"):
         layer(x, x, x, is_causal=True)
-
-
-@torch.no_grad()
-def test_adapters_of_the_output_act_and_those_around_the_layer_are_refused():
-    """peft's adapter of the whole layer merges its weights and calls it, which a mixer in its place is not for."""
-    import peft
-
-    def adapter(model, targets):
-        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        return peft.get_peft_model(model, config).eval()
-
-    original, images = tower().eval(), IMAGE[..., :32]
-    with pytest.raises(ValueError, match=r"it is an adapter \(peft.*merge it first"):
-        adapt_vit(adapter(copy.deepcopy(original), ["self_attention"]), "linear")
-    model = adapter(adapt_vit(original, "linear").model, ["out_proj"])
-    out = model(images)
-    assert not torch.allclose(out, adapt_vit(original, "linear").model(images))
-    assert_close(model.merge_and_unload()(images), out, 1e-5)
