@@ -52,7 +52,8 @@ def pin_sides(x: Tensor, sides: Any) -> Tensor:
     if torch.jit.is_tracing() and isinstance(sides, (tuple, list)):  # type: ignore[attr-defined]
         for side in sides:
             if isinstance(side, Tensor):
-                pinned = pin_size(x.new_zeros((side, 0)), (0,))  # type: ignore[arg-type]
+                size: Any = side  # a number to PyTorch, which the graph reads
+                pinned = pin_size(x.new_zeros((size, 0)), (0,))
                 x = x + pinned.sum()  # of nothing: for the graph to keep it
     return x
 

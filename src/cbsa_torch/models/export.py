@@ -386,7 +386,7 @@ def _compare(model: nn.Module, run: _Run, batches: Iterable[Tensor]) -> list[Par
             )
         largest = max(largest, expected.abs().max().item())
         differences.append((batch, height, width, (output - expected).abs().max().item()))
-    return [Parity(b, h, w, difference / largest) for b, h, w, difference in differences]
+    return [Parity(b, height, width, difference / largest) for b, height, width, difference in differences]
 
 
 def _cause(error: BaseException) -> BaseException:
