@@ -1,17 +1,19 @@
 // Formulas in pages are \( ... \) or \[ ... \] in elements of the class "arithmatex"; KaTeX, kept beside this file, sets them.
-// The mark that follows one stays on its line.
+// The marks around one stay on its line.
 document.addEventListener("DOMContentLoaded", () => {
   for (const element of document.querySelectorAll(".arithmatex")) {
     const formula = element.textContent.trim().slice(2, -2);
     katex.render(formula, element, { displayMode: element.tagName === "DIV", throwOnError: true });
-    const after = element.nextSibling;
-    const mark = after?.data?.match(/^[.,;:?!)]+/)?.[0];
-    if (mark) {
+    const { previousSibling: before, nextSibling: after } = element;
+    const opening = before?.data?.match(/\(?$/)[0] ?? "";
+    const closing = after?.data?.match(/^[.,;:?!)]*/)[0] ?? "";
+    if (opening || closing) {
       const whole = document.createElement("span");
       whole.className = "formula";
       element.replaceWith(whole);
-      whole.append(element, mark);
-      after.data = after.data.slice(mark.length);
+      whole.append(opening, element, closing);
+      if (opening) before.data = before.data.slice(0, -1);
+      if (closing) after.data = after.data.slice(closing.length);
     }
   }
   // Results of the search hold text alone.

@@ -3,16 +3,19 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageOps
 
 from cbsa_torch.cli import main
-from cbsa_torch.train import SegmentationTrainConfig, TrainConfig, open_trained
+from cbsa_torch.train import SegmentationTrainConfig, TrainConfig, open_trained, recover, train
 from cbsa_torch.train.data import InputSpec
 from cbsa_torch.train.tasks.classification import Classification
 from cbsa_torch.train.tasks.segmentation.task import Segmentation
 from tests.helpers.compare import assert_close
 from tests.helpers.exports import open_program
+from tests.helpers.masked_folder import NAMES, tiny_segmentation, write_masked_folder
+from tests.helpers.small_vit import adapt_config, vit_config
 
 
 def test_a_program_with_its_report_and_preprocessing(trained, tmp_path, capsys):
@@ -40,6 +43,41 @@ def test_a_program_with_its_report_and_preprocessing(trained, tmp_path, capsys):
         assert_close(open_program(folder / "model.pt2")(images), model(images), 1e-5)
     assert main(command) == 1
     assert "model.pt2 is there already: --overwrite replaces it" in capsys.readouterr().err
+
+
+def exported(run, folder, *options):
+    """The ONNX graph of a run, which is what is written if nothing else is asked for, and what is told of it."""
+    assert main(["export", "--checkpoint", str(run), "--output", str(folder), *options]) == 0
+    assert json.loads((folder / "parity.json").read_text())["format"] == "onnx"
+    return open_program(folder / "model.onnx"), json.loads((folder / "preprocessing.json").read_text())
+
+
+@torch.no_grad()
+def test_a_graph_of_one_size(trained_vit, tmp_path):
+    program, told = exported(trained_vit, tmp_path / "program")
+    assert (told["input"]["any_size"], told["input"]["height"], told["input"]["width"]) == (False, 8, 8)
+    images = torch.randn(5, 1, 8, 8)
+    assert_close(program(images), open_trained(trained_vit).model.eval()(images), 1e-5)
+    with pytest.raises(Exception, match="Got: 9 Expected: 8"):
+        program(torch.randn(1, 1, 8, 9))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_runs_of_other_tasks(tmp_path):
+    with torch.enable_grad():
+        vit = train(vit_config(tmp_path / "vit")).folder
+        adapted = recover(adapt_config(vit, tmp_path / "adapted")).folder
+        segmenter = train(tiny_segmentation(write_masked_folder(tmp_path / "scenes"), tmp_path / "run")).folder
+    program, told = exported(adapted, tmp_path / "digits")
+    assert told["class_names"] == [str(i) for i in range(10)]
+    images = torch.randn(2, 1, 8, 8)
+    assert_close(program(images), open_trained(adapted).model.eval()(images), 1e-5)
+    # its own rounding in float32 is above 1e-5: the norm of its masks divides by what tells classes apart
+    program, told = exported(segmenter, tmp_path / "masks", "--tolerance", "1e-4")
+    assert (told["task"], told["class_names"]) == ("segmentation", NAMES)
+    images = torch.randn(2, 3, told["input"]["height"], told["input"]["width"])
+    assert_close(program(images), open_trained(segmenter).model.eval()(images), 1e-4)
 
 
 def write_pictures(folder):

@@ -183,7 +183,8 @@ def export_model(
         worst = report.worst
         raise ExportError(
             f"the program differs from the model by {worst.error:.3g} of the largest output, more than "
-            f"{tolerance:g}, for {worst.batch} images of {worst.height} x {worst.width}; nothing was written"
+            f"{tolerance:g}, for {worst.batch} images of {worst.height} x {worst.width}; nothing was written. "
+            "A little more may be rounding in float32, which a larger tolerance admits"
         )
     write_atomically(Path(path), content)
     return report

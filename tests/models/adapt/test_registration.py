@@ -121,6 +121,15 @@ def test_names_that_have_no_effect_or_would_be_wrong_are_refused():
     model.set_attn_implementation("cbsa")
     with pytest.raises(ValueError, match="'cbsa' has no effect on TimmWrapperModel: layers of timm"):
         model(IMAGES)
+    config = transformers.TimmBackboneConfig(backbone="vit_tiny_patch16_224", features_only=True)
+    backbone = transformers.TimmBackbone(config).eval()
+    backbone.set_attn_implementation("linear")
+    with pytest.raises(ValueError, match=r"no effect on TimmBackbone: .*adapt_vit\(model._backbone, inplace"):
+        backbone(IMAGES)
+    for name in ("MobileViT", "Swinv2"):  # which attend by themselves, whatever the name
+        config = getattr(transformers, f"{name}Config")(attn_implementation="cbsa_agent")
+        with pytest.raises(ValueError, match=f"'cbsa_agent' has no effect on {name}Model: its layers"):
+            getattr(transformers, f"{name}Model")(config)
     sizes = {**SIZES, "image_size": 32}
     shuffling = transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes, mask_ratio=0.0)).eval()
     shuffling.set_attn_implementation("cbsa")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cbsa_torch._core.autodiff import check_values
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.models.adapt.rotary import SeparateHeads
+from cbsa_torch.models.adapt.separate import SeparateHeads
 from cbsa_torch.nn import AdaptedCBSA, AgentAttention, LinearAttention, MixerInput, TokenMixer
 
 CLASSES = (

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.models.adapt.rotary import SeparateHeads
+from cbsa_torch.models.adapt.separate import SeparateHeads
 from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, MixerInput, TokenMixer
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts

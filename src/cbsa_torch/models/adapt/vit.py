@@ -11,15 +11,9 @@ from torch import nn
 
 from cbsa_torch._core.checks import check_bool
 from cbsa_torch._core.types import Broadcast, Contraction, Layout
-from cbsa_torch.models.adapt.find import (
-    ADAPTABLE,
-    ROTARY,
-    Layers,
-    find_attention,
-    select_layers,
-)
+from cbsa_torch.models.adapt.find import ADAPTABLE, Layers, find_attention, select_layers
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face, record_adaptation
-from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit, why_not_inherited
+from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit, variants_of, why_not_inherited
 from cbsa_torch.models.adapt.multihead import is_multihead
 from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
 from cbsa_torch.models.adapt.towers import find_towers
@@ -194,7 +188,7 @@ def _why_not(module: nn.Module, mixer: str, covered: set[int], shared: set[int])
         shared: ids of what several modules hold.
     """
     kind = KINDS[mixer]
-    if kind.shared and (isinstance(module, ROTARY) or is_hugging_face(module) or is_multihead(module)):
+    if kind.shared and variants_of(module):
         return f"{mixer!r} has one projection, and cannot take rotary embeddings or separate layers"
     if _sees_no_images(module, covered):
         return "it is in no part of the model that sees images, but in a text tower or a head"
