@@ -8,12 +8,13 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 OLDEST ?= $(PYTHON)
 NEWEST ?= $(PYTHON)
 
-.PHONY: demo test pytest test-slow check-extras release-check lint format bench gpu-check docs docs-serve clean help
+.PHONY: demo test pytest test-slow test-opacus check-extras release-check lint format bench gpu-check docs docs-serve clean help
 
 help:
 	@echo "make demo          train on real digits (2 minutes), evaluate, write a report page"
 	@echo "make test          lint and all tests but the slow ones"
 	@echo "make test-slow     the slow tests (accuracy over three seeds, ...)"
+	@echo "make test-opacus   the tests that need Opacus, which is no part of the environment"
 	@echo "make check-extras  install the wheel with each extra into a fresh environment and try it there"
 	@echo "make release-check  build the release and try it with the oldest and the newest PyTorch (OLDEST=, NEWEST=python3.x)"
 	@echo "make lint          ruff and mypy            make format     let ruff format the code"
@@ -31,6 +32,14 @@ pytest: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow
+
+# Opacus brings packages called examples and benchmarks, which would hide ours: a folder of its own, without them.
+OPACUS := $(CURDIR)/$(VENV)/opacus
+test-opacus: $(VENV)/.installed-dev
+	$(PIP) install --quiet --no-deps --upgrade --target $(OPACUS) opacus opt_einsum
+	rm -rf $(OPACUS)/examples $(OPACUS)/benchmarks
+	PYTHONPATH=$(OPACUS) $(BIN)/python -c "import opacus"
+	PYTHONPATH=$(OPACUS) $(BIN)/python -m pytest -k opacus tests/nn/test_adapters.py tests/models/test_adapters.py
 
 check-extras: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check_extras.py

@@ -1,11 +1,13 @@
 """Exported programs: how far they are from their models, how large, and how fast beside eager code.
 
-    python benchmarks/export.py     # seven minutes; writes benchmarks/results/export.json and export.md
+    python benchmarks/export.py                 # eight minutes; benchmarks/results/export.json and export.md
+    python benchmarks/export.py --format torch  # five minutes; export_torch.json and export_torch.md
 
-Every family, adapted ViTs and a segmenter in the size "tiny", at random weights, as ONNX graphs of any size:
-the difference from the model at eight sizes in ONNX Runtime and in OpenVINO (the largest difference between
-outputs over the largest output; float32), the file, the graph, and milliseconds per image of one size. Eager
-and compiled code run the model fused, as the graphs are.
+Every family, adapted ViTs, a segmenter and single layers in the size "tiny", at random weights, as programs of
+any size: the difference from the model at eight sizes (the largest difference between outputs over the largest
+output; float32), the file, the graph. Of ONNX graphs this is measured in ONNX Runtime and in OpenVINO, with
+milliseconds per image of one size; eager and compiled code run the model fused, as the graphs are. Of models
+that have no program of torch.export of any size, the reason is recorded.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ import tyro
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from cbsa_torch import CBSA, AgentAttention, CBSABlock
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.bench import measure
-from cbsa_torch.models import ExportReport, adapt_vit, export_model
+from cbsa_torch.models import ExportError, ExportReport, adapt_vit, export_model
+from cbsa_torch.models.export import FILES, ExportFormat
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.run.folder import environment
 
@@ -48,6 +52,11 @@ def segmenter(encoder: str, **mixer_args: Any) -> nn.Module:
     return timm.create_model("segmenter", encoder=encoder, mixer_args=mixer_args)
 
 
+def layer(mixer: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """One layer of "tiny" on patches of 16 x 16 pixels."""
+    return nn.Sequential(nn.Conv2d(3, 192, 16, 16), mixer(192, 3, **options))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "cbt": partial(family, "cbt", **GRID),
     "cbt, exact contraction": partial(family, "cbt", contraction="exact", **GRID),
@@ -62,6 +71,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "adapted vit": partial(adapted, "vit_tiny_patch16_224", contraction_step=0.5, **GRID),
     "adapted eva02": partial(adapted, "eva02_tiny_patch14_224", contraction_step=0.5, **GRID),
     "segmenter of a vit": partial(segmenter, "vit_tiny_patch16_224", num_representatives=(10, 10)),
+    "layer CBSA": partial(layer, CBSA, **GRID),
+    "layer AgentAttention": partial(layer, AgentAttention, **GRID),
+    "layer CBSABlock": partial(layer, CBSABlock, **GRID),
 }
 RUNTIMES = ("eager", "compiled", "ONNX Runtime", "OpenVINO")
 
@@ -70,6 +82,7 @@ RUNTIMES = ("eager", "compiled", "ONNX Runtime", "OpenVINO")
 class Options:
     """Measure exported programs."""
 
+    format: ExportFormat = "onnx"
     models: tuple[str, ...] = tuple(MODELS)
     image_size: tuple[int, int] = (224, 224)
     """Height and width of the images that are timed."""
@@ -80,8 +93,9 @@ class Options:
     threads: int = 2
     """CPU threads."""
     seed: int = 0
-    output: Path = Path("benchmarks/results/export.json")
-    """And a table of the same name that ends in .md."""
+    output: Path | None = None
+    """And a table of the same name that ends in .md. Default: benchmarks/results/export.json, or
+    export_torch.json."""
 
 
 def open_onnx(file: Path, threads: int) -> Callable[[Tensor], Tensor]:
@@ -123,11 +137,23 @@ def measure_model(options: Options, name: str, folder: Path) -> dict[str, Any]:
     """Everything of one model."""
     torch.manual_seed(options.seed)
     model: Any = MODELS[name]().eval()
-    file = folder / "model.onnx"
+    file = folder / FILES[options.format]
     size: tuple[int, int] = options.image_size
     if hasattr(model, "patch_embed"):  # whole patches only
         size = model.patch_embed.img_size
-    report = export_model(model, file, in_chans=3, image_size=size, any_size=True)
+    row = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+    try:
+        report = export_model(model, file, options.format, in_chans=3, image_size=size, any_size=True)
+    except ExportError as error:
+        return {**row, "refused": str(error)}
+    row["export"] = report.record()
+    return row if options.format == "torch" else row | measure_runtimes(options, model, file, size, report)
+
+
+def measure_runtimes(
+    options: Options, model: nn.Module, file: Path, size: tuple[int, int], report: ExportReport
+) -> dict[str, Any]:
+    """A graph in two runtimes beside eager and compiled code."""
     fused: nn.Module = reparameterize_model(model).eval()
     compiled: Any = torch.compile(fused)
     torch.compiler.reset()
@@ -144,25 +170,33 @@ def measure_model(options: Options, name: str, folder: Path) -> dict[str, Any]:
         runtime: timed_alone(partial(run, images), options.repetitions, options.budget)
         for runtime, run in runs.items()
     }
-    milliseconds = {k: 1000 * v / options.batch for k, v in measure.medians(times).items()}
     return {
-        "model": name,
-        "parameters": sum(p.numel() for p in model.parameters()),
         "timed": [options.batch, 3, *size],
-        "milliseconds_per_image": milliseconds,
+        "milliseconds_per_image": {k: 1000 * v / options.batch for k, v in measure.medians(times).items()},
         "quartiles": {k: [1000 * t / options.batch for t in measure.quartiles(v)] for k, v in times.items()},
-        "export": report.record(),
         "openvino_errors": errors(model, runs["OpenVINO"], report),
     }
 
 
+HEADINGS = {
+    "onnx": ["model", "difference, ONNX Runtime", "OpenVINO", "MiB", "operations"]
+    + [f"ms {runtime}" for runtime in RUNTIMES],
+    "torch": ["model", "difference", "MiB", "operations"],
+}
+
+
 def cells_of(row: dict[str, Any]) -> list[str]:
     """A row of the table."""
-    export, milliseconds = row["export"], row["milliseconds_per_image"]
+    if "refused" in row:
+        return [row["model"], "refused", "", ""]
+    export = row["export"]
     worst = max(parity["error"] for parity in export["parity"])
-    differences = f"{worst:.1e}", f"{max(row['openvino_errors']):.1e}"
-    size = f"{export['num_bytes'] / 2**20:.1f}", str(export["num_nodes"])
-    return [row["model"], *differences, *size, *(f"{milliseconds[runtime]:.1f}" for runtime in RUNTIMES)]
+    cells = [row["model"], f"{worst:.1e}"]
+    if "openvino_errors" in row:
+        cells.append(f"{max(row['openvino_errors']):.1e}")
+    cells += [f"{export['num_bytes'] / 2**20:.1f}", str(export["num_nodes"])]
+    milliseconds = row.get("milliseconds_per_image", {})
+    return cells + [f"{milliseconds[runtime]:.1f}" for runtime in RUNTIMES if runtime in milliseconds]
 
 
 def main() -> None:
@@ -173,8 +207,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure_model(options, name, Path(folder)))
         say(" ".join(cells_of(rows[-1])))
-    headings = ["model", "difference, ONNX Runtime", "OpenVINO", "MiB", "operations"]
-    headings += [f"ms {runtime}" for runtime in RUNTIMES]
+    headings = HEADINGS[options.format]
     table = number_table(*headings, left=1)
     for row in rows:
         table.add_row(*cells_of(row))
@@ -187,9 +220,12 @@ def main() -> None:
         "options": {key: str(value) for key, value in vars(options).items()},
         "rows": rows,
     }
-    write_atomically(options.output, json.dumps(record, indent=1).encode())
-    write_atomically(options.output.with_suffix(".md"), markdown.encode())
-    say(f"results: {options.output}, {options.output.with_suffix('.md')}")
+    output = options.output or Path(
+        f"benchmarks/results/export{'_torch' if options.format == 'torch' else ''}.json"
+    )
+    write_atomically(output, json.dumps(record, indent=1).encode())
+    write_atomically(output.with_suffix(".md"), markdown.encode())
+    say(f"results: {output}, {output.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def maps_and_rates(trained: Trained, inputs: Tensor, measured: Certificate) -> F
         row[0].imshow(images[i], cmap="gray", vmin=0, vmax=1)
         row[0].set_ylabel(f"read as {labels[i]}", fontsize=8)
         for axis, record in zip(row[1:], records.values(), strict=True):
-            axis.imshow(interpret.cls_attention_maps(record).mean(1)[i], cmap="magma")
+            axis.imshow(interpret.cls_attention_maps(record).mean(1)[i].numpy(), cmap="magma")
         for axis in row:
             axis.set(xticks=[], yticks=[])
     for index, axis in enumerate(axes[0]):
@@ -82,7 +82,7 @@ def guaranteed_and_measured(measured: Certificate) -> Figure:
         shade = mpl.colormaps["viridis_r"](0.15 + 0.85 * index / max(len(measured.layers) - 1, 1))
         fall = (layer.before - layer.after).flatten()
         style: dict[str, Any] = {"color": shade, "markersize": 3, "label": f"layer {index + 1}"}
-        right.plot(guaranteed(layer).flatten(), fall, ".", **style)
+        right.plot(guaranteed(layer).flatten().numpy(), fall.numpy(), ".", **style)
     low = min(guaranteed(layer).min().item() for layer in measured.layers)
     high = right.get_ylim()[1]
     right.plot([low, high], [low, high], color=ORANGE, linewidth=1.2, label="guaranteed")

@@ -30,7 +30,7 @@ LAYERS = {
     "nn": Layer("ops _core"),
     "parallel": Layer("nn ops _core"),
     "images": Layer("_core", "numpy PIL"),
-    "models": Layer("nn ops _core", "timm safetensors huggingface_hub transformers onnxruntime"),
+    "models": Layer("nn ops _core", "timm safetensors huggingface_hub transformers onnxruntime onnxscript"),
     "streaming": Layer("models nn ops _core", "numpy PIL timm safetensors huggingface_hub"),
     "interpret": Layer("images nn ops _core", "numpy PIL matplotlib jinja2"),
     "bench": Layer("models nn ops _core", "timm matplotlib nystrom_attention"),
@@ -134,6 +134,7 @@ def test_an_extra_declares_what_its_package_imports(extra, package):
         "h5py",
         "transformers",
         "onnxruntime",
+        "onnxscript",
     }  # whoever asks for what needs them is told to install them
     modules = {module for layer in layers for module in LAYERS[layer].others.split()} - where_wanted
     assert distribution_names(modules) <= declared(extra)

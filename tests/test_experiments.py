@@ -1,19 +1,42 @@
 """Committed experiments: they run, measure what they say, and the docs state what they measured."""
 
 import json
+import re
 import sys
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from examples import compress_lines, native_sizes, point_cloud, sparse_patches, timm_training
+from examples import (
+    compress_lines,
+    contract_animation,
+    demo_figures,
+    native_sizes,
+    point_cloud,
+    slides,
+    sparse_patches,
+    timm_training,
+)
 
 from benchmarks import adapt_table, digits_family, segmentation_decoders
 from tests.helpers import processes
 
 ROOT = Path(__file__).parents[1]
+
+
+def run_example(module, monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+    module.main()
+
+
+def test_every_example_is_run_by_a_test():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    imported = re.findall(r"from examples import (?:\(([^)]+)\)|([\w, ]+))", tests)
+    named = set(re.findall(r"\w+", " ".join(map(" ".join, imported))))
+    assert {path.stem for path in (ROOT / "examples").glob("[a-z]*.py")} == named
 
 
 def test_linear_cbsa_presses_points_onto_their_lines(tmp_path):
@@ -67,6 +90,33 @@ def test_parts_of_timm_train_save_and_resume_our_names(name, tmp_path):
     assert first + rest == whole  # to the last bit: weights, averages, optimiser and schedule came back
     assert whole[-1]["loss"] < whole[0]["loss"]
     assert whole[-1]["accuracy"] > 90
+
+
+def test_the_moving_picture_has_the_rates_that_are_measured(tmp_path, monkeypatch):
+    run_example(contract_animation, monkeypatch, "--output", tmp_path / "contract.svg")
+    drawn, committed = (
+        [float(rate) for rate in re.findall(r"(?:rate|to|most) (\d+\.\d+)", path.read_text())]
+        for path in (tmp_path / "contract.svg", ROOT / "docs/images/contract.svg")
+    )
+    assert drawn == pytest.approx(committed, abs=0.011)
+    for before, again, after, most in zip(*(iter(drawn),) * 4, strict=True):
+        assert after <= most < before == again
+    assert ET.parse(tmp_path / "contract.svg").getroot().tag.endswith("svg")
+
+
+def test_figures_of_the_demo(tmp_path, capsys):
+    """With the weights that come with the package in place of those of the demo."""
+    demo_figures.main("cbt_pico_patch1_8.certified_digits", str(tmp_path))
+    assert re.search(r"it holds in ([\d,]+) of \1 cases", capsys.readouterr().out)
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.png", "certificate.png"}
+
+
+@pytest.mark.slow
+def test_a_model_of_slides_says_where_it_looks(tmp_path, monkeypatch, capsys):
+    run_example(slides, monkeypatch, "--folder", tmp_path, "--slides", 40, "--epochs", 2)
+    printed = capsys.readouterr().out
+    assert "test slides: AUC" in printed
+    assert Path(re.search(r"where it looks: (\S+)", printed)[1]).stat().st_size > 1000
 
 
 def test_clouds_of_points_are_learned():

@@ -51,7 +51,10 @@ TABLE = {
             GRAPHS + "test_every_mixer_in_graphs_of_fx_and_traced[{mixer}]",
             TIMM + "test_vits_of_timm_with_our_layers_in_fx_traced_and_extracted[{built in}]",
         ],
-        [TIMM + "test_vits_of_timm_with_our_layers_in_fx_traced_and_extracted[{inherits}]"],
+        [
+            TIMM + "test_vits_of_timm_with_our_layers_in_fx_traced_and_extracted[{inherits}]",
+            "models/adapt/test_multihead.py::test_graphs_of_fx_and_traced[{inherits}]",
+        ],
         NO_GRAPH,
     ),
     "`torch.jit.trace`": (
@@ -129,6 +132,7 @@ TABLE = {
         [
             "models/adapt/test_multihead.py::test_queries_keys_and_values_are_those_of_the_original[False-True]",
             "models/adapt/test_multihead.py::test_forward_backward_grid_and_state[{multihead}-{inherits}]",
+            "models/adapt/test_multihead.py::test_compiled_exported_and_offloaded[{inherits}]",
         ],
         None,
     ),
@@ -139,7 +143,10 @@ TABLE = {
             ADAPTERS + "test_adapters_act_merge_and_are_saved[{plain}-dora]",
             ADAPTERS + "test_an_adapter_on_orthonormal_bases_is_refused[{orthogonal}]",
         ],
-        [WHOLE + "test_adapters_act_merge_and_are_saved[{adapted}]"],
+        [
+            WHOLE + "test_adapters_act_merge_and_are_saved[{adapted}]",
+            "models/adapt/test_multihead.py::test_adapters_of_peft_act_and_merge[{inherits}]",
+        ],
         [WHOLE + "test_adapters_act_merge_and_are_saved[{segmenter}]"],
     ),
     "torchao: int8": (
@@ -165,13 +172,21 @@ TABLE = {
         [WHOLE + "test_offloaded_weights[{segmenter}-{place}]"],
     ),
     "Opacus": (
-        None,
+        [
+            WHOLE + "test_gradients_per_sample_by_opacus[{family}]",
+            WHOLE + "test_what_opacus_does_not_take[cbt]",
+        ],
         [
             ADAPTERS + "test_gradients_per_sample_by_opacus[cbsa]",
             ADAPTERS + "test_opacus_on_tied_projections_is_refused_where_it_sees_half_the_gradient[mssa tied]",
         ],
-        None,
-        None,
+        [
+            WHOLE + "test_gradients_per_sample_by_opacus[adapted]",
+            WHOLE + "test_gradients_per_sample_by_opacus[adapted agent]",
+            WHOLE + "test_gradients_per_sample_by_opacus[adapted linear]",
+            WHOLE + "test_what_opacus_does_not_take[adapted eva]",
+        ],
+        [WHOLE + "test_what_opacus_does_not_take[segmenter]"],
     ),
     "`torch.func`: gradients per sample": (
         [WHOLE + "test_gradients_per_sample_by_torch_func[{family}]"],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.claims import identities, judges, plots
+from benchmarks.claims import identities, judges, plots, scratch
 from benchmarks.claims.judges import Finding
 from benchmarks.estimates import markdown
 from cbsa_torch._core.files import write_atomically
@@ -33,7 +33,7 @@ class Claim(NamedTuple):
     """None: the runs are not done."""
 
 
-CIFAR = Setup("CIFAR-10 (JPEG), 45,000 images x 10 epochs, 32 x 32", "scratch")
+CIFAR = Setup(f"CIFAR-10 (JPEG), 45,000 images x {scratch.EPOCHS} epochs, 32 x 32", "scratch")
 CIFAR_SPEED = Setup("nano models, 64 images of 32 x 32, one thread", "scratch")
 STREET = Setup(
     "CamVid, maps of the ViT-S/14 adapted on CIFAR-10, 252 x 336, 117 test images, head and threshold of each "

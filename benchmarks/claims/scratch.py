@@ -44,7 +44,7 @@ FORMS = {
 RATES = (2.5e-4, 5e-4, 1e-3)
 """Learning rates that every form tries for as long."""
 SEEDS = (0, 1, 2)
-EPOCHS, TRIAL_EPOCHS = 10, 2
+EPOCHS, TRIAL_EPOCHS = 5, 2
 EPOCH_MINUTES = 2.5
 MEASURED = 500
 """Test images that rates are measured on."""

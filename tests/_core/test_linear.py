@@ -303,6 +303,31 @@ def test_an_adapter_of_a_layer_with_a_hook_that_treats_an_item_differently_is_re
         layer.train()(X)
 
 
+def test_small_changes_by_hooks_of_adapters_are_refused_too():
+    """Those that choose an adapter for each item of a batch, and a factor of 1.1 on the adapter or inside it."""
+    import peft
+
+    x = torch.cat([X, X])
+    layer = CBSA(DIM, HEADS, num_representatives=4, tied=True)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(layer), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.05)
+    alone, names = model(x), ["default", "__base__"] * len(X)
+    assert_close(model(x, adapter_names=["default"] * 2 * len(X)), alone, 1e-6)
+    for hooked in (layer.qkv, layer.qkv.base_layer):
+        handle = hooked.register_forward_hook(lambda module, args, out: out * (1 + 0.1 * (out.shape[0] > 1)))
+        with pytest.raises(ValueError, match="a hook changes what this one returns"):
+            model(x)
+        handle.remove()
+    layer.qkv.register_forward_hook(lambda module, args, out: None)
+    assert_close(model(x), alone, 1e-6)
+    with pytest.raises(ValueError, match="a hook changes what this one returns"):
+        model(x, adapter_names=names)
+
+
 def test_hooks_are_refused_where_values_cannot_be_compared():
     layer = CBSA(DIM, HEADS, tied=True)
     prune.random_unstructured(layer.qkv, "weight", 0.5)  # by a hook of PyTorch

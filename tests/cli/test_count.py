@@ -36,7 +36,7 @@ def test_it_takes_any_size_and_any_model(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "no models given"),
+        ("", "no models given; name some"),
         ("cbt_tinny", "no model 'cbt_tinny' in timm; did you mean 'cbt_tiny_patch16_224'"),
         ("cbt_tiny_patch16_224 --image-size 1 2 3", "--image-size must be one or two positive numbers"),
         ("cbt_tiny_patch16_224 --image-size 0", "--image-size must be one or two positive numbers"),

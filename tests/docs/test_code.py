@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from scripts.generated_pages import read_help
 import cbsa_torch.models.hub
 import cbsa_torch.train.hub
 from cbsa_torch.cli import COMMANDS
+from cbsa_torch.models import save_checkpoint
 from tests.helpers.doc_pages import PAGES, read_blocks
 from tests.helpers.hub import INFO, write_weights
 from tests.helpers.slides import write_trident
@@ -80,6 +82,27 @@ def large_sources(names, folder, monkeypatch):
     names["slide_model"] = CREATE("token_set_cbt_tiny", in_dim=16, depth=1)
 
 
+def slides_as_pictures(names, folder, monkeypatch):
+    no_pretrained_weights(names, folder, monkeypatch)
+    pixels = np.random.default_rng(0).integers(0, 200, (600, 520, 3), dtype=np.uint8)
+    pixels[:, 256:512] = 240  # glass
+    (folder / "slides").mkdir()
+    tifffile.imwrite(folder / "slides/a.tif", pixels, photometric="rgb")
+
+
+def slides_and_a_run(names, folder, monkeypatch):
+    slides_as_pictures(names, folder, monkeypatch)
+    (folder / "features").mkdir()
+    coords = np.array([(0, 0), (0, 256)])
+    write_trident(folder / "features/a.h5", np.eye(2, 384, dtype=np.float32), coords, tile=256)
+    (folder / "runs/slides").mkdir(parents=True)
+    info = {"model": "token_set_cbt_tiny", "model_args": {"in_dim": 384, "depth": 1, "num_classes": 2}}
+    model = CREATE(info["model"], **info["model_args"])
+    save_checkpoint(folder / "runs/slides/model.safetensors", model, info)
+    (folder / "maps").mkdir()
+    (folder / "maps/a_map.csv").write_text("tile,x,y,attention\n0,0,0,0.1\n1,0,256,0.3\n")
+
+
 def hub(names, folder, monkeypatch):
     (folder / "runs/photos").mkdir(parents=True)
     write_weights(folder / "runs/photos", {**INFO, "val_top1": 0.9})
@@ -109,6 +132,8 @@ PREPARED = {
     "docs/use/parallel.md": one_process,
     "docs/reference/parallel.md": one_process,
     "docs/use/runs.md": hub,
+    "docs/use/slide_maps.md": slides_and_a_run,
+    "docs/use/slide_tiles.md": slides_as_pictures,
     "docs/use/streaming.md": large_sources,
 }
 """What pages take for granted: files, processes, the Hub."""

@@ -6,8 +6,9 @@ import timm
 import torch
 
 import cbsa_torch.models  # noqa: F401
+from cbsa_torch import CBSABlock
 from cbsa_torch.models import adapt_vit
-from cbsa_torch.nn import CBSA, AgentAttention
+from cbsa_torch.nn import CBSA, MHSA, MSSA, TSSA, AgentAttention, LinearAttention, LinearCBSA
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 GRID = {"num_representatives": (3, 2)}
@@ -54,6 +55,8 @@ MODELS = {
     "layer": partial(layer, **GRID),
     "layer relative": partial(layer, step="relative", contraction="exact", **GRID),
     "layer agent": partial(layer, AgentAttention, **GRID),
+    "layer block": partial(layer, CBSABlock, **GRID),
+    **{f"layer {m.__name__}": partial(layer, m) for m in (LinearCBSA, LinearAttention, MSSA, MHSA, TSSA)},
 }
 """Every family, adapted ViTs, segmenters and single layers, for images of 32 x 32."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from cbsa_torch.models.registry import FAMILIES
 from tests.helpers.compare import assert_close, relative_error
 from tests.helpers.exports import MODELS, stirred
 
@@ -68,9 +69,22 @@ def test_int8_of_torchao(name):
 @each_model
 @torch.no_grad()
 def test_dynamic_quantisation_of_torch(name):
+    """It rounds weights and inputs of linear layers; the twin does so in plain PyTorch."""
+
+    def rounded(layer, args):
+        reduce_range = torch.backends.quantized.engine != "qnnpack"
+        return torch.quantize_per_tensor_dynamic(args[0], torch.quint8, reduce_range).dequantize()
+
     base = built(name)
     model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(base), {nn.Linear}, dtype=torch.qint8)
-    assert 0 < relative_error(model(IMAGES), base(IMAGES)) < 0.25
+    twin = copy.deepcopy(base)
+    for layer, module in model.named_modules():
+        if isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
+            original = twin.get_submodule(layer)
+            original.weight = nn.Parameter(module.weight().dequantize())
+            original.register_forward_pre_hook(rounded)
+    assert not torch.equal(model(IMAGES), base(IMAGES))
+    assert_close(model(IMAGES), twin(IMAGES), 1e-5)
 
 
 @pytest.mark.parametrize("to", ["cpu", "disk"])
@@ -113,6 +127,39 @@ def test_gradients_per_sample_by_torch_func(name):
         )
         for key, gradient in zip(parameters, alone, strict=True):
             assert_close(found[key][i], gradient, 1e-8)
+
+
+BY_OPACUS = [*FAMILIES, *(n for n in WHOLE if n.startswith("adapted") and n != "adapted eva")]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of the first layer
+@pytest.mark.parametrize("name", BY_OPACUS)
+def test_gradients_per_sample_by_opacus(name):
+    opacus = pytest.importorskip("opacus", reason="Opacus is not installed: make test-opacus")
+    stem = {"stem": "linear"} if name in FAMILIES and name != "crate_original" else {}
+    model, images = stirred(MODELS[name](**stem)).double().train(), IMAGES.double()
+    alone = []
+    for image in images:
+        loss = model(image[None]).square().sum()
+        alone.append(torch.autograd.grad(loss, [*model.parameters()], materialize_grads=True))
+    opacus.GradSampleModule(model, loss_reduction="sum")(images).square().sum().backward()
+    for parameter, expected in zip(model.parameters(), zip(*alone, strict=True), strict=True):
+        assert_close(parameter.grad_sample, torch.stack(expected), 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cbt", "Model contains a trainable layer with buffers"),  # batch norms of the convolutional stem
+        ("adapted eva", "Model contains a trainable layer with buffers"),  # timm's rotary embedding
+        ("segmenter", "'tuple' object has no attribute 'detach'"),  # the size that decoders are given
+    ],
+    ids=["cbt", "adapted eva", "segmenter"],
+)
+def test_what_opacus_does_not_take(name, message):
+    opacus = pytest.importorskip("opacus", reason="Opacus is not installed: make test-opacus")
+    with pytest.raises((NotImplementedError, AttributeError), match=message):
+        opacus.GradSampleModule(built(name).train(), loss_reduction="sum")(IMAGES)
 
 
 @pytest.mark.parametrize("name", ["crate_original", "adapted", "adapted agent", "adapted linear"])

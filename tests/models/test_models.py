@@ -346,7 +346,12 @@ def test_hybrids_split_where_asked(first):
     [
         ("crate_cbt_pico_patch1_8", {"num_first_layers": 3}, ValueError, "from 0 to depth=2, got 3"),
         ("crate_cbt_pico_patch1_8", {"num_first_layers": True}, ValueError, "num_first_layers must be an int"),
-        ("cbt_pico_patch1_8", {"num_first_layers": 1}, TypeError, "num_first_layers splits a hybrid"),
+        (
+            "cbt_pico_patch1_8",
+            {"num_first_layers": 1},
+            TypeError,
+            "num_first_layers must be left out: it splits a hybrid",
+        ),
         ("crate_pico_patch1_8", {"contraction": "exact"}, TypeError, "'contraction': the mixer of this model"),
         ("crate_pico_patch1_8", {"num_representatives": 9}, TypeError, "'num_representatives': the mixer of"),
         ("stem_vit_pico_patch1_8", {"tied": True}, TypeError, "'tied': the mixer of this model has none"),

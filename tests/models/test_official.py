@@ -95,7 +95,7 @@ def test_hybrids_are_told_layer_by_layer():
     assert [type(block.attn).__name__ for block in model.blocks] == ["MSSA", "MSSA", "CBSA"]
     assert model.blocks[0].attn.num_heads == 4  # told by the last layer
     assert model.blocks[2].attn.layout == "official"
-    with pytest.raises(CheckpointError, match="has 4 heads, not num_heads=8"):
+    with pytest.raises(CheckpointError, match="num_heads must be 4, as .* has them, or left out; got 8"):
         load_official(state, num_heads=8)
     with pytest.raises(CheckpointError, match="CBSA, MSSA, MSSA, in an order that none of our models has"):
         load_official(as_cbsa(crate(depth=3), 0, heads=4))

@@ -265,20 +265,21 @@ def test_fused_models_in_torchscript_and_fx(name):
     )
 
 
-def test_arguments_of_create_model():
-    options = {
-        "img_size": (24, 40),
-        "in_chans": 5,
-        "global_pool": "avg",
-        "drop_path_rate": 0.2,
-        "num_classes": 0,
-    }
-    for name in ("cbt_nano_patch4_32", "stem_vit_nano_patch4_32", "crate_original_tiny_patch16_224"):
-        model = timm.create_model(name, depth=3, embed_dim=32, num_heads=2, **{**options, "patch_size": 8})
-        assert model.grid_size == (3, 5)
-        assert model(torch.randn(2, 5, 24, 40)).shape == (2, 32)
-        assert [block.drop_path.rate for block in model.blocks] == [0.0, 0.1, 0.2]
-        assert model.eval().global_pool == "avg"
+@each_family
+def test_arguments_of_create_model(name):
+    options = {"img_size": (24, 40), "patch_size": 8, "in_chans": 5, "num_classes": 0}
+    model = small(name, global_pool="avg", drop_path_rate=0.2, **options)
+    assert model.grid_size == (3, 5)
+    assert [block.drop_path.rate for block in model.blocks] == [0.0, 0.1, 0.2]
+    x = torch.randn(2, 5, 24, 40)
+    model.eval()
+    assert_close(model(x), model.forward_features(x)[:, model.num_prefix_tokens :].mean(1), 1e-5)
+    token = small(name, global_pool="token", **options).eval()
+    token.load_state_dict(model.state_dict())
+    assert_close(token(x), model.forward_features(x)[:, 0], 1e-5)
+
+
+def test_rates_of_stochastic_depth():
     for rate in (1.0, -0.1, True):
         with pytest.raises(ValueError, match="drop_path_rate must be at least 0 and below 1"):
             small("cbt_pico_patch1_8", drop_path_rate=rate)

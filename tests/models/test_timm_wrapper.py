@@ -87,6 +87,34 @@ def test_masks_are_no_classes(tmp_path):
         pipe(PICTURE)
 
 
+def test_masks_are_trained_with_a_loss_of_ones_own(tmp_path):
+    """That of TimmWrapperForImageClassification takes masks for classes."""
+    args = {"encoder": "cbt_tiny_patch16_224", "encoder_args": SIZES, "depth": 1, "num_heads": 2}
+    model, found = wrapped("segmenter", args), []
+
+    class Masks(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return {"pixel_values": torch.full((3, 32, 32), i / 2), "labels": torch.full((32, 32), i)}
+
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        found.append((outputs.logits, labels))
+        return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+    options = transformers.TrainingArguments(
+        str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    result = transformers.Trainer(model, options, train_dataset=Masks(), compute_loss_func=loss_of).train()
+    ((masks, labels),) = found
+    assert masks.shape == (2, 3, 32, 32)
+    assert result.training_loss == pytest.approx(
+        torch.nn.functional.cross_entropy(masks, labels).item(), abs=1e-4
+    )
+
+
 def test_the_files_we_publish_are_read_by_a_pipeline(tmp_path):
     torch.manual_seed(0)
     args = {**SMALL, "num_classes": 3}

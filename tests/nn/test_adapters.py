@@ -199,7 +199,7 @@ BY_OPACUS = [name for name in BUILDERS if name not in NOT_BY_OPACUS]
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of the first layer
 @pytest.mark.parametrize("name", BY_OPACUS)
 def test_gradients_per_sample_by_opacus(name):
-    opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install opacus")
+    opacus = pytest.importorskip("opacus", reason="Opacus is not installed: make test-opacus")
     model, x = nn.Sequential(nn.Linear(DIM, DIM), built(name)).double().train(), X.double()
     expected = one_by_one(model, x)
     wrapped = opacus.GradSampleModule(model, loss_reduction="sum")
@@ -210,7 +210,7 @@ def test_gradients_per_sample_by_opacus(name):
 
 @pytest.mark.parametrize("name", TIED)
 def test_opacus_on_tied_projections_is_refused_where_it_sees_half_the_gradient(name):
-    opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install opacus")
+    opacus = pytest.importorskip("opacus", reason="Opacus is not installed: make test-opacus")
     model = opacus.GradSampleModule(built(name).train(), loss_reduction="sum")
     with pytest.raises(ValueError, match="a tied projection uses its weight twice, and Opacus"):
         model(X)

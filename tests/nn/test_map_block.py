@@ -7,8 +7,10 @@ from torch import nn
 from cbsa_torch import CBSABlock
 from tests.helpers.compare import assert_close
 
+GRIDS = [(11,), (5, 9), (1, 1), (3, 4, 6)]
 
-@pytest.mark.parametrize("grid", [(11,), (5, 9), (1, 1), (3, 4, 6)])
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_norm_attention_and_residual_at_any_size(grid):
     block = CBSABlock(64, num_representatives=8).double()
     assert block.attn.num_heads == 2
@@ -48,6 +50,28 @@ def test_memory_formats_autocast_and_compiled():
         assert_close(net(x).float(), expected, 0.05)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@torch.no_grad()
+def test_autocast(grid):
+    """On the CPU it pools volumes to float32."""
+    block, x = CBSABlock(32, 4, num_representatives=4), torch.randn(2, 32, *grid)
+    expected = block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(block(x).float(), expected, 0.05)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
+@torch.no_grad()
+def test_a_traced_block_refuses_other_grids_of_as_many_positions():
+    block, x = CBSABlock(32, num_representatives=4).eval(), torch.randn(2, 32, 4, 4)
+    traced = torch.jit.trace(block, (x,))
+    more = torch.randn(5, 32, 4, 4)
+    assert_close(traced(more), block(more), 1e-6)
+    for other in ((2, 8), (16, 1), (5, 5)):
+        with pytest.raises(RuntimeError):
+            traced(torch.randn(2, 32, *other))
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"x must be a feature map \(B, 8, \*grid\).*got shape \(2, 4, 8\)"):
         CBSABlock(8)(torch.randn(2, 4, 8))
@@ -55,5 +79,8 @@ def test_errors():
         CBSABlock(0)
     with pytest.raises(ValueError, match="num_heads"):
         CBSABlock(10, 3)
+    for norm in (nn.BatchNorm1d, nn.InstanceNorm1d, nn.BatchNorm2d):
+        with pytest.raises(ValueError, match="norm_layer must norm the last axis.*got .*Norm"):
+            CBSABlock(8, norm_layer=norm)
     with pytest.raises(TypeError, match="colour"):
         CBSABlock(8, colour=1)

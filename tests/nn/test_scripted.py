@@ -112,6 +112,43 @@ def test_every_mixer_in_graphs_of_fx_and_traced(name):
     assert_close(traced(x), model(x), 1e-5)
 
 
+class Given(nn.Module):
+    """A mixer with a second input, under this name; of None, the grid of a feature map that it flattens."""
+
+    def __init__(self, mixer, name=None):
+        super().__init__()
+        self.mixer, self.name = mixer, name
+
+    def forward(self, x, given=None):
+        if self.name is None:
+            return self.mixer(x.flatten(2).mT, grid_size=x.shape[2:])
+        return self.mixer(x, **{self.name: given})
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_traces_keep_nothing_of_the_values_and_the_aspect_of_the_example():
+    """What could not be checked any more when the graph runs is refused."""
+    layer = CBSA(DIM, HEADS, num_representatives=4, num_prefix_tokens=0).eval()
+    maps = torch.randn(2, DIM, 4, 4)
+    traced = torch.jit.trace(Given(layer), (maps,))
+    assert_close(traced(maps + 1), layer(maps + 1).flatten(2).mT, 1e-5)
+    with pytest.raises(RuntimeError):
+        traced(maps.reshape(2, DIM, 2, 8))
+    layer.set_input_size((4, 4))
+    x, hidden = maps.flatten(2).mT, torch.rand(3, 2, 1, 16) > 0.6
+    for name, masks in (("token_mask", ~hidden[:, :, 0]), ("attn_mask", ~hidden)):
+        model = Given(layer, name)
+        traced = torch.jit.trace(model, (x, masks[0]))
+        assert_close(traced(x, masks[1]), model(x, masks[1]), 1e-5)
+    additive = torch.zeros(3, 2, 1, 16).masked_fill(hidden, -torch.inf)
+    with pytest.raises(ValueError, match="attn_mask must keep keys .* torch.jit.trace cannot check that"):
+        torch.jit.trace(Given(layer, "attn_mask"), (x, additive[0]))
+    model = Given(MSSA(DIM, HEADS).eval(), "attn_mask")  # as weights, whatever the example's are
+    traced, weights = torch.jit.trace(model, (x, additive[0][:, None])), torch.randn(2, 1, 1, 16)
+    assert_close(traced(x, weights), model(x, weights), 1e-5)
+
+
 def test_dropout_is_that_of_the_mode():
     scripted = torch.jit.script(MSSA(DIM, HEADS, attn_drop=0.5))
     x = torch.randn(1, 16, DIM)

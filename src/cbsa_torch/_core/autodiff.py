@@ -28,7 +28,30 @@ def is_per_sample(tensor: Tensor) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers to look at, of a whole tensor: not while tracing, nor without data."""
+    """Whether there are numbers to look at, of a whole tensor: not while tracing, nor without data.
+
+    In ``torch.jit.trace`` there are, but what is decided by them would be kept for the numbers of others.
+    """
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return not (
-        torch.compiler.is_compiling() or is_transformed() or type(tensor) is not Tensor or tensor.is_meta
+        torch.compiler.is_compiling()
+        or tracing
+        or is_transformed()
+        or type(tensor) is not Tensor
+        or tensor.is_meta
     )
+
+
+def check_values(holds: Tensor, message: str) -> None:
+    """Raise ``ValueError`` unless ``holds``, one bool; in compiled and exported programs when they run.
+
+    Raises:
+        ValueError: also in ``torch.jit.trace``, whose graphs keep no check.
+    """
+    if has_values(holds):
+        if not holds:
+            raise ValueError(message)
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(f"{message}; torch.jit.trace cannot check that for other inputs: use torch.export")
+    else:
+        torch._assert_async(holds, message)

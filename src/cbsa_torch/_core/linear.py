@@ -161,6 +161,12 @@ def _is_hooked_linear(layer: nn.Module) -> bool:
     )
 
 
+def _is_of_plain_numbers(layer: nn.Module) -> bool:
+    """Whether a layer computes by weights that nothing packs, or rounds to a few bits."""
+    held = list(layer.parameters())
+    return bool(held) and all(is_readable(p) and p.is_floating_point() and p.itemsize > 1 for p in held)
+
+
 def _is_distributed(tensor: Tensor | None) -> bool:
     return type(tensor).__name__ == "DTensor"
 
@@ -199,6 +205,8 @@ def _check_affine(
     exact = _is_hooked_linear(layer)
     if exact and not hooks:  # hooks of the backward pass only
         return
+    # A hook may change little: peft's choose a small adapter for each item of a batch (adapter_names).
+    exact = exact or (bool(hooks) and _is_of_plain_numbers(layer))
     if _drops(layer) or (isinstance(out, Tensor) and not has_values(out)):
         return
     bias = None if bias is None else bias.detach().to(matrix.dtype)

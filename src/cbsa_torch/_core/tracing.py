@@ -44,6 +44,19 @@ def pin_size(x: Tensor, axes: tuple[int, ...] = (2, 3)) -> Tensor:
     return x
 
 
+def pin_sides(x: Tensor, sides: Any) -> Tensor:
+    """The tensor ``x``; a graph of ``torch.jit.trace`` raises when numbers in ``sides`` are not the example's.
+
+    These are sizes of tensors that the graph reads: of tokens ``x`` in a row, it would not see another aspect.
+    """
+    if torch.jit.is_tracing() and isinstance(sides, (tuple, list)):  # type: ignore[attr-defined]
+        for side in sides:
+            if isinstance(side, Tensor):
+                pinned = pin_size(x.new_zeros((side, 0)), (0,))  # type: ignore[arg-type]
+                x = x + pinned.sum()  # of nothing: for the graph to keep it
+    return x
+
+
 @fx_leaf
 def pin_image_size(images: Tensor) -> Tensor:
     """:func:`pin_size` of images ``(B, C, height, width)``; TorchScript, which decides by size, keeps none."""

@@ -41,7 +41,7 @@ def bare_state(state: Mapping[str, _Value]) -> dict[str, _Value]:
             continue
         if bare_name(name) in bare:
             raise ValueError(
-                f"two entries are called {bare_name(name)}, but for names of wrappers such as module."
+                f"two entries are called {bare_name(name)}, but for names of wrappers such as module.; keep one"
             )
         bare[bare_name(name)] = value
     return bare

@@ -194,7 +194,7 @@ def _number(value: float | None, form: str) -> str:
 def _size(text: str) -> tuple[int, int]:
     batch, _, side = text.partition("x")
     if not (batch.isdigit() and side.isdigit() and int(batch) and int(side)):
-        raise ConfigError(f"sizes are BATCHxSIDE, as in 4x32; got {text!r}")
+        raise ConfigError(f"sizes must be BATCHxSIDE, as in 4x32; got {text!r}")
     return int(batch), int(side)
 
 

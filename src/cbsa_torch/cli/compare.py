@@ -67,7 +67,7 @@ def compare_runs(
             )
         first = known.setdefault(trained.path.resolve(), checkpoint)
         if checkpoint in opened or first != checkpoint:
-            raise ConfigError(f"a run is given twice: {first} and {checkpoint}")
+            raise ConfigError(f"a run is given twice: {first} and {checkpoint}; name each once")
         opened[checkpoint] = trained
     _check_same_data(opened)
     names = _short_names(checkpoints)

@@ -61,12 +61,14 @@ def run(args: list[str]) -> None:
     """Count parameters, FLOPs and pairwise similarities of models."""
     options = parse(_CountArgs, args, "count")
     if not options.models:
-        raise ConfigError("no models given: cbsa count MODEL ...")
+        raise ConfigError("no models given; name some: cbsa count MODEL ...")
     if options.plot is not None and not options.plot.endswith((".png", ".svg")):
         raise ConfigError(f"--plot must end in .png or .svg, got {options.plot}")
     drawn = [] if options.plot is None else [Path(options.plot), Path(options.plot).with_suffix(".json")]
     if options.output is not None and Path(options.output) in drawn:
-        raise ConfigError(f"--output {options.output} is a file that --plot {options.plot} writes")
+        raise ConfigError(
+            f"--output {options.output} is a file that --plot {options.plot} writes; give another name"
+        )
     if drawn:
         try:  # before anything is counted
             from cbsa_torch.bench import plots
@@ -187,7 +189,8 @@ def mixer_sizes(name: str, args: Mapping[str, Any]) -> dict[str, int]:
     mixer = next((module for module in model.modules() if isinstance(module, TokenMixer)), None)
     if mixer is None:
         raise ConfigError(
-            f"--plot takes its width and heads from the first model, and {name} has no mixer of ours"
+            f"--plot takes its width and heads from the first model, and {name} has no mixer of ours; "
+            "name one of `cbsa list` first"
         )
     return {"dim": mixer.dim, "num_heads": mixer.num_heads, "head_dim": mixer.head_dim}
 

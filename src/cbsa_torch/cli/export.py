@@ -11,6 +11,7 @@ import torch
 
 from cbsa_torch._core.files import write_atomically
 from cbsa_torch.cli.options import OtherOptions, open_on, parse
+from cbsa_torch.images.decode import MID_GREY
 from cbsa_torch.models.export import FILES, TOLERANCE, ExportFormat, ExportReport, export_model, with_fixed_grid
 from cbsa_torch.train.engine.console import number_table, print_table, say
 from cbsa_torch.train.errors import ConfigError
@@ -65,6 +66,14 @@ def run(args: list[str]) -> None:
             "coordinates, and a graph has no such sizes"
         )
     channels, *made_for = trained.spec.input_size
+    geometry = trained.task.geometry(trained.spec)
+    if "own_size" in geometry and not (options.any_size or options.image_size):
+        raise ConfigError(
+            f"{options.checkpoint} sees images at their own size: --any-size, or --image-size for a program of "
+            "one size, to which you resize them"
+        )
+    if "windows" in geometry:
+        made_for = [geometry["windows"]["side"]]
     size = options.image_size or tuple(made_for)
     try:
         model = trained.model
@@ -109,8 +118,12 @@ def preprocessing(trained: Trained, report: ExportReport) -> dict[str, Any]:
         "pixels": "value / 255, less mean, over std, by channel",
         "mean": spec.mean,
         "std": spec.std,
-        "interpolation": spec.interpolation,
-        "crop_pct": spec.crop_pct,
+        "decoding": {
+            "orientation": "as EXIF says",
+            "transparency": f"over grey {MID_GREY}",
+            "16 bits": "the high byte",
+        },
+        "geometry": trained.task.geometry(spec._replace(input_size=(spec.input_size[0], *report.image_size))),
     }
 
 

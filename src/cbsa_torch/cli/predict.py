@@ -40,7 +40,7 @@ def run(args: list[str]) -> None:
     """Classify or segment image files, or classify slides."""
     options = parse(_PredictArgs, args, "predict")
     if not options.images and options.stream is None:
-        raise ConfigError("no images given: cbsa predict --checkpoint RUN IMAGE ...")
+        raise ConfigError("no images given; name some: cbsa predict --checkpoint RUN IMAGE ...")
     if options.images and options.stream is not None:
         raise ConfigError(f"give image files or --stream, which is one image, not both: {options.images[0]}")
     trained = open_on(options.checkpoint, options)

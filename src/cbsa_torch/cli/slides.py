@@ -40,7 +40,9 @@ def plan_files(slides: Sequence[str], folder: Path, overwrite: bool) -> dict[str
     for slide in map(str, map(Path, slides)):  # as predictions name them
         stem = Path(slide).stem
         if taken.setdefault(stem, slide) != slide or slide in planned:
-            raise ConfigError(f"{taken[stem]} and {slide} would both be written as {stem}_map.png in {folder}")
+            raise ConfigError(
+                f"{taken[stem]} and {slide} would both be written as {stem}_map.png in {folder}; rename one"
+            )
         planned[slide] = MapFiles(folder / f"{stem}_map.png", folder / f"{stem}_map.csv")
     present = [path for files in planned.values() for path in files if path.exists()]
     present += [path for path in (folder / TABLE,) if path.exists()]

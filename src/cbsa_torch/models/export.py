@@ -9,7 +9,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ class Parity:
     height: int
     width: int
     error: float
-    """The largest difference between the outputs over the largest output."""
+    """The largest difference between the outputs over the largest output of the model, at any size."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,10 @@ def export_model(
     sides = check_sides("image_size", tuple(image_size) if isinstance(image_size, Sequence) else image_size)
     if format == "onnx":
         require("export")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ExportError(
+            "model must hold its weights, and some are on meta: load those that are offloaded first"
+        )
     plain = copy.deepcopy(model).cpu().float().eval()
     _refuse(plain, any_size=any_size)
     steps = size_steps(plain)
@@ -173,13 +177,14 @@ def export_model(
         except Exception as error:
             kind, cause = type(model).__name__, _cause(error)
             raise ExportError(f"{kind} has no program of format {format!r}: {cause}") from error
-        parity = [_compare(plain, run, noise(batch, in_chans, *size)) for size in sizes for batch in BATCHES]
+        parity = _compare(plain, run, [noise(batch, in_chans, *size) for size in sizes for batch in BATCHES])
     report = ExportReport(format, any_size, sides, steps, len(content), num_nodes, tolerance, parity)
     if not report.worst.error <= tolerance:
         worst = report.worst
         raise ExportError(
-            f"the program differs from the model by {worst.error:.2g} of the largest output, more than "
-            f"{tolerance:g}, for {worst.batch} images of {worst.height} x {worst.width}; nothing was written"
+            f"the program differs from the model by {worst.error:.3g} of the largest output, more than "
+            f"{tolerance:g}, for {worst.batch} images of {worst.height} x {worst.width}; nothing was written. "
+            "A little more may be rounding in float32, which a larger tolerance admits"
         )
     write_atomically(Path(path), content)
     return report
@@ -285,7 +290,10 @@ class _WholePatches(nn.Module):
                 (images,) = images.split_with_sizes([images.shape[axis] // step * step], axis)
         output = self.model(images)
         if not isinstance(output, Tensor):
-            raise TypeError(f"model must return a tensor, got {type(output).__name__}")
+            raise TypeError(
+                f"model must return a tensor, got {type(output).__name__}; wrap it in a module that returns "
+                "one, such as its logits"
+            )
         return output
 
 
@@ -355,22 +363,30 @@ def count_nodes(graph: Any) -> int:
     return len(graph) + sum(count_nodes(body) for body in bodies if hasattr(body, "all_nodes"))
 
 
-def _compare(model: nn.Module, run: _Run, images: Tensor) -> Parity:
-    batch, _, height, width = images.shape
-    expected = model(images)
-    try:
-        output = run(images)
-    except Exception as error:  # of a runtime
-        raise ExportError(
-            f"the program does not run on {batch} images of {height} x {width}: {error}; nothing was written"
-        ) from error
-    if output.shape != expected.shape:
-        raise ExportError(
-            f"the program gives {tuple(output.shape)} for {batch} images of {height} x {width}, the model "
-            f"{tuple(expected.shape)}; nothing was written"
-        )
-    largest = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return Parity(batch, height, width, ((output - expected).abs().max() / largest).item())
+def _compare(model: nn.Module, run: _Run, batches: Iterable[Tensor]) -> list[Parity]:
+    """The program beside the model on every batch.
+
+    A single output may be near 0, and its rounding large beside it: errors are relative to the largest of all.
+    """
+    differences, largest = [], torch.finfo(torch.float32).tiny
+    for images in batches:
+        batch, _, height, width = images.shape
+        expected = model(images)
+        try:
+            output = run(images)
+        except Exception as error:  # of a runtime
+            raise ExportError(
+                f"the program does not run on {batch} images of {height} x {width}: {error}; "
+                "nothing was written"
+            ) from error
+        if output.shape != expected.shape:
+            raise ExportError(
+                f"the program gives {tuple(output.shape)} for {batch} images of {height} x {width}, the model "
+                f"{tuple(expected.shape)}; nothing was written"
+            )
+        largest = max(largest, expected.abs().max().item())
+        differences.append((batch, height, width, (output - expected).abs().max().item()))
+    return [Parity(b, h, w, difference / largest) for b, h, w, difference in differences]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -157,7 +157,7 @@ def _in_names_of_timm(tensors: Mapping[str, Tensor], source: str) -> tuple[str, 
             index, count = map(int, place.split("/"))
             parts.setdefault(name, dict.fromkeys(range(count)))[index] = value  # type: ignore[arg-type]
         elif name in named:
-            raise CheckpointError(f"{source} holds {name} twice, once as {key}")
+            raise CheckpointError(f"{source} holds {name} twice, once as {key}: keep the one to be used")
         else:
             named[name] = value
     for name, joined in parts.items():

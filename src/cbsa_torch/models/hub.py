@@ -125,7 +125,7 @@ def open_weights(
             return read_foreign(tensors, str(path), model, model_args)
         opened, info = read_official(tensors, str(path))
     if model not in (None, info["model"]):
-        raise CheckpointError(f"{path} holds {info['model']!r}, not {model!r}")
+        raise CheckpointError(f"{path} holds {info['model']!r}, not the {model!r} that was asked for")
     if model_args:
         raise CheckpointError(f"{path} has its model's arguments, leave them out; got {dict(model_args)}")
     return opened, info

@@ -52,7 +52,7 @@ def choose_heads(source: str, inner: int, *, told: int | None, given: int | None
     if given is not None:
         check_positive_int("num_heads", given)
     if told is not None and given not in (None, told):
-        raise CheckpointError(f"{source} has {told} heads, not num_heads={given}")
+        raise CheckpointError(f"num_heads must be {told}, as {source} has them, or left out; got {given}")
     heads = told or given or usual
     if not heads:
         raise CheckpointError(f"{source}: its number of heads cannot be told from its weights; give num_heads")

@@ -233,7 +233,13 @@ def _create(
 
 
 def build_entry(
-    name: str, build: Callable[[], nn.Module], pretrained: bool, *, gives: str = "", **timm_args: Any
+    name: str,
+    build: Callable[[], nn.Module],
+    pretrained: bool,
+    *,
+    gives: str = "",
+    channels: int | None = None,
+    **timm_args: Any,
 ) -> Any:
     """``build_model_with_cfg`` of an entry point that has read its own arguments, and refuses all others.
 
@@ -242,20 +248,26 @@ def build_entry(
         build: makes the model.
         pretrained: whether timm loads its weights.
         gives: what the model gives in place of feature maps, which ``features_only`` would ask for.
+        channels: those of the images, where pretrained weights are to be adapted to them.
         **timm_args: of ``build_model_with_cfg``; what that does not know is refused.
     """
     if gives and timm_args.get("features_only"):
         raise ValueError(f"features_only must be False: {name} gives {gives}")
 
     def make(**unknown: Any) -> nn.Module:
+        if channels is not None:
+            unknown.pop("in_chans", None)
         if unknown:
             raise TypeError(f"{name} has no option {', '.join(sorted(unknown))}")
         return build()
 
     _shipped(name, pretrained, timm_args)
     # timm passes these defaults of the configuration on; the entry point has read its own already
-    defaults = ("num_classes", "global_pool", "in_chans")
-    return build_model_with_cfg(make, name, pretrained, kwargs_filter=defaults, **timm_args)
+    defaults = ["num_classes", "global_pool", "in_chans"]
+    if channels is not None:
+        timm_args["in_chans"] = channels
+        defaults.remove("in_chans")
+    return build_model_with_cfg(make, name, pretrained, kwargs_filter=tuple(defaults), **timm_args)
 
 
 def _shipped(name: str, pretrained: bool, timm_args: Mapping[str, Any]) -> Shipped | None:
@@ -295,7 +307,9 @@ def _check_form(weights: Shipped, given: Mapping[str, Any]) -> None:
 def _number_of_first_layers(family: Family, given: int | None, depth: int) -> int:
     if family.first is None:
         if given is not None:
-            raise TypeError("num_first_layers splits a hybrid; this model has one mixer in all layers")
+            raise TypeError(
+                "num_first_layers must be left out: it splits a hybrid, and all layers have one mixer here"
+            )
         return 0
     number = depth // 2 if given is None else given
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= depth:

@@ -6,6 +6,7 @@ A layer is not told its model, but PyTorch tells of every module that becomes pa
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -64,7 +65,7 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
     replaced = module._modules.get(name)
     if replaced is not None:
         # The model around may have a patch embedding, which is not seen from here.
-        _assume_no_squares(child, known=set(replaced.modules()))
+        _assume_no_squares(child, replaced)
     if replaced is not None or isinstance(module, (nn.Sequential, nn.ModuleList)):
         _join(child, [*module.children()] if replaced is None else [replaced, *module.children()])
     before = embedding_of(module)
@@ -86,9 +87,17 @@ def _join(child: nn.Module, others: list[nn.Module]) -> None:
             leader.source.lead([child], mixers)
 
 
-def _assume_no_squares(module: nn.Module, known: set[nn.Module]) -> None:
-    """Tell all mixers in a module, but those that are ``known``: they were only wrapped."""
-    for part in module.modules():
-        mixer: Any = part
-        if hasattr(mixer, "grid_follower") and mixer not in known:
+def _assume_no_squares(child: nn.Module, replaced: nn.Module) -> None:
+    """Tell all mixers in a new part of a model, but those that were in the part it replaces: only wrapped."""
+    mixers: list[Any] = [part for part in _parts(child) if hasattr(part, "grid_follower")]
+    known = {*_parts(replaced)} if mixers else set()
+    for mixer in mixers:
+        if mixer not in known:
             mixer.assumes_square = False
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those in it. Not by ``modules()``, which of a module of peft changes it, or fails."""
+    yield module
+    for child in module.children():
+        yield from _parts(child)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from cbsa_torch._core.checks import check_positive_int
 from cbsa_torch.nn.cbsa import CBSA
@@ -25,7 +26,8 @@ class CBSABlock(nn.Module):
         channels: C, of input and output.
         num_heads: number of subspaces. Default: as many as leave each at least 32 channels, and divide C.
         num_representatives: a number, or cells along each axis, see :class:`cbsa_torch.CBSA`. Default: 64.
-        norm_layer: constructor of the norm over the channels of each position.
+        norm_layer: constructor of the norm over the channels of each position, the last axis there:
+            ``LayerNorm``, ``RMSNorm``.
         device, dtype: of the parameters.
         **options: of :class:`cbsa_torch.CBSA`.
 
@@ -51,6 +53,12 @@ class CBSABlock(nn.Module):
     ) -> None:
         super().__init__()
         check_positive_int("channels", channels)
+        if isinstance(norm_layer, type) and issubclass(norm_layer, _NormBase):
+            # its channels are on the second axis, where as many positions would be taken for them
+            raise ValueError(
+                "norm_layer must norm the last axis, the channels of each position, as LayerNorm does; "
+                f"got {norm_layer.__name__}"
+            )
         if num_heads is None:
             most = max(channels // _CHANNELS_PER_HEAD, 1)
             num_heads = next(h for h in range(most, 0, -1) if channels % h == 0)

@@ -251,7 +251,8 @@ class TokenMixer(TokenReader, abc.ABC):
                 reason = f"{type(module).__name__} has no reset_parameters"
             if reason:
                 raise ValueError(
-                    f"reset_parameters cannot draw {name or 'parameters'} of {type(self).__name__}: {reason}"
+                    f"reset_parameters cannot draw {name or 'parameters'} of {type(self).__name__}: {reason}; "
+                    "set it yourself"
                 )
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Tracer
 
-from cbsa_torch._core.tracing import pin_size
+from cbsa_torch._core.tracing import pin_sides, pin_size
 from cbsa_torch._core.types import GridSize, Layout, Strategy
 from cbsa_torch.nn.grids import GridFollower
 from cbsa_torch.nn.packing import Group, Packing
@@ -111,6 +111,8 @@ class TokenReader(nn.Module):
                 coords = followed
             else:
                 grid_size = followed
+        if self.needs_grid:
+            tokens = pin_sides(tokens, grid_size)
         if coords is not None:
             if map_grid is not None or grid_size is not None:
                 raise ValueError("pass coords or a grid (grid_size, a feature map), not both")
@@ -147,7 +149,10 @@ class TokenReader(nn.Module):
             first = places.coords.shape[1] - parallel.num_tokens + parallel.start  # negative: prefix tokens
             own = token_mask[:, max(0, -first) :]
             if not torch.equal(own, places.token_mask[:, max(0, first) :][:, : own.shape[1]]):
-                raise ValueError("token_mask differs from the part of this rank in that of coords")
+                raise ValueError(
+                    "token_mask must be the part of this rank of the mask in coords, "
+                    "Coordinates(coords, token_mask), which is of the tokens of all ranks; they differ"
+                )
 
     def check_shards(self) -> None:
         """Raise where what the mixer computes is no sum over tokens that ranks could exchange."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cbsa_torch._core.autodiff import has_values
+from cbsa_torch._core.autodiff import check_values, has_values
 from cbsa_torch._core.checks import check_device, check_floating, check_mask
 from cbsa_torch._core.tracing import is_open
 from cbsa_torch._core.types import GridSize
@@ -141,7 +141,8 @@ def resolve_grid(
                 "input; or keep the number of tokens fixed"
             )
         prefix = int(prefix)  # a tensor under torch.jit.trace, where the sizes are pinned already
-        if prefix < 0 or num_prefix_tokens not in (None, prefix):
+        # not "not in (None, prefix)": PyTorch 2.8 traces that wrongly once two threads have compiled at once
+        if prefix < 0 or (num_prefix_tokens is not None and num_prefix_tokens != prefix):
             expected = "" if num_prefix_tokens is None else f" + {num_prefix_tokens} prefix tokens"
             raise ValueError(
                 f"grid_size {grid_size} has {math.prod(grid_size)} cells{expected}, "
@@ -174,7 +175,7 @@ def read_coords(
     check_device("coords", coords.coords, "x", tokens)
     b, n, shape = tokens.shape[0], tokens.shape[1] if n is None else n, coords.coords.shape
     prefix = n - shape[1]
-    if shape[0] != b or prefix < 0 or num_prefix_tokens not in (None, prefix):
+    if shape[0] != b or prefix < 0 or (num_prefix_tokens is not None and num_prefix_tokens != prefix):
         less = "at most N" if num_prefix_tokens is None else f"N less {num_prefix_tokens} prefix tokens"
         raise ValueError(
             f"coords must have shape (B, N, k) with B={b} and coordinates for {less} tokens, where x has "
@@ -231,10 +232,9 @@ def as_token_mask(attn_mask: Tensor, b: int, n: int) -> Tensor:
         )
     keys = attn_mask.detach().reshape(-1, n)
     if keys.dtype != torch.bool:
-        wrong = "attn_mask must keep keys (0) or hide them (-10,000 or less): here are no weights; got others"
-        if not has_values(keys):
-            torch._assert_async(_keeps_or_hides(keys), wrong)
-        elif not _keeps_or_hides(keys):
-            raise ValueError(wrong)
+        check_values(
+            _keeps_or_hides(keys),
+            "attn_mask must keep keys (0) or hide them (-10,000 or less): here are no weights; got others",
+        )
         keys = keys == 0
     return keys.expand(b, n)

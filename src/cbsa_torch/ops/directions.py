@@ -111,7 +111,10 @@ def check_orthonormal(basis: Tensor) -> None:
     full = basis.detach().to("cpu", torch.float64)
     deviation = (full.mT @ full - torch.eye(full.shape[-1], dtype=full.dtype)).abs().max().item()
     if not deviation <= _ORTHONORMAL:
-        raise ValueError(f"basis must have orthonormal columns; B^T B differs from I by {deviation:.3g}")
+        raise ValueError(
+            f"basis must have orthonormal columns, such as torch.linalg.qr(basis).Q; B^T B differs from I by "
+            f"{deviation:.3g}"
+        )
 
 
 def _along(w: Tensor, directions: Tensor, dtype: torch.dtype, floor: float = 0.0) -> Representatives:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from cbsa_torch._core.checks import check_floating, check_mask, check_positive_int, check_shape
 from cbsa_torch._core.compiler import called_while_tracing
 from cbsa_torch._core.precision import compute_dtype, no_autocast
-from cbsa_torch._core.tracing import is_open
+from cbsa_torch._core.tracing import is_open, pin_sides
 from cbsa_torch._core.types import GridPooling, GridSize, Representatives
 from cbsa_torch.ops.masking import zero_rows
 from cbsa_torch.ops.parallel import ContextParallel, largest, total
@@ -103,6 +103,7 @@ def pool_representatives(
         tensor([ 2.5000,  4.5000, 10.5000, 12.5000])
     """
     check_floating("tokens", tokens)
+    tokens = pin_sides(tokens, grid_size)
     grid_size = check_grid(grid_size)
     number = check_num_representatives(num_representatives, grid_size)
     if parallel is None:
@@ -143,7 +144,8 @@ def pool_representatives(
     elif tokens.is_cuda and n >= LARGE_CELL * math.prod(cells):
         pooled = _pool_by_products(channels_last, cells)
     else:
-        pooled = _ADAPTIVE_POOL[len(grid_size)](channels_last.movedim(-1, 1), cells).movedim(1, -1)
+        with no_autocast(channels_last):  # on the CPU it makes float32 of volumes
+            pooled = _ADAPTIVE_POOL[len(grid_size)](channels_last.movedim(-1, 1), cells).movedim(1, -1)
     values = pooled.reshape(b, math.prod(cells), h, p).transpose(1, 2)
     return Representatives(values, token_weights=weights)
 

@@ -87,7 +87,10 @@ def _with_classes_of(
 ) -> Trained:
     """A classifier whose classes are those of the data."""
     if info["model"] == "segmenter":
-        raise CheckpointError(f"{path} holds a segmenter that no run wrote: only classifiers are evaluated so")
+        raise CheckpointError(
+            f"{path} holds a segmenter that no run wrote, so that nothing says its classes; give the folder of "
+            "the run that trained it"
+        )
     size = info["model_args"].get("img_size")
     spec = input_spec(model, size if isinstance(size, int) else None)
     names = class_names_of(data, spec.mode, split)

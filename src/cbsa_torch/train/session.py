@@ -330,7 +330,7 @@ def _check_loader(loader: DataLoader[Any], batch_size: int, processes: int) -> N
     if isinstance(loader.batch_sampler, TokenBatches):
         return  # it has a batch for every process
     if isinstance(loader.dataset, IterableDataset) and processes > 1:
-        raise ConfigError("data sets that stream (wds, tfds, hfids) are trained in one process for now")
+        raise ConfigError("data sets that stream (wds, tfds, hfids) must be trained in one process for now")
     if len(loader) < processes:
         raise DataError(
             f"{len(loader.dataset)} training images are fewer than one batch of {batch_size} for each of "  # type: ignore[arg-type]

@@ -5,12 +5,14 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from cbsa_torch import adapt_vit
 from cbsa_torch.models import from_pretrained, load_checkpoint, save_checkpoint
 from cbsa_torch.models.checkpoint import CheckpointError
 from cbsa_torch.nn import AdaptedCBSA
 from cbsa_torch.train.hub import save_for_hub
+from tests.helpers.compare import assert_close
 
 BASE = "vit_tiny_patch16_224"
 ARGS = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3, "img_size": 64}
@@ -58,6 +60,32 @@ def test_by_name():
     assert model.pretrained_cfg["first_conv"] == "patch_embed.proj"
     features = timm.create_model("adapted_vit", base=BASE, features_only=True, base_args={"depth": 3})
     assert [tuple(f.shape) for f in features(torch.randn(1, 3, 224, 224))] == [(1, 192, 14, 14)] * 3
+
+
+@torch.no_grad()
+def test_pretrained_weights_of_other_classes_channels_and_sizes(tmp_path):
+    """As timm's own ViTs: a new head, summed channels, resampled positions; and the adapted steps as they are."""
+    base_args = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+    options = {"base": BASE, "base_args": base_args, "img_size": 64, "num_classes": 3}
+    model = timm.create_model("adapted_vit", **options).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 3}
+
+    def loaded(**changes):
+        given = {**options, **changes}
+        return timm.create_model("adapted_vit", pretrained=True, pretrained_cfg_overlay=overlay, **given).eval()
+
+    assert torch.equal(loaded()(IMAGE), model(IMAGE))
+    features = model.forward_features(IMAGE)
+    for classes in (0, 7):
+        assert torch.equal(loaded(num_classes=classes).forward_features(IMAGE), features)
+    grey = IMAGE[:, :1]
+    assert_close(loaded(in_chans=1)(grey), model(grey.expand(-1, 3, -1, -1)), 1e-5)
+    large = loaded(img_size=96)
+    model.set_input_size(img_size=96)
+    assert_close(large(torch.ones(1, 3, 96, 96)), model(torch.ones(1, 3, 96, 96)), 1e-5)
 
 
 def test_a_new_head_and_another_size():

@@ -9,8 +9,10 @@ from torchvision.models import VisionTransformer
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from cbsa_torch import adapt_vit, interpret
+from cbsa_torch.models import export_model
 from cbsa_torch.models.counting import count_model
 from tests.helpers.compare import assert_close
+from tests.helpers.exports import open_program
 
 each_mixer = pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear"])
 IMAGE = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
@@ -147,6 +149,24 @@ def test_graphs_of_fx_and_traced(mixer):
 
 @each_mixer
 @torch.no_grad()
+def test_compiled_exported_and_offloaded(mixer, tmp_path):
+    import accelerate
+
+    torch.compiler.reset()
+    model = adapt_vit(tower().eval(), mixer).model
+    images = torch.randn(3, 3, 32, 32)
+    expected = model(images)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(images), expected, 1e-5)
+    file = tmp_path / "model.pt2"
+    export_model(model, file, "torch", in_chans=3, image_size=32)
+    assert_close(open_program(file)(images), expected, 1e-5)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert_close(model(images), expected, 1e-6)
+
+
+@each_mixer
+@torch.no_grad()
 def test_padding_is_honoured(mixer):
     torch.manual_seed(0)
     model = adapt_vit(Detr().eval(), mixer, **({} if mixer == "linear" else {"num_representatives": 8})).model
@@ -180,6 +200,32 @@ def test_the_fast_path_and_nested_tensors_of_pytorch_do_not_pass_the_mixer_by():
         )
 
 
+@each_mixer
+def test_adapters_of_peft_act_and_merge(mixer):
+    """On the output projection of adapted layers, and on the whole of the original ones, as peft takes them."""
+    import peft
+
+    def lora(model, target):
+        config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        return peft.get_peft_model(copy.deepcopy(model), config).eval()
+
+    images, model = IMAGE[..., :32], tower().eval()
+    adapted = adapt_vit(model, mixer).model
+    wrapped = lora(adapted, "out_proj")
+    out = wrapped(images)
+    assert not torch.allclose(out, adapted(images), atol=1e-2)
+    assert_close(copy.deepcopy(wrapped).merge_and_unload()(images), out, 1e-5)
+
+    original = lora(model, "self_attention")
+    later, report = adapt_vit(original, mixer)
+    assert (len(report.adapted), report.refused) == (2, ())
+    merged = copy.deepcopy(original).merge_and_unload()  # no layer of ours is in it
+    assert_close(merged(images), original(images), 1e-5)
+    expected = adapt_vit(merged, mixer).model(images)
+    assert_close(later(images), expected, 1e-5)
+    assert_close(copy.deepcopy(later).merge_and_unload()(images), expected, 1e-5)
+
+
 def test_refusals():
     _, report = adapt_vit(Detr(), "linear")
     refused = {layer.name: layer.reason for layer in report.refused}
@@ -202,3 +248,21 @@ def test_refusals():
         layer(x, x, x, attn_mask=torch.zeros(6, 6))
     with pytest.raises(ValueError, match="is_causal must be False"):
         layer(x, x, x, is_causal=True)
+
+
+@torch.no_grad()
+def test_adapters_of_the_output_act_and_those_around_the_layer_are_refused():
+    """peft's adapter of the whole layer merges its weights and calls it, which a mixer in its place is not for."""
+    import peft
+
+    def adapter(model, targets):
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval()
+
+    original, images = tower().eval(), IMAGE[..., :32]
+    with pytest.raises(ValueError, match=r"it is an adapter \(peft.*merge it first"):
+        adapt_vit(adapter(copy.deepcopy(original), ["self_attention"]), "linear")
+    model = adapter(adapt_vit(original, "linear").model, ["out_proj"])
+    out = model(images)
+    assert not torch.allclose(out, adapt_vit(original, "linear").model(images))
+    assert_close(model.merge_and_unload()(images), out, 1e-5)

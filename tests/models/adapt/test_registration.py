@@ -70,6 +70,8 @@ def test_grids_found_given_and_unknown():
     assert not torch.equal(model(IMAGES, grid_size=(2, 16), **INTERPOLATE)[0], given)
     with pytest.raises(ValueError, match="grid_size"):
         model(IMAGES, grid_size=(7, 8), **INTERPOLATE)
+    with pytest.raises(ValueError, match=r"grid_size \(2, 8\) has 16 cells \+ 1 prefix tokens, but x has 33"):
+        found(IMAGES, grid_size=(2, 8), **INTERPOLATE)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
@@ -119,6 +121,15 @@ def test_names_that_have_no_effect_or_would_be_wrong_are_refused():
     model.set_attn_implementation("cbsa")
     with pytest.raises(ValueError, match="'cbsa' has no effect on TimmWrapperModel: layers of timm"):
         model(IMAGES)
+    config = transformers.TimmBackboneConfig(backbone="vit_tiny_patch16_224", features_only=True)
+    backbone = transformers.TimmBackbone(config).eval()
+    backbone.set_attn_implementation("linear")
+    with pytest.raises(ValueError, match=r"no effect on TimmBackbone: .*adapt_vit\(model._backbone, inplace"):
+        backbone(IMAGES)
+    for name in ("MobileViT", "Swinv2"):  # which attend by themselves, whatever the name
+        config = getattr(transformers, f"{name}Config")(attn_implementation="cbsa_agent")
+        with pytest.raises(ValueError, match=f"'cbsa_agent' has no effect on {name}Model: its layers"):
+            getattr(transformers, f"{name}Model")(config)
     sizes = {**SIZES, "image_size": 32}
     shuffling = transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes, mask_ratio=0.0)).eval()
     shuffling.set_attn_implementation("cbsa")
@@ -204,3 +215,25 @@ def test_a_quantised_model_is_told_that_it_cannot_be_saved():
     model.config.quantization_config = {"quant_method": "torchao"}
     with pytest.warns(UserWarning, match="save_pretrained will not keep the new layers"):
         adapt_vit(model)
+
+
+@torch.no_grad()
+def test_a_tower_is_adapted_and_loaded_without_the_model_around_it(tmp_path):
+    """Halves and indices are of its layers, not of those of the text tower."""
+    text = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 9}
+    config = transformers.CLIPConfig(text_config=text, vision_config={**SIZES, "num_hidden_layers": 4})
+    model, options = transformers.CLIPModel(config).eval(), {"num_representatives": 4, "contraction_step": 1.0}
+    model, report = adapt_vit(model, layers="latter_half", **options)
+    tower = "vision_model.encoder.layers"
+    assert [layer.name for layer in report.adapted] == [f"{tower}.2.self_attn", f"{tower}.3.self_attn"]
+    model, report = adapt_vit(model, "linear", layers=[0])
+    assert [layer.name for layer in report.adapted] == [f"{tower}.0.self_attn"]
+    images = IMAGES[..., :32]
+    expected = model.vision_model(images)[0]
+    model.save_pretrained(tmp_path / "whole")
+    whole = transformers.CLIPModel.from_pretrained(tmp_path / "whole")
+    alone = transformers.CLIPVisionModel.from_pretrained(tmp_path / "whole")
+    whole.vision_model.save_pretrained(tmp_path / "tower")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "tower")
+    for each in (whole.vision_model, alone, again):
+        torch.testing.assert_close(each(images)[0], expected, rtol=0, atol=0)

@@ -217,6 +217,26 @@ def test_models_around_a_vit():
     assert [layer.name for layer in report.adapted] == ["encoder.blocks.0.attn"]
 
 
+@pytest.mark.parametrize("mixer", ["adapted_cbsa", "agent", "linear", "mssa"])
+def test_mobilevit_takes_the_grid_of_each_feature_map(mixer):
+    torch.manual_seed(0)
+    pools = mixer in ("adapted_cbsa", "agent")
+    model = timm.create_model("mobilevit_xxs", num_classes=3).eval()
+    adapted, report = adapt_vit(model, mixer, **({"num_representatives": 4} if pools else {}))
+    assert (len(report.adapted), report.refused) == (9, ())
+    alone, called = copy.deepcopy(adapted), {}
+    for layer in report.adapted:
+        adapted.get_submodule(layer.name).register_forward_hook(
+            lambda _, args, out, name=layer.name: called.update({name: (args[0], out)})
+        )
+    out = adapted(torch.randn(2, 3, 96, 160))  # maps of 12 x 20, 6 x 10 and 3 x 5, in patches of 2 x 2
+    grids = {"stages.2": (6, 10), "stages.3": (3, 5), "stages.4": (2, 3)}
+    for name, (x, found) in called.items():
+        assert_close(found, alone.get_submodule(name)(x, grid_size=grids[name[:8]]), 1e-6)
+    out.square().sum().backward()
+    assert adapted.get_parameter(f"{report.adapted[0].name}.qkv.weight").grad.abs().sum() > 0
+
+
 def test_twice_is_two_halves():
     half = adapt_vit(vit(), layers=[0, 1]).model
     both, report = adapt_vit(half, "linear", layers="all")
@@ -286,7 +306,7 @@ def test_layers_that_cannot_be_adapted_say_why():
         ({"layers": [True]}, TypeError, "layers must hold ints, got True"),
         ({"layers": 3}, TypeError, "layers must be 'all', 'latter_half' or a sequence"),
         ({"num_representatives": 0}, ValueError, "num_representatives must be at least 1, got 0"),
-        ({"mixer": "linear", "num_representatives": 4}, ValueError, "of mixer='adapted_cbsa', 'agent', not"),
+        ({"mixer": "linear", "num_representatives": 4}, ValueError, "of mixer='adapted_cbsa', 'agent': leave"),
         ({"mixer": "agent", "contraction": "exact"}, ValueError, "contraction is .* of mixer='adapted_cbsa'"),
         ({"contraction": "none", "contraction_step": 1.0}, ValueError, "contraction_step is of a contraction"),
         ({"mixer": "agent", "broadcast": "shared"}, ValueError, "broadcast is .* of mixer='adapted_cbsa'"),

@@ -132,7 +132,7 @@ def test_foreign_checkpoints_are_named(state, message):
 
 
 def test_heads():
-    with pytest.raises(CheckpointError, match="has 3 heads, not num_heads=2"):
+    with pytest.raises(CheckpointError, match="num_heads must be 3, as .* has them, or left out; got 2"):
         load_official(decoder_state(), num_heads=2)
     assert load_official(decoder_state(depict=True), num_heads=6).layers[0].attn.head_dim == 50
     with pytest.raises(CheckpointError, match=re.escape("are not 7 heads; give num_heads")):

@@ -5,6 +5,7 @@ Its arguments are values of JSON, so that a checkpoint can say how to rebuild th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,13 @@ def adapted_vit(
         known.update(model.pretrained_cfg)
         return adapt_vit(model, mixer, layers=layers, inplace=True, **(mixer_args or {})).model
 
+    if pretrained:  # what timm needs to load weights of other classes, channels or sizes
+        of_base = timm.get_pretrained_cfg(base)
+        names = {key: getattr(of_base, key, None) for key in ("classifier", "first_conv")}
+        timm_args["pretrained_cfg_overlay"] = names | (timm_args.get("pretrained_cfg_overlay") or {})
+        entry = sys.modules[timm.model_entrypoint(base).__module__]
+        timm_args["pretrained_filter_fn"] = getattr(entry, "checkpoint_filter_fn", None)
+        timm_args["channels"] = in_chans
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
     model: nn.Module = build_entry(ENTRY, build, pretrained, feature_cfg=feature_cfg, **timm_args)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})  # a wrapper for features has none

@@ -60,6 +60,11 @@ class AttentionLayer(NamedTuple):
     is_pool: bool = False
     """Whether it pools tokens in a head: not one of the layers to choose from."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is of a decoder."""
+        return self.incompatibility == _DECODES
+
 
 def find_attention(model: nn.Module) -> list[AttentionLayer]:
     """Every attention layer of ``model`` in order, those that cannot be adapted included."""
@@ -78,6 +83,11 @@ def _search(module: nn.Module, name: str) -> Iterator[AttentionLayer]:
     # The model itself may have attention in its name.
     if name and _is_known(module):
         yield AttentionLayer(name, module, incompatibility(module))
+    elif name and is_multihead(module._modules.get("base_layer")):
+        reason = (
+            f"it is an adapter ({type(module).__module__}) that works on the weights inside it: merge it first"
+        )
+        yield AttentionLayer(name, module, reason)
     elif name and _POOLS.search(kind):
         reason = "attention pooling of a head has queries of its own"
         yield AttentionLayer(name, module, reason, is_pool=True)
@@ -174,13 +184,12 @@ def _is_only_watched(module: nn.Module) -> bool:
     )
 
 
-def select_layers(found: list[AttentionLayer], layers: Layers) -> set[str]:
+def select_layers(names: Sequence[str], layers: Layers) -> set[str]:
     """The names of the layers that ``layers`` asks for.
 
     Raises:
         ValueError, TypeError: not ``"all"``, ``"latter_half"`` or distinct indices that exist.
     """
-    names = [layer.name for layer in found if not layer.is_pool]
     count = len(names)
     if isinstance(layers, str):
         if layers not in LAYER_CHOICES:

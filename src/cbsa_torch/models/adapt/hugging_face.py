@@ -6,15 +6,15 @@ Found by the names of the classes: transformers need not be installed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_torch._core.autodiff import has_values
+from cbsa_torch._core.autodiff import check_values
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.models.adapt.rotary import SeparateHeads
+from cbsa_torch.models.adapt.separate import SeparateHeads
 from cbsa_torch.nn import AdaptedCBSA, AgentAttention, LinearAttention, MixerInput, TokenMixer
 
 CLASSES = (
@@ -87,25 +87,17 @@ def keys_of(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.ndim != 4:
         return mask
     keys = mask[:, :, :1]
-    _check(
+    check_values(
         (mask == keys).all(), "attention_mask must be the same for every query: there is no N x N matrix here"
     )
     if keys.dtype == torch.bool:
         return keys
     hidden = keys <= -1e4
-    _check(
+    check_values(
         ((keys == 0) | hidden).all(),
         "attention_mask must keep keys (0) or hide them (the lowest number), got others",
     )
     return ~hidden
-
-
-def _check(holds: Tensor, message: str) -> None:
-    """Raise ``ValueError`` unless a condition holds; in an exported program when it runs."""
-    if not has_values(holds):
-        torch._assert_async(holds, message)
-    elif not holds:
-        raise ValueError(message)
 
 
 class HFAdaptedCBSA(_HFAttention, AdaptedCBSA):
@@ -168,24 +160,44 @@ MOBILE_MIXERS: dict[type[TokenMixer], type[SeparateHeads]] = {
 
 
 def record_adaptation(
-    model: nn.Module, mixer: str, options: Mapping[str, Any], layers: str | Sequence[int]
+    model: nn.Module,
+    mixer: str,
+    options: Mapping[str, Any],
+    layers: str | Sequence[int],
+    countable: Sequence[str],
+    adapted: Collection[str],
 ) -> None:
-    """Write into the configuration of a model of transformers how it was adapted, to be saved with it."""
-    if not any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__):
-        return
-    config: Any = model.config
-    earlier = getattr(config, "quantization_config", None)
-    known = {} if earlier is None else earlier if isinstance(earlier, dict) else earlier.to_dict()
-    if known and known.get("quant_method") != METHOD:
-        warnings.warn(
-            f"save_pretrained will not keep the new layers: it is quantised by {known.get('quant_method')}; "
-            "adapt it before, or keep its state dict",
-            stacklevel=3,
-        )
-        return
-    asked = layers if isinstance(layers, str) else list(layers)
-    step = {"mixer": mixer, "layers": asked, "options": {k: _plain(v) for k, v in options.items()}}
-    config.quantization_config = {"quant_method": METHOD, "adapted": [*known.get("adapted", []), step]}
+    """Write into the configurations of transformers how their models were adapted, to be saved with them.
+
+    The vision tower of a CLIP has a configuration of its own, with which it may be saved or loaded alone.
+
+    Args:
+        model: adapted already.
+        mixer, options, layers: of :func:`cbsa_torch.models.adapt_vit`.
+        countable: the names of the layers that indices are of. adapted: those that are new.
+    """
+    recorded: set[int] = set()
+    for name, part in model.named_modules():
+        if not any(base.__module__ == "transformers.modeling_utils" for base in type(part).__mro__):
+            continue
+        config: Any = part.config
+        inside = [key for key in countable if not name or key.startswith(f"{name}.")]
+        indices = [i for i, key in enumerate(inside) if key in adapted]
+        if id(config) in recorded or not indices:
+            continue
+        recorded.add(id(config))
+        asked = indices if part is not model else layers if isinstance(layers, str) else list(layers)
+        step = {"mixer": mixer, "layers": asked, "options": {k: _plain(v) for k, v in options.items()}}
+        earlier = getattr(config, "quantization_config", None)
+        known = {} if earlier is None else earlier if isinstance(earlier, dict) else earlier.to_dict()
+        if known and known.get("quant_method") != METHOD:
+            warnings.warn(
+                "save_pretrained will not keep the new layers: it is quantised by "
+                f"{known.get('quant_method')}; adapt it before, or keep its state dict",
+                stacklevel=3,
+            )
+        else:
+            config.quantization_config = {"quant_method": METHOD, "adapted": [*known.get("adapted", []), step]}
 
 
 def _plain(value: Any) -> Any:

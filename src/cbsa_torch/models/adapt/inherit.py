@@ -16,7 +16,8 @@ from cbsa_torch.models.adapt.find import ROTARY, heads_of, projections_of
 from cbsa_torch.models.adapt.hugging_face import HF_MIXERS, MOBILE_MIXERS, is_hugging_face, is_mobile
 from cbsa_torch.models.adapt.multihead import MULTIHEAD_MIXERS, is_multihead
 from cbsa_torch.models.adapt.report import LayerReport
-from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS, SeparateHeads
+from cbsa_torch.models.adapt.rotary import ROTARY_MIXERS
+from cbsa_torch.models.adapt.separate import SeparateHeads
 from cbsa_torch.nn import MSSA, TSSA, AdaptedCBSA, AgentAttention, LinearAttention, LinearCBSA, TokenMixer
 
 
@@ -54,12 +55,13 @@ _TAKEN_SHARED = ("proj", "norm", "proj_drop")
 def check_options(mixer: str, options: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless ``mixer`` is known, takes the options and can be built with them."""
     check_choice("mixer", mixer, MIXERS)
+    own = ", ".join(KINDS[mixer].options) or "none"
     for name in options:
         if name not in KINDS[mixer].options:
             takers = ", ".join(repr(kind) for kind in MIXERS if name in KINDS[kind].options)
             if not takers:
-                raise ValueError(f"{name} is no option of any mixer")
-            raise ValueError(f"{name} is an option of mixer={takers}, not of {mixer!r}")
+                raise ValueError(f"{name} is no option of any mixer: leave it out; {mixer!r} has {own}")
+            raise ValueError(f"{name} is an option of mixer={takers}: leave it out; {mixer!r} has {own}")
     KINDS[mixer].mixer(8, 1, **options, device="meta")
 
 
@@ -70,7 +72,7 @@ def why_not_inherited(source: nn.Module, mixer: str, shared: set[int]) -> str:
         shared: ids of the modules and parameters that several modules hold.
     """
     kind = KINDS[mixer]
-    variant = _variants(source).get(kind.mixer)
+    variant = variants_of(source).get(kind.mixer)
     taken = _TAKEN_SHARED if kind.shared else variant.taken if variant is not None else _TAKEN
     for name, part in source.named_children():
         if name in taken:
@@ -106,7 +108,7 @@ def inherit(
     projections = projections_of(source)
     first, projection = next(iter(projections.values())), list(projections.values())[-1]
     num_heads, head_dim = heads_of(source)
-    maker = _variants(source).get(kind.mixer, kind.mixer)
+    maker = variants_of(source).get(kind.mixer, kind.mixer)
     layer = maker(
         cast(int, first.in_features),
         num_heads,
@@ -143,7 +145,7 @@ def inherit(
     return layer, LayerReport(name, *kinds, tuple(kept), values, tuple(dropped))
 
 
-def _variants(source: nn.Module) -> Mapping[type[TokenMixer], type[SeparateHeads]]:
+def variants_of(source: nn.Module) -> Mapping[type[TokenMixer], type[SeparateHeads]]:
     """The forms of our mixers that read their heads and are called as ``source`` is."""
     if is_multihead(source):
         return MULTIHEAD_MIXERS

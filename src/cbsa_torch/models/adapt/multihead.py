@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from cbsa_torch._core.fx import fx_leaf
 from cbsa_torch._core.types import GridSize
-from cbsa_torch.models.adapt.rotary import SeparateHeads
+from cbsa_torch.models.adapt.separate import SeparateHeads
 from cbsa_torch.nn import AdaptedCBSA, AgentAttention, Heads, LinearAttention, MixerInput, TokenMixer
 from cbsa_torch.ops import counting
 from cbsa_torch.ops.counting import Counts
 
 
-def is_multihead(module: nn.Module) -> bool:
+def is_multihead(module: nn.Module | None) -> bool:
     """Whether it is PyTorch's multi-head attention."""
     return isinstance(module, nn.MultiheadAttention)
 
@@ -99,7 +99,10 @@ class _Multihead(SeparateHeads):
     ) -> tuple[MixerInput, Tensor, Tensor]:
         """The record of the queries, keys and values; batch first."""
         if query.is_nested:
-            raise ValueError("query must be a dense tensor, got a nested one: set enable_nested_tensor=False")
+            raise ValueError(
+                "query must be a dense tensor, got a nested one: build nn.TransformerEncoder with "
+                "enable_nested_tensor=False"
+            )
         if key.shape != query.shape or value.shape != query.shape:
             raise ValueError(
                 f"key and value must be of the same tokens as query, shape {tuple(query.shape)}, got "

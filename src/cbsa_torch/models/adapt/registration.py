@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from cbsa_torch._core.tracing import pin_sides, pin_size
 from cbsa_torch._core.types import Broadcast, Contraction, GridSize
 from cbsa_torch.models.adapt.hugging_face import METHOD, keys_of
 from cbsa_torch.models.adapt.towers import image_tower
@@ -26,6 +27,8 @@ ATTENTION: dict[str, type[TokenMixer]] = {
 }
 _UNSUPPORTED = ("position_bias", "softcap", "s_aux", "sliding_window")
 _PROJECTIONS = ("q_proj", "query")
+_HOLD_TIMM = ("timm_model", "_backbone")
+"""Where TimmWrapper and TimmBackbone keep a model of timm."""
 
 _FOLLOWER = "_cbsa_grid_follower"
 """The attribute of an attention layer of transformers that tells its grid."""
@@ -142,7 +145,11 @@ def _attention_function(name: str, mixer: type[TokenMixer], options: Mapping[str
         mask = None if keys is None else as_token_mask(keys, b, n)
         grid, prefix = None, 0
         if layer.needs_grid:
-            grid, prefix = resolve_grid(n, _grid_of(module, x, which) if grid_size is None else grid_size, None)
+            follower: GridFollower | None = getattr(module, _FOLLOWER, None)
+            known = None if follower is None else follower.source.num_prefix_tokens
+            query = pin_sides(pin_size(query, (2,)), grid_size)
+            place = _grid_of(follower, x, which) if grid_size is None else grid_size
+            grid, prefix = resolve_grid(n, place, known)
         mixed = layer.mix(Heads(MixerInput(x, None, grid, prefix, mask), query, key, value))
         if mask is not None:
             mixed = mixed.masked_fill(~mask[:, None, :, None], 0.0)
@@ -162,8 +169,7 @@ def _without_projections(
     return layer
 
 
-def _grid_of(module: nn.Module, x: Tensor, which: str) -> GridSize:
-    follower: GridFollower | None = getattr(module, _FOLLOWER, None)
+def _grid_of(follower: GridFollower | None, x: Tensor, which: str) -> GridSize:
     if follower is None:
         raise ValueError(
             f"{which}: nothing tells the grid of its {x.shape[1]} tokens. Call register_transformers() before "
@@ -176,28 +182,48 @@ def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> N
     """Hook of all modules: those of transformers that get ``embeddings`` may be towers of images."""
     if child is None or not type(module).__module__.startswith("transformers."):
         return
+    _refuse_without_interface(module)
     if name == "embeddings":
         module.register_forward_pre_hook(_follow_images)
-    elif name == "timm_model":
+    elif name in _HOLD_TIMM:
         module.register_forward_pre_hook(_refuse_timm)
+
+
+def _attention_of(model: nn.Module) -> str | None:
+    """The name by which a model of transformers attends, if it is one of ours."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return name if name in ATTENTION else None
+
+
+def _refuse_without_interface(model: Any) -> None:
+    """Raise for a name of ours where it has no effect.
+
+    transformers takes any registered name when a model is built, also of models whose layers compute softmax
+    attention by themselves. (Once it is built, it keeps its attention, and transformers says so.)
+    """
+    name = _attention_of(model)
+    if name and hasattr(model, "set_attn_implementation") and not model._can_set_attn_implementation():
+        raise ValueError(
+            f"attn_implementation={name!r} has no effect on {type(model).__name__}: its layers do not call "
+            "AttentionInterface. Build it without, and see whether cbsa_torch.adapt_vit(model) takes it"
+        )
 
 
 def _refuse_timm(model: nn.Module, _: Any) -> None:
     """A model of timm does not ask transformers how to attend: a forward pre-hook."""
-    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if name in ATTENTION:
+    name = _attention_of(model)
+    if name:
+        held = next(held for held in _HOLD_TIMM if held in model._modules)
         raise ValueError(
             f"attn_implementation={name!r} has no effect on {type(model).__name__}: layers of timm do not call "
-            "AttentionInterface. Use cbsa_torch.adapt_vit(model.timm_model, inplace=True), or the architecture "
+            f"AttentionInterface. Use cbsa_torch.adapt_vit(model.{held}, inplace=True), or the architecture "
             "adapted_vit"
         )
 
 
 def _follow_images(model: nn.Module, _: Any) -> None:
     """Let the attention of a tower that is ours by name follow the grids of its images: a forward pre-hook."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) not in ATTENTION:
-        return
-    tower = image_tower(model)
+    tower = image_tower(model) if _attention_of(model) else None
     if tower is None:
         return
     layers = {m for m in model.modules() if any(name in m._modules for name in _PROJECTIONS)}
@@ -234,11 +260,13 @@ def _register_loading() -> None:
         """Adapts a model that ``from_pretrained`` is about to load weights into."""
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-            config = model.config
-            found, config.quantization_config = config.quantization_config, None
+            configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+            records = {key: vars(config).pop("quantization_config", None) for key, config in configs.items()}
             for step in self.quantization_config.adapted:  # type: ignore[attr-defined]
                 adapt_vit(model, step["mixer"], layers=step["layers"], inplace=True, **step["options"])
-            config.quantization_config = found
+            for key, record in records.items():
+                if record is not None:
+                    configs[key].quantization_config = record
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -11,15 +11,9 @@ from torch import nn
 
 from cbsa_torch._core.checks import check_bool
 from cbsa_torch._core.types import Broadcast, Contraction, Layout
-from cbsa_torch.models.adapt.find import (
-    ADAPTABLE,
-    ROTARY,
-    Layers,
-    find_attention,
-    select_layers,
-)
+from cbsa_torch.models.adapt.find import ADAPTABLE, Layers, find_attention, select_layers
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face, record_adaptation
-from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit, why_not_inherited
+from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit, variants_of, why_not_inherited
 from cbsa_torch.models.adapt.multihead import is_multihead
 from cbsa_torch.models.adapt.report import AdaptReport, LayerReport
 from cbsa_torch.models.adapt.towers import find_towers
@@ -77,7 +71,8 @@ def adapt_vit(
             :class:`cbsa_torch.AgentAttention`: the same without contraction), ``"linear"``
             (:class:`cbsa_torch.nn.LinearAttention`), or a mixer with one projection, which inherits that of the
             values: ``"linear_cbsa"`` (12), ``"mssa"`` (9), ``"tssa"``.
-        layers: ``"all"``, ``"latter_half"``, or indices of attention layers, negative ones from the end.
+        layers: ``"all"``, ``"latter_half"``, or indices of attention layers, negative ones from the end. Halves
+            and indices are of those that see images: text towers beside them, and decoders, do not count.
         num_representatives: of ``"adapted_cbsa"`` and ``"agent"``: a number or a grid such as ``(8, 8)``, see
             :class:`cbsa_torch.CBSA`. Default: 64.
         broadcast: of ``"adapted_cbsa"``: ``"softmax"`` (default), a fresh softmax of queries over
@@ -123,27 +118,36 @@ def adapt_vit(
     if not inplace:
         model = copy.deepcopy(model)
     built: dict[str, TokenMixer] = {}
-    reports = list(plan)
-    for i, layer in enumerate(plan):
+    reports = list(plan.layers)
+    for i, layer in enumerate(reports):
         if not layer.reason:
             built[layer.name], reports[i] = inherit(model.get_submodule(layer.name), mixer, options, layer.name)
     _swap(model, built)
     asked = layers if isinstance(layers, str) else tuple(layers)
-    record_adaptation(model, mixer, options, asked)
+    record_adaptation(model, mixer, options, asked, plan.countable, built)
     return AdaptedModel(model, AdaptReport(type(model).__name__, mixer, options, asked, tuple(reports)))
 
 
-def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[LayerReport]:
+class _Plan(NamedTuple):
+    layers: list[LayerReport]
+    countable: list[str]
+    """The names of the layers that halves and indices are of."""
+
+
+def _plan(model: nn.Module, mixer: str, layers: Layers) -> _Plan:
     """Say of each attention layer why it stays as it is, if it does.
 
     Raises:
         ValueError: none of those asked for can be replaced, or one asked for by its index cannot.
     """
     found = find_attention(model)
-    if not any(not layer.is_pool for layer in found):
+    names = [layer.name for layer in found if not layer.is_pool]
+    if not names:
         raise ValueError(f"model has no attention layers: {type(model).__name__}; adapt_vit takes {ADAPTABLE}")
-    chosen = select_layers(found, layers)
     covered = {id(module) for tower in find_towers(model) for module in tower.module.modules()}
+    aside = {layer.name for layer in found if layer.decodes or _sees_no_images(layer.module, covered)}
+    countable = [name for name in names if name not in aside] or names
+    chosen = select_layers(names if layers == "all" else countable, layers)
     held = (part for m in model.modules() for part in (*m._parameters.values(), *m._modules.values()))
     shared = {part for part, holders in Counter(map(id, held)).items() if holders > 1}
     reports = []
@@ -167,7 +171,13 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> list[LayerReport]:
             f"model {type(model).__name__} has layers that cannot be adapted: {reasons}. "
             f"adapt_vit takes {ADAPTABLE}"
         )
-    return reports
+    return _Plan(reports, countable)
+
+
+def _sees_no_images(module: nn.Module, covered: set[int]) -> bool:
+    """Whether it is of a text tower or a head, beside the parts of the model that see images."""
+    beside = is_hugging_face(module) or (is_multihead(module) and bool(covered))
+    return beside and id(module) not in covered
 
 
 def _why_not(module: nn.Module, mixer: str, covered: set[int], shared: set[int]) -> str:
@@ -178,12 +188,11 @@ def _why_not(module: nn.Module, mixer: str, covered: set[int], shared: set[int])
         shared: ids of what several modules hold.
     """
     kind = KINDS[mixer]
-    if kind.shared and (isinstance(module, ROTARY) or is_hugging_face(module) or is_multihead(module)):
+    if kind.shared and variants_of(module):
         return f"{mixer!r} has one projection, and cannot take rotary embeddings or separate layers"
-    sees_images = id(module) in covered
-    if not sees_images and (is_hugging_face(module) or (is_multihead(module) and covered)):
+    if _sees_no_images(module, covered):
         return "it is in no part of the model that sees images, but in a text tower or a head"
-    if kind.needs_grid and not sees_images:
+    if kind.needs_grid and id(module) not in covered:
         return f"{mixer!r} pools over a grid, which no {EMBEDDING} tells here; 'linear' needs none"
     return why_not_inherited(module, mixer, shared)
 

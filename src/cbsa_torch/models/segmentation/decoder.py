@@ -164,8 +164,8 @@ class MaskTransformerDecoder(nn.Module):
         for layer in self.layers:
             if not hasattr(layer.attn, "set_input_size"):
                 raise TypeError(
-                    f"mixer {type(layer.attn).__name__} cannot be told another number of classes: it has no "
-                    "set_input_size(grid, num_prefix_tokens)"
+                    f"mixer {type(layer.attn).__name__} cannot be told another number of classes: give it a "
+                    "method set_input_size(grid, num_prefix_tokens), as those of cbsa_torch.nn have"
                 )
         like = self.class_embed
         factory_kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
@@ -208,8 +208,9 @@ class MaskTransformerDecoder(nn.Module):
         for layer in self.layers:
             if not isinstance(layer.attn, TokenMixer):
                 raise TypeError(
-                    f"features must be a batch, not a list, for the mixer {type(layer.attn).__name__}: packed "
-                    "sequences are for mixers of cbsa_torch.nn"
+                    f"features must be a batch, not a list, for the mixer {type(layer.attn).__name__}, which "
+                    "takes no packed sequences: give images of one size, or build the decoder with a mixer of "
+                    "cbsa_torch.nn"
                 )
         packed = PackedImages(
             features, lambda batches: [self._embed(batch) for batch in batches], self.num_classes
@@ -239,7 +240,8 @@ class MaskTransformerDecoder(nn.Module):
         self, patches: Tensor, classes: Tensor, grid_size: GridSize, size: tuple[int, int] | None
     ) -> Tensor:
         """Masks ``(B, K, h, w)`` of patches and classes, or ``(B, K, *size)``."""
-        masks = self.masks(patches, classes).transpose(1, 2).unflatten(2, grid_size)
+        # interpolation takes twice as long with the classes last
+        masks = self.masks(patches, classes).transpose(1, 2).unflatten(2, grid_size).contiguous()
         return masks if size is None else F.interpolate(masks, size=size, mode="bilinear")
 
     def masks(self, patches: Tensor, classes: Tensor) -> Tensor:

@@ -40,7 +40,10 @@ def strides(encoder: nn.Module) -> tuple[int, int]:
     if ratio is not None and (info is None or max(ratio) == info["reduction"]):
         return int(ratio[0]), int(ratio[1])  # a patch need not be a square
     if info is None:
-        raise TypeError(f"cannot tell the stride of {type(encoder).__name__}")
+        raise TypeError(
+            f"encoder must tell its stride by feature_info or patch_embed.feat_ratio; {type(encoder).__name__} "
+            "has neither"
+        )
     return int(info["reduction"]), int(info["reduction"])
 
 

@@ -104,7 +104,7 @@ class Segmenter(nn.Module):
         if isinstance(x, (list, tuple)):
             masks = self.decoder(features, [self._padded(image) for image in x])
             return [mask[..., : image.shape[1], : image.shape[2]] for mask, image in zip(masks, x, strict=True)]
-        return self.decoder(features, self._padded(x))[..., : x.shape[2], : x.shape[3]]
+        return _cropped(self.decoder(features, self._padded(x)), (x.shape[2], x.shape[3]))
 
     def _check(self, name: str, images: Tensor, axes: int, shape: str) -> None:
         check_floating(name, images)
@@ -154,3 +154,13 @@ class Segmenter(nn.Module):
         if global_pool:
             raise ValueError(f"global_pool must be empty: masks are not pooled; got {global_pool!r}")
         self.decoder.reset_classes(num_classes)
+
+
+def _cropped(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """The upper left part of ``(B, K, h, w)``."""
+    if is_open(*size) and not torch.onnx.is_in_onnx_export():
+        # a view would leave a guard in the program: it is contiguous where there is nothing to crop
+        for axis, side in enumerate(size, 2):
+            masks = masks.index_select(axis, torch.arange(side, device=masks.device))
+        return masks
+    return masks[..., : size[0], : size[1]]

@@ -7,6 +7,7 @@ from cbsa_torch.train.data.loader import (
     input_spec,
     make_loader,
     make_native_loader,
+    native_size,
     native_transform,
 )
 from cbsa_torch.train.data.native import NativeSize, TokenBatches, in_parts
@@ -28,6 +29,7 @@ __all__ = [
     "input_spec",
     "make_loader",
     "make_native_loader",
+    "native_size",
     "native_transform",
     "open_split",
     "open_splits",

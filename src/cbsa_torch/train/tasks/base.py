@@ -7,6 +7,7 @@ subclass of :class:`Task`, and add both to the table in :mod:`cbsa_torch.train.r
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -309,6 +310,20 @@ class Task(ABC):
         self, trained: Trained, images: Sequence[str | Path], options: PredictOptions
     ) -> Sequence[Prediction]:
         """See :func:`cbsa_torch.train.predict_images`."""
+
+    def geometry(self, spec: Any) -> dict[str, Any]:
+        """How :meth:`predict` fits an image to what the model is fed, as plain values for JSON.
+
+        Args:
+            spec: what the model is fed; for tasks that take images.
+        """
+        sides = spec.input_size[1:]
+        cover = [math.floor(side / spec.crop_pct) for side in sides]
+        return {
+            "resize_to_cover": cover,
+            "interpolation": spec.interpolation,
+            "crop_at_the_centre": list(sides),
+        }
 
     @abstractmethod
     def sample(self, dataset: Dataset[Any], spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:

@@ -30,6 +30,7 @@ from cbsa_torch.train.data import (
     input_spec,
     make_loader,
     make_native_loader,
+    native_size,
     native_transform,
     open_split,
     open_splits,
@@ -250,6 +251,18 @@ class Classification(Task):
                 names = [trained.class_names[i] for i in best.indices.tolist()]
                 predictions.append(ClassPrediction(str(path), names, best.values.tolist()))
         return predictions
+
+    def geometry(self, spec: InputSpec) -> dict[str, Any]:
+        """Resized and cropped; or as they are, but for those that are too large."""
+        data = self.config.data
+        if not data.native:
+            return super().geometry(spec)
+        size = native_size(spec, data, train=False)
+        multiple = size.patch_size if size.whole_patches else 1
+        return {
+            "own_size": {"sides_are_multiples_of": multiple, "at_most_patches": size.max_patches},
+            "interpolation": spec.interpolation,
+        }
 
     def sample(self, dataset: Any, spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
         """Images that can be read, resized and cropped as in validation, and their classes."""

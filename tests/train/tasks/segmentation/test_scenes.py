@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from examples import emoji_scenes
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from cbsa_torch.train.data.fetch.data_sets import DATA_SETS, checksum, write_arrays
@@ -135,6 +139,18 @@ def test_the_data_set_opens_by_name(emoji, tmp_path, monkeypatch):
     config.scenes = ScenesConfig(emoji=(3, 2))
     with pytest.raises(ConfigError, match=r"data\.scenes\.emoji must rise from 0, got \(3, 2\)"):
         open_segmentation(config)
+
+
+def test_scenes_are_drawn_above_their_masks(emoji, tmp_path, monkeypatch):
+    data_set = DATA_SETS["emoji64"]._replace(checksum=checksum(emoji))
+    monkeypatch.setitem(DATA_SETS, "emoji64", data_set)
+    write_arrays(tmp_path / "emoji64.npz", emoji)
+    options = ["--root", str(tmp_path), "--output", str(tmp_path / "scenes.png"), "--count", "3"]
+    monkeypatch.setattr(sys, "argv", ["emoji_scenes", *options])
+    emoji_scenes.main()
+    with Image.open(tmp_path / "scenes.png") as picture:
+        assert picture.size == (450, 370)
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
 
 
 @pytest.mark.parametrize("workers", [0, 2])

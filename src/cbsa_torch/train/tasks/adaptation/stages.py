@@ -68,7 +68,7 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
     original = open_original("model.original", source, weights=weights)
     found = [layer for layer in find_attention(original.model) if not layer.is_pool]
     try:
-        asked = select_layers(found, config.model.layers_asked())
+        asked = select_layers([layer.name for layer in found], config.model.layers_asked())
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.{error}") from error
     indices = [i for i, layer in enumerate(found) if layer.name in asked and not layer.incompatibility]

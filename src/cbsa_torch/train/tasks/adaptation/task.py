@@ -292,7 +292,7 @@ def _extend(original: Original, mixer: str, options: dict[str, Any], layers: Any
             f"only be adapted likewise, got {mixer!r} with {options}"
         )
     found = [layer for layer in find_attention(original.model) if not layer.is_pool]
-    asked = select_layers(found, layers)
+    asked = select_layers([layer.name for layer in found], layers)
     done = [i for i, layer in enumerate(found) if isinstance(layer.module, TokenMixer)]
     left = [i for i, layer in enumerate(found) if layer.name in asked and i not in done]
     if not left:

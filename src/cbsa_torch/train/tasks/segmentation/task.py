@@ -272,7 +272,7 @@ class Segmentation(Task):
             other = taken.setdefault(path.stem, path)
             if other is not path:
                 raise ConfigError(
-                    f"{other} and {path} would both be written as {path.stem}_mask.png in {folder}"
+                    f"{other} and {path} would both be written as {path.stem}_mask.png in {folder}; rename one"
                 )
         present = [path for stem in taken for path in _mask_files(folder, stem) if path.exists()]
         if present and not options.overwrite:
@@ -298,6 +298,14 @@ class Segmentation(Task):
                     labels = next(found).argmax(0).cpu().numpy()
                     predictions.append(_write_masks(trained.class_names, path, image, labels, folder))
         return predictions
+
+    def geometry(self, spec: InputSpec) -> dict[str, Any]:
+        """No pixel is resized: windows cover the image, their logits are averaged; or it is seen whole."""
+        seen = self._windows(None, None)
+        if seen.size is None:
+            return {"own_size": {"sides_are_multiples_of": 1, "at_most_patches": None}}
+        stride = seen.size if seen.stride is None else seen.stride
+        return {"windows": {"side": seen.size, "stride": stride, "overlap": "mean of the outputs"}}
 
     def sample(self, dataset: Any, spec: InputSpec, count: int) -> tuple[Tensor, list[int]]:
         """Squares from the centre of images; they have no single class."""

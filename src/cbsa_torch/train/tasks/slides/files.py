@@ -55,7 +55,10 @@ def find_file(root: Path, name: str) -> Path:
         raise DataError(f"slide {name!r}: no such file in {root}")
     there = [path for suffix in SUFFIXES if (path := root / f"{name}{suffix}").is_file()]
     if not there:
-        raise DataError(f"slide {name!r}: neither {name}.h5 nor {name}.pt is in {root}")
+        raise DataError(
+            f"slide {name!r}: neither {name}.h5 nor {name}.pt is in {root}; features of its tiles are needed, "
+            "not its picture"
+        )
     if len(there) > 1:
         raise DataError(f"slide {name!r}: both {name}.h5 and {name}.pt are in {root}; write the suffix, too")
     return there[0]

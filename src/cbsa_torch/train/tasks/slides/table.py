@@ -80,7 +80,7 @@ def read_table(config: SlidesDataConfig) -> Table:
         cells = {role: (line[column] or "").strip() for role, column in columns.items() if column is not None}
         empty = [columns[role] for role, cell in cells.items() if not cell]
         if empty:
-            raise DataError(f"{path}, line {number}: no {', no '.join(map(str, empty))}")
+            raise DataError(f"{path}, line {number}: no {', no '.join(map(str, empty))}; each row needs one")
         if cells.get("split", "train") not in SPLIT_NAMES:
             raise DataError(
                 f"{path}, line {number}: {columns['split']} must be one of {', '.join(SPLIT_NAMES)}, got "
