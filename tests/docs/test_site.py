@@ -29,23 +29,24 @@ return {
   fonts: [...document.fonts].filter((font) => font.status === "loaded").map((font) => font.family),
 };
 """
-MESSAGES = """
+PASTED = """
 const field = document.querySelector("[data-md-component=search-query]");
 document.querySelector("[data-md-toggle=search]").click();
 field.dispatchEvent(new Event("focus"));
 const missed = {};
-for (const [text, heading] of Object.entries(TEXTS)) {
+for (const [text, where] of Object.entries(TEXTS)) {
   field.value = text;
   field.dispatchEvent(new InputEvent("input", { inputType: "insertFromPaste", bubbles: true }));
   const links = () => [...document.querySelectorAll(".md-search-result__link")].map((link) => new URL(link.href));
-  const here = () => links().some((link) => link.hash === "#" + heading);
-  const right = () => here() && links()[0].pathname.endsWith("reference/errors.html");
+  const [page, heading] = where.split("#");
+  const here = () => !heading || links().some((link) => link.hash === "#" + heading);
+  const right = () => links()[0]?.pathname.endsWith(page) && here();
   for (let i = 0; i < 60 && !right(); i++) await new Promise((go) => setTimeout(go, 100));
   if (!right()) missed[text] = links().map((link) => link.pathname.split("/").pop() + link.hash);
 }
 return missed;
 """
-"""Searches for TEXTS: those for which the page of errors is not the first, with the heading; and what is found."""
+"""Searches for TEXTS: those for which their page is not the first, with the heading if they have one; and what is found."""
 EVERY_PAGE = """
 const frame = document.querySelector("iframe");
 const faults = {};
@@ -113,8 +114,8 @@ def test_formulas_and_search_work_without_a_request_elsewhere(site):
 
 @pytest.mark.slow  # building the site takes half a minute
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-def test_searching_for_a_message_leads_to_its_remedy(site):
-    texts = {
+def test_searching_leads_from_a_message_to_its_remedy_and_from_a_topic_to_its_page(site):
+    messages = {
         "which less 0 or 1 prefix tokens is not a square grid": "the-tokens-are-no-square-grid",
         "this attention forms no N x N matrix": "a-mask-from-query-to-query",
         "no images found in": "no-images-no-classes-no-splits",
@@ -123,9 +124,14 @@ def test_searching_for_a_message_leads_to_its_remedy(site):
         # with characters that the search takes for operators
         "such as torch.linalg.qr(basis).Q; B^T B differs from I by": "an-option-that-takes-others-with-it",
         "go on with: cbsa train --output runs/photos --resume": "the-run-was-interrupted",
+        # in words that other pages have in their titles
+        "--models: no model cbt_tinny": "no-such-command-model-recipe-or-setting",
+        "is_causal must be False: CBSA summarises all tokens before": "a-mask-from-query-to-query",
     }
-    assert all(any(text in message for message in error_messages()) for text in texts)
-    seen = visit(BROWSER, site / "index.html", site, MESSAGES.replace("TEXTS", json.dumps(texts)))
+    topics = {"export onnx": "use/export.html", "coding rate": "learn/1-coding-rate.html"}
+    assert all(any(text in message for message in error_messages()) for text in messages)
+    texts = {text: f"reference/errors.html#{heading}" for text, heading in messages.items()} | topics
+    seen = visit(BROWSER, site / "index.html", site, PASTED.replace("TEXTS", json.dumps(texts)))
     assert seen.found == {}
 
 
