@@ -93,7 +93,7 @@ def test_fine_tuning_starts_from_the_given_weights(finished, config):
         (
             "cbt_nano_patch4_64",
             {},
-            r"model\.init_from: .* holds 'cbt_nano_patch4_32', not 'cbt_nano_patch4_64'",
+            r"model\.init_from: .* holds 'cbt_nano_patch4_32', not the 'cbt_nano_patch4_64'",
         ),
         ("cbt_nano_patch4_32", {"depth": 1}, "has its model's arguments, leave them out; got {'depth': 1}"),
     ],

@@ -111,7 +111,7 @@ def test_another_encoder_than_that_of_its_weights_is_refused(config, classifier)
         config, CheckpointError, r"model\.encoder_from: .* has its model's arguments, leave them out"
     )
     config.model.args = {"encoder": "vit_tiny_patch16_224"}
-    assert_refused(config, CheckpointError, "holds 'cbt_nano_patch4_32', not 'vit_tiny_patch16_224'")
+    assert_refused(config, CheckpointError, "holds 'cbt_nano_patch4_32', not the 'vit_tiny_patch16_224'")
 
 
 def test_a_segmenter_is_no_encoder(config, segmenter):
