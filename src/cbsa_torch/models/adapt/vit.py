@@ -11,7 +11,7 @@ from torch import nn
 
 from cbsa_torch._core.checks import check_bool
 from cbsa_torch._core.types import Broadcast, Contraction, Layout
-from cbsa_torch.models.adapt.find import ADAPTABLE, Layers, find_attention, select_layers
+from cbsa_torch.models.adapt.find import ADAPTABLE, AttentionLayer, Layers, find_attention, select_layers
 from cbsa_torch.models.adapt.hugging_face import is_hugging_face, record_adaptation
 from cbsa_torch.models.adapt.inherit import KINDS, check_options, inherit, variants_of, why_not_inherited
 from cbsa_torch.models.adapt.multihead import is_multihead
@@ -144,9 +144,8 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> _Plan:
     names = [layer.name for layer in found if not layer.is_pool]
     if not names:
         raise ValueError(f"model has no attention layers: {type(model).__name__}; adapt_vit takes {ADAPTABLE}")
-    covered = {id(module) for tower in find_towers(model) for module in tower.module.modules()}
-    aside = {layer.name for layer in found if layer.decodes or _sees_no_images(layer.module, covered)}
-    countable = [name for name in names if name not in aside] or names
+    covered = _parts_that_see_images(model)
+    countable = [layer.name for layer in countable_layers(model)]
     chosen = select_layers(names if layers == "all" else countable, layers)
     held = (part for m in model.modules() for part in (*m._parameters.values(), *m._modules.values()))
     shared = {part for part, holders in Counter(map(id, held)).items() if holders > 1}
@@ -172,6 +171,21 @@ def _plan(model: nn.Module, mixer: str, layers: Layers) -> _Plan:
             f"adapt_vit takes {ADAPTABLE}"
         )
     return _Plan(reports, countable)
+
+
+def countable_layers(model: nn.Module) -> list[AttentionLayer]:
+    """The attention layers that halves and indices are of.
+
+    Neither poolings of heads nor, beside parts that see images, text towers and decoders.
+    """
+    layers = [layer for layer in find_attention(model) if not layer.is_pool]
+    covered = _parts_that_see_images(model)
+    return [x for x in layers if not (x.decodes or _sees_no_images(x.module, covered))] or layers
+
+
+def _parts_that_see_images(model: nn.Module) -> set[int]:
+    """Ids of the modules inside towers of images."""
+    return {id(module) for tower in find_towers(model) for module in tower.module.modules()}
 
 
 def _sees_no_images(module: nn.Module, covered: set[int]) -> bool:

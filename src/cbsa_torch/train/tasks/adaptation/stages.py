@@ -6,7 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from cbsa_torch.models.adapt.find import find_attention, select_layers
+from cbsa_torch.models.adapt.find import select_layers
+from cbsa_torch.models.adapt.vit import countable_layers
 from cbsa_torch.train.config import check_config
 from cbsa_torch.train.data import input_spec, open_splits
 from cbsa_torch.train.engine.console import say
@@ -66,7 +67,7 @@ def stages(config: AdaptTrainConfig, epochs: int) -> list[AdaptTrainConfig]:
     check_adaptation(config)
     source, weights = str(config.model.original), config.model.weights
     original = open_original("model.original", source, weights=weights)
-    found = [layer for layer in find_attention(original.model) if not layer.is_pool]
+    found = countable_layers(original.model)
     try:
         asked = select_layers([layer.name for layer in found], config.model.layers_asked())
     except (ValueError, TypeError) as error:

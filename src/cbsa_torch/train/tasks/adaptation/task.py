@@ -15,7 +15,7 @@ from cbsa_torch._core.checks import nearest
 from cbsa_torch.models.adapt.factory import adapted_vit
 from cbsa_torch.models.adapt.find import find_attention, select_layers
 from cbsa_torch.models.adapt.report import AdaptReport
-from cbsa_torch.models.adapt.vit import MixerName, adapt_vit
+from cbsa_torch.models.adapt.vit import MixerName, adapt_vit, countable_layers
 from cbsa_torch.models.hub import PREFIX
 from cbsa_torch.nn import TokenMixer
 from cbsa_torch.train.build import Built, fit, open_source
@@ -291,7 +291,7 @@ def _extend(original: Original, mixer: str, options: dict[str, Any], layers: Any
             f"it is adapted already, to {before['mixer']!r} with {before['mixer_args']}; more layers can "
             f"only be adapted likewise, got {mixer!r} with {options}"
         )
-    found = [layer for layer in find_attention(original.model) if not layer.is_pool]
+    found = countable_layers(original.model)
     asked = select_layers([layer.name for layer in found], layers)
     done = [i for i, layer in enumerate(found) if isinstance(layer.module, TokenMixer)]
     left = [i for i, layer in enumerate(found) if layer.name in asked and i not in done]
